@@ -1,0 +1,13 @@
+"""How long training takes: of the newest run, or from flags where there is none yet."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "src"))
+try:
+    from gpt2.cli import estimate_main
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; first: source .venv/bin/activate (`make install` makes it)")
+
+if __name__ == "__main__":
+    sys.exit(estimate_main())

@@ -1,0 +1,337 @@
+"""The `gpt2` command and what the scripts call: parses flags, prints errors, sets exit codes."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import tyro
+
+import gpt2
+from gpt2 import config
+from gpt2.config import RunConfig
+from gpt2.errors import CheckpointError, ConfigError, UserError
+
+T = TypeVar("T")
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main() -> int:
+    """`gpt2 COMMAND …`."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        sys.argv = [f"gpt2 {name}", *rest]
+        return COMMANDS[name][0]()
+    if name == "--version":
+        print(gpt2.__version__)
+        return 0
+    listing = "\n".join(f"  {command:<12} {text}" for command, (_, text) in COMMANDS.items())
+    usage = f"usage: gpt2 COMMAND [OPTIONS]\n\n{listing}\n\n`gpt2 COMMAND --help` lists its options"
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(
+        f"error: unknown command {name}{config.suggestion(name, list(COMMANDS))}\n\n{usage}",
+        file=sys.stderr,
+    )
+    return USER_ERROR
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Pretrain GPT-2. Options override --config FILE, which overrides --preset."""
+
+    run: RunConfig
+    config: Path | None = None
+    """TOML file with options, by name or in a table per part"""
+    out_dir: Path | None = None
+    """keep checkpoints, runs and logs under this folder"""
+    list_checkpoints: bool = False
+    """print the table of checkpoints and exit"""
+
+
+def train_main() -> int:
+    """One training run: `src/train_improved.py` and `gpt2 train`."""
+    from gpt2 import distributed  # torch takes seconds to import: not for `gpt2 --help`
+
+    rank, world_size, local_rank, _ = distributed.env_rank()
+
+    def body() -> int:
+        command = parse_train(sys.argv[1:], speak=local_rank == 0)
+        if command.list_checkpoints:
+            from gpt2 import monitor
+
+            monitor.print_checkpoints(command.run.checkpoint.checkpoint_dir, monitor.console())
+            return 0
+        from gpt2 import train
+
+        result = train.run(command.run)
+        if rank == 0 and result.state == "finished":
+            print(next_commands(command.run, sys.argv[1:], world_size, result.step))
+        return result.exit_code
+
+    return _guarded(body, speak=local_rank == 0)
+
+
+def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
+    """The training command that `arguments` say, on top of their preset, file and out_dir.
+
+    Raises ConfigError for values that cannot work, SystemExit for flags that are none.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "config", "out_dir"):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    early, _ = first.parse_known_args(arguments)
+    run = config.preset(early.preset or "gpt2-124m")
+    if early.config:
+        run = config.from_toml(run, _read_text(Path(early.config)), early.config)
+    if early.out_dir:
+        out = Path(early.out_dir)
+        folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
+        run = config.overlay(run, {name: out / folder for name, folder in folders.items()})
+    return _parse(TrainCommand, arguments, default=TrainCommand(run=run), speak=speak)
+
+
+def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, step: int) -> str:
+    """What to type after a finished run."""
+    again = _without(arguments, "--resume", "--max_steps", "--init_from")
+    launcher = "python"
+    if world_size > 1:
+        launcher = f"torchrun --standalone --nproc_per_node={world_size}"
+    folder = run.checkpoint.checkpoint_dir
+    of_run = (
+        "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
+    )
+    prompt = shlex.quote(run.evaluation.sample_prompt)
+    tensorboard = "./start_tensorboard.sh"
+    if run.watch.runs_dir != Path("runs"):
+        tensorboard += f" --logdir {shlex.quote(str(run.watch.runs_dir.resolve()))}"
+    rows = {
+        "go on": f"{launcher} src/train_improved.py {shlex.join(again)} --resume latest "
+        f"--max_steps {2 * step}",
+        "watch": tensorboard,
+        "list": f"python src/train_improved.py{of_run} --list_checkpoints",
+        "forecast": f"python estimate_training_time.py{of_run}",
+        "generate": f"gpt2 generate{of_run} --checkpoint best --prompt {prompt}",
+    }
+    lines = [f"  {name:<9} {' '.join(text.split())}" for name, text in rows.items()]
+    activate = "" if sys.prefix == sys.base_prefix else " (first: source .venv/bin/activate)"
+    return f"\nGo on with{activate}:\n" + "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """Prepare a corpus as token shards in data/NAME."""
+
+    name: tyro.conf.Positional[Literal["python-stdlib", "fineweb-edu"]]
+    """corpus"""
+    out: Path | None = None
+    """folder of the shards; default data/NAME"""
+    shard_tokens: int | None = None
+    """tokens per shard; default is the corpus's own"""
+    max_tokens: int | None = None
+    """stop after this many tokens"""
+    workers: int | None = None
+    """tokenising processes; default all cores"""
+    overwrite: bool = False
+    """make it again even if it is there"""
+
+
+def data_main() -> int:
+    """`gpt2 data NAME`."""
+
+    def body() -> int:
+        from gpt2.data import corpora, prepare
+
+        command = _parse(DataCommand, sys.argv[1:])
+        corpus = corpora.find(command.name)
+        assert corpus is not None
+        folder = command.out or Path("data") / corpus.name
+        manifest = prepare.prepare(
+            corpus,
+            folder,
+            tokens_per_shard=command.shard_tokens,
+            max_tokens=command.max_tokens,
+            workers=command.workers,
+            overwrite=command.overwrite,
+        )
+        replaced = manifest.replaced_documents
+        print(
+            f"{folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} "
+            f"validation tokens in {len(manifest.shards)} shards, {manifest.documents:,} documents"
+            + (f", {replaced} of them with bytes that are no UTF-8 (now U+FFFD)" * (replaced > 0))
+        )
+        return 0
+
+    return _guarded(body)
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continue a prompt with a trained model."""
+
+    checkpoint: str = "latest"
+    """latest, best, a step or a path"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder of the run's checkpoints"""
+    prompt: str = "Hello, I'm a language model,"
+    """text to continue"""
+    num_samples: int = 3
+    """how many continuations"""
+    max_new_tokens: int = 100
+    """tokens of each, at most"""
+    temperature: float = 0.8
+    """0 takes the likeliest token"""
+    top_k: int | None = 50
+    """choose among this many likeliest tokens"""
+    seed: int = 1
+    """seed of the choice"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
+    trust_checkpoint: bool = False
+    """unpickle a checkpoint that this user did not write: it can run any code"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is too small; it must be 1 or more")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature} is negative; 0 is greedy")
+
+
+def generate_main() -> int:
+    """`gpt2 generate`."""
+
+    def body() -> int:
+        command = _parse(GenerateCommand, sys.argv[1:])
+        from gpt2 import checkpoint as checkpoints
+        from gpt2 import distributed, generate, model, monitor
+        from gpt2.config import MachineConfig, ModelConfig
+
+        path = checkpoints.find(command.checkpoint_dir, command.checkpoint, _warn)
+        if path is None:
+            others = monitor.run_folders(command.checkpoint_dir, "step_*.json")
+            way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
+            raise CheckpointError(f"no checkpoint in {command.checkpoint_dir}; {way_out}")
+        state = checkpoints.load(path, trust=command.trust_checkpoint, warn=_warn)
+        with distributed.join(MachineConfig(device=command.device)) as world:
+            net = model.build(ModelConfig(**state["config"]["model"])).to(world.device)
+            net.load_state_dict(state["model"])
+            texts = generate.generate_text(
+                net,
+                command.prompt,
+                num_samples=command.num_samples,
+                max_new_tokens=command.max_new_tokens,
+                temperature=command.temperature,
+                top_k=command.top_k,
+                seed=command.seed,
+            )
+        print(f"{path} (step {state['progress']['step']})")
+        for number, text in enumerate(texts, 1):
+            print(f"--- sample {number}\n{text}")
+        return 0
+
+    return _guarded(body)
+
+
+@dataclass(frozen=True)
+class EstimateCommand:
+    """How long training takes: of the newest run, or from these flags where there is none."""
+
+    checkpoint_dir: Path = Path("checkpoints")
+    """where to look for runs"""
+    preset: config.PresetName | None = None
+    """estimate this preset instead of the newest run"""
+    tokens_per_sec: float | None = None
+    """estimate at this speed instead of the newest run"""
+    gpus: int = 1
+    """GPUs that give this speed"""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ConfigError(f"gpus={self.gpus} is too small; it must be 1 or more")
+        if self.tokens_per_sec is not None and self.tokens_per_sec <= 0:
+            raise ConfigError(f"tokens_per_sec={self.tokens_per_sec} must be more than 0")
+
+
+def estimate_main() -> int:
+    """`estimate_training_time.py` and `gpt2 estimate`."""
+
+    def body() -> int:
+        command = _parse(EstimateCommand, sys.argv[1:])
+        from gpt2 import monitor
+
+        out = monitor.console()
+        asked = command.preset is not None or command.tokens_per_sec is not None
+        run = None if asked else monitor.newest_run(command.checkpoint_dir)
+        if run is not None:
+            monitor.print_run_forecast(run, out)
+        else:
+            run_config = config.preset(command.preset or "gpt2-124m")
+            monitor.print_assumed_forecast(run_config, command.tokens_per_sec, command.gpus, out)
+        return 0
+
+    return _guarded(body)
+
+
+COMMANDS: dict[str, tuple[Callable[[], int], str]] = {
+    "train": (train_main, "train a model; `torchrun … src/train_improved.py` does the same"),
+    "data": (data_main, "prepare a corpus as token shards"),
+    "generate": (generate_main, "continue a prompt with a trained model"),
+    "estimate": (estimate_main, "how long training takes"),
+}
+
+
+def _parse(
+    kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
+) -> T:
+    return tyro.cli(
+        kind,
+        args=arguments,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        use_underscores=True,
+        console_outputs=speak,
+        config=[tyro.conf.OmitArgPrefixes],
+    )
+
+
+def _guarded(body: Callable[[], int], speak: bool = True) -> int:
+    """The exit code of `body`; what a user can mend is one line, from one process."""
+    try:
+        return body()
+    except UserError as error:
+        if speak:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+
+
+def _without(arguments: Sequence[str], *flags: str) -> list[str]:
+    """`arguments` without these flags and their values, in either spelling."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name, has_value, _ = argument.replace("-", "_").partition("=")
+        if name in {flag.replace("-", "_") for flag in flags}:
+            skip = not has_value
+        elif skip:
+            skip = False
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)

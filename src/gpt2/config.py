@@ -1,0 +1,444 @@
+"""What a run is: frozen dataclasses, presets, overlays and the numbers derived from them. Pure.
+
+Each part holds the flags of one concern: their names, types, defaults and help stand here and
+nowhere else. `None` means off.
+"""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from gpt2 import tokenizer
+from gpt2.errors import ConfigError
+from gpt2.schedule import Schedule
+
+PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_at_least(part: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        _require(
+            value is None or value >= minimum,
+            f"{name}={value} is too small; it must be {minimum} or more",
+        )
+
+
+def _nearest_multiples(value: int, base: int) -> str:
+    below = value // base * base
+    return f"{below} or {below + base}" if below else str(base)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture (Radford et al. 2019, table 2)."""
+
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """attention heads per block"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    vocab_size: int = 50304
+    """rows of the embedding: the tokeniser's 50257, padded to a multiple of 128"""
+    block_size: int = 1024
+    """context length in tokens"""
+    dropout: float = 0.0
+    """dropout probability; GPT-2's pretraining runs well without"""
+    bias: bool = True
+    """biases in linear layers and layer norms, as in GPT-2"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size")
+        _require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+            f"nearest: {_nearest_multiples(self.n_embd, self.n_head)}",
+        )
+        _require(
+            self.vocab_size >= tokenizer.VOCAB_SIZE,
+            f"vocab_size={self.vocab_size} is smaller than the tokeniser's "
+            f"{tokenizer.VOCAB_SIZE}; use 50304",
+        )
+        _require(
+            0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and less than 1"
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and in which portions."""
+
+    data_root: Path = Path("data/fineweb_edu")
+    """folder of token shards with their manifest.json"""
+    total_batch_size: int = 524288
+    """tokens per optimiser step, over all ranks"""
+    mini_batch_size: int = 64
+    """rows of block_size tokens that one rank takes through the model at once"""
+    epochs: int = 5
+    """passes over the training split"""
+    max_steps: int | None = None
+    """stop after this many steps, whatever the epochs say"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate and its schedule (Brown et al. 2020, appendix B)."""
+
+    learning_rate: float = 6e-4
+    """peak learning rate"""
+    min_lr_ratio: float = 0.1
+    """final learning rate as a share of the peak"""
+    warmup_steps: int = 715
+    """steps of linear warm-up"""
+    decay_steps: int | None = None
+    """step at which the cosine decay ends; None is the end of the run"""
+    weight_decay: float = 0.1
+    """decay of the matrices; biases and layer norms are never decayed"""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment"""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment"""
+    grad_clip: float | None = 1.0
+    """largest norm of the global gradient"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
+        _require_at_least(self, 1, "decay_steps")
+        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be more than 0")
+        _require(
+            self.grad_clip is None or self.grad_clip > 0,
+            f"grad_clip={self.grad_clip} must be more than 0, or None for no clipping",
+        )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name}={value} must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where a run starts from and how it is kept."""
+
+    resume: str | None = None
+    """continue a run: latest, best, a step, or a path; `latest` in an empty folder starts fresh"""
+    init_from: str = "scratch"
+    """weights of a new run: scratch, or a checkpoint's path; `resume` is --resume latest"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder of this run's checkpoints and status.json"""
+    checkpoint_interval: int | None = 250
+    """steps between checkpoints; the last step and a stopped run are always saved"""
+    keep_last: int = 10
+    """newest checkpoints to keep; the best one is kept beside them"""
+    trust_checkpoint: bool = False
+    """unpickle a checkpoint that this user did not write: it can run any code"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "checkpoint_interval", "keep_last")
+        _require(
+            self.resume is None or self.init_from in ("scratch", "resume"),
+            f"--resume {self.resume} and --init_from {self.init_from} both say where the weights "
+            "come from; give one of them",
+        )
+
+    @property
+    def resume_from(self) -> str | None:
+        """The checkpoint to continue, `--init_from resume` included."""
+        return "latest" if self.init_from == "resume" and self.resume is None else self.resume
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How a run is judged while it trains."""
+
+    eval_interval: int | None = 250
+    """steps between validations; also before the first step and after the last"""
+    eval_batches: int = 20
+    """validation rows, counted in batches of total_batch_size tokens"""
+    sample_interval: int | None = 250
+    """steps between generated samples; also after the last step"""
+    sample_prompt: str = "Hello, I'm a language model,"
+    """what the samples continue"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "eval_interval", "eval_batches", "sample_interval")
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Where the run can be watched."""
+
+    log_dir: Path = Path("logs")
+    """folder of log.txt, to which every run is appended"""
+    runs_dir: Path = Path("runs")
+    """folder of TensorBoard's runs"""
+    use_tensorboard: bool = False
+    """write curves, samples and hyper-parameters for TensorBoard"""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What the run computes with."""
+
+    device: str = "auto"
+    """auto, cpu, cuda; auto takes the GPUs if there are any"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """autocast type of the matrix products; auto is bfloat16 where the hardware has it"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto is on for CUDA"""
+    seed: int = 1337
+    """seed of the weights, the dropout and the order of the data"""
+    deterministic: bool = False
+    """bit-identical runs on CUDA too, at some cost in speed"""
+    keep_freed_memory: bool = True
+    """on CPU, glibc keeps freed buffers for the next step instead of unmapping them"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "seed")
+        _require(
+            self.device in ("auto", "cpu", "cuda"),
+            f"device={self.device} is unknown; choose auto, cpu or cuda "
+            "(one GPU of several: CUDA_VISIBLE_DEVICES=2)",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, complete. Raises ConfigError when its parts cannot work together."""
+
+    preset: PresetName = "gpt2-124m"
+    """a complete configuration; other flags override it"""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
+    machine: MachineConfig = MachineConfig()
+
+    def __post_init__(self) -> None:
+        total, block = self.data.total_batch_size, self.model.block_size
+        _require(
+            total % block == 0,
+            f"total_batch_size={total} is not a multiple of block_size={block}; "
+            f"nearest: {_nearest_multiples(total, block)}",
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of block_size tokens in one optimiser step, over all ranks."""
+        return self.data.total_batch_size // self.model.block_size
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of one validation, before the split's own size limits them."""
+        return self.evaluation.eval_batches * self.rows_per_step
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-batches per step of the rank with the largest share of the rows."""
+        largest_share = -(-self.rows_per_step // world_size)
+        return -(-largest_share // self.data.mini_batch_size)
+
+    def total_steps(self, rows_per_epoch: int) -> int:
+        """Steps of the whole run: enough to see every row of the last epoch."""
+        if self.data.max_steps is not None:
+            return self.data.max_steps
+        return -(-self.data.epochs * rows_per_epoch // self.rows_per_step)
+
+    def lr_schedule(self, total_steps: int) -> Schedule:
+        """The learning-rate curve of a run of `total_steps`."""
+        optim = self.optim
+        return Schedule(
+            peak=optim.learning_rate,
+            floor=optim.learning_rate * optim.min_lr_ratio,
+            warmup_steps=optim.warmup_steps,
+            decay_steps=optim.decay_steps or total_steps,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as checkpoints and logs keep them."""
+        return {
+            key: _plain(value)
+            if not isinstance(value, dict)
+            else {inner: _plain(item) for inner, item in value.items()}
+            for key, value in asdict(self).items()
+        }
+
+
+# What a checkpoint fixes: with other values its weights do not fit, or the tokens of step N would
+# be others than those the run has seen.
+FIXED_BY_CHECKPOINT = (
+    *(f"model.{part.name}" for part in fields(ModelConfig) if part.name != "dropout"),
+    "data.total_batch_size",
+    "machine.seed",
+)
+# What the course of training depends on: free to change at a resume, but never silently.
+NOTED_AT_RESUME = (
+    "model.dropout",
+    *(f"optim.{part.name}" for part in fields(OptimConfig)),
+    "machine.dtype",
+)
+
+
+def changed(
+    old: Mapping[str, Any], new: RunConfig, names: tuple[str, ...]
+) -> list[tuple[str, Any, Any]]:
+    """(name, old value, new value) of each field in `names` that a stored config has otherwise.
+
+    A field that the stored config lacks is one that did not exist when it was written; it counts
+    as unchanged.
+    """
+    rows = []
+    plain = new.to_dict()
+    for name in names:
+        part, field = name.split(".")
+        if field in old.get(part, {}) and old[part][field] != plain[part][field]:
+            rows.append((field, old[part][field], plain[part][field]))
+    return rows
+
+
+def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """`config` with other values, by name: `learning_rate` and `optim.learning_rate` both work.
+
+    Values may be nested by part, as in a TOML file. Raises ConfigError for an unknown name, with
+    the nearest known ones, and for a value of the wrong type.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in _flatten(values):
+        owner, field, hint = _locate(name)
+        parts.setdefault(owner, {})[field] = _coerce(name, value, hint)
+    top = parts.pop("", {})
+    changed_parts = {owner: replace(getattr(config, owner), **new) for owner, new in parts.items()}
+    return replace(config, **top, **changed_parts)
+
+
+def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
+    """`config` with the values of a TOML document; `source` names it in errors."""
+    try:
+        return overlay(config, tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def preset(name: str) -> RunConfig:
+    """The preset of that name; raises ConfigError with the nearest names if there is none."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f"preset={name} is unknown{suggestion(name, list(PRESETS))}; "
+            f"there are {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def _gpt2(
+    name: PresetName, n_layer: int, n_head: int, n_embd: int, rate: float, rows: int
+) -> RunConfig:
+    """Shapes from Radford et al. 2019, table 2; rates from Brown et al. 2020, table 2.1."""
+    return RunConfig(
+        preset=name,
+        model=ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
+        data=DataConfig(mini_batch_size=rows),
+        optim=OptimConfig(learning_rate=rate),
+    )
+
+
+PRESETS: dict[str, RunConfig] = {
+    "gpt2-124m": _gpt2("gpt2-124m", 12, 12, 768, 6e-4, 64),
+    "gpt2-350m": _gpt2("gpt2-350m", 24, 16, 1024, 3e-4, 32),
+    "gpt2-774m": _gpt2("gpt2-774m", 36, 20, 1280, 2.5e-4, 16),
+    "gpt2-1558m": _gpt2("gpt2-1558m", 48, 25, 1600, 2e-4, 8),
+    # Three minutes on two CPU cores, on text that is on every machine; folders of its own, so that
+    # the real run that follows finds its own empty.
+    "demo": RunConfig(
+        preset="demo",
+        model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128),
+        data=DataConfig(
+            data_root=Path("data/python_stdlib"),
+            total_batch_size=2048,
+            mini_batch_size=8,
+            max_steps=200,
+        ),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
+        checkpoint=CheckpointConfig(
+            checkpoint_dir=Path("checkpoints/demo"), checkpoint_interval=50, keep_last=3
+        ),
+        evaluation=EvalConfig(
+            eval_interval=50, eval_batches=8, sample_interval=100, sample_prompt="def"
+        ),
+    ),
+}
+
+
+@cache
+def _field_table() -> dict[str, tuple[str, Any]]:
+    """Field name -> (the part that owns it, its type); "" owns the fields of RunConfig itself."""
+    table: dict[str, tuple[str, Any]] = {}
+    for name, hint in get_type_hints(RunConfig).items():
+        if is_dataclass(hint):
+            for inner, inner_hint in get_type_hints(hint).items():
+                assert inner not in table, f"two parts have a field {inner}: flags would clash"
+                table[inner] = (name, inner_hint)
+        else:
+            table[name] = ("", hint)
+    return table
+
+
+def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += [(f"{name}.{inner}", item) for inner, item in value.items()]
+        else:
+            rows.append((name, value))
+    return rows
+
+
+def _locate(name: str) -> tuple[str, str, Any]:
+    part, _, field = name.replace("-", "_").rpartition(".")
+    owner, hint = _field_table().get(field, ("", None))
+    if hint is None or (part and part != owner):
+        raise ConfigError(f"unknown option {name}{suggestion(field, list(_field_table()))}")
+    return owner, field, hint
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of its field: whole floats to int, text to Path, "None" to None."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value in ("None", "none")):
+        return None
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is Path and isinstance(value, str | Path):
+            return Path(value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if type(value) is option:
+            return value
+    wanted = " or ".join(
+        repr(get_args(option)) if get_origin(option) is Literal else option.__name__
+        for option in options
+    )
+    raise ConfigError(f"{name}={value!r} does not fit; needed: {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def suggestion(given: str, known: list[str]) -> str:
+    """`; did you mean …?` with the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(given, known, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

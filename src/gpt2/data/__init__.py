@@ -1,0 +1,1 @@
+"""From documents to shards to the rows of a step."""

@@ -1,0 +1,95 @@
+"""Which rows a step trains on: a pure function of (shard sizes, seed, step). Pure.
+
+A row is `block_size` inputs with their targets. The shards of a split, one after another, form an
+epoch's list of rows; the lists of epochs 0, 1, 2, … follow each other without end, and step N takes
+the N-th portion of `rows_per_step` rows. Nothing is stored to get back to a position.
+
+Rows are given as an array (R, 2) of int64: shard index, row index within the shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless list of training rows, cut into steps.
+
+    `rows_per_shard` is in name order, `rows_per_step` the rows of one step over all ranks.
+    """
+
+    rows_per_shard: tuple[int, ...]
+    rows_per_step: int
+    seed: int
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        return sum(self.rows_per_shard)
+
+    def epoch_at(self, step: int) -> int:
+        """The epoch of the first row of the update that follows `step` finished updates."""
+        return step * self.rows_per_step // self.rows_per_epoch
+
+    def first_step_of(self, epoch: int) -> int:
+        """The first step whose first row belongs to `epoch`."""
+        return -(-epoch * self.rows_per_epoch // self.rows_per_step)
+
+    def shards_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Shard indices in the order that `epoch` reads them; name order in epoch 0."""
+        count = len(self.rows_per_shard)
+        if epoch == 0:
+            return np.arange(count, dtype=np.int64)
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(count)
+
+    def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
+        """The rows of `rank` in the update that follows `step` finished updates."""
+        mine = share(self.rows_per_step, rank, world_size)
+        first = step * self.rows_per_step
+        positions = np.arange(first + mine.start, first + mine.stop, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.rows_per_epoch)
+        return np.concatenate(
+            [self._locate(int(epoch), offsets[epochs == epoch]) for epoch in np.unique(epochs)]
+        )
+
+    def _locate(self, epoch: int, offsets: npt.NDArray[np.int64]) -> Rows:
+        return _locate(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
+
+
+def share(count: int, rank: int, world_size: int) -> range:
+    """The contiguous share of `rank` in `count` things; shares differ in size by at most one."""
+    small, larger_ranks = divmod(count, world_size)
+    start = rank * small + min(rank, larger_ranks)
+    return range(start, start + small + (rank < larger_ranks))
+
+
+def micro_batches(rows: Rows, mini_batch_size: int) -> Iterator[Rows]:
+    """`rows` in portions of at most `mini_batch_size`."""
+    for start in range(0, len(rows), mini_batch_size):
+        yield rows[start : start + mini_batch_size]
+
+
+def spread(rows_per_shard: tuple[int, ...], count: int) -> Rows:
+    """`count` rows at even distances over the whole split (all of them if there are fewer)."""
+    total = sum(rows_per_shard)
+    count = min(count, total)
+    offsets = np.arange(count, dtype=np.int64) * total // max(count, 1)
+    shards = np.arange(len(rows_per_shard), dtype=np.int64)
+    return _locate(np.asarray(rows_per_shard), shards, offsets)
+
+
+def _locate(
+    rows_per_shard: npt.NDArray[np.int64],
+    shards: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+) -> Rows:
+    """Positions in the list that reads `shards` in this order, as (shard, row)."""
+    ends = np.cumsum(rows_per_shard[shards])
+    slots = np.searchsorted(ends, offsets, side="right")
+    rows = offsets - (ends - rows_per_shard[shards])[slots]
+    return np.stack([shards[slots], rows], axis=1)

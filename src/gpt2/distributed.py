@@ -1,0 +1,262 @@
+"""Processes of one run: who they are, where they compute and how they agree.
+
+The only reader of the variables that torchrun sets. A run without torchrun is a world of one, in
+which every collective is the identity.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpt2 import estimate
+from gpt2.config import MachineConfig
+from gpt2.errors import ConfigError
+
+T = TypeVar("T")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together.
+
+    Control messages (objects, flags) go over gloo on the CPU and never wait for the GPU; gradients
+    and losses go over NCCL where there is CUDA.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def to_device(self, *arrays: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """The arrays as tensors on this rank's device; the host does not wait for the copy."""
+        tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        if self.device.type == "cuda":
+            return tuple(part.pin_memory().to(self.device, non_blocking=True) for part in tensors)
+        return tuple(tensors)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, value: int) -> int:
+        """The largest `value` of any rank, known to all."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
+    def gather(self, value: float) -> list[float]:
+        """Each rank's `value`, in rank order, known to all."""
+        if self.size == 1:
+            return [value]
+        boxes = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(boxes, torch.tensor(value, dtype=torch.float64))
+        return [float(box) for box in boxes]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Each rank's object on rank 0, an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        boxes: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, boxes)
+        return boxes or []
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """The result of `function`, called on rank 0 alone; its exception is raised everywhere."""
+        if self.size == 1:
+            return function()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        result: T = box[0]
+        return result
+
+    def barrier(self) -> None:
+        self.highest(0)
+
+
+def env_rank() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) as torchrun gives them."""
+    read = os.environ.get
+    return (
+        int(read("RANK", "0")),
+        int(read("WORLD_SIZE", "1")),
+        int(read("LOCAL_RANK", "0")),
+        int(read("LOCAL_WORLD_SIZE", "1")),
+    )
+
+
+@contextmanager
+def join(config: MachineConfig) -> Iterator[World]:
+    """Joins the process group that torchrun started, for as long as the block runs.
+
+    Raises ConfigError if the device is not there or there are more ranks than GPUs.
+    """
+    rank, size, local_rank, local_size = env_rank()
+    device = _device(config.device, local_rank, local_size)
+    world = World(rank, size, local_rank, local_size, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        if local_size > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if config.keep_freed_memory:
+            _keep_freed_memory()
+    if config.deterministic:
+        _make_deterministic()
+    if size == 1:
+        yield world
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
+    yield world
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM, so that the loop can end at a step's boundary.
+
+    A second one acts as if nothing had been installed: Ctrl+C twice leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def request(self, number: int) -> None:
+        """A stop for another reason than a signal; 0 is none."""
+        self.number = max(self.number, number)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.request(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class DeviceTimer:
+    """Time that the device needed from its creation to `lap`, without stopping the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        self.lap()
+
+    def lap(self) -> None:
+        if self._on_cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def elapsed_s(self) -> float:
+        """Seconds between the first mark and the last; on CUDA both must have passed."""
+        first, last = self._marks[0], self._marks[-1]
+        return float(first.elapsed_time(last)) / 1000 if self._on_cuda else last - first
+
+
+def gpu_usage(device: torch.device) -> dict[str, float]:
+    """Memory (GB) and, where NVIDIA's library is installed, utilisation (%) of a CUDA device."""
+    if device.type != "cuda":
+        return {}
+    usage = {
+        "memory_gb": torch.cuda.memory_allocated(device) / 1e9,
+        "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+    }
+    with contextlib.suppress(ImportError, RuntimeError):
+        usage["utilisation_percent"] = float(torch.cuda.utilization(device))
+    return usage
+
+
+def peak_flops(world: World, dtype: torch.dtype) -> float:
+    """FLOP/s of all devices together: the makers' figure, or a short measurement of `dtype` matrix
+    products where the device is not in the table."""
+    if world.device.type == "cuda":
+        known = estimate.known_peak_flops(torch.cuda.get_device_name(world.device))
+        if known is not None:
+            return known * world.size
+    side, repeats = 1024, 8
+    matrix = torch.ones(side, side, dtype=dtype, device=world.device)
+    float((matrix @ matrix)[0, 0])  # warm-up, and reading an element waits for the device
+    started = time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    float(product[0, 0])
+    return sum(world.gather(repeats * 2 * side**3 / (time.perf_counter() - started)))
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices; elsewhere that is emulated and slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
+    gpus = torch.cuda.device_count()
+    if local_size > gpus:
+        raise ConfigError(
+            f"{local_size} ranks on a machine with {gpus} GPU{'s'[: gpus > 1]}; "
+            f"use --nproc_per_node={gpus}, or --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _keep_freed_memory() -> None:
+    """Stops glibc from giving freed buffers back to the kernel, which would have to clear and map
+    them again for every large tensor. Elsewhere (musl, macOS) there is nothing to set."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(option, value)
+
+
+def _make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

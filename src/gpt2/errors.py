@@ -1,0 +1,17 @@
+"""Errors that a user can mend. The command line prints them as one line and exits with 2."""
+
+
+class UserError(ValueError):
+    """Says what was given, what is needed and what to type."""
+
+
+class ConfigError(UserError):
+    """A flag, a configuration file or their combination cannot work."""
+
+
+class DataError(UserError):
+    """Training data is missing, incomplete or does not fit the run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, not trusted, or contradicts the run."""

@@ -1,0 +1,68 @@
+"""Arithmetic of a run: FLOPs, utilisation, parameters, time. Pure."""
+
+from gpt2.config import ModelConfig
+
+# Dense bfloat16 matrix rate per GPU in FLOP/s, from the makers' data sheets. Longer names first:
+# the first one that occurs in the device's name counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "A6000": 155e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
+    "RTX 3090": 71e12,
+    "RTX 3080": 60e12,
+}
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Weights of the model; the output head shares the token embedding."""
+    width, layers = model.n_embd, model.n_layer
+    matrices = 12 * width * width * layers
+    norms = (2 * layers + 1) * width
+    biases = (layers * (9 + 2) + 1) * width if model.bias else 0
+    return model.vocab_size * width + model.block_size * width + matrices + norms + biases
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """FLOPs of forward and backward for one token.
+
+    6 per weight that takes part in a matrix product, and 12 · layers · width · context for
+    attention (Chowdhery et al. 2022, PaLM, appendix B). The position embedding is a look-up and
+    does not count; the token embedding does, as the output head.
+    """
+    weights = parameter_count(model) - model.block_size * model.n_embd
+    return 6.0 * weights + 12.0 * model.n_layer * model.n_embd * model.block_size
+
+
+def mfu(tokens_per_s: float, model: ModelConfig, peak_flops: float) -> float:
+    """Model FLOPs utilisation: the share of `peak_flops` (FLOP/s of all devices) that is used."""
+    return tokens_per_s * flops_per_token(model) / peak_flops
+
+
+def known_peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by its name, or None if the table lacks it."""
+    return next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def duration(seconds: float) -> str:
+    """`8d 21h`, `3h 05m`, `4m 10s` or `7s`: the two largest units."""
+    total = max(0, round(seconds))
+    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    if minutes:
+        return f"{minutes}m {total % 60:02d}s"
+    return f"{total}s"

@@ -1,0 +1,247 @@
+"""What a run tells of itself: console, log file, TensorBoard. Silent off rank 0.
+
+Steps are counted in finished updates: `step 250` is the 250th update, after which the validation of
+step 250 is measured and `step_000250.pt` is written. A new sink is one class with the methods of
+`Sink` and one line in `Metrics.open`.
+"""
+
+import re
+import statistics
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpt2.estimate import duration
+
+RECENT_STEPS = 50  # what "recent" means for the time left
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished update."""
+
+    step: int
+    epoch: int
+    loss: float
+    """mean over the global batch, nats per token"""
+    learning_rate: float
+    grad_norm: float
+    elapsed_s: float
+    tokens_per_s: float
+    mfu: float
+    rank_s: list[float]
+    """each rank's own time until it waits for the others' gradients"""
+    gpu: dict[str, float] = field(default_factory=dict)
+    """memory and utilisation, where there is CUDA"""
+    steps_left: int = 0
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def step(self, record: StepRecord, left_s: float | None) -> None: ...
+    def validation(self, step: int, epoch: int, loss: float) -> None: ...
+    def samples(self, step: int, texts: list[str]) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Hands each record to every sink; without sinks (off rank 0) it does nothing."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+        self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def step(self, record: StepRecord) -> None:
+        self._recent_s.append(record.elapsed_s)
+        left_s = record.steps_left * statistics.median(self._recent_s)
+        for sink in self._sinks:
+            sink.step(record, left_s if record.steps_left else None)
+
+    def validation(self, step: int, epoch: int, loss: float) -> None:
+        for sink in self._sinks:
+            sink.validation(step, epoch, loss)
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        for sink in self._sinks:
+            sink.samples(step, texts)
+
+    def message(self, text: str) -> None:
+        for sink in self._sinks:
+            sink.message(text)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class Console:
+    """Standard output."""
+
+    def step(self, record: StepRecord, left_s: float | None) -> None:
+        self.message(step_line(record, left_s, digits=3))
+
+    def validation(self, step: int, epoch: int, loss: float) -> None:
+        self.message(f"step {step} | epoch {epoch} | val loss: {loss:.4f}")
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        self.message(_sample_block(step, texts))
+
+    def message(self, text: str) -> None:
+        # One write per line, so that other processes' output cannot cut it in two.
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class LogFile:
+    """`log.txt`: every run appended to the ones before, losses with six digits."""
+
+    def __init__(self, path: Path, run_name: str, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self.message(f"# run {run_name} | from step {step} | {datetime.now():%Y-%m-%d %H:%M:%S}")
+
+    def step(self, record: StepRecord, left_s: float | None) -> None:
+        self.message(step_line(record, left_s, digits=6))
+
+    def validation(self, step: int, epoch: int, loss: float) -> None:
+        self.message(f"step {step} | epoch {epoch} | val loss: {loss:.6f}")
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        self.message(_sample_block(step, texts))
+
+    def message(self, text: str) -> None:
+        self._file.write(text + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Curves, samples and hyper-parameters of one run folder.
+
+    After a resume, what an earlier process wrote beyond `step` is purged: the curves go on without
+    an overlapping piece.
+    """
+
+    def __init__(self, folder: Path, hparams: dict[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
+        from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if step == 0:
+            # SummaryWriter.add_hparams would open a second run folder: write into this one.
+            file_writer: Any = self._writer.file_writer
+            for summary in hparams_summaries(_hparam_values(hparams), {"loss/val": 0.0}):  # type: ignore[no-untyped-call]
+                file_writer.add_summary(summary)
+
+    def step(self, record: StepRecord, left_s: float | None) -> None:
+        scalars = {
+            "loss/train": record.loss,
+            "train/learning_rate": record.learning_rate,
+            "train/grad_norm": record.grad_norm,
+            "train/epoch": record.epoch,
+            "speed/tokens_per_s": record.tokens_per_s,
+            "speed/step_ms": record.elapsed_s * 1000,
+            "speed/mfu": record.mfu,
+            **{f"speed/rank_{rank}_ms": time_s * 1000 for rank, time_s in enumerate(record.rank_s)},
+            **{f"gpu/{name}": value for name, value in record.gpu.items()},
+        }
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record.step)
+
+    def validation(self, step: int, epoch: int, loss: float) -> None:
+        self._writer.add_scalar("loss/val", loss, step)
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        blocks = "\n\n".join(
+            "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n---" for text in texts
+        )  # markdown: four spaces is verbatim
+        self._writer.add_text("samples", blocks, step)
+        self._writer.flush()
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def step_line(record: StepRecord, left_s: float | None, digits: int) -> str:
+    """`step 19074 | epoch 1 | loss: 3.445 | lr: 6.0e-04 | norm: 0.85 | dt: 9500ms | tok/sec: …`"""
+    line = (
+        f"step {record.step} | epoch {record.epoch} | loss: {record.loss:.{digits}f} | "
+        f"lr: {record.learning_rate:.1e} | norm: {record.grad_norm:.2f} | "
+        f"dt: {record.elapsed_s * 1000:.0f}ms | tok/sec: {record.tokens_per_s:.0f}"
+    )
+    return line if left_s is None else f"{line} | eta: {duration(left_s)}"
+
+
+_STEP_LINE = re.compile(
+    r"step (?P<step>\d+) \| epoch \d+ \| loss: (?P<loss>\S+) .*"
+    r"\| dt: (?P<ms>\d+)ms \| tok/sec: (?P<speed>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What a step line of the log says."""
+
+    step: int
+    loss: float
+    elapsed_s: float
+    tokens_per_s: float
+
+
+def read_steps(path: Path, run_name: str) -> list[LoggedStep]:
+    """The last process's steps of a run in `log.txt`, in order; empty if it logged none."""
+    steps: list[LoggedStep] = []
+    ours = False
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        if line.startswith("# run "):
+            ours = line.startswith(f"# run {run_name} |")
+            if ours:
+                steps = []
+        elif ours and (found := _STEP_LINE.match(line)):
+            steps.append(
+                LoggedStep(
+                    step=int(found["step"]),
+                    loss=float(found["loss"]),
+                    elapsed_s=int(found["ms"]) / 1000,
+                    tokens_per_s=float(found["speed"]),
+                )
+            )
+    return steps
+
+
+def _sample_block(step: int, texts: list[str]) -> str:
+    blocks = [
+        f"step {step} | sample {number}:\n{_indented(text)}" for number, text in enumerate(texts, 1)
+    ]
+    return "\n".join(blocks)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def _hparam_values(config: dict[str, Any]) -> dict[str, Any]:
+    """A nested config as flat values that TensorBoard takes."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _hparam_values(value)
+        else:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

@@ -1,0 +1,25 @@
+"""Models. A new one is one file here and one entry in `build`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from gpt2.config import ModelConfig
+from gpt2.model.gpt2 import GPT2
+
+
+def build(config: ModelConfig) -> GPT2:
+    """The model that `config` describes, freshly initialised from torch's CPU generator."""
+    return GPT2(config)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off within the block; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,154 @@
+"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, the head tied to the embedding.
+
+Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.config import ModelConfig
+
+
+class GPT2(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self._initialise()
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross entropy of `targets_BT` in nats, summed over all B · T targets: a float32 scalar.
+
+        Raises IndexError for more than block_size tokens in a row.
+        """
+        logits_BTV = self.logits(tokens_BT)
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"
+        )
+
+    def logits(self, tokens_BT: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
+        """Scores of the next token, (B, T, V), unnormalised.
+
+        With a cache, `tokens_BT` continues the tokens that went through it before.
+        """
+        start = cache.length if cache else 0
+        length = tokens_BT.size(1)
+        positions_T = torch.arange(start, start + length, device=tokens_BT.device)
+        x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_T)
+        x_BTD = self.dropout(x_BTD)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, layer, cache)
+        if cache:
+            cache.length += length
+        return F.linear(self.final_norm(x_BTD), self.token_embedding.weight)
+
+    def _initialise(self) -> None:
+        """N(0, 0.02), and the layers that write to the residual stream scaled down by the square
+        root of their number (Radford et al. 2019, section 2.3)."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, layer: int, cache: "KeyValueCache | None") -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), layer, cache)
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD
+
+
+class Attention(nn.Module):
+    """Causal self-attention through scaled_dot_product_attention: flash kernels on CUDA."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, layer: int, cache: "KeyValueCache | None") -> Tensor:
+        q_BHTK, k_BHTK, v_BHTK = (
+            part.unflatten(2, (self.n_head, -1)).transpose(1, 2)
+            for part in self.query_key_value(x_BTD).chunk(3, dim=2)
+        )
+        mask = None
+        if cache:
+            k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)
+            mask = cache.causal_mask(q_BHTK.size(2))
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BHTK,
+            v_BHTK,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+        )
+        y_BTD = y_BHTK.transpose(1, 2).flatten(2)
+        out_BTD: Tensor = self.residual_dropout(self.out(y_BTD))
+        return out_BTD
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTD = F.gelu(self.up(x_BTD), approximate="tanh")
+        out_BTD: Tensor = self.dropout(self.down(hidden_BTD))
+        return out_BTD
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens so far, one (B, H, T, K) buffer per layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    @classmethod
+    def empty(cls, model: GPT2, batch_size: int) -> "KeyValueCache":
+        config, weight = model.config, model.token_embedding.weight
+        width = config.n_embd // config.n_head
+        shape = (batch_size, config.n_head, config.block_size, width)
+        return cls(
+            keys=[weight.new_empty(shape) for _ in range(config.n_layer)],
+            values=[weight.new_empty(shape) for _ in range(config.n_layer)],
+        )
+
+    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values behind the old ones; returns all of them."""
+        end = self.length + k_BHTK.size(2)
+        self.keys[layer][:, :, self.length : end] = k_BHTK
+        self.values[layer][:, :, self.length : end] = v_BHTK
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def causal_mask(self, new: int) -> Tensor:
+        """(new, length + new): each new token sees all before it and itself."""
+        mask = torch.ones(new, self.length + new, dtype=torch.bool, device=self.keys[0].device)
+        return mask.tril(self.length)

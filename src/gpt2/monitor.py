@@ -1,0 +1,242 @@
+"""What a person sees of runs on disk: the table of checkpoints, the forecast of the end."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gpt2 import checkpoint, estimate, metrics, status
+from gpt2.config import RunConfig
+from gpt2.data.order import Order
+from gpt2.data.shards import Manifest
+from gpt2.errors import DataError
+from gpt2.estimate import duration
+
+DEVICE_COUNTS = (1, 2, 4, 8)
+SHOWN_EPOCHS = 10
+# What is assumed where there is neither a run nor data to go by.
+ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
+ASSUMED_TOKENS, ASSUMED_SHARDS = 9_900_000_000, 99
+
+
+def console() -> Console:
+    """A console whose tables are not squeezed into 80 columns where the output is a file."""
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=160)
+
+
+def run_folders(root: Path, mark: str) -> list[Path]:
+    """`root` and the folders below it that hold a file matching `mark`, sorted."""
+    return sorted({path.parent for path in root.rglob(mark)}) if root.is_dir() else []
+
+
+def print_checkpoints(root: Path, out: Console) -> None:
+    """The finished checkpoints in `root` and the folders below it, from the sidecars alone."""
+    folders = [path for path in run_folders(root, "step_*.json") if _table_rows(path)]
+    if not folders:
+        out.print(f"No checkpoints in {root}")
+        return
+    for folder in folders:
+        table = _table(
+            f"Checkpoints in {folder}",
+            "step",
+            "epoch",
+            "train loss",
+            "val loss",
+            "best",
+            "size",
+            "age",
+            "path",
+        )
+        for row in _table_rows(folder):
+            table.add_row(*row)
+        out.print(table)
+
+
+def _table_rows(folder: Path) -> list[tuple[str, ...]]:
+    complete = checkpoint.list_checkpoints(folder)
+    best = checkpoint.find_best(complete)
+    return [
+        (
+            f"{item.facts.step}",
+            f"{item.facts.epoch}",
+            _loss(item.facts.train_loss),
+            _loss(item.facts.val_loss),
+            "*" if item is best else "",
+            f"{item.sidecar.bytes / 1e6:,.1f} MB",
+            duration(time.time() - item.sidecar.time),
+            str(item.path),
+        )
+        for item in complete
+    ]
+
+
+def newest_run(root: Path) -> status.Status | None:
+    """The status that was written last in `root` or below it."""
+    found = [status.read(folder) for folder in run_folders(root, status.NAME)]
+    return max((item for item in found if item), key=lambda item: item.time, default=None)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Where a run is and how fast it goes."""
+
+    order: Order
+    step: int
+    total_steps: int
+    step_s: float
+    tokens_per_s: float
+    devices: int
+    checkpoint_interval: int | None
+
+    @property
+    def left_s(self) -> float:
+        return (self.total_steps - self.step) * self.step_s
+
+
+def print_run_forecast(run: status.Status, out: Console) -> None:
+    """Progress, speed, time left, milestones and the same on other numbers of devices."""
+    plan = run.plan
+    steps = metrics.read_steps(Path(plan.log_file), plan.run_name)
+    step = max(run.step, steps[-1].step if steps else 0)
+    devices = f"{plan.world_size} × {plan.device}"
+    age = duration(time.time() - run.time)
+    reason = f" ({run.reason})" if run.reason else ""
+    out.print(f"Run {plan.run_name} on {devices}: {run.state}{reason}, status written {age} ago")
+    tokens = step * plan.rows_per_step * plan.block_size
+    out.print(
+        f"Progress: step {step:,} of {plan.total_steps:,} ({step / plan.total_steps:.1%}), "
+        f"epoch {step * plan.rows_per_step / plan.rows_per_epoch:.2f}, {tokens:,} tokens"
+    )
+    recent = steps[-metrics.RECENT_STEPS :]
+    if not recent:
+        out.print("No step is logged yet: ask again when the first lines are in the log")
+        return
+    forecast = Forecast(
+        order=Order((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
+        step=step,
+        total_steps=plan.total_steps,
+        step_s=statistics.median(item.elapsed_s for item in recent),
+        tokens_per_s=statistics.median(item.tokens_per_s for item in recent),
+        devices=plan.world_size,
+        checkpoint_interval=plan.checkpoint_interval,
+    )
+    out.print(
+        f"Recent: {forecast.step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
+        f"(median of {len(recent)} steps; validation and saving come on top)"
+    )
+    _print_forecast(forecast, plan.device, out)
+
+
+def print_assumed_forecast(
+    config: RunConfig, tokens_per_s: float | None, gpus: int, out: Console
+) -> None:
+    """The forecast of a run that has not begun, and what it assumes."""
+    try:
+        manifest = Manifest.read(config.data.data_root)
+        tokens = manifest.tokens("train")
+        shards = sum(shard.split == "train" for shard in manifest.shards)
+        source = f"the data in {config.data.data_root}"
+    except DataError:
+        tokens, shards = ASSUMED_TOKENS, ASSUMED_SHARDS
+        source = "99 shards of 100 M tokens, as FineWeb-Edu sample-10BT gives"
+    if tokens_per_s is None:
+        peak = estimate.PEAK_FLOPS[ASSUMED_GPU] * gpus
+        tokens_per_s = ASSUMED_MFU * peak / estimate.flops_per_token(config.model)
+        speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
+    else:
+        speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
+    order = Order(
+        tuple([(tokens // shards - 1) // config.model.block_size] * shards),
+        config.rows_per_step,
+        config.machine.seed,
+    )
+    out.print(f"No run found: an estimate for --preset {config.preset}. Assumed:")
+    out.print(f"  data   {tokens:,} training tokens: {source}")
+    out.print(f"  speed  {speed} (--tokens_per_sec sets it)")
+    forecast = Forecast(
+        order=order,
+        step=0,
+        total_steps=config.total_steps(order.rows_per_epoch),
+        step_s=config.data.total_batch_size / tokens_per_s,
+        tokens_per_s=tokens_per_s,
+        devices=gpus,
+        checkpoint_interval=config.checkpoint.checkpoint_interval,
+    )
+    _print_forecast(forecast, "gpu", out)
+
+
+def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
+    if forecast.step >= forecast.total_steps:
+        out.print("The last step is reached.")
+    else:
+        out.print(f"Left: {duration(forecast.left_s)}, finish {_date(forecast.left_s)}")
+        out.print(_milestones(forecast))
+    out.print(_scaling(forecast, device))
+
+
+def _milestones(forecast: Forecast) -> Table:
+    table = _table("Milestones", "step", "what", "in", "date", left=("what",))
+    for step, what in _milestone_rows(forecast):
+        left_s = (step - forecast.step) * forecast.step_s
+        table.add_row(f"{step:,}", what, duration(left_s), _date(left_s))
+    return table
+
+
+def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
+    order, now, end = forecast.order, forecast.step, forecast.total_steps
+    rows = []
+    every = forecast.checkpoint_interval
+    if every and (following := (now // every + 1) * every) < end:
+        rows.append((following, "next checkpoint"))
+    epoch = order.epoch_at(now) + 1
+    boundaries = []
+    while (step := order.first_step_of(epoch)) < end:
+        boundaries.append((step, f"epoch {epoch} begins, shards reshuffled"))
+        epoch += 1
+    rows += boundaries[:SHOWN_EPOCHS]
+    if hidden := len(boundaries) - SHOWN_EPOCHS:
+        rows += [(boundaries[-1][0], f"… the last of {hidden} further epochs")] * (hidden > 0)
+    return [*sorted(rows), (end, "end of the run")]
+
+
+def _scaling(forecast: Forecast, device: str) -> Table:
+    table = _table(
+        f"On other numbers of {device}s (estimate: linear from {forecast.devices})",
+        f"{device}s",
+        "tokens/s",
+        "whole run",
+        "left",
+        "finish",
+    )
+    for count in DEVICE_COUNTS:
+        factor = forecast.devices / count
+        left_s = max(0.0, forecast.left_s) * factor
+        table.add_row(
+            f"{count}{' (this run)' if count == forecast.devices else ''}",
+            f"{forecast.tokens_per_s / factor:,.0f}",
+            duration(forecast.total_steps * forecast.step_s * factor),
+            duration(left_s),
+            _date(left_s) if left_s else "-",
+        )
+    return table
+
+
+def _table(title: str, *columns: str, left: tuple[str, ...] = ("path",)) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _date(left_s: float) -> str:
+    return f"{datetime.now() + timedelta(seconds=left_s):%a %Y-%m-%d %H:%M}"

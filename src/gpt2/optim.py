@@ -1,0 +1,32 @@
+"""The optimiser and its parameter groups."""
+
+import torch
+from torch import nn
+
+from gpt2.config import OptimConfig
+
+
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused; matrices and embeddings decay, vectors do not."""
+    parameters = [part for part in model.parameters() if part.requires_grad]
+    groups = [
+        {
+            "params": [part for part in parameters if part.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [part for part in parameters if part.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip(model: nn.Module, largest_norm: float | None) -> torch.Tensor:
+    """Scales the gradient down to `largest_norm`; returns its global L2 norm before."""
+    limit = float("inf") if largest_norm is None else largest_norm
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

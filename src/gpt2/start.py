@@ -1,0 +1,102 @@
+"""Where a run begins: afresh, with a checkpoint's weights, or where a checkpoint left off."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2 import checkpoint, config
+from gpt2.config import RunConfig
+from gpt2.distributed import World
+from gpt2.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint's state, with a checkpoint's weights, or afresh."""
+
+    path: Path | None = None
+    state: checkpoint.State | None = None
+    weights: dict[str, torch.Tensor] | None = None
+
+    @property
+    def step(self) -> int | None:
+        return None if self.state is None else self.state["progress"]["step"]
+
+    @classmethod
+    def find(cls, run_config: RunConfig, world: World) -> "Start":
+        settings = run_config.checkpoint
+        folder = settings.checkpoint_dir
+
+        def warn(text: str) -> None:
+            if world.is_main:
+                print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+        def locate() -> Path | None:
+            checkpoint.require_writable(folder)
+            if settings.resume_from is not None:
+                return checkpoint.find(folder, settings.resume_from, warn)
+            _require_fresh(folder)
+            return None
+
+        path = world.on_main(locate)
+        if path is not None:
+            state = checkpoint.load(path, trust=settings.trust_checkpoint, warn=warn)
+            return cls(path=path, state=state)
+        if settings.resume_from is not None:
+            warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
+        if settings.init_from in ("scratch", "resume"):
+            return cls()
+        source = checkpoint.find(folder, str(Path(settings.init_from)), warn)
+        assert source is not None
+        state = checkpoint.load(source, trust=settings.trust_checkpoint, warn=warn)
+        shape = tuple(name for name in config.FIXED_BY_CHECKPOINT if name.startswith("model."))
+        _refuse_contradictions(source, config.changed(state["config"], run_config, shape))
+        return cls(weights=state["model"])
+
+    def require_agreement(self, run_config: RunConfig, data_fingerprint: str) -> None:
+        """Raises CheckpointError if the run to continue was another one, field by field."""
+        if self.state is None or self.path is None:
+            return
+        rows = config.changed(self.state["config"], run_config, config.FIXED_BY_CHECKPOINT)
+        if self.state["data_fingerprint"] != data_fingerprint:
+            rows.append(("training data", self.state["data_fingerprint"], data_fingerprint))
+        made_with = self.state["config"]["preset"]
+        preset = "" if made_with == run_config.preset else f"it was made with --preset {made_with}"
+        _refuse_contradictions(self.path, rows, preset)
+
+    def notes(self, run_config: RunConfig, world: World) -> list[str]:
+        """What is not as it was when the checkpoint was written, though it may differ."""
+        assert self.state is not None
+        rows = config.changed(self.state["config"], run_config, config.NOTED_AT_RESUME)
+        notes = [f"{name}: {old} before, {new} from here" for name, old, new in rows]
+        ranks = len(self.state["rng"])
+        if ranks != world.size:
+            notes.append(f"Ranks: {ranks} before, {world.size} from here; the data is the same")
+            if run_config.model.dropout > 0:
+                notes.append("Dropout draws other numbers: its streams belong to the ranks")
+        return notes
+
+
+def _require_fresh(folder: Path) -> None:
+    """A new run must not mix with, or prune away, the checkpoints of an earlier one."""
+    earlier = checkpoint.list_checkpoints(folder)
+    if earlier:
+        raise CheckpointError(
+            f"{folder} holds {len(earlier)} checkpoints of an earlier run, up to step "
+            f"{earlier[-1].facts.step}; continue it with --resume latest, or keep a new run "
+            "elsewhere with --out_dir NAME"
+        )
+
+
+def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:
+    if rows:
+        listed = "\n".join(
+            f"  {name}: {old} in the checkpoint, {new} now" for name, old, new in rows
+        )
+        raise CheckpointError(
+            f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n{listed}\n"
+            "give the checkpoint's values, or start another run with --out_dir NAME"
+        )

@@ -1,0 +1,58 @@
+"""`status.json`: what a run is doing, for people, scripts and `estimate_training_time.py`."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpt2 import atomic
+
+NAME = "status.json"
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will do, as far as a forecast needs it."""
+
+    run_name: str
+    preset: str
+    total_steps: int
+    rows_per_step: int
+    rows_per_epoch: int
+    block_size: int
+    checkpoint_interval: int | None
+    world_size: int
+    device: str
+    log_file: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the run does now."""
+
+    plan: Plan
+    state: State
+    step: int
+    reason: str | None = None
+    host: str = ""
+    pid: int = 0
+    time: float = 0.0
+    """seconds since 1970, when this was written"""
+
+
+def write(folder: Path, plan: Plan, state: State, step: int, reason: str | None = None) -> None:
+    status = Status(plan, state, step, reason, socket.gethostname(), os.getpid(), time.time())
+    atomic.write_text(folder / NAME, json.dumps(asdict(status), indent=2) + "\n")
+
+
+def read(folder: Path) -> Status | None:
+    """The status in `folder`, or None if there is none that can be read."""
+    try:
+        values = json.loads((folder / NAME).read_text())
+        return Status(plan=Plan(**values.pop("plan")), **values)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,453 @@
+"""One training run: assembles data, model, optimiser, checkpoints and metrics; holds the loop.
+
+Steps are counted in finished updates: at step N, N updates are done and the next one trains on
+portion N of the data. What is due at N (validation, samples, a checkpoint) happens between them.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2 import checkpoint, distributed, estimate, generate, model, optim, status
+from gpt2.config import RunConfig
+from gpt2.data import corpora, order, prepare
+from gpt2.data.order import Order
+from gpt2.data.shards import MANIFEST, Manifest, ShardSet
+from gpt2.distributed import StopRequest, World
+from gpt2.errors import ConfigError, DataError
+from gpt2.evaluation.loss import validation_loss
+from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
+from gpt2.model.gpt2 import GPT2
+from gpt2.schedule import is_due, lr_at
+from gpt2.start import Start
+
+Answer = Literal["go", "prune", "stop"]
+Report = Callable[..., Answer]
+# Answers of `report` share a number line with signals, so that all ranks agree on one number.
+STOP, PRUNE = 1001, 1002
+
+
+def always_go(**_metrics: float) -> Answer:
+    """The `report` of a run that nobody steers."""
+    return "go"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    state: Literal["finished", "stopped", "pruned"]
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    exit_code: int
+
+
+@dataclass
+class Progress:
+    """What changes while a run trains, beside weights and optimiser; kept in every checkpoint."""
+
+    step: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    judged_step: int | None = None
+    """the step whose validation and samples are done"""
+
+
+def run(run_config: RunConfig, report: Report = always_go) -> Result:
+    """Trains as `run_config` says, from its beginning or from a checkpoint, to its end or a stop.
+
+    `report(step=…, loss=…)` and `report(step=…, val_loss=…)` are called on rank 0 and steer: "stop"
+    saves and returns, "prune" returns at once. Raises UserError for what the user can mend.
+    """
+    with distributed.join(run_config.machine) as world:
+        training = Training.assemble(run_config, world)
+        try:
+            result = training.loop(report)
+        except BaseException as error:
+            training.write_status("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            training.metrics.close()
+    return result
+
+
+class Training:
+    """A run that is ready to take its next step."""
+
+    @classmethod
+    def assemble(cls, run_config: RunConfig, world: World) -> "Training":
+        """Opens the data, finds where to start and builds what trains; nothing is changed on disk
+        before everything that could be refused has been checked."""
+        manifest = _open_data(run_config, world)
+        start = Start.find(run_config, world)
+        return cls(run_config, world, manifest, start)
+
+    def __init__(
+        self, run_config: RunConfig, world: World, manifest: Manifest, start: Start
+    ) -> None:
+        self.config, self.world, self.start = run_config, world, start
+        root, block_size = run_config.data.data_root, run_config.model.block_size
+        self.train_shards = ShardSet(root, manifest, "train", block_size)
+        self.val_shards = ShardSet(root, manifest, "val", block_size)
+        self.val_rows = order.spread(self.val_shards.rows_per_shard, run_config.eval_rows)
+        self.order = Order(
+            self.train_shards.rows_per_shard, run_config.rows_per_step, run_config.machine.seed
+        )
+        self.total_steps = run_config.total_steps(self.order.rows_per_epoch)
+        self.schedule = run_config.lr_schedule(self.total_steps)
+        self.data_fingerprint = manifest.fingerprint()
+        _require_enough_rows(run_config, world)
+        start.require_agreement(run_config, self.data_fingerprint)
+
+        dtype = _autocast_dtype(run_config, world)
+        self.autocast = torch.autocast(
+            world.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16
+        )
+        self.peak_flops = distributed.peak_flops(world, dtype)
+        self._build_model()
+        self.progress = Progress()
+        self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
+        if start.state is not None:
+            self._restore(start.state)
+        self.saved_step = self.progress.step if start.state is not None else None
+        self.run_name = world.on_main(lambda: self.run_name)
+        self.metrics = Metrics(self._sinks())
+        self.write_status("running")
+        self._introduce(manifest, dtype)
+
+    def loop(self, report: Report) -> Result:
+        """Trains until the last step or until somebody says stop."""
+        with StopRequest() as stop:
+            while self.progress.step < self.total_steps:
+                if reason := self.world.highest(stop.number):
+                    return self._stopped(reason)
+                self._judge_if_due(report, stop)
+                self._save_if_due()
+                self._announce_epoch()
+                record = self._train_step()
+                self.metrics.step(record)
+                self._ask(report, stop, step=record.step, loss=record.loss)
+            self._judge_if_due(report, stop, last=True)
+            return self._finished()
+
+    def _train_step(self) -> StepRecord:
+        """One update on portion `progress.step` of the data."""
+        started, world, step = time.perf_counter(), self.world, self.progress.step
+        timer = distributed.DeviceTimer(world.device)
+        rate = lr_at(step, self.schedule)
+        optim.set_learning_rate(self.optimizer, rate)
+        batch_tokens = self.config.data.total_batch_size
+        rows = self.order.rows(step, world.rank, world.size)
+        micros = list(order.micro_batches(rows, self.config.data.mini_batch_size))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        for number, micro in enumerate(micros, 1):
+            tokens_BT, targets_BT = world.to_device(*self.train_shards.read(micro))
+            with self._gradient_sync(last := number == len(micros)):
+                with self.autocast:
+                    loss = self.net(tokens_BT, targets_BT)
+                if last:
+                    timer.lap()
+                # DDP averages over ranks; the loss is the mean over the global batch.
+                (loss * (world.size / batch_tokens)).backward()
+            loss_sum += loss.detach()
+        grad_norm = optim.clip(self.model, self.config.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mean_loss = float(world.sum(loss_sum)) / batch_tokens
+        elapsed_s = time.perf_counter() - started
+        self.progress.step, self.progress.train_loss = step + 1, mean_loss
+        return StepRecord(
+            step=step + 1,
+            epoch=self.order.epoch_at(step),
+            loss=mean_loss,
+            learning_rate=rate,
+            grad_norm=float(grad_norm),
+            elapsed_s=elapsed_s,
+            tokens_per_s=batch_tokens / elapsed_s,
+            mfu=estimate.mfu(batch_tokens / elapsed_s, self.config.model, self.peak_flops),
+            rank_s=world.gather(timer.elapsed_s()),
+            gpu=distributed.gpu_usage(world.device),
+            steps_left=self.total_steps - step - 1,
+        )
+
+    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged once per step, with its last micro-batch."""
+        if last or not isinstance(self.net, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.net.no_sync()
+
+    def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> None:
+        """Validation and samples that belong to this step, unless they are done already."""
+        progress, settings = self.progress, self.config.evaluation
+        step = progress.step
+        if progress.judged_step == step:
+            return
+        if settings.eval_interval and (step == 0 or last or is_due(step, settings.eval_interval)):
+            loss = validation_loss(
+                self.local_net,
+                self.val_shards,
+                self.val_rows,
+                self.world,
+                self.config.data.mini_batch_size,
+                self.autocast,
+            )
+            progress.val_loss = loss
+            progress.best_val_loss = min(loss, progress.best_val_loss or loss)
+            self.metrics.validation(step, self._epoch(), loss)
+            self._ask(report, stop, step=step, val_loss=loss)
+        else:
+            progress.val_loss = None
+        sampled = settings.sample_interval and (last or is_due(step, settings.sample_interval))
+        if sampled and self.world.is_main:
+            seed = self.config.machine.seed + step
+            texts = generate.generate_text(self.model, settings.sample_prompt, seed=seed)
+            self.metrics.samples(step, texts)
+        progress.judged_step = step
+
+    def _ask(self, report: Report, stop: StopRequest, **metrics: float) -> None:
+        if self.world.is_main:
+            stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[report(**metrics)])
+
+    def _announce_epoch(self) -> None:
+        step = self.progress.step
+        if step == 0:
+            return
+        for epoch in range(self.order.epoch_at(step - 1), self.order.epoch_at(step)):
+            self.metrics.message(f"Completed Epoch {epoch}")
+            if step < self.total_steps:
+                count = len(self.train_shards.shards)
+                self.metrics.message(f"Shuffled {count} training shards for new epoch")
+                self.metrics.message(f"Starting Epoch {epoch + 1}")
+
+    def _epoch(self) -> int:
+        """The epoch of the last update (of the first one, before it)."""
+        return self.order.epoch_at(max(0, self.progress.step - 1))
+
+    def _save_if_due(self) -> None:
+        if is_due(self.progress.step, self.config.checkpoint.checkpoint_interval):
+            self._save()
+            self.write_status("running")
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this step unless there is one."""
+        step, settings = self.progress.step, self.config.checkpoint
+        if self.saved_step == step:
+            return
+        rng = self.world.gather_objects(checkpoint.rng_state(self.world.device))
+        self.saved_step = step
+        if not self.world.is_main:
+            return
+        plain_config = self.config.to_dict()
+        epoch, tokens = self._epoch(), step * self.config.data.total_batch_size
+        facts = checkpoint.Facts(
+            step=step,
+            epoch=epoch,
+            tokens=tokens,
+            train_loss=self.progress.train_loss,
+            val_loss=self.progress.val_loss if self.progress.judged_step == step else None,
+            world_size=self.world.size,
+            run_name=self.run_name,
+            config_digest=hashlib.sha256(json.dumps(plain_config).encode()).hexdigest()[:16],
+        )
+        state = {
+            "progress": asdict(self.progress),
+            "epoch": epoch,
+            "tokens": tokens,
+            "run_name": self.run_name,
+            "data_fingerprint": self.data_fingerprint,
+            "config": plain_config,
+            "rng": rng,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        path = checkpoint.save(
+            settings.checkpoint_dir,
+            state,
+            facts,
+            keep_last=settings.keep_last,
+            resumed_from=self.start.path,
+        )
+        self.metrics.message(f"Saved checkpoint: {path}")
+
+    def _stopped(self, reason: int) -> Result:
+        if reason == PRUNE:
+            self.write_status("stopped", "pruned")
+            return self._result("pruned")
+        self._save()
+        by = "on request" if reason == STOP else f"by signal {reason}"
+        self.metrics.message(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
+        self.write_status("stopped", by)
+        return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
+
+    def _finished(self) -> Result:
+        if self.saved_step == self.progress.step == self.start.step:
+            self.metrics.message(
+                f"Nothing to do: step {self.progress.step} of {self.total_steps} is reached; "
+                "raise --max_steps or --epochs to go on"
+            )
+        else:
+            self._announce_epoch()
+            self._save()
+        self.write_status("finished")
+        return self._result("finished")
+
+    def _result(
+        self, state: Literal["finished", "stopped", "pruned"], exit_code: int = 0
+    ) -> Result:
+        done = self.progress
+        return Result(
+            state, done.step, done.train_loss, done.val_loss, done.best_val_loss, exit_code
+        )
+
+    def _build_model(self) -> None:
+        """The model, the same on every rank; then random streams of (seed, rank)."""
+        machine, world = self.config.machine, self.world
+        torch.manual_seed(machine.seed)
+        self.model: GPT2 = model.build(self.config.model).to(world.device)
+        _seed_streams(machine.seed, world.rank)
+        if self.start.weights is not None:
+            self.model.load_state_dict(self.start.weights)
+        self.optimizer = optim.build(self.model, self.config.optim)
+        compiled = machine.compile == "on" or (
+            machine.compile == "auto" and world.device.type == "cuda"
+        )
+        self.local_net: nn.Module = self.model
+        if compiled:
+            self.local_net = cast(nn.Module, torch.compile(self.model))
+        self.net = self.local_net
+        if world.size > 1:
+            self.net = DistributedDataParallel(
+                self.local_net,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+
+    def _restore(self, state: checkpoint.State) -> None:
+        """Weights, optimiser, progress and random streams as they were at the checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.run_name = state["run_name"]
+        streams = state["rng"]
+        if len(streams) == self.world.size:
+            checkpoint.set_rng_state(streams[self.world.rank], self.world.device)
+        else:
+            _seed_streams(self.config.machine.seed, self.world.rank, self.progress.step)
+
+    def _sinks(self) -> list[Sink]:
+        if not self.world.is_main:
+            return []
+        watch, step = self.config.watch, self.progress.step
+        sinks: list[Sink] = [Console(), LogFile(self._log_file(), self.run_name, step)]
+        if watch.use_tensorboard:
+            folder = watch.runs_dir / self.run_name
+            sinks.append(TensorBoard(folder, self.config.to_dict(), step))
+        return sinks
+
+    def _log_file(self) -> Path:
+        return self.config.watch.log_dir / "log.txt"
+
+    def _introduce(self, manifest: Manifest, dtype: torch.dtype) -> None:
+        """What is about to train, on what, and where it is kept."""
+        run_config, world, say = self.config, self.world, self.metrics.message
+        if self.start.state is not None:
+            say(f"Loading checkpoint from: {self.start.path}")
+            say("Resuming from:")
+            say(f"  - Step: {self.progress.step}")
+            say(f"  - Epoch: {self.order.epoch_at(self.progress.step)}")
+            for note in self.start.notes(run_config, world):
+                say(f"  - {note}")
+        weights = sum(part.numel() for part in self.model.parameters())
+        accumulation = run_config.grad_accum_steps(world.size)
+        kind = str(dtype).removeprefix("torch.")
+        where = f"{world.size} × {world.device.type}, {kind}"
+        say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")
+        say(
+            f"Data {run_config.data.data_root}: {manifest.tokens('train'):,} training tokens in "
+            f"{len(self.train_shards.shards)} shards, {manifest.tokens('val'):,} for validation"
+        )
+        say(
+            f"Plan: {self.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
+            f"(gradient accumulation {accumulation}), "
+            f"{self.total_steps * run_config.rows_per_step / self.order.rows_per_epoch:.2f} epochs"
+        )
+        kept = [f"checkpoints {run_config.checkpoint.checkpoint_dir}", f"log {self._log_file()}"]
+        if run_config.watch.use_tensorboard:
+            kept.append(f"TensorBoard {run_config.watch.runs_dir / self.run_name}")
+        say("Kept in: " + ", ".join(kept))
+
+    def write_status(self, state: status.State, reason: str | None = None) -> None:
+        if not self.world.is_main:
+            return
+        run_config = self.config
+        plan = status.Plan(
+            run_name=self.run_name,
+            preset=run_config.preset,
+            total_steps=self.total_steps,
+            rows_per_step=run_config.rows_per_step,
+            rows_per_epoch=self.order.rows_per_epoch,
+            block_size=run_config.model.block_size,
+            checkpoint_interval=run_config.checkpoint.checkpoint_interval,
+            world_size=self.world.size,
+            device=self.world.device.type,
+            log_file=str(self._log_file().resolve()),
+        )
+        folder = run_config.checkpoint.checkpoint_dir
+        status.write(folder, plan, state, self.progress.step, reason)
+
+
+def _open_data(run_config: RunConfig, world: World) -> Manifest:
+    """The manifest of the training data; an embedded corpus that is not prepared yet is now."""
+    root = run_config.data.data_root
+    corpus = corpora.find(root.name)
+
+    def prepare_embedded() -> None:
+        if corpus is not None and corpus.embedded and not (root / MANIFEST).exists():
+            prepare.prepare(corpus, root)
+
+    world.on_main(prepare_embedded)
+    manifest = Manifest.read(root)
+    if manifest.vocab_size > run_config.model.vocab_size:
+        raise DataError(
+            f"{root} has token ids up to {manifest.vocab_size - 1}, the model only "
+            f"{run_config.model.vocab_size}; use --vocab_size {manifest.vocab_size} or more"
+        )
+    return manifest
+
+
+def _require_enough_rows(run_config: RunConfig, world: World) -> None:
+    if run_config.rows_per_step < world.size:
+        raise ConfigError(
+            f"total_batch_size={run_config.data.total_batch_size} has {run_config.rows_per_step} "
+            f"rows of block_size={run_config.model.block_size}, fewer than the {world.size} ranks; "
+            f"use --total_batch_size {world.size * run_config.model.block_size} or more"
+        )
+
+
+def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:
+    wanted = run_config.machine.dtype
+    fast = wanted == "auto" and distributed.has_fast_bfloat16(world.device)
+    return torch.bfloat16 if wanted == "bfloat16" or fast else torch.float32
+
+
+def _seed_streams(seed: int, rank: int, step: int = 0) -> None:
+    """Random streams that belong to (seed, rank), and to the step where they begin anew."""
+    words = np.random.SeedSequence([seed, rank, step]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))

@@ -1,0 +1,11 @@
+"""What torchrun starts: one training run. `--help` lists the options."""
+
+import sys
+
+try:
+    from gpt2.cli import train_main
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; first: source .venv/bin/activate (`make install` makes it)")
+
+if __name__ == "__main__":
+    sys.exit(train_main())

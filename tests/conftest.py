@@ -1,0 +1,20 @@
+from pathlib import Path
+
+import pytest
+
+import support
+from gpt2.data import prepare
+
+
+@pytest.fixture(autouse=True)
+def own_signing_key(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
+    """Tests sign checkpoints with a key of their own, also in the processes that they start."""
+    home = tmp_path_factory.getbasetemp() / "config_home"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "small"
+    prepare.prepare(support.SMALL_CORPUS, folder, workers=1)
+    return folder

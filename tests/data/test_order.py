@@ -1,0 +1,104 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.data import order
+from gpt2.data.order import Order
+
+orders = st.builds(
+    Order,
+    rows_per_shard=st.lists(st.integers(1, 20), min_size=1, max_size=6).map(tuple),
+    rows_per_step=st.integers(1, 30),
+    seed=st.integers(0, 2**32),
+)
+worlds = st.integers(1, 8)
+
+
+def epoch_rows(line: Order, epoch: int) -> list[tuple[int, int]]:
+    """An epoch's list, spelled out."""
+    return [
+        (int(shard), row)
+        for shard in line.shards_of(epoch)
+        for row in range(line.rows_per_shard[shard])
+    ]
+
+
+@given(orders, st.integers(0, 40))
+def test_a_step_is_a_portion_of_the_spelled_out_epochs(line: Order, step: int):
+    spelled_out: list[tuple[int, int]] = []
+    epoch = 0
+    while len(spelled_out) < (step + 1) * line.rows_per_step:
+        spelled_out += epoch_rows(line, epoch)
+        epoch += 1
+    first = step * line.rows_per_step
+    assert (
+        list(map(tuple, line.rows(step).tolist()))
+        == (spelled_out[first : first + line.rows_per_step])
+    )
+
+
+@given(orders, st.integers(0, 100), worlds, st.integers(1, 9))
+def test_ranks_and_micro_batches_share_the_step_out(
+    line: Order, step: int, world_size: int, mini_batch_size: int
+):
+    shares = [
+        line.rows(step, rank, world_size)
+        for rank in range(world_size)
+        if order.share(line.rows_per_step, rank, world_size)
+    ]
+    assert np.array_equal(np.concatenate(shares), line.rows(step))
+    micros = [micro for rows in shares for micro in order.micro_batches(rows, mini_batch_size)]
+    assert np.array_equal(np.concatenate(micros), line.rows(step))
+    assert all(len(micro) <= mini_batch_size for micro in micros)
+
+
+@given(st.integers(0, 1000), worlds)
+def test_shares_differ_by_at_most_one(count: int, world_size: int):
+    sizes = [len(order.share(count, rank, world_size)) for rank in range(world_size)]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(orders)
+def test_every_row_of_an_epoch_is_seen_once(line: Order):
+    epochs = 3
+    steps = range(-(-epochs * line.rows_per_epoch // line.rows_per_step))
+    seen = np.concatenate([line.rows(step) for step in steps])
+    for epoch in range(epochs):
+        part = seen[epoch * line.rows_per_epoch : (epoch + 1) * line.rows_per_epoch]
+        assert sorted(map(tuple, part.tolist())) == sorted(epoch_rows(line, epoch))
+
+
+@given(orders, st.integers(1, 20))
+def test_epoch_boundaries(line: Order, epoch: int):
+    first = line.first_step_of(epoch)
+    assert line.epoch_at(first) >= epoch
+    assert line.epoch_at(first - 1) < epoch
+
+
+def test_epoch_0_is_in_name_order_and_later_ones_are_shuffled_by_seed_and_epoch():
+    rows = (1,) * 50
+    line, same, other = (Order(rows, 5, seed) for seed in (1, 1, 2))
+    assert line.shards_of(0).tolist() == list(range(50))
+    permutations = {tuple(line.shards_of(epoch)) for epoch in range(20)}
+    assert len(permutations) == 20
+    assert line.shards_of(7).tolist() == same.shards_of(7).tolist()
+    assert line.shards_of(7).tolist() != other.shards_of(7).tolist()
+
+
+def test_the_permutation_never_changes_between_versions():
+    """A run that is resumed after an upgrade must see the rows that it would have seen."""
+    assert Order((1,) * 8, 1, seed=1337).shards_of(1).tolist() == [1, 6, 4, 7, 3, 5, 0, 2]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5).map(tuple), st.integers(1, 300))
+def test_spread_rows_are_distinct_and_cover_the_split(rows_per_shard: tuple[int, ...], count: int):
+    rows = list(map(tuple, order.spread(rows_per_shard, count).tolist()))
+    total = sum(rows_per_shard)
+    assert len(rows) == len(set(rows)) == min(count, total)
+    assert rows == sorted(rows)
+    assert all(row < rows_per_shard[shard] for shard, row in rows)
+    starts = np.cumsum((0, *rows_per_shard))
+    positions = [starts[shard] + row for shard, row in rows]
+    gaps = np.diff([*positions, total])
+    assert max(gaps) - min(gaps) <= 1

@@ -1,0 +1,101 @@
+"""What several tests need: a small corpus, a small run, real processes."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2 import config
+from gpt2.config import RunConfig
+from gpt2.data.corpora import Corpus, Document
+
+ROOT = Path(__file__).parents[1]
+SMALL_RUN: dict[str, object] = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 32,
+    "dropout": 0.1,
+    "total_batch_size": 256,
+    "mini_batch_size": 2,
+    "max_steps": 20,
+    "warmup_steps": 5,
+    "eval_interval": 5,
+    "eval_batches": 2,
+    "sample_interval": None,
+    "checkpoint_interval": 10,
+}
+
+
+def small_documents() -> Iterator[Document]:
+    """Some modules of the standard library."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("abc", "bisect", "calendar", "cmd", "csv", "glob", "heapq", "keyword", "sched"):
+        yield Document((stdlib / f"{name}.py").read_text(encoding="utf-8"))
+
+
+SMALL_CORPUS = Corpus("small", "a few modules", tokens_per_shard=8000, documents=small_documents)
+
+
+def small_config(data_root: Path, out: Path, **changes: object) -> RunConfig:
+    """A run of seconds that keeps everything under `out`."""
+    folders = {"checkpoint_dir": out / "checkpoints", "runs_dir": out / "runs"}
+    folders["log_dir"] = out / "logs"
+    return config.overlay(
+        config.preset("demo"), {**SMALL_RUN, **folders, "data_root": data_root, **changes}
+    )
+
+
+def small_flags(data_root: Path, out: Path, **changes: object) -> list[str]:
+    """The same run as flags of train_improved.py."""
+    values = {"data_root": data_root, **SMALL_RUN, **changes}
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return ["--preset", "demo", "--out_dir", str(out), *flags]
+
+
+def train_command(flags: list[str], ranks: int | None = None) -> list[str]:
+    """The command line of a run in processes of its own; `ranks` starts it through torchrun."""
+    script = str(ROOT / "src" / "train_improved.py")
+    if ranks is None:
+        return [sys.executable, script, *flags]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *launcher, script, *flags]
+
+
+def run_command(
+    command: list[str], cwd: Path = ROOT, expect: int | None = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs to the end; fails with the whole output if the exit code is another than expected."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        timeout=200,
+    )
+    assert expect is None or done.returncode == expect, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+_LINE = re.compile(
+    r"(step \d+ \| epoch \d+ \| (?:loss|val loss): \S+(?: \| lr: \S+ \| norm: \S+)?)"
+)
+
+
+def loss_lines(log: Path) -> list[str]:
+    """Step and validation lines of a log, without times; the last one of each step."""
+    lines: dict[str, str] = {}
+    for line in log.read_text().splitlines():
+        if found := _LINE.match(line):
+            lines[found.group(1).split("loss:")[0]] = found.group(1)
+    return list(lines.values())
+
+
+def losses(log: Path) -> dict[int, float]:
+    """Step -> training loss."""
+    found = re.findall(r"step (\d+) \| epoch \d+ \| loss: (\S+)", log.read_text())
+    return {int(step): float(loss) for step, loss in found}

@@ -1,0 +1,138 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2 import cli, config, train
+from gpt2.errors import ConfigError
+from support import SMALL_RUN, run_command, small_config, small_flags, train_command
+
+
+def call(monkeypatch, function, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpt2", *arguments])
+    return function()
+
+
+def test_preset_then_file_then_flags(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text("n_layer = 6\nn_head = 2\nlearning_rate = 1e-3\n")
+    run = cli.parse_train(["--config", str(file), "--preset", "demo", "--n_head", "8"]).run
+    assert (run.model.n_layer, run.model.n_head) == (6, 8)
+    assert (run.optim.learning_rate, run.model.n_embd) == (1e-3, 128)
+    assert run.preset == "demo"
+
+
+def test_out_dir_holds_all_three_folders_and_flags_win():
+    run = cli.parse_train(["--preset", "demo", "--out-dir", "x", "--log_dir", "y"]).run
+    assert run.checkpoint.checkpoint_dir == Path("x/checkpoints")
+    assert (run.watch.runs_dir, run.watch.log_dir) == (Path("x/runs"), Path("y"))
+
+
+def test_hyphens_and_underscores_are_the_same():
+    one = cli.parse_train(
+        ["--use_tensorboard", "--mini_batch_size", "2", "--eval_interval", "None"]
+    )
+    other = cli.parse_train(["--use-tensorboard", "--mini-batch-size=2", "--eval-interval", "None"])
+    assert one == other
+    assert one.run.watch.use_tensorboard
+    assert one.run.evaluation.eval_interval is None
+
+
+def test_flags_of_the_small_run_give_the_small_config(tmp_path: Path):
+    run = cli.parse_train(small_flags(tmp_path / "data", tmp_path)).run
+    assert run == small_config(tmp_path / "data", tmp_path)
+    assert set(SMALL_RUN) <= {name for name in config._field_table()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "gpt3"], "preset=gpt3 is unknown"),
+        (["--config", "nowhere.toml"], "cannot read --config nowhere.toml"),
+        (["--total_batch_size", "500000"], "nearest: 499712 or 500736"),
+    ],
+)
+def test_user_errors_exit_with_2_and_one_line(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, cli.train_main, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_unknown_flag_suggests(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, cli.train_main, "--lerning_rate", "1")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "--lerning_rate" in error
+    assert "--learning_rate" in error
+
+
+def test_other_ranks_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert call(monkeypatch, cli.train_main, "--preset", "gpt3") == 2
+    with pytest.raises(SystemExit):
+        call(monkeypatch, cli.train_main, "--lerning_rate", "1")
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert call(monkeypatch, cli.train_main) == 130
+
+
+def test_gpt2_names_its_commands(monkeypatch, capsys):
+    assert call(monkeypatch, cli.main) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
+    assert call(monkeypatch, cli.main, "generat") == 2
+    assert "did you mean generate" in capsys.readouterr().err
+    assert call(monkeypatch, cli.main, "--version") == 0
+
+
+def test_generate_flags_are_checked(monkeypatch, capsys):
+    assert call(monkeypatch, cli.generate_main, "--num_samples", "0") == 2
+    assert "num_samples=0 is too small" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="temperature=-1"):
+        cli.GenerateCommand(temperature=-1.0)
+
+
+def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
+    """Data, training without torchrun, the list, the forecast and samples, as they are typed."""
+    data = tmp_path / "data" / "python_stdlib"
+    limits = ("--shard_tokens", "20000", "--max_tokens", "60000", "--workers", "1")
+    assert call(monkeypatch, cli.main, "data", "python-stdlib", "--out", str(data), *limits) == 0
+    assert "40,000 training and 20,000 validation tokens in 3 shards" in capsys.readouterr().out
+    flags = small_flags(data, tmp_path, max_steps=4, checkpoint_interval=2)
+    done = run_command(train_command(flags))
+    assert "--resume latest --max_steps 8" in done.stdout
+    folder = str(tmp_path / "checkpoints")
+    assert f"gpt2 generate --checkpoint_dir {folder} --checkpoint best --prompt def" in done.stdout
+
+    assert call(monkeypatch, cli.train_main, "--out_dir", str(tmp_path), "--list_checkpoints") == 0
+    listing = capsys.readouterr().out
+    assert listing.index("step_000002.pt") < listing.index("step_000004.pt")
+
+    assert call(monkeypatch, cli.estimate_main, "--checkpoint_dir", folder) == 0
+    assert "step 4 of 4 (100.0%)" in capsys.readouterr().out
+
+    options = ("--checkpoint_dir", folder, "--prompt", "import", "--max_new_tokens", "5")
+    assert call(monkeypatch, cli.generate_main, *options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\nimport") == 3
+    assert "step_000004.pt (step 4)" in printed
+
+
+def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tmp_path: Path):
+    folder = ("--checkpoint_dir", str(tmp_path))
+    assert call(monkeypatch, cli.generate_main, *folder) == 2
+    assert "train a model first" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "step_000001.json").touch()
+    assert call(monkeypatch, cli.generate_main, *folder) == 2
+    assert f"use --checkpoint_dir {tmp_path / 'demo'}" in capsys.readouterr().err

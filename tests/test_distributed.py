@@ -1,0 +1,155 @@
+"""Several ranks, as real processes under torchrun."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2 import checkpoint, distributed
+from gpt2.config import MachineConfig
+from gpt2.errors import ConfigError
+from support import ROOT, loss_lines, losses, run_command, small_flags, train_command
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+    return state["model"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps on 2 ranks, with dropout."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    run_command(train_command(small_flags(data_root, out), ranks=2))
+    return out
+
+
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 4), (signal.SIGTERM, 12)])
+def test_stopped_by_a_signal_and_resumed_is_bit_identical(
+    data_root: Path, tmp_path: Path, uninterrupted: Path, number: signal.Signals, after: int
+):
+    command = train_command(small_flags(data_root, tmp_path), ranks=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert started.stdout is not None
+    for line in started.stdout:
+        if line.startswith(f"step {after} "):
+            started.send_signal(number)
+            break
+    rest = started.stdout.read()
+    assert started.wait(timeout=60) != 0
+    assert f"Stopped by signal {int(number)} at step" in rest
+    stopped_at = max(losses(tmp_path / "logs/log.txt"))
+    assert after <= stopped_at < 20
+    assert (tmp_path / "checkpoints" / f"step_{stopped_at:06d}.json").exists()
+
+    resumed = run_command([*command, "--resume", "latest"])
+    assert f"  - Step: {stopped_at}\n" in resumed.stdout
+    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(uninterrupted / "logs/log.txt")
+    one, other = weights(tmp_path, 20), weights(uninterrupted, 20)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_three_ranks_resume_bit_identically(data_root: Path, tmp_path: Path):
+    """Shares of 3, 3 and 2 rows, and sums of three gradients, whose order matters."""
+    flags = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_command(train_command(small_flags(data_root, whole, **flags, max_steps=6), ranks=3))
+    run_command(train_command(small_flags(data_root, parts, **flags, max_steps=3), ranks=3))
+    again = small_flags(data_root, parts, **flags, max_steps=6, resume="latest")
+    run_command(train_command(again, ranks=3))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = weights(parts, 6), weights(whole, 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path):
+    """1 → 2 → 1 gives the losses of a run on one process."""
+    flags = {"dropout": 0.0, "decay_steps": 12, "checkpoint_interval": 4}
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    run_command(train_command(small_flags(data_root, alone, **flags, max_steps=12)))
+    for ranks, last in ((None, 4), (2, 8), (None, 12)):
+        more = small_flags(data_root, moved, **flags, max_steps=last, resume="latest")
+        done = run_command(train_command(more, ranks=ranks))
+    assert "Ranks: 2 before, 1 from here; the data is the same" in done.stdout
+    assert losses(moved / "logs/log.txt") == pytest.approx(losses(alone / "logs/log.txt"), abs=1e-4)
+
+
+def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path):
+    flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
+    failed = run_command(train_command(flags, ranks=2), expect=None)
+    assert failed.returncode != 0
+    lines = [line for line in failed.stderr.splitlines() if "error: no training data" in line]
+    assert lines == [
+        "error: no training data in /nowhere/fineweb_edu; make it with: "
+        "gpt2 data fineweb-edu --out /nowhere/fineweb_edu"
+    ]
+    assert "exitcode  : 2" in failed.stderr
+    assert "train.py" not in failed.stderr  # no traceback of ours
+
+    few_rows = small_flags(data_root, tmp_path, total_batch_size=32)
+    failed = run_command(train_command(few_rows, ranks=2), expect=None)
+    assert failed.stderr.count("has 1 rows of block_size=32, fewer than the 2 ranks") == 1
+
+
+def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from gpt2 import distributed\n"
+        "from gpt2.config import MachineConfig\n"
+        "from gpt2.errors import DataError\n"
+        "def fail(): raise DataError('no data')\n"
+        "with distributed.join(MachineConfig()) as world:\n"
+        "    assert world.on_main(lambda: world.rank) == 0\n"
+        "    assert world.gather(world.rank) == [0.0, 1.0]\n"
+        "    assert world.highest(world.rank) == 1\n"
+        "    assert world.gather_objects(str(world.rank)) == ([] if world.rank else ['0', '1'])\n"
+        "    try: world.on_main(fail)\n"
+        "    except DataError as error: print(f'rank {world.rank}: {error}', flush=True)\n"
+    )
+    command = train_command([], ranks=2)
+    done = run_command([*command[:-1], str(script)], PYTHONPATH=str(ROOT / "src"))
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0: no data", "rank 1: no data"]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_more_ranks_than_gpus(monkeypatch, wanted: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    expected = r"4 ranks on a machine with 2 GPUs; use --nproc_per_node=2, or --device cpu"
+    with pytest.raises(ConfigError, match=expected), distributed.join(MachineConfig(device=wanted)):
+        pass
+
+
+def test_second_signal_acts_as_before(monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed, "STOP_SIGNALS", (signal.SIGUSR2,))
+    before = signal.signal(signal.SIGUSR2, lambda number, _: seen.append(number))
+    try:
+        with distributed.StopRequest() as stop:
+            signal.raise_signal(signal.SIGUSR2)
+            assert (stop.number, seen) == (signal.SIGUSR2, [])
+            signal.raise_signal(signal.SIGUSR2)
+            assert seen == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_measured_peak_is_a_plausible_rate():
+    world = distributed.World(0, 1, 0, 1, torch.device("cpu"))
+    assert 1e8 < distributed.peak_flops(world, torch.float32) < 1e14
+
+
+def test_device_timer():
+    timer = distributed.DeviceTimer(torch.device("cpu"))
+    time.sleep(0.02)
+    timer.lap()
+    assert 0.02 <= timer.elapsed_s() < 1

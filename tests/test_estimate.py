@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from gpt2 import config, estimate, model
+from gpt2.config import ModelConfig
+from gpt2.estimate import duration
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameter_count_is_that_of_the_model(bias: bool):
+    shape = ModelConfig(n_layer=3, n_head=2, n_embd=8, block_size=16, bias=bias)
+    built = model.build(shape)
+    assert estimate.parameter_count(shape) == sum(part.numel() for part in built.parameters())
+
+
+def test_gpt2_has_124_million_parameters():
+    shape = config.overlay(config.preset("gpt2-124m"), {"vocab_size": 50257}).model
+    assert estimate.parameter_count(shape) == 124_439_808
+
+
+def test_flops_per_token_counts_matrix_products():
+    """Forward matrix products of a real pass, as torch counts them, times three."""
+    shape = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, bias=False)
+    net = model.build(shape)
+    tokens_BT = torch.zeros(1, 64, dtype=torch.long)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        net.logits(tokens_BT)
+    forward = counter.get_total_flops() / 64
+    # The formula also counts the vectors (norms) as if they were multiplied.
+    assert estimate.flops_per_token(shape) == pytest.approx(3 * forward, rel=1e-3)
+
+
+def test_mfu():
+    shape = ModelConfig()
+    speed = 0.5 * 312e12 / estimate.flops_per_token(shape)
+    assert estimate.mfu(speed, shape, 312e12) == pytest.approx(0.5)
+
+
+def test_known_peaks_go_by_the_longest_name():
+    assert estimate.known_peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert estimate.known_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert estimate.known_peak_flops("NVIDIA L40S") == 362e12
+    assert estimate.known_peak_flops("NVIDIA L4") == 121e12
+    assert estimate.known_peak_flops("Abacus") is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.6, "1m 00s"),
+        (250, "4m 10s"),
+        (11100, "3h 05m"),
+        (766800, "8d 21h"),
+        (-3, "0s"),
+    ],
+)
+def test_duration(seconds: float, text: str):
+    assert duration(seconds) == text

@@ -1,0 +1,125 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt2 import config, metrics
+from gpt2.metrics import Console, LogFile, Metrics, StepRecord, TensorBoard, step_line
+
+RECORD = StepRecord(
+    step=19074,
+    epoch=1,
+    loss=3.4451239,
+    learning_rate=6e-4,
+    grad_norm=0.851,
+    elapsed_s=9.5,
+    tokens_per_s=55188.2,
+    mfu=0.4,
+    rank_s=[9.1, 9.3],
+)
+
+
+def test_step_line():
+    assert step_line(RECORD, None, digits=3) == (
+        "step 19074 | epoch 1 | loss: 3.445 | lr: 6.0e-04 | norm: 0.85 | "
+        "dt: 9500ms | tok/sec: 55188"
+    )
+    assert step_line(RECORD, 766800, digits=6).endswith("| tok/sec: 55188 | eta: 8d 21h")
+    assert "loss: 3.445124 |" in step_line(RECORD, None, digits=6)
+
+
+def test_console_and_log_file_say_the_same_with_more_digits_in_the_file(tmp_path: Path, capsys):
+    path = tmp_path / "logs" / "log.txt"
+    sinks = Metrics([Console(), LogFile(path, "run", 0)])
+    sinks.step(replace(RECORD, steps_left=2))
+    sinks.validation(19074, 1, 3.25)
+    sinks.samples(19074, ["one\n\ntwo"])
+    sinks.message("Completed Epoch 0")
+    sinks.close()
+    printed = capsys.readouterr().out
+    assert "loss: 3.445 " in printed
+    assert "eta: 19s" in printed
+    assert "step 19074 | epoch 1 | val loss: 3.2500\n" in printed
+    assert "sample 1:\n    one\n\n    two\n" in printed
+    logged = path.read_text()
+    assert re.match(r"# run run \| from step 0 \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", logged)
+    assert re.sub(r"(\d\.\d{3})\d*", r"\1", logged.partition("\n")[2]) == re.sub(
+        r"(\d\.\d{3})\d*", r"\1", printed
+    )
+
+
+def test_log_is_appended_to_and_the_last_process_of_a_run_is_read_back(tmp_path: Path):
+    path = tmp_path / "log.txt"
+    for name, steps in [("a", (1, 2)), ("b", (1,)), ("a", (2, 3))]:
+        log = LogFile(path, name, steps[0])
+        for step in steps:
+            log.step(replace(RECORD, step=step), None)
+        log.validation(3, 0, 1.0)
+        log.close()
+    assert path.read_text().count("# run") == 3
+    assert [item.step for item in metrics.read_steps(path, "a")] == [2, 3]
+    (item,) = metrics.read_steps(path, "b")
+    assert (item.loss, item.elapsed_s, item.tokens_per_s) == (3.445124, 9.5, 55188.0)
+    assert metrics.read_steps(path, "c") == metrics.read_steps(tmp_path / "none", "a") == []
+
+
+def test_time_left_is_the_median_of_recent_steps(capsys):
+    sinks = Metrics([Console()])
+    for elapsed_s in (100.0, 2.0, 2.0):
+        sinks.step(replace(RECORD, elapsed_s=elapsed_s, steps_left=10))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("eta: 20s")
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
+    board = TensorBoard(tmp_path, config.preset("demo").to_dict(), step=0)
+    board.step(replace(RECORD, gpu={"memory_gb": 1.5}), None)
+    board.validation(19074, 1, 3.25)
+    board.samples(19074, ["def f():\n    pass"])
+    board.close()
+    found = events(tmp_path)
+    scalars = {name: found.Scalars(name)[0].value for name in found.Tags()["scalars"]}
+    assert scalars == pytest.approx(
+        {
+            "loss/train": 3.4451239,
+            "loss/val": 3.25,
+            "train/learning_rate": 6e-4,
+            "train/grad_norm": 0.851,
+            "train/epoch": 1,
+            "speed/tokens_per_s": 55188.2,
+            "speed/step_ms": 9500,
+            "speed/mfu": 0.4,
+            "speed/rank_0_ms": 9100,
+            "speed/rank_1_ms": 9300,
+            "gpu/memory_gb": 1.5,
+        },
+        rel=1e-6,
+    )
+    (sample,) = found.Tensors("samples/text_summary")
+    assert b"    def f():\n        pass" in sample.tensor_proto.string_val[0]
+    assert "_hparams_/session_start_info" in found.summary_metadata
+
+
+def test_after_a_resume_curves_have_no_gap_and_no_double(tmp_path: Path):
+    """Killed after step 8, resumed from the checkpoint of step 5."""
+    for first, last in [(1, 8), (6, 10)]:
+        board = TensorBoard(tmp_path, {}, step=first - 1)
+        for step in range(first, last + 1):
+            board.step(replace(RECORD, step=step, loss=first + step), None)
+            if step % 5 == 0:
+                board.validation(step, 0, 1.0)
+        board.close()
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("loss/train")] == list(range(1, 11))
+    assert [event.value for event in found.Scalars("loss/train")] == [
+        *(1 + step for step in range(1, 6)),
+        *(6 + step for step in range(6, 11)),
+    ]
+    assert [event.step for event in found.Scalars("loss/val")] == [5, 10]

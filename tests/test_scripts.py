@@ -1,0 +1,78 @@
+"""The scripts that users type, as they are typed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from support import ROOT, run_command
+
+SHIMS = ["src/train_improved.py"]
+
+
+@pytest.mark.parametrize("name", SHIMS)
+def test_shims_are_short(name: str):
+    assert (ROOT / name).read_text().count("\n") < 15
+
+
+def test_list_checkpoints_in_an_empty_folder(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "src" / "train_improved.py"), "--list_checkpoints"]
+    assert run_command(command, cwd=tmp_path).stdout == "No checkpoints in checkpoints\n"
+
+
+def test_estimate_without_a_run(tmp_path: Path):
+    done = run_command([sys.executable, str(ROOT / "estimate_training_time.py")], cwd=tmp_path)
+    assert "No run found" in done.stdout
+    assert "On other numbers of gpus" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["src/train_improved.py", "estimate_training_time.py"])
+def test_outside_the_environment_the_way_in_is_named(name: str, tmp_path: Path):
+    command = [sys.executable, "-S", str(ROOT / name)]  # -S: without installed packages
+    done = run_command(command, cwd=tmp_path, expect=1, PYTHONPATH="")
+    assert done.stderr.startswith("error: No module named")
+    assert "source .venv/bin/activate" in done.stderr
+
+
+def test_help_of_tensorboard_script():
+    assert "--port" in run_command(["./start_tensorboard.sh", "--help"]).stdout
+    assert "needs a value" in run_command(["./start_tensorboard.sh", "--port"], expect=2).stderr
+
+
+def test_tensorboard_starts_from_any_folder(tmp_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    started = subprocess.Popen(
+        [str(ROOT / "start_tensorboard.sh"), "--port", str(port)],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert started.stdout is not None
+        assert started.stdout.readline().startswith(
+            f"TensorBoard for {ROOT}/runs: http://localhost:{port}"
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                page = urllib.request.urlopen(f"http://localhost:{port}/data/environment").read()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert started.poll() is None
+                time.sleep(0.3)
+        assert f"{ROOT}/runs".encode() in page
+    finally:
+        started.send_signal(signal.SIGINT)
+        started.wait(timeout=30)

@@ -1,0 +1,40 @@
+import hashlib
+from importlib import resources
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2 import tokenizer
+from gpt2.errors import DataError
+
+
+def test_known_ids():
+    assert tokenizer.encode("Hello, I'm a language model,") == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11,
+    ]  # fmt: skip
+    assert tokenizer.load().n_vocab == 50257
+    assert tokenizer.load().encode("<|endoftext|>", allowed_special="all") == [50256]
+
+
+@given(st.text())
+def test_decoding_gives_the_text_back(text: str):
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert all(0 <= token < tokenizer.END_OF_TEXT for token in tokens)
+
+
+def test_special_token_in_text_is_ordinary_text():
+    assert tokenizer.END_OF_TEXT not in tokenizer.encode("a<|endoftext|>b")
+
+
+def test_ids_of_the_padded_vocabulary_decode_to_nothing():
+    assert tokenizer.decode([15496, 50300]) == "Hello"
+
+
+def test_another_rank_table_is_refused(monkeypatch: pytest.MonkeyPatch):
+    table = resources.files("gpt2").joinpath("gpt2.tiktoken").read_bytes()
+    assert hashlib.sha256(table).hexdigest() == tokenizer.RANKS_SHA256
+    monkeypatch.setattr(tokenizer, "RANKS_SHA256", "0" * 64)
+    with pytest.raises(DataError, match="rank table"):
+        tokenizer.load.__wrapped__()

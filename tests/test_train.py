@@ -1,0 +1,276 @@
+"""Whole runs in this process, a world of one; several ranks are in test_distributed.py."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt2 import checkpoint, status, train
+from gpt2.data.shards import Manifest, ShardSet
+from gpt2.errors import CheckpointError, ConfigError, DataError
+from support import loss_lines, losses, small_config
+
+
+def load(out: Path, step: int) -> checkpoint.State:
+    return checkpoint.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+
+
+def assert_same(one: object, other: object) -> None:
+    """Bit-identical, through all nesting."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor)
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert isinstance(other, dict)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple)
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, capsys):
+    config = small_config(data_root, tmp_path, learning_rate=1e-2, max_steps=30)
+    result = train.run(config)
+    assert result.state == "finished"
+    assert (result.step, result.exit_code) == (30, 0)
+    log = losses(tmp_path / "logs" / "log.txt")
+    assert list(log) == list(range(1, 31))
+    assert 10.0 < log[1] < 11.5  # about ln(50304) before anything is learnt
+    assert log[30] < log[1] - 1
+    assert result.val_loss == result.best_val_loss < log[1] - 1
+    checkpoints = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+    assert [item.facts.step for item in checkpoints] == [10, 20, 30]
+    assert all(item.facts.val_loss is not None for item in checkpoints)
+    assert checkpoints[-1].facts.train_loss == pytest.approx(log[30], abs=1e-6)
+    assert os.readlink(tmp_path / "checkpoints" / "best.pt") == "step_000030.pt"
+    written = status.read(tmp_path / "checkpoints")
+    assert (written.state, written.step, written.plan.total_steps) == ("finished", 30, 30)
+    assert "step 30 | epoch" in capsys.readouterr().out
+
+
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(data_root: Path, tmp_path: Path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(small_config(data_root, whole, decay_steps=20))
+    train.run(small_config(data_root, parts, decay_steps=20, max_steps=10))
+    train.run(small_config(data_root, parts, decay_steps=20, resume="latest"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = load(whole, 20), load(parts, 20)
+    for same in ("model", "optimizer", "rng", "progress"):
+        assert_same(one[same], other[same])
+
+
+def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(small_config(data_root, whole))
+
+    def interrupt(**metrics: float) -> train.Answer:
+        if metrics["step"] == 15 and "loss" in metrics:  # 15 is due for validation
+            signal.raise_signal(signal.SIGTERM)
+        return "go"
+
+    before = signal.getsignal(signal.SIGTERM)
+    result = train.run(small_config(data_root, parts), report=interrupt)
+    assert (result.state, result.step, result.exit_code) == ("stopped", 15, 143)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert status.read(parts / "checkpoints").state == "stopped"
+    assert (parts / "checkpoints" / "step_000015.pt").exists()
+    capsys.readouterr()
+    train.run(small_config(data_root, parts, init_from="resume"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    lines = capsys.readouterr().out.splitlines()
+    loading = parts / "checkpoints" / "step_000015.pt"
+    assert lines[:4] == [
+        f"Loading checkpoint from: {loading}",
+        "Resuming from:",
+        "  - Step: 15",
+        "  - Epoch: 0",
+    ]
+
+
+def test_report_steers(data_root: Path, tmp_path: Path):
+    seen = []
+
+    def stop_at_7(**metrics: float) -> train.Answer:
+        seen.append(metrics)
+        return "stop" if metrics["step"] == 7 else "go"
+
+    stopped = train.run(small_config(data_root, tmp_path / "a"), report=stop_at_7)
+    assert (stopped.state, stopped.step, stopped.exit_code) == ("stopped", 7, 0)
+    assert (tmp_path / "a" / "checkpoints" / "step_000007.pt").exists()
+    assert [item["step"] for item in seen if "loss" in item] == list(range(1, 8))
+    assert [item["step"] for item in seen if "val_loss" in item] == [0, 5]
+
+    pruned = train.run(
+        small_config(data_root, tmp_path / "b"),
+        report=lambda **metrics: "prune" if metrics["step"] == 3 else "go",
+    )
+    assert (pruned.state, pruned.step) == ("pruned", 3)
+    assert checkpoint.list_checkpoints(tmp_path / "b" / "checkpoints") == []
+
+
+def test_epoch_boundaries_are_announced_once(data_root: Path, tmp_path: Path, capsys):
+    shards = ShardSet(data_root, Manifest.read(data_root), "train", 32)
+    count, rows = len(shards.shards), sum(shards.rows_per_shard)
+    tokens = (rows // 2 + 1) * 32  # the second step completes epoch 0 and begins epoch 1
+    flags = {"total_batch_size": tokens, "mini_batch_size": 64, "eval_interval": None}
+    train.run(small_config(data_root, tmp_path, **flags, max_steps=2))
+    first = capsys.readouterr().out
+    train.run(small_config(data_root, tmp_path, **flags, max_steps=3, resume="latest"))
+    second = capsys.readouterr().out
+    boundary = "Completed Epoch 0\nShuffled {} training shards for new epoch\nStarting Epoch 1\n"
+    assert "Completed Epoch 0\n" in first
+    assert "Starting" not in first
+    assert boundary.format(count) in second
+    assert "step 3 | epoch 1 |" in second
+
+
+def test_epochs_end_the_run(data_root: Path, tmp_path: Path, capsys):
+    config = small_config(
+        data_root, tmp_path, max_steps=None, epochs=1, total_batch_size=8192, mini_batch_size=64
+    )
+    shards = ShardSet(data_root, Manifest.read(data_root), "train", 32)
+    result = train.run(config)
+    assert result.step == -(-sum(shards.rows_per_shard) // 256)
+    assert "Completed Epoch 0" in capsys.readouterr().out
+
+
+def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys):
+    train.run(small_config(data_root, tmp_path, max_steps=3))
+    before = (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns
+    result = train.run(small_config(data_root, tmp_path, max_steps=3, resume="latest"))
+    assert result.state == "finished"
+    assert "Nothing to do: step 3 of 3 is reached" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns == before
+
+
+def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, capsys):
+    result = train.run(small_config(data_root, tmp_path, max_steps=2, resume="latest"))
+    assert result.step == 2
+    assert "WARNING: no checkpoint in" in capsys.readouterr().err
+
+
+def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Path):
+    train.run(small_config(data_root, tmp_path, max_steps=2))
+    with pytest.raises(CheckpointError, match=r"up to step 2; continue it with --resume latest"):
+        train.run(small_config(data_root, tmp_path))
+
+
+def test_contradicting_flags_are_listed_with_both_values(data_root: Path, tmp_path: Path):
+    train.run(small_config(data_root, tmp_path, max_steps=2))
+    other = small_config(
+        data_root, tmp_path, resume="latest", n_layer=3, block_size=16, total_batch_size=512, seed=7
+    )
+    with pytest.raises(CheckpointError) as caught:
+        train.run(other)
+    for line in (
+        "  n_layer: 2 in the checkpoint, 3 now",
+        "  block_size: 32 in the checkpoint, 16 now",
+        "  total_batch_size: 256 in the checkpoint, 512 now",
+        "  seed: 1337 in the checkpoint, 7 now",
+    ):
+        assert line in str(caught.value).splitlines()
+    assert "mini_batch_size" not in str(caught.value)
+
+
+def test_other_training_data_is_a_contradiction(data_root: Path, tmp_path: Path):
+    train.run(small_config(data_root, tmp_path, max_steps=2))
+    other = Path(shutil.copytree(data_root, tmp_path / "other"))
+    values = json.loads((other / "manifest.json").read_text())
+    values["shards"][-1]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"training data: .* in the checkpoint, .* now"):
+        train.run(small_config(other, tmp_path, resume="latest"))
+
+
+def test_what_may_change_at_a_resume_is_noted_where_it_matters(data_root, tmp_path, capsys):
+    train.run(small_config(data_root, tmp_path, max_steps=2))
+    moved = Path(shutil.copytree(data_root, tmp_path / "moved"))
+    changes = {"mini_batch_size": 8, "checkpoint_interval": 3, "epochs": 9, "learning_rate": 1e-4}
+    result = train.run(small_config(moved, tmp_path, resume="2", max_steps=4, **changes))
+    assert result.step == 4
+    printed = capsys.readouterr().out
+    assert "  - learning_rate: 0.003 before, 0.0001 from here" in printed
+    assert "mini_batch_size" not in printed
+
+
+def test_weights_of_another_run(data_root: Path, tmp_path: Path):
+    first = train.run(small_config(data_root, tmp_path / "a", learning_rate=1e-2))
+    source = str(tmp_path / "a" / "checkpoints" / "best.pt")
+    config = small_config(data_root, tmp_path / "b", init_from=source, eval_interval=1, max_steps=1)
+    before = []
+    train.run(config, report=lambda **metrics: before.append(metrics) or "go")
+    assert before[0] == {"step": 0, "val_loss": first.best_val_loss}
+    with pytest.raises(CheckpointError, match="n_embd: 16 in the checkpoint, 32 now"):
+        train.run(small_config(data_root, tmp_path / "c", init_from=source, n_embd=32))
+
+
+def test_shares_and_micro_batches_do_not_change_the_gradient(data_root: Path, tmp_path: Path):
+    """Eight rows in micro-batches of 8, and of 3, 3 and 2."""
+    logs = []
+    for mini_batch_size in (8, 3):
+        out = tmp_path / str(mini_batch_size)
+        train.run(small_config(data_root, out, mini_batch_size=mini_batch_size, dropout=0.0))
+        logs.append(losses(out / "logs" / "log.txt"))
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+
+
+def test_samples_do_not_touch_the_training_stream(data_root: Path, tmp_path: Path):
+    for name, interval in (("with", 3), ("without", None)):
+        train.run(small_config(data_root, tmp_path / name, sample_interval=interval, max_steps=6))
+    lines = [loss_lines(tmp_path / name / "logs" / "log.txt") for name in ("with", "without")]
+    assert lines[0] == lines[1]
+    assert "step 3 | sample 1:" in (tmp_path / "with" / "logs" / "log.txt").read_text()
+
+
+def test_tensorboard_curves_over_a_kill_and_a_resume(data_root: Path, tmp_path: Path):
+    class Killed(Exception):
+        pass
+
+    def kill(**metrics: float) -> train.Answer:
+        if metrics["step"] == 13:
+            raise Killed
+        return "go"
+
+    options = {"use_tensorboard": True, "sample_interval": 10}
+    with pytest.raises(Killed):
+        train.run(small_config(data_root, tmp_path, **options), report=kill)
+    written = status.read(tmp_path / "checkpoints")
+    assert (written.state, written.step) == ("failed", 13)
+    train.run(small_config(data_root, tmp_path, **options, resume="latest"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name in ("loss/train", "train/learning_rate", "speed/rank_0_ms", "speed/mfu"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 21)), name
+    assert [event.step for event in events.Scalars("loss/val")] == [0, 5, 10, 15, 20]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data_root": Path("/nowhere/fineweb_edu")}, DataError, "gpt2 data fineweb-edu"),
+        ({"block_size": 16384, "total_batch_size": 16384}, DataError, "too few for one row"),
+        ({"checkpoint_dir": Path("/proc/none")}, CheckpointError, "choose another with"),
+        ({"resume": "7"}, CheckpointError, "no checkpoint of step 7; steps: none"),
+        ({"resume": "best"}, CheckpointError, "use --resume latest"),
+        ({"device": "cuda"}, ConfigError, "torch sees no GPU"),
+        ({"init_from": "nowhere.pt"}, CheckpointError, "no checkpoint at nowhere.pt"),
+    ],
+)
+def test_what_cannot_work_is_refused(data_root, tmp_path, monkeypatch, changes, error, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        train.run(small_config(data_root, tmp_path, **changes))
+    assert not (tmp_path / "logs").exists()
