@@ -10,7 +10,7 @@ others=()
 while (($#)); do
     case $1 in
         --port | --logdir)
-            (($# > 1)) || { echo "error: $1 needs a value, e.g. $1 ${!1:-6007}" >&2; exit 2; }
+            (($# > 1)) || { echo "error: $1 needs a value" >&2; exit 2; }
             if [[ $1 == --port ]]; then port=$2; else logdir=$2; fi
             shift 2 ;;
         --port=*) port=${1#*=}; shift ;;

@@ -40,7 +40,7 @@ def small_documents() -> Iterator[Document]:
 SMALL_CORPUS = Corpus("small", "a few modules", tokens_per_shard=8000, documents=small_documents)
 
 
-def small_config(data_root: Path, out: Path, **changes: object) -> RunConfig:
+def small_config(data_root: Path, out: Path, /, **changes: object) -> RunConfig:
     """A run of seconds that keeps everything under `out`."""
     folders = {"checkpoint_dir": out / "checkpoints", "runs_dir": out / "runs"}
     folders["log_dir"] = out / "logs"
@@ -49,7 +49,7 @@ def small_config(data_root: Path, out: Path, **changes: object) -> RunConfig:
     )
 
 
-def small_flags(data_root: Path, out: Path, **changes: object) -> list[str]:
+def small_flags(data_root: Path, out: Path, /, **changes: object) -> list[str]:
     """The same run as flags of train_improved.py."""
     values = {"data_root": data_root, **SMALL_RUN, **changes}
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]

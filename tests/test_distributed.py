@@ -34,16 +34,15 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
 ):
     command = train_command(small_flags(data_root, tmp_path), ranks=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    assert started.stdout is not None
-    for line in started.stdout:
-        if line.startswith(f"step {after} "):
-            started.send_signal(number)
-            break
-    rest = started.stdout.read()
-    assert started.wait(timeout=60) != 0
+    ) as started:
+        for line in started.stdout:
+            if line.startswith(f"step {after} "):
+                started.send_signal(number)
+                break
+        rest = started.stdout.read()
+    assert started.returncode != 0
     assert f"Stopped by signal {int(number)} at step" in rest
     stopped_at = max(losses(tmp_path / "logs/log.txt"))
     assert after <= stopped_at < 20

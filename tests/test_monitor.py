@@ -105,11 +105,8 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
         ["501", "epoch", "2", "begins,", "shards", "reshuffled", "10m", "02s"],
         ["751", "epoch", "3", "begins,", "shards", "reshuffled", "18m", "22s"],
     ]
-    scaling = {
-        line.split()[0]: line.split()
-        for line in printed.splitlines()
-        if line.startswith("  ") and line.split()[0] in ("1", "2", "4", "8")
-    }
+    table = printed.partition("On other numbers of cudas")[2]
+    scaling = {line.split()[0]: line.split() for line in table.splitlines()[3:] if line.strip()}
     assert scaling["1"][1:6] == ["8", "1h", "06m", "53m", "20s"]
     assert scaling["2"][1:4] == ["(this", "run)", "16"]
     assert scaling["8"][1:6] == ["64", "8m", "20s", "6m", "40s"]

@@ -50,29 +50,31 @@ def test_tensorboard_starts_from_any_folder(tmp_path: Path):
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    started = subprocess.Popen(
+    with subprocess.Popen(
         [str(ROOT / "start_tensorboard.sh"), "--port", str(port)],
         cwd=tmp_path,
         env=os.environ | {"PATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    try:
-        assert started.stdout is not None
-        assert started.stdout.readline().startswith(
-            f"TensorBoard for {ROOT}/runs: http://localhost:{port}"
-        )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                page = urllib.request.urlopen(f"http://localhost:{port}/data/environment").read()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                assert started.poll() is None
-                time.sleep(0.3)
-        assert f"{ROOT}/runs".encode() in page
-    finally:
-        started.send_signal(signal.SIGINT)
-        started.wait(timeout=30)
+    ) as started:
+        try:
+            assert started.stdout.readline().startswith(
+                f"TensorBoard for {ROOT}/runs: http://localhost:{port}"
+            )
+            page = wait_for(f"http://localhost:{port}/data/environment", started)
+            assert f"{ROOT}/runs".encode() in page
+        finally:
+            started.send_signal(signal.SIGINT)
+
+
+def wait_for(url: str, server: subprocess.Popen[str]) -> bytes:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url) as answer:
+                return answer.read()
+        except OSError:
+            assert time.monotonic() < deadline
+            assert server.poll() is None
+            time.sleep(0.3)

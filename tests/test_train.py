@@ -260,7 +260,6 @@ def test_tensorboard_curves_over_a_kill_and_a_resume(data_root: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data_root": Path("/nowhere/fineweb_edu")}, DataError, "gpt2 data fineweb-edu"),
         ({"block_size": 16384, "total_batch_size": 16384}, DataError, "too few for one row"),
         ({"checkpoint_dir": Path("/proc/none")}, CheckpointError, "choose another with"),
         ({"resume": "7"}, CheckpointError, "no checkpoint of step 7; steps: none"),

@@ -15,6 +15,7 @@ import random
 import re
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from io import BufferedReader
@@ -188,7 +189,8 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
                 _verify(path, file, sidecar)
                 file.seek(0)
             own = sidecar is not None and _is_signed(sidecar)
-            state = torch.load(file, map_location="cpu", weights_only=not (own or trust))
+            with warnings.catch_warnings(action="ignore"):  # of foreign formats: refused below
+                state = torch.load(file, map_location="cpu", weights_only=not (own or trust))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it was not written by this user, and it holds more than tensors "

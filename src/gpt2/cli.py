@@ -1,6 +1,8 @@
 """The `gpt2` command and what the scripts call: parses flags, prints errors, sets exit codes."""
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -289,14 +291,36 @@ COMMANDS: dict[str, tuple[Callable[[], int], str]] = {
 def _parse(
     kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
 ) -> T:
-    return tyro.cli(
-        kind,
-        args=arguments,
-        default=tyro.MISSING_NONPROP if default is None else default,
-        use_underscores=True,
-        console_outputs=speak,
-        config=[tyro.conf.OmitArgPrefixes],
-    )
+    """The command that `arguments` say. An error of ours is raised; tyro prints its own, and help,
+    if this process may speak, and exits."""
+
+    def parse(aloud: bool) -> T:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            default=tyro.MISSING_NONPROP if default is None else default,
+            use_underscores=True,
+            console_outputs=aloud,
+            config=[tyro.conf.OmitArgPrefixes],
+        )
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parse(aloud=False)
+    except SystemExit as stop:
+        if ours := _user_error_behind(stop):
+            raise ours from None
+        if not speak:
+            raise
+    return parse(aloud=True)
+
+
+def _user_error_behind(error: BaseException) -> UserError | None:
+    """The UserError that tyro caught while it built the command, if there was one."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, UserError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def _guarded(body: Callable[[], int], speak: bool = True) -> int:

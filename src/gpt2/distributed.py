@@ -6,6 +6,7 @@ which every collective is the identity.
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import time
@@ -140,7 +141,10 @@ def join(config: MachineConfig) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend)
     yield world
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+    # Not after an error: it would wait for ranks that are gone. Reference cycles of DDP keep the
+    # group alive, and gloo's threads abort a process that ends before the group is gone.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 class StopRequest:

@@ -200,8 +200,8 @@ def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
         boundaries.append((step, f"epoch {epoch} begins, shards reshuffled"))
         epoch += 1
     rows += boundaries[:SHOWN_EPOCHS]
-    if hidden := len(boundaries) - SHOWN_EPOCHS:
-        rows += [(boundaries[-1][0], f"… the last of {hidden} further epochs")] * (hidden > 0)
+    if (hidden := len(boundaries) - SHOWN_EPOCHS) > 0:
+        rows.append((boundaries[-1][0], f"… the last of {hidden} further epochs"))
     return [*sorted(rows), (end, "end of the run")]
 
 

@@ -75,15 +75,18 @@ def run(run_config: RunConfig, report: Report = always_go) -> Result:
     saves and returns, "prune" returns at once. Raises UserError for what the user can mend.
     """
     with distributed.join(run_config.machine) as world:
-        training = Training.assemble(run_config, world)
-        try:
-            result = training.loop(report)
-        except BaseException as error:
-            training.write_status("failed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            training.metrics.close()
-    return result
+        return _train(run_config, world, report)
+
+
+def _train(run_config: RunConfig, world: World, report: Report) -> Result:
+    training = Training.assemble(run_config, world)
+    try:
+        return training.loop(report)
+    except BaseException as error:
+        training.write_status("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        training.metrics.close()
 
 
 class Training:
@@ -319,7 +322,6 @@ class Training:
         machine, world = self.config.machine, self.world
         torch.manual_seed(machine.seed)
         self.model: GPT2 = model.build(self.config.model).to(world.device)
-        _seed_streams(machine.seed, world.rank)
         if self.start.weights is not None:
             self.model.load_state_dict(self.start.weights)
         self.optimizer = optim.build(self.model, self.config.optim)
@@ -336,6 +338,25 @@ class Training:
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
+            self._settle_buckets(compiled)
+        _seed_streams(machine.seed, world.rank)
+
+    def _settle_buckets(self, compiled: bool) -> None:
+        """One backward whose gradients are thrown away.
+
+        After its first backward, DDP lays its buckets out anew, which changes the order in which
+        three and more ranks' gradients are added. Without this, the first step after a resume
+        would differ in the last bit from the same step of a run that was never stopped.
+        """
+        data = self.config.data
+        share = len(order.share(self.config.rows_per_step, self.world.rank, self.world.size))
+        rows = min(data.mini_batch_size, share) if compiled else 1  # compile for the real shape
+        shape = (rows, self.config.model.block_size)
+        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
+        with self.autocast:
+            loss = self.net(tokens_BT, tokens_BT)
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _restore(self, state: checkpoint.State) -> None:
         """Weights, optimiser, progress and random streams as they were at the checkpoint."""
