@@ -11,9 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2 import checkpoint, status, train
-from gpt2.data.shards import Manifest, ShardSet
+from gpt2.data import prepare
 from gpt2.errors import CheckpointError, ConfigError, DataError
-from support import loss_lines, losses, small_config
+from support import SMALL_CORPUS, loss_lines, losses, small_config
 
 
 def load(out: Path, step: int) -> checkpoint.State:
@@ -119,30 +119,34 @@ def test_report_steers(data_root: Path, tmp_path: Path):
     assert checkpoint.list_checkpoints(tmp_path / "b" / "checkpoints") == []
 
 
-def test_epoch_boundaries_are_announced_once(data_root: Path, tmp_path: Path, capsys):
-    shards = ShardSet(data_root, Manifest.read(data_root), "train", 32)
-    count, rows = len(shards.shards), sum(shards.rows_per_shard)
-    tokens = (rows // 2 + 1) * 32  # the second step completes epoch 0 and begins epoch 1
-    flags = {"total_batch_size": tokens, "mini_batch_size": 64, "eval_interval": None}
-    train.run(small_config(data_root, tmp_path, **flags, max_steps=2))
+@pytest.fixture
+def short_epochs(tmp_path: Path) -> Path:
+    """Four training shards of three rows of 32 tokens."""
+    folder = tmp_path / "short"
+    prepare.prepare(SMALL_CORPUS, folder, workers=1, tokens_per_shard=100, max_tokens=500)
+    return folder
+
+
+def test_epoch_boundaries_are_announced_once(short_epochs: Path, tmp_path: Path, capsys):
+    """The second of two steps of eight rows completes epoch 0's twelve; it is resumed there."""
+    train.run(small_config(short_epochs, tmp_path, eval_interval=None, max_steps=2))
     first = capsys.readouterr().out
-    train.run(small_config(data_root, tmp_path, **flags, max_steps=3, resume="latest"))
+    more = {"eval_interval": None, "max_steps": 3, "resume": "latest"}
+    train.run(small_config(short_epochs, tmp_path, **more))
     second = capsys.readouterr().out
-    boundary = "Completed Epoch 0\nShuffled {} training shards for new epoch\nStarting Epoch 1\n"
     assert "Completed Epoch 0\n" in first
     assert "Starting" not in first
-    assert boundary.format(count) in second
-    assert "step 3 | epoch 1 |" in second
+    assert (
+        "Completed Epoch 0\nShuffled 4 training shards for new epoch\nStarting Epoch 1\n"
+        "step 3 | epoch 1 |"
+    ) in second
 
 
-def test_epochs_end_the_run(data_root: Path, tmp_path: Path, capsys):
-    config = small_config(
-        data_root, tmp_path, max_steps=None, epochs=1, total_batch_size=8192, mini_batch_size=64
-    )
-    shards = ShardSet(data_root, Manifest.read(data_root), "train", 32)
-    result = train.run(config)
-    assert result.step == -(-sum(shards.rows_per_shard) // 256)
-    assert "Completed Epoch 0" in capsys.readouterr().out
+def test_epochs_end_the_run(short_epochs: Path, tmp_path: Path, capsys):
+    result = train.run(small_config(short_epochs, tmp_path, max_steps=None, epochs=2))
+    assert result.step == 3
+    assert "step 3 | epoch 1 |" in (printed := capsys.readouterr().out)
+    assert printed.count("Completed Epoch") == 2
 
 
 def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -120,8 +121,9 @@ def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, ste
         "generate": f"gpt2 generate{of_run} --checkpoint best --prompt {prompt}",
     }
     lines = [f"  {name:<9} {' '.join(text.split())}" for name, text in rows.items()]
-    activate = "" if sys.prefix == sys.base_prefix else " (first: source .venv/bin/activate)"
-    return f"\nGo on with{activate}:\n" + "\n".join(lines)
+    if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
+        lines.insert(0, f"  first     source {_from_here(Path(sys.prefix))}/bin/activate")
+    return "\nGo on with:\n" + "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,12 @@ def _guarded(body: Callable[[], int], speak: bool = True) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _from_here(path: Path) -> Path:
+    """`path` as it is typed in this folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _read_text(path: Path) -> str:

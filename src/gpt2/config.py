@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses, presets, overlays and the numbers derived from them. Pure.
 
 Each part holds the flags of one concern: their names, types, defaults and help stand here and
-nowhere else. `None` means off.
+nowhere else. `None` means off. Values that cannot work, alone or together, raise ConfigError.
 """
 
 import difflib
@@ -216,7 +216,7 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, complete. Raises ConfigError when its parts cannot work together."""
+    """One training run, complete."""
 
     preset: PresetName = "gpt2-124m"
     """a complete configuration; other flags override it"""

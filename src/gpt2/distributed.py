@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpt2 import estimate
 from gpt2.config import MachineConfig
-from gpt2.errors import ConfigError
+from gpt2.errors import ConfigError, UserError
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -140,9 +140,17 @@ def join(config: MachineConfig) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend)
-    yield world
-    # Not after an error: it would wait for ranks that are gone. Reference cycles of DDP keep the
-    # group alive, and gloo's threads abort a process that ends before the group is gone.
+    try:
+        yield world
+    except UserError:  # of all ranks alike
+        _leave()
+        raise
+    _leave()  # not after another error: it would wait for ranks that are gone
+
+
+def _leave() -> None:
+    """Ends the process group for good: gloo's threads abort a process that ends before its group
+    is gone, and reference cycles of DDP keep it alive."""
     gc.collect()
     dist.destroy_process_group()
 

@@ -55,7 +55,7 @@ def generate_text(
     *,
     num_samples: int = 3,
     max_new_tokens: int = 64,
-    temperature: float = 0.8,
+    temperature: float = 1.0,
     top_k: int | None = 50,
     seed: int = 0,
 ) -> list[str]:

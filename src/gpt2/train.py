@@ -7,6 +7,7 @@ portion N of the data. What is due at N (validation, samples, a checkpoint) happ
 import contextlib
 import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import Callable
@@ -210,7 +211,9 @@ class Training:
                 self.autocast,
             )
             progress.val_loss = loss
-            progress.best_val_loss = min(loss, progress.best_val_loss or loss)
+            if math.isfinite(loss):
+                best = progress.best_val_loss
+                progress.best_val_loss = loss if best is None else min(loss, best)
             self.metrics.validation(step, self._epoch(), loss)
             self._ask(report, stop, step=step, val_loss=loss)
         else:

@@ -1,0 +1,34 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from gpt2 import cli, config
+from support import ROOT
+
+README = (ROOT / "README.md").read_text()
+FIELDS = {*config._field_table(), "config", "out_dir", "list_checkpoints"}
+
+
+def test_the_table_of_options_is_complete_and_true():
+    table = README.partition("## Options")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
+    listed = {name for row in rows for name in re.findall(r"--(\w+)", row)}
+    assert listed == FIELDS
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"gpt2 ([a-z]+)", README))))
+def test_commands_exist(name: str):
+    assert name in cli.COMMANDS
+
+
+def test_options_in_commands_exist():
+    known = FIELDS | set(cli.GenerateCommand.__dataclass_fields__)
+    known |= {"standalone", "nproc_per_node", "port", "help", "no_bias"}
+    assert set(re.findall(r"--([a-z]\w+)", README)) <= known
+
+
+def test_named_files_exist():
+    layout = README.partition("## Layout")[2].partition("```")[2].partition("```")[0]
+    for name in re.findall(r"(\w+\.(?:py|sh))", layout):
+        assert list(Path(ROOT).glob(name)) or list(Path(ROOT, "src").rglob(name)), name
