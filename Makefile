@@ -17,6 +17,7 @@ help:
 
 install: .venv/installed
 .venv/installed: pyproject.toml
+	@echo "Installing into .venv: a few minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable .
 	touch $@

@@ -18,7 +18,7 @@ def test_preset_then_file_then_flags(tmp_path: Path):
     file.write_text("n_layer = 6\nn_head = 2\nlearning_rate = 1e-3\n")
     run = cli.parse_train(["--config", str(file), "--preset", "demo", "--n_head", "8"]).run
     assert (run.model.n_layer, run.model.n_head) == (6, 8)
-    assert (run.optim.learning_rate, run.model.n_embd) == (1e-3, 128)
+    assert (run.optim.learning_rate, run.model.n_embd) == (1e-3, 64)
     assert run.preset == "demo"
 
 

@@ -204,7 +204,7 @@ def test_what_may_change_at_a_resume_is_noted_where_it_matters(data_root, tmp_pa
     result = train.run(small_config(moved, tmp_path, resume="2", max_steps=4, **changes))
     assert result.step == 4
     printed = capsys.readouterr().out
-    assert "  - learning_rate: 0.003 before, 0.0001 from here" in printed
+    assert "  - learning_rate: 0.006 before, 0.0001 from here" in printed
     assert "mini_batch_size" not in printed
 
 

@@ -363,19 +363,19 @@ PRESETS: dict[str, RunConfig] = {
     # the real run that follows finds its own empty.
     "demo": RunConfig(
         preset="demo",
-        model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128),
+        model=ModelConfig(n_layer=4, n_head=2, n_embd=64, block_size=128),
         data=DataConfig(
             data_root=Path("data/python_stdlib"),
-            total_batch_size=2048,
+            total_batch_size=1024,
             mini_batch_size=8,
-            max_steps=200,
+            max_steps=500,
         ),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
+        optim=OptimConfig(learning_rate=6e-3, warmup_steps=40),
         checkpoint=CheckpointConfig(
-            checkpoint_dir=Path("checkpoints/demo"), checkpoint_interval=50, keep_last=3
+            checkpoint_dir=Path("checkpoints/demo"), checkpoint_interval=100, keep_last=3
         ),
         evaluation=EvalConfig(
-            eval_interval=50, eval_batches=8, sample_interval=100, sample_prompt="def"
+            eval_interval=100, eval_batches=16, sample_interval=250, sample_prompt="def"
         ),
     ),
 }
