@@ -14,10 +14,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -74,7 +72,7 @@ def _write(
     writer = _ShardWriter(folder, corpus.name, tokens_per_shard)
     documents = replaced = 0
     with _progress(console) as progress:
-        task = progress.add_task(f"Tokenising {corpus.name}", total=corpus.count(), speed="")
+        task = progress.add_task(corpus.name, total=corpus.count(), speed="")
         for tokens, counts in _tokenised(corpus.documents(), workers):
             if max_tokens is not None:
                 tokens = tokens[: max_tokens - writer.written]
@@ -195,10 +193,8 @@ def _encode(texts: list[str]) -> Tokens:
 def _progress(console: Console | None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("documents, {task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed} documents, {task.fields[speed]}"),
+        TimeRemainingColumn(compact=True),  # all within 80 columns
         console=console,
     )
