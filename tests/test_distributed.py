@@ -84,17 +84,21 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
     flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
     failed = run_command(train_command(flags, ranks=2), expect=None)
     assert failed.returncode != 0
-    lines = [line for line in failed.stderr.splitlines() if "error: no training data" in line]
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: no training data in /nowhere/fineweb_edu; make it with: "
         "gpt2 data fineweb-edu --out /nowhere/fineweb_edu"
     ]
     assert "exitcode  : 2" in failed.stderr
+    root_cause = failed.stderr.partition("Root Cause")[2]
+    assert "traceback : error: no training data in /nowhere/fineweb_edu; make it" in root_cause
     assert "train.py" not in failed.stderr  # no traceback of ours
 
     few_rows = small_flags(data_root, tmp_path, total_batch_size=32)
     failed = run_command(train_command(few_rows, ranks=2), expect=None)
-    assert failed.stderr.count("has 1 rows of block_size=32, fewer than the 2 ranks") == 1
+    assert "\nerror: total_batch_size=32 has 1 row of block_size=32, too few for 2 ranks; use" in (
+        "\n" + failed.stderr
+    )
 
 
 def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):

@@ -76,7 +76,7 @@ def train_main() -> int:
             print(next_commands(command.run, sys.argv[1:], world_size, result.step))
         return result.exit_code
 
-    return _guarded(body, speak=local_rank == 0)
+    return _guarded(body, speak=local_rank == 0, tell=distributed.tell_torchrun)
 
 
 def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
@@ -325,11 +325,17 @@ def _user_error_behind(error: BaseException) -> UserError | None:
     return behind
 
 
-def _guarded(body: Callable[[], int], speak: bool = True) -> int:
-    """The exit code of `body`; what a user can mend is one line, from one process."""
+def _guarded(
+    body: Callable[[], int], speak: bool = True, tell: Callable[[str], None] | None = None
+) -> int:
+    """The exit code of `body`; what a user can mend is one line, from the process that speaks.
+
+    `tell` takes it from every process."""
     try:
         return body()
     except UserError as error:
+        if tell:
+            tell(f"error: {error}")
         if speak:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

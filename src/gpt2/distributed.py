@@ -7,12 +7,14 @@ which every collective is the identity.
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -115,6 +117,17 @@ def env_rank() -> tuple[int, int, int, int]:
         int(read("LOCAL_RANK", "0")),
         int(read("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+def tell_torchrun(message: str) -> None:
+    """Puts `message` into the report with which torchrun ends, below its own traceback.
+
+    Without torchrun it does nothing. The format is that of torch's elastic ErrorHandler.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": details}))
 
 
 @contextmanager

@@ -455,10 +455,11 @@ def _open_data(run_config: RunConfig, world: World) -> Manifest:
 
 
 def _require_enough_rows(run_config: RunConfig, world: World) -> None:
-    if run_config.rows_per_step < world.size:
+    rows = run_config.rows_per_step
+    if rows < world.size:
         raise ConfigError(
-            f"total_batch_size={run_config.data.total_batch_size} has {run_config.rows_per_step} "
-            f"rows of block_size={run_config.model.block_size}, fewer than the {world.size} ranks; "
+            f"total_batch_size={run_config.data.total_batch_size} has {rows} row{'s'[: rows > 1]} "
+            f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
             f"use --total_batch_size {world.size * run_config.model.block_size} or more"
         )
 
