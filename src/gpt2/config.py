@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2 import tokenizer
+from gpt2.data.order import Shuffle
 from gpt2.errors import ConfigError
 from gpt2.schedule import Schedule
 
@@ -89,6 +90,8 @@ class DataConfig:
     """passes over the training split"""
     max_steps: int | None = None
     """stop after this many steps, whatever the epochs say"""
+    shuffle: Shuffle = "shards"
+    """what each epoch permutes: its shards, also the rows within each shard, or nothing"""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
@@ -282,6 +285,7 @@ class RunConfig:
 FIXED_BY_CHECKPOINT = (
     *(f"model.{part.name}" for part in fields(ModelConfig) if part.name != "dropout"),
     "data.total_batch_size",
+    "data.shuffle",
     "machine.seed",
 )
 # What the course of training depends on: free to change at a resume, but never silently.

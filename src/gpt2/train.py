@@ -110,7 +110,10 @@ class Training:
         self.val_shards = ShardSet(root, manifest, "val", block_size)
         self.val_rows = order.spread(self.val_shards.rows_per_shard, run_config.eval_rows)
         self.order = Order(
-            self.train_shards.rows_per_shard, run_config.rows_per_step, run_config.machine.seed
+            self.train_shards.rows_per_shard,
+            run_config.rows_per_step,
+            run_config.machine.seed,
+            run_config.data.shuffle,
         )
         self.total_steps = run_config.total_steps(self.order.rows_per_epoch)
         self.schedule = run_config.lr_schedule(self.total_steps)

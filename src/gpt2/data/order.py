@@ -9,12 +9,14 @@ Rows are given as an array (R, 2) of int64: shard index, row index within the sh
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+Shuffle = Literal["shards", "rows", "none"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,15 @@ class Order:
     """The endless list of training rows, cut into steps.
 
     `rows_per_shard` is in name order, `rows_per_step` the rows of one step over all ranks.
+    `shuffle` says what changes from epoch to epoch: nothing (`none`), the order of the shards
+    after epoch 0 (`shards`), or that and, in every epoch, the order of the rows within each shard
+    (`rows`).
     """
 
     rows_per_shard: tuple[int, ...]
     rows_per_step: int
     seed: int
+    shuffle: Shuffle = "shards"
 
     @cached_property
     def rows_per_epoch(self) -> int:
@@ -43,9 +49,9 @@ class Order:
     def shards_of(self, epoch: int) -> npt.NDArray[np.int64]:
         """Shard indices in the order that `epoch` reads them; name order in epoch 0."""
         count = len(self.rows_per_shard)
-        if epoch == 0:
+        if epoch == 0 or self.shuffle == "none":
             return np.arange(count, dtype=np.int64)
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(count)
+        return _generator(self.seed, epoch).permutation(count)
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
         """The rows of `rank` in the update that follows `step` finished updates."""
@@ -53,12 +59,17 @@ class Order:
         first = step * self.rows_per_step
         positions = np.arange(first + mine.start, first + mine.stop, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.rows_per_epoch)
-        return np.concatenate(
-            [self._locate(int(epoch), offsets[epochs == epoch]) for epoch in np.unique(epochs)]
-        )
+        parts = [self._locate(int(epoch), offsets[epochs == epoch]) for epoch in np.unique(epochs)]
+        return np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.int64)
 
     def _locate(self, epoch: int, offsets: npt.NDArray[np.int64]) -> Rows:
-        return _locate(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
+        rows = _locate(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
+        if self.shuffle == "rows":
+            for shard in np.unique(rows[:, 0]).tolist():
+                here = rows[:, 0] == shard
+                count = self.rows_per_shard[shard]
+                rows[here, 1] = _row_permutation(self.seed, epoch, shard, count)[rows[here, 1]]
+        return rows
 
 
 def share(count: int, rank: int, world_size: int) -> range:
@@ -93,3 +104,14 @@ def _locate(
     slots = np.searchsorted(ends, offsets, side="right")
     rows = offsets - (ends - rows_per_shard[shards])[slots]
     return np.stack([shards[slots], rows], axis=1)
+
+
+@lru_cache(maxsize=4)  # consecutive steps read the same few shards
+def _row_permutation(seed: int, epoch: int, shard: int, count: int) -> npt.NDArray[np.int64]:
+    return _generator(seed, epoch, stream=shard + 1).permutation(count)
+
+
+def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
+    """Independent streams for each epoch's shards (stream 0) and for the rows of each shard."""
+    counter = [0, 0, 0, stream]  # the highest word: streams never meet
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=counter))
