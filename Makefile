@@ -5,12 +5,13 @@ BIN := .venv/bin
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test soak lint format clean
 
 help:
 	@echo "make demo     train a small GPT-2 on this Python's standard library (3 minutes on 2 cores)"
 	@echo "make install  make .venv and install the package into it"
 	@echo "make test     run the test suite"
+	@echo "make soak     run the tests of many trials"
 	@echo "make lint     check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and caches; checkpoints, runs, logs and data stay"
@@ -36,6 +37,9 @@ demo: .venv/installed
 
 test: .venv/tested
 	$(BIN)/pytest
+
+soak: .venv/tested
+	$(BIN)/pytest -m soak
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

@@ -21,12 +21,13 @@ FLOORS = [
             "status",
             "metrics",
             "monitor",
+            "tables",
             "evaluation",
             "generate",
         },
     ),
     ("one run", {"start", "train"}),
-    ("entries", {"cli"}),
+    ("entries", {"cli", "cli_data", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {
     "checkpoint": {"atomic"},
@@ -34,7 +35,7 @@ NEEDED_IN_SHELL = {
     "data.shards": {"atomic", "data.corpora"},
     "data.prepare": {"atomic", "data.shards", "data.corpora"},
     "evaluation": {"distributed", "data.shards"},
-    "monitor": {"checkpoint", "status", "metrics", "data.shards"},
+    "monitor": {"tables", "checkpoint", "status", "metrics", "data.shards"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}
 

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,7 +108,9 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
     data = tmp_path / "data" / "python_stdlib"
     limits = ("--shard_tokens", "20000", "--max_tokens", "60000", "--workers", "1")
     assert call(monkeypatch, cli.main, "data", "python-stdlib", "--out", str(data), *limits) == 0
-    assert "40,000 training and 20,000 validation tokens in 3 shards" in capsys.readouterr().out
+    printed = capsys.readouterr().out.split("\n")
+    assert any(line.split()[:3] == ["train", "2", "40,000"] for line in printed)
+    assert any(line.split()[:3] == ["val", "1", "20,000"] for line in printed)
     flags = small_flags(data, tmp_path, max_steps=4, checkpoint_interval=2)
     done = run_command(train_command(flags))
     assert "--resume latest --max_steps 8" in done.stdout
@@ -136,3 +139,52 @@ def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tm
     (tmp_path / "demo" / "step_000001.json").touch()
     assert call(monkeypatch, cli.generate_main, *folder) == 2
     assert f"use --checkpoint_dir {tmp_path / 'demo'}" in capsys.readouterr().err
+
+
+def test_data_is_verified_and_shown(tmp_path: Path, data_root: Path, monkeypatch, capsys):
+    assert call(monkeypatch, cli.main, "data", "verify", str(data_root)) == 0
+    assert "shards are as the manifest says" in capsys.readouterr().out
+    assert call(monkeypatch, cli.main, "data", "show", str(data_root), "--shard", "0") == 0
+    printed = capsys.readouterr().out
+    assert "small_val_000000.npy" in printed
+    assert "Shard 0 begins with:\n<|endoftext|># Copyright 2007 Google" in printed
+    assert call(monkeypatch, cli.main, "data", "show", str(data_root), "--shard", "99") == 2
+    capsys.readouterr()
+
+    broken = Path(shutil.copytree(data_root, tmp_path / "small"))
+    with (broken / "small_train_000001.npy").open("ab") as file:
+        file.write(b"x")
+    assert call(monkeypatch, cli.main, "data", "verify", str(broken)) == 2
+    error = capsys.readouterr().err
+    assert "error: 1 of " in error
+    assert "small_train_000001.npy: 16129 bytes instead of 16128" in error
+
+
+def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 500)
+    out = tmp_path / "data" / "mine"
+    pattern = str(tmp_path / "*.txt")
+    flags = ("files", pattern, "--out", str(out), "--shard_tokens", "400", "--workers", "1")
+    assert call(monkeypatch, cli.main, "data", *flags) == 0
+    assert f"Train on it with --data_root {out}" in capsys.readouterr().out
+    assert (out / "mine_val_000000.npy").exists()
+    assert call(monkeypatch, cli.main, "data", "show", str(out), "--shard", "0") == 0
+    assert "one one one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["fineweb-ed"], "unknown corpus fineweb-ed; did you mean fineweb-edu"),
+        (["python-stdlib", "--shard_tokens", "1"], "shard_tokens=1 is too small"),
+        (["files", "nowhere/*.txt"], "no file matches nowhere/*.txt"),
+        (["files"], "no files given"),
+        (["verify", "nowhere"], "no training data in nowhere"),
+    ],
+)
+def test_wrong_data_commands_are_one_line(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, cli.main, "data", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

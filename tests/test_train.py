@@ -123,7 +123,7 @@ def test_report_steers(data_root: Path, tmp_path: Path):
 def short_epochs(tmp_path: Path) -> Path:
     """Four training shards of three rows of 32 tokens."""
     folder = tmp_path / "short"
-    prepare.prepare(SMALL_CORPUS, folder, workers=1, tokens_per_shard=100, max_tokens=500)
+    prepare.prepare(SMALL_CORPUS, folder, workers=1, shard_tokens=100, max_tokens=500)
     return folder
 
 

@@ -1,25 +1,20 @@
 """The `gpt2` command and what the scripts call: parses flags, prints errors, sets exit codes."""
 
 import argparse
-import contextlib
-import io
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
-
-import tyro
+from typing import Literal
 
 import gpt2
 from gpt2 import config
+from gpt2.cli_parse import guarded, parse
 from gpt2.config import RunConfig
-from gpt2.errors import CheckpointError, ConfigError, UserError
-
-T = TypeVar("T")
-USER_ERROR, INTERRUPTED = 2, 130
+from gpt2.errors import CheckpointError, ConfigError
+from gpt2.tables import console
 
 
 def main() -> int:
@@ -40,7 +35,7 @@ def main() -> int:
         f"error: unknown command {name}{config.suggestion(name, list(COMMANDS))}\n\n{usage}",
         file=sys.stderr,
     )
-    return USER_ERROR
+    return 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def train_main() -> int:
         if command.list_checkpoints:
             from gpt2 import monitor
 
-            monitor.print_checkpoints(command.run.checkpoint.checkpoint_dir, monitor.console())
+            monitor.print_checkpoints(command.run.checkpoint.checkpoint_dir, console())
             return 0
         from gpt2 import train
 
@@ -76,7 +71,7 @@ def train_main() -> int:
             print(next_commands(command.run, sys.argv[1:], world_size, result.step))
         return result.exit_code
 
-    return _guarded(body, speak=local_rank == 0, tell=distributed.tell_torchrun)
+    return guarded(body, speak=local_rank == 0, tell=distributed.tell_torchrun)
 
 
 def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
@@ -95,7 +90,7 @@ def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
         out = Path(early.out_dir)
         folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
         run = config.overlay(run, {name: out / folder for name, folder in folders.items()})
-    return _parse(TrainCommand, arguments, default=TrainCommand(run=run), speak=speak)
+    return parse(TrainCommand, arguments, default=TrainCommand(run=run), speak=speak)
 
 
 def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, step: int) -> str:
@@ -126,51 +121,11 @@ def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, ste
     return "\nGo on with:\n" + "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class DataCommand:
-    """Prepare a corpus as token shards in data/NAME."""
-
-    name: tyro.conf.Positional[Literal["python-stdlib", "fineweb-edu"]]
-    """corpus"""
-    out: Path | None = None
-    """folder of the shards; default data/NAME"""
-    shard_tokens: int | None = None
-    """tokens per shard; default is the corpus's own"""
-    max_tokens: int | None = None
-    """stop after this many tokens"""
-    workers: int | None = None
-    """tokenising processes; default all cores"""
-    overwrite: bool = False
-    """make it again even if it is there"""
-
-
 def data_main() -> int:
-    """`gpt2 data NAME`."""
+    """`gpt2 data …`."""
+    from gpt2 import cli_data
 
-    def body() -> int:
-        from gpt2.data import corpora, prepare
-
-        command = _parse(DataCommand, sys.argv[1:])
-        corpus = corpora.find(command.name)
-        assert corpus is not None
-        folder = command.out or Path("data") / corpus.name
-        manifest = prepare.prepare(
-            corpus,
-            folder,
-            tokens_per_shard=command.shard_tokens,
-            max_tokens=command.max_tokens,
-            workers=command.workers,
-            overwrite=command.overwrite,
-        )
-        replaced = manifest.replaced_documents
-        print(
-            f"{folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} "
-            f"validation tokens in {len(manifest.shards)} shards, {manifest.documents:,} documents"
-            + (f", {replaced} of them with bytes that are no UTF-8 (now U+FFFD)" * (replaced > 0))
-        )
-        return 0
-
-    return _guarded(body)
+    return cli_data.data_main()
 
 
 @dataclass(frozen=True)
@@ -199,10 +154,7 @@ class GenerateCommand:
     """unpickle a checkpoint that this user did not write: it can run any code"""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is too small; it must be 1 or more")
+        config.require_at_least(self, 1, "num_samples", "max_new_tokens", "top_k")
         if self.temperature < 0:
             raise ConfigError(f"temperature={self.temperature} is negative; 0 is greedy")
 
@@ -211,7 +163,7 @@ def generate_main() -> int:
     """`gpt2 generate`."""
 
     def body() -> int:
-        command = _parse(GenerateCommand, sys.argv[1:])
+        command = parse(GenerateCommand, sys.argv[1:])
         from gpt2 import checkpoint as checkpoints
         from gpt2 import distributed, generate, model, monitor
         from gpt2.config import MachineConfig, ModelConfig
@@ -239,7 +191,7 @@ def generate_main() -> int:
             print(f"--- sample {number}\n{text}")
         return 0
 
-    return _guarded(body)
+    return guarded(body)
 
 
 @dataclass(frozen=True)
@@ -256,8 +208,7 @@ class EstimateCommand:
     """GPUs that give this speed"""
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise ConfigError(f"gpus={self.gpus} is too small; it must be 1 or more")
+        config.require_at_least(self, 1, "gpus")
         if self.tokens_per_sec is not None and self.tokens_per_sec <= 0:
             raise ConfigError(f"tokens_per_sec={self.tokens_per_sec} must be more than 0")
 
@@ -266,10 +217,10 @@ def estimate_main() -> int:
     """`estimate_training_time.py` and `gpt2 estimate`."""
 
     def body() -> int:
-        command = _parse(EstimateCommand, sys.argv[1:])
+        command = parse(EstimateCommand, sys.argv[1:])
         from gpt2 import monitor
 
-        out = monitor.console()
+        out = console()
         asked = command.preset is not None or command.tokens_per_sec is not None
         run = None if asked else monitor.newest_run(command.checkpoint_dir)
         if run is not None:
@@ -279,7 +230,7 @@ def estimate_main() -> int:
             monitor.print_assumed_forecast(run_config, command.tokens_per_sec, command.gpus, out)
         return 0
 
-    return _guarded(body)
+    return guarded(body)
 
 
 COMMANDS: dict[str, tuple[Callable[[], int], str]] = {
@@ -288,59 +239,6 @@ COMMANDS: dict[str, tuple[Callable[[], int], str]] = {
     "generate": (generate_main, "continue a prompt with a trained model"),
     "estimate": (estimate_main, "how long training takes"),
 }
-
-
-def _parse(
-    kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
-) -> T:
-    """The command that `arguments` say. An error of ours is raised; tyro prints its own, and help,
-    if this process may speak, and exits."""
-
-    def parse(aloud: bool) -> T:
-        return tyro.cli(
-            kind,
-            args=arguments,
-            default=tyro.MISSING_NONPROP if default is None else default,
-            use_underscores=True,
-            console_outputs=aloud,
-            config=[tyro.conf.OmitArgPrefixes],
-        )
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return parse(aloud=False)
-    except SystemExit as stop:
-        if ours := _user_error_behind(stop):
-            raise ours from None
-        if not speak:
-            raise
-    return parse(aloud=True)
-
-
-def _user_error_behind(error: BaseException) -> UserError | None:
-    """The UserError that tyro caught while it built the command, if there was one."""
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, UserError):
-        behind = behind.__cause__ or behind.__context__
-    return behind
-
-
-def _guarded(
-    body: Callable[[], int], speak: bool = True, tell: Callable[[str], None] | None = None
-) -> int:
-    """The exit code of `body`; what a user can mend is one line, from the process that speaks.
-
-    `tell` takes it from every process."""
-    try:
-        return body()
-    except UserError as error:
-        if tell:
-            tell(f"error: {error}")
-        if speak:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def _from_here(path: Path) -> Path:

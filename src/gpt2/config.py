@@ -26,7 +26,8 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_at_least(part: Any, minimum: float, *names: str) -> None:
+def require_at_least(part: Any, minimum: float, *names: str) -> None:
+    """Raises ConfigError if a field of `part` is smaller; None, which is off, never is."""
     for name in names:
         value = getattr(part, name)
         _require(
@@ -60,7 +61,7 @@ class ModelConfig:
     """biases in linear layers and layer norms, as in GPT-2"""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size")
+        require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size")
         _require(
             self.n_embd % self.n_head == 0,
             f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
@@ -94,7 +95,7 @@ class DataConfig:
     """what each epoch permutes: its shards, also the rows within each shard, or nothing"""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
+        require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class OptimConfig:
     """largest norm of the global gradient"""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
-        _require_at_least(self, 1, "decay_steps")
+        require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
+        require_at_least(self, 1, "decay_steps")
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be more than 0")
         _require(
             self.grad_clip is None or self.grad_clip > 0,
@@ -149,7 +150,7 @@ class CheckpointConfig:
     """unpickle a checkpoint that this user did not write: it can run any code"""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "checkpoint_interval", "keep_last")
+        require_at_least(self, 1, "checkpoint_interval", "keep_last")
         _require(
             self.resume is None or self.init_from in ("scratch", "resume"),
             f"--resume {self.resume} and --init_from {self.init_from} both say where the weights "
@@ -176,7 +177,7 @@ class EvalConfig:
     """what the samples continue"""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "eval_interval", "eval_batches", "sample_interval")
+        require_at_least(self, 1, "eval_interval", "eval_batches", "sample_interval")
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class MachineConfig:
     """on CPU, glibc keeps freed buffers for the next step instead of unmapping them"""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 0, "seed")
+        require_at_least(self, 0, "seed")
         _require(
             self.device in ("auto", "cpu", "cuda"),
             f"device={self.device} is unknown; choose auto, cpu or cuda "

@@ -6,28 +6,22 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from gpt2 import checkpoint, estimate, metrics, status
 from gpt2.config import RunConfig
 from gpt2.data.order import Order
-from gpt2.data.shards import Manifest
+from gpt2.data.shards import catalog
 from gpt2.errors import DataError
 from gpt2.estimate import duration
+from gpt2.tables import table
 
 DEVICE_COUNTS = (1, 2, 4, 8)
 SHOWN_EPOCHS = 10
 # What is assumed where there is neither a run nor data to go by.
 ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
 ASSUMED_TOKENS, ASSUMED_SHARDS = 9_900_000_000, 99
-
-
-def console() -> Console:
-    """A console whose tables are not squeezed into 80 columns where the output is a file."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=160)
 
 
 def run_folders(root: Path, mark: str) -> list[Path]:
@@ -42,7 +36,7 @@ def print_checkpoints(root: Path, out: Console) -> None:
         out.print(f"No checkpoints in {root}")
         return
     for folder in folders:
-        table = _table(
+        listing = table(
             f"Checkpoints in {folder}",
             "step",
             "epoch",
@@ -54,8 +48,8 @@ def print_checkpoints(root: Path, out: Console) -> None:
             "path",
         )
         for row in _table_rows(folder):
-            table.add_row(*row)
-        out.print(table)
+            listing.add_row(*row)
+        out.print(listing)
 
 
 def _table_rows(folder: Path) -> list[tuple[str, ...]]:
@@ -138,9 +132,8 @@ def print_assumed_forecast(
 ) -> None:
     """The forecast of a run that has not begun, and what it assumes."""
     try:
-        manifest = Manifest.read(config.data.data_root)
-        tokens = manifest.tokens("train")
-        shards = sum(shard.split == "train" for shard in manifest.shards)
+        data = catalog(config.data.data_root)
+        tokens, shards = data.tokens("train"), len(data.of("train"))
         source = f"the data in {config.data.data_root}"
     except DataError:
         tokens, shards = ASSUMED_TOKENS, ASSUMED_SHARDS
@@ -181,11 +174,11 @@ def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
 
 
 def _milestones(forecast: Forecast) -> Table:
-    table = _table("Milestones", "step", "what", "in", "date", left=("what",))
+    listing = table("Milestones", "step", "what", "in", "date")
     for step, what in _milestone_rows(forecast):
         left_s = (step - forecast.step) * forecast.step_s
-        table.add_row(f"{step:,}", what, duration(left_s), _date(left_s))
-    return table
+        listing.add_row(f"{step:,}", what, duration(left_s), _date(left_s))
+    return listing
 
 
 def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
@@ -206,7 +199,7 @@ def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
 
 
 def _scaling(forecast: Forecast, device: str) -> Table:
-    table = _table(
+    listing = table(
         f"On other numbers of {device}s (estimate: linear from {forecast.devices})",
         f"{device}s",
         "tokens/s",
@@ -217,21 +210,14 @@ def _scaling(forecast: Forecast, device: str) -> Table:
     for count in DEVICE_COUNTS:
         factor = forecast.devices / count
         left_s = max(0.0, forecast.left_s) * factor
-        table.add_row(
+        listing.add_row(
             f"{count}{' (this run)' if count == forecast.devices else ''}",
             f"{forecast.tokens_per_s / factor:,.0f}",
             duration(forecast.total_steps * forecast.step_s * factor),
             duration(left_s),
             _date(left_s) if left_s else "-",
         )
-    return table
-
-
-def _table(title: str, *columns: str, left: tuple[str, ...] = ("path",)) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return table
+    return listing
 
 
 def _loss(value: float | None) -> str:

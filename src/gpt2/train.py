@@ -25,7 +25,7 @@ from gpt2 import checkpoint, distributed, estimate, generate, model, optim, stat
 from gpt2.config import RunConfig
 from gpt2.data import corpora, order, prepare
 from gpt2.data.order import Order
-from gpt2.data.shards import MANIFEST, Manifest, ShardSet
+from gpt2.data.shards import MANIFEST, Catalog, ShardSet, catalog
 from gpt2.distributed import StopRequest, World
 from gpt2.errors import ConfigError, DataError
 from gpt2.evaluation.loss import validation_loss
@@ -97,17 +97,15 @@ class Training:
     def assemble(cls, run_config: RunConfig, world: World) -> "Training":
         """Opens the data, finds where to start and builds what trains; nothing is changed on disk
         before everything that could be refused has been checked."""
-        manifest = _open_data(run_config, world)
+        data = _open_data(run_config, world)
         start = Start.find(run_config, world)
-        return cls(run_config, world, manifest, start)
+        return cls(run_config, world, data, start)
 
-    def __init__(
-        self, run_config: RunConfig, world: World, manifest: Manifest, start: Start
-    ) -> None:
+    def __init__(self, run_config: RunConfig, world: World, data: Catalog, start: Start) -> None:
         self.config, self.world, self.start = run_config, world, start
-        root, block_size = run_config.data.data_root, run_config.model.block_size
-        self.train_shards = ShardSet(root, manifest, "train", block_size)
-        self.val_shards = ShardSet(root, manifest, "val", block_size)
+        block_size = run_config.model.block_size
+        self.train_shards = ShardSet(data, "train", block_size)
+        self.val_shards = ShardSet(data, "val", block_size)
         self.val_rows = order.spread(self.val_shards.rows_per_shard, run_config.eval_rows)
         self.order = Order(
             self.train_shards.rows_per_shard,
@@ -117,7 +115,7 @@ class Training:
         )
         self.total_steps = run_config.total_steps(self.order.rows_per_epoch)
         self.schedule = run_config.lr_schedule(self.total_steps)
-        self.data_fingerprint = manifest.fingerprint()
+        self.data_fingerprint = data.fingerprint()
         _require_enough_rows(run_config, world)
         start.require_agreement(run_config, self.data_fingerprint)
 
@@ -135,7 +133,7 @@ class Training:
         self.run_name = world.on_main(lambda: self.run_name)
         self.metrics = Metrics(self._sinks())
         self.write_status("running")
-        self._introduce(manifest, dtype)
+        self._introduce(data, dtype)
 
     def loop(self, report: Report) -> Result:
         """Trains until the last step or until somebody says stop."""
@@ -389,7 +387,7 @@ class Training:
     def _log_file(self) -> Path:
         return self.config.watch.log_dir / "log.txt"
 
-    def _introduce(self, manifest: Manifest, dtype: torch.dtype) -> None:
+    def _introduce(self, data: Catalog, dtype: torch.dtype) -> None:
         """What is about to train, on what, and where it is kept."""
         run_config, world, say = self.config, self.world, self.metrics.message
         if self.start.state is not None:
@@ -405,8 +403,8 @@ class Training:
         where = f"{world.size} × {world.device.type}, {kind}"
         say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")
         say(
-            f"Data {run_config.data.data_root}: {manifest.tokens('train'):,} training tokens in "
-            f"{len(self.train_shards.shards)} shards, {manifest.tokens('val'):,} for validation"
+            f"Data {run_config.data.data_root}: {data.tokens('train'):,} training tokens in "
+            f"{len(self.train_shards.shards)} shards, {data.tokens('val'):,} for validation"
         )
         say(
             f"Plan: {self.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
@@ -438,8 +436,8 @@ class Training:
         status.write(folder, plan, state, self.progress.step, reason)
 
 
-def _open_data(run_config: RunConfig, world: World) -> Manifest:
-    """The manifest of the training data; an embedded corpus that is not prepared yet is now."""
+def _open_data(run_config: RunConfig, world: World) -> Catalog:
+    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
     root = run_config.data.data_root
     corpus = corpora.find(root.name)
 
@@ -448,13 +446,13 @@ def _open_data(run_config: RunConfig, world: World) -> Manifest:
             prepare.prepare(corpus, root)
 
     world.on_main(prepare_embedded)
-    manifest = Manifest.read(root)
-    if manifest.vocab_size > run_config.model.vocab_size:
+    data = catalog(root)
+    if data.vocab_size > run_config.model.vocab_size:
         raise DataError(
-            f"{root} has token ids up to {manifest.vocab_size - 1}, the model only "
-            f"{run_config.model.vocab_size}; use --vocab_size {manifest.vocab_size} or more"
+            f"{root} has token ids up to {data.vocab_size - 1}, the model only "
+            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
         )
-    return manifest
+    return data
 
 
 def _require_enough_rows(run_config: RunConfig, world: World) -> None:

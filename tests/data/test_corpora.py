@@ -1,7 +1,12 @@
+import gzip
+import json
 import sysconfig
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
+import zstandard
 
 from gpt2.data import corpora
 from gpt2.errors import DataError
@@ -37,13 +42,88 @@ def test_names_in_either_spelling():
     assert corpora.find("nothing") is None
 
 
-def test_hugging_face_loader_reads_local_files_in_order(tmp_path: Path):
-    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    documents = corpora.hugging_face(str(tmp_path), None, "train")
-    assert [document.text for document in documents] == ["one", "two"]
+def texts(corpus: corpora.Corpus, skip: int = 0) -> list[str]:
+    return [document.text for document in corpus.documents(skip)]
 
 
-def test_record_without_the_text_field_is_one_clear_error(tmp_path: Path):
-    (tmp_path / "train.jsonl").write_text('{"body": "one"}\n')
-    with pytest.raises(DataError, match=r"record 0 has no text in field 'text'; fields: body"):
-        list(corpora.hugging_face(str(tmp_path), None, "train"))
+def test_standard_library_goes_on_after_a_number_of_documents():
+    corpus = corpora.CORPORA["python_stdlib"]
+    assert texts(corpus, corpus.count() - 2) == texts(corpus)[-2:]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_data_set_of_a_local_folder(tmp_path: Path, streaming: bool, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    corpus = corpora.hub("x", str(folder), streaming=streaming)
+    assert texts(corpus) == ["one", "two", "three"]
+    assert texts(corpus, skip=1) == ["two", "three"]
+
+
+def write_files(folder: Path, kind: str) -> None:
+    """Two files with the texts a0, a1, b0 (a `.txt` file is one document)."""
+    rows = {"a": ["a0", "a1 é"], "b": ["b0"]}
+    for name, values in rows.items():
+        path = folder / f"{name}{kind}"
+        if kind.startswith(".parquet"):
+            parquet.write_table(pyarrow.table({"body": values}), path)
+            continue
+        text = "\n".join(values)
+        if kind.startswith(".jsonl"):
+            text = "".join(json.dumps({"body": value}) + "\n" for value in values)
+        if kind.endswith(".gz"):
+            path.write_bytes(gzip.compress(text.encode()))
+        elif kind.endswith(".zst"):
+            path.write_bytes(zstandard.compress(text.encode()))
+        else:
+            path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (".txt", ["a0\na1 é", "b0"]),
+        (".txt.gz", ["a0\na1 é", "b0"]),
+        (".txt.zst", ["a0\na1 é", "b0"]),
+        (".jsonl", ["a0", "a1 é", "b0"]),
+        (".jsonl.gz", ["a0", "a1 é", "b0"]),
+        (".jsonl.zst", ["a0", "a1 é", "b0"]),
+        (".parquet", ["a0", "a1 é", "b0"]),
+    ],
+)
+def test_files_in_sorted_order(tmp_path: Path, kind: str, expected: list[str]):
+    write_files(tmp_path, kind)
+    corpus = corpora.local_files("x", [str(tmp_path / f"*{kind}")], text_field="body")
+    assert texts(corpus) == expected
+    assert texts(corpus, skip=1) == expected[1:]
+
+
+def test_bytes_that_are_no_utf8_are_replaced_and_noted(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (document,) = corpora.local_files("x", [str(tmp_path / "*.txt")]).documents(0)
+    assert document == corpora.Document("caf\ufffd", replaced=True)
+
+
+def test_what_cannot_be_one_corpus(tmp_path: Path):
+    with pytest.raises(DataError, match="no file matches"):
+        corpora.local_files("x", [str(tmp_path / "*")])
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.parquet").touch()
+    with pytest.raises(DataError, match=r"\.parquet, \.txt cannot be one corpus"):
+        corpora.local_files("x", [str(tmp_path / "*")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"body": "one"}\n', "record 0 has no text in field 'text'; its fields: body; choose"),
+        ('{"text": "one"}\n{"text": null}\n', "record 1 has no text in field 'text'"),
+        ("no json", "cannot read .*a.jsonl"),
+    ],
+)
+def test_records_that_cannot_be_read_are_one_clear_error(tmp_path: Path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        texts(corpora.local_files("x", [str(tmp_path / "a.jsonl")]))

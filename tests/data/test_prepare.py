@@ -1,9 +1,20 @@
+import contextlib
 import hashlib
+import itertools
 import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
 import support
 from gpt2 import tokenizer
@@ -54,21 +65,21 @@ def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monk
     assert Manifest.read(tmp_path) == Manifest.read(data_root)
 
 
-def test_a_finished_folder_stays_and_an_unfinished_one_is_made_again(tmp_path: Path):
+def test_a_finished_folder_stays_as_it_is(tmp_path: Path):
     first = prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
     before = (tmp_path / "manifest.json").stat().st_mtime_ns
-    assert prepare.prepare(support.SMALL_CORPUS, tmp_path, tokens_per_shard=10) == first
-    assert (tmp_path / "manifest.json").stat().st_mtime_ns == before
-    (tmp_path / "manifest.json").unlink()
-    (tmp_path / "small_train_000009.npy").write_bytes(b"left over")
     assert prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1) == first
-    assert not (tmp_path / "small_train_000009.npy").exists()
+    assert (tmp_path / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(
+        DataError, match=r"is finished with other options \(shard_tokens 8000, now 10"
+    ):
+        prepare.prepare(support.SMALL_CORPUS, tmp_path, shard_tokens=10)
 
 
 def test_overwrite_makes_it_again(tmp_path: Path):
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
     again = prepare.prepare(
-        support.SMALL_CORPUS, tmp_path, workers=1, tokens_per_shard=5000, overwrite=True
+        support.SMALL_CORPUS, tmp_path, workers=1, shard_tokens=5000, overwrite=True
     )
     assert again.tokens_per_shard == 5000
     assert len(list(tmp_path.glob("*.npy"))) == len(again.shards)
@@ -76,22 +87,24 @@ def test_overwrite_makes_it_again(tmp_path: Path):
 
 def test_max_tokens(tmp_path: Path):
     manifest = prepare.prepare(
-        support.SMALL_CORPUS, tmp_path, workers=1, tokens_per_shard=1000, max_tokens=2500
+        support.SMALL_CORPUS, tmp_path, workers=1, shard_tokens=1000, max_tokens=2500
     )
     assert [shard.tokens for shard in manifest.shards] == [1000, 1000, 500]
     assert shard_tokens(tmp_path) == plain_loop(list(support.small_documents()))[:2500]
 
 
-def test_replaced_documents_are_counted(tmp_path: Path):
+def test_odd_documents_are_counted(tmp_path: Path):
     documents = [Document("a" * 50), Document("\ufffd", replaced=True), Document("")]
-    corpus = Corpus("odd", "a test", 5, documents=lambda: iter(documents))
+    corpus = Corpus("odd", "a test", 5, documents=lambda skip: iter(documents[skip:]))
     manifest = prepare.prepare(corpus, tmp_path, workers=1)
-    assert (manifest.documents, manifest.replaced_documents) == (3, 1)
+    assert (manifest.documents, manifest.empty_documents, manifest.replaced_documents) == (3, 1, 1)
     assert shard_tokens(tmp_path) == plain_loop(documents)
 
 
 def test_a_corpus_of_one_shard_has_nothing_to_train_on(tmp_path: Path):
-    corpus = Corpus("short", "a test", 1000, documents=lambda: iter([Document("short")]))
+    corpus = Corpus(
+        "short", "a test", 1000, documents=lambda skip: iter([Document("short")][skip:])
+    )
     with pytest.raises(DataError, match="use --shard_tokens"):
         prepare.prepare(corpus, tmp_path, workers=1)
     assert not (tmp_path / "manifest.json").exists()
@@ -101,3 +114,186 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="another folder with --out"):
         prepare.prepare(support.SMALL_CORPUS, tmp_path / "file" / "data", workers=1)
+
+
+def test_validation_shard_may_have_a_size_of_its_own(tmp_path: Path):
+    manifest = prepare.prepare(
+        support.SMALL_CORPUS, tmp_path, workers=1, shard_tokens=9000, val_tokens=500
+    )
+    assert [shard.tokens for shard in manifest.shards][:2] == [500, 9000]
+
+
+def test_a_document_longer_than_a_shard_spans_shards(tmp_path: Path):
+    documents = [Document("one two " * 100), Document("three")]
+    corpus = Corpus("long", "a test", 30, documents=lambda skip: iter(documents[skip:]))
+    manifest = prepare.prepare(corpus, tmp_path, workers=1)
+    assert len(manifest.shards) > 5
+    assert shard_tokens(tmp_path) == plain_loop(documents)
+
+
+def test_shards_of_unknown_origin_are_left_alone(tmp_path: Path):
+    (tmp_path / "theirs_000001.npy").touch()
+    with pytest.raises(DataError, match=r"holds theirs_000001\.npy of unknown origin"):
+        prepare.prepare(support.SMALL_CORPUS, tmp_path)
+    assert (tmp_path / "theirs_000001.npy").exists()
+
+
+def test_going_on_with_other_options_is_refused(tmp_path: Path):
+    def broken(skip: int):
+        yield from support.small_documents(skip)
+        raise DataError("the source broke off")
+
+    corpus = Corpus("small", "a few modules", 8000, documents=broken)
+    with pytest.raises(DataError, match="broke off"):
+        prepare.prepare(corpus, tmp_path, workers=1)
+    with pytest.raises(DataError, match=r"was begun with other options \(val_tokens 8000, now 5;?"):
+        prepare.prepare(corpus, tmp_path, workers=1, val_tokens=5)
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(DataError, match=r"progress\.json cannot be read .*--overwrite"):
+        prepare.prepare(corpus, tmp_path, workers=1)
+
+
+class Killed(BaseException):
+    """As sudden as a signal: nothing below may handle it."""
+
+
+def in_this_process(documents, workers: int):
+    """As `_tokenised`, without processes; a document that says so kills it."""
+    while part := list(itertools.islice(documents, workers)):
+        if any(document.text == "kill" for document in part):
+            raise Killed
+        yield prepare.Batch(part, *prepare._encode([document.text for document in part]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_broken_off_anywhere_it_goes_on_and_ends_the_same(data: st.DataObject):
+    """Whatever the documents, the sizes of shards and batches, and the moments of the kills."""
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=12), label="lengths")
+    documents = [Document("a " * length, replaced=length == 3) for length in lengths]
+    options = {
+        "shard_tokens": data.draw(st.integers(2, 9), label="shard_tokens"),
+        "val_tokens": data.draw(st.integers(2, 9), label="val_tokens"),
+        "max_tokens": data.draw(st.none() | st.integers(20, 40), label="max_tokens"),
+        "workers": data.draw(st.integers(1, 4), label="batch size"),
+        "command": "the same",
+        "console": Console(quiet=True),
+    }
+    kills = data.draw(st.lists(st.integers(0, 12), max_size=4), label="killed before document")
+
+    def corpus(killed_at: int | None = None) -> Corpus:
+        def listed(skip: int):
+            for number in range(skip, len(documents)):
+                if number == killed_at:
+                    yield Document("kill")
+                yield documents[number]
+
+        return Corpus("c", "a test", 5, documents=listed)
+
+    def prepared(folder: Path, *moments: int) -> dict[str, bytes]:
+        with contextlib.suppress(DataError):  # too few tokens for two shards
+            for moment in moments:
+                with contextlib.suppress(Killed):
+                    prepare.prepare(corpus(moment), folder, **options)
+            prepare.prepare(corpus(), folder, **options)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_tokenised", in_this_process)
+        at_once = prepared(Path(root, "one"))
+        assert prepared(Path(root, "other"), *kills) == at_once
+        if "manifest.json" in at_once:
+            stream = plain_loop(documents)[: options["max_tokens"]]
+            assert shard_tokens(Path(root, "one")) == stream
+            begun = stream.count(tokenizer.END_OF_TEXT)
+            expected = prepare.Counts().plus(documents[:begun])
+            manifest = json.loads(at_once["manifest.json"])
+            assert manifest["documents"] == expected.documents == begun
+            assert manifest["empty_documents"] == expected.empty
+            assert manifest["replaced_documents"] == expected.replaced
+
+
+# Real processes, real signals
+
+SIZES = ["--shard_tokens", "150000", "--max_tokens", "3000000"]
+
+
+def data_command(folder: Path, *options: str) -> list[str]:
+    start = "import sys; from gpt2.cli import main; sys.exit(main())"
+    corpus = ["data", "python-stdlib", "--out", str(folder), *SIZES]
+    return [sys.executable, "-c", start, *corpus, *options]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("never_killed")
+    support.run_command(data_command(folder))
+    return folder
+
+
+def kill_at_random(folder: Path, trials: int, seed: int) -> int:
+    """How often a preparation was killed before it finished, by `trials` SIGKILLs."""
+    choice, hits = random.Random(seed), 0
+    for _ in range(trials):
+        with subprocess.Popen(
+            data_command(folder, "--workers", str(choice.randint(1, 3))),
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as started:
+            try:
+                started.wait(timeout=choice.uniform(0.9, 2.4))
+            except subprocess.TimeoutExpired:
+                started.kill()
+                hits += 1
+        assert no_process_left(started.pid)
+        if (folder / "manifest.json").exists():  # the next trial starts anew
+            shutil.rmtree(folder)
+    return hits
+
+
+def no_process_left(session: int) -> bool:
+    """Whether all workers of a killed preparation end within seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        stats = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                stats.append(path.read_text().rpartition(")")[2].split())
+        if not any(int(stat[3]) == session and stat[0] not in "ZX" for stat in stats):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_killed: Path):
+    assert kill_at_random(tmp_path / "data", trials=4, seed=1) >= 2
+    support.run_command(data_command(tmp_path / "data"))
+    assert contents(tmp_path / "data") == contents(never_killed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed: int):
+    assert kill_at_random(tmp_path / "data", trials=8, seed=seed) >= 4
+    support.run_command(data_command(tmp_path / "data"))
+    assert contents(tmp_path / "data") == contents(never_killed)
+
+
+def test_full_disk_is_one_clear_error_and_finished_shards_stay(tmp_path: Path, never_killed: Path):
+    limit = 200_000  # bytes of a file: the small validation shard fits, the next one does not
+    start = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "import sys; from gpt2.cli import main; sys.exit(main())"
+    )
+    command = data_command(tmp_path / "data", "--val_tokens", "50000")
+    failed = support.run_command([command[0], "-c", start, *command[3:]], expect=2)
+    assert failed.stderr.count("\n") == 1
+    assert "finished shards are kept: make room and type the same command again" in failed.stderr
+    assert (tmp_path / "data" / "python_stdlib_val_000000.npy").exists()
+    assert not list((tmp_path / "data").glob("*.tmp"))
+    support.run_command(command)
+    assert shard_tokens(tmp_path / "data") == shard_tokens(never_killed)

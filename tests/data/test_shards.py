@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.data import order
+from gpt2.data import order, shards
 from gpt2.data.order import Order
-from gpt2.data.shards import Manifest, ShardSet
+from gpt2.data.shards import Manifest, ShardSet, catalog
 from gpt2.errors import DataError
 
 
@@ -18,7 +18,7 @@ def copy(data_root: Path, tmp_path: Path) -> Path:
 
 
 def open_train(folder: Path, block_size: int = 32) -> ShardSet:
-    return ShardSet(folder, Manifest.read(folder), "train", block_size)
+    return ShardSet(catalog(folder), "train", block_size)
 
 
 def brute_force(folder: Path, block_size: int, shard_order: list[int]) -> list[list[int]]:
@@ -74,26 +74,27 @@ def test_tokens_after_a_change_of_world_size_are_those_that_would_have_come(data
 
 
 def test_fingerprint_is_that_of_the_training_tokens(data_root: Path, copy: Path):
-    assert Manifest.read(data_root).fingerprint() == Manifest.read(copy).fingerprint()
+    assert catalog(data_root).fingerprint() == catalog(copy).fingerprint()
     values = json.loads((copy / "manifest.json").read_text())
     values["shards"][-1]["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(values))
-    assert Manifest.read(data_root).fingerprint() != Manifest.read(copy).fingerprint()
+    assert catalog(data_root).fingerprint() != catalog(copy).fingerprint()
 
 
 def test_missing_folder_names_the_command_that_makes_it():
     with pytest.raises(DataError, match=r"make it with: gpt2 data fineweb-edu$"):
-        Manifest.read(Path("data/fineweb_edu"))
+        catalog(Path("data/fineweb_edu"))
     with pytest.raises(DataError, match="gpt2 data python-stdlib --out /nowhere/python_stdlib"):
-        Manifest.read(Path("/nowhere/python_stdlib"))
+        catalog(Path("/nowhere/python_stdlib"))
     with pytest.raises(DataError, match="gpt2 data NAME --out /nowhere/mine"):
-        Manifest.read(Path("/nowhere/mine"))
+        catalog(Path("/nowhere/mine"))
 
 
-def test_shards_without_a_manifest_are_unfinished(copy: Path):
+def test_an_unfinished_folder_names_the_command_that_goes_on(copy: Path):
     (copy / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"unfinished; run: gpt2 data"):
-        Manifest.read(copy)
+    (copy / "progress.json").write_text('{"command": "gpt2 data files x.txt --out there"}')
+    with pytest.raises(DataError, match=r"unfinished: .* go on with: gpt2 data files x.txt --out"):
+        catalog(copy)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"shards": [{"file": 1}]}'])
@@ -106,7 +107,9 @@ def test_damaged_manifest(copy: Path, text: str):
 def test_truncated_shard_is_named(copy: Path):
     victim = sorted(copy.glob("*_train_*.npy"))[1]
     victim.write_bytes(victim.read_bytes()[:-100])
-    with pytest.raises(DataError, match=rf"{victim.name} is truncated or damaged.*--overwrite"):
+    with pytest.raises(
+        DataError, match=rf"{victim.name} is truncated, damaged or no shard .*--overwrite"
+    ):
         open_train(copy)
 
 
@@ -114,10 +117,10 @@ def test_shard_of_another_length_or_type_is_named(copy: Path):
     victim = sorted(copy.glob("*_train_*.npy"))[0]
     tokens = np.load(victim)
     np.save(victim, tokens[:-1])
-    with pytest.raises(DataError, match=rf"{victim.name} holds .* the manifest says"):
+    with pytest.raises(DataError, match=rf"{victim.name} holds .* the manifest says .*--overwrite"):
         open_train(copy)
     np.save(victim, tokens.astype(np.int32))
-    with pytest.raises(DataError, match=rf"{victim.name} holds .*int32"):
+    with pytest.raises(DataError, match=rf"{victim.name} is .*int32; needed: uint16 or uint32"):
         open_train(copy)
 
 
@@ -129,5 +132,109 @@ def test_missing_shard_is_named(copy: Path):
 
 
 def test_context_longer_than_a_shard(data_root: Path):
-    with pytest.raises(DataError, match=r"too few for one row of block_size=9000"):
+    with pytest.raises(
+        DataError, match=r"000001.npy has 8000 tokens, too few for one row of block_size=9000"
+    ):
         open_train(data_root, block_size=9000)
+
+
+# Other people's shards
+
+TOKENS = np.arange(1000, dtype=np.uint16) * 7
+
+
+def write_llmc(path: Path, tokens: np.ndarray, **changes: int) -> None:
+    """As llm.c's data scripts and modded-nanogpt write it."""
+    header = np.zeros(256, dtype=np.int32)
+    header[0] = changes.get("magic", 20240520)
+    header[1] = changes.get("version", 1)
+    header[2] = changes.get("count", len(tokens))
+    with path.open("wb") as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype(np.uint16).tobytes())
+
+
+def write_raw(path: Path, tokens: np.ndarray) -> None:
+    """As nanoGPT's prepare.py writes it."""
+    tokens.astype(np.uint16).tofile(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "names"),
+    [
+        (write_llmc, ("corpus_val_000000.bin", "corpus_train_000001.bin")),
+        (write_raw, ("val.bin", "train.bin")),
+        (lambda path, tokens: np.save(path, tokens), ("a-val.npy", "a-train.npy")),
+        (
+            lambda path, tokens: np.save(path, tokens.astype(np.uint32)),
+            ("val/0.npy", "train/0.npy"),
+        ),
+    ],
+)
+def test_formats_of_others(tmp_path: Path, write, names):
+    root = tmp_path / "my_train_data"  # a split's name in the folder must not count
+    for name, tokens in zip(names, (TOKENS[:100], TOKENS), strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write(root / name, tokens)
+    (root / "training_notes.bin").write_bytes(b"neither")
+    found = catalog(root)
+    assert (found.tokens("train"), found.tokens("val")) == (1000, 100)
+    inputs, targets = ShardSet(found, "train", 10).read(np.array([[0, 0], [0, 98]]))
+    assert inputs.tolist() == [TOKENS[:10].tolist(), TOKENS[980:990].tolist()]
+    assert targets.tolist() == [TOKENS[1:11].tolist(), TOKENS[981:991].tolist()]
+    by_glob = catalog(root / "**" / f"*{Path(names[0]).suffix}")
+    assert [shard.sha256 for shard in by_glob.shards] == [shard.sha256 for shard in found.shards]
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda path: write_llmc(path, TOKENS, count=999),
+            "header says 999 tokens, the file has 1000",
+        ),
+        (lambda path: write_llmc(path, TOKENS, version=2), "version 2 of llm.c's format"),
+        (lambda path: path.write_bytes(np.int32(20240520).tobytes()), "its header is cut off"),
+        (lambda path: path.write_bytes(b"odd"), "3 bytes are no whole number of uint16"),
+        (lambda path: path.write_bytes(b""), "0 bytes are no whole number"),
+    ],
+)
+def test_damaged_bin_is_named(tmp_path: Path, write, message: str):
+    write(tmp_path / "x_train_0.bin")
+    with pytest.raises(DataError, match=rf"x_train_0\.bin is truncated, damaged .*{message}"):
+        catalog(tmp_path)
+
+
+def test_ids_outside_the_vocabulary_are_named(tmp_path: Path):
+    write_raw(tmp_path / "train.bin", np.full(100, 60000))
+    with pytest.raises(DataError, match=r"train\.bin holds the token id 60000, outside"):
+        ShardSet(catalog(tmp_path), "train", 10)
+
+
+def test_a_folder_without_one_split_says_how_files_are_named(tmp_path: Path):
+    write_raw(tmp_path / "train.bin", TOKENS)
+    with pytest.raises(DataError, match="has no val shard: its files need 'val' as a part"):
+        ShardSet(catalog(tmp_path), "val", 10)
+
+
+def test_only_a_last_shard_may_be_too_short_for_a_row(tmp_path: Path):
+    for number, count in enumerate((50, 5)):
+        write_raw(tmp_path / f"train_{number}.bin", TOKENS[:count])
+    assert ShardSet(catalog(tmp_path), "train", 10).rows_per_shard == (4, 0)
+    write_raw(tmp_path / "train_2.bin", TOKENS[:50])
+    with pytest.raises(DataError, match=r"train_1\.bin has 5 tokens, too few for one row"):
+        ShardSet(catalog(tmp_path), "train", 10)
+
+
+def test_verify_names_what_is_wrong(copy: Path):
+    found = Manifest.read(copy).shards
+    assert [shards.verify(copy, shard) for shard in found] == [None] * len(found)
+    path = copy / found[1].file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert shards.verify(copy, found[1]) == "its SHA-256 is not that of the manifest"
+    path.write_bytes(content[:-1])
+    assert "bytes instead of" in shards.verify(copy, found[1])
+    path.unlink()
+    assert shards.verify(copy, found[1]) == "No such file or directory"

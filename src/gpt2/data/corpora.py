@@ -1,9 +1,12 @@
-"""Where documents come from. A new corpus is one function and one row of CORPORA."""
+"""Where documents come from. A new corpus is one row of CORPORA, or a function like those below."""
 
+import glob
+import itertools
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2.errors import DataError
 
@@ -18,55 +21,124 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named source of documents, always in the same order."""
+    """A named source of documents, always the same ones in the same order."""
 
     name: str
     source: str
-    """where the text comes from, for the manifest"""
+    """where the text comes from: together with the name, what makes it this corpus"""
     tokens_per_shard: int
-    documents: Callable[[], Iterator[Document]]
+    documents: Callable[[int], Iterator[Document]]
+    """the documents after the first so many"""
     count: Callable[[], int | None] = lambda: None
     """how many documents there are, where that is cheap to know"""
     embedded: bool = False
     """whether it is on every machine, so that a run may prepare it by itself"""
 
 
-def python_stdlib() -> Iterator[Document]:
+def python_stdlib(skip: int = 0) -> Iterator[Document]:
     """The running Python's own standard library, a document per `.py` file, sorted by path."""
-    for path in _stdlib_files():
+    for path in _stdlib_files()[skip:]:
         content = path.read_bytes()
         text = content.decode("utf-8", errors="replace")
         yield Document(text, replaced=text.encode() != content)
 
 
-def hugging_face(
-    repo: str, name: str | None, split: str, field: str = "text"
-) -> Iterator[Document]:
-    """Documents of a data set on the Hugging Face hub (or in a local folder), streamed.
+def hub(
+    name: str,
+    repo: str,
+    config: str | None = None,
+    *,
+    split: str = "train",
+    text_field: str = "text",
+    streaming: bool = True,
+    tokens_per_shard: int = 100_000_000,
+) -> Corpus:
+    """A data set of the Hugging Face hub, or of a local folder, by its `datasets` name."""
 
-    Raises DataError if it cannot be loaded or a record lacks the text field.
+    def documents(skip: int) -> Iterator[Document]:
+        return _records(
+            repo, skip, text_field, path=repo, name=config, split=split, streaming=streaming
+        )
+
+    source = " ".join(filter(None, (repo, config, split, text_field)))
+    return Corpus(name, source, tokens_per_shard, documents)
+
+
+# The loader of the `datasets` library for each kind of file, and its options.
+FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document", "encoding_errors": "replace"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+COMPRESSIONS = (".gz", ".zst")
+
+
+def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> Corpus:
+    """Files of one kind, in sorted order; a `.txt` file is one document.
+
+    Raises DataError if nothing matches or the kinds are mixed.
     """
-    import datasets  # heavy, and needed here only
+    matches = itertools.chain.from_iterable(glob.glob(item, recursive=True) for item in patterns)
+    files = sorted({file for file in matches if Path(file).is_file()})
+    if not files:
+        raise DataError(f"no file matches {' '.join(patterns)}")
+    kinds = {_kind(Path(file)) for file in files}
+    if len(kinds) > 1 or not kinds <= FILE_LOADERS.keys():
+        raise DataError(
+            f"files of kind {', '.join(sorted(kinds))} cannot be one corpus; give files of one "
+            f"kind: {', '.join(FILE_LOADERS)}, each also with {' or '.join(COMPRESSIONS)}"
+        )
+    loader, options = FILE_LOADERS[kinds.pop()]
+    field = "text" if loader == "text" else text_field
 
-    try:
-        records = datasets.load_dataset(repo, name, split=split, streaming=True)
-        for number, record in enumerate(records):
-            text = record.get(field)
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{repo}: record {number} has no text in field {field!r}; "
-                    f"fields: {', '.join(record)}"
-                )
-            yield Document(text)
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot read {repo} from the Hugging Face hub: {error}") from error
+    def documents(skip: int) -> Iterator[Document]:
+        return _records(
+            " ".join(patterns),
+            skip,
+            field,
+            path=loader,
+            data_files=files,
+            split="train",
+            streaming=True,
+            **options,
+        )
+
+    source = f"{len(files)} files {' '.join(patterns)} {field}"
+    return Corpus(name, source, 100_000_000, documents)
 
 
 def find(name: str) -> Corpus | None:
     """The corpus of that name, hyphens and underscores alike."""
     return CORPORA.get(name.replace("-", "_"))
+
+
+def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterator[Document]:
+    """Documents through the `datasets` library, after the first `skip`.
+
+    Raises DataError if they cannot be loaded or a record lacks the text.
+    """
+    import datasets  # heavy, and needed here only
+
+    try:
+        records = datasets.load_dataset(**options)
+        for number, record in enumerate(records.skip(skip) if skip else records, skip):
+            text = record.get(text_field)
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{source}: record {number} has no text in field {text_field!r}; its fields: "
+                    f"{', '.join(record)}; choose one with --text_field"
+                )
+            yield Document(text, replaced="\ufffd" in text)
+    except DataError:
+        raise
+    except Exception as error:  # the library and what it calls raise without a common base
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"cannot read {source}: {reason[0]}") from error
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def _stdlib_root() -> Path:
@@ -95,11 +167,12 @@ CORPORA = {
             count=lambda: len(_stdlib_files()),
             embedded=True,
         ),
-        Corpus(
-            name="fineweb_edu",
-            source="HuggingFaceFW/fineweb-edu, sample-10BT",
-            tokens_per_shard=100_000_000,
-            documents=lambda: hugging_face("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+        hub("fineweb_edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        hub("fineweb", "HuggingFaceFW/fineweb", "sample-10BT"),
+        hub("openwebtext", "Skylion007/openwebtext"),
+        hub("tinystories", "roneneldan/TinyStories", tokens_per_shard=10_000_000),
+        hub(
+            "wikitext_103", "Salesforce/wikitext", "wikitext-103-raw-v1", tokens_per_shard=1_000_000
         ),
     )
 }

@@ -1,193 +1,379 @@
-"""Documents to shards: tokenised by many processes, written in the order of the documents."""
+"""Documents to shards: tokenised by many processes, written in the order of the documents.
 
+A preparation that is killed goes on where it was: `progress.json` says which shards are finished
+and at which token of which document the next one begins. It is replaced after each shard and
+removed when `manifest.json`, written last, says that the folder is whole.
+"""
+
+import ctypes
 import hashlib
+import itertools
+import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gpt2
 from gpt2 import atomic, tokenizer
+from gpt2.data import shards
 from gpt2.data.corpora import Corpus, Document
-from gpt2.data.shards import DTYPE, MANIFEST, Manifest, Shard, Split
+from gpt2.data.shards import DTYPE, MANIFEST, PROGRESS, Manifest, Shard, Split
 from gpt2.errors import DataError
 
 Tokens = npt.NDArray[np.uint16]
 BATCH_CHARACTERS = 500_000  # text that a worker gets at once: large against its hand-over
+BATCHES_PER_WORKER = 2  # under way at a time: no worker waits, and memory stays flat
+PR_SET_PDEATHSIG = 1  # prctl.h
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides every byte of the shards."""
+
+    corpus: str
+    source: str
+    shard_tokens: int
+    val_tokens: int
+    """tokens of the first shard"""
+    max_tokens: int | None
+    vocab_size: int = tokenizer.VOCAB_SIZE
+    tokenizer: str = tokenizer.NAME
+    version: str = gpt2.__version__
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Documents, and those that a person should know of."""
+
+    documents: int = 0
+    empty: int = 0
+    replaced: int = 0
+    """with bytes that are no UTF-8, which became U+FFFD"""
+
+    def plus(self, documents: list[Document]) -> "Counts":
+        return Counts(
+            self.documents + len(documents),
+            self.empty + sum(not document.text for document in documents),
+            self.replaced + sum(document.replaced for document in documents),
+        )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a shard ends: the counts of the documents that end before it, and how many tokens of
+    the next document it holds."""
+
+    counts: Counts = Counts()
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of consecutive documents, each behind its <|endoftext|>."""
+
+    documents: list[Document]
+    tokens: Tokens
+    lengths: npt.NDArray[np.int64]
+
+    def position(self, consumed: int, before: Position) -> Position:
+        """The position after `consumed` of the tokens; the batch itself begins at `before`."""
+        ends = np.cumsum(self.lengths)
+        whole = int(np.searchsorted(ends, consumed + before.offset, side="right"))
+        start = int(ends[whole - 1]) if whole else 0
+        counts = before.counts.plus(self.documents[:whole])
+        return Position(counts, consumed + before.offset - start)
+
+    def counts_with_cut(self, before: Position, after: Position) -> Counts:
+        """The counts at `after`, with the document that is cut there."""
+        whole = after.counts.documents - before.counts.documents
+        return after.counts.plus(self.documents[whole : whole + 1] if after.offset else [])
 
 
 def prepare(
     corpus: Corpus,
     folder: Path,
     *,
-    tokens_per_shard: int | None = None,
+    shard_tokens: int | None = None,
+    val_tokens: int | None = None,
     max_tokens: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    command: str | None = None,
     console: Console | None = None,
 ) -> Manifest:
     """Writes the shards of `corpus` and, last, their manifest; a finished folder stays as it is.
 
-    The first shard is the validation split. Shards do not depend on the number of workers. Raises
-    DataError if the documents cannot be read or the folder cannot be written.
+    The first shard is the validation split. Every byte is the same whatever the number of workers
+    and however often the preparation was killed and started again; `command` is what a person
+    types for that. Raises DataError if the folder holds other shards, the documents cannot be
+    read, or the disk is full.
     """
-    if (folder / MANIFEST).exists() and not overwrite:
-        return Manifest.read(folder)
-    size = tokens_per_shard or corpus.tokens_per_shard
+    shard_tokens = shard_tokens or corpus.tokens_per_shard
+    recipe = Recipe(
+        corpus.name, corpus.source, shard_tokens, val_tokens or shard_tokens, max_tokens
+    )
+    journal = _Journal(folder, recipe, command or shards.command(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for left_over in folder.glob(f"{corpus.name}_*.npy*"):
-            left_over.unlink()
-        return _write(corpus, folder, size, max_tokens, workers or os.cpu_count() or 1, console)
+        if overwrite:
+            _clear(folder, corpus.name)
+        if (folder / MANIFEST).exists():
+            return _finished(folder, recipe)
+        done, position = journal.begin()
+        writer = _ShardWriter(folder, recipe, done)
+        processes = workers or len(os.sched_getaffinity(0))
+        counts = _write(corpus, recipe, writer, journal, position, processes, console)
+        return _finish(folder, recipe, writer, counts)
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenising process was killed (out of memory?); the same command goes on, "
+            "--workers 1 needs the least"
+        ) from None
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise DataError(
-            f"cannot write {folder}: {error.strerror or error} ({free / 1e9:.1f} GB free); make "
-            "room or choose another folder with --out"
+            f"cannot write {folder}: {error.strerror or error} ({free / 1e9:.1f} GB free); "
+            "finished shards are kept: make room and type the same command again, or choose "
+            "another folder with --out"
         ) from error
 
 
 def _write(
     corpus: Corpus,
-    folder: Path,
-    tokens_per_shard: int,
-    max_tokens: int | None,
+    recipe: Recipe,
+    writer: "_ShardWriter",
+    journal: "_Journal",
+    position: Position,
     workers: int,
     console: Console | None,
-) -> Manifest:
-    writer = _ShardWriter(folder, corpus.name, tokens_per_shard)
-    documents = replaced = 0
+) -> Counts:
+    """Writes all that comes after `position`; returns the counts of all documents."""
+    already = writer.written
+    limit = recipe.max_tokens
     with _progress(console) as progress:
         task = progress.add_task(corpus.name, total=corpus.count(), speed="")
-        for tokens, counts in _tokenised(corpus.documents(), workers):
-            if max_tokens is not None:
-                tokens = tokens[: max_tokens - writer.written]
-            writer.add(tokens)
-            documents += counts[0]
-            replaced += counts[1]
-            elapsed_s = progress.tasks[task].elapsed or 1e-9
-            speed = (
-                f"{writer.written / 1e6:.1f} M tokens, {writer.written / elapsed_s / 1e6:.2f} M/s"
-            )
-            progress.update(task, completed=documents, speed=speed)
-            if max_tokens is not None and writer.written >= max_tokens:
-                break
-    shards = writer.close()
-    if len(shards) < 2:
+        for batch in _tokenised(corpus.documents(position.counts.documents), workers):
+            tokens = batch.tokens[position.offset :]
+            if limit is not None:
+                tokens = tokens[: limit - writer.written]
+            for consumed in writer.add(tokens):
+                journal.record(writer.shards, batch.position(consumed, position))
+            before, position = position, batch.position(len(tokens), position)
+            rate = (writer.written - already) / (progress.tasks[task].elapsed or 1e-9)
+            speed = f"{writer.written / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
+            progress.update(task, completed=position.counts.documents, speed=speed)
+            if limit is not None and writer.written >= limit:
+                return batch.counts_with_cut(before, position)
+    return position.counts
+
+
+def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts) -> Manifest:
+    writer.close()
+    if len(writer.shards) < 2:
         raise DataError(
-            f"{corpus.name} has {writer.written} tokens, which is one shard, and the first is for "
-            f"validation; use --shard_tokens {max(2, writer.written // 10)} or less"
+            f"{recipe.corpus} has {writer.written} tokens, which is one shard, and the first is "
+            f"for validation; use --shard_tokens {max(2, writer.written // 10)} or less "
+            "and --overwrite"
         )
     manifest = Manifest(
-        corpus=corpus.name,
-        source=corpus.source,
-        tokenizer=tokenizer.NAME,
-        vocab_size=tokenizer.VOCAB_SIZE,
+        corpus=recipe.corpus,
+        source=recipe.source,
+        tokenizer=recipe.tokenizer,
+        vocab_size=recipe.vocab_size,
         dtype="uint16",
-        tokens_per_shard=tokens_per_shard,
-        documents=documents,
-        replaced_documents=replaced,
-        version=gpt2.__version__,
-        shards=tuple(shards),
+        tokens_per_shard=recipe.shard_tokens,
+        val_tokens=recipe.val_tokens,
+        max_tokens=recipe.max_tokens,
+        documents=counts.documents,
+        empty_documents=counts.empty,
+        replaced_documents=counts.replaced,
+        version=recipe.version,
+        shards=tuple(writer.shards),
     )
     manifest.write(folder)
+    (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
 
 
-class _ShardWriter:
-    """Cuts a stream of tokens into shards of equal size and writes each as soon as it is full."""
+class _Journal:
+    """What is kept between a kill and the next start."""
 
-    def __init__(self, folder: Path, name: str, tokens_per_shard: int) -> None:
-        self.written = 0
+    def __init__(self, folder: Path, recipe: Recipe, command: str) -> None:
         self._folder = folder
-        self._name = name
-        self._size = tokens_per_shard
+        self._recipe = recipe
+        self._command = command
+
+    def begin(self) -> tuple[list[Shard], Position]:
+        """The finished shards and where the next one begins; announces a new preparation."""
+        path = self._folder / PROGRESS
+        if not path.exists():
+            if strangers := sorted(self._folder.glob("*.npy")):
+                raise DataError(
+                    f"{self._folder} holds {strangers[0].name} of unknown origin; choose another "
+                    "folder with --out, or remove what this corpus left there with --overwrite"
+                )
+            self.record([], Position())
+            return [], Position()
+        try:
+            values = json.loads(path.read_text())
+            done = [Shard(**shard) for shard in values["shards"]]
+            position = Position(Counts(**values["counts"]), values["offset"])
+            begun_with = values["recipe"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}); start anew with --overwrite"
+            ) from error
+        _require_same(self._folder, self._recipe, begun_with, "was begun")
+        atomic.sweep(self._folder, mine=lambda name: name.startswith(self._recipe.corpus))
+        return done, position
+
+    def record(self, done: list[Shard], position: Position) -> None:
+        values = {
+            "command": self._command,
+            "recipe": asdict(self._recipe),
+            "counts": asdict(position.counts),
+            "offset": position.offset,
+            "shards": [asdict(shard) for shard in done],
+        }
+        atomic.write_text(self._folder / PROGRESS, json.dumps(values, indent=1) + "\n")
+
+
+def _finished(folder: Path, recipe: Recipe) -> Manifest:
+    manifest = Manifest.read(folder)
+    made_with = asdict(recipe) | {
+        "corpus": manifest.corpus,
+        "source": manifest.source,
+        "shard_tokens": manifest.tokens_per_shard,
+        "val_tokens": manifest.val_tokens,
+        "max_tokens": manifest.max_tokens,
+    }
+    _require_same(folder, recipe, made_with, "is finished")
+    return manifest
+
+
+def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state: str) -> None:
+    now = asdict(recipe)
+    differences = [
+        f"{name} {other.get(name)}, now {value}"
+        for name, value in now.items()
+        if other.get(name) != value
+    ]
+    if differences:
+        raise DataError(
+            f"{folder} {state} with other options ({'; '.join(differences)}); type the same "
+            "options, choose another folder with --out, or start anew with --overwrite"
+        )
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Removes this corpus's files; the manifest first, so that no half of it looks whole."""
+    for path in (folder / MANIFEST, folder / PROGRESS, *folder.glob(f"{name}_*.npy*")):
+        path.unlink(missing_ok=True)
+
+
+class _ShardWriter:
+    """Cuts a stream of tokens into shards and writes each as soon as it is full."""
+
+    def __init__(self, folder: Path, recipe: Recipe, shards: list[Shard]) -> None:
+        self.shards = list(shards)
+        self.written = sum(shard.tokens for shard in shards)
+        self._folder = folder
+        self._recipe = recipe
         self._parts: list[Tokens] = []
         self._pending = 0
-        self._shards: list[Shard] = []
 
-    def add(self, tokens: Tokens) -> None:
-        self.written += len(tokens)
-        while len(tokens):
-            part = tokens[: self._size - self._pending]
+    def add(self, tokens: Tokens) -> Iterator[int]:
+        """Takes `tokens`; yields, each time a shard is finished, how many of them are on disk."""
+        consumed = 0
+        while consumed < len(tokens):
+            size = self._recipe.shard_tokens if self.shards else self._recipe.val_tokens
+            part = tokens[consumed : consumed + size - self._pending]
             self._parts.append(part)
             self._pending += len(part)
-            tokens = tokens[len(part) :]
-            if self._pending == self._size:
+            self.written += len(part)
+            consumed += len(part)
+            if self._pending == size:
                 self._flush()
+                yield consumed
 
-    def close(self) -> list[Shard]:
-        if self._pending > 1:  # a single token has no target: it makes no row
+    def close(self) -> None:
+        if self._pending:
             self._flush()
-        return self._shards
 
     def _flush(self) -> None:
-        split: Split = "train" if self._shards else "val"
-        path = self._folder / f"{self._name}_{split}_{len(self._shards):06d}.npy"
-        tokens = np.concatenate(self._parts).astype(DTYPE, copy=False)
+        split: Split = "train" if self.shards else "val"
+        path = self._folder / f"{self._recipe.corpus}_{split}_{len(self.shards):06d}.npy"
+        tokens = np.concatenate(self._parts)
         with atomic.writing(path) as file:
             np.save(file, tokens, allow_pickle=False)
         with path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        self._shards.append(Shard(path.name, split, len(tokens), digest))
+        self.shards.append(Shard(path.name, split, len(tokens), path.stat().st_size, digest))
         self._parts, self._pending = [], 0
 
 
-def _tokenised(
-    documents: Iterator[Document], workers: int
-) -> Iterator[tuple[Tokens, tuple[int, int]]]:
-    """Tokens of batches of documents, in order, with (documents, replaced documents) of each.
+# Tokenising
 
-    A few batches per worker are under way at a time, so that memory stays flat for any corpus.
-    """
+
+def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
+    """Tokens of batches of documents, in the order of the documents."""
     context = multiprocessing.get_context("spawn")  # forked tokeniser threads can deadlock
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting: deque[tuple[Future[Tokens], tuple[int, int]]] = deque()
-        for batch in _batches(documents):
-            counts = (len(batch), sum(document.replaced for document in batch))
-            waiting.append((pool.submit(_encode, [document.text for document in batch]), counts))
-            if len(waiting) > 2 * workers:
-                future, counts = waiting.popleft()
-                yield future.result(), counts
-        for future, counts in waiting:
-            yield future.result(), counts
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
+    )
+    waiting: deque[tuple[list[Document], Future[tuple[Tokens, npt.NDArray[np.int64]]]]] = deque()
+    try:
+        for documents_of_batch in _batches(documents):
+            texts = [document.text for document in documents_of_batch]
+            waiting.append((documents_of_batch, pool.submit(_encode, texts)))
+            if len(waiting) > BATCHES_PER_WORKER * workers:
+                first, future = waiting.popleft()
+                yield Batch(first, *future.result())
+        while waiting:
+            first, future = waiting.popleft()
+            yield Batch(first, *future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
+    for first in documents:
+        batch, characters = [first], len(first.text)
+        while characters < BATCH_CHARACTERS and (more := list(itertools.islice(documents, 1))):
+            batch += more
+            characters += len(more[0].text)
         yield batch
 
 
-def _encode(texts: list[str]) -> Tokens:
-    """Each text preceded by <|endoftext|>."""
+def _encode(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
+    """Each text behind <|endoftext|>, and the number of tokens of each."""
     encoding = tokenizer.load()
+    separator = np.array([tokenizer.END_OF_TEXT], dtype=np.uint32)
     parts = []
     for text in texts:
-        parts.append(np.array([tokenizer.END_OF_TEXT], dtype=DTYPE))
-        parts.append(np.array(encoding.encode_ordinary(text), dtype=DTYPE))
-    return np.concatenate(parts)
+        parts += [separator, encoding.encode_to_numpy(text, disallowed_special=())]
+    lengths = np.array([len(part) for part in parts[1::2]], dtype=np.int64) + 1
+    return np.concatenate(parts).astype(DTYPE), lengths
+
+
+def _die_with(parent: int) -> None:
+    """A worker must not outlive a preparation that was killed; Ctrl+C is the owner's to handle."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _progress(console: Console | None) -> Progress:

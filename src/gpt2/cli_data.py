@@ -1,0 +1,245 @@
+"""`gpt2 data`: prepare a corpus, verify shards, look into them."""
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.progress import track
+from rich.table import Table
+
+from gpt2 import tokenizer
+from gpt2.cli_parse import guarded, parse
+from gpt2.config import require_at_least, suggestion
+from gpt2.data import corpora, prepare, shards
+from gpt2.data.corpora import Corpus
+from gpt2.errors import ConfigError, DataError
+from gpt2.tables import console, table
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to cut it into shards, and where to put them."""
+
+    out: Path | None = None
+    """folder of the shards; default data/NAME"""
+    shard_tokens: int | None = None
+    """tokens per shard; default is the corpus's own"""
+    val_tokens: int | None = None
+    """tokens of the first shard, which is for validation; default is those of the others"""
+    max_tokens: int | None = None
+    """stop after this many tokens"""
+    workers: int | None = None
+    """tokenising processes; default all cores"""
+    overwrite: bool = False
+    """start anew, whatever is there of this corpus"""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 2, "shard_tokens", "val_tokens")
+        require_at_least(self, 1, "max_tokens", "workers")
+
+
+@dataclass(frozen=True)
+class Named:
+    """Prepare a corpus of the table."""
+
+    options: Options = Options()
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Prepare any data set of the Hugging Face hub, or of a local folder."""
+
+    repo: tyro.conf.Positional[str]
+    """data set, as in `datasets.load_dataset`"""
+    hf_name: str | None = None
+    """its configuration"""
+    split: str = "train"
+    """its split"""
+    text_field: str = "text"
+    """the field that holds the text"""
+    streaming: bool = True
+    """read it as it comes instead of downloading it first"""
+    options: Options = Options()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Prepare .txt, .jsonl or .parquet files, also .gz and .zst."""
+
+    patterns: tyro.conf.Positional[tuple[str, ...]]
+    """files or globs, in quotes: 'texts/**/*.txt'"""
+    text_field: str = "text"
+    """the field that holds the text, in .jsonl and .parquet"""
+    options: Options = Options()
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check the size and the SHA-256 of every shard."""
+
+    folder: tyro.conf.Positional[Path]
+    """folder with a manifest.json"""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print the table of shards and the text at the beginning of one."""
+
+    folder: tyro.conf.Positional[Path]
+    """folder or glob of shards"""
+    shard: int | None = None
+    """number of the shard in the table; default is the first training shard"""
+    tokens: int = 100
+    """how many tokens to decode"""
+
+
+def data_main() -> int:
+    """`gpt2 data …`."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    sys.argv[0] += f" {name}"
+
+    def body() -> int:
+        if name in ACTIONS:
+            return ACTIONS[name](rest)
+        corpus = corpora.find(name)
+        if corpus is None:
+            known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
+            raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data -h")
+        return _prepare(corpus, parse(Named, rest).options)
+
+    return guarded(body)
+
+
+def _hub(arguments: list[str]) -> int:
+    command = parse(Hub, arguments)
+    corpus = corpora.hub(
+        _slug(command.repo.rstrip("/").rpartition("/")[2]),
+        command.repo,
+        command.hf_name,
+        split=command.split,
+        text_field=command.text_field,
+        streaming=command.streaming,
+    )
+    return _prepare(corpus, command.options)
+
+
+def _files(arguments: list[str]) -> int:
+    command = parse(Files, arguments)
+    if not command.patterns:
+        raise ConfigError("no files given; type gpt2 data files 'texts/*.txt'")
+    folder = command.options.out or Path(command.patterns[0]).absolute().parent
+    name = _slug(re.sub(r"[*?\[\]]", "", folder.name)) or "files"
+    corpus = corpora.local_files(name, list(command.patterns), text_field=command.text_field)
+    return _prepare(corpus, command.options)
+
+
+def _prepare(corpus: Corpus, options: Options) -> int:
+    folder = options.out or Path("data") / corpus.name
+    started = time.perf_counter()
+    manifest = prepare.prepare(
+        corpus,
+        folder,
+        shard_tokens=options.shard_tokens,
+        val_tokens=options.val_tokens,
+        max_tokens=options.max_tokens,
+        workers=options.workers,
+        overwrite=options.overwrite,
+        command=_typed_command(),
+    )
+    elapsed_s = time.perf_counter() - started
+    out = console()
+    out.print(_split_table(shards.catalog(folder)))
+    out.print(
+        f"{manifest.documents:,} documents, {manifest.empty_documents:,} of them empty, "
+        f"{manifest.replaced_documents:,} with bytes that are no UTF-8 (now U+FFFD); "
+        f"{elapsed_s:.0f} s"
+    )
+    out.print(f"Train on it with --data_root {folder}")
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    folder = parse(Verify, arguments).folder
+    manifest = shards.Manifest.read(folder)
+    wrong = [
+        f"{folder / shard.file}: {reason}"
+        for shard in track(manifest.shards, "Verifying", console=console())
+        if (reason := shards.verify(folder, shard))
+    ]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(manifest.shards)} shards are damaged; make them again with: "
+            f"{shards.command(folder, again=True)}\n  " + "\n  ".join(wrong)
+        )
+    print(f"{folder}: all {len(manifest.shards)} shards are as the manifest says")
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    command = parse(Show, arguments)
+    catalog = shards.catalog(command.folder)
+    out = console()
+    listing = table(f"Shards in {command.folder}", "shard", "split", "tokens", "size", "file")
+    for number, shard in enumerate(catalog.shards):
+        size = f"{shard.bytes / 1e6:,.1f} MB"
+        listing.add_row(f"{number}", shard.split, f"{shard.tokens:,}", size, shard.file)
+    out.print(listing)
+    first = next((n for n, item in enumerate(catalog.shards) if item.split == "train"), 0)
+    number = first if command.shard is None else command.shard
+    if not 0 <= number < len(catalog.shards):
+        raise ConfigError(f"shard={number} is not in the table; there are {len(catalog.shards)}")
+    tokens = shards.load(catalog.folder / catalog.shards[number].file)[: command.tokens].tolist()
+    print(f"Shard {number} begins with:\n{tokenizer.decode(tokens)}")
+    return 0
+
+
+def _split_table(catalog: shards.Catalog) -> Table:
+    listing = table(f"Shards in {catalog.folder}", "split", "shards", "tokens", "size")
+    splits: tuple[shards.Split, ...] = ("train", "val")
+    for split in splits:
+        size = sum(shard.bytes for shard in catalog.of(split))
+        tokens = f"{catalog.tokens(split):,}"
+        listing.add_row(split, f"{len(catalog.of(split))}", tokens, f"{size / 1e6:,.1f} MB")
+    return listing
+
+
+ACTIONS: dict[str, Callable[[list[str]], int]] = {
+    "hf": _hub,
+    "files": _files,
+    "verify": _verify,
+    "show": _show,
+}
+
+
+def _usage() -> str:
+    rows = [(_typed(corpus.name), corpus.source) for corpus in corpora.CORPORA.values()]
+    rows += [
+        ("hf REPO", "any data set of the Hugging Face hub"),
+        ("files GLOB…", ".txt, .jsonl or .parquet files, also .gz and .zst"),
+        ("verify DIR", "check the size and the SHA-256 of every shard"),
+        ("show DIR", "the table of shards, and the text at the beginning of one"),
+    ]
+    listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)
+    return f"usage: gpt2 data WHAT [OPTIONS]\n\n{listing}\n\n`gpt2 data WHAT --help` lists options"
+
+
+def _typed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _typed_command() -> str:
+    """The command of this process, to be typed again; --overwrite would not go on."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
+    return shlex.join(["gpt2", "data", *arguments])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text.lower()).strip("_")

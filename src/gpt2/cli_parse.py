@@ -1,0 +1,67 @@
+"""What every command needs: its flags parsed, its errors as one line, its exit code."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from gpt2.errors import UserError
+
+T = TypeVar("T")
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def parse(
+    kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
+) -> T:
+    """The command that `arguments` say. An error of ours is raised; tyro prints its own, and help,
+    if this process may speak, and exits."""
+
+    def parse(aloud: bool) -> T:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            default=tyro.MISSING_NONPROP if default is None else default,
+            use_underscores=True,
+            console_outputs=aloud,
+            config=[tyro.conf.OmitArgPrefixes],
+        )
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parse(aloud=False)
+    except SystemExit as stop:
+        if ours := _user_error_behind(stop):
+            raise ours from None
+        if not speak:
+            raise
+    return parse(aloud=True)
+
+
+def _user_error_behind(error: BaseException) -> UserError | None:
+    """The UserError that tyro caught while it built the command, if there was one."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, UserError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
+
+
+def guarded(
+    body: Callable[[], int], speak: bool = True, tell: Callable[[str], None] | None = None
+) -> int:
+    """The exit code of `body`; what a user can mend is one line, from the process that speaks.
+
+    `tell` takes it from every process."""
+    try:
+        return body()
+    except UserError as error:
+        if tell:
+            tell(f"error: {error}")
+        if speak:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
