@@ -57,13 +57,14 @@ def small_flags(data_root: Path, out: Path, /, **changes: object) -> list[str]:
     return ["--preset", "demo", "--out_dir", str(out), *flags]
 
 
-def train_command(flags: list[str], ranks: int | None = None) -> list[str]:
+def train_command(
+    flags: list[str], ranks: int | None = None, script: Path = ROOT / "src" / "train_improved.py"
+) -> list[str]:
     """The command line of a run in processes of its own; `ranks` starts it through torchrun."""
-    script = str(ROOT / "src" / "train_improved.py")
     if ranks is None:
-        return [sys.executable, script, *flags]
+        return [sys.executable, str(script), *flags]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *launcher, script, *flags]
+    return [sys.executable, *launcher, str(script), *flags]
 
 
 def run_command(

@@ -16,6 +16,7 @@ FLOORS = [
             "data.shards",
             "data.prepare",
             "data.corpora",
+            "data.loader",
             "distributed",
             "checkpoint",
             "status",
@@ -34,6 +35,7 @@ NEEDED_IN_SHELL = {
     "status": {"atomic"},
     "data.shards": {"atomic", "data.corpora"},
     "data.prepare": {"atomic", "data.shards", "data.corpora"},
+    "data.loader": {"data.shards"},
     "evaluation": {"distributed", "data.shards"},
     "monitor": {"tables", "checkpoint", "status", "metrics", "data.shards"},
 }

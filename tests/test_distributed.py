@@ -80,6 +80,39 @@ def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path)
     assert losses(moved / "logs/log.txt") == pytest.approx(losses(alone / "logs/log.txt"), abs=1e-4)
 
 
+KEEP_GRADIENT = """
+import os, sys, torch
+from gpt2 import cli, model, optim, train
+build, clip = model.build, optim.clip
+def keep(net, largest_norm):
+    if os.environ.get("RANK", "0") == "0":
+        torch.save({name: part.grad for name, part in net.named_parameters()}, sys.argv[1])
+    return clip(net, largest_norm)
+model.build = lambda shape: build(shape).double()
+optim.clip = keep
+train.run(cli.parse_train(sys.argv[2:]).run)
+"""
+
+
+def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path):
+    """In float64; shares of 3, 3 and 2 rows, in micro-batches of 2 and 1."""
+    script = tmp_path / "keep_gradient.py"
+    script.write_text(KEEP_GRADIENT)
+    gradients = []
+    for ranks in (None, 3):
+        out = tmp_path / str(ranks)
+        flags = small_flags(data_root, out, max_steps=1, dropout=0.0, eval_interval=None)
+        arguments = [str(tmp_path / f"{ranks}.pt"), *flags]
+        command = train_command(arguments, ranks=ranks, script=script)
+        run_command(command, PYTHONPATH=str(ROOT / "src"))
+        gradients.append(torch.load(tmp_path / f"{ranks}.pt"))
+    alone, shared = gradients
+    assert all(part.dtype == torch.float64 for part in alone.values())
+    for name, gradient in alone.items():
+        assert gradient.abs().max() > 0
+        assert (shared[name] - gradient).abs().max() < 1e-10, name
+
+
 def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path):
     flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
     failed = run_command(train_command(flags, ranks=2), expect=None)
@@ -116,8 +149,8 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
         "    try: world.on_main(fail)\n"
         "    except DataError as error: print(f'rank {world.rank}: {error}', flush=True)\n"
     )
-    command = train_command([], ranks=2)
-    done = run_command([*command[:-1], str(script)], PYTHONPATH=str(ROOT / "src"))
+    command = train_command([], ranks=2, script=script)
+    done = run_command(command, PYTHONPATH=str(ROOT / "src"))
     assert sorted(done.stdout.split("\n")) == ["", "rank 0: no data", "rank 1: no data"]
 
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,12 +49,9 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def to_device(self, *arrays: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """The arrays as tensors on this rank's device; the host does not wait for the copy."""
-        tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-        if self.device.type == "cuda":
-            return tuple(part.pin_memory().to(self.device, non_blocking=True) for part in tensors)
-        return tuple(tensors)
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors on this rank's device; the host does not wait where they are pinned."""
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""

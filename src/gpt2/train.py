@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2 import checkpoint, distributed, estimate, generate, model, optim, status
 from gpt2.config import RunConfig
 from gpt2.data import corpora, order, prepare
+from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import MANIFEST, Catalog, ShardSet, catalog
 from gpt2.distributed import StopRequest, World
@@ -137,7 +138,7 @@ class Training:
 
     def loop(self, report: Report) -> Result:
         """Trains until the last step or until somebody says stop."""
-        with StopRequest() as stop:
+        with StopRequest() as stop, self._loader() as self.loader:
             while self.progress.step < self.total_steps:
                 if reason := self.world.highest(stop.number):
                     return self._stopped(reason)
@@ -150,6 +151,17 @@ class Training:
             self._judge_if_due(report, stop, last=True)
             return self._finished()
 
+    def _loader(self) -> Loader:
+        return Loader(
+            self.train_shards,
+            self.order,
+            range(self.progress.step, self.total_steps),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            mini_batch_size=self.config.data.mini_batch_size,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
     def _train_step(self) -> StepRecord:
         """One update on portion `progress.step` of the data."""
         started, world, step = time.perf_counter(), self.world, self.progress.step
@@ -157,11 +169,10 @@ class Training:
         rate = lr_at(step, self.schedule)
         optim.set_learning_rate(self.optimizer, rate)
         batch_tokens = self.config.data.total_batch_size
-        rows = self.order.rows(step, world.rank, world.size)
-        micros = list(order.micro_batches(rows, self.config.data.mini_batch_size))
+        micros = self.loader.next_step()
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         for number, micro in enumerate(micros, 1):
-            tokens_BT, targets_BT = world.to_device(*self.train_shards.read(micro))
+            tokens_BT, targets_BT = world.to_device(*micro)
             with self._gradient_sync(last := number == len(micros)):
                 with self.autocast:
                     loss = self.net(tokens_BT, targets_BT)

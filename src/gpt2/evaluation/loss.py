@@ -27,6 +27,6 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     with evaluating(net), autocast:
         for micro in order.micro_batches(rows[mine.start : mine.stop], mini_batch_size):
-            tokens_BT, targets_BT = world.to_device(*shards.read(micro))
+            tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(micro)))
             total += net(tokens_BT, targets_BT)
     return float(world.sum(total)) / (len(rows) * shards.block_size)

@@ -25,14 +25,15 @@ class GPT2(nn.Module):
         self._initialise()
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross entropy of `targets_BT` in nats, summed over all B · T targets: a float32 scalar.
+        """Cross entropy of `targets_BT` in nats, summed over all B · T targets: a scalar of float32
+        (of float64 in a float64 model).
 
         Raises IndexError for more than block_size tokens in a row.
         """
         logits_BTV = self.logits(tokens_BT)
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"
-        )
+        if logits_BTV.dtype is torch.bfloat16:
+            logits_BTV = logits_BTV.float()
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
     def logits(self, tokens_BT: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
         """Scores of the next token, (B, T, V), unnormalised.

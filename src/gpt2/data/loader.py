@@ -1,0 +1,90 @@
+"""The batches of a run, read ahead on a background thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gpt2.data import order
+from gpt2.data.order import Order
+from gpt2.data.shards import ShardSet
+
+MicroBatch = tuple[Tensor, Tensor]
+STEPS_AHEAD = 2
+
+
+class Loader:
+    """One rank's micro-batches, step after step.
+
+    A micro-batch is inputs and targets, each (B, T) int64 on the CPU, in pinned memory if a CUDA
+    device will take them. Errors of the background thread are raised by `next_step`.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        line: Order,
+        steps: range,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        mini_batch_size: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._shards = shards
+        self._pin_memory = pin_memory
+        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._closed = threading.Event()
+        rows = (line.rows(step, rank, world_size) for step in steps)
+        portions = (list(order.micro_batches(part, mini_batch_size)) for part in rows)
+        self._thread = threading.Thread(target=self._read, args=(portions,), name="loader")
+        self._thread.start()
+
+    def next_step(self) -> list[MicroBatch]:
+        """The micro-batches of the next step."""
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread, wherever it is; what it has read ahead is dropped."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, portions: Iterator[list[order.Rows]]) -> None:
+        try:
+            for micros in portions:
+                if not self._put([self._micro_batch(rows) for rows in micros]):
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: list[MicroBatch] | BaseException) -> bool:
+        """Hands `item` over; False if the loader is closed instead."""
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _micro_batch(self, rows: order.Rows) -> MicroBatch:
+        inputs, targets = self._shards.read(rows)
+        return self._tensor(inputs), self._tensor(targets)
+
+    def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory() if self._pin_memory else tensor
