@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,19 +142,14 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _stdlib_root() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def _stdlib_files() -> list[Path]:
-    root = _stdlib_root()
+    root = sysconfig.get_paths()["stdlib"]
     skipped = {"site-packages", "dist-packages", "__pycache__"}
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if path.is_file() and skipped.isdisjoint(path.relative_to(root).parts)
-    ]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted((path for path in files if path.is_file()), key=Path.as_posix)
 
 
 CORPORA = {

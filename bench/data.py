@@ -1,0 +1,120 @@
+"""Speed of tokenising and of reading batches: python bench/data.py
+
+Tokenising: `prepare` with all cores against (cores × the rate of one process that only calls
+tiktoken), measured in turn. Reading: batches of 64 × 1024 on one thread from the page cache, and
+the share of a training step of the demo model that waits for them.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from gpt2 import tokenizer
+from gpt2.data import corpora, prepare
+from gpt2.data.corpora import Corpus, Document
+from gpt2.data.order import Order
+from gpt2.data.shards import ShardSet, catalog
+
+ROUNDS, COPIES = 3, 4
+
+
+def documents(skip: int) -> Iterator[Document]:
+    """The embedded corpus several times: long enough for start-up not to count."""
+    assert skip == 0
+    for _ in range(COPIES):
+        yield from corpora.python_stdlib()
+
+
+def single_rate() -> float:
+    """Tokens/s of one process that has the same texts in memory and does nothing else."""
+    encoding = tokenizer.load()
+    texts = [document.text for document in corpora.python_stdlib()]
+    started = time.perf_counter()
+    tokens = sum(
+        len(encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
+        for text in texts
+    )
+    return tokens / (time.perf_counter() - started)
+
+
+def prepare_rate(folder: Path) -> float:
+    """Tokens/s of a whole preparation on all cores, start-up, checksums and fsync included."""
+    corpus = Corpus("bench", "a bench", 10_000_000, documents=documents)
+    started = time.perf_counter()
+    manifest = prepare.prepare(corpus, folder, console=Console(quiet=True))
+    return sum(shard.tokens for shard in manifest.shards) / (time.perf_counter() - started)
+
+
+def reading(folder: Path) -> None:
+    """Batches from the page cache on one thread, shuffled rows included."""
+    shards = ShardSet(catalog(folder), "train", block_size=1024)
+    for shuffle in ("shards", "rows"):
+        line = Order(shards.rows_per_shard, 64, seed=1, shuffle=shuffle)
+        rates = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            for step in range(200):
+                inputs, targets = shards.read(line.rows(step))
+            elapsed_s = time.perf_counter() - started
+            rates.append(200 * (inputs.nbytes + targets.nbytes) / elapsed_s / 1e9)
+        median = statistics.median(rates)
+        print(
+            f"  shuffle {shuffle:<7} {median:5.2f} GB/s of batches ({min(rates):.2f} lowest), "
+            f"{median / 16 * 1000:.0f} M tokens/s"
+        )
+
+
+def waiting(folder: Path) -> None:
+    """How long a training step waits for its batch."""
+    import torch  # not above: the tokenising processes import this file too
+
+    from gpt2 import config, model
+    from gpt2.data.loader import Loader
+
+    torch.set_num_threads(1)
+    run = config.preset("demo")
+    shards = ShardSet(catalog(folder), "train", run.model.block_size)
+    line = Order(shards.rows_per_shard, run.rows_per_step, seed=1)
+    net = model.build(run.model)
+    waited_s = total_s = 0.0
+    with Loader(shards, line, range(40), mini_batch_size=run.data.mini_batch_size) as loader:
+        for step in range(40):
+            started = time.perf_counter()
+            micros = loader.next_step()
+            got = time.perf_counter()
+            for tokens_BT, targets_BT in micros:
+                net(tokens_BT, targets_BT).backward()
+            net.zero_grad()
+            if step >= 5:
+                waited_s += got - started
+                total_s += time.perf_counter() - started
+    print(f"  a training step of the demo waits {waited_s / total_s:.2%} of its time for its batch")
+
+
+def main() -> None:
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores")
+    ratios = []
+    with tempfile.TemporaryDirectory() as root:
+        for number in range(ROUNDS):
+            folder = Path(root, str(number))
+            single, whole = single_rate(), prepare_rate(folder)
+            ratios.append(whole / (cores * single))
+            print(
+                f"  one process {single / 1e6:.2f} M tokens/s, prepare {whole / 1e6:.2f} M: "
+                f"{ratios[-1]:.0%} of {cores} × one"
+            )
+        print(f"Tokenising: {statistics.median(ratios):.0%} of cores × one process (median)")
+        print("Reading 64 × 1024 on one thread:")
+        reading(folder)
+        waiting(folder)
+
+
+if __name__ == "__main__":
+    main()
