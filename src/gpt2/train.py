@@ -96,8 +96,8 @@ class Training:
 
     @classmethod
     def assemble(cls, run_config: RunConfig, world: World) -> "Training":
-        """Opens the data, finds where to start and builds what trains; nothing is changed on disk
-        before everything that could be refused has been checked."""
+        """Opens the data, finds where to start and builds what trains; what an earlier run left is
+        not touched before everything that could be refused has been checked."""
         data = _open_data(run_config, world)
         start = Start.find(run_config, world)
         return cls(run_config, world, data, start)
@@ -248,8 +248,9 @@ class Training:
         for epoch in range(self.order.epoch_at(step - 1), self.order.epoch_at(step)):
             self.metrics.message(f"Completed Epoch {epoch}")
             if step < self.total_steps:
-                count = len(self.train_shards.shards)
-                self.metrics.message(f"Shuffled {count} training shards for new epoch")
+                if self.order.shuffle != "none":
+                    count = len(self.train_shards.shards)
+                    self.metrics.message(f"Shuffled {count} training shards for new epoch")
                 self.metrics.message(f"Starting Epoch {epoch + 1}")
 
     def _epoch(self) -> int:
@@ -339,6 +340,7 @@ class Training:
         self.model: GPT2 = model.build(self.config.model).to(world.device)
         if self.start.weights is not None:
             self.model.load_state_dict(self.start.weights)
+            self.start.weights.clear()
         self.optimizer = optim.build(self.model, self.config.optim)
         compiled = machine.compile == "on" or (
             machine.compile == "auto" and world.device.type == "cuda"
@@ -375,8 +377,9 @@ class Training:
 
     def _restore(self, state: checkpoint.State) -> None:
         """Weights, optimiser, progress and random streams as they were at the checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Popped: a copy on the host must not stay for ten days.
+        self.model.load_state_dict(state.pop("model"))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
         self.progress = Progress(**state["progress"])
         self.run_name = state["run_name"]
         streams = state["rng"]

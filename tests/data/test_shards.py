@@ -104,6 +104,13 @@ def test_damaged_manifest(copy: Path, text: str):
         Manifest.read(copy)
 
 
+def test_another_tokeniser_is_refused(copy: Path):
+    values = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(values | {"tokenizer": "cl100k"}))
+    with pytest.raises(DataError, match=r"tokenised with cl100k, runs use gpt2; .*--overwrite"):
+        catalog(copy)
+
+
 def test_truncated_shard_is_named(copy: Path):
     victim = sorted(copy.glob("*_train_*.npy"))[1]
     victim.write_bytes(victim.read_bytes()[:-100])

@@ -114,6 +114,11 @@ def catalog(root: Path) -> Catalog:
     """
     if (root / MANIFEST).exists() or (root / PROGRESS).exists():
         manifest = Manifest.read(root)
+        if manifest.tokenizer != tokenizer.NAME:
+            raise DataError(
+                f"{root} was tokenised with {manifest.tokenizer}, runs use {tokenizer.NAME}; "
+                f"make it again with: {command(root, again=True)}"
+            )
         return Catalog(root, manifest.shards, manifest.vocab_size, ours=True)
     folder, files = _foreign_files(root)
     shards = [_foreign_shard(folder, file) for file in files]
