@@ -1,10 +1,12 @@
 import hashlib
+import hmac
 import json
 import os
 import pickle
 import random
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,35 @@ def test_newest_is_what_was_saved_last_not_the_highest_step(tmp_path: Path, warn
     assert checkpoint.find(tmp_path, "latest", warn) == tmp_path / "step_000150.pt"
 
 
+def test_a_clock_that_jumps_back_costs_nothing(tmp_path: Path, warn: Warnings, monkeypatch):
+    for step in range(1, 4):
+        save(tmp_path, step, keep_last=3)
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+    save(tmp_path, 4, keep_last=3)
+    assert [item.facts.step for item in checkpoint.list_checkpoints(tmp_path)] == [2, 3, 4]
+    assert checkpoint.find(tmp_path, "latest", warn).name == "step_000004.pt"
+
+
+def change_sidecar(path: Path, **changes: object) -> None:
+    mark = path.with_suffix(".json")
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | changes))
+
+
+def test_a_field_of_a_later_version_is_ignored(tmp_path: Path, warn: Warnings):
+    change_sidecar(save(tmp_path, 1), invented_later=1)
+    assert checkpoint.find(tmp_path, "latest", warn).name == "step_000001.pt"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"time": "x"}, {"val_loss": "x"}, {"sha256": 1}, {"step": None}]
+)
+def test_unreadable_sidecars_are_no_fresh_start(tmp_path: Path, warn: Warnings, changes):
+    change_sidecar(save(tmp_path, 1), **changes)
+    assert checkpoint.list_checkpoints(tmp_path) == []
+    with pytest.raises(CheckpointError, match="damaged or of another version"):
+        checkpoint.find(tmp_path, "latest", warn)
+
+
 def test_find(tmp_path: Path, warn: Warnings):
     assert checkpoint.find(tmp_path, "latest", warn) is None
     for step, val_loss in [(10, 1.0), (20, 2.0)]:
@@ -178,7 +209,7 @@ def test_latest_falls_back_to_the_newest_good_one(tmp_path, warn, damage, reason
 
 def test_all_damaged_is_no_fresh_start(tmp_path: Path, warn: Warnings):
     flip_a_bit(save(tmp_path, 10))
-    with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged or"):
         checkpoint.find(tmp_path, "latest", warn)
 
 
@@ -243,6 +274,26 @@ def test_malicious_pickle_with_a_sidecar_made_by_hand_does_not_run(planted, warn
     path, trace = planted
     write_sidecar_by_hand(path, signature)
     refuse(checkpoint.find(path.parent, "latest", warn), trace, warn)
+
+
+@pytest.mark.parametrize("signature", [5, "é"])
+def test_odd_signatures_are_no_signatures(tmp_path: Path, warn: Warnings, signature):
+    path = save(tmp_path, 1)
+    change_sidecar(path, hmac=signature)
+    assert checkpoint.load(path, warn=warn)["step"] == 1
+
+
+def test_an_empty_key_proves_nothing(planted, warn: Warnings, tmp_path: Path, monkeypatch):
+    """As a power cut may leave it: anybody can sign with it."""
+    path, trace = planted
+    write_sidecar_by_hand(path, None)
+    digest = json.loads(path.with_suffix(".json").read_text())["sha256"]
+    change_sidecar(path, hmac=hmac.new(b"", digest.encode(), "sha256").hexdigest())
+    key = tmp_path / "home" / "gpt2-from-scratch" / "key"
+    key.parent.mkdir(parents=True)
+    key.touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    refuse(path, trace, warn)
 
 
 def test_trust_unpickles_it(planted, warn: Warnings):

@@ -82,6 +82,8 @@ def test_toml_overlays_the_preset_and_errors_name_the_file():
     assert (run.model.n_layer, run.optim.learning_rate) == (3, 1e-3)
     with pytest.raises(ConfigError, match=r"a\.toml: unknown option n_layers"):
         config.from_toml(RunConfig(), "n_layers = 3", "a.toml")
+    with pytest.raises(ConfigError, match=r"a\.toml: preset stands on the command line"):
+        config.from_toml(RunConfig(), 'preset = "demo"', "a.toml")
     with pytest.raises(ConfigError, match=r"a\.toml: "):
         config.from_toml(RunConfig(), "n_layer = ", "a.toml")
 

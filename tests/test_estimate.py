@@ -44,7 +44,8 @@ def test_known_peaks_go_by_the_longest_name():
     assert estimate.known_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert estimate.known_peak_flops("NVIDIA L40S") == 362e12
     assert estimate.known_peak_flops("NVIDIA L4") == 121e12
-    assert estimate.known_peak_flops("Abacus") is None
+    assert estimate.known_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert estimate.known_peak_flops("NVIDIA RTX A1000") is None
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,10 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
         line.split()[:-3] for line in printed.splitlines() if " begins" in line or "next" in line
     ]
     assert milestones == [
-        ["251", "epoch", "1", "begins,", "shards", "reshuffled", "1m", "42s"],
+        ["251", "epoch", "1", "begins,", "with", "its", "shuffle", "1m", "42s"],
         ["300", "next", "checkpoint", "3m", "20s"],
-        ["501", "epoch", "2", "begins,", "shards", "reshuffled", "10m", "02s"],
-        ["751", "epoch", "3", "begins,", "shards", "reshuffled", "18m", "22s"],
+        ["501", "epoch", "2", "begins,", "with", "its", "shuffle", "10m", "02s"],
+        ["751", "epoch", "3", "begins,", "with", "its", "shuffle", "18m", "22s"],
     ]
     table = printed.partition("On other numbers of cudas")[2]
     scaling = {line.split()[0]: line.split() for line in table.splitlines()[3:] if line.strip()}
@@ -126,14 +126,14 @@ def test_many_epochs_are_cut(tmp_path: Path, out: Console):
     write_run(tmp_path, 5, plan)
     monitor.print_run_forecast(status.read(tmp_path), out)
     printed = text_of(out)
-    assert printed.count("begins, shards reshuffled") == monitor.SHOWN_EPOCHS
+    assert printed.count("begins, with its shuffle") == monitor.SHOWN_EPOCHS
     assert "… the last of 89 further epochs" in printed
 
 
 def test_assumptions_are_said_without_a_run(out: Console):
     monitor.print_assumed_forecast(config.preset("gpt2-124m"), None, 1, out)
     printed = text_of(out)
-    assert "No run found: an estimate for --preset gpt2-124m. Assumed:" in printed
+    assert "An estimate for --preset gpt2-124m. Assumed:" in printed
     assert "9,900,000,000 training tokens: 99 shards of 100 M tokens" in printed
     assert "1 × A100 at 40% MFU" in printed
     assert "94,414" in printed  # 5 epochs of 9.9 G tokens in steps of 524,288

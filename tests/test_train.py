@@ -166,7 +166,9 @@ def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tm
 
 def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Path):
     train.run(small_config(data_root, tmp_path, max_steps=2))
-    with pytest.raises(CheckpointError, match=r"up to step 2; continue it with --resume latest"):
+    with pytest.raises(
+        CheckpointError, match=r"up to step_000002; continue it with --resume latest"
+    ):
         train.run(small_config(data_root, tmp_path))
 
 
@@ -206,6 +208,15 @@ def test_what_may_change_at_a_resume_is_noted_where_it_matters(data_root, tmp_pa
     printed = capsys.readouterr().out
     assert "  - learning_rate: 0.006 before, 0.0001 from here" in printed
     assert "mini_batch_size" not in printed
+
+
+def test_changed_optimiser_options_take_effect_at_a_resume(data_root: Path, tmp_path: Path):
+    train.run(small_config(data_root, tmp_path, max_steps=2))
+    changes = {"weight_decay": 0.5, "beta2": 0.9}
+    train.run(small_config(data_root, tmp_path, max_steps=4, resume="latest", **changes))
+    decayed, plain = load(tmp_path, 4)["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
+    assert decayed["betas"] == plain["betas"] == (0.9, 0.9)
 
 
 def test_weights_of_another_run(data_root: Path, tmp_path: Path):
@@ -270,10 +281,12 @@ def test_tensorboard_curves_over_a_kill_and_a_resume(data_root: Path, tmp_path: 
         ({"resume": "best"}, CheckpointError, "use --resume latest"),
         ({"device": "cuda"}, ConfigError, "torch sees no GPU"),
         ({"init_from": "nowhere.pt"}, CheckpointError, "no checkpoint at nowhere.pt"),
+        ({"init_from": "latest"}, CheckpointError, "no checkpoint at latest; --init_from takes a"),
+        ({"log_dir": Path("/dev/null/x")}, ConfigError, "choose another folder with --log_dir"),
     ],
 )
 def test_what_cannot_work_is_refused(data_root, tmp_path, monkeypatch, changes, error, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
         train.run(small_config(data_root, tmp_path, **changes))
-    assert not (tmp_path / "logs").exists()
+    assert not (tmp_path / "logs" / "log.txt").exists()

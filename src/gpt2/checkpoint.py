@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import secrets
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ from gpt2.errors import CheckpointError
 
 SCHEMA = 1
 LATEST, BEST = "latest.pt", "best.pt"
+KEY_BYTES = 32
 State = dict[str, Any]
 Warn = Callable[[str], None]
 
@@ -62,6 +64,8 @@ class Sidecar:
     torch_version: str
     time: float
     """seconds since 1970"""
+    sequence: int
+    """counts the saves of a folder: clocks may jump, and steps may be done again"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def save(
     Raises CheckpointError if the disk does not take it; the earlier checkpoints are intact then.
     """
     path = folder / f"step_{facts.step:06d}.pt"
+    before = list_checkpoints(folder)
     try:
         with atomic.writing(path) as file:
             writer = _HashingWriter(file)
@@ -96,6 +101,7 @@ def save(
             hmac=_sign(writer.sha256()),
             torch_version=torch.__version__,
             time=time.time(),
+            sequence=1 + max((item.sidecar.sequence for item in before), default=0),
         )
         atomic.write_text(path.with_suffix(".json"), _to_json(sidecar))
         atomic.point(folder / LATEST, path.name)
@@ -105,8 +111,8 @@ def save(
             atomic.point(folder / BEST, best.path.name)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"cannot save {path}: {error}; earlier checkpoints are intact; make room, or choose "
-            "another folder with --checkpoint_dir"
+            f"cannot save {path}: {error} ({_free_gb(folder)} free); earlier checkpoints are "
+            "intact; make room, or choose another folder with --checkpoint_dir"
         ) from error
     prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
     return path
@@ -129,7 +135,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
         path, sidecar = mark.with_suffix(".pt"), _read_sidecar(mark)
         if sidecar is not None and path.exists():
             found.append(Checkpoint(path, sidecar))
-    return sorted(found, key=lambda item: (item.sidecar.time, item.facts.step))
+    return sorted(found, key=lambda item: (item.sidecar.sequence, item.facts.step))
 
 
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
@@ -191,14 +197,19 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
             own = sidecar is not None and _is_signed(sidecar)
             with warnings.catch_warnings(action="ignore"):  # of foreign formats: refused below
                 state = torch.load(file, map_location="cpu", weights_only=not (own or trust))
-    except pickle.UnpicklingError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or foreign file can raise anything
+        found = _forbidden(error)
+        if found is None:
+            raise CheckpointError(
+                f"{path} cannot be loaded: it is no checkpoint ({error!r:.80})"
+            ) from error
         raise CheckpointError(
             f"{path} is refused: it was not written by this user, and it holds more than tensors "
-            f"and plain values, which could run code ({_first_reason(error)}); if you trust its "
-            "origin, add --trust_checkpoint"
+            f"and plain values, which could run code ({found}); if you trust its origin, add "
+            "--trust_checkpoint"
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is no checkpoint of gpt2-from-scratch (schema {SCHEMA})")
     return state
@@ -267,9 +278,9 @@ def _newest_good(folder: Path, complete: list[Checkpoint], warn: Warn) -> Path |
             return item.path
         except (CheckpointError, OSError) as error:
             warn(f"{error}; trying the checkpoint before it")
-    if complete:
+    if marks := list(folder.glob("step_*.json")):
         raise CheckpointError(
-            f"all {len(complete)} checkpoints in {folder} are damaged; "
+            f"all {len(marks)} checkpoints in {folder} are damaged or of another version; "
             "to start anew, choose another folder with --out_dir"
         )
     return None
@@ -286,11 +297,15 @@ def _verify(path: Path, file: BufferedReader, sidecar: Sidecar) -> None:
 def _read_sidecar(mark: Path) -> Sidecar | None:
     try:
         values = json.loads(mark.read_text())
-        known = Facts.__dataclass_fields__
-        facts = Facts(**{name: values.pop(name) for name in known})
-        return Sidecar(facts=facts, **values)
+        facts = Facts(**{name: values[name] for name in Facts.__dataclass_fields__})
+        others = {name: values[name] for name in Sidecar.__dataclass_fields__ if name != "facts"}
+        sidecar = Sidecar(facts=facts, **others)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    numbers = (facts.step, facts.epoch, sidecar.bytes, sidecar.time, sidecar.sequence)
+    losses = (loss for loss in (facts.train_loss, facts.val_loss) if loss is not None)
+    sound = all(isinstance(number, int | float) for number in (*numbers, *losses))
+    return sidecar if sound and isinstance(sidecar.sha256, str) else None
 
 
 def _to_json(sidecar: Sidecar) -> str:
@@ -308,34 +323,44 @@ def _is_signed(sidecar: Sidecar) -> bool:
     if key is None or sidecar.hmac is None:
         return False
     expected = hmac.new(key, sidecar.sha256.encode(), "sha256").hexdigest()
-    return hmac.compare_digest(expected, sidecar.hmac)
+    return hmac.compare_digest(expected.encode(), str(sidecar.hmac).encode())
 
 
 def _signing_key(create: bool) -> bytes | None:
     """This user's key; None where there is none and none can be made (a read-only home)."""
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    path = Path(home) / "gpt2-from-scratch" / "key"
     try:
+        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+        path = Path(home) / "gpt2-from-scratch" / "key"
         if create and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
             handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
-                file.write(secrets.token_bytes(32))
+                file.write(secrets.token_bytes(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 os.link(fresh, path)  # fails if another process was first: its key counts
             except FileExistsError:
                 pass
             finally:
                 fresh.unlink()
-        return path.read_bytes()
-    except OSError:
+        key = path.read_bytes()
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
+    return key if len(key) == KEY_BYTES else None  # a key that anybody could guess proves nothing
 
 
-def _first_reason(error: Exception) -> str:
-    """What torch found in the pickle, without its advice on how to load it all the same."""
-    found = re.search(
-        r"(Unsupported global: GLOBAL \S+|Unsupported \w+ \S+|GLOBAL \S+)", str(error)
-    )
-    return found.group(1) if found else str(error).splitlines()[0]
+def _forbidden(error: Exception) -> str | None:
+    """What a pickle wanted to import or call, if that is why torch refused it."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    found = re.search(r"GLOBAL \S+", str(error))
+    return found.group(0) if found else None
+
+
+def _free_gb(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+    except OSError:
+        return "? GB"

@@ -62,7 +62,8 @@ def train_main() -> int:
         if command.list_checkpoints:
             from gpt2 import monitor
 
-            monitor.print_checkpoints(command.run.checkpoint.checkpoint_dir, console())
+            if rank == 0:
+                monitor.print_checkpoints(command.run.checkpoint.checkpoint_dir, console())
             return 0
         from gpt2 import train
 
@@ -204,8 +205,8 @@ class EstimateCommand:
     """estimate this preset instead of the newest run"""
     tokens_per_sec: float | None = None
     """estimate at this speed instead of the newest run"""
-    gpus: int = 1
-    """GPUs that give this speed"""
+    gpus: int | None = None
+    """GPUs that give this speed, or that are assumed"""
 
     def __post_init__(self) -> None:
         config.require_at_least(self, 1, "gpus")
@@ -221,13 +222,18 @@ def estimate_main() -> int:
         from gpt2 import monitor
 
         out = console()
-        asked = command.preset is not None or command.tokens_per_sec is not None
+        flags = (command.preset, command.tokens_per_sec, command.gpus)
+        asked = any(flag is not None for flag in flags)
         run = None if asked else monitor.newest_run(command.checkpoint_dir)
         if run is not None:
             monitor.print_run_forecast(run, out)
         else:
+            if not asked:
+                out.print(f"No run found in {command.checkpoint_dir}")
             run_config = config.preset(command.preset or "gpt2-124m")
-            monitor.print_assumed_forecast(run_config, command.tokens_per_sec, command.gpus, out)
+            monitor.print_assumed_forecast(
+                run_config, command.tokens_per_sec, command.gpus or 1, out
+            )
         return 0
 
     return guarded(body)

@@ -332,7 +332,9 @@ def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
     """`config` with the values of a TOML document; `source` names it in errors."""
     try:
-        return overlay(config, tomllib.loads(text))
+        values = tomllib.loads(text)
+        _require("preset" not in values, "preset stands on the command line: --preset NAME")
+        return overlay(config, values)
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
 

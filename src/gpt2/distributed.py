@@ -28,7 +28,7 @@ from gpt2.errors import ConfigError, UserError
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,6 @@ class World:
         result: T = box[0]
         return result
 
-    def barrier(self) -> None:
-        self.highest(0)
-
 
 def env_rank() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local world size) as torchrun gives them."""
@@ -164,7 +161,7 @@ def _leave() -> None:
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM, so that the loop can end at a step's boundary.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP, so that the loop can end at a step's boundary.
 
     A second one acts as if nothing had been installed: Ctrl+C twice leaves at once.
     """
@@ -223,7 +220,7 @@ def gpu_usage(device: torch.device) -> dict[str, float]:
         "memory_gb": torch.cuda.memory_allocated(device) / 1e9,
         "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
     }
-    with contextlib.suppress(ImportError, RuntimeError):
+    with contextlib.suppress(Exception):  # the library is missing, or refuses (MIG, WSL)
         usage["utilisation_percent"] = float(torch.cuda.utilization(device))
     return usage
 
@@ -231,18 +228,21 @@ def gpu_usage(device: torch.device) -> dict[str, float]:
 def peak_flops(world: World, dtype: torch.dtype) -> float:
     """FLOP/s of all devices together: the makers' figure, or a short measurement of `dtype` matrix
     products where the device is not in the table."""
+    known = None
     if world.device.type == "cuda":
         known = estimate.known_peak_flops(torch.cuda.get_device_name(world.device))
-        if known is not None:
-            return known * world.size
-    side, repeats = 1024, 8
-    matrix = torch.ones(side, side, dtype=dtype, device=world.device)
+    return sum(world.gather(known or _measured_flops(world.device, dtype)))
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    side, repeats = (8192 if device.type == "cuda" else 1024), 8
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
     float((matrix @ matrix)[0, 0])  # warm-up, and reading an element waits for the device
     started = time.perf_counter()
     for _ in range(repeats):
         product = matrix @ matrix
     float(product[0, 0])
-    return sum(world.gather(repeats * 2 * side**3 / (time.perf_counter() - started)))
+    return repeats * 2 * side**3 / (time.perf_counter() - started)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

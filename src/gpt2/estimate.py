@@ -1,5 +1,7 @@
 """Arithmetic of a run: FLOPs, utilisation, parameters, time. Pure."""
 
+import re
+
 from gpt2.config import ModelConfig
 
 # Dense bfloat16 matrix rate per GPU in FLOP/s, from the makers' data sheets. Longer names first:
@@ -52,7 +54,9 @@ def mfu(tokens_per_s: float, model: ModelConfig, peak_flops: float) -> float:
 
 def known_peak_flops(device_name: str) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU by its name, or None if the table lacks it."""
-    return next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
+    return next(
+        (rate for name, rate in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None
+    )
 
 
 def duration(seconds: float) -> str:

@@ -149,7 +149,7 @@ def print_assumed_forecast(
         config.rows_per_step,
         config.machine.seed,
     )
-    out.print(f"No run found: an estimate for --preset {config.preset}. Assumed:")
+    out.print(f"An estimate for --preset {config.preset}. Assumed:")
     out.print(f"  data   {tokens:,} training tokens: {source}")
     out.print(f"  speed  {speed} (--tokens_per_sec sets it)")
     forecast = Forecast(
@@ -190,7 +190,7 @@ def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
     epoch = order.epoch_at(now) + 1
     boundaries = []
     while (step := order.first_step_of(epoch)) < end:
-        boundaries.append((step, f"epoch {epoch} begins, shards reshuffled"))
+        boundaries.append((step, f"epoch {epoch} begins, with its shuffle"))
         epoch += 1
     rows += boundaries[:SHOWN_EPOCHS]
     if (hidden := len(boundaries) - SHOWN_EPOCHS) > 0:

@@ -21,6 +21,14 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
+def set_options(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+    """Sets what a loaded state would bring along from another configuration."""
+    decayed, _ = optimizer.param_groups
+    decayed["weight_decay"] = config.weight_decay
+    for group in optimizer.param_groups:
+        group["betas"] = (config.beta1, config.beta2)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

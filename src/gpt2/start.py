@@ -10,7 +10,7 @@ import torch
 from gpt2 import checkpoint, config
 from gpt2.config import RunConfig
 from gpt2.distributed import World
-from gpt2.errors import CheckpointError
+from gpt2.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,17 @@ class Start:
 
         def locate() -> Path | None:
             checkpoint.require_writable(folder)
+            _require_folder("log_dir", run_config.watch.log_dir)
+            if run_config.watch.use_tensorboard:
+                _require_folder("runs_dir", run_config.watch.runs_dir)
             if settings.resume_from is not None:
                 return checkpoint.find(folder, settings.resume_from, warn)
             _require_fresh(folder)
+            if settings.init_from != "scratch" and not Path(settings.init_from).is_file():
+                raise CheckpointError(
+                    f"no checkpoint at {settings.init_from}; --init_from takes a path, --resume "
+                    "also takes latest, best or a step"
+                )
             return None
 
         path = world.on_main(locate)
@@ -49,8 +57,7 @@ class Start:
             warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
         if settings.init_from in ("scratch", "resume"):
             return cls()
-        source = checkpoint.find(folder, str(Path(settings.init_from)), warn)
-        assert source is not None
+        source = Path(settings.init_from)
         state = checkpoint.load(source, trust=settings.trust_checkpoint, warn=warn)
         shape = tuple(name for name in config.FIXED_BY_CHECKPOINT if name.startswith("model."))
         _refuse_contradictions(source, config.changed(state["config"], run_config, shape))
@@ -62,7 +69,9 @@ class Start:
             return
         rows = config.changed(self.state["config"], run_config, config.FIXED_BY_CHECKPOINT)
         if self.state["data_fingerprint"] != data_fingerprint:
-            rows.append(("training data", self.state["data_fingerprint"], data_fingerprint))
+            then = f"{self.state['config']['data']['data_root']} ({self.state['data_fingerprint']})"
+            now = f"{run_config.data.data_root} ({data_fingerprint})"
+            rows.append(("training data", then, now))
         made_with = self.state["config"]["preset"]
         preset = "" if made_with == run_config.preset else f"it was made with --preset {made_with}"
         _refuse_contradictions(self.path, rows, preset)
@@ -80,13 +89,23 @@ class Start:
         return notes
 
 
+def _require_folder(flag: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {folder}: {error.strerror}; choose another folder with --{flag} or "
+            "--out_dir"
+        ) from error
+
+
 def _require_fresh(folder: Path) -> None:
     """A new run must not mix with, or prune away, the checkpoints of an earlier one."""
-    earlier = checkpoint.list_checkpoints(folder)
+    earlier = sorted(folder.glob("step_*.json"))
     if earlier:
         raise CheckpointError(
-            f"{folder} holds {len(earlier)} checkpoints of an earlier run, up to step "
-            f"{earlier[-1].facts.step}; continue it with --resume latest, or keep a new run "
+            f"{folder} holds {len(earlier)} checkpoints of an earlier run, up to "
+            f"{earlier[-1].stem}; continue it with --resume latest, or keep a new run "
             "elsewhere with --out_dir NAME"
         )
 

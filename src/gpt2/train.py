@@ -264,13 +264,16 @@ class Training:
 
     def _save(self) -> None:
         """Writes a checkpoint of this step unless there is one."""
-        step, settings = self.progress.step, self.config.checkpoint
+        step = self.progress.step
         if self.saved_step == step:
             return
         rng = self.world.gather_objects(checkpoint.rng_state(self.world.device))
+        path = self.world.on_main(lambda: self._write_checkpoint(rng))
         self.saved_step = step
-        if not self.world.is_main:
-            return
+        self.metrics.message(f"Saved checkpoint: {path}")
+
+    def _write_checkpoint(self, rng: list[checkpoint.State]) -> Path:
+        step, settings = self.progress.step, self.config.checkpoint
         plain_config = self.config.to_dict()
         epoch, tokens = self._epoch(), step * self.config.data.total_batch_size
         facts = checkpoint.Facts(
@@ -294,14 +297,13 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        path = checkpoint.save(
+        return checkpoint.save(
             settings.checkpoint_dir,
             state,
             facts,
             keep_last=settings.keep_last,
             resumed_from=self.start.path,
         )
-        self.metrics.message(f"Saved checkpoint: {path}")
 
     def _stopped(self, reason: int) -> Result:
         if reason == PRUNE:
@@ -371,7 +373,7 @@ class Training:
         shape = (rows, self.config.model.block_size)
         tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
         with self.autocast:
-            loss = self.net(tokens_BT, tokens_BT)
+            loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -380,6 +382,7 @@ class Training:
         # Popped: a copy on the host must not stay for ten days.
         self.model.load_state_dict(state.pop("model"))
         self.optimizer.load_state_dict(state.pop("optimizer"))
+        optim.set_options(self.optimizer, self.config.optim)
         self.progress = Progress(**state["progress"])
         self.run_name = state["run_name"]
         streams = state["rng"]
@@ -447,7 +450,8 @@ class Training:
             log_file=str(self._log_file().resolve()),
         )
         folder = run_config.checkpoint.checkpoint_dir
-        status.write(folder, plan, state, self.progress.step, reason)
+        with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report
+            status.write(folder, plan, state, self.progress.step, reason)
 
 
 def _open_data(run_config: RunConfig, world: World) -> Catalog:

@@ -244,8 +244,10 @@ def kill_at_random(folder: Path, trials: int, seed: int) -> int:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         ) as started:
+            while started.poll() is None and not (folder / "progress.json").exists():
+                time.sleep(0.01)
             try:
-                started.wait(timeout=choice.uniform(0.9, 2.4))
+                started.wait(timeout=choice.uniform(0.0, 0.8))
             except subprocess.TimeoutExpired:
                 started.kill()
                 hits += 1
@@ -270,7 +272,7 @@ def no_process_left(session: int) -> bool:
 
 
 def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_killed: Path):
-    assert kill_at_random(tmp_path / "data", trials=4, seed=1) >= 2
+    assert kill_at_random(tmp_path / "data", trials=4, seed=1) >= 1
     support.run_command(data_command(tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(never_killed)
 
@@ -278,7 +280,7 @@ def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_k
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
 def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed: int):
-    assert kill_at_random(tmp_path / "data", trials=8, seed=seed) >= 4
+    assert kill_at_random(tmp_path / "data", trials=8, seed=seed) >= 3
     support.run_command(data_command(tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(never_killed)
 
