@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
+COMMA := ,
+GPUS := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))),\
+	$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'))
 RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: help install demo test soak lint format clean

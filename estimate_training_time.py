@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).parent / "src"))
 try:
     from gpt2.cli import estimate_main
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}; first: source .venv/bin/activate (`make install` makes it)")
+    print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(estimate_main())

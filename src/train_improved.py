@@ -5,7 +5,8 @@ import sys
 try:
     from gpt2.cli import train_main
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}; first: source .venv/bin/activate (`make install` makes it)")
+    print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(train_main())

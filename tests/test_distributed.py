@@ -180,7 +180,7 @@ def test_second_signal_acts_as_before(monkeypatch):
 
 
 def test_measured_peak_is_a_plausible_rate():
-    world = distributed.World(0, 1, 0, 1, torch.device("cpu"))
+    world = distributed.World(0, 1, torch.device("cpu"))
     assert 1e8 < distributed.peak_flops(world, torch.float32) < 1e14
 
 

@@ -35,7 +35,7 @@ def test_estimate_without_a_run(tmp_path: Path):
 @pytest.mark.parametrize("name", ["src/train_improved.py", "estimate_training_time.py"])
 def test_outside_the_environment_the_way_in_is_named(name: str, tmp_path: Path):
     command = [sys.executable, "-S", str(ROOT / name)]  # -S: without installed packages
-    done = run_command(command, cwd=tmp_path, expect=1, PYTHONPATH="")
+    done = run_command(command, cwd=tmp_path, expect=2, PYTHONPATH="")
     assert done.stderr.startswith("error: No module named")
     assert "source .venv/bin/activate" in done.stderr
 

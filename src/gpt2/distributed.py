@@ -41,8 +41,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
     device: torch.device
 
     @property
@@ -130,7 +128,7 @@ def join(config: MachineConfig) -> Iterator[World]:
     """
     rank, size, local_rank, local_size = env_rank()
     device = _device(config.device, local_rank, local_size)
-    world = World(rank, size, local_rank, local_size, device)
+    world = World(rank, size, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -10,7 +10,7 @@ from gpt2.data.shards import ShardSet, catalog
 from gpt2.distributed import World
 from gpt2.evaluation.loss import validation_loss
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mini_batch_size", [1, 3, 100])
