@@ -256,7 +256,7 @@ def planted(tmp_path: Path) -> tuple[Path, Path]:
     return path, trace
 
 
-def refuse(path: Path, trace: Path, warn: Warnings) -> None:
+def assert_refused(path: Path, trace: Path, warn: Warnings) -> None:
     with pytest.raises(CheckpointError, match=r"is refused: .*--trust_checkpoint"):
         checkpoint.load(path, warn=warn)
     assert not trace.exists()
@@ -265,7 +265,7 @@ def refuse(path: Path, trace: Path, warn: Warnings) -> None:
 def test_malicious_pickle_alone_does_not_run(planted, warn: Warnings):
     path, trace = planted
     assert checkpoint.find(path.parent, "latest", warn) is None
-    refuse(checkpoint.find(path.parent, str(path), warn), trace, warn)
+    assert_refused(checkpoint.find(path.parent, str(path), warn), trace, warn)
     assert "loaded unverified" in warn[0]
 
 
@@ -273,7 +273,7 @@ def test_malicious_pickle_alone_does_not_run(planted, warn: Warnings):
 def test_malicious_pickle_with_a_sidecar_made_by_hand_does_not_run(planted, warn, signature):
     path, trace = planted
     write_sidecar_by_hand(path, signature)
-    refuse(checkpoint.find(path.parent, "latest", warn), trace, warn)
+    assert_refused(checkpoint.find(path.parent, "latest", warn), trace, warn)
 
 
 @pytest.mark.parametrize("signature", [5, "é"])
@@ -293,7 +293,7 @@ def test_an_empty_key_proves_nothing(planted, warn: Warnings, tmp_path: Path, mo
     key.parent.mkdir(parents=True)
     key.touch()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    refuse(path, trace, warn)
+    assert_refused(path, trace, warn)
 
 
 def test_trust_unpickles_it(planted, warn: Warnings):

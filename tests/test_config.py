@@ -108,7 +108,10 @@ def test_changed_lists_what_a_checkpoint_fixes():
     stored = RunConfig().to_dict()
     run = overlay(RunConfig(), {"n_layer": 6, "mini_batch_size": 1, "epochs": 9, "dropout": 0.1})
     assert config.changed(stored, run, config.FIXED_BY_CHECKPOINT) == [("n_layer", 12, 6)]
-    assert config.changed(stored, run, config.NOTED_AT_RESUME) == [("dropout", 0.0, 0.1)]
+    assert config.changed(stored, run, config.NOTED_AT_RESUME) == [
+        ("dropout", 0.0, 0.1),
+        ("epochs", 5, 9),
+    ]
 
 
 def test_resume_from():

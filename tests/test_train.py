@@ -289,4 +289,4 @@ def test_what_cannot_work_is_refused(data_root, tmp_path, monkeypatch, changes, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
         train.run(small_config(data_root, tmp_path, **changes))
-    assert not (tmp_path / "logs" / "log.txt").exists()
+    assert not (tmp_path / "logs").exists()

@@ -294,6 +294,8 @@ NOTED_AT_RESUME = (
     "model.dropout",
     *(f"optim.{part.name}" for part in fields(OptimConfig)),
     "machine.dtype",
+    "data.max_steps",  # the learning rate's decay ends with the run
+    "data.epochs",
 )
 
 

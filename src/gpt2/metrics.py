@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from gpt2.config import WatchConfig
+from gpt2.errors import ConfigError
 from gpt2.estimate import duration
 
 RECENT_STEPS = 50  # what "recent" means for the time left
@@ -77,6 +79,21 @@ class Metrics:
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
+
+
+def require_folders(watch: WatchConfig) -> None:
+    """Makes the folders of the sinks; raises ConfigError, naming the flag, if one cannot be."""
+    folders = {"log_dir": watch.log_dir}
+    if watch.use_tensorboard:
+        folders["runs_dir"] = watch.runs_dir
+    for flag, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make {folder}: {error.strerror}; choose another folder with --{flag} or "
+                "--out_dir"
+            ) from error
 
 
 class Console:

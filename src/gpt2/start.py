@@ -10,7 +10,7 @@ import torch
 from gpt2 import checkpoint, config
 from gpt2.config import RunConfig
 from gpt2.distributed import World
-from gpt2.errors import CheckpointError, ConfigError
+from gpt2.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,6 @@ class Start:
 
         def locate() -> Path | None:
             checkpoint.require_writable(folder)
-            _require_folder("log_dir", run_config.watch.log_dir)
-            if run_config.watch.use_tensorboard:
-                _require_folder("runs_dir", run_config.watch.runs_dir)
             if settings.resume_from is not None:
                 return checkpoint.find(folder, settings.resume_from, warn)
             _require_fresh(folder)
@@ -87,16 +84,6 @@ class Start:
             if run_config.model.dropout > 0:
                 notes.append("Dropout draws other numbers: its streams belong to the ranks")
         return notes
-
-
-def _require_folder(flag: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot make {folder}: {error.strerror}; choose another folder with --{flag} or "
-            "--out_dir"
-        ) from error
 
 
 def _require_fresh(folder: Path) -> None:

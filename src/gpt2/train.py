@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2 import checkpoint, distributed, estimate, generate, model, optim, status
+from gpt2 import checkpoint, distributed, estimate, generate, metrics, model, optim, status
 from gpt2.config import RunConfig
 from gpt2.data import corpora, order, prepare
 from gpt2.data.loader import Loader
@@ -119,6 +119,7 @@ class Training:
         self.data_fingerprint = data.fingerprint()
         _require_enough_rows(run_config, world)
         start.require_agreement(run_config, self.data_fingerprint)
+        world.on_main(lambda: metrics.require_folders(run_config.watch))
 
         dtype = _autocast_dtype(run_config, world)
         self.autocast = torch.autocast(

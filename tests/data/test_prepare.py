@@ -215,7 +215,7 @@ def test_broken_off_anywhere_it_goes_on_and_ends_the_same(data: st.DataObject):
 
 # Real processes, real signals
 
-SIZES = ["--shard_tokens", "150000", "--max_tokens", "3000000"]
+SIZES = ["--shard_tokens", "150000", "--max_tokens", "8000000"]
 
 
 def data_command(folder: Path, *options: str) -> list[str]:
@@ -272,7 +272,7 @@ def no_process_left(session: int) -> bool:
 
 
 def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_killed: Path):
-    assert kill_at_random(tmp_path / "data", trials=4, seed=1) >= 1
+    assert kill_at_random(tmp_path / "data", trials=4, seed=1) >= 2
     support.run_command(data_command(tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(never_killed)
 
@@ -280,7 +280,7 @@ def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_k
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
 def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed: int):
-    assert kill_at_random(tmp_path / "data", trials=8, seed=seed) >= 3
+    assert kill_at_random(tmp_path / "data", trials=8, seed=seed) >= 4
     support.run_command(data_command(tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(never_killed)
 
