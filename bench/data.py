@@ -20,6 +20,7 @@ from gpt2.data import corpora, prepare
 from gpt2.data.corpora import Corpus, Document
 from gpt2.data.order import Order
 from gpt2.data.shards import ShardSet, catalog
+from gpt2.data.storage import Storage
 
 ROUNDS, COPIES = 3, 4
 
@@ -53,7 +54,7 @@ def prepare_rate(folder: Path) -> float:
 
 def reading(folder: Path) -> None:
     """Batches from the page cache on one thread, shuffled rows included."""
-    shards = ShardSet(catalog(folder), "train", block_size=1024)
+    shards = ShardSet(catalog(Storage(str(folder))), "train", block_size=1024)
     for shuffle in ("shards", "rows"):
         line = Order(shards.rows_per_shard, 64, seed=1, shuffle=shuffle)
         rates = []
@@ -79,7 +80,7 @@ def waiting(folder: Path) -> None:
 
     torch.set_num_threads(1)
     run = config.preset("demo")
-    shards = ShardSet(catalog(folder), "train", run.model.block_size)
+    shards = ShardSet(catalog(Storage(str(folder))), "train", run.model.block_size)
     line = Order(shards.rows_per_shard, run.rows_per_step, seed=1)
     net = model.build(run.model)
     waited_s = total_s = 0.0

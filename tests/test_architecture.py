@@ -13,6 +13,7 @@ FLOORS = [
         "shell",
         {
             "atomic",
+            "data.storage",
             "data.shards",
             "data.prepare",
             "data.corpora",
@@ -33,11 +34,11 @@ FLOORS = [
 NEEDED_IN_SHELL = {
     "checkpoint": {"atomic"},
     "status": {"atomic"},
-    "data.shards": {"atomic", "data.corpora"},
-    "data.prepare": {"atomic", "data.shards", "data.corpora"},
+    "data.shards": {"atomic", "data.corpora", "data.storage"},
+    "data.prepare": {"atomic", "data.shards", "data.corpora", "data.storage"},
     "data.loader": {"data.shards"},
     "evaluation": {"distributed", "data.shards"},
-    "monitor": {"tables", "checkpoint", "status", "metrics", "data.shards"},
+    "monitor": {"tables", "checkpoint", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}
 

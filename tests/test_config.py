@@ -1,6 +1,5 @@
 import json
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import pytest
 
@@ -41,7 +40,7 @@ def test_overlay_fits_values_to_their_fields():
         RunConfig(), {"learning_rate": 1, "data_root": "elsewhere", "eval_interval": "None"}
     )
     assert run.optim.learning_rate == 1.0
-    assert run.data.data_root == Path("elsewhere")
+    assert run.data.data_root == "elsewhere"
     assert run.evaluation.eval_interval is None
 
 

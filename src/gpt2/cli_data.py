@@ -17,6 +17,7 @@ from gpt2.cli_parse import guarded, parse
 from gpt2.config import require_at_least, suggestion
 from gpt2.data import corpora, prepare, shards
 from gpt2.data.corpora import Corpus
+from gpt2.data.storage import Storage
 from gpt2.errors import ConfigError, DataError
 from gpt2.tables import console, table
 
@@ -82,16 +83,16 @@ class Files:
 class Verify:
     """Check the size and the SHA-256 of every shard."""
 
-    folder: tyro.conf.Positional[Path]
-    """folder with a manifest.json"""
+    root: tyro.conf.Positional[str]
+    """folder or URL with a manifest.json"""
 
 
 @dataclass(frozen=True)
 class Show:
     """Print the table of shards and the text at the beginning of one."""
 
-    folder: tyro.conf.Positional[Path]
-    """folder or glob of shards"""
+    root: tyro.conf.Positional[str]
+    """folder, glob or URL of shards"""
     shard: int | None = None
     """number of the shard in the table; default is the first training shard"""
     tokens: int = 100
@@ -156,7 +157,7 @@ def _prepare(corpus: Corpus, options: Options) -> int:
     )
     elapsed_s = time.perf_counter() - started
     out = console()
-    out.print(_split_table(shards.catalog(folder)))
+    out.print(_split_table(shards.catalog(Storage(str(folder)))))
     out.print(
         f"{manifest.documents:,} documents, {manifest.empty_documents:,} of them empty, "
         f"{manifest.replaced_documents:,} with bytes that are no UTF-8 (now U+FFFD); "
@@ -167,27 +168,28 @@ def _prepare(corpus: Corpus, options: Options) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    folder = parse(Verify, arguments).folder
-    manifest = shards.Manifest.read(folder)
+    storage = Storage(parse(Verify, arguments).root)
+    manifest = shards.Manifest.read(storage)
     wrong = [
-        f"{folder / shard.file}: {reason}"
+        f"{storage.full(shard.file)}: {reason}"
         for shard in track(manifest.shards, "Verifying", console=console())
-        if (reason := shards.verify(folder, shard))
+        if (reason := shards.verify(storage, shard))
     ]
     if wrong:
         raise DataError(
-            f"{len(wrong)} of {len(manifest.shards)} shards are damaged; make them again with: "
-            f"{shards.command(folder, again=True)}\n  " + "\n  ".join(wrong)
+            f"{len(wrong)} of {len(manifest.shards)} shards are damaged{shards.way_out(storage)}"
+            + "".join(f"\n  {line}" for line in wrong)
         )
-    print(f"{folder}: all {len(manifest.shards)} shards are as the manifest says")
+    print(f"{storage}: all {len(manifest.shards)} shards are as the manifest says")
     return 0
 
 
 def _show(arguments: list[str]) -> int:
     command = parse(Show, arguments)
-    catalog = shards.catalog(command.folder)
+    storage = Storage(command.root)
+    catalog = shards.catalog(storage)
     out = console()
-    listing = table(f"Shards in {command.folder}", "shard", "split", "tokens", "size", "file")
+    listing = table(f"Shards in {storage.root}", "shard", "split", "tokens", "size", "file")
     for number, shard in enumerate(catalog.shards):
         size = f"{shard.bytes / 1e6:,.1f} MB"
         listing.add_row(f"{number}", shard.split, f"{shard.tokens:,}", size, shard.file)
@@ -196,13 +198,13 @@ def _show(arguments: list[str]) -> int:
     number = first if command.shard is None else command.shard
     if not 0 <= number < len(catalog.shards):
         raise ConfigError(f"shard={number} is not in the table; there are {len(catalog.shards)}")
-    tokens = shards.load(catalog.folder / catalog.shards[number].file)[: command.tokens].tolist()
+    tokens = shards.first_tokens(storage, catalog.shards[number], command.tokens)
     print(f"Shard {number} begins with:\n{tokenizer.decode(tokens)}")
     return 0
 
 
 def _split_table(catalog: shards.Catalog) -> Table:
-    listing = table(f"Shards in {catalog.folder}", "split", "shards", "tokens", "size")
+    listing = table(f"Shards in {catalog.storage}", "split", "shards", "tokens", "size")
     splits: tuple[shards.Split, ...] = ("train", "val")
     for split in splits:
         size = sum(shard.bytes for shard in catalog.of(split))

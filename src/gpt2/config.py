@@ -81,8 +81,12 @@ class ModelConfig:
 class DataConfig:
     """What to train on and in which portions."""
 
-    data_root: Path = Path("data/fineweb_edu")
-    """folder of token shards with their manifest.json"""
+    data_root: str = "data/fineweb_edu"
+    """folder or glob of token shards, or a URL such as s3://bucket/folder"""
+    cache_dir: Path = Path("data/cache")
+    """folder for local copies of shards that a URL names"""
+    cache_gb: float | None = 50.0
+    """disk space for those copies; the ones not used for longest make room"""
     total_batch_size: int = 524288
     """tokens per optimiser step, over all ranks"""
     mini_batch_size: int = 64
@@ -95,6 +99,7 @@ class DataConfig:
     """what each epoch permutes: its shards, also the rows within each shard, or nothing"""
 
     def __post_init__(self) -> None:
+        require_at_least(self, 0, "cache_gb")
         require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
 
 
@@ -374,7 +379,7 @@ PRESETS: dict[str, RunConfig] = {
         preset="demo",
         model=ModelConfig(n_layer=4, n_head=2, n_embd=64, block_size=128),
         data=DataConfig(
-            data_root=Path("data/python_stdlib"),
+            data_root="data/python_stdlib",
             total_batch_size=1024,
             mini_batch_size=8,
             max_steps=500,
@@ -423,7 +428,7 @@ def _locate(name: str) -> tuple[str, str, Any]:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of its field: whole floats to int, text to Path, "None" to None."""
+    """`value` as the type of its field: text to Path or back, int to float, "None" to None."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value in ("None", "none")):
         return None
@@ -432,6 +437,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return value
         if option is Path and isinstance(value, str | Path):
             return Path(value)
+        if option is str and isinstance(value, Path):
+            return str(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if type(value) is option:

@@ -13,6 +13,7 @@ from gpt2 import checkpoint, estimate, metrics, status
 from gpt2.config import RunConfig
 from gpt2.data.order import Order
 from gpt2.data.shards import catalog
+from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 from gpt2.estimate import duration
 from gpt2.tables import table
@@ -132,7 +133,7 @@ def print_assumed_forecast(
 ) -> None:
     """The forecast of a run that has not begun, and what it assumes."""
     try:
-        data = catalog(config.data.data_root)
+        data = catalog(Storage.of(config.data))
         tokens, shards = data.tokens("train"), len(data.of("train"))
         source = f"the data in {config.data.data_root}"
     except DataError:

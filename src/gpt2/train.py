@@ -27,6 +27,7 @@ from gpt2.data import corpora, order, prepare
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import MANIFEST, Catalog, ShardSet, catalog
+from gpt2.data.storage import Storage
 from gpt2.distributed import StopRequest, World
 from gpt2.errors import ConfigError, DataError
 from gpt2.evaluation.loss import validation_loss
@@ -457,18 +458,19 @@ class Training:
 
 def _open_data(run_config: RunConfig, world: World) -> Catalog:
     """The shards of the training data; an embedded corpus that is not prepared yet is now."""
-    root = run_config.data.data_root
-    corpus = corpora.find(root.name)
+    storage = Storage.of(run_config.data)
 
-    def prepare_embedded() -> None:
-        if corpus is not None and corpus.embedded and not (root / MANIFEST).exists():
-            prepare.prepare(corpus, root)
+    def find() -> Catalog:
+        folder = storage.path
+        corpus = corpora.find(folder.name) if folder else None
+        if folder and corpus and corpus.embedded and not (folder / MANIFEST).exists():
+            prepare.prepare(corpus, folder)
+        return catalog(storage)
 
-    world.on_main(prepare_embedded)
-    data = catalog(root)
+    data = world.on_main(find)
     if data.vocab_size > run_config.model.vocab_size:
         raise DataError(
-            f"{root} has token ids up to {data.vocab_size - 1}, the model only "
+            f"{storage} has token ids up to {data.vocab_size - 1}, the model only "
             f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
         )
     return data

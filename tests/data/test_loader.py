@@ -9,11 +9,12 @@ from gpt2.data import order
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import ShardSet, catalog
+from gpt2.data.storage import Storage
 
 
 @pytest.fixture
 def shards(data_root: Path) -> ShardSet:
-    return ShardSet(catalog(data_root), "train", 32)
+    return ShardSet(catalog(Storage(str(data_root))), "train", 32)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -7,7 +7,8 @@ import pytest
 
 from gpt2.data import order, shards
 from gpt2.data.order import Order
-from gpt2.data.shards import Manifest, ShardSet, catalog
+from gpt2.data.shards import Catalog, Manifest, ShardSet, catalog
+from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 
 
@@ -17,8 +18,12 @@ def copy(data_root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(data_root, tmp_path / "small"))
 
 
+def local(folder: Path) -> Catalog:
+    return catalog(Storage(str(folder)))
+
+
 def open_train(folder: Path, block_size: int = 32) -> ShardSet:
-    return ShardSet(catalog(folder), "train", block_size)
+    return ShardSet(local(folder), "train", block_size)
 
 
 def brute_force(folder: Path, block_size: int, shard_order: list[int]) -> list[list[int]]:
@@ -74,41 +79,41 @@ def test_tokens_after_a_change_of_world_size_are_those_that_would_have_come(data
 
 
 def test_fingerprint_is_that_of_the_training_tokens(data_root: Path, copy: Path):
-    assert catalog(data_root).fingerprint() == catalog(copy).fingerprint()
+    assert local(data_root).fingerprint() == local(copy).fingerprint()
     values = json.loads((copy / "manifest.json").read_text())
     values["shards"][-1]["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(values))
-    assert catalog(data_root).fingerprint() != catalog(copy).fingerprint()
+    assert local(data_root).fingerprint() != local(copy).fingerprint()
 
 
 def test_missing_folder_names_the_command_that_makes_it():
     with pytest.raises(DataError, match=r"make it with: gpt2 data fineweb-edu$"):
-        catalog(Path("data/fineweb_edu"))
+        local(Path("data/fineweb_edu"))
     with pytest.raises(DataError, match="gpt2 data python-stdlib --out /nowhere/python_stdlib"):
-        catalog(Path("/nowhere/python_stdlib"))
+        local(Path("/nowhere/python_stdlib"))
     with pytest.raises(DataError, match="gpt2 data NAME --out /nowhere/mine"):
-        catalog(Path("/nowhere/mine"))
+        local(Path("/nowhere/mine"))
 
 
 def test_an_unfinished_folder_names_the_command_that_goes_on(copy: Path):
     (copy / "manifest.json").unlink()
     (copy / "progress.json").write_text('{"command": "gpt2 data files x.txt --out there"}')
     with pytest.raises(DataError, match=r"unfinished: .* go on with: gpt2 data files x.txt --out"):
-        catalog(copy)
+        local(copy)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"shards": [{"file": 1}]}'])
 def test_damaged_manifest(copy: Path, text: str):
     (copy / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json cannot be read.*--overwrite"):
-        Manifest.read(copy)
+        Manifest.read(Storage(str(copy)))
 
 
 def test_another_tokeniser_is_refused(copy: Path):
     values = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(values | {"tokenizer": "cl100k"}))
     with pytest.raises(DataError, match=r"tokenised with cl100k, runs use gpt2; .*--overwrite"):
-        catalog(copy)
+        local(copy)
 
 
 def test_truncated_shard_is_named(copy: Path):
@@ -184,12 +189,12 @@ def test_formats_of_others(tmp_path: Path, write, names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write(root / name, tokens)
     (root / "training_notes.bin").write_bytes(b"neither")
-    found = catalog(root)
+    found = local(root)
     assert (found.tokens("train"), found.tokens("val")) == (1000, 100)
     inputs, targets = ShardSet(found, "train", 10).read(np.array([[0, 0], [0, 98]]))
     assert inputs.tolist() == [TOKENS[:10].tolist(), TOKENS[980:990].tolist()]
     assert targets.tolist() == [TOKENS[1:11].tolist(), TOKENS[981:991].tolist()]
-    by_glob = catalog(root / "**" / f"*{Path(names[0]).suffix}")
+    by_glob = local(root / "**" / f"*{Path(names[0]).suffix}")
     assert [shard.sha256 for shard in by_glob.shards] == [shard.sha256 for shard in found.shards]
 
 
@@ -209,39 +214,41 @@ def test_formats_of_others(tmp_path: Path, write, names):
 def test_damaged_bin_is_named(tmp_path: Path, write, message: str):
     write(tmp_path / "x_train_0.bin")
     with pytest.raises(DataError, match=rf"x_train_0\.bin is truncated, damaged .*{message}"):
-        catalog(tmp_path)
+        local(tmp_path)
 
 
 def test_ids_outside_the_vocabulary_are_named(tmp_path: Path):
     write_raw(tmp_path / "train.bin", np.full(100, 60000))
     with pytest.raises(DataError, match=r"train\.bin holds the token id 60000, outside"):
-        ShardSet(catalog(tmp_path), "train", 10)
+        ShardSet(local(tmp_path), "train", 10)
 
 
 def test_a_folder_without_one_split_says_how_files_are_named(tmp_path: Path):
     write_raw(tmp_path / "train.bin", TOKENS)
     with pytest.raises(DataError, match="has no val shard: its files need 'val' as a part"):
-        ShardSet(catalog(tmp_path), "val", 10)
+        ShardSet(local(tmp_path), "val", 10)
 
 
 def test_only_a_last_shard_may_be_too_short_for_a_row(tmp_path: Path):
     for number, count in enumerate((50, 5)):
         write_raw(tmp_path / f"train_{number}.bin", TOKENS[:count])
-    assert ShardSet(catalog(tmp_path), "train", 10).rows_per_shard == (4, 0)
+    assert ShardSet(local(tmp_path), "train", 10).rows_per_shard == (4, 0)
     write_raw(tmp_path / "train_2.bin", TOKENS[:50])
     with pytest.raises(DataError, match=r"train_1\.bin has 5 tokens, too few for one row"):
-        ShardSet(catalog(tmp_path), "train", 10)
+        ShardSet(local(tmp_path), "train", 10)
 
 
 def test_verify_names_what_is_wrong(copy: Path):
-    found = Manifest.read(copy).shards
-    assert [shards.verify(copy, shard) for shard in found] == [None] * len(found)
+    found = Manifest.read(Storage(str(copy))).shards
+    assert [shards.verify(Storage(str(copy)), shard) for shard in found] == [None] * len(found)
     path = copy / found[1].file
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert shards.verify(copy, found[1]) == "its SHA-256 is not that of the manifest"
+    assert shards.verify(Storage(str(copy)), found[1]) == "its SHA-256 is not that of the manifest"
     path.write_bytes(content[:-1])
-    assert "bytes instead of" in shards.verify(copy, found[1])
+    assert "bytes instead of" in shards.verify(Storage(str(copy)), found[1])
     path.unlink()
-    assert shards.verify(copy, found[1]) == "No such file or directory"
+    assert shards.verify(Storage(str(copy)), found[1]) == (
+        "cannot be read: No such file or directory"
+    )

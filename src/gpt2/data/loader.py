@@ -2,7 +2,6 @@
 
 import queue
 import threading
-from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -40,9 +39,9 @@ class Loader:
         self._pin_memory = pin_memory
         self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(STEPS_AHEAD)
         self._closed = threading.Event()
-        rows = (line.rows(step, rank, world_size) for step in steps)
-        portions = (list(order.micro_batches(part, mini_batch_size)) for part in rows)
-        self._thread = threading.Thread(target=self._read, args=(portions,), name="loader")
+        self._line, self._mini_batch_size = line, mini_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._thread = threading.Thread(target=self._read, args=(steps,), name="loader")
         self._thread.start()
 
     def next_step(self) -> list[MicroBatch]:
@@ -55,6 +54,7 @@ class Loader:
     def close(self) -> None:
         """Ends the thread, wherever it is; what it has read ahead is dropped."""
         self._closed.set()
+        self._shards.close()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -63,11 +63,14 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, portions: Iterator[list[order.Rows]]) -> None:
+    def _read(self, steps: range) -> None:
         try:
-            for micros in portions:
-                if not self._put([self._micro_batch(rows) for rows in micros]):
+            for step in steps:
+                rows = self._line.rows(step, self._rank, self._world_size)
+                micros = order.micro_batches(rows, self._mini_batch_size)
+                if not self._put([self._micro_batch(part) for part in micros]):
                     return
+                self._shards.expect(self._line.shard_after(step))
         except BaseException as error:
             self._put(error)
 

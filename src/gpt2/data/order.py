@@ -62,6 +62,15 @@ class Order:
         parts = [self._locate(int(epoch), offsets[epochs == epoch]) for epoch in np.unique(epochs)]
         return np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.int64)
 
+    def shard_after(self, step: int) -> int:
+        """The shard that comes after the one in which the rows of `step` end."""
+        epoch, offset = divmod((step + 1) * self.rows_per_step - 1, self.rows_per_epoch)
+        shards = self.shards_of(epoch)
+        ends = np.cumsum(np.asarray(self.rows_per_shard)[shards])
+        end = int(ends[np.searchsorted(ends, offset, side="right")])
+        following, offset = divmod(epoch * self.rows_per_epoch + end, self.rows_per_epoch)
+        return int(self._locate(following, np.array([offset]))[0, 0])
+
     def _locate(self, epoch: int, offsets: npt.NDArray[np.int64]) -> Rows:
         rows = _locate(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
         if self.shuffle == "rows":

@@ -30,6 +30,7 @@ from gpt2 import atomic, tokenizer
 from gpt2.data import shards
 from gpt2.data.corpora import Corpus, Document
 from gpt2.data.shards import DTYPE, MANIFEST, PROGRESS, Manifest, Shard, Split
+from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 
 Tokens = npt.NDArray[np.uint16]
@@ -251,7 +252,7 @@ class _Journal:
 
 
 def _finished(folder: Path, recipe: Recipe) -> Manifest:
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(Storage(str(folder)))
     made_with = asdict(recipe) | {
         "corpus": manifest.corpus,
         "source": manifest.source,

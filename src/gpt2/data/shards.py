@@ -1,14 +1,17 @@
-"""Token shards on disk: ours and other people's, checked at opening, read from memory maps.
+"""Token shards, ours and other people's: checked at opening, read from memory maps.
 
 Three formats: `.npy` (uint16 or uint32), llm.c's `.bin` (256 int32 of header, then uint16; as
 modded-nanogpt writes it too) and nanoGPT's `train.bin` and `val.bin` (uint16 and nothing else).
 """
 
-import glob
 import hashlib
+import io
 import json
 import re
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from gpt2 import atomic, tokenizer
 from gpt2.data import corpora
 from gpt2.data.order import Rows
+from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 
 Split = Literal["train", "val"]
@@ -25,7 +29,11 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 DTYPE = np.dtype("<u2")
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_INTS = 20240520, 1, 256
-SAMPLED_IDS = 4096
+SAMPLED_IDS, HEAD_BYTES = 4096, 4096
+MAPS_AT_ONCE = 4
+"""far shards that stay open: the one in use, the one before it and those after it"""
+AT_ONCE = 16
+"""requests at a time for the headers of foreign shards"""
 SPLIT_WORDS: dict[str, Split] = {
     "train": "train",
     "val": "val",
@@ -69,19 +77,18 @@ class Manifest:
         atomic.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, storage: Storage) -> "Manifest":
         """Raises DataError, with the command that helps, if there is none or it is damaged."""
-        path = folder / MANIFEST
+        content = storage.read_if_any(MANIFEST)
+        if content is None:
+            raise DataError(_missing(storage))
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = json.loads(content)
             shards = tuple(Shard(**shard) for shard in values.pop("shards"))
             return cls(**values, shards=shards)
-        except FileNotFoundError:
-            raise DataError(_missing(folder)) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} cannot be read ({error}); "
-                f"make it again with: {command(folder, again=True)}"
+                f"{storage.full(MANIFEST)} cannot be read ({error}){way_out(storage)}"
             ) from error
 
 
@@ -89,11 +96,11 @@ class Manifest:
 class Catalog:
     """The shards that a run trains on, whoever wrote them."""
 
-    folder: Path
+    storage: Storage
     shards: tuple[Shard, ...]
     vocab_size: int
     ours: bool
-    """whether there is a command that makes these shards"""
+    """whether there is a manifest, with the SHA-256 of every shard"""
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -107,24 +114,31 @@ class Catalog:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-def catalog(root: Path) -> Catalog:
-    """The shards of a folder or a glob, by its manifest, or by the names of foreign files.
+def catalog(storage: Storage) -> Catalog:
+    """The shards of a folder, URL or glob, by its manifest, or by the names of foreign files.
 
     Raises DataError if there are none, they are unfinished, or one is no shard.
     """
-    if (root / MANIFEST).exists() or (root / PROGRESS).exists():
-        manifest = Manifest.read(root)
+    if not storage.is_glob and any(
+        storage.read_if_any(name) is not None for name in (MANIFEST, PROGRESS)
+    ):
+        manifest = Manifest.read(storage)
         if manifest.tokenizer != tokenizer.NAME:
             raise DataError(
-                f"{root} was tokenised with {manifest.tokenizer}, runs use {tokenizer.NAME}; "
-                f"make it again with: {command(root, again=True)}"
+                f"{storage} was tokenised with {manifest.tokenizer}, runs use {tokenizer.NAME}"
+                f"{way_out(storage)}"
             )
-        return Catalog(root, manifest.shards, manifest.vocab_size, ours=True)
-    folder, files = _foreign_files(root)
-    shards = [_foreign_shard(folder, file) for file in files]
-    if not shards:
-        raise DataError(_missing(root))
-    return Catalog(folder, tuple(shards), tokenizer.VOCAB_SIZE, ours=False)
+        return Catalog(storage, manifest.shards, manifest.vocab_size, ours=True)
+    files = [
+        (name, size, split)
+        for name, size in storage.files().items()
+        if name.endswith((".npy", ".bin")) and (split := _split_of(name))
+    ]
+    if not files:
+        raise DataError(_missing(storage))
+    with ThreadPoolExecutor(AT_ONCE) as threads:  # far away, each answer takes a while
+        shards = threads.map(lambda file: _foreign_shard(storage, *file), files)
+        return Catalog(storage, tuple(shards), tokenizer.VOCAB_SIZE, ours=False)
 
 
 class ShardSet:
@@ -134,6 +148,9 @@ class ShardSet:
     targets one further on. Raises DataError, naming the file, for a missing or truncated shard, ids
     outside the vocabulary, and a shard too short for one row (but for a last one, which holds what
     is left of a corpus and may give none).
+
+    Far training shards are fetched when `read` needs them, or ahead of that by `expect`; what lies
+    here, and the validation split, is opened at once.
     """
 
     def __init__(self, shards: Catalog, split: Split, block_size: int) -> None:
@@ -141,18 +158,27 @@ class ShardSet:
         self.shards = shards.of(split)
         if not self.shards:
             raise DataError(
-                f"{shards.folder} has no {split} shard: its files need {split!r} as a part of "
+                f"{shards.storage} has no {split} shard: its files need {split!r} as a part of "
                 f"their names, as in name_{split}_000000.npy or {split}.bin"
             )
-        self._tokens = [_open(shards, shard) for shard in self.shards]
-        self.rows_per_shard = tuple((len(part) - 1) // block_size for part in self._tokens)
+        self.rows_per_shard = tuple((shard.tokens - 1) // block_size for shard in self.shards)
         for shard, rows in zip(self.shards, self.rows_per_shard, strict=True):
             if rows == 0 and (len(self.shards) == 1 or shard is not self.shards[-1]):
                 raise DataError(
-                    f"{shards.folder / shard.file} has {shard.tokens} tokens, too few for one row "
-                    f"of block_size={block_size} and its target; use --block_size "
+                    f"{shards.storage.full(shard.file)} has {shard.tokens} tokens, too few for one "
+                    f"row of block_size={block_size} and its target; use --block_size "
                     f"{max(1, shard.tokens - 1)} or less, or larger shards"
                 )
+        self._catalog = shards
+        self._come_and_go = shards.storage.path is None and split == "train"
+        self._maps: dict[int, Future[Tokens]] = {}
+        self._closed = threading.Event()
+        if self._come_and_go:
+            _require_room(shards)
+        else:
+            for index in range(len(self.shards)):
+                self._maps[index] = Future()
+                self._maps[index].set_result(_open(shards, self.shards[index]))
 
     def read(self, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Inputs and targets of `rows`, each (B, T) int64."""
@@ -160,32 +186,68 @@ class ShardSet:
         tokens = np.empty((len(rows), length + 1), dtype=np.int64)
         for index, (shard, row) in enumerate(rows.tolist()):
             start = row * length
-            tokens[index] = self._tokens[shard][start : start + length + 1]
+            tokens[index] = self._tokens(shard)[start : start + length + 1]
         return tokens[:, :-1], tokens[:, 1:]
 
+    def expect(self, shard: int) -> None:
+        """Begins to fetch a shard that is needed soon, in the background."""
+        known = self._maps.get(shard)
+        failed = known is not None and known.done() and known.exception() is not None
+        if known is None or failed:
+            while len(self._maps) >= MAPS_AT_ONCE:
+                del self._maps[next(iter(self._maps))]
+            future: Future[Tokens] = Future()
+            self._maps[shard] = future
+            # A daemon: an exit must not wait for a download.
+            threading.Thread(target=self._fetch, args=(shard, future), daemon=True).start()
 
-def verify(folder: Path, shard: Shard) -> str | None:
+    def close(self) -> None:
+        """Ends a `read` that waits for a shard, with an error."""
+        self._closed.set()
+
+    def _fetch(self, shard: int, future: "Future[Tokens]") -> None:
+        try:
+            future.set_result(_open(self._catalog, self.shards[shard]))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _tokens(self, shard: int) -> Tokens:
+        self.expect(shard)
+        future = self._maps[shard]
+        while not future.done():
+            if self._closed.wait(0.01):
+                raise DataError("the shards were closed while one of them was being fetched")
+        return future.result()
+
+
+def verify(storage: Storage, shard: Shard) -> str | None:
     """What is wrong with a shard of ours, by size and SHA-256, or None."""
-    path = folder / shard.file
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:
+        if (size := storage.size(shard.file)) != shard.bytes:
             return f"{size} bytes instead of {shard.bytes}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                return "its SHA-256 is not that of the manifest"
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+        with storage.open(shard.file) as file:
+            return _wrong_sum(file, shard)
+    except DataError as error:
+        return str(error).removeprefix(f"{storage.full(shard.file)} ")
 
 
 def load(path: Path) -> Tokens:
     """All tokens of a shard of any format, memory-mapped. Raises DataError if it is none."""
     try:
-        return _load_npy(path) if path.suffix == ".npy" else _load_bin(path)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} is truncated, damaged or no shard ({reason})") from error
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        layout = _layout(head, path.stat().st_size)
+        return np.memmap(path, layout.dtype, "r", layout.start, (layout.tokens,))
+    except (OSError, ValueError) as error:
+        raise DataError(_no_shard(str(path), error)) from error
+
+
+def first_tokens(storage: Storage, shard: Shard, count: int) -> list[int]:
+    """The first `count` tokens of a shard, read from where it lies."""
+    layout = _layout(storage.read(shard.file, 0, HEAD_BYTES), shard.bytes)
+    end = layout.start + min(count, layout.tokens) * layout.dtype.itemsize
+    content = storage.read(shard.file, layout.start, end)
+    return [int(token) for token in np.frombuffer(content, layout.dtype)]
 
 
 def command(folder: Path, again: bool = False) -> str:
@@ -197,77 +259,125 @@ def command(folder: Path, again: bool = False) -> str:
     return f"gpt2 data {name}{out}{' --overwrite' if again else ''}{names}"
 
 
+def way_out(storage: Storage) -> str:
+    """The end of an error about shards of ours: what to do about it."""
+    if storage.path is None:
+        return "; upload it again"
+    return f"; make it again with: {command(storage.path, again=True)}"
+
+
 def _open(shards: Catalog, shard: Shard) -> Tokens:
-    path = shards.folder / shard.file
-    way_out = f"; make it again with: {command(shards.folder, again=True)}" if shards.ours else ""
-    if not path.exists():
-        raise DataError(f"{path} is in the manifest, but it is missing{way_out}")
+    """The tokens of a shard, fetched if it is far away, and checked."""
+    storage, name = shards.storage, shards.storage.full(shard.file)
+    mend = way_out(storage) if shards.ours else ""
+
+    def wrong_on_arrival(path: Path) -> str | None:
+        with path.open("rb") as file:
+            if shards.ours:
+                return _wrong_sum(file, shard)
+        same = _foreign_shard(Storage(str(path.parent)), path.name, path.stat().st_size, "train")
+        return None if same.sha256 == shard.sha256 else "it is not the file that was there before"
+
     try:
-        tokens = load(path)
+        with storage.local_copy(shard.file, shard.bytes, wrong_on_arrival) as path:
+            if not path.exists():
+                raise DataError(f"{name} is in the manifest, but it is missing")
+            tokens = load(path)
     except DataError as error:
-        raise DataError(f"{error}{way_out}") from error
+        raise DataError(f"{error}{mend}") from error
     if len(tokens) != shard.tokens:
         raise DataError(
-            f"{path} holds {len(tokens)} tokens, the manifest says {shard.tokens}{way_out}"
+            f"{name} holds {len(tokens)} tokens, the manifest says {shard.tokens}{mend}"
         )
     highest = int(_sample(tokens).max(initial=0))
     if highest >= shards.vocab_size:
         raise DataError(
-            f"{path} holds the token id {highest}, outside the vocabulary of {shards.vocab_size}: "
-            f"it was written with another tokeniser{way_out}"
+            f"{name} holds the token id {highest}, outside the vocabulary of {shards.vocab_size}: "
+            f"it was written with another tokeniser{mend}"
         )
     return tokens
 
 
-def _load_npy(path: Path) -> Tokens:
-    tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    if tokens.dtype not in (np.dtype("<u2"), np.dtype("<u4")) or tokens.ndim != 1:
-        raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}; needed: uint16 or uint32")
-    return tokens
+@dataclass(frozen=True)
+class _Layout:
+    """Where in a file the tokens are."""
+
+    dtype: np.dtype[Any]
+    start: int
+    tokens: int
 
 
-def _load_bin(path: Path) -> Tokens:
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=LLMC_HEADER_INTS)
-    if not len(header) or header[0] != LLMC_MAGIC:
-        if size == 0 or size % 2:
-            raise ValueError(f"{size} bytes are no whole number of uint16 tokens")
-        return np.memmap(path, dtype=DTYPE, mode="r")
-    start = 4 * LLMC_HEADER_INTS
-    if len(header) < LLMC_HEADER_INTS:
-        raise ValueError("its header is cut off")
-    if header[1] != LLMC_VERSION:
-        raise ValueError(f"version {header[1]} of llm.c's format; only {LLMC_VERSION} is known")
-    if size != start + 2 * int(header[2]):
-        raise ValueError(f"its header says {header[2]} tokens, the file has {(size - start) / 2:g}")
-    return np.memmap(path, dtype=DTYPE, mode="r", offset=start)
-
-
-def _foreign_files(root: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files: of a folder, or of a glob."""
-    pattern = str(root)
-    if glob.has_magic(pattern):
-        folder = Path(pattern[: re.search(r"[*?\[]", pattern).start()])  # type: ignore[union-attr]
-        folder = folder if pattern[len(str(folder))] == "/" else folder.parent
-        files = [Path(name) for name in glob.glob(pattern, recursive=True)]
+def _layout(head: bytes, size: int) -> _Layout:
+    """The layout of a shard of `size` bytes that begins with `head`; ValueError if it is none."""
+    if head.startswith(np.lib.format.MAGIC_PREFIX):
+        layout = _layout_of_npy(head)
+    elif head[:4] == np.int32(LLMC_MAGIC).tobytes():
+        header = np.frombuffer(head[: 4 * LLMC_HEADER_INTS], dtype="<i4")
+        if len(header) < LLMC_HEADER_INTS:
+            raise ValueError("its header is cut off")
+        if header[1] != LLMC_VERSION:
+            raise ValueError(f"version {header[1]} of llm.c's format; only {LLMC_VERSION} is known")
+        layout = _Layout(DTYPE, header.nbytes, int(header[2]))
+    elif size == 0 or size % 2:
+        raise ValueError(f"{size} bytes are no whole number of uint16 tokens")
     else:
-        folder, files = root, [path for path in root.rglob("*") if path.suffix in (".npy", ".bin")]
-    return folder, sorted(path for path in files if _split_of(path.relative_to(folder)))
+        layout = _Layout(DTYPE, 0, size // 2)
+    held = (size - layout.start) / layout.dtype.itemsize
+    if held != layout.tokens:
+        raise ValueError(f"its header says {layout.tokens} tokens, the file has {held:g}")
+    return layout
 
 
-def _foreign_shard(folder: Path, path: Path) -> Shard:
-    """A shard without a manifest; its digest is of its size and a sample of its tokens."""
-    tokens = load(path)
-    digest = hashlib.sha256(f"{len(tokens)} ".encode() + _sample(tokens).tobytes()).hexdigest()
-    name = path.relative_to(folder)
-    split = _split_of(name)
-    assert split is not None
-    return Shard(str(name), split, len(tokens), path.stat().st_size, digest)
+def _layout_of_npy(head: bytes) -> _Layout:
+    file = io.BytesIO(head)
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read:
+        raise ValueError(f"version {version} of numpy's format")
+    shape, _, dtype = read[version](file)
+    if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
+        raise ValueError(f"{len(shape)}-dimensional {dtype}; needed: uint16 or uint32")
+    return _Layout(dtype, file.tell(), int(shape[0]))
 
 
-def _split_of(name: Path) -> Split | None:
+def _foreign_shard(storage: Storage, name: str, size: int, split: Split) -> Shard:
+    """A shard without a manifest; its digest is of its size, its beginning and its end."""
+    try:
+        head = storage.read(name, 0, min(size, HEAD_BYTES))
+        layout = _layout(head, size)
+        tail = storage.read(name, max(0, size - HEAD_BYTES), size)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(_no_shard(storage.full(name), error)) from error
+    digest = hashlib.sha256(b"%d " % size + head + tail).hexdigest()
+    return Shard(name, split, layout.tokens, size, digest)
+
+
+def _wrong_sum(file: BufferedReader, shard: Shard) -> str | None:
+    whole = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return None if whole else "its SHA-256 is not that of the manifest"
+
+
+def _require_room(shards: Catalog) -> None:
+    """The cache must hold the validation split, the shard in use and the one after it."""
+    limit = shards.storage.cache.limit_bytes
+    train = sorted((shard.bytes for shard in shards.of("train")), reverse=True)
+    needed = sum(shard.bytes for shard in shards.of("val")) + sum(train[:2])
+    if limit is not None and needed > limit:
+        raise DataError(
+            f"cache_gb={limit / 1e9:g} is too small for {shards.storage}: its validation split and "
+            f"two training shards take {needed / 1e9:.3g} GB; use --cache_gb "
+            f"{needed / 1e9 * 1.01:.3g} or more"
+        )
+
+
+def _split_of(name: str) -> Split | None:
     """`train` or `val` as a whole word of the name, not of the folder that was given."""
-    for word in reversed(re.split(r"[/_.\-]", str(name).lower())):
+    for word in reversed(re.split(r"[/_.\-]", name.lower())):
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
     return None
@@ -281,10 +391,21 @@ def _sample(tokens: Tokens) -> Tokens:
     return sampled
 
 
-def _missing(folder: Path) -> str:
-    if (folder / PROGRESS).exists():
-        return f"{folder} is unfinished: it has no {MANIFEST}; go on with: {_begun_with(folder)}"
-    return f"no training data in {folder}; make it with: {command(folder)}"
+def _no_shard(name: str, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return f"{name} is truncated, damaged or no shard ({reason})"
+
+
+def _missing(storage: Storage) -> str:
+    unfinished = not storage.is_glob and storage.read_if_any(PROGRESS) is not None
+    if storage.path is None and unfinished:
+        return f"no {MANIFEST} in {storage}, but a {PROGRESS}: it is unfinished"
+    if storage.path is None:
+        return f"no training data in {storage.root}"
+    if unfinished:
+        begun = _begun_with(storage.path)
+        return f"{storage} is unfinished: it has no {MANIFEST}; go on with: {begun}"
+    return f"no training data in {storage.root}; make it with: {command(storage.path)}"
 
 
 def _begun_with(folder: Path) -> str:
