@@ -28,7 +28,7 @@ FLOORS = [
             "generate",
         },
     ),
-    ("one run", {"start", "train"}),
+    ("one run", {"learner", "start", "train"}),
     ("entries", {"cli", "cli_data", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {

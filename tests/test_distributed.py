@@ -55,6 +55,18 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_shards_far_away_give_the_same_run(data_root: Path, tmp_path: Path, uninterrupted: Path):
+    flags = small_flags(data_root, tmp_path, data_root=f"file://{data_root}")
+    cache = tmp_path / "cache"
+    done = run_command(train_command([*flags, "--cache_dir", str(cache)], ranks=2))
+    assert f"copies in {cache}, up to 50 GB" in done.stdout
+    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(uninterrupted / "logs/log.txt")
+    copies = [path.stat().st_size for path in cache.glob("*/*") if path.is_file()]
+    shards = [path.stat().st_size for path in data_root.glob("*.npy")]
+    assert set(copies) <= set(shards)
+    assert 2 <= len(copies) <= len(shards)  # no shard was copied once per rank
+
+
 def test_three_ranks_resume_bit_identically(data_root: Path, tmp_path: Path):
     """Shares of 3, 3 and 2 rows, and sums of three gradients, whose order matters."""
     flags = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
@@ -137,6 +149,7 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
 def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import os\n"
         "from gpt2 import distributed\n"
         "from gpt2.config import MachineConfig\n"
         "from gpt2.errors import DataError\n"
@@ -147,7 +160,7 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
         "    assert world.highest(world.rank) == 1\n"
         "    assert world.gather_objects(str(world.rank)) == ([] if world.rank else ['0', '1'])\n"
         "    try: world.on_main(fail)\n"
-        "    except DataError as error: print(f'rank {world.rank}: {error}', flush=True)\n"
+        "    except DataError as error: os.write(1, f'rank {world.rank}: {error}\\n'.encode())\n"
     )
     command = train_command([], ranks=2, script=script)
     done = run_command(command, PYTHONPATH=str(ROOT / "src"))

@@ -1,4 +1,4 @@
-"""One training run: assembles data, model, optimiser, checkpoints and metrics; holds the loop.
+"""One training run: assembles data, learner, checkpoints and metrics; holds the loop.
 
 Steps are counted in finished updates: at step N, N updates are done and the next one trains on
 portion N of the data. What is due at N (validation, samples, a checkpoint) happens between them.
@@ -8,20 +8,14 @@ import contextlib
 import hashlib
 import json
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-from gpt2 import checkpoint, distributed, estimate, generate, metrics, model, optim, status
+from gpt2 import checkpoint, distributed, estimate, generate, metrics, status
 from gpt2.config import RunConfig
 from gpt2.data import corpora, order, prepare
 from gpt2.data.loader import Loader
@@ -31,8 +25,8 @@ from gpt2.data.storage import Storage
 from gpt2.distributed import StopRequest, World
 from gpt2.errors import ConfigError, DataError
 from gpt2.evaluation.loss import validation_loss
+from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
-from gpt2.model.gpt2 import GPT2
 from gpt2.schedule import is_due, lr_at
 from gpt2.start import Start
 
@@ -122,12 +116,8 @@ class Training:
         start.require_agreement(run_config, self.data_fingerprint)
         world.on_main(lambda: metrics.require_folders(run_config.watch))
 
-        dtype = _autocast_dtype(run_config, world)
-        self.autocast = torch.autocast(
-            world.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16
-        )
-        self.peak_flops = distributed.peak_flops(world, dtype)
-        self._build_model()
+        self.learner = Learner(run_config, world, start.weights)
+        self.peak_flops = distributed.peak_flops(world, self.learner.dtype)
         self.progress = Progress()
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
         if start.state is not None:
@@ -136,7 +126,7 @@ class Training:
         self.run_name = world.on_main(lambda: self.run_name)
         self.metrics = Metrics(self._sinks())
         self.write_status("running")
-        self._introduce(data, dtype)
+        self._introduce(data)
 
     def loop(self, report: Report) -> Result:
         """Trains until the last step or until somebody says stop."""
@@ -166,48 +156,25 @@ class Training:
 
     def _train_step(self) -> StepRecord:
         """One update on portion `progress.step` of the data."""
-        started, world, step = time.perf_counter(), self.world, self.progress.step
-        timer = distributed.DeviceTimer(world.device)
+        started, step = time.perf_counter(), self.progress.step
         rate = lr_at(step, self.schedule)
-        optim.set_learning_rate(self.optimizer, rate)
-        batch_tokens = self.config.data.total_batch_size
-        micros = self.loader.next_step()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        for number, micro in enumerate(micros, 1):
-            tokens_BT, targets_BT = world.to_device(*micro)
-            with self._gradient_sync(last := number == len(micros)):
-                with self.autocast:
-                    loss = self.net(tokens_BT, targets_BT)
-                if last:
-                    timer.lap()
-                # DDP averages over ranks; the loss is the mean over the global batch.
-                (loss * (world.size / batch_tokens)).backward()
-            loss_sum += loss.detach()
-        grad_norm = optim.clip(self.model, self.config.optim.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        mean_loss = float(world.sum(loss_sum)) / batch_tokens
+        update = self.learner.learn(self.loader.next_step(), rate)
         elapsed_s = time.perf_counter() - started
-        self.progress.step, self.progress.train_loss = step + 1, mean_loss
+        tokens_per_s = self.config.data.total_batch_size / elapsed_s
+        self.progress.step, self.progress.train_loss = step + 1, update.loss
         return StepRecord(
             step=step + 1,
             epoch=self.order.epoch_at(step),
-            loss=mean_loss,
+            loss=update.loss,
             learning_rate=rate,
-            grad_norm=float(grad_norm),
+            grad_norm=update.grad_norm,
             elapsed_s=elapsed_s,
-            tokens_per_s=batch_tokens / elapsed_s,
-            mfu=estimate.mfu(batch_tokens / elapsed_s, self.config.model, self.peak_flops),
-            rank_s=world.gather(timer.elapsed_s()),
-            gpu=distributed.gpu_usage(world.device),
+            tokens_per_s=tokens_per_s,
+            mfu=estimate.mfu(tokens_per_s, self.config.model, self.peak_flops),
+            rank_s=update.rank_s,
+            gpu=distributed.gpu_usage(self.world.device),
             steps_left=self.total_steps - step - 1,
         )
-
-    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are exchanged once per step, with its last micro-batch."""
-        if last or not isinstance(self.net, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.net.no_sync()
 
     def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> None:
         """Validation and samples that belong to this step, unless they are done already."""
@@ -217,12 +184,12 @@ class Training:
             return
         if settings.eval_interval and (step == 0 or last or is_due(step, settings.eval_interval)):
             loss = validation_loss(
-                self.local_net,
+                self.learner.local_net,
                 self.val_shards,
                 self.val_rows,
                 self.world,
                 self.config.data.mini_batch_size,
-                self.autocast,
+                self.learner.autocast,
             )
             progress.val_loss = loss
             if math.isfinite(loss):
@@ -235,7 +202,7 @@ class Training:
         sampled = settings.sample_interval and (last or is_due(step, settings.sample_interval))
         if sampled and self.world.is_main:
             seed = self.config.machine.seed + step
-            texts = generate.generate_text(self.model, settings.sample_prompt, seed=seed)
+            texts = generate.generate_text(self.learner.model, settings.sample_prompt, seed=seed)
             self.metrics.samples(step, texts)
         progress.judged_step = step
 
@@ -296,8 +263,7 @@ class Training:
             "data_fingerprint": self.data_fingerprint,
             "config": plain_config,
             "rng": rng,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.learner.state(),
         }
         return checkpoint.save(
             settings.checkpoint_dir,
@@ -337,61 +303,10 @@ class Training:
             state, done.step, done.train_loss, done.val_loss, done.best_val_loss, exit_code
         )
 
-    def _build_model(self) -> None:
-        """The model, the same on every rank; then random streams of (seed, rank)."""
-        machine, world = self.config.machine, self.world
-        torch.manual_seed(machine.seed)
-        self.model: GPT2 = model.build(self.config.model).to(world.device)
-        if self.start.weights is not None:
-            self.model.load_state_dict(self.start.weights)
-            self.start.weights.clear()
-        self.optimizer = optim.build(self.model, self.config.optim)
-        compiled = machine.compile == "on" or (
-            machine.compile == "auto" and world.device.type == "cuda"
-        )
-        self.local_net: nn.Module = self.model
-        if compiled:
-            self.local_net = cast(nn.Module, torch.compile(self.model))
-        self.net = self.local_net
-        if world.size > 1:
-            self.net = DistributedDataParallel(
-                self.local_net,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
-            self._settle_buckets(compiled)
-        _seed_streams(machine.seed, world.rank)
-
-    def _settle_buckets(self, compiled: bool) -> None:
-        """One backward whose gradients are thrown away.
-
-        After its first backward, DDP lays its buckets out anew, which changes the order in which
-        three and more ranks' gradients are added. Without this, the first step after a resume
-        would differ in the last bit from the same step of a run that was never stopped.
-        """
-        data = self.config.data
-        share = len(order.share(self.config.rows_per_step, self.world.rank, self.world.size))
-        rows = min(data.mini_batch_size, share) if compiled else 1  # compile for the real shape
-        shape = (rows, self.config.model.block_size)
-        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
-        with self.autocast:
-            loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def _restore(self, state: checkpoint.State) -> None:
-        """Weights, optimiser, progress and random streams as they were at the checkpoint."""
-        # Popped: a copy on the host must not stay for ten days.
-        self.model.load_state_dict(state.pop("model"))
-        self.optimizer.load_state_dict(state.pop("optimizer"))
-        optim.set_options(self.optimizer, self.config.optim)
         self.progress = Progress(**state["progress"])
         self.run_name = state["run_name"]
-        streams = state["rng"]
-        if len(streams) == self.world.size:
-            checkpoint.set_rng_state(streams[self.world.rank], self.world.device)
-        else:
-            _seed_streams(self.config.machine.seed, self.world.rank, self.progress.step)
+        self.learner.restore(state, self.progress.step)
 
     def _sinks(self) -> list[Sink]:
         if not self.world.is_main:
@@ -406,7 +321,7 @@ class Training:
     def _log_file(self) -> Path:
         return self.config.watch.log_dir / "log.txt"
 
-    def _introduce(self, data: Catalog, dtype: torch.dtype) -> None:
+    def _introduce(self, data: Catalog) -> None:
         """What is about to train, on what, and where it is kept."""
         run_config, world, say = self.config, self.world, self.metrics.message
         if self.start.state is not None:
@@ -416,15 +331,17 @@ class Training:
             say(f"  - Epoch: {self.order.epoch_at(self.progress.step)}")
             for note in self.start.notes(run_config, world):
                 say(f"  - {note}")
-        weights = sum(part.numel() for part in self.model.parameters())
+        weights = sum(part.numel() for part in self.learner.model.parameters())
         accumulation = run_config.grad_accum_steps(world.size)
-        kind = str(dtype).removeprefix("torch.")
+        kind = str(self.learner.dtype).removeprefix("torch.")
         where = f"{world.size} × {world.device.type}, {kind}"
         say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")
         say(
-            f"Data {run_config.data.data_root}: {data.tokens('train'):,} training tokens in "
+            f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
             f"{len(self.train_shards.shards)} shards, {data.tokens('val'):,} for validation"
         )
+        if data.storage.path is None:
+            say(f"  - {data.storage.cache}")
         say(
             f"Plan: {self.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
             f"(gradient accumulation {accumulation}), "
@@ -484,17 +401,3 @@ def _require_enough_rows(run_config: RunConfig, world: World) -> None:
             f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
             f"use --total_batch_size {world.size * run_config.model.block_size} or more"
         )
-
-
-def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:
-    wanted = run_config.machine.dtype
-    fast = wanted == "auto" and distributed.has_fast_bfloat16(world.device)
-    return torch.bfloat16 if wanted == "bfloat16" or fast else torch.float32
-
-
-def _seed_streams(seed: int, rank: int, step: int = 0) -> None:
-    """Random streams that belong to (seed, rank), and to the step where they begin anew."""
-    words = np.random.SeedSequence([seed, rank, step]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))

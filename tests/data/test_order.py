@@ -9,7 +9,7 @@ from gpt2.data.order import Order
 
 orders = st.builds(
     Order,
-    rows_per_shard=st.lists(st.integers(1, 20), min_size=1, max_size=6).map(tuple),
+    rows_per_shard=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any).map(tuple),
     rows_per_step=st.integers(1, 30),
     seed=st.integers(0, 2**32),
     shuffle=st.sampled_from(["shards", "rows", "none"]),
@@ -58,6 +58,16 @@ def test_an_epoch_reads_its_shards_one_after_another(line: Order, epoch: int):
     in_order = [row for shard in line.shards_of(epoch) for row in range(line.rows_per_shard[shard])]
     if line.shuffle != "rows":
         assert [row for _, row in rows] == in_order
+
+
+@given(orders, st.integers(0, 40))
+def test_the_shard_after_a_step_is_the_next_one_that_is_read(line: Order, step: int):
+    last = (step + 1) * line.rows_per_step - 1
+    epochs = range(last // line.rows_per_epoch + 2)
+    read = [(epoch, shard) for epoch in epochs for shard, _ in epoch_rows(line, epoch)]
+    assert line.shard_after(step) == next(
+        shard for epoch, shard in read[last:] if (epoch, shard) != read[last]
+    )
 
 
 @given(st.integers(0, 1000), worlds)

@@ -41,6 +41,10 @@ class Cache:
     folder: Path
     limit_bytes: int | None = None
 
+    def __str__(self) -> str:
+        limit = "" if self.limit_bytes is None else f", up to {self.limit_bytes / 1e9:g} GB"
+        return f"copies in {self.folder}{limit}"
+
 
 def is_url(root: str) -> bool:
     """Whether `root` is a URL of fsspec, such as s3://bucket/folder."""

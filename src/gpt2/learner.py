@@ -1,0 +1,146 @@
+"""What learns: the model, its optimiser and one update of both, the same on every rank.
+
+Shapes: B rows, T time.
+"""
+
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2 import checkpoint, distributed, model, optim
+from gpt2.config import RunConfig
+from gpt2.data import order
+from gpt2.data.loader import MicroBatch
+from gpt2.distributed import World
+from gpt2.model.gpt2 import GPT2
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update of the weights was like."""
+
+    loss: float
+    """mean over the global batch, before the update"""
+    grad_norm: float
+    rank_s: list[float]
+    """seconds that each rank worked before it waited for the others"""
+
+
+class Learner:
+    """A model, its optimiser and the random streams of this rank."""
+
+    def __init__(
+        self, run_config: RunConfig, world: World, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Weights are drawn from the seed, the same on every rank, unless some are given."""
+        self.config, self.world = run_config, world
+        self.dtype = _autocast_dtype(run_config, world)
+        self.autocast = torch.autocast(
+            world.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16
+        )
+        machine = run_config.machine
+        torch.manual_seed(machine.seed)
+        self.model: GPT2 = model.build(run_config.model).to(world.device)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+            weights.clear()  # a copy on the host must not stay for ten days
+        self.optimizer = optim.build(self.model, run_config.optim)
+        compiled = machine.compile == "on" or (
+            machine.compile == "auto" and world.device.type == "cuda"
+        )
+        self.local_net: nn.Module = self.model
+        if compiled:
+            self.local_net = cast(nn.Module, torch.compile(self.model))
+        self.net = self.local_net
+        if world.size > 1:
+            self.net = DistributedDataParallel(
+                self.local_net,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+            self._settle_buckets(compiled)
+        _seed_streams(machine.seed, world.rank)
+
+    def learn(self, micros: Sequence[MicroBatch], learning_rate: float) -> Update:
+        """One update on this rank's share of a step, given in micro-batches of (B, T) each."""
+        world, batch_tokens = self.world, self.config.data.total_batch_size
+        timer = distributed.DeviceTimer(world.device)
+        optim.set_learning_rate(self.optimizer, learning_rate)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        for number, micro in enumerate(micros, 1):
+            tokens_BT, targets_BT = world.to_device(*micro)
+            with self._gradient_sync(last := number == len(micros)):
+                with self.autocast:
+                    loss = self.net(tokens_BT, targets_BT)
+                if last:
+                    timer.lap()
+                # DDP averages over ranks; the loss is the mean over the global batch.
+                (loss * (world.size / batch_tokens)).backward()
+            loss_sum += loss.detach()
+        grad_norm = optim.clip(self.model, self.config.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(
+            loss=float(world.sum(loss_sum)) / batch_tokens,
+            grad_norm=float(grad_norm),
+            rank_s=world.gather(timer.elapsed_s()),
+        )
+
+    def state(self) -> checkpoint.State:
+        """What a checkpoint keeps of it, beside the random streams."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: checkpoint.State, step: int) -> None:
+        """Weights, optimiser and random streams as they were at the checkpoint of `step`."""
+        self.model.load_state_dict(state.pop("model"))  # popped, for the same reason
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        optim.set_options(self.optimizer, self.config.optim)
+        streams = state["rng"]
+        if len(streams) == self.world.size:
+            checkpoint.set_rng_state(streams[self.world.rank], self.world.device)
+        else:
+            _seed_streams(self.config.machine.seed, self.world.rank, step)
+
+    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged once per step, with its last micro-batch."""
+        if last or not isinstance(self.net, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.net.no_sync()
+
+    def _settle_buckets(self, compiled: bool) -> None:
+        """One backward whose gradients are thrown away.
+
+        After its first backward, DDP lays its buckets out anew, which changes the order in which
+        three and more ranks' gradients are added. Without this, the first step after a resume
+        would differ in the last bit from the same step of a run that was never stopped.
+        """
+        data = self.config.data
+        share = len(order.share(self.config.rows_per_step, self.world.rank, self.world.size))
+        rows = min(data.mini_batch_size, share) if compiled else 1  # compile for the real shape
+        shape = (rows, self.config.model.block_size)
+        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
+        with self.autocast:
+            loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:
+    wanted = run_config.machine.dtype
+    fast = wanted == "auto" and distributed.has_fast_bfloat16(world.device)
+    return torch.bfloat16 if wanted == "bfloat16" or fast else torch.float32
+
+
+def _seed_streams(seed: int, rank: int, step: int = 0) -> None:
+    """Random streams that belong to (seed, rank), and to the step where they begin anew."""
+    words = np.random.SeedSequence([seed, rank, step]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
