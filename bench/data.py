@@ -1,11 +1,15 @@
 """Speed of tokenising and of reading batches: python bench/data.py
 
 Tokenising: `prepare` with all cores against (cores × the rate of one process that only calls
-tiktoken), measured in turn. Reading: batches of 64 × 1024 on one thread from the page cache, and
-the share of a training step of the demo model that waits for them.
+tiktoken) and against one such process per core, measured in turn; its memory on a corpus and on one
+three times as long. Reading: batches of 64 × 1024 on one thread from the page cache, and the share
+of a training step of the demo model that waits for them.
 """
 
+import functools
+import multiprocessing
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -22,13 +26,13 @@ from gpt2.data.order import Order
 from gpt2.data.shards import ShardSet, catalog
 from gpt2.data.storage import Storage
 
-ROUNDS, COPIES = 3, 4
+ROUNDS, COPIES = 5, 8
 
 
-def documents(skip: int) -> Iterator[Document]:
+def documents(skip: int, copies: int = COPIES) -> Iterator[Document]:
     """The embedded corpus several times: long enough for start-up not to count."""
     assert skip == 0
-    for _ in range(COPIES):
+    for _ in range(copies):
         yield from corpora.python_stdlib()
 
 
@@ -44,12 +48,49 @@ def single_rate() -> float:
     return tokens / (time.perf_counter() - started)
 
 
+def rate_of_all(cores: int) -> float:
+    """Tokens/s of one such process on every core at once, without what they need to start."""
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        rates = [pool.apply_async(single_rate) for _ in range(cores)]
+        return sum(rate.get() for rate in rates)
+
+
 def prepare_rate(folder: Path) -> float:
     """Tokens/s of a whole preparation on all cores, start-up, checksums and fsync included."""
     corpus = Corpus("bench", "a bench", 10_000_000, documents=documents)
     started = time.perf_counter()
     manifest = prepare.prepare(corpus, folder, console=Console(quiet=True))
     return sum(shard.tokens for shard in manifest.shards) / (time.perf_counter() - started)
+
+
+def prepare_with_defaults(folder: Path, copies: int) -> None:
+    """With shards of the size that real corpora have here."""
+    corpus = Corpus("bench", "", 100_000_000, documents=functools.partial(documents, copies=copies))
+    prepare.prepare(corpus, folder, val_tokens=1_000_000, console=Console(quiet=True))
+
+
+def memory(folder: Path, copies: int) -> None:
+    """The most that a preparation and each of its processes hold (VmHWM of /proc)."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=prepare_with_defaults, args=(folder, copies)
+    )
+    process.start()
+    peaks: dict[int, float] = {}
+    while process.is_alive():
+        assert process.pid is not None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        try:
+            for pid in (process.pid, *map(int, children.read_text().split())):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if found := re.search(r"VmHWM:\s*(\d+) kB", status):
+                    peaks[pid] = int(found[1]) / 1e3
+        except OSError:
+            pass  # it ended between two looks
+        time.sleep(0.1)
+    main = peaks.pop(process.pid)
+    tokens = sum(shard.tokens for shard in catalog(Storage(str(folder))).shards)
+    workers = ", ".join(f"{peak:.0f}" for peak in sorted(peaks.values(), reverse=True))
+    print(f"  {tokens / 1e6:.0f} M tokens: the process that writes {main:.0f} MB; others {workers}")
 
 
 def reading(folder: Path) -> None:
@@ -105,13 +146,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for number in range(ROUNDS):
             folder = Path(root, str(number))
-            single, whole = single_rate(), prepare_rate(folder)
+            single, every, whole = single_rate(), rate_of_all(cores), prepare_rate(folder)
             ratios.append(whole / (cores * single))
             print(
-                f"  one process {single / 1e6:.2f} M tokens/s, prepare {whole / 1e6:.2f} M: "
-                f"{ratios[-1]:.0%} of {cores} × one"
+                f"  M tokens/s: one process {single / 1e6:.2f}, one per core {every / 1e6:.2f}, "
+                f"prepare {whole / 1e6:.2f}: {ratios[-1]:.0%} of {cores} × one, "
+                f"{whole / every:.0%} of one per core"
             )
         print(f"Tokenising: {statistics.median(ratios):.0%} of cores × one process (median)")
+        print("Memory:")
+        for copies in (COPIES, 3 * COPIES):
+            memory(Path(root, f"memory{copies}"), copies)
         print("Reading 64 × 1024 on one thread:")
         reading(folder)
         waiting(folder)

@@ -19,7 +19,7 @@ from gpt2.data import corpora, prepare, shards
 from gpt2.data.corpora import Corpus
 from gpt2.data.storage import Storage
 from gpt2.errors import ConfigError, DataError
-from gpt2.tables import console, table
+from gpt2.tables import console, counted, table
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _prepare(corpus: Corpus, options: Options) -> int:
     out = console()
     out.print(_split_table(shards.catalog(Storage(str(folder)))))
     out.print(
-        f"{manifest.documents:,} documents, {manifest.empty_documents:,} of them empty, "
+        f"{counted(manifest.documents, 'document')}, {manifest.empty_documents:,} of them empty, "
         f"{manifest.replaced_documents:,} with bytes that are no UTF-8 (now U+FFFD); "
         f"{elapsed_s:.0f} s"
     )

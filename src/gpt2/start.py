@@ -11,6 +11,7 @@ from gpt2 import checkpoint, config
 from gpt2.config import RunConfig
 from gpt2.distributed import World
 from gpt2.errors import CheckpointError
+from gpt2.tables import counted
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _require_fresh(folder: Path) -> None:
     earlier = sorted(folder.glob("step_*.json"))
     if earlier:
         raise CheckpointError(
-            f"{folder} holds {len(earlier)} checkpoints of an earlier run, up to "
+            f"{folder} holds {counted(len(earlier), 'checkpoint')} of an earlier run, up to "
             f"{earlier[-1].stem}; continue it with --resume latest, or keep a new run "
             "elsewhere with --out_dir NAME"
         )

@@ -1,8 +1,13 @@
-"""How all our tables look on a terminal and in a file."""
+"""How our tables and numbers look on a terminal and in a file."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 shard, 1,200 shards."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def console() -> Console:

@@ -29,6 +29,7 @@ from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
 from gpt2.schedule import is_due, lr_at
 from gpt2.start import Start
+from gpt2.tables import counted
 
 Answer = Literal["go", "prune", "stop"]
 Report = Callable[..., Answer]
@@ -336,9 +337,10 @@ class Training:
         kind = str(self.learner.dtype).removeprefix("torch.")
         where = f"{world.size} × {world.device.type}, {kind}"
         say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")
+        shards = counted(len(self.train_shards.shards), "shard")
         say(
-            f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
-            f"{len(self.train_shards.shards)} shards, {data.tokens('val'):,} for validation"
+            f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in {shards}, "
+            f"{data.tokens('val'):,} for validation"
         )
         if data.storage.path is None:
             say(f"  - {data.storage.cache}")

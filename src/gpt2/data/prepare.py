@@ -381,7 +381,7 @@ def _progress(console: Console | None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
-        TextColumn("{task.completed} documents, {task.fields[speed]}"),
+        TextColumn("documents: {task.completed:,}, {task.fields[speed]}"),
         TimeRemainingColumn(compact=True),  # all within 80 columns
         console=console,
     )
