@@ -19,7 +19,11 @@ FLOORS = [
             "data.corpora",
             "data.loader",
             "distributed",
+            "failures",
+            "integrity",
+            "lock",
             "checkpoint",
+            "saving",
             "status",
             "metrics",
             "monitor",
@@ -32,13 +36,15 @@ FLOORS = [
     ("entries", {"cli", "cli_data", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {
-    "checkpoint": {"atomic"},
+    "checkpoint": {"atomic", "integrity"},
+    "distributed": {"failures"},
+    "saving": {"checkpoint", "distributed"},
     "status": {"atomic"},
     "data.shards": {"atomic", "data.corpora", "data.storage"},
     "data.prepare": {"atomic", "data.shards", "data.corpora", "data.storage"},
     "data.loader": {"data.shards"},
     "evaluation": {"distributed", "data.shards"},
-    "monitor": {"tables", "checkpoint", "status", "metrics", "data.shards", "data.storage"},
+    "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}
 

@@ -74,7 +74,7 @@ def test_round_trip(tmp_path: Path, warn: Warnings):
 def test_sidecar_describes_the_file(tmp_path: Path):
     path = save(tmp_path, 3, val_loss=1.5)
     values = json.loads(path.with_suffix(".json").read_text())
-    assert values["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert values["sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest()]
     assert values["bytes"] == path.stat().st_size
     assert (values["step"], values["val_loss"], values["world_size"]) == (3, 1.5, 1)
     assert values["torch_version"] == torch.__version__
@@ -348,12 +348,12 @@ def test_something_else_is_no_checkpoint(tmp_path: Path, warn: Warnings):
         checkpoint.load(tmp_path / "plain.pt", warn=warn)
 
 
-def test_require_writable_makes_the_folder_and_sweeps(tmp_path: Path):
+def test_the_folder_is_made_and_swept(tmp_path: Path):
     folder = tmp_path / "a" / "b"
     checkpoint.require_writable(folder)
     assert os.listdir(folder) == []
     (folder / "step_000001.pt.tmp").touch()
-    checkpoint.require_writable(folder)
+    checkpoint.sweep(folder)
     assert os.listdir(folder) == []
 
 

@@ -2,18 +2,15 @@
 
 `step_000250.pt` holds tensors and plain values; `step_000250.json` beside it is the commit mark and
 all that a listing needs: a `.pt` without it was never finished. `latest.pt` and `best.pt` are
-relative symlinks.
+relative symlinks. What is found damaged is renamed to `….corrupt`, never removed.
 """
 
-import hashlib
-import hmac
 import json
 import math
 import os
 import pickle
 import random
 import re
-import secrets
 import shutil
 import time
 import warnings
@@ -21,17 +18,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
-from gpt2 import atomic
+from gpt2 import atomic, integrity
 from gpt2.errors import CheckpointError
 
 SCHEMA = 1
 LATEST, BEST = "latest.pt", "best.pt"
-KEY_BYTES = 32
+CORRUPT_SUFFIX = ".corrupt"
 State = dict[str, Any]
 Warn = Callable[[str], None]
 
@@ -58,7 +55,9 @@ class Sidecar:
     facts: Facts
     schema: int
     bytes: int
-    sha256: str
+    piece_bytes: int
+    sha256: list[str]
+    """of every `piece_bytes` of the file"""
     hmac: str | None
     """proof that this user wrote the file; None where there was no key to sign with"""
     torch_version: str
@@ -91,14 +90,16 @@ def save(
     before = list_checkpoints(folder)
     try:
         with atomic.writing(path) as file:
-            writer = _HashingWriter(file)
+            writer = integrity.HashingWriter(file)
             torch.save({"schema": SCHEMA, **state}, cast(IO[bytes], writer))
+        digests = writer.digests()
         sidecar = Sidecar(
             facts=facts,
             schema=SCHEMA,
             bytes=path.stat().st_size,
-            sha256=writer.sha256(),
-            hmac=_sign(writer.sha256()),
+            piece_bytes=integrity.PIECE_BYTES,
+            sha256=digests,
+            hmac=integrity.sign(digests),
             torch_version=torch.__version__,
             time=time.time(),
             sequence=1 + max((item.sidecar.sequence for item in before), default=0),
@@ -148,15 +149,16 @@ def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
     return min(judged, key=lambda pair: pair[0])[1] if judged else None
 
 
-def find(folder: Path, which: str, warn: Warn) -> Path | None:
+def find(folder: Path, which: str, warn: Warn, *, set_aside: bool = False) -> Path | None:
     """The checkpoint that `latest`, `best`, a step or a path means.
 
-    `latest` skips damaged ones, with a warning, and is None in a folder that never had any. Raises
-    CheckpointError for anything else that is not there.
+    `latest` skips damaged ones, with a warning, and is None in a folder that never had any;
+    `set_aside` renames those, for a run that will write to the folder. Raises CheckpointError for
+    anything else that is not there.
     """
-    complete = list_checkpoints(folder)
     if which == "latest":
-        return _newest_good(folder, complete, warn)
+        return _newest_good(folder, warn, set_aside)
+    complete = list_checkpoints(folder)
     if which == "best":
         best = find_best(complete)
         if best is None:
@@ -180,7 +182,7 @@ def find(folder: Path, which: str, warn: Warn) -> Path | None:
 
 
 def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
-    """The state in `path`, on the CPU, after its size and SHA-256 were checked.
+    """The state in `path`, mapped from the file, after its size and SHA-256 were checked.
 
     A file that this user signed is unpickled in full; any other yields tensors and plain values
     only, unless `trust`: unpickling runs code. Raises CheckpointError if the file is damaged, needs
@@ -193,10 +195,14 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
         with path.open("rb") as file:
             if sidecar is not None:
                 _verify(path, file, sidecar)
-                file.seek(0)
-            own = sidecar is not None and _is_signed(sidecar)
+            own = sidecar is not None and integrity.is_signed(sidecar.sha256, sidecar.hmac)
             with warnings.catch_warnings(action="ignore"):  # of foreign formats: refused below
-                state = torch.load(file, map_location="cpu", weights_only=not (own or trust))
+                state = torch.load(
+                    f"/proc/self/fd/{file.fileno()}",  # the file that was verified, whatever `path`
+                    map_location="cpu",  # is by now; a path, because only that can be mapped
+                    weights_only=not (own or trust),
+                    mmap=True,
+                )
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or foreign file can raise anything
@@ -216,18 +222,22 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes `folder`; raises CheckpointError if it cannot take files. Sweeps what a kill left."""
+    """Makes `folder`; raises CheckpointError if it cannot take files."""
     probe = folder / f"write_test_{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        atomic.sweep(folder, mine=lambda name: name.startswith("step_") or name in (LATEST, BEST))
     except OSError as error:
         raise CheckpointError(
             f"cannot write to the checkpoint folder {folder}: {error.strerror}; "
             "choose another with --checkpoint_dir or --out_dir"
         ) from error
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed writer left; only for the one run that has the folder."""
+    atomic.sweep(folder, mine=lambda name: name.startswith("step_") or name in (LATEST, BEST))
 
 
 def rng_state(device: torch.device) -> State:
@@ -252,51 +262,57 @@ def set_rng_state(state: State, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu().to(torch.uint8), device)
 
 
-class _HashingWriter:
-    """A file for torch.save that digests what passes; the archive is written front to back."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-def _newest_good(folder: Path, complete: list[Checkpoint], warn: Warn) -> Path | None:
-    for item in reversed(complete):
+def _newest_good(folder: Path, warn: Warn, set_aside: bool) -> Path | None:
+    for link in (folder / LATEST, folder / BEST):
+        if link.is_symlink() and not link.exists():
+            warn(f"{link} points to {os.readlink(link)}, which is not there")
+    marks = sorted(folder.glob("step_*.json"))
+    damaged = {
+        mark.with_suffix(".pt"): f"{mark} is empty, damaged or of another version"
+        for mark in marks
+        if _read_sidecar(mark) is None
+    }
+    good = None
+    for item in reversed(list_checkpoints(folder)):
         try:
             with item.path.open("rb") as file:
                 _verify(item.path, file, item.sidecar)
-            return item.path
+            good = item.path
+            break
         except (CheckpointError, OSError) as error:
-            warn(f"{error}; trying the checkpoint before it")
-    if marks := list(folder.glob("step_*.json")):
+            damaged[item.path] = str(error)
+    for path, reason in damaged.items():
+        renamed = good is not None and set_aside and _set_aside(path)
+        warn(f"{reason}{f'; it is now {path.name}{CORRUPT_SUFFIX}' if renamed else ''}")
+    if marks and good is None:
         raise CheckpointError(
             f"all {len(marks)} checkpoints in {folder} are damaged or of another version; "
             "to start anew, choose another folder with --out_dir"
         )
-    return None
+    return good
+
+
+def _set_aside(path: Path) -> bool:
+    """Takes a damaged checkpoint out of the way: its mark first, as when one is removed."""
+    for part in (path.with_suffix(".json"), path):
+        if part.exists():
+            os.replace(part, part.with_name(part.name + CORRUPT_SUFFIX))
+    return True
 
 
 def _verify(path: Path, file: BufferedReader, sidecar: Sidecar) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != sidecar.bytes:
         raise CheckpointError(f"{path} has {size} bytes, its sidecar says {sidecar.bytes}")
-    if hashlib.file_digest(file, "sha256").hexdigest() != sidecar.sha256:
+    if not integrity.is_whole(file.fileno(), sidecar.sha256, sidecar.piece_bytes):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of its sidecar")
 
 
 def _read_sidecar(mark: Path) -> Sidecar | None:
     try:
         values = json.loads(mark.read_text())
+        if isinstance(values.get("sha256"), str):  # as written before there were pieces
+            values |= {"sha256": [values["sha256"]], "piece_bytes": values["bytes"]}
         facts = Facts(**{name: values[name] for name in Facts.__dataclass_fields__})
         others = {name: values[name] for name in Sidecar.__dataclass_fields__ if name != "facts"}
         sidecar = Sidecar(facts=facts, **others)
@@ -305,50 +321,24 @@ def _read_sidecar(mark: Path) -> Sidecar | None:
     numbers = (facts.step, facts.epoch, sidecar.bytes, sidecar.time, sidecar.sequence)
     losses = (loss for loss in (facts.train_loss, facts.val_loss) if loss is not None)
     sound = all(isinstance(number, int | float) for number in (*numbers, *losses))
-    return sidecar if sound and isinstance(sidecar.sha256, str) else None
+    return sidecar if sound and _covers(sidecar) else None
+
+
+def _covers(sidecar: Sidecar) -> bool:
+    """Whether there is a digest for every byte."""
+    size, digests = sidecar.piece_bytes, sidecar.sha256
+    return (
+        isinstance(size, int)
+        and isinstance(digests, list)
+        and all(isinstance(digest, str) for digest in digests)
+        and size > 0
+        and len(digests) == max(1, -(-sidecar.bytes // size))
+    )
 
 
 def _to_json(sidecar: Sidecar) -> str:
     values = asdict(sidecar)
     return json.dumps(values.pop("facts") | values, indent=2) + "\n"
-
-
-def _sign(digest: str) -> str | None:
-    key = _signing_key(create=True)
-    return hmac.new(key, digest.encode(), "sha256").hexdigest() if key else None
-
-
-def _is_signed(sidecar: Sidecar) -> bool:
-    key = _signing_key(create=False)
-    if key is None or sidecar.hmac is None:
-        return False
-    expected = hmac.new(key, sidecar.sha256.encode(), "sha256").hexdigest()
-    return hmac.compare_digest(expected.encode(), str(sidecar.hmac).encode())
-
-
-def _signing_key(create: bool) -> bytes | None:
-    """This user's key; None where there is none and none can be made (a read-only home)."""
-    try:
-        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        path = Path(home) / "gpt2-from-scratch" / "key"
-        if create and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
-            handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(secrets.token_bytes(KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(fresh, path)  # fails if another process was first: its key counts
-            except FileExistsError:
-                pass
-            finally:
-                fresh.unlink()
-        key = path.read_bytes()
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return None
-    return key if len(key) == KEY_BYTES else None  # a key that anybody could guess proves nothing
 
 
 def _forbidden(error: Exception) -> str | None:

@@ -239,11 +239,33 @@ def estimate_main() -> int:
     return guarded(body)
 
 
+@dataclass(frozen=True)
+class StatusCommand:
+    """What a run does. Exit code: 0 running or finished, 3 stopped, 4 failed or dead."""
+
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder of the run, or one above several: the newest is shown"""
+
+
+def status_main() -> int:
+    """`gpt2 status`."""
+
+    def body() -> int:
+        command = parse(StatusCommand, sys.argv[1:])
+        from gpt2 import monitor
+
+        return STATUS_CODES[monitor.print_state(command.checkpoint_dir, console())]
+
+    return guarded(body)
+
+
+STATUS_CODES = {"running": 0, "finished": 0, "stopped": 3, "failed": 4, "dead": 4}
 COMMANDS: dict[str, tuple[Callable[[], int], str]] = {
     "train": (train_main, "train a model; `torchrun … src/train_improved.py` does the same"),
     "data": (data_main, "prepare a corpus as token shards"),
     "generate": (generate_main, "continue a prompt with a trained model"),
     "estimate": (estimate_main, "how long training takes"),
+    "status": (status_main, "what a run does, also as an exit code for scripts"),
 }
 
 

@@ -60,7 +60,7 @@ def guarded(
     except UserError as error:
         if tell:
             tell(f"error: {error}")
-        if speak:
+        if speak if error.aloud is None else error.aloud:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:

@@ -91,6 +91,8 @@ class DataConfig:
     """tokens per optimiser step, over all ranks"""
     mini_batch_size: int = 64
     """rows of block_size tokens that one rank takes through the model at once"""
+    auto_mini_batch: bool = False
+    """halve mini_batch_size at the start until it fits into the memory"""
     epochs: int = 5
     """passes over the training split"""
     max_steps: int | None = None
@@ -123,10 +125,12 @@ class OptimConfig:
     """AdamW: decay of the second moment"""
     grad_clip: float | None = 1.0
     """largest norm of the global gradient"""
+    max_bad_steps: int = 5
+    """updates in a row with a loss or gradient that is no number, until the run goes back"""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
-        require_at_least(self, 1, "decay_steps")
+        require_at_least(self, 1, "decay_steps", "max_bad_steps")
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be more than 0")
         _require(
             self.grad_clip is None or self.grad_clip > 0,
@@ -209,6 +213,8 @@ class MachineConfig:
     """torch.compile; auto is on for CUDA"""
     seed: int = 1337
     """seed of the weights, the dropout and the order of the data"""
+    collective_timeout: float = 600.0
+    """seconds that a rank waits for the others before it says that one hangs, and ends"""
     deterministic: bool = False
     """bit-identical runs on CUDA too, at some cost in speed"""
     keep_freed_memory: bool = True
@@ -216,6 +222,7 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "collective_timeout")
         _require(
             self.device in ("auto", "cpu", "cuda"),
             f"device={self.device} is unknown; choose auto, cpu or cuda "

@@ -9,11 +9,13 @@ import ctypes
 import gc
 import json
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
@@ -21,14 +23,17 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from gpt2 import estimate
 from gpt2.config import MachineConfig
 from gpt2.errors import ConfigError, UserError
+from gpt2.failures import Watch, end_with_parent
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ def env_rank() -> tuple[int, int, int, int]:
     )
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started this command before, and some rank of it failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def tell_torchrun(message: str) -> None:
     """Puts `message` into the report with which torchrun ends, below its own traceback.
 
@@ -142,13 +152,43 @@ def join(config: MachineConfig) -> Iterator[World]:
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
-    try:
-        yield world
-    except UserError:  # of all ranks alike
-        _leave()
-        raise
-    _leave()  # not after another error: it would wait for ranks that are gone
+    timeout = timedelta(seconds=config.collective_timeout)
+    end_with_parent()
+    everyones, rank, size = next(rendezvous("env://", timeout=timeout))
+    store = _own_part(everyones, rank, size, config.collective_timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    with Watch(rank, store, config.collective_timeout) as watch:
+        try:
+            yield world
+        except UserError as error:
+            error.aloud = watch.first_to_fail() in (rank, None)
+            _leave()
+            raise
+        _leave()  # not after another error: it would wait for ranks that are gone
+
+
+def _own_part(store: Store, rank: int, size: int, timeout_s: float) -> Store:
+    """The part of torchrun's store that belongs to this start of the ranks.
+
+    After a restart the store still holds the addresses of the ranks before, and gloo would try to
+    reach those. Rank 0 names a new part, and answers each rank by a word that only this start of it
+    knows; restart counts do not help, because they differ between nodes.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"gpt2/hello/{rank}", word)
+        name = store.get(f"gpt2/answer/{word}").decode()
+        store.set(f"gpt2/seen/{name}/{rank}", "")
+        return PrefixStore(name, store)
+    deadline = time.monotonic() + timeout_s
+    while not store.check([f"gpt2/seen/{word}/{other}" for other in range(1, size)]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all {size} ranks have come within {timeout_s:g} s")
+        for other in range(1, size):
+            if store.check([hello := f"gpt2/hello/{other}"]):
+                store.set(f"gpt2/answer/{store.get(hello).decode()}", word)
+        time.sleep(0.02)
+    return PrefixStore(word, store)
 
 
 def _leave() -> None:
@@ -159,7 +199,8 @@ def _leave() -> None:
 
 
 class StopRequest:
-    """Remembers the first SIGINT, SIGTERM or SIGHUP, so that the loop can end at a step's boundary.
+    """Remembers the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 (SLURM's warning), so that the loop
+    can end at a step's boundary.
 
     A second one acts as if nothing had been installed: Ctrl+C twice leaves at once.
     """

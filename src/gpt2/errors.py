@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """Says what was given, what is needed and what to type."""
 
+    aloud: bool | None = None
+    """whether this rank is the one that prints it; None where the ranks have not agreed on one"""
+
 
 class ConfigError(UserError):
     """A flag, a configuration file or their combination cannot work."""
@@ -11,6 +14,10 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Training data is missing, incomplete or does not fit the run."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: it diverges, or its batch does not fit into the memory."""
 
 
 class CheckpointError(UserError):

@@ -4,8 +4,9 @@ Shapes: B rows, T time.
 """
 
 import contextlib
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +20,7 @@ from gpt2.config import RunConfig
 from gpt2.data import order
 from gpt2.data.loader import MicroBatch
 from gpt2.distributed import World
+from gpt2.errors import TrainingError
 from gpt2.model.gpt2 import GPT2
 
 
@@ -29,6 +31,8 @@ class Update:
     loss: float
     """mean over the global batch, before the update"""
     grad_norm: float
+    applied: bool
+    """whether the weights changed: not if loss or gradient is no finite number"""
     rank_s: list[float]
     """seconds that each rank worked before it waited for the others"""
 
@@ -66,17 +70,23 @@ class Learner:
                 gradient_as_bucket_view=True,
             )
             self._settle_buckets(compiled)
+        self.mini_batch_size = run_config.data.mini_batch_size
+        if run_config.data.auto_mini_batch:
+            self._fit_mini_batch()
         _seed_streams(machine.seed, world.rank)
 
     def learn(self, micros: Sequence[MicroBatch], learning_rate: float) -> Update:
-        """One update on this rank's share of a step, given in micro-batches of (B, T) each."""
+        """One update on this rank's share of a step, given in micro-batches of (B, T) each.
+
+        Raises TrainingError if a micro-batch does not fit into the memory.
+        """
         world, batch_tokens = self.world, self.config.data.total_batch_size
         timer = distributed.DeviceTimer(world.device)
         optim.set_learning_rate(self.optimizer, learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         for number, micro in enumerate(micros, 1):
             tokens_BT, targets_BT = world.to_device(*micro)
-            with self._gradient_sync(last := number == len(micros)):
+            with self._gradient_sync(last := number == len(micros)), _memory_for(*tokens_BT.shape):
                 with self.autocast:
                     loss = self.net(tokens_BT, targets_BT)
                 if last:
@@ -84,14 +94,13 @@ class Learner:
                 # DDP averages over ranks; the loss is the mean over the global batch.
                 (loss * (world.size / batch_tokens)).backward()
             loss_sum += loss.detach()
-        grad_norm = optim.clip(self.model, self.config.optim.grad_clip)
-        self.optimizer.step()
+        grad_norm = float(optim.clip(self.model, self.config.optim.grad_clip))
+        loss = float(world.sum(loss_sum)) / batch_tokens
+        # Sums over all ranks, so that all ranks decide alike.
+        if applied := math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(
-            loss=float(world.sum(loss_sum)) / batch_tokens,
-            grad_norm=float(grad_norm),
-            rank_s=world.gather(timer.elapsed_s()),
-        )
+        return Update(loss, grad_norm, applied, rank_s=world.gather(timer.elapsed_s()))
 
     def state(self) -> checkpoint.State:
         """What a checkpoint keeps of it, beside the random streams."""
@@ -100,7 +109,7 @@ class Learner:
     def restore(self, state: checkpoint.State, step: int) -> None:
         """Weights, optimiser and random streams as they were at the checkpoint of `step`."""
         self.model.load_state_dict(state.pop("model"))  # popped, for the same reason
-        self.optimizer.load_state_dict(state.pop("optimizer"))
+        self.optimizer.load_state_dict(_unmapped(state.pop("optimizer")))
         optim.set_options(self.optimizer, self.config.optim)
         streams = state["rng"]
         if len(streams) == self.world.size:
@@ -113,6 +122,38 @@ class Learner:
         if last or not isinstance(self.net, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.net.no_sync()
+
+    def _fit_mini_batch(self) -> None:
+        """Halves `mini_batch_size` until every rank has the memory for one micro-batch."""
+        while not self._fits(self.mini_batch_size):
+            if self.mini_batch_size == 1:
+                raise TrainingError(
+                    f"a single row of block_size={self.config.model.block_size} does not fit into "
+                    "the memory; use a smaller --block_size or --preset"
+                )
+            self.mini_batch_size //= 2
+
+    def _fits(self, rows: int) -> bool:
+        """Whether a micro-batch fits beside all that training keeps, on every rank."""
+        rows = min(rows, -(-self.config.rows_per_step // self.world.size))
+        shape = (rows, self.config.model.block_size)
+        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
+        failed = False
+        try:
+            # As much as the optimiser will keep: two moments of every weight.
+            moments = [torch.empty_like(part) for part in self.model.parameters() for _ in range(2)]
+            with self.autocast:
+                loss = self.local_net(tokens_BT, tokens_BT.clone())
+            loss.backward()
+            del moments, loss
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            failed = True
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return not self.world.highest(failed)
 
     def _settle_buckets(self, compiled: bool) -> None:
         """One backward whose gradients are thrown away.
@@ -130,6 +171,37 @@ class Learner:
             loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def _memory_for(rows: int, block_size: int) -> Iterator[None]:
+    """Turns the end of the memory into what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        way_out = "use a smaller --block_size or --preset"
+        if rows > 1:
+            smaller = 1 << ((rows - 1).bit_length() - 1)
+            way_out = f"use --mini_batch_size {smaller} (the total batch stays), "
+            way_out += "or --auto_mini_batch"
+        raise TrainingError(
+            f"{rows} rows of block_size={block_size} at once do not fit into the memory; {way_out}"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _unmapped(state: checkpoint.State) -> checkpoint.State:
+    """An optimiser's state in memory: on the CPU it would be used where it lies, in the file."""
+    moments = {
+        number: {name: value.clone() for name, value in part.items()}
+        for number, part in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:

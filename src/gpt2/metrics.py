@@ -39,6 +39,8 @@ class StepRecord:
     gpu: dict[str, float] = field(default_factory=dict)
     """memory and utilisation, where there is CUDA"""
     steps_left: int = 0
+    applied: bool = True
+    """whether the weights were updated: not if loss or gradient is no finite number"""
 
 
 class Sink(Protocol):

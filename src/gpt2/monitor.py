@@ -1,5 +1,6 @@
 """What a person sees of runs on disk: the table of checkpoints, the forecast of the end."""
 
+import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gpt2 import checkpoint, estimate, metrics, status
+from gpt2 import checkpoint, estimate, lock, metrics, status
 from gpt2.config import RunConfig
 from gpt2.data.order import Order
 from gpt2.data.shards import catalog
 from gpt2.data.storage import Storage
-from gpt2.errors import DataError
+from gpt2.errors import CheckpointError, DataError
 from gpt2.estimate import duration
 from gpt2.tables import table
 
@@ -75,6 +76,26 @@ def newest_run(root: Path) -> status.Status | None:
     """The status that was written last in `root` or below it."""
     found = [status.read(folder) for folder in run_folders(root, status.NAME)]
     return max((item for item in found if item), key=lambda item: item.time, default=None)
+
+
+def print_state(root: Path, out: Console) -> str:
+    """What the run in `root`, or the newest below it, does: running, finished, stopped, failed,
+    or dead, which is one that says running and is not there. Raises CheckpointError without one."""
+    folders = run_folders(root, status.NAME)
+    found = [(item.time, folder, item) for folder in folders if (item := status.read(folder))]
+    if not found:
+        raise CheckpointError(f"no run in {root}; --checkpoint_dir names another folder")
+    _, folder, run = max(found, key=lambda entry: entry[:2])
+    here = run.host == socket.gethostname()
+    silent_s = time.time() - run.time
+    alive = lock.is_held(folder) or (not here and silent_s < status.SILENCE_S)
+    state = "dead" if run.state == "running" and not alive else run.state
+    reason = f": {run.reason}" if run.reason else ""
+    out.print(f"{run.plan.run_name}: {state}{reason}")
+    out.print(f"  step {run.step:,} of {run.plan.total_steps:,}")
+    out.print(f"  process {run.pid} on {run.host}, last heard of {duration(silent_s)} ago")
+    out.print(f"  checkpoints {folder}")
+    return state
 
 
 @dataclass(frozen=True)

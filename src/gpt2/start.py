@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpt2 import checkpoint, config
+from gpt2 import checkpoint, config, distributed
 from gpt2.config import RunConfig
 from gpt2.distributed import World
 from gpt2.errors import CheckpointError
@@ -30,15 +30,16 @@ class Start:
     def find(cls, run_config: RunConfig, world: World) -> "Start":
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
+        # torchrun --max-restarts starts the same command again: that run has begun.
+        wanted = settings.resume_from or ("latest" if distributed.is_restart() else None)
 
         def warn(text: str) -> None:
             if world.is_main:
                 print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
         def locate() -> Path | None:
-            checkpoint.require_writable(folder)
-            if settings.resume_from is not None:
-                return checkpoint.find(folder, settings.resume_from, warn)
+            if wanted is not None:
+                return checkpoint.find(folder, wanted, warn, set_aside=True)
             _require_fresh(folder)
             if settings.init_from != "scratch" and not Path(settings.init_from).is_file():
                 raise CheckpointError(
@@ -51,7 +52,7 @@ class Start:
         if path is not None:
             state = checkpoint.load(path, trust=settings.trust_checkpoint, warn=warn)
             return cls(path=path, state=state)
-        if settings.resume_from is not None:
+        if wanted is not None:
             warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
         if settings.init_from in ("scratch", "resume"):
             return cls()

@@ -11,6 +11,8 @@ from typing import Literal
 from gpt2 import atomic
 
 NAME = "status.json"
+SILENCE_S = 900
+"""a run on another machine that was not heard of for this long is dead"""
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -41,7 +43,7 @@ class Status:
     host: str = ""
     pid: int = 0
     time: float = 0.0
-    """seconds since 1970, when this was written"""
+    """seconds since 1970, when this was written: a running run writes it every few seconds"""
 
 
 def write(folder: Path, plan: Plan, state: State, step: int, reason: str | None = None) -> None:

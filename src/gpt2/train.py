@@ -9,13 +9,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from gpt2 import checkpoint, distributed, estimate, generate, metrics, status
+from gpt2 import checkpoint, distributed, estimate, generate, lock, metrics, status
 from gpt2.config import RunConfig
 from gpt2.data import corpora, order, prepare
 from gpt2.data.loader import Loader
@@ -23,10 +23,11 @@ from gpt2.data.order import Order
 from gpt2.data.shards import MANIFEST, Catalog, ShardSet, catalog
 from gpt2.data.storage import Storage
 from gpt2.distributed import StopRequest, World
-from gpt2.errors import ConfigError, DataError
+from gpt2.errors import ConfigError, DataError, TrainingError
 from gpt2.evaluation.loss import validation_loss
 from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
+from gpt2.saving import Saver
 from gpt2.schedule import is_due, lr_at
 from gpt2.start import Start
 from gpt2.tables import counted
@@ -35,6 +36,7 @@ Answer = Literal["go", "prune", "stop"]
 Report = Callable[..., Answer]
 # Answers of `report` share a number line with signals, so that all ranks agree on one number.
 STOP, PRUNE = 1001, 1002
+BEAT_EVERY_S = 15
 
 
 def always_go(**_metrics: float) -> Answer:
@@ -64,6 +66,11 @@ class Progress:
     best_val_loss: float | None = None
     judged_step: int | None = None
     """the step whose validation and samples are done"""
+    bad_steps: int = 0
+    """updates left out so far, because loss or gradient was no finite number"""
+    bad_in_a_row: int = 0
+    left_out: tuple[int, int] | None = None
+    """the portions of data that are never trained on: the first one and how many"""
 
 
 def run(run_config: RunConfig, report: Report = always_go) -> Result:
@@ -77,26 +84,39 @@ def run(run_config: RunConfig, report: Report = always_go) -> Result:
 
 
 def _train(run_config: RunConfig, world: World, report: Report) -> Result:
-    training = Training.assemble(run_config, world)
-    try:
-        return training.loop(report)
-    except BaseException as error:
-        training.write_status("failed", f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        training.metrics.close()
+    data = _open_data(run_config, world)
+    with _claimed_folder(run_config, world):
+        training = Training(run_config, world, data, Start.find(run_config, world))
+        try:
+            return training.loop(report)
+        except BaseException as error:
+            training.write_status("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            training.close()
+
+
+@contextlib.contextmanager
+def _claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
+    """The checkpoint folder is this run's alone; what a killed one left unfinished is gone."""
+    folder = run_config.checkpoint.checkpoint_dir
+
+    with contextlib.ExitStack() as claim:
+
+        def claim_it() -> None:
+            checkpoint.require_writable(folder)
+            claim.enter_context(lock.held(folder))
+            checkpoint.sweep(folder)
+
+        world.on_main(claim_it)
+        yield
 
 
 class Training:
-    """A run that is ready to take its next step."""
+    """A run that is ready to take its next step.
 
-    @classmethod
-    def assemble(cls, run_config: RunConfig, world: World) -> "Training":
-        """Opens the data, finds where to start and builds what trains; what an earlier run left is
-        not touched before everything that could be refused has been checked."""
-        data = _open_data(run_config, world)
-        start = Start.find(run_config, world)
-        return cls(run_config, world, data, start)
+    What an earlier run left is not touched before everything that could be refused was checked.
+    """
 
     def __init__(self, run_config: RunConfig, world: World, data: Catalog, start: Start) -> None:
         self.config, self.world, self.start = run_config, world, start
@@ -123,37 +143,54 @@ class Training:
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
         if start.state is not None:
             self._restore(start.state)
-        self.saved_step = self.progress.step if start.state is not None else None
+        self.saver = Saver(world, run_config.checkpoint, self._say, start.path, start.step)
         self.run_name = world.on_main(lambda: self.run_name)
         self.metrics = Metrics(self._sinks())
         self.write_status("running")
         self._introduce(data)
+        self.loader = self._loader()
 
     def loop(self, report: Report) -> Result:
         """Trains until the last step or until somebody says stop."""
-        with StopRequest() as stop, self._loader() as self.loader:
+        with StopRequest() as stop:
             while self.progress.step < self.total_steps:
                 if reason := self.world.highest(stop.number):
                     return self._stopped(reason)
-                self._judge_if_due(report, stop)
+                if self._judge_if_due(report, stop):
+                    continue
                 self._save_if_due()
                 self._announce_epoch()
                 record = self._train_step()
                 self.metrics.step(record)
                 self._ask(report, stop, step=record.step, loss=record.loss)
-            self._judge_if_due(report, stop, last=True)
+                self._go_back_if_bad(record)
+                self.saver.report()
+                self._beat()
+            if self._judge_if_due(report, stop, last=True):
+                return self._stopped(self.world.highest(stop.number))
             return self._finished()
+
+    def close(self) -> None:
+        """Lets what is being written reach the disk, and ends the threads."""
+        self.saver.wait()
+        self.loader.close()
+        self.metrics.close()
 
     def _loader(self) -> Loader:
         return Loader(
             self.train_shards,
             self.order,
-            range(self.progress.step, self.total_steps),
+            map(self._portion, range(self.progress.step, self.total_steps)),
             rank=self.world.rank,
             world_size=self.world.size,
-            mini_batch_size=self.config.data.mini_batch_size,
+            mini_batch_size=self.learner.mini_batch_size,
             pin_memory=self.world.device.type == "cuda",
         )
+
+    def _portion(self, step: int) -> int:
+        """Which portion of the data the update after `step` trains on."""
+        first, count = self.progress.left_out or (self.total_steps, 0)
+        return step if step < first else step + count
 
     def _train_step(self) -> StepRecord:
         """One update on portion `progress.step` of the data."""
@@ -165,10 +202,11 @@ class Training:
         self.progress.step, self.progress.train_loss = step + 1, update.loss
         return StepRecord(
             step=step + 1,
-            epoch=self.order.epoch_at(step),
+            epoch=self.order.epoch_at(self._portion(step)),
             loss=update.loss,
             learning_rate=rate,
             grad_norm=update.grad_norm,
+            applied=update.applied,
             elapsed_s=elapsed_s,
             tokens_per_s=tokens_per_s,
             mfu=estimate.mfu(tokens_per_s, self.config.model, self.peak_flops),
@@ -177,21 +215,76 @@ class Training:
             steps_left=self.total_steps - step - 1,
         )
 
-    def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> None:
-        """Validation and samples that belong to this step, unless they are done already."""
+    def _go_back_if_bad(self, record: StepRecord) -> None:
+        """Counts updates that were left out; after too many in a row, goes back to the newest
+        checkpoint and leaves out the data that they had. Once: then it is not the data."""
+        progress, limit = self.progress, self.config.optim.max_bad_steps
+        if record.applied:
+            progress.bad_in_a_row = 0
+            return
+        progress.bad_steps += 1
+        progress.bad_in_a_row += 1
+        self._say(
+            f"WARNING: step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}: "
+            f"no update ({progress.bad_in_a_row} in a row, {progress.bad_steps} in all)"
+        )
+        if progress.bad_in_a_row < limit:
+            return
+        reason = (
+            f"{limit} updates in a row, up to step {record.step}, had no finite loss or gradient"
+        )
+        if progress.left_out is not None:
+            raise TrainingError(
+                f"{reason}, also after leaving out the data of steps {progress.left_out[0] + 1} to "
+                f"{sum(progress.left_out)}; use a lower --learning_rate from an earlier checkpoint"
+            )
+        path = self.world.on_main(self._newest_checkpoint)
+        if path is None:
+            raise TrainingError(
+                f"{reason}, and there is no checkpoint to go back to; use a lower --learning_rate, "
+                "a longer --warmup_steps or a smaller --checkpoint_interval"
+            )
+        self._go_back(path, left_out=(record.step - limit, limit))
+
+    def _go_back(self, path: Path, left_out: tuple[int, int]) -> None:
+        bad_steps = self.progress.bad_steps
+        self.loader.close()
+        state = checkpoint.load(path, trust=True, warn=self._say)
+        self._restore(state)
+        self.progress.bad_steps, self.progress.left_out = bad_steps, left_out
+        self.saver.saved_step = self.progress.step
+        self.metrics.close()
+        self.metrics = Metrics(self._sinks())
+        self._say(
+            f"WARNING: back to step {self.progress.step} ({path}); the data of steps "
+            f"{left_out[0] + 1} to {sum(left_out)} is left out from here on"
+        )
+        self.loader = self._loader()
+
+    def _newest_checkpoint(self) -> Path | None:
+        self.saver.wait()
+        folder = self.config.checkpoint.checkpoint_dir
+        return checkpoint.find(folder, "latest", self._say, set_aside=True)
+
+    def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> bool:
+        """Validation and samples that belong to this step, unless they are done already; whether a
+        stop came in between."""
         progress, settings = self.progress, self.config.evaluation
         step = progress.step
         if progress.judged_step == step:
-            return
+            return False
         if settings.eval_interval and (step == 0 or last or is_due(step, settings.eval_interval)):
             loss = validation_loss(
                 self.learner.local_net,
                 self.val_shards,
                 self.val_rows,
                 self.world,
-                self.config.data.mini_batch_size,
+                self.learner.mini_batch_size,
                 self.learner.autocast,
+                stop=lambda: stop.number,
             )
+            if loss is None:
+                return True
             progress.val_loss = loss
             if math.isfinite(loss):
                 best = progress.best_val_loss
@@ -206,6 +299,7 @@ class Training:
             texts = generate.generate_text(self.learner.model, settings.sample_prompt, seed=seed)
             self.metrics.samples(step, texts)
         progress.judged_step = step
+        return False
 
     def _ask(self, report: Report, stop: StopRequest, **metrics: float) -> None:
         if self.world.is_main:
@@ -216,83 +310,70 @@ class Training:
         if step == 0:
             return
         for epoch in range(self.order.epoch_at(step - 1), self.order.epoch_at(step)):
-            self.metrics.message(f"Completed Epoch {epoch}")
+            self._say(f"Completed Epoch {epoch}")
             if step < self.total_steps:
                 if self.order.shuffle != "none":
                     count = len(self.train_shards.shards)
-                    self.metrics.message(f"Shuffled {count} training shards for new epoch")
-                self.metrics.message(f"Starting Epoch {epoch + 1}")
+                    self._say(f"Shuffled {count} training shards for new epoch")
+                self._say(f"Starting Epoch {epoch + 1}")
 
     def _epoch(self) -> int:
         """The epoch of the last update (of the first one, before it)."""
         return self.order.epoch_at(max(0, self.progress.step - 1))
 
     def _save_if_due(self) -> None:
-        if is_due(self.progress.step, self.config.checkpoint.checkpoint_interval):
-            self._save()
-            self.write_status("running")
-
-    def _save(self) -> None:
-        """Writes a checkpoint of this step unless there is one."""
-        step = self.progress.step
-        if self.saved_step == step:
+        progress = self.progress
+        if not is_due(progress.step, self.config.checkpoint.checkpoint_interval):
             return
-        rng = self.world.gather_objects(checkpoint.rng_state(self.world.device))
-        path = self.world.on_main(lambda: self._write_checkpoint(rng))
-        self.saved_step = step
-        self.metrics.message(f"Saved checkpoint: {path}")
+        if progress.bad_in_a_row:
+            self._say(f"WARNING: no checkpoint of step {progress.step}: its update is left out")
+        else:
+            self.saver.begin(self._facts(), self._state)
 
-    def _write_checkpoint(self, rng: list[checkpoint.State]) -> Path:
-        step, settings = self.progress.step, self.config.checkpoint
-        plain_config = self.config.to_dict()
-        epoch, tokens = self._epoch(), step * self.config.data.total_batch_size
-        facts = checkpoint.Facts(
+    def _facts(self) -> checkpoint.Facts:
+        step, plain_config = self.progress.step, json.dumps(self.config.to_dict())
+        return checkpoint.Facts(
             step=step,
-            epoch=epoch,
-            tokens=tokens,
+            epoch=self._epoch(),
+            tokens=step * self.config.data.total_batch_size,
             train_loss=self.progress.train_loss,
             val_loss=self.progress.val_loss if self.progress.judged_step == step else None,
             world_size=self.world.size,
             run_name=self.run_name,
-            config_digest=hashlib.sha256(json.dumps(plain_config).encode()).hexdigest()[:16],
+            config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
         )
-        state = {
+
+    def _state(self) -> checkpoint.State:
+        """What a checkpoint holds, beside the random states of all ranks."""
+        return {
             "progress": asdict(self.progress),
-            "epoch": epoch,
-            "tokens": tokens,
+            "epoch": self._epoch(),
+            "tokens": self.progress.step * self.config.data.total_batch_size,
             "run_name": self.run_name,
             "data_fingerprint": self.data_fingerprint,
-            "config": plain_config,
-            "rng": rng,
+            "config": self.config.to_dict(),
             **self.learner.state(),
         }
-        return checkpoint.save(
-            settings.checkpoint_dir,
-            state,
-            facts,
-            keep_last=settings.keep_last,
-            resumed_from=self.start.path,
-        )
 
     def _stopped(self, reason: int) -> Result:
         if reason == PRUNE:
             self.write_status("stopped", "pruned")
             return self._result("pruned")
-        self._save()
+        self.saver.finish(self._facts(), self._state)
         by = "on request" if reason == STOP else f"by signal {reason}"
-        self.metrics.message(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
+        self._say(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
         self.write_status("stopped", by)
         return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def _finished(self) -> Result:
-        if self.saved_step == self.progress.step == self.start.step:
-            self.metrics.message(
+        if self.saver.saved_step == self.progress.step == self.start.step:
+            self._say(
                 f"Nothing to do: step {self.progress.step} of {self.total_steps} is reached; "
                 "raise --max_steps or --epochs to go on"
             )
         else:
             self._announce_epoch()
-            self._save()
+            self.saver.finish(self._facts(), self._state)
         self.write_status("finished")
         return self._result("finished")
 
@@ -324,7 +405,7 @@ class Training:
 
     def _introduce(self, data: Catalog) -> None:
         """What is about to train, on what, and where it is kept."""
-        run_config, world, say = self.config, self.world, self.metrics.message
+        run_config, world, say = self.config, self.world, self._say
         if self.start.state is not None:
             say(f"Loading checkpoint from: {self.start.path}")
             say("Resuming from:")
@@ -354,7 +435,16 @@ class Training:
             kept.append(f"TensorBoard {run_config.watch.runs_dir / self.run_name}")
         say("Kept in: " + ", ".join(kept))
 
+    def _say(self, text: str) -> None:
+        self.metrics.message(text)
+
+    def _beat(self) -> None:
+        """Keeps the status current, so that a dead run can be told from a living one."""
+        if time.monotonic() - self.status_written > BEAT_EVERY_S:
+            self.write_status("running")
+
     def write_status(self, state: status.State, reason: str | None = None) -> None:
+        self.status_written = time.monotonic()
         if not self.world.is_main:
             return
         run_config = self.config

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
@@ -28,7 +29,7 @@ class Loader:
         self,
         shards: ShardSet,
         line: Order,
-        steps: range,
+        steps: Iterable[int],
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -63,7 +64,7 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, steps: range) -> None:
+    def _read(self, steps: Iterable[int]) -> None:
         try:
             for step in steps:
                 rows = self._line.rows(step, self._rank, self._world_size)

@@ -1,5 +1,8 @@
 """Validation loss: the mean over fixed rows, the same for every world size."""
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,15 +21,22 @@ def validation_loss(
     world: World,
     mini_batch_size: int,
     autocast: torch.autocast,
-) -> float:
+    stop: Callable[[], int] = lambda: 0,
+) -> float | None:
     """Mean cross entropy in nats per token over `rows`, which all ranks share between them.
 
-    `net(tokens_BT, targets_BT)` gives the summed loss. The result is the same on every rank.
+    `net(tokens_BT, targets_BT)` gives the summed loss. The result is the same on every rank; it is
+    None if `stop()` was not 0 on some rank before the end.
     """
     mine = order.share(len(rows), world.rank, world.size)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    micros = order.micro_batches(rows[mine.start : mine.stop], mini_batch_size)
+    largest_share = -(-len(rows) // world.size)
     with evaluating(net), autocast:
-        for micro in order.micro_batches(rows[mine.start : mine.stop], mini_batch_size):
-            tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(micro)))
-            total += net(tokens_BT, targets_BT)
+        for _ in range(-(-largest_share // mini_batch_size)):  # as many rounds on every rank
+            if world.highest(stop()):
+                return None
+            for micro in itertools.islice(micros, 1):
+                tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(micro)))
+                total += net(tokens_BT, targets_BT)
     return float(world.sum(total)) / (len(rows) * shards.block_size)

@@ -1,0 +1,108 @@
+"""Whether a file is whole, and whose it is: SHA-256 of its pieces, and a signature of those.
+
+Digests of pieces instead of one of the whole, because one SHA-256 cannot use a second core: a
+resume would wait for it longer than for the disk.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+PIECE_BYTES = 64 << 20
+KEY_BYTES = 32
+_READ_BYTES = 4 << 20
+
+
+class HashingWriter:
+    """A file for torch.save that digests what passes; the archive is written front to back."""
+
+    def __init__(self, file: BinaryIO, piece_bytes: int = PIECE_BYTES) -> None:
+        self._file = file
+        self._piece_bytes = piece_bytes
+        self._left = piece_bytes
+        self._digest = hashlib.sha256()
+        self._done: list[str] = []
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        while len(rest) > self._left:
+            self._digest.update(rest[: self._left])
+            rest = rest[self._left :]
+            self._done.append(self._digest.hexdigest())
+            self._digest, self._left = hashlib.sha256(), self._piece_bytes
+        self._digest.update(rest)
+        self._left -= len(rest)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digests(self) -> list[str]:
+        """SHA-256 of each piece so far, the last one as short as it is."""
+        return [*self._done, self._digest.hexdigest()]
+
+
+def is_whole(handle: int, digests: Sequence[str], piece_bytes: int) -> bool:
+    """Whether the pieces of an open file have these digests; as many cores as there are work."""
+    buffers: list[bytearray] = []
+
+    def is_good(number: int) -> bool:
+        buffer = buffers.pop() if buffers else bytearray(_READ_BYTES)
+        digest, place, end = hashlib.sha256(), number * piece_bytes, (number + 1) * piece_bytes
+        while place < end:
+            view = memoryview(buffer)[: min(len(buffer), end - place)]
+            if not (count := os.preadv(handle, [view], place)):
+                break
+            digest.update(view[:count])
+            place += count
+        buffers.append(buffer)
+        return digest.hexdigest() == digests[number]
+
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
+        return all(threads.map(is_good, range(len(digests))))
+
+
+def sign(digests: Sequence[str]) -> str | None:
+    """Proof that this user vouches for the digests; None where no key can be made."""
+    key = _signing_key(create=True)
+    return _signature(key, digests) if key else None
+
+
+def is_signed(digests: Sequence[str], signature: str | None) -> bool:
+    """Whether `signature` is what this user's key gives for the digests."""
+    key = _signing_key(create=False)
+    if key is None or signature is None:
+        return False
+    return hmac.compare_digest(_signature(key, digests).encode(), str(signature).encode())
+
+
+def _signature(key: bytes, digests: Sequence[str]) -> str:
+    return hmac.new(key, "".join(digests).encode(), "sha256").hexdigest()
+
+
+def _signing_key(create: bool) -> bytes | None:
+    """This user's key; None where there is none and none can be made (a read-only home)."""
+    try:
+        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+        path = Path(home) / "gpt2-from-scratch" / "key"
+        if create and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
+            handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(secrets.token_bytes(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was first: its key counts
+                os.link(fresh, path)
+            fresh.unlink()
+        key = path.read_bytes()
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    return key if len(key) == KEY_BYTES else None  # a key that anybody could guess proves nothing

@@ -1,0 +1,77 @@
+"""One run per checkpoint folder: two would overwrite and prune each other's checkpoints."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpt2.errors import CheckpointError
+
+NAME = "run.lock"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that trains here."""
+
+    host: str
+    pid: int
+    started: str
+    """local time"""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder is this process's while the block runs; the kernel frees it when a process dies.
+
+    Raises CheckpointError, naming the owner, while another process has it.
+    """
+    with (folder / NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another run trains in {folder}: {_describe(owner(folder))}; stop it first, or "
+                "keep this run elsewhere with --out_dir NAME"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # A file system without locks: better a run without one than none.
+        me = Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+        file.truncate(0)
+        file.write(json.dumps(asdict(me)) + "\n")
+        file.flush()
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process has the folder."""
+    try:
+        with (folder / NAME).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def owner(folder: Path) -> Owner | None:
+    """Who has the folder, or had it last."""
+    try:
+        return Owner(**json.loads((folder / NAME).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _describe(owner: Owner | None) -> str:
+    if owner is None:
+        return "a process that has not said its name"
+    return f"process {owner.pid} on {owner.host}, since {owner.started}"
