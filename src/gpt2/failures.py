@@ -41,6 +41,7 @@ class Watch:
     def __enter__(self) -> Self:
         faulthandler.enable()  # also when NCCL's own watchdog aborts the process
         self._thread.start()
+        _on_death_of_parent(0)
         return self
 
     def __exit__(
@@ -89,7 +90,8 @@ class Watch:
         watched = True
         while not self._over.wait(LOOK_EVERY_S):
             if os.getppid() != self._parent:
-                _say(f"rank {self._rank}: torchrun is gone")  # and SIGTERM has come
+                _say(f"rank {self._rank}: torchrun is gone")
+                os.kill(os.getpid(), signal.SIGTERM)  # a run in its loop saves, any other ends
                 if not self._over.wait(GRACE_S):
                     os._exit(1)
                 return
@@ -107,11 +109,16 @@ class Watch:
 
 
 def end_with_parent() -> None:
-    """SIGTERM when torchrun dies, whatever kills it: a run in its loop saves, any other ends."""
+    """Until a `Watch` begins: SIGKILL when torchrun dies, whatever kills it."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _on_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _on_death_of_parent(number: int) -> None:
+    """A signal from the kernel; it may come several times, once for each thread of the parent."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _is_contact_lost(error: Exception) -> bool:

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+
+from faults.harness import TABLE
+from support import run_command, small_flags, train_command
+
+FLAGS = {"max_steps": 60, "checkpoint_interval": 4, "decay_steps": 60, "eval_interval": 20}
+
+
+@pytest.fixture(scope="session")
+def reference(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 steps on 2 ranks, with dropout, never stopped."""
+    out = tmp_path_factory.mktemp("reference")
+    run_command(train_command(small_flags(data_root, out, **FLAGS), ranks=2))
+    return out
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not TABLE:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'fault':<44} trials  survived  steps lost (mean, most)")
+    for row in TABLE.values():
+        mean = sum(row.steps_lost) / len(row.steps_lost)
+        terminalreporter.write_line(
+            f"{row.fault:<44} {row.trials:>6}  {row.survived:>8}  "
+            f"{mean:>10.1f} {max(row.steps_lost):>6}"
+        )
