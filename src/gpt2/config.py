@@ -5,6 +5,7 @@ nowhere else. `None` means off. Values that cannot work, alone or together, rais
 """
 
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Mapping
@@ -102,6 +103,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "cache_gb")
+        _require(self.cache_gb != math.inf, "cache_gb=inf; None is no limit")
         require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
 
 

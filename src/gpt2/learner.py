@@ -62,6 +62,9 @@ class Learner:
         self.local_net: nn.Module = self.model
         if compiled:
             self.local_net = cast(nn.Module, torch.compile(self.model))
+        self.mini_batch_size = run_config.data.mini_batch_size
+        if run_config.data.auto_mini_batch:
+            self._fit_mini_batch()
         self.net = self.local_net
         if world.size > 1:
             self.net = DistributedDataParallel(
@@ -70,9 +73,6 @@ class Learner:
                 gradient_as_bucket_view=True,
             )
             self._settle_buckets(compiled)
-        self.mini_batch_size = run_config.data.mini_batch_size
-        if run_config.data.auto_mini_batch:
-            self._fit_mini_batch()
         _seed_streams(machine.seed, world.rank)
 
     def learn(self, micros: Sequence[MicroBatch], learning_rate: float) -> Update:
@@ -162,14 +162,14 @@ class Learner:
         three and more ranks' gradients are added. Without this, the first step after a resume
         would differ in the last bit from the same step of a run that was never stopped.
         """
-        data = self.config.data
         share = len(order.share(self.config.rows_per_step, self.world.rank, self.world.size))
-        rows = min(data.mini_batch_size, share) if compiled else 1  # compile for the real shape
+        rows = min(self.mini_batch_size, share) if compiled else 1  # compile for the real shape
         shape = (rows, self.config.model.block_size)
         tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
-        with self.autocast:
-            loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
-        loss.backward()
+        with _memory_for(*shape):
+            with self.autocast:
+                loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
+            loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
 

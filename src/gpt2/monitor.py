@@ -154,7 +154,7 @@ def print_assumed_forecast(
 ) -> None:
     """The forecast of a run that has not begun, and what it assumes."""
     try:
-        data = catalog(Storage.of(config.data))
+        data = catalog(Storage(config.data.data_root))
         tokens, shards = data.tokens("train"), len(data.of("train"))
         source = f"the data in {config.data.data_root}"
     except DataError:

@@ -1,4 +1,4 @@
-"""Where a run begins: afresh, with a checkpoint's weights, or where a checkpoint left off."""
+"""Where a run begins: its data, and afresh, with a checkpoint's weights, or where one left off."""
 
 import sys
 from dataclasses import dataclass
@@ -9,8 +9,12 @@ import torch
 
 from gpt2 import checkpoint, config, distributed
 from gpt2.config import RunConfig
+from gpt2.data import corpora, prepare
+from gpt2.data.cache import Cache
+from gpt2.data.shards import MANIFEST, Catalog, catalog
+from gpt2.data.storage import Storage
 from gpt2.distributed import World
-from gpt2.errors import CheckpointError
+from gpt2.errors import CheckpointError, DataError
 from gpt2.tables import counted
 
 
@@ -86,6 +90,29 @@ class Start:
             if run_config.model.dropout > 0:
                 notes.append("Dropout draws other numbers: its streams belong to the ranks")
         return notes
+
+
+def open_data(run_config: RunConfig, world: World) -> Catalog:
+    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
+    settings = run_config.data
+    storage = Storage(settings.data_root)
+    limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
+    cache = Cache(settings.cache_dir, limit_bytes)
+
+    def find() -> Catalog:
+        folder = storage.path
+        corpus = corpora.find(folder.name) if folder else None
+        if folder and corpus and corpus.embedded and not (folder / MANIFEST).exists():
+            prepare.prepare(corpus, folder)
+        return catalog(storage, cache)
+
+    data = world.on_main(find)
+    if data.vocab_size > run_config.model.vocab_size:
+        raise DataError(
+            f"{storage} has token ids up to {data.vocab_size - 1}, the model only "
+            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
+        )
+    return data
 
 
 def _require_fresh(folder: Path) -> None:

@@ -17,26 +17,25 @@ from typing import Literal
 
 from gpt2 import checkpoint, distributed, estimate, generate, lock, metrics, status
 from gpt2.config import RunConfig
-from gpt2.data import corpora, order, prepare
+from gpt2.data import order
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
-from gpt2.data.shards import MANIFEST, Catalog, ShardSet, catalog
-from gpt2.data.storage import Storage
+from gpt2.data.shards import Catalog, ShardSet
 from gpt2.distributed import StopRequest, World
-from gpt2.errors import ConfigError, DataError, TrainingError
+from gpt2.errors import ConfigError, TrainingError
 from gpt2.evaluation.loss import validation_loss
 from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
 from gpt2.saving import Saver
 from gpt2.schedule import is_due, lr_at
-from gpt2.start import Start
+from gpt2.start import Start, open_data
 from gpt2.tables import counted
 
 Answer = Literal["go", "prune", "stop"]
 Report = Callable[..., Answer]
 # Answers of `report` share a number line with signals, so that all ranks agree on one number.
 STOP, PRUNE = 1001, 1002
-BEAT_EVERY_S = 15
+BEAT_EVERY_S, DATA_SLICE_S = 15, 1.0
 
 
 def always_go(**_metrics: float) -> Answer:
@@ -84,7 +83,7 @@ def run(run_config: RunConfig, report: Report = always_go) -> Result:
 
 
 def _train(run_config: RunConfig, world: World, report: Report) -> Result:
-    data = _open_data(run_config, world)
+    data = open_data(run_config, world)
     with _claimed_folder(run_config, world):
         training = Training(run_config, world, data, Start.find(run_config, world))
         try:
@@ -160,6 +159,8 @@ class Training:
                     continue
                 self._save_if_due()
                 self._announce_epoch()
+                if reason := self._stop_before_data(stop):
+                    return self._stopped(reason)
                 record = self._train_step()
                 self.metrics.step(record)
                 self._ask(report, stop, step=record.step, loss=record.loss)
@@ -170,11 +171,23 @@ class Training:
                 return self._stopped(self.world.highest(stop.number))
             return self._finished()
 
+    def _stop_before_data(self, stop: StopRequest) -> int:
+        """Waits until every rank has the batches of the next step; why to stop, if that comes
+        first. A shard that is long in coming keeps no rank waiting in a collective."""
+        while True:
+            ready = self.loader.is_ready(within_s=DATA_SLICE_S)
+            if reason := self.world.highest(stop.number):
+                return reason
+            if not self.world.highest(not ready):
+                return 0
+
     def close(self) -> None:
         """Lets what is being written reach the disk, and ends the threads."""
-        self.saver.wait()
-        self.loader.close()
-        self.metrics.close()
+        try:
+            self.saver.wait()
+        finally:
+            self.loader.close()
+            self.metrics.close()
 
     def _loader(self) -> Loader:
         return Loader(
@@ -309,7 +322,8 @@ class Training:
         step = self.progress.step
         if step == 0:
             return
-        for epoch in range(self.order.epoch_at(step - 1), self.order.epoch_at(step)):
+        before, now = (self.order.epoch_at(self._portion(at)) for at in (step - 1, step))
+        for epoch in range(before, now):
             self._say(f"Completed Epoch {epoch}")
             if step < self.total_steps:
                 if self.order.shuffle != "none":
@@ -319,7 +333,7 @@ class Training:
 
     def _epoch(self) -> int:
         """The epoch of the last update (of the first one, before it)."""
-        return self.order.epoch_at(max(0, self.progress.step - 1))
+        return self.order.epoch_at(self._portion(max(0, self.progress.step - 1)))
 
     def _save_if_due(self) -> None:
         progress = self.progress
@@ -410,7 +424,7 @@ class Training:
             say(f"Loading checkpoint from: {self.start.path}")
             say("Resuming from:")
             say(f"  - Step: {self.progress.step}")
-            say(f"  - Epoch: {self.order.epoch_at(self.progress.step)}")
+            say(f"  - Epoch: {self.order.epoch_at(self._portion(self.progress.step))}")
             for note in self.start.notes(run_config, world):
                 say(f"  - {note}")
         weights = sum(part.numel() for part in self.learner.model.parameters())
@@ -424,7 +438,7 @@ class Training:
             f"{data.tokens('val'):,} for validation"
         )
         if data.storage.path is None:
-            say(f"  - {data.storage.cache}")
+            say(f"  - {data.cache}")
         say(
             f"Plan: {self.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
             f"(gradient accumulation {accumulation}), "
@@ -463,26 +477,6 @@ class Training:
         folder = run_config.checkpoint.checkpoint_dir
         with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report
             status.write(folder, plan, state, self.progress.step, reason)
-
-
-def _open_data(run_config: RunConfig, world: World) -> Catalog:
-    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
-    storage = Storage.of(run_config.data)
-
-    def find() -> Catalog:
-        folder = storage.path
-        corpus = corpora.find(folder.name) if folder else None
-        if folder and corpus and corpus.embedded and not (folder / MANIFEST).exists():
-            prepare.prepare(corpus, folder)
-        return catalog(storage)
-
-    data = world.on_main(find)
-    if data.vocab_size > run_config.model.vocab_size:
-        raise DataError(
-            f"{storage} has token ids up to {data.vocab_size - 1}, the model only "
-            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
-        )
-    return data
 
 
 def _require_enough_rows(run_config: RunConfig, world: World) -> None:

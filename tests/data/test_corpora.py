@@ -113,13 +113,40 @@ def test_what_cannot_be_one_corpus(tmp_path: Path):
     (tmp_path / "b.parquet").touch()
     with pytest.raises(DataError, match=r"\.parquet, \.txt cannot be one corpus"):
         corpora.local_files("x", [str(tmp_path / "*")])
+    (tmp_path / "c.csv").touch()
+    with pytest.raises(DataError, match=r"files of kind \.csv cannot be read; known: \.txt, "):
+        corpora.local_files("x", [str(tmp_path / "*")])
+    with pytest.raises(
+        DataError, match=r"no file matches .*; for a folder's files type '.*\*\.txt'"
+    ):
+        corpora.local_files("x", [str(tmp_path)])
+
+
+def test_the_same_file_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    assert texts(corpora.local_files("x", ["a.txt", "*.txt", "./a.txt"])) == ["one"]
+
+
+def test_other_files_under_the_same_names_are_another_corpus(tmp_path: Path):
+    def source(text: str) -> str:
+        (tmp_path / "a.txt").write_text(text)
+        return corpora.local_files("x", [str(tmp_path / "a.txt")]).source
+
+    assert source("one") == source("one")
+    assert len({source("one"), source("two"), source("one more")}) == 3
+
+
+def test_a_null_is_an_empty_document(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    assert texts(corpora.local_files("x", [str(tmp_path / "a.jsonl")])) == ["one", ""]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"body": "one"}\n', "record 0 has no text in field 'text'; its fields: body; choose"),
-        ('{"text": "one"}\n{"text": null}\n', "record 1 has no text in field 'text'"),
+        ('{"text": 1}\n', "record 0 has a value of type int in field 'text', not text"),
         ("no json", "cannot read .*a.jsonl"),
     ],
 )

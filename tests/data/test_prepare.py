@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,24 @@ def test_a_corpus_of_one_shard_has_nothing_to_train_on(tmp_path: Path):
     corpus = Corpus(
         "short", "a test", 1000, documents=lambda skip: iter([Document("short")][skip:])
     )
-    with pytest.raises(DataError, match="use --shard_tokens"):
+    with pytest.raises(DataError, match="use more text, or --val_tokens 1"):
         prepare.prepare(corpus, tmp_path, workers=1)
     assert not (tmp_path / "manifest.json").exists()
+    prepare.prepare(corpus, tmp_path, workers=1, val_tokens=1)  # as the error says
+
+
+@pytest.mark.parametrize(("shard_tokens", "count"), [(100_000, 2), (20_000, 4)])
+def test_a_small_corpus_gives_a_tenth_for_validation(tmp_path: Path, shard_tokens, count):
+    whole = prepare.prepare(support.SMALL_CORPUS, tmp_path / "whole", workers=1).shards
+    corpus = replace(support.SMALL_CORPUS, tokens_per_shard=shard_tokens, val_tokens=15_000)
+    found = prepare.prepare(corpus, tmp_path / "split", workers=1).shards
+    tokens = sum(shard.tokens for shard in whole)
+    assert [shard.split for shard in found] == ["val", *["train"] * (count - 1)]
+    assert found[0].tokens == tokens // 10
+    parts = [np.load(tmp_path / "split" / shard.file) for shard in found]
+    expected = [np.load(tmp_path / "whole" / shard.file) for shard in whole]
+    assert np.array_equal(np.concatenate(parts), np.concatenate(expected))
+    assert max(shard.tokens for shard in found) <= shard_tokens
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
@@ -137,7 +153,9 @@ def test_shards_of_unknown_origin_are_left_alone(tmp_path: Path):
     assert (tmp_path / "theirs_000001.npy").exists()
 
 
-def test_going_on_with_other_options_is_refused(tmp_path: Path):
+def test_going_on_with_other_options_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)  # so that shards are finished before
+
     def broken(skip: int):
         yield from support.small_documents(skip)
         raise DataError("the source broke off")

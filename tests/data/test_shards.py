@@ -132,7 +132,9 @@ def test_shard_of_another_length_or_type_is_named(copy: Path):
     with pytest.raises(DataError, match=rf"{victim.name} holds .* the manifest says .*--overwrite"):
         open_train(copy)
     np.save(victim, tokens.astype(np.int32))
-    with pytest.raises(DataError, match=rf"{victim.name} is .*int32; needed: uint16 or uint32"):
+    with pytest.raises(
+        DataError, match=rf"{victim.name} is .*int32; needed: 1-dimensional uint16 or uint32"
+    ):
         open_train(copy)
 
 

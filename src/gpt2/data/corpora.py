@@ -1,6 +1,7 @@
 """Where documents come from. A new corpus is one row of CORPORA, or a function like those below."""
 
 import glob
+import hashlib
 import itertools
 import os
 import sysconfig
@@ -30,6 +31,8 @@ class Corpus:
     tokens_per_shard: int
     documents: Callable[[int], Iterator[Document]]
     """the documents after the first so many"""
+    val_tokens: int | None = None
+    """tokens of the validation split, a tenth of the corpus at most; None is exactly one shard"""
     count: Callable[[], int | None] = lambda: None
     """how many documents there are, where that is cheap to know"""
     embedded: bool = False
@@ -53,6 +56,7 @@ def hub(
     text_field: str = "text",
     streaming: bool = True,
     tokens_per_shard: int = 100_000_000,
+    val_tokens: int | None = None,
 ) -> Corpus:
     """A data set of the Hugging Face hub, or of a local folder, by its `datasets` name."""
 
@@ -62,7 +66,7 @@ def hub(
         )
 
     source = " ".join(filter(None, (repo, config, split, text_field)))
-    return Corpus(name, source, tokens_per_shard, documents)
+    return Corpus(name, source, tokens_per_shard, documents, val_tokens)
 
 
 # The loader of the `datasets` library for each kind of file, and its options.
@@ -73,6 +77,8 @@ FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 COMPRESSIONS = (".gz", ".zst")
+VAL_TOKENS = 10_000_000
+FINGERPRINT_BYTES = 4096
 
 
 def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> Corpus:
@@ -81,14 +87,18 @@ def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> 
     Raises DataError if nothing matches or the kinds are mixed.
     """
     matches = itertools.chain.from_iterable(glob.glob(item, recursive=True) for item in patterns)
-    files = sorted({file for file in matches if Path(file).is_file()})
+    files = sorted({os.path.normpath(file) for file in matches if Path(file).is_file()})
     if not files:
-        raise DataError(f"no file matches {' '.join(patterns)}")
+        folder = next((item for item in patterns if Path(item).is_dir()), None)
+        hint = f"; for a folder's files type '{Path(folder or '.') / '*.txt'}'" if folder else ""
+        raise DataError(f"no file matches {' '.join(patterns)}{hint}")
     kinds = {_kind(Path(file)) for file in files}
-    if len(kinds) > 1 or not kinds <= FILE_LOADERS.keys():
+    known = f"{', '.join(FILE_LOADERS)}, each also with {' or '.join(COMPRESSIONS)}"
+    if unknown := sorted(kinds - FILE_LOADERS.keys()):
+        raise DataError(f"files of kind {', '.join(unknown)} cannot be read; known: {known}")
+    if len(kinds) > 1:
         raise DataError(
-            f"files of kind {', '.join(sorted(kinds))} cannot be one corpus; give files of one "
-            f"kind: {', '.join(FILE_LOADERS)}, each also with {' or '.join(COMPRESSIONS)}"
+            f"files of kind {', '.join(sorted(kinds))} cannot be one corpus; give files of one kind"
         )
     loader, options = FILE_LOADERS[kinds.pop()]
     field = "text" if loader == "text" else text_field
@@ -105,8 +115,8 @@ def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> 
             **options,
         )
 
-    source = f"{len(files)} files {' '.join(patterns)} {field}"
-    return Corpus(name, source, 100_000_000, documents)
+    source = f"{len(files)} files {' '.join(patterns)} {field} {_fingerprint(files)}"
+    return Corpus(name, source, 100_000_000, documents, VAL_TOKENS)
 
 
 def find(name: str) -> Corpus | None:
@@ -124,11 +134,17 @@ def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterato
     try:
         records = datasets.load_dataset(**options)
         for number, record in enumerate(records.skip(skip) if skip else records, skip):
-            text = record.get(text_field)
-            if not isinstance(text, str):
+            if text_field not in record:
                 raise DataError(
                     f"{source}: record {number} has no text in field {text_field!r}; its fields: "
                     f"{', '.join(record)}; choose one with --text_field"
+                )
+            text = "" if record[text_field] is None else record[text_field]  # counted as empty
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{source}: record {number} has a value of type {type(text).__name__} in field "
+                    f"{text_field!r}, not text; its fields: {', '.join(record)}; choose one with "
+                    "--text_field"
                 )
             yield Document(text, replaced="\ufffd" in text)
     except DataError:
@@ -136,6 +152,19 @@ def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterato
     except Exception as error:  # the library and what it calls raise without a common base
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"cannot read {source}: {reason[0]}") from error
+
+
+def _fingerprint(files: list[str]) -> str:
+    """Digest of the sizes, beginnings and ends of files: others under the same names differ."""
+    digest = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            end = file.read()
+            file.seek(0)
+            digest.update(b"%d " % size + file.read(FINGERPRINT_BYTES) + end)
+    return digest.hexdigest()[:16]
 
 
 def _kind(path: Path) -> str:

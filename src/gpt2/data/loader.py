@@ -1,5 +1,6 @@
 """The batches of a run, read ahead on a background thread."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterable
@@ -39,15 +40,26 @@ class Loader:
         self._shards = shards
         self._pin_memory = pin_memory
         self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._next: list[MicroBatch] | BaseException | None = None
         self._closed = threading.Event()
         self._line, self._mini_batch_size = line, mini_batch_size
         self._rank, self._world_size = rank, world_size
-        self._thread = threading.Thread(target=self._read, args=(steps,), name="loader")
+        self._thread = threading.Thread(
+            target=self._read, args=(steps,), name="loader", daemon=True
+        )
         self._thread.start()
+
+    def is_ready(self, within_s: float) -> bool:
+        """Waits for the next step's batches, but no longer than that."""
+        if self._next is None:
+            with contextlib.suppress(queue.Empty):
+                self._next = self._ready.get(timeout=within_s)
+        return self._next is not None
 
     def next_step(self) -> list[MicroBatch]:
         """The micro-batches of the next step."""
-        item = self._ready.get()
+        item = self._ready.get() if self._next is None else self._next
+        self._next = None
         if isinstance(item, BaseException):
             raise item
         return item
@@ -55,7 +67,6 @@ class Loader:
     def close(self) -> None:
         """Ends the thread, wherever it is; what it has read ahead is dropped."""
         self._closed.set()
-        self._shards.close()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -86,7 +97,7 @@ class Loader:
         return False
 
     def _micro_batch(self, rows: order.Rows) -> MicroBatch:
-        inputs, targets = self._shards.read(rows)
+        inputs, targets = self._shards.read(rows, stop=self._closed)
         return self._tensor(inputs), self._tensor(targets)
 
     def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:

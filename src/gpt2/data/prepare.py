@@ -5,7 +5,9 @@ and at which token of which document the next one begins. It is replaced after e
 removed when `manifest.json`, written last, says that the folder is whole.
 """
 
+import contextlib
 import ctypes
+import errno
 import hashlib
 import itertools
 import json
@@ -29,7 +31,8 @@ import gpt2
 from gpt2 import atomic, tokenizer
 from gpt2.data import shards
 from gpt2.data.corpora import Corpus, Document
-from gpt2.data.shards import DTYPE, MANIFEST, PROGRESS, Manifest, Shard, Split
+from gpt2.data.formats import DTYPE
+from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split
 from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 
@@ -122,8 +125,9 @@ def prepare(
     read, or the disk is full.
     """
     shard_tokens = shard_tokens or corpus.tokens_per_shard
+    default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
     recipe = Recipe(
-        corpus.name, corpus.source, shard_tokens, val_tokens or shard_tokens, max_tokens
+        corpus.name, corpus.source, shard_tokens, val_tokens or default_val_tokens, max_tokens
     )
     journal = _Journal(folder, recipe, command or shards.command(folder))
     try:
@@ -134,8 +138,12 @@ def prepare(
             return _finished(folder, recipe)
         done, position = journal.begin()
         writer = _ShardWriter(folder, recipe, done)
+        tenth = corpus.val_tokens is not None and val_tokens is None
         processes = workers or len(os.sched_getaffinity(0))
         counts = _write(corpus, recipe, writer, journal, position, processes, console)
+        if tenth and writer.leaves_too_little():
+            journal.record([], Position())  # what is on the disk is replaced
+            writer.split_anew()
         return _finish(folder, recipe, writer, counts)
     except BrokenProcessPool:
         raise DataError(
@@ -143,11 +151,13 @@ def prepare(
             "--workers 1 needs the least"
         ) from None
     except OSError as error:
+        reason = f"cannot write {folder}: {error.strerror or error}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            raise DataError(f"{reason}; choose another folder with --out") from error
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise DataError(
-            f"cannot write {folder}: {error.strerror or error} ({free / 1e9:.1f} GB free); "
-            "finished shards are kept: make room and type the same command again, or choose "
-            "another folder with --out"
+            f"{reason} ({free / 1e9:.1f} GB free); finished shards are kept: make room and type "
+            "the same command again, or choose another folder with --out"
         ) from error
 
 
@@ -185,8 +195,7 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
     if len(writer.shards) < 2:
         raise DataError(
             f"{recipe.corpus} has {writer.written} tokens, which is one shard, and the first is "
-            f"for validation; use --shard_tokens {max(2, writer.written // 10)} or less "
-            "and --overwrite"
+            f"for validation; use more text, or --val_tokens {max(1, writer.written // 10)}"
         )
     manifest = Manifest(
         corpus=recipe.corpus,
@@ -236,7 +245,10 @@ class _Journal:
             raise DataError(
                 f"{path} cannot be read ({error}); start anew with --overwrite"
             ) from error
-        _require_same(self._folder, self._recipe, begun_with, "was begun")
+        if done:  # else nothing is there that another recipe could contradict
+            _require_same(self._folder, self._recipe, begun_with, "was begun")
+        else:
+            self.record([], Position())
         atomic.sweep(self._folder, mine=lambda name: name.startswith(self._recipe.corpus))
         return done, position
 
@@ -313,6 +325,24 @@ class _ShardWriter:
         if self._pending:
             self._flush()
 
+    def leaves_too_little(self) -> bool:
+        """Whether the validation split would be more than a tenth of all."""
+        return 1 < self.written < 10 * self._recipe.val_tokens
+
+    def split_anew(self) -> None:
+        """Writes a tenth for validation and the rest for training."""
+        begun = [np.load(self._folder / shard.file) for shard in self.shards]
+        tokens = np.concatenate([*begun, *self._parts])
+        for shard in self.shards:
+            (self._folder / shard.file).unlink()
+        self.shards = []
+        first = max(1, len(tokens) // 10)
+        size = self._recipe.shard_tokens
+        for part in (tokens[:first], *np.split(tokens[first:], range(size, len(tokens), size))):
+            if len(part):
+                self._parts = [part]
+                self._flush()
+
     def _flush(self) -> None:
         split: Split = "train" if self.shards else "val"
         path = self._folder / f"{self._recipe.corpus}_{split}_{len(self.shards):06d}.npy"
@@ -338,7 +368,8 @@ def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
     try:
         for documents_of_batch in _batches(documents):
             texts = [document.text for document in documents_of_batch]
-            waiting.append((documents_of_batch, pool.submit(_encode, texts)))
+            with _deaf_to_interrupts():
+                waiting.append((documents_of_batch, pool.submit(_encode, texts)))
             if len(waiting) > BATCHES_PER_WORKER * workers:
                 first, future = waiting.popleft()
                 yield Batch(first, *future.result())
@@ -347,6 +378,16 @@ def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
             yield Batch(first, *future.result())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start now never get Ctrl+C, not even before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -1,16 +1,13 @@
-"""Token shards, ours and other people's: checked at opening, read from memory maps.
+"""Token shards, ours and other people's: found, checked at opening, read from memory maps."""
 
-Three formats: `.npy` (uint16 or uint32), llm.c's `.bin` (256 int32 of header, then uint16; as
-modded-nanogpt writes it too) and nanoGPT's `train.bin` and `val.bin` (uint16 and nothing else).
-"""
-
+import contextlib
 import hashlib
-import io
 import json
 import re
+import resource
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2 import atomic, tokenizer
-from gpt2.data import corpora
+from gpt2.data import corpora, formats
+from gpt2.data.cache import Cache
+from gpt2.data.formats import DTYPE, HEAD_BYTES, Tokens
 from gpt2.data.order import Rows
 from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 
 Split = Literal["train", "val"]
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
-DTYPE = np.dtype("<u2")
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_INTS = 20240520, 1, 256
-SAMPLED_IDS, HEAD_BYTES = 4096, 4096
-MAPS_AT_ONCE = 4
-"""far shards that stay open: the one in use, the one before it and those after it"""
+SAMPLED_IDS = 4096
+MAPS_AT_ONCE = 3
+"""far training shards that are open: the one in use, the one before it and the one after it"""
 AT_ONCE = 16
 """requests at a time for the headers of foreign shards"""
+NAMING = "names need train or val as a word, as in train.bin and x_val_000000.npy"
 SPLIT_WORDS: dict[str, Split] = {
     "train": "train",
     "val": "val",
@@ -86,7 +83,7 @@ class Manifest:
             values: dict[str, Any] = json.loads(content)
             shards = tuple(Shard(**shard) for shard in values.pop("shards"))
             return cls(**values, shards=shards)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{storage.full(MANIFEST)} cannot be read ({error}){way_out(storage)}"
             ) from error
@@ -101,6 +98,8 @@ class Catalog:
     vocab_size: int
     ours: bool
     """whether there is a manifest, with the SHA-256 of every shard"""
+    cache: Cache = Cache(Path("data/cache"))
+    """for copies of shards that are far away"""
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -114,21 +113,37 @@ class Catalog:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-def catalog(storage: Storage) -> Catalog:
+def catalog(storage: Storage, cache: Cache | None = None) -> Catalog:
     """The shards of a folder, URL or glob, by its manifest, or by the names of foreign files.
 
     Raises DataError if there are none, they are unfinished, or one is no shard.
     """
-    if not storage.is_glob and any(
-        storage.read_if_any(name) is not None for name in (MANIFEST, PROGRESS)
-    ):
-        manifest = Manifest.read(storage)
-        if manifest.tokenizer != tokenizer.NAME:
-            raise DataError(
-                f"{storage} was tokenised with {manifest.tokenizer}, runs use {tokenizer.NAME}"
-                f"{way_out(storage)}"
-            )
-        return Catalog(storage, manifest.shards, manifest.vocab_size, ours=True)
+    found = _catalog_of_ours(storage) or _catalog_of_others(storage)
+    return found if cache is None else replace(found, cache=cache)
+
+
+def _catalog_of_ours(storage: Storage) -> Catalog | None:
+    if storage.is_glob or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
+        return None
+    manifest = Manifest.read(storage)
+    if manifest.tokenizer != tokenizer.NAME:
+        raise DataError(
+            f"{storage} was tokenised with {manifest.tokenizer}, runs use {tokenizer.NAME}"
+            f"{way_out(storage)}"
+        )
+    if storage.path is None:  # here, opening tells
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            sizes = threads.map(lambda shard: storage.size(shard.file), manifest.shards)
+            for shard, size in zip(manifest.shards, sizes, strict=True):
+                if size != shard.bytes:
+                    raise DataError(
+                        f"{storage.full(shard.file)} has {size} bytes instead of {shard.bytes}"
+                        f"{way_out(storage)}"
+                    )
+    return Catalog(storage, manifest.shards, manifest.vocab_size, ours=True)
+
+
+def _catalog_of_others(storage: Storage) -> Catalog:
     files = [
         (name, size, split)
         for name, size in storage.files().items()
@@ -161,7 +176,7 @@ class ShardSet:
                 f"{shards.storage} has no {split} shard: its files need {split!r} as a part of "
                 f"their names, as in name_{split}_000000.npy or {split}.bin"
             )
-        self.rows_per_shard = tuple((shard.tokens - 1) // block_size for shard in self.shards)
+        self.rows_per_shard = tuple(max(0, shard.tokens - 1) // block_size for shard in self.shards)
         for shard, rows in zip(self.shards, self.rows_per_shard, strict=True):
             if rows == 0 and (len(self.shards) == 1 or shard is not self.shards[-1]):
                 raise DataError(
@@ -171,53 +186,81 @@ class ShardSet:
                 )
         self._catalog = shards
         self._come_and_go = shards.storage.path is None and split == "train"
-        self._maps: dict[int, Future[Tokens]] = {}
-        self._closed = threading.Event()
+        self._maps: dict[int, Future[_Mapped]] = {}
+        """by number, the one not used for longest first"""
         if self._come_and_go:
             _require_room(shards)
-        else:
-            for index in range(len(self.shards)):
-                self._maps[index] = Future()
-                self._maps[index].set_result(_open(shards, self.shards[index]))
+            return
+        _allow_open_files(len(self.shards))
+        for index, shard in enumerate(self.shards):
+            self._maps[index] = Future()
+            self._maps[index].set_result(_open(shards, shard))
 
-    def read(self, rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Inputs and targets of `rows`, each (B, T) int64."""
+    def read(
+        self, rows: Rows, stop: threading.Event | None = None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Inputs and targets of `rows`, each (B, T) int64.
+
+        Raises DataError for a token id outside the vocabulary, for a shard that does not arrive,
+        and if `stop` is set while it waits for one.
+        """
         length = self.block_size
         tokens = np.empty((len(rows), length + 1), dtype=np.int64)
         for index, (shard, row) in enumerate(rows.tolist()):
             start = row * length
-            tokens[index] = self._tokens(shard)[start : start + length + 1]
+            tokens[index] = self._tokens(shard, stop)[start : start + length + 1]
+        if tokens.size and (highest := tokens.max()) >= self._catalog.vocab_size:
+            shard = rows[int(tokens.max(axis=1).argmax())][0]
+            raise DataError(
+                f"{self._catalog.storage.full(self.shards[shard].file)} holds the token id "
+                f"{highest}, outside the vocabulary of {self._catalog.vocab_size}"
+            )
         return tokens[:, :-1], tokens[:, 1:]
 
     def expect(self, shard: int) -> None:
         """Begins to fetch a shard that is needed soon, in the background."""
-        known = self._maps.get(shard)
-        failed = known is not None and known.done() and known.exception() is not None
-        if known is None or failed:
-            while len(self._maps) >= MAPS_AT_ONCE:
-                del self._maps[next(iter(self._maps))]
-            future: Future[Tokens] = Future()
-            self._maps[shard] = future
-            # A daemon: an exit must not wait for a download.
-            threading.Thread(target=self._fetch, args=(shard, future), daemon=True).start()
+        if not self._come_and_go:
+            return
+        known = self._maps.pop(shard, None)
+        if known is not None and not (known.done() and known.exception()):
+            self._maps[shard] = known  # as the one used last
+            return
+        while len(self._maps) >= MAPS_AT_ONCE:
+            oldest = self._maps.pop(next(iter(self._maps)))
+            oldest.add_done_callback(_let_go)
+        future = self._maps[shard] = Future()
+        # A daemon: an exit must not wait for a download.
+        threading.Thread(target=self._fetch, args=(shard, future), daemon=True).start()
 
-    def close(self) -> None:
-        """Ends a `read` that waits for a shard, with an error."""
-        self._closed.set()
-
-    def _fetch(self, shard: int, future: "Future[Tokens]") -> None:
+    def _fetch(self, shard: int, future: "Future[_Mapped]") -> None:
         try:
             future.set_result(_open(self._catalog, self.shards[shard]))
         except BaseException as error:
             future.set_exception(error)
 
-    def _tokens(self, shard: int) -> Tokens:
+    def _tokens(self, shard: int, stop: threading.Event | None) -> Tokens:
         self.expect(shard)
         future = self._maps[shard]
         while not future.done():
-            if self._closed.wait(0.01):
-                raise DataError("the shards were closed while one of them was being fetched")
-        return future.result()
+            if stop is not None and stop.is_set():
+                raise DataError("stopped while a shard was being fetched")
+            wait([future], timeout=0.05)
+        return future.result().tokens
+
+
+def _let_go(future: "Future[_Mapped]") -> None:
+    """The copy of a shard that is no longer read may be removed from the cache."""
+    if future.exception() is None:
+        future.result().copy.close()
+
+
+def _allow_open_files(count: int) -> None:
+    """Each memory map keeps a file open, and many machines allow 1024 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def verify(storage: Storage, shard: Shard) -> str | None:
@@ -231,23 +274,13 @@ def verify(storage: Storage, shard: Shard) -> str | None:
         return str(error).removeprefix(f"{storage.full(shard.file)} ")
 
 
-def load(path: Path) -> Tokens:
-    """All tokens of a shard of any format, memory-mapped. Raises DataError if it is none."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-        layout = _layout(head, path.stat().st_size)
-        return np.memmap(path, layout.dtype, "r", layout.start, (layout.tokens,))
-    except (OSError, ValueError) as error:
-        raise DataError(_no_shard(str(path), error)) from error
-
-
 def first_tokens(storage: Storage, shard: Shard, count: int) -> list[int]:
     """The first `count` tokens of a shard, read from where it lies."""
-    layout = _layout(storage.read(shard.file, 0, HEAD_BYTES), shard.bytes)
-    end = layout.start + min(count, layout.tokens) * layout.dtype.itemsize
-    content = storage.read(shard.file, layout.start, end)
-    return [int(token) for token in np.frombuffer(content, layout.dtype)]
+    head = storage.read(shard.file, 0, HEAD_BYTES)
+    found = formats.layout(storage.full(shard.file), head, storage.size(shard.file))
+    end = found.start + min(count, found.tokens) * found.dtype.itemsize
+    content = storage.read(shard.file, found.start, end)
+    return [int(token) for token in np.frombuffer(content, found.dtype)]
 
 
 def command(folder: Path, again: bool = False) -> str:
@@ -263,98 +296,75 @@ def way_out(storage: Storage) -> str:
     """The end of an error about shards of ours: what to do about it."""
     if storage.path is None:
         return "; upload it again"
+    if corpora.find(storage.path.name) is None:
+        return "; make it again with the command that made it and --overwrite"
     return f"; make it again with: {command(storage.path, again=True)}"
 
 
-def _open(shards: Catalog, shard: Shard) -> Tokens:
+@dataclass(frozen=True)
+class _Mapped:
+    """The tokens of a shard, and what keeps its copy in the cache meanwhile."""
+
+    tokens: Tokens
+    copy: contextlib.ExitStack
+
+
+def _open(shards: Catalog, shard: Shard) -> _Mapped:
     """The tokens of a shard, fetched if it is far away, and checked."""
     storage, name = shards.storage, shards.storage.full(shard.file)
     mend = way_out(storage) if shards.ours else ""
 
     def wrong_on_arrival(path: Path) -> str | None:
-        with path.open("rb") as file:
-            if shards.ours:
+        if (size := path.stat().st_size) != shard.bytes:
+            return f"{size} bytes instead of {shard.bytes}"
+        if shards.ours:
+            with path.open("rb") as file:
                 return _wrong_sum(file, shard)
-        same = _foreign_shard(Storage(str(path.parent)), path.name, path.stat().st_size, "train")
-        return None if same.sha256 == shard.sha256 else "it is not the file that was there before"
+        here = Storage(str(path.parent))
+        same = _foreign_shard(here, path.name, size, shard.split).sha256 == shard.sha256
+        return None if same else "it is not the file that was there before"
 
-    try:
-        with storage.local_copy(shard.file, shard.bytes, wrong_on_arrival) as path:
+    with contextlib.ExitStack() as stack:
+        if storage.path is None:
+            copy = shards.cache.copy(storage, shard.file, shard.bytes, wrong_on_arrival)
+            path = stack.enter_context(copy)
+        else:
+            path = Path(name)
             if not path.exists():
-                raise DataError(f"{name} is in the manifest, but it is missing")
-            tokens = load(path)
-    except DataError as error:
-        raise DataError(f"{error}{mend}") from error
+                raise DataError(f"{name} is in the manifest, but it is missing{mend}")
+        try:
+            tokens = formats.load(path, name)
+        except DataError as error:
+            unreadable = isinstance(error.__cause__, OSError)
+            raise DataError(f"{error}{'' if unreadable else mend}") from error
+        _require_sound(shards, shard, tokens, mend)
+        return _Mapped(tokens, stack.pop_all())
+
+
+def _require_sound(shards: Catalog, shard: Shard, tokens: Tokens, mend: str) -> None:
+    name = shards.storage.full(shard.file)
     if len(tokens) != shard.tokens:
         raise DataError(
             f"{name} holds {len(tokens)} tokens, the manifest says {shard.tokens}{mend}"
         )
+    halves = tokens[1 : 2 * SAMPLED_IDS : 2]
+    if not shards.ours and tokens.dtype == DTYPE and len(halves) and not halves.any():
+        raise DataError(f"{name} holds 32-bit numbers; without a header only uint16 is known")
     highest = int(_sample(tokens).max(initial=0))
     if highest >= shards.vocab_size:
         raise DataError(
             f"{name} holds the token id {highest}, outside the vocabulary of {shards.vocab_size}: "
             f"it was written with another tokeniser{mend}"
         )
-    return tokens
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where in a file the tokens are."""
-
-    dtype: np.dtype[Any]
-    start: int
-    tokens: int
-
-
-def _layout(head: bytes, size: int) -> _Layout:
-    """The layout of a shard of `size` bytes that begins with `head`; ValueError if it is none."""
-    if head.startswith(np.lib.format.MAGIC_PREFIX):
-        layout = _layout_of_npy(head)
-    elif head[:4] == np.int32(LLMC_MAGIC).tobytes():
-        header = np.frombuffer(head[: 4 * LLMC_HEADER_INTS], dtype="<i4")
-        if len(header) < LLMC_HEADER_INTS:
-            raise ValueError("its header is cut off")
-        if header[1] != LLMC_VERSION:
-            raise ValueError(f"version {header[1]} of llm.c's format; only {LLMC_VERSION} is known")
-        layout = _Layout(DTYPE, header.nbytes, int(header[2]))
-    elif size == 0 or size % 2:
-        raise ValueError(f"{size} bytes are no whole number of uint16 tokens")
-    else:
-        layout = _Layout(DTYPE, 0, size // 2)
-    held = (size - layout.start) / layout.dtype.itemsize
-    if held != layout.tokens:
-        raise ValueError(f"its header says {layout.tokens} tokens, the file has {held:g}")
-    return layout
-
-
-def _layout_of_npy(head: bytes) -> _Layout:
-    file = io.BytesIO(head)
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read:
-        raise ValueError(f"version {version} of numpy's format")
-    shape, _, dtype = read[version](file)
-    if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
-        raise ValueError(f"{len(shape)}-dimensional {dtype}; needed: uint16 or uint32")
-    return _Layout(dtype, file.tell(), int(shape[0]))
 
 
 def _foreign_shard(storage: Storage, name: str, size: int, split: Split) -> Shard:
     """A shard without a manifest; its digest is of its size, its beginning and its end."""
-    try:
-        head = storage.read(name, 0, min(size, HEAD_BYTES))
-        layout = _layout(head, size)
-        tail = storage.read(name, max(0, size - HEAD_BYTES), size)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(_no_shard(storage.full(name), error)) from error
+    head = storage.read(name, 0, min(size, HEAD_BYTES))
+    tail = storage.read(name, max(0, size - HEAD_BYTES), size)
+    found = formats.layout(storage.full(name), head, size)
     digest = hashlib.sha256(b"%d " % size + head + tail).hexdigest()
-    return Shard(name, split, layout.tokens, size, digest)
+    return Shard(name, split, found.tokens, size, digest)
 
 
 def _wrong_sum(file: BufferedReader, shard: Shard) -> str | None:
@@ -363,14 +373,14 @@ def _wrong_sum(file: BufferedReader, shard: Shard) -> str | None:
 
 
 def _require_room(shards: Catalog) -> None:
-    """The cache must hold the validation split, the shard in use and the one after it."""
-    limit = shards.storage.cache.limit_bytes
+    """The cache must hold the validation split and all training shards that are open at once."""
+    limit = shards.cache.limit_bytes
     train = sorted((shard.bytes for shard in shards.of("train")), reverse=True)
-    needed = sum(shard.bytes for shard in shards.of("val")) + sum(train[:2])
+    needed = sum(shard.bytes for shard in shards.of("val")) + sum(train[:MAPS_AT_ONCE])
     if limit is not None and needed > limit:
         raise DataError(
             f"cache_gb={limit / 1e9:g} is too small for {shards.storage}: its validation split and "
-            f"two training shards take {needed / 1e9:.3g} GB; use --cache_gb "
+            f"{MAPS_AT_ONCE} training shards take {needed / 1e9:.3g} GB; use --cache_gb "
             f"{needed / 1e9 * 1.01:.3g} or more"
         )
 
@@ -391,21 +401,18 @@ def _sample(tokens: Tokens) -> Tokens:
     return sampled
 
 
-def _no_shard(name: str, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or error
-    return f"{name} is truncated, damaged or no shard ({reason})"
-
-
 def _missing(storage: Storage) -> str:
-    unfinished = not storage.is_glob and storage.read_if_any(PROGRESS) is not None
-    if storage.path is None and unfinished:
+    nothing = f"no training data in {storage.root}"
+    if storage.is_glob:
+        return f"{nothing}; {NAMING}"
+    unfinished = storage.read_if_any(PROGRESS) is not None
+    if unfinished and storage.path is None:
         return f"no {MANIFEST} in {storage}, but a {PROGRESS}: it is unfinished"
-    if storage.path is None:
-        return f"no training data in {storage.root}"
-    if unfinished:
-        begun = _begun_with(storage.path)
-        return f"{storage} is unfinished: it has no {MANIFEST}; go on with: {begun}"
-    return f"no training data in {storage.root}; make it with: {command(storage.path)}"
+    if unfinished and storage.path is not None:
+        return f"{storage} is unfinished: no {MANIFEST}; go on with: {_begun_with(storage.path)}"
+    if any(name.endswith((".npy", ".bin")) for name in storage.files()):
+        return f"no {MANIFEST} in {storage}; shards of others: {NAMING}"
+    return nothing if storage.path is None else f"{nothing}; make it with: {command(storage.path)}"
 
 
 def _begun_with(folder: Path) -> str:
