@@ -97,23 +97,25 @@ def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
 def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, step: int) -> str:
     """What to type after a finished run."""
     again = _without(arguments, "--resume", "--max_steps", "--init_from")
-    launcher = "python"
+    as_script = not sys.argv[0].startswith("gpt2 ")
+    train = "python src/train_improved.py" if as_script else "gpt2 train"
+    estimate = "python estimate_training_time.py" if as_script else "gpt2 estimate"
+    again_with = train
     if world_size > 1:
-        launcher = f"torchrun --standalone --nproc_per_node={world_size}"
+        again_with = f"torchrun --standalone --nproc_per_node={world_size} src/train_improved.py"
     folder = run.checkpoint.checkpoint_dir
     of_run = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
     )
     prompt = shlex.quote(run.evaluation.sample_prompt)
-    tensorboard = "./start_tensorboard.sh"
-    if run.watch.runs_dir != Path("runs"):
+    tensorboard = "./start_tensorboard.sh" if as_script else "tensorboard"
+    if run.watch.runs_dir != Path("runs") or not as_script:
         tensorboard += f" --logdir {shlex.quote(str(run.watch.runs_dir.resolve()))}"
     rows = {
-        "go on": f"{launcher} src/train_improved.py {shlex.join(again)} --resume latest "
-        f"--max_steps {2 * step}",
+        "go on": f"{again_with} {shlex.join(again)} --resume latest --max_steps {2 * step}",
         "watch": tensorboard,
-        "list": f"python src/train_improved.py{of_run} --list_checkpoints",
-        "forecast": f"python estimate_training_time.py{of_run}",
+        "list": f"{train}{of_run} --list_checkpoints",
+        "forecast": f"{estimate}{of_run}",
         "generate": f"gpt2 generate{of_run} --checkpoint best --prompt {prompt}",
     }
     lines = [f"  {name:<9} {' '.join(text.split())}" for name, text in rows.items()]

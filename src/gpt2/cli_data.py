@@ -116,7 +116,7 @@ def data_main() -> int:
             raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data -h")
         return _prepare(corpus, parse(Named, rest).options)
 
-    return guarded(body)
+    return guarded(body, interrupted="Interrupted; the same command goes on where it was")
 
 
 def _hub(arguments: list[str]) -> int:
@@ -177,8 +177,8 @@ def _verify(arguments: list[str]) -> int:
     ]
     if wrong:
         raise DataError(
-            f"{len(wrong)} of {len(manifest.shards)} shards are damaged{shards.way_out(storage)}"
-            + "".join(f"\n  {line}" for line in wrong)
+            f"{len(wrong)} of {len(manifest.shards)} shards are not as the manifest says, or "
+            f"cannot be read{shards.way_out(storage)}" + "".join(f"\n  {line}" for line in wrong)
         )
     print(f"{storage}: all {len(manifest.shards)} shards are as the manifest says")
     return 0

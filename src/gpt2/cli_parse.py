@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,7 +12,7 @@ import tyro
 from gpt2.errors import UserError
 
 T = TypeVar("T")
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 def parse(
@@ -50,13 +51,18 @@ def _user_error_behind(error: BaseException) -> UserError | None:
 
 
 def guarded(
-    body: Callable[[], int], speak: bool = True, tell: Callable[[str], None] | None = None
+    body: Callable[[], int],
+    speak: bool = True,
+    tell: Callable[[str], None] | None = None,
+    interrupted: str = "",
 ) -> int:
     """The exit code of `body`; what a user can mend is one line, from the process that speaks.
 
-    `tell` takes it from every process."""
+    `tell` takes it from every process; `interrupted` is said after Ctrl+C."""
     try:
-        return body()
+        code = body()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if tell:
             tell(f"error: {error}")
@@ -64,4 +70,8 @@ def guarded(
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
+        print(interrupted, end="\n" if interrupted else "", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `… | head` has seen enough; nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE

@@ -125,6 +125,38 @@ def test_a_small_corpus_gives_a_tenth_for_validation(tmp_path: Path, shard_token
     assert max(shard.tokens for shard in found) <= shard_tokens
 
 
+def test_overwrite_removes_nothing_of_another_corpus(tmp_path: Path):
+    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = replace(support.SMALL_CORPUS, name="smal")
+    with pytest.raises(DataError, match=r"small_train_000001\.npy, which is not of this corp"):
+        prepare.prepare(other, tmp_path, workers=1, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_preparations_of_one_folder(tmp_path: Path):
+    def second(skip: int):
+        with pytest.raises(DataError, match="another process prepares"):
+            prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
+        yield from support.small_documents(skip)
+
+    prepare.prepare(replace(support.SMALL_CORPUS, documents=second), tmp_path, workers=1)
+
+
+def test_a_text_that_the_regular_expression_cannot_take(tmp_path: Path):
+    text = "before\n" + "\n" * 1_000_000 + "after"
+    tokens, lengths = prepare._encode([text])
+    assert lengths.tolist() == [len(tokens)]
+    assert tokenizer.decode(tokens[1:].tolist()) == text
+
+
+def test_a_failed_start_blocks_nothing(tmp_path: Path):
+    broken = replace(support.SMALL_CORPUS, source="wrong field", documents=lambda skip: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.prepare(broken, tmp_path, workers=1)
+    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="another folder with --out"):

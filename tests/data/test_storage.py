@@ -260,7 +260,9 @@ def test_closing_does_not_wait_for_a_download(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     hanging = threading.Event()
-    monkeypatch.setattr(MemoryFileSystem, "get_file", lambda *_, **__: hanging.wait(60))
+    monkeypatch.setattr(
+        MemoryFileSystem, "get_file", lambda *_, **__: (hanging.wait(60), sys.exit())
+    )
     distant = open_train(far(tmp_path))
     line = Order(distant.rows_per_shard, 1, seed=1)
     loader = Loader(distant, line, range(100), mini_batch_size=1)

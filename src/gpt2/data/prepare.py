@@ -8,11 +8,13 @@ removed when `manifest.json`, written last, says that the folder is whole.
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections import deque
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import tiktoken
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -132,19 +135,20 @@ def prepare(
     journal = _Journal(folder, recipe, command or shards.command(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            _clear(folder, corpus.name)
-        if (folder / MANIFEST).exists():
-            return _finished(folder, recipe)
-        done, position = journal.begin()
-        writer = _ShardWriter(folder, recipe, done)
-        tenth = corpus.val_tokens is not None and val_tokens is None
-        processes = workers or len(os.sched_getaffinity(0))
-        counts = _write(corpus, recipe, writer, journal, position, processes, console)
-        if tenth and writer.leaves_too_little():
-            journal.record([], Position())  # what is on the disk is replaced
-            writer.split_anew()
-        return _finish(folder, recipe, writer, counts)
+        with _alone_in(folder):
+            if overwrite:
+                _clear(folder, corpus.name)
+            if (folder / MANIFEST).exists():
+                return _finished(folder, recipe)
+            done, position = journal.begin()
+            writer = _ShardWriter(folder, recipe, done)
+            tenth = corpus.val_tokens is not None and val_tokens is None
+            processes = workers or len(os.sched_getaffinity(0))
+            counts = _write(corpus, recipe, writer, journal, position, processes, console)
+            if tenth and writer.leaves_too_little():
+                journal.record([], Position())  # what is on the disk is replaced
+                writer.split_anew()
+            return _finish(folder, recipe, writer, counts)
     except BrokenProcessPool:
         raise DataError(
             "a tokenising process was killed (out of memory?); the same command goes on, "
@@ -159,6 +163,22 @@ def prepare(
             f"{reason} ({free / 1e9:.1f} GB free); finished shards are kept: make room and type "
             "the same command again, or choose another folder with --out"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two preparations of one folder would take each other's files."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(
+            f"another process prepares {folder} at this moment; wait until it has ended, or choose "
+            "another folder with --out"
+        ) from None
+    finally:
+        os.close(handle)
 
 
 def _write(
@@ -292,7 +312,15 @@ def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state:
 
 def _clear(folder: Path, name: str) -> None:
     """Removes this corpus's files; the manifest first, so that no half of it looks whole."""
-    for path in (folder / MANIFEST, folder / PROGRESS, *folder.glob(f"{name}_*.npy*")):
+    shard = re.compile(rf"{re.escape(name)}_(train|val)_\d{{6}}\.npy(\.tmp)?")
+    others = [path.name for path in folder.glob("*.npy") if not shard.fullmatch(path.name)]
+    if others:
+        raise DataError(
+            f"{folder} holds {sorted(others)[0]}, which is not of this corpus; nothing was "
+            "removed: choose another folder with --out"
+        )
+    found = [path for path in sorted(folder.iterdir()) if shard.fullmatch(path.name)]
+    for path in (folder / MANIFEST, folder / PROGRESS, *found):
         path.unlink(missing_ok=True)
 
 
@@ -405,9 +433,22 @@ def _encode(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
     separator = np.array([tokenizer.END_OF_TEXT], dtype=np.uint32)
     parts = []
     for text in texts:
-        parts += [separator, encoding.encode_to_numpy(text, disallowed_special=())]
+        parts += [separator, _encode_one(encoding, text)]
     lengths = np.array([len(part) for part in parts[1::2]], dtype=np.int64) + 1
     return np.concatenate(parts).astype(DTYPE), lengths
+
+
+def _encode_one(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32]:
+    """The tokens of a text; of its halves, cut where a line begins, if the regular expression
+    cannot take it (a million empty lines, say)."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        if not 0 < middle < len(text):
+            raise
+        halves = (text[:middle], text[middle:])
+        return np.concatenate([_encode_one(encoding, half) for half in halves])
 
 
 def _die_with(parent: int) -> None:
