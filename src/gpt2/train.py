@@ -428,7 +428,8 @@ class Training:
             for note in self.start.notes(run_config, world):
                 say(f"  - {note}")
         weights = sum(part.numel() for part in self.learner.model.parameters())
-        accumulation = run_config.grad_accum_steps(world.size)
+        largest_share = -(-run_config.rows_per_step // world.size)
+        accumulation = -(-largest_share // self.learner.mini_batch_size)
         kind = str(self.learner.dtype).removeprefix("torch.")
         where = f"{world.size} × {world.device.type}, {kind}"
         say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")
@@ -444,6 +445,8 @@ class Training:
             f"(gradient accumulation {accumulation}), "
             f"{self.total_steps * run_config.rows_per_step / self.order.rows_per_epoch:.2f} epochs"
         )
+        if run_config.data.auto_mini_batch:
+            say(f"  - --auto_mini_batch: {self.learner.mini_batch_size} rows at once")
         kept = [f"checkpoints {run_config.checkpoint.checkpoint_dir}", f"log {self._log_file()}"]
         if run_config.watch.use_tensorboard:
             kept.append(f"TensorBoard {run_config.watch.runs_dir / self.run_name}")

@@ -68,6 +68,8 @@ class Run:
         self.log = out / "logs" / "log.txt"
         flags = {"resume": "latest", **flags}
         command = train_command(small_flags(data_root, out, **flags), ranks=ranks, script=script)
+        if any(option.startswith("--nnodes") for option in launcher):
+            command.remove("--standalone")
         command[3:3] = launcher
         self.output = out / "output.txt"
         with self.output.open("a") as output:

@@ -1,0 +1,207 @@
+"""Checkpoints that are damaged, a disk that is full, a folder that another run has."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults.harness import record
+from gpt2 import checkpoint, lock, train
+from gpt2.errors import CheckpointError
+from support import ROOT, small_config, small_flags, train_command
+
+
+@pytest.fixture(scope="module")
+def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 5, 10, 15 and 20."""
+    out = tmp_path_factory.mktemp("finished")
+    train.run(small_config(data_root, out, checkpoint_interval=5))
+    return out / "checkpoints"
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "step_000020.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "step_000020.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_the_sidecar(folder: Path) -> None:
+    (folder / "step_000020.json").write_text("")
+
+
+def forge_the_size(folder: Path) -> None:
+    mark = folder / "step_000020.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"bytes": 5}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, r"step_000020\.pt has \d+ bytes, its sidecar says \d+"),
+        (flip_a_bit, r"step_000020\.pt is damaged: its SHA-256 is not that of its sidecar"),
+        (empty_the_sidecar, r"step_000020\.json is empty, damaged or of another version"),
+        (forge_the_size, r"step_000020\.(pt has|json is)"),
+    ],
+)
+def test_damaged_checkpoint_is_set_aside(
+    data_root: Path, tmp_path: Path, finished: Path, damage: Callable[[Path], None], reason, capfd
+):
+    folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
+    damage(folder)
+    before = (folder / "step_000020.pt").read_bytes()
+    result = train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
+    assert result.step == 22
+    text = capfd.readouterr()
+    assert "  - Step: 15\n" in text.out
+    [warning] = [line for line in text.err.splitlines() if line.startswith("WARNING")]
+    assert warning.endswith("it is now step_000020.pt.corrupt")
+    assert re.search(reason, warning)
+    assert (folder / "step_000020.pt.corrupt").read_bytes() == before
+    assert (folder / "step_000020.json.corrupt").exists()
+    record(damage.__name__.replace("_", " "), survived=True, steps_lost=5)
+
+
+def test_looking_at_a_folder_renames_nothing(finished: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
+    flip_a_bit(folder)
+    before = sorted(os.listdir(folder))
+    assert checkpoint.find(folder, "latest", print) == folder / "step_000015.pt"
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_dangling_link(data_root: Path, tmp_path: Path, finished: Path, capfd):
+    folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
+    for name in ("step_000020.pt", "step_000020.json"):
+        (folder / name).unlink()
+    train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
+    text = capfd.readouterr()
+    assert "latest.pt points to step_000020.pt, which is not there" in text.err
+    assert "  - Step: 15\n" in text.out
+    assert os.readlink(folder / "latest.pt") == "step_000022.pt"
+    record("dangling latest.pt", survived=True, steps_lost=5)
+
+
+def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Path, finished: Path):
+    folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
+    for path in folder.glob("step_*.pt"):
+        path.write_bytes(b"")
+    before = sorted(os.listdir(folder))
+    with pytest.raises(CheckpointError, match="all 4 checkpoints in .* are damaged"):
+        train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
+    assert set(before) <= set(os.listdir(folder))
+
+
+def test_full_disk(data_root: Path, tmp_path: Path):
+    """As RLIMIT_FSIZE gives it: training goes on, the last save fails and says so."""
+    flags = {"checkpoint_interval": 5, "eval_interval": None}
+    subprocess.run(
+        train_command(small_flags(data_root, tmp_path, **flags, max_steps=5)), cwd=ROOT, check=True
+    )
+    before = (tmp_path / "checkpoints/step_000005.pt").read_bytes()
+    command = train_command(
+        small_flags(data_root, tmp_path, **flags, max_steps=20, resume="latest")
+    )
+    limit = len(before) // 2
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING: training")]
+    assert len(warnings) == 2  # at 10 and 15
+    assert all("earlier checkpoints are intact" in line for line in warnings)
+    assert done.stdout.count("step 20 |") == 1
+    assert "error: cannot save" in done.stderr
+    assert "step_000020.pt" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [item.facts.step for item in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [
+        5
+    ]
+    assert (tmp_path / "checkpoints/step_000005.pt").read_bytes() == before
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    subprocess.run(command, cwd=ROOT, check=True)  # there is room again
+    record("disk full during a save", survived=True)
+
+
+def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
+    seen = []
+
+    def second(**_: float) -> train.Answer:
+        with pytest.raises(CheckpointError) as caught:
+            train.run(small_config(data_root, tmp_path, resume="latest"))
+        seen.append(str(caught.value))
+        return "stop"
+
+    train.run(small_config(data_root, tmp_path), second)
+    assert f": process {os.getpid()} on {os.uname().nodename}, since 20" in seen[0]
+    assert seen[0].endswith("stop it first, or keep this run elsewhere with --out_dir NAME")
+    assert not lock.is_held(tmp_path / "checkpoints")
+    record("second run in one folder", survived=True)
+
+
+def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
+    script = (
+        "import os, sys, signal\n"
+        "from pathlib import Path\n"
+        "from gpt2 import lock\n"
+        "with lock.held(Path(sys.argv[1])):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT / "src")
+    before = lock.owner(tmp_path)
+    assert before is not None
+    assert not lock.is_held(tmp_path)
+    with lock.held(tmp_path):
+        assert lock.is_held(tmp_path)
+        assert lock.owner(tmp_path).pid == os.getpid() != before.pid
+    record("lock of a dead process", survived=True)
+
+
+def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While a checkpoint is being written, the weights move on; the file has those of its step."""
+    slow, quick = tmp_path / "slow", tmp_path / "quick"
+    train.run(small_config(data_root, quick))
+    save, steps = torch.save, []
+
+    def slow_save(state: dict[str, object], file: object) -> None:
+        while len(steps) < 14:  # until training is four steps further on
+            pass
+        save(state, file)
+
+    def count(**metrics: float) -> train.Answer:
+        if "loss" in metrics:
+            steps.append(metrics["step"])
+        return "go"
+
+    monkeypatch.setattr(torch, "save", slow_save)
+    train.run(small_config(data_root, slow), count)
+    for step in (10, 20):
+        one, other = (
+            checkpoint.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+            for out in (slow, quick)
+        )
+        for part in ("model", "optimizer"):
+            left, right = (torch.utils._pytree.tree_leaves(state[part]) for state in (one, other))
+            assert all(
+                torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+                for a, b in zip(left, right, strict=True)
+            )

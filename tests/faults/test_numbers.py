@@ -1,0 +1,141 @@
+"""Losses and gradients that are no numbers; batches that do not fit into the memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults.harness import record
+from gpt2 import checkpoint, optim, train
+from gpt2.errors import TrainingError
+from gpt2.model.gpt2 import GPT2
+from support import losses, small_config
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch):
+    """Makes the gradient of some updates NaN: the n-th call of this run, counted from 1."""
+    calls: list[int] = []
+
+    def at(*updates: int) -> None:
+        clip = optim.clip
+
+        def poisoned(net: torch.nn.Module, largest_norm: float | None) -> torch.Tensor:
+            calls.append(len(calls) + 1)
+            if calls[-1] in updates:
+                next(iter(net.parameters())).grad[0, 0] = float("nan")
+            return clip(net, largest_norm)
+
+        monkeypatch.setattr(optim, "clip", poisoned)
+
+    return at
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)["model"]
+
+
+def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsys):
+    poison(7, 8, 10)
+    result = train.run(small_config(data_root, tmp_path))
+    assert (result.state, result.step) == ("finished", 20)
+    out = capsys.readouterr().out
+    assert "WARNING: step 7: loss 10." in out
+    assert "gradient norm nan: no update (1 in a row, 1 in all)" in out
+    assert "gradient norm nan: no update (2 in a row, 2 in all)" in out
+    assert "gradient norm nan: no update (1 in a row, 3 in all)" in out
+    assert "WARNING: no checkpoint of step 10: its update is left out" in out
+    assert not (tmp_path / "checkpoints/step_000010.pt").exists()
+    assert all(torch.isfinite(part).all() for part in weights(tmp_path, 20).values())
+    assert losses(tmp_path / "logs/log.txt")[20] < 10
+    record("NaN in a gradient", survived=True)
+
+
+def test_many_bad_updates_go_back_and_leave_the_data_out(
+    data_root: Path, tmp_path: Path, poison, capsys
+):
+    """The run that went back is the run that never had the bad data."""
+    poison(13, 14, 15)
+    changes = {"max_bad_steps": 3, "dropout": 0.0, "eval_interval": None}
+    train.run(small_config(data_root, tmp_path / "bad", **changes))
+    out = capsys.readouterr().out
+    assert "WARNING: back to step 10 " in out
+    assert "the data of steps 13 to 15 is left out from here on" in out
+    poison()
+    bad = losses(tmp_path / "bad/logs/log.txt")
+    assert list(bad) == list(range(1, 21))
+    train.run(small_config(data_root, tmp_path / "good", **changes, checkpoint_interval=12))
+    good = losses(tmp_path / "good/logs/log.txt")
+    assert [bad[step] for step in range(1, 13)] == [good[step] for step in range(1, 13)]
+    assert bad[13] != good[13]
+    state = checkpoint.load(tmp_path / "bad/checkpoints/step_000020.pt", warn=print)
+    assert state["progress"]["left_out"] == (12, 3)
+    assert state["progress"]["bad_steps"] == 3
+
+    # A resume keeps to it: step 13 is trained on the data of step 16.
+    resumed = train.run(
+        small_config(data_root, tmp_path / "bad", **changes, resume="10", max_steps=20)
+    )
+    assert resumed.step == 20
+    record("NaN until it goes back", survived=True, steps_lost=5)
+
+
+def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
+    poison(13, 14, 18, 19)
+    with pytest.raises(
+        TrainingError, match=r"2 updates in a row up to step \d+ had no finite loss"
+    ):
+        train.run(small_config(data_root, tmp_path, max_bad_steps=2))
+    assert '"failed"' in (tmp_path / "checkpoints/status.json").read_text()
+
+
+def test_without_a_checkpoint_it_says_so(data_root: Path, tmp_path: Path, poison):
+    poison(3, 4)
+    with pytest.raises(TrainingError, match="no checkpoint to go back to; use a lower --learning"):
+        train.run(small_config(data_root, tmp_path, max_bad_steps=2))
+
+
+def test_a_bad_validation_is_never_the_best(data_root: Path, tmp_path: Path, monkeypatch):
+    values = iter([5.0, float("nan"), 4.0, float("inf"), 6.0])
+    monkeypatch.setattr(train, "validation_loss", lambda *_, **__: next(values))
+    result = train.run(small_config(data_root, tmp_path, checkpoint_interval=5))
+    assert result.best_val_loss == 4.0
+    assert (tmp_path / "checkpoints/best.pt").resolve().name == "step_000010.pt"
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The model's forward pass has no room for more rows than this."""
+    forward = GPT2.forward
+
+    def limited(net: GPT2, tokens_BT: torch.Tensor, *rest: object, **options: object):
+        if len(tokens_BT) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(net, tokens_BT, *rest, **options)
+
+    monkeypatch.setattr(GPT2, "forward", limited)
+
+
+def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypatch):
+    limit_memory(monkeypatch, rows=3)
+    message = (
+        r"8 rows of block_size=32 at once do not fit into the memory; use --mini_batch_size 4 "
+        r"\(the total batch stays\), or --auto_mini_batch"
+    )
+    with pytest.raises(TrainingError, match=message):
+        train.run(small_config(data_root, tmp_path, mini_batch_size=64, eval_interval=None))
+
+
+def test_auto_mini_batch_finds_what_fits(data_root: Path, tmp_path: Path, monkeypatch, capsys):
+    train.run(small_config(data_root, tmp_path / "2", mini_batch_size=2, dropout=0.0))
+    limit_memory(monkeypatch, rows=3)
+    changes = {"mini_batch_size": 64, "auto_mini_batch": True, "dropout": 0.0}
+    train.run(small_config(data_root, tmp_path / "auto", **changes))
+    assert "--auto_mini_batch: 2 rows at once" in capsys.readouterr().out
+    one, other = (losses(tmp_path / name / "logs/log.txt") for name in ("auto", "2"))
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_auto_mini_batch_gives_up_at_one_row(data_root: Path, tmp_path: Path, monkeypatch):
+    limit_memory(monkeypatch, rows=0)
+    with pytest.raises(TrainingError, match="a single row of block_size=32 does not fit"):
+        train.run(small_config(data_root, tmp_path, auto_mini_batch=True))

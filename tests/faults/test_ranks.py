@@ -1,0 +1,157 @@
+"""Ranks that hang or fail, torchrun's restarts, other numbers of ranks, two nodes."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import FLAGS
+from faults.harness import Run, assert_same_losses, last_step, record
+from gpt2 import checkpoint
+from support import ROOT, losses, run_command, small_flags, train_command
+
+ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
+
+
+@pytest.mark.soak
+def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
+    launcher = ["--shutdown-timeout=3"]
+    run = Run(data_root, tmp_path / "run", launcher, **ENDLESS, collective_timeout=6)
+    run.wait_for("step 6 |")
+    frozen = run.ranks()[-1]
+    os.kill(frozen, signal.SIGSTOP)
+    started = time.monotonic()
+    assert run.end() != 0
+    assert time.monotonic() - started < 25
+    text = run.text()
+    assert text.count("has had no answer from another rank for 6 s (--collective_timeout)") == 1
+    assert "in learn" in text  # where the living one waited
+    record("SIGSTOP of a rank", survived=True)
+
+
+FAILING = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "src")!r})
+from gpt2 import cli, learner
+learn, calls = learner.Learner.learn, []
+def fail(self, *arguments):
+    calls.append(1)
+    if self.world.rank == 1 and len(calls) == 5:
+        raise ZeroDivisionError("the reason")
+    return learn(self, *arguments)
+learner.Learner.learn = fail
+sys.exit(cli.train_main())
+"""
+
+
+def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path: Path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    run = Run(data_root, tmp_path / "run", ranks=3, script=script, **ENDLESS)
+    run.wait_for("step 4 |")
+    started = time.monotonic()
+    assert run.end() != 0
+    assert time.monotonic() - started < 15
+    text = run.text()
+    assert "rank 1 failed:\nTraceback" in text
+    assert text.count("ZeroDivisionError: the reason") == 1
+    assert "Timed out" not in text
+    record("one rank raises", survived=True, steps_lost=4)
+
+
+def restarted(data_root: Path, out: Path, reference: Path, kills: int) -> None:
+    """Under --max-restarts, and without --resume: the run comes back by itself."""
+    flags = FLAGS | {"resume": None}
+    run = Run(data_root, out, ["--max-restarts=3"], **flags)
+    for kill in range(kills):
+        run.wait_for("step 5 |" if kill == 0 else "Resuming from", max(kill, 1))
+        time.sleep(0.5)
+        reached = last_step(run.log)
+        os.kill(run.ranks()[kill % 2], signal.SIGKILL)
+        newest = checkpoint.find(out / "checkpoints", "latest", print)
+        kept = int(newest.stem.removeprefix("step_")) if newest else 0
+        record("killed rank under --max-restarts", survived=True, steps_lost=reached - kept)
+    assert run.end(120) == 0, run.text()
+    assert run.text().count("Resuming from") == kills
+    assert_same_losses(out, reference)
+
+
+def test_torchrun_restarts_a_killed_rank(data_root: Path, tmp_path: Path, reference: Path):
+    restarted(data_root, tmp_path / "run", reference, kills=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_soak_restarts(data_root: Path, tmp_path: Path, reference: Path):
+    for number, kills in enumerate((3, 3, 2)):
+        restarted(data_root, tmp_path / f"run{number}", reference, kills)
+
+
+@pytest.mark.soak
+def test_number_of_ranks_changes_at_every_resume(data_root: Path, tmp_path: Path):
+    """1 → 2 → 4 → 3 → 1: the losses are those of one process."""
+    flags = {"dropout": 0.0, "decay_steps": 20, "checkpoint_interval": 4}
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    run_command(train_command(small_flags(data_root, alone, **flags, max_steps=20)))
+    for number, ranks in enumerate((None, 2, 4, 3, None), 1):
+        more = small_flags(data_root, moved, **flags, max_steps=4 * number, resume="latest")
+        run_command(train_command(more, ranks=ranks))
+        record("other number of ranks", survived=True)
+    one, other = (losses(out / "logs/log.txt") for out in (moved, alone))
+    assert one == pytest.approx(other, abs=1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_nodes_one_killed(data_root: Path, tmp_path: Path, reference: Path, killed: int):
+    """Two agents on loopback; the machine that dies is the one that keeps the store, or not."""
+
+    def start() -> list[Run]:
+        rendezvous = [
+            "--nnodes=2",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{port}",
+            "--rdzv-id=test",
+        ]
+        flags = FLAGS | {"collective_timeout": 20}
+        runs = []
+        for node in range(2):
+            here = ["--rdzv-conf=is_host=" + ("1" if node == 0 else "0")]
+            run = Run(data_root, tmp_path / "run", rendezvous + here, ranks=1, **flags)
+            runs.append(run)
+        return runs
+
+    port = free_port()
+    nodes = start()
+    nodes[0].wait_for("step 9 |")
+    reached = last_step(nodes[0].log)
+    mine = [pid for pid in nodes[0].processes() if parent(pid) == nodes[killed].agent.pid]
+    for pid in (nodes[killed].agent.pid, *mine):
+        os.kill(pid, signal.SIGKILL)
+    other = nodes[1 - killed]
+    assert other.agent.wait(90) != 0
+    nodes[killed].agent.wait(10)
+    other.end()
+    newest = checkpoint.find(tmp_path / "run/checkpoints", "latest", print)
+    kept = int(newest.stem.removeprefix("step_"))
+    port = free_port()
+    for run in start():
+        assert run.agent.wait(120) == 0, run.text()
+    assert_same_losses(tmp_path / "run", reference)
+    record("one of two nodes killed", survived=True, steps_lost=max(0, reached - kept))
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
