@@ -19,7 +19,7 @@ def test_default_is_gpt2_124m():
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 8), (2, 4), (3, 3), (8, 1)])
 def test_gradient_accumulation_follows_from_the_world(ranks: int, steps: int):
-    assert RunConfig().grad_accum_steps(ranks) == steps
+    assert RunConfig().grad_accum_steps(ranks, 64) == steps
 
 
 def test_total_steps_see_every_row():

@@ -264,10 +264,10 @@ class RunConfig:
         """Rows of one validation, before the split's own size limits them."""
         return self.evaluation.eval_batches * self.rows_per_step
 
-    def grad_accum_steps(self, world_size: int) -> int:
+    def grad_accum_steps(self, world_size: int, mini_batch_size: int) -> int:
         """Micro-batches per step of the rank with the largest share of the rows."""
         largest_share = -(-self.rows_per_step // world_size)
-        return -(-largest_share // self.data.mini_batch_size)
+        return -(-largest_share // mini_batch_size)
 
     def total_steps(self, rows_per_epoch: int) -> int:
         """Steps of the whole run: enough to see every row of the last epoch."""

@@ -428,8 +428,7 @@ class Training:
             for note in self.start.notes(run_config, world):
                 say(f"  - {note}")
         weights = sum(part.numel() for part in self.learner.model.parameters())
-        largest_share = -(-run_config.rows_per_step // world.size)
-        accumulation = -(-largest_share // self.learner.mini_batch_size)
+        accumulation = run_config.grad_accum_steps(world.size, self.learner.mini_batch_size)
         kind = str(self.learner.dtype).removeprefix("torch.")
         where = f"{world.size} × {world.device.type}, {kind}"
         say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")

@@ -21,7 +21,7 @@ from support import ROOT, small_config, small_flags, train_command
 
 @pytest.fixture(scope="module")
 def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 5, 10, 15 and 20."""
+    """Checkpoints of steps 10, 15 and 20."""
     out = tmp_path_factory.mktemp("finished")
     train.run(small_config(data_root, out, checkpoint_interval=5))
     return out / "checkpoints"
@@ -100,7 +100,7 @@ def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Pat
     for path in folder.glob("step_*.pt"):
         path.write_bytes(b"")
     before = sorted(os.listdir(folder))
-    with pytest.raises(CheckpointError, match="all 4 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 3 checkpoints in .* are damaged"):
         train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
     assert set(before) <= set(os.listdir(folder))
 

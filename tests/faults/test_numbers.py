@@ -82,9 +82,7 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
 
 def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
     poison(13, 14, 18, 19)
-    with pytest.raises(
-        TrainingError, match=r"2 updates in a row up to step \d+ had no finite loss"
-    ):
+    with pytest.raises(TrainingError, match=r"2 updates in a row, up to step \d+, had no finite"):
         train.run(small_config(data_root, tmp_path, max_bad_steps=2))
     assert '"failed"' in (tmp_path / "checkpoints/status.json").read_text()
 

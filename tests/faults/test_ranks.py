@@ -18,16 +18,15 @@ ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
 
 @pytest.mark.soak
 def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
-    launcher = ["--shutdown-timeout=3"]
-    run = Run(data_root, tmp_path / "run", launcher, **ENDLESS, collective_timeout=6)
+    run = Run(data_root, tmp_path / "run", **ENDLESS, collective_timeout=6)
     run.wait_for("step 6 |")
     frozen = run.ranks()[-1]
     os.kill(frozen, signal.SIGSTOP)
-    started = time.monotonic()
-    assert run.end() != 0
-    assert time.monotonic() - started < 25
+    noticed = "has had no answer from another rank for 6 s (--collective_timeout)"
+    run.wait_for(noticed, within_s=15)
+    assert run.end() != 0  # when torchrun's own 30 s for the frozen one are over
     text = run.text()
-    assert text.count("has had no answer from another rank for 6 s (--collective_timeout)") == 1
+    assert text.count(noticed) == 1
     assert "in learn" in text  # where the living one waited
     record("SIGSTOP of a rank", survived=True)
 
