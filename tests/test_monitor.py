@@ -1,12 +1,13 @@
 import io
 import json
+import socket
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from gpt2 import checkpoint, config, monitor, status
+from gpt2 import checkpoint, config, lock, monitor, status
 from gpt2.metrics import LogFile, StepRecord
 
 
@@ -85,12 +86,13 @@ def test_newest_run_is_what_was_written_last(tmp_path: Path):
         time.sleep(0.01)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "status.json").write_text("{")
-    assert monitor.newest_run(tmp_path).plan.run_name == "a"
+    assert monitor.newest_run(tmp_path).status.plan.run_name == "a"
 
 
 def test_forecast_of_a_run(tmp_path: Path, out: Console):
     write_run(tmp_path, 200)
-    monitor.print_run_forecast(monitor.newest_run(tmp_path), out)
+    with lock.held(tmp_path):
+        monitor.print_run_forecast(monitor.newest_run(tmp_path), out)
     printed = text_of(out)
     assert "Run run on 2 × cuda: running, status written 0s ago" in printed
     assert "step 200 of 1,000 (20.0%), epoch 0.80, 6,400 tokens" in printed
@@ -114,17 +116,17 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
 
 def test_forecast_of_finished_and_of_unborn_runs(tmp_path: Path, out: Console):
     write_run(tmp_path / "a", 1000, state="finished")
-    monitor.print_run_forecast(status.read(tmp_path / "a"), out)
+    monitor.print_run_forecast(monitor.newest_run(tmp_path / "a"), out)
     assert "The last step is reached." in text_of(out)
     write_run(tmp_path / "b", 0)
-    monitor.print_run_forecast(status.read(tmp_path / "b"), out)
+    monitor.print_run_forecast(monitor.newest_run(tmp_path / "b"), out)
     assert "No step is logged yet" in text_of(out)
 
 
 def test_many_epochs_are_cut(tmp_path: Path, out: Console):
     plan = status.Plan(**(PLAN.__dict__ | {"rows_per_epoch": 40}))
     write_run(tmp_path, 5, plan)
-    monitor.print_run_forecast(status.read(tmp_path), out)
+    monitor.print_run_forecast(monitor.newest_run(tmp_path), out)
     printed = text_of(out)
     assert printed.count("begins, with its shuffle") == monitor.SHOWN_EPOCHS
     assert "… the last of 89 further epochs" in printed
@@ -150,3 +152,27 @@ def test_given_speed_and_prepared_data_count(tmp_path: Path, data_root: Path, ou
     )
     assert f"{tokens:,} training tokens: the data in {data_root}" in printed
     assert "1,000 tokens/s on 2 GPUs, as given" in printed
+
+
+def test_state_of_a_run(tmp_path: Path, out: Console, monkeypatch: pytest.MonkeyPatch):
+    """Running is what holds the lock; a run on another machine is believed for a while."""
+    write_run(tmp_path, 3)
+    found = monitor.newest_run(tmp_path)
+    assert found.state == "dead"
+    with lock.held(tmp_path):
+        assert found.state == "running"
+    monkeypatch.setattr(socket, "gethostname", lambda: "another machine")
+    assert found.state == "running"
+    monkeypatch.setattr(status, "SILENCE_S", 0)
+    assert found.state == "dead"
+    monitor.print_state(found, out)
+    assert text_of(out).startswith("run: dead\n  step 0 of 1,000\n  process ")
+    for state in ("finished", "stopped", "failed"):
+        write_run(tmp_path, 3, state=state)
+        assert monitor.newest_run(tmp_path).state == state
+
+
+def test_forecast_of_a_dead_run_says_so(tmp_path: Path, out: Console):
+    write_run(tmp_path, 3)
+    monitor.print_run_forecast(monitor.newest_run(tmp_path), out)
+    assert "Run run on 2 × cuda: dead, status written" in text_of(out)

@@ -14,6 +14,7 @@ from gpt2 import config
 from gpt2.cli_parse import guarded, parse
 from gpt2.config import RunConfig
 from gpt2.errors import CheckpointError, ConfigError
+from gpt2.failures import end_with_torchrun
 from gpt2.tables import console
 
 
@@ -53,6 +54,7 @@ class TrainCommand:
 
 def train_main() -> int:
     """One training run: `src/train_improved.py` and `gpt2 train`."""
+    end_with_torchrun()
     from gpt2 import distributed  # torch takes seconds to import: not for `gpt2 --help`
 
     rank, world_size, local_rank, _ = distributed.env_rank()
@@ -256,7 +258,13 @@ def status_main() -> int:
         command = parse(StatusCommand, sys.argv[1:])
         from gpt2 import monitor
 
-        return STATUS_CODES[monitor.print_state(command.checkpoint_dir, console())]
+        run = monitor.newest_run(command.checkpoint_dir)
+        if run is None:
+            raise CheckpointError(
+                f"no run in {command.checkpoint_dir}; --checkpoint_dir names another folder"
+            )
+        monitor.print_state(run, console())
+        return STATUS_CODES[run.state]
 
     return guarded(body)
 

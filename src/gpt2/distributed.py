@@ -29,9 +29,10 @@ from torch.distributed.rendezvous import rendezvous
 from gpt2 import estimate
 from gpt2.config import MachineConfig
 from gpt2.errors import ConfigError, UserError
-from gpt2.failures import Watch, end_with_parent
+from gpt2.failures import Watch
 
 T = TypeVar("T")
+CONNECT_S = 30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -153,8 +154,9 @@ def join(config: MachineConfig) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.collective_timeout)
-    end_with_parent()
-    everyones, rank, size = next(rendezvous("env://", timeout=timeout))
+    # torchrun's store is there before its ranks; if it is not, torchrun is dead.
+    everyones, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_S)))
+    everyones.set_timeout(timeout)
     store = _own_part(everyones, rank, size, config.collective_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     with Watch(rank, store, config.collective_timeout) as watch:

@@ -13,11 +13,12 @@ import sys
 import threading
 import traceback
 from types import TracebackType
-from typing import Self
-
-from torch._C._distributed_c10d import Store
+from typing import TYPE_CHECKING, Self
 
 from gpt2.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `end_with_torchrun` must not wait for it
+    from torch._C._distributed_c10d import Store
 
 NOTE = "gpt2/failed"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -32,7 +33,7 @@ CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", 
 class Watch:
     """For as long as the block runs, this rank and the others know of each other's failures."""
 
-    def __init__(self, rank: int, store: Store, timeout_s: float) -> None:
+    def __init__(self, rank: int, store: "Store", timeout_s: float) -> None:
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
         self._parent = os.getppid()
         self._over = threading.Event()
@@ -108,8 +109,10 @@ class Watch:
                 return
 
 
-def end_with_parent() -> None:
+def end_with_torchrun() -> None:
     """Until a `Watch` begins: SIGKILL when torchrun dies, whatever kills it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # a run without torchrun outlives its shell
+        return
     parent = os.getppid()
     _on_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above

@@ -15,7 +15,7 @@ from gpt2.config import RunConfig
 from gpt2.data.order import Order
 from gpt2.data.shards import catalog
 from gpt2.data.storage import Storage
-from gpt2.errors import CheckpointError, DataError
+from gpt2.errors import DataError
 from gpt2.estimate import duration
 from gpt2.tables import table
 
@@ -72,30 +72,38 @@ def _table_rows(folder: Path) -> list[tuple[str, ...]]:
     ]
 
 
-def newest_run(root: Path) -> status.Status | None:
-    """The status that was written last in `root` or below it."""
-    found = [status.read(folder) for folder in run_folders(root, status.NAME)]
-    return max((item for item in found if item), key=lambda item: item.time, default=None)
+@dataclass(frozen=True)
+class Run:
+    """A run on the disk: its checkpoint folder and what it last said."""
+
+    folder: Path
+    status: status.Status
+
+    @property
+    def state(self) -> str:
+        """running, finished, stopped, failed; dead if it says running and is not there."""
+        silent_s = time.time() - self.status.time
+        elsewhere = self.status.host != socket.gethostname() and silent_s < status.SILENCE_S
+        alive = elsewhere or lock.is_held(self.folder)
+        return "dead" if self.status.state == "running" and not alive else self.status.state
 
 
-def print_state(root: Path, out: Console) -> str:
-    """What the run in `root`, or the newest below it, does: running, finished, stopped, failed,
-    or dead, which is one that says running and is not there. Raises CheckpointError without one."""
-    folders = run_folders(root, status.NAME)
-    found = [(item.time, folder, item) for folder in folders if (item := status.read(folder))]
-    if not found:
-        raise CheckpointError(f"no run in {root}; --checkpoint_dir names another folder")
-    _, folder, run = max(found, key=lambda entry: entry[:2])
-    here = run.host == socket.gethostname()
-    silent_s = time.time() - run.time
-    alive = lock.is_held(folder) or (not here and silent_s < status.SILENCE_S)
-    state = "dead" if run.state == "running" and not alive else run.state
-    reason = f": {run.reason}" if run.reason else ""
-    out.print(f"{run.plan.run_name}: {state}{reason}")
-    out.print(f"  step {run.step:,} of {run.plan.total_steps:,}")
-    out.print(f"  process {run.pid} on {run.host}, last heard of {duration(silent_s)} ago")
-    out.print(f"  checkpoints {folder}")
-    return state
+def newest_run(root: Path) -> Run | None:
+    """The run in `root` or below it whose status was written last."""
+    found = [(folder, status.read(folder)) for folder in run_folders(root, status.NAME)]
+    runs = [Run(folder, item) for folder, item in found if item is not None]
+    return max(runs, key=lambda run: run.status.time, default=None)
+
+
+def print_state(run: Run, out: Console) -> None:
+    """What a run does, where, and when it was last heard of."""
+    said = run.status
+    reason = f": {said.reason}" if said.reason else ""
+    out.print(f"{said.plan.run_name}: {run.state}{reason}")
+    out.print(f"  step {said.step:,} of {said.plan.total_steps:,}")
+    heard = duration(time.time() - said.time)
+    out.print(f"  process {said.pid} on {said.host}, last heard of {heard} ago")
+    out.print(f"  checkpoints {run.folder}")
 
 
 @dataclass(frozen=True)
@@ -115,15 +123,15 @@ class Forecast:
         return (self.total_steps - self.step) * self.step_s
 
 
-def print_run_forecast(run: status.Status, out: Console) -> None:
+def print_run_forecast(found: Run, out: Console) -> None:
     """Progress, speed, time left, milestones and the same on other numbers of devices."""
-    plan = run.plan
+    run, plan = found.status, found.status.plan
     steps = metrics.read_steps(Path(plan.log_file), plan.run_name)
     step = max(run.step, steps[-1].step if steps else 0)
     devices = f"{plan.world_size} × {plan.device}"
     age = duration(time.time() - run.time)
     reason = f" ({run.reason})" if run.reason else ""
-    out.print(f"Run {plan.run_name} on {devices}: {run.state}{reason}, status written {age} ago")
+    out.print(f"Run {plan.run_name} on {devices}: {found.state}{reason}, status written {age} ago")
     tokens = step * plan.rows_per_step * plan.block_size
     out.print(
         f"Progress: step {step:,} of {plan.total_steps:,} ({step / plan.total_steps:.1%}), "

@@ -26,19 +26,25 @@ class Saver:
         settings: CheckpointConfig,
         say: Callable[[str], None],
         resumed_from: Path | None,
-        saved_step: int | None,
+        resumed_step: int | None,
     ) -> None:
         self._world, self._settings, self._say = world, settings, say
         self._resumed_from = resumed_from
         self._writer = BackgroundWriter()
-        self.saved_step = saved_step
-        """the step of the newest checkpoint, though it may still be on its way to the disk"""
+        self.goes_on_from(resumed_step)
+
+    def goes_on_from(self, step: int | None) -> None:
+        """There is a checkpoint of this step already."""
+        self._begun_step = step
+        """of the newest checkpoint, though it may be on its way to the disk; on every rank"""
+        self._step_on_disk = step
+        """known to rank 0"""
 
     def begin(self, facts: Facts, state: Callable[[], State]) -> None:
         """Returns when the state is copied; `report` tells later how the writing went."""
-        if self.saved_step == facts.step:
+        if self._begun_step == facts.step:
             return
-        self.saved_step = facts.step
+        self._begun_step = facts.step
         rng = self._world.gather_objects(checkpoint.rng_state(self._world.device))
         if self._world.is_main:
             if self._writer.is_busy:
@@ -47,38 +53,37 @@ class Saver:
 
     def finish(self, facts: Facts, state: Callable[[], State]) -> None:
         """Returns when a checkpoint of this step is on the disk; CheckpointError if it is not."""
-        failed = self._world.on_main(self.wait)
-        if self.saved_step == facts.step and not failed:
+        self.wait()
+        if self._world.on_main(lambda: self._step_on_disk == facts.step):
             return
         rng = self._world.gather_objects(checkpoint.rng_state(self._world.device))
         path = self._world.on_main(lambda: self._write({**state(), "rng": rng}, facts))
-        self.saved_step = facts.step
+        self._begun_step = facts.step
         self._say(f"Saved checkpoint: {path}")
 
-    def report(self) -> bool:
-        """Says how the writes ended that did since the last call; whether the last one failed."""
-        failed = False
+    def report(self) -> None:
+        """Says how the writes ended that did since the last call."""
         for outcome in self._writer.outcomes():
-            failed = isinstance(outcome, CheckpointError)
-            if failed:
+            if isinstance(outcome, CheckpointError):
                 self._say(f"WARNING: training goes on without this checkpoint: {outcome}")
             else:
                 self._say(f"Saved checkpoint: {outcome}")
-        return failed
 
-    def wait(self) -> bool:
-        """Until nothing is being written; whether the last write failed."""
+    def wait(self) -> None:
+        """Until nothing is being written."""
         self._writer.wait()
-        return self.report()
+        self.report()
 
     def _write(self, state: State, facts: Facts) -> Path:
-        return checkpoint.save(
+        path = checkpoint.save(
             self._settings.checkpoint_dir,
             state,
             facts,
             keep_last=self._settings.keep_last,
             resumed_from=self._resumed_from,
         )
+        self._step_on_disk = facts.step
+        return path
 
 
 class HostCopy:

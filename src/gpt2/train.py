@@ -265,7 +265,7 @@ class Training:
         state = checkpoint.load(path, trust=True, warn=self._say)
         self._restore(state)
         self.progress.bad_steps, self.progress.left_out = bad_steps, left_out
-        self.saver.saved_step = self.progress.step
+        self.saver.goes_on_from(self.progress.step)
         self.metrics.close()
         self.metrics = Metrics(self._sinks())
         self._say(
@@ -380,7 +380,7 @@ class Training:
         return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def _finished(self) -> Result:
-        if self.saver.saved_step == self.progress.step == self.start.step:
+        if self.progress.step == self.start.step:
             self._say(
                 f"Nothing to do: step {self.progress.step} of {self.total_steps} is reached; "
                 "raise --max_steps or --epochs to go on"

@@ -113,7 +113,7 @@ class Run:
     def end(self, within_s: float = 60) -> int:
         """The exit code of torchrun; fails if a process of the run outlives it by long."""
         code = self.agent.wait(within_s)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 40  # a rank that has only begun waits 30 s for torchrun
         while left := self.processes():
             assert time.monotonic() < deadline, f"orphans {left}:\n{self.text()}"
             time.sleep(0.02)

@@ -36,7 +36,7 @@ def kill_until_finished(
         newest = checkpoint.find(out / "checkpoints", "latest", print)
         kept = int(newest.stem.removeprefix("step_")) if newest else 0
         record(f"kill -9 of {victim}", survived=True, steps_lost=max(0, reached - kept))
-        assert kept >= before - FLAGS["checkpoint_interval"] - 1
+        assert kept >= before - 2 * FLAGS["checkpoint_interval"]  # one may be on its way
         kills += 1
     assert_same_losses(out, reference)
     return kills

@@ -1,0 +1,94 @@
+"""How long a checkpoint holds training up, and how fast it comes back: python bench/checkpoint.py
+
+GPT-2 124M with the state of AdamW, 1.5 GB. Saving: the time that `Saver.begin` blocks against a
+synchronous save of the same state, in turn. Loading: verified and mapped from the page cache.
+Memory: the most that the host holds beside the state, from VmHWM of /proc.
+"""
+
+import os
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from gpt2 import checkpoint, config, distributed, model, optim
+from gpt2.config import CheckpointConfig
+from gpt2.saving import Saver
+
+ROUNDS = 5
+
+
+def resident_gb(what: str) -> float:
+    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024 / 1e9
+
+
+def trained_state() -> checkpoint.State:
+    """Weights and moments of GPT-2 124M after one update."""
+    preset = config.preset("gpt2-124m")
+    net = model.build(preset.model)
+    optimizer = optim.build(net, preset.optim)
+    for part in net.parameters():
+        part.grad = torch.randn_like(part)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def facts(step: int) -> checkpoint.Facts:
+    return checkpoint.Facts(step, 0, 0, 3.0, None, 1, "bench", "0")
+
+
+def main() -> None:
+    state = trained_state()
+    world = distributed.World(0, 1, torch.device("cpu"))
+    with tempfile.TemporaryDirectory(dir=".") as root:
+        folder = Path(root)
+        settings = CheckpointConfig(checkpoint_dir=folder, keep_last=2)
+        said: list[str] = []
+        saver = Saver(world, settings, said.append, None, None)
+        blocked, whole, synchronous = [], [], []
+        for number in range(ROUNDS):
+            started = time.perf_counter()
+            path = checkpoint.save(folder, {**state, "rng": []}, facts(2 * number + 1), keep_last=2)
+            synchronous.append(time.perf_counter() - started)
+            before = resident_gb("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            started = time.perf_counter()
+            saver.begin(facts(2 * number + 2), lambda: state)
+            blocked.append(time.perf_counter() - started)
+            saver.wait()
+            whole.append(time.perf_counter() - started)
+            extra = resident_gb("VmHWM") - before
+            print(
+                f"  synchronous {synchronous[-1]:.2f} s; blocked {blocked[-1]:.2f} s "
+                f"({blocked[-1] / synchronous[-1]:.0%}), written after {whole[-1]:.2f} s; "
+                f"{extra:.2f} GB more at the most"
+            )
+        assert all("Saved" in line for line in said), said
+        size_gb = path.stat().st_size / 1e9
+        share = statistics.median(blocked[1:]) / statistics.median(synchronous)
+        print(f"{size_gb:.2f} GB, {len(os.sched_getaffinity(0))} cores")
+        print(
+            f"Saving blocks for {share:.0%} of a synchronous save (the first: {blocked[0]:.2f} s)"
+        )
+        newest = checkpoint.find(folder, "latest", print)
+        assert newest is not None
+        rates = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            checkpoint.load(newest, warn=print)
+            rates.append(size_gb / (time.perf_counter() - started))
+        print(
+            f"Loading, checksum verified: {statistics.median(rates):.2f} GB/s "
+            f"({min(rates):.2f} to {max(rates):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
