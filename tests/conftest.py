@@ -1,4 +1,7 @@
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads of several processes only wait
 
 import pytest
 

@@ -178,18 +178,22 @@ def test_more_ranks_than_gpus(monkeypatch, wanted: str):
         pass
 
 
-def test_second_signal_acts_as_before(monkeypatch):
+def test_a_second_interrupt_acts_as_before_and_other_signals_may_repeat():
     seen = []
-    monkeypatch.setattr(distributed, "STOP_SIGNALS", (signal.SIGUSR2,))
-    before = signal.signal(signal.SIGUSR2, lambda number, _: seen.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with distributed.StopRequest() as stop:
-            signal.raise_signal(signal.SIGUSR2)
-            assert (stop.number, seen) == (signal.SIGUSR2, [])
-            signal.raise_signal(signal.SIGUSR2)
-            assert seen == [signal.SIGUSR2]
+            signal.raise_signal(signal.SIGHUP)  # ignored before, as under nohup
+            assert stop.number == 0
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # from torchrun too
+            assert (stop.number, seen) == (signal.SIGTERM, [])
+            signal.raise_signal(signal.SIGINT)
+            assert seen == [signal.SIGINT]
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def test_measured_peak_is_a_plausible_rate():

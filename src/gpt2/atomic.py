@@ -11,7 +11,9 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(
+    path: Path, before_replacing: Callable[[], object] = lambda: None
+) -> Iterator[BinaryIO]:
     """A file to write, which takes the name `path` when the block ends without an error.
 
     Durable before it has its name: data, then name, then folder reach the disk in that order.
@@ -22,6 +24,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        before_replacing()
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -5,6 +5,9 @@ all that a listing needs: a `.pt` without it was never finished. `latest.pt` and
 relative symlinks. What is found damaged is renamed to `….corrupt`, never removed.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -31,6 +34,7 @@ LATEST, BEST = "latest.pt", "best.pt"
 CORRUPT_SUFFIX = ".corrupt"
 State = dict[str, Any]
 Warn = Callable[[str], None]
+Reject = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ def save(
     Raises CheckpointError if the disk does not take it; the earlier checkpoints are intact then.
     """
     path = folder / f"step_{facts.step:06d}.pt"
-    before = list_checkpoints(folder)
     try:
-        with atomic.writing(path) as file:
+        before = list_checkpoints(folder)
+        # A mark of this step, from a way that was left, must not outlive its file.
+        drop_mark = functools.partial(path.with_suffix(".json").unlink, missing_ok=True)
+        with atomic.writing(path, before_replacing=drop_mark) as file:
             writer = integrity.HashingWriter(file)
             torch.save({"schema": SCHEMA, **state}, cast(IO[bytes], writer))
         digests = writer.digests()
@@ -115,7 +121,8 @@ def save(
             f"cannot save {path}: {error} ({_free_gb(folder)} free); earlier checkpoints are "
             "intact; make room, or choose another folder with --checkpoint_dir"
         ) from error
-    prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
+    with contextlib.suppress(OSError):  # the next save prunes again
+        prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
     return path
 
 
@@ -272,15 +279,7 @@ def _newest_good(folder: Path, warn: Warn, set_aside: bool) -> Path | None:
         for mark in marks
         if _read_sidecar(mark) is None
     }
-    good = None
-    for item in reversed(list_checkpoints(folder)):
-        try:
-            with item.path.open("rb") as file:
-                _verify(item.path, file, item.sidecar)
-            good = item.path
-            break
-        except (CheckpointError, OSError) as error:
-            damaged[item.path] = str(error)
+    good = newest_good(list_checkpoints(folder), damaged.__setitem__)
     for path, reason in damaged.items():
         renamed = good is not None and set_aside and _set_aside(path)
         warn(f"{reason}{f'; it is now {path.name}{CORRUPT_SUFFIX}' if renamed else ''}")
@@ -289,15 +288,54 @@ def _newest_good(folder: Path, warn: Warn, set_aside: bool) -> Path | None:
             f"all {len(marks)} checkpoints in {folder} are damaged or of another version; "
             "to start anew, choose another folder with --out_dir"
         )
-    return good
+    if good is None and (bare := sorted(folder.glob("step_*.pt"))):
+        warn(
+            f"{folder} holds {bare[-1].name} without its .json, which is passed over; "
+            f"--resume {bare[-1]} takes it unverified"
+        )
+    return good.path if good else None
+
+
+def newest_good(items: list[Checkpoint], reject: Reject) -> Checkpoint | None:
+    """The last of `items` that is whole; `reject` hears of the damaged ones after it.
+
+    Raises CheckpointError if one cannot be read: that is no damage, and it may pass.
+    """
+    for item in reversed(items):
+        try:
+            _verify_patiently(item)
+            return item
+        except CheckpointError as error:
+            reject(item.path, str(error))
+        except OSError as error:
+            raise CheckpointError(
+                f"{item.path} cannot be read: {error.strerror or error}; nothing was changed"
+            ) from error
+    return None
+
+
+def _verify_patiently(item: Checkpoint) -> None:
+    for pause_s in (1, 3, None):
+        try:
+            with item.path.open("rb") as file:
+                return _verify(item.path, file, item.sidecar)
+        except OSError:  # network file systems have their moments
+            if pause_s is None:
+                raise
+            time.sleep(pause_s)
 
 
 def _set_aside(path: Path) -> bool:
     """Takes a damaged checkpoint out of the way: its mark first, as when one is removed."""
     for part in (path.with_suffix(".json"), path):
         if part.exists():
-            os.replace(part, part.with_name(part.name + CORRUPT_SUFFIX))
+            os.replace(part, _free_name(part.with_name(part.name + CORRUPT_SUFFIX)))
     return True
+
+
+def _free_name(path: Path) -> Path:
+    numbers = (path.with_name(f"{path.name}{number}") for number in itertools.count(2))
+    return next(item for item in itertools.chain([path], numbers) if not item.exists())
 
 
 def _verify(path: Path, file: BufferedReader, sidecar: Sidecar) -> None:

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,12 +29,14 @@ from torch.distributed.rendezvous import rendezvous
 from gpt2 import estimate
 from gpt2.config import MachineConfig
 from gpt2.errors import ConfigError, UserError
-from gpt2.failures import Watch
+from gpt2.failures import TORCHRUN_IS_GONE, Watch
 
 T = TypeVar("T")
 CONNECT_S = 30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, TORCHRUN_IS_GONE)
+PATIENCE = timedelta(hours=1)
+"""for what rank 0 does alone, such as saving: longer than a step may take"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """for waiting until rank 0 has done something alone"""
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +88,7 @@ class World:
         if self.size == 1:
             return [value]
         boxes: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, boxes)
+        dist.gather_object(value, boxes, group=self.patient)
         return boxes or []
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -97,7 +101,7 @@ class World:
                 box[0] = function()
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.patient)
         if box[1] is not None:
             raise box[1]
         result: T = box[0]
@@ -150,7 +154,8 @@ def join(config: MachineConfig) -> Iterator[World]:
     if config.deterministic:
         _make_deterministic()
     if size == 1:
-        yield world
+        with Watch(rank, None, config.collective_timeout):
+            yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.collective_timeout)
@@ -159,9 +164,10 @@ def join(config: MachineConfig) -> Iterator[World]:
     everyones.set_timeout(timeout)
     store = _own_part(everyones, rank, size, config.collective_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     with Watch(rank, store, config.collective_timeout) as watch:
         try:
-            yield world
+            yield replace(world, patient=patient)
         except UserError as error:
             error.aloud = watch.first_to_fail() in (rank, None)
             _leave()
@@ -204,7 +210,8 @@ class StopRequest:
     """Remembers the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 (SLURM's warning), so that the loop
     can end at a step's boundary.
 
-    A second one acts as if nothing had been installed: Ctrl+C twice leaves at once.
+    Ctrl+C twice leaves at once. Other signals may come several times: from torchrun, and from
+    whoever sends to all processes. What was ignored before (SIGHUP under nohup) stays so.
     """
 
     def __init__(self) -> None:
@@ -212,7 +219,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        wanted = [item for item in STOP_SIGNALS if signal.getsignal(item) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._remember) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,8 +231,10 @@ class StopRequest:
         self.number = max(self.number, number)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            self._restore()
+            signal.raise_signal(number)
         self.request(number)
-        self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

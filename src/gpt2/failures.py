@@ -5,9 +5,11 @@ close; a thread on every rank looks for such a note once a second, since the mai
 a collective for ever. The same thread notices that torchrun is gone.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import os
+import queue
 import signal
 import sys
 import threading
@@ -25,24 +27,31 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOOK_EVERY_S = 1.0
 GRACE_S = 30.0
 """for saving when torchrun is gone, as long as torchrun itself gives"""
-FAREWELL_S = 5.0
-"""for the main thread to end by itself when another rank has failed"""
+FAREWELL_S = 25.0
+"""for the main thread to end by itself, with what it is writing, when another rank has failed"""
+STORE_S = 3.0
+"""for an answer of the store, which may have died or hang as well"""
+TORCHRUN_IS_GONE = signal.SIGUSR2
 CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out")
 
 
 class Watch:
-    """For as long as the block runs, this rank and the others know of each other's failures."""
+    """For as long as the block runs, this rank and the others know of each other's failures.
 
-    def __init__(self, rank: int, store: "Store", timeout_s: float) -> None:
+    A run of one rank has no store, and one without torchrun has nothing to watch.
+    """
+
+    def __init__(self, rank: int, store: "Store | None", timeout_s: float) -> None:
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
         self._parent = os.getppid()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="failures", daemon=True)
 
     def __enter__(self) -> Self:
-        faulthandler.enable()  # also when NCCL's own watchdog aborts the process
-        self._thread.start()
-        _on_death_of_parent(0)
+        if _is_under_torchrun():
+            faulthandler.enable()  # also when NCCL's own watchdog aborts the process
+            self._thread.start()
+            _on_death_of_parent(0)
         return self
 
     def __exit__(
@@ -51,32 +60,42 @@ class Watch:
         error: BaseException | None,
         _where: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+        if self._store and isinstance(error, Exception) and not isinstance(error, UserError):
             self._fail(error)
         self._over.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join(STORE_S)
 
     def first_to_fail(self) -> int | None:
         """Notes that this rank fails, and returns the first that did; None without a store."""
+        answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # the store died with torchrun, or its machine
+                if self._store:
+                    answers.put(int(self._store.compare_set(NOTE, "", str(self._rank))))
+
+        threading.Thread(target=ask, daemon=True).start()
         try:
-            return int(self._store.compare_set(NOTE, "", str(self._rank)))
-        except Exception:  # the store died with torchrun, or its machine
+            return answers.get(timeout=STORE_S)
+        except queue.Empty:
             return None
 
     def _fail(self, error: Exception) -> None:
         """Ends this process: with its traceback if it is the first that failed, else in a line."""
         lost = _is_contact_lost(error)
+        hung = lost and "Timed out" in str(error)
         if lost:
             self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
         first = self.first_to_fail()
-        if first not in (None, self._rank):
-            _say(f"rank {self._rank} ends, because rank {first} failed")
-        elif lost and "Timed out" in str(error):
+        if hung:  # every rank that lives: who hangs is the one that says nothing
             where = "".join(traceback.format_exception(error))
             _say(
                 f"rank {self._rank} has had no answer from another rank for "
                 f"{self._timeout_s:g} s (--collective_timeout): one hangs. It waited here:\n{where}"
             )
+        elif first not in (None, self._rank):
+            _say(f"rank {self._rank} ends, because rank {first} failed")
         elif lost:
             words = str(error).rpartition("] ")[2].partition(". ")[0]
             _say(
@@ -92,31 +111,34 @@ class Watch:
         while not self._over.wait(LOOK_EVERY_S):
             if os.getppid() != self._parent:
                 _say(f"rank {self._rank}: torchrun is gone")
-                os.kill(os.getpid(), signal.SIGTERM)  # a run in its loop saves, any other ends
+                os.kill(os.getpid(), TORCHRUN_IS_GONE)  # a run in its loop saves, any other ends
                 if not self._over.wait(GRACE_S):
                     os._exit(1)
                 return
             try:
-                failed = watched and self._store.check([NOTE])
+                failed = watched and self._store is not None and self._store.check([NOTE])
             except Exception:  # the machine that keeps the store is gone; collectives will tell
                 watched = False
                 continue
             if failed:
                 if not self._over.wait(FAREWELL_S):
-                    first = self._store.get(NOTE).decode()
-                    _say(f"rank {self._rank} is ended, because rank {first} failed")
+                    _say(f"rank {self._rank} is ended, because another one failed")
                     os._exit(1)
                 return
 
 
 def end_with_torchrun() -> None:
     """Until a `Watch` begins: SIGKILL when torchrun dies, whatever kills it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # a run without torchrun outlives its shell
+    if not _is_under_torchrun():  # such a run outlives its shell
         return
     parent = os.getppid()
     _on_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _on_death_of_parent(number: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from gpt2.errors import CheckpointError
 
 NAME = "run.lock"
+LOOKED_AT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     with (folder / NAME).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file.fileno())
         except BlockingIOError:
             raise CheckpointError(
                 f"another run trains in {folder}: {_describe(owner(folder))}; stop it first, or "
@@ -49,6 +50,18 @@ def held(folder: Path) -> Iterator[None]:
         file.write(json.dumps(asdict(me)) + "\n")
         file.flush()
         yield
+
+
+def _take(handle: int) -> None:
+    """Takes the lock alone; somebody who only looks (`is_held`) has it for a moment."""
+    deadline = time.monotonic() + LOOKED_AT_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def is_held(folder: Path) -> bool:

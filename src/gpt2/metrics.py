@@ -9,6 +9,7 @@ import re
 import statistics
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -54,33 +55,42 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """Hands each record to every sink; without sinks (off rank 0) it does nothing."""
+    """Hands each record to every sink; without sinks (off rank 0) it does nothing.
+
+    A sink that cannot write (a full disk, a terminal that is gone) never ends the training.
+    """
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
+        self._failing: set[int] = set()
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def step(self, record: StepRecord) -> None:
         self._recent_s.append(record.elapsed_s)
         left_s = record.steps_left * statistics.median(self._recent_s)
-        for sink in self._sinks:
-            sink.step(record, left_s if record.steps_left else None)
+        self._each(lambda sink: sink.step(record, left_s if record.steps_left else None))
 
     def validation(self, step: int, epoch: int, loss: float) -> None:
-        for sink in self._sinks:
-            sink.validation(step, epoch, loss)
+        self._each(lambda sink: sink.validation(step, epoch, loss))
 
     def samples(self, step: int, texts: list[str]) -> None:
-        for sink in self._sinks:
-            sink.samples(step, texts)
+        self._each(lambda sink: sink.samples(step, texts))
 
     def message(self, text: str) -> None:
-        for sink in self._sinks:
-            sink.message(text)
+        self._each(lambda sink: sink.message(text))
 
     def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, tell: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            sink.close()
+            try:
+                tell(sink)
+                self._failing.discard(id(sink))
+            except OSError as error:
+                if id(sink) not in self._failing:
+                    self._failing.add(id(sink))
+                    self.message(f"WARNING: {type(sink).__name__} cannot write: {error}")
 
 
 def require_folders(watch: WatchConfig) -> None:

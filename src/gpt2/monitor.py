@@ -82,14 +82,17 @@ class Run:
     @property
     def state(self) -> str:
         """running, finished, stopped, failed; dead if it says running and is not there."""
+        if lock.is_held(self.folder):
+            return "running"
         silent_s = time.time() - self.status.time
         elsewhere = self.status.host != socket.gethostname() and silent_s < status.SILENCE_S
-        alive = elsewhere or lock.is_held(self.folder)
-        return "dead" if self.status.state == "running" and not alive else self.status.state
+        return "dead" if self.status.state == "running" and not elsewhere else self.status.state
 
 
 def newest_run(root: Path) -> Run | None:
-    """The run in `root` or below it whose status was written last."""
+    """The run in `root`, else the one below it whose status was written last."""
+    if own := status.read(root):
+        return Run(root, own)
     found = [(folder, status.read(folder)) for folder in run_folders(root, status.NAME)]
     runs = [Run(folder, item) for folder, item in found if item is not None]
     return max(runs, key=lambda run: run.status.time, default=None)

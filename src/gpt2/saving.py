@@ -147,7 +147,7 @@ class BackgroundWriter:
         """Returns when the state is copied; waits for the former write to end before that."""
         self.wait()
         copied = self._copy.of(state)
-        self._thread = threading.Thread(target=self._run, args=(write, copied), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(write, copied), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

@@ -1,20 +1,22 @@
 """Where a run begins: its data, and afresh, with a checkpoint's weights, or where one left off."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2 import checkpoint, config, distributed
+from gpt2 import checkpoint, config, distributed, lock
 from gpt2.config import RunConfig
 from gpt2.data import corpora, prepare
 from gpt2.data.cache import Cache
 from gpt2.data.shards import MANIFEST, Catalog, catalog
 from gpt2.data.storage import Storage
 from gpt2.distributed import World
-from gpt2.errors import CheckpointError, DataError
+from gpt2.errors import CheckpointError, ConfigError, DataError
 from gpt2.tables import counted
 
 
@@ -35,7 +37,7 @@ class Start:
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
         # torchrun --max-restarts starts the same command again: that run has begun.
-        wanted = settings.resume_from or ("latest" if distributed.is_restart() else None)
+        wanted = "latest" if distributed.is_restart() else settings.resume_from
 
         def warn(text: str) -> None:
             if world.is_main:
@@ -113,6 +115,32 @@ def open_data(run_config: RunConfig, world: World) -> Catalog:
             f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
         )
     return data
+
+
+@contextlib.contextmanager
+def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
+    """The checkpoint folder is this run's alone; what a killed one left unfinished is gone."""
+    folder = run_config.checkpoint.checkpoint_dir
+
+    with contextlib.ExitStack() as claim:
+
+        def claim_it() -> None:
+            checkpoint.require_writable(folder)
+            claim.enter_context(lock.held(folder))
+            checkpoint.sweep(folder)
+
+        world.on_main(claim_it)
+        yield
+
+
+def require_enough_rows(run_config: RunConfig, world: World) -> None:
+    rows = run_config.rows_per_step
+    if rows < world.size:
+        raise ConfigError(
+            f"total_batch_size={run_config.data.total_batch_size} has {rows} row{'s'[: rows > 1]} "
+            f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
+            f"use --total_batch_size {world.size * run_config.model.block_size} or more"
+        )
 
 
 def _require_fresh(folder: Path) -> None:

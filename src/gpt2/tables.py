@@ -12,8 +12,8 @@ def counted(count: int, noun: str) -> str:
 
 def console() -> Console:
     """A console whose tables are not squeezed into 80 columns where the output is a file."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=160)
+    plain = Console(highlight=False, markup=False)  # paths and reasons may hold [brackets]
+    return plain if plain.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def table(title: str, *columns: str) -> Table:

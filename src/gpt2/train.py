@@ -9,26 +9,27 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from gpt2 import checkpoint, distributed, estimate, generate, lock, metrics, status
+from gpt2 import checkpoint, distributed, estimate, generate, metrics, status
 from gpt2.config import RunConfig
 from gpt2.data import order
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import Catalog, ShardSet
 from gpt2.distributed import StopRequest, World
-from gpt2.errors import ConfigError, TrainingError
+from gpt2.errors import TrainingError
 from gpt2.evaluation.loss import validation_loss
+from gpt2.failures import TORCHRUN_IS_GONE
 from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
 from gpt2.saving import Saver
 from gpt2.schedule import is_due, lr_at
-from gpt2.start import Start, open_data
+from gpt2.start import Start, claimed_folder, open_data, require_enough_rows
 from gpt2.tables import counted
 
 Answer = Literal["go", "prune", "stop"]
@@ -84,31 +85,20 @@ def run(run_config: RunConfig, report: Report = always_go) -> Result:
 
 def _train(run_config: RunConfig, world: World, report: Report) -> Result:
     data = open_data(run_config, world)
-    with _claimed_folder(run_config, world):
+    with claimed_folder(run_config, world):
         training = Training(run_config, world, data, Start.find(run_config, world))
-        try:
-            return training.loop(report)
-        except BaseException as error:
-            training.write_status("failed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
+        with StopRequest() as stop:  # until the last checkpoint is on the disk
+            try:
+                result = training.loop(report, stop)
+            except KeyboardInterrupt:  # the second one: leave at once
+                training.write_status("stopped", "interrupted")
+                raise
+            except BaseException as error:
+                training.write_status("failed", f"{type(error).__name__}: {error}")
+                training.close()
+                raise
             training.close()
-
-
-@contextlib.contextmanager
-def _claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
-    """The checkpoint folder is this run's alone; what a killed one left unfinished is gone."""
-    folder = run_config.checkpoint.checkpoint_dir
-
-    with contextlib.ExitStack() as claim:
-
-        def claim_it() -> None:
-            checkpoint.require_writable(folder)
-            claim.enter_context(lock.held(folder))
-            checkpoint.sweep(folder)
-
-        world.on_main(claim_it)
-        yield
+            return result
 
 
 class Training:
@@ -132,7 +122,7 @@ class Training:
         self.total_steps = run_config.total_steps(self.order.rows_per_epoch)
         self.schedule = run_config.lr_schedule(self.total_steps)
         self.data_fingerprint = data.fingerprint()
-        _require_enough_rows(run_config, world)
+        require_enough_rows(run_config, world)
         start.require_agreement(run_config, self.data_fingerprint)
         world.on_main(lambda: metrics.require_folders(run_config.watch))
 
@@ -142,34 +132,38 @@ class Training:
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
         if start.state is not None:
             self._restore(start.state)
-        self.saver = Saver(world, run_config.checkpoint, self._say, start.path, start.step)
+        folder = run_config.checkpoint.checkpoint_dir.resolve()
+        here = start.path is not None and start.path.resolve().parent == folder
+        resumed_step = start.step if here else None
+        self.saver = Saver(world, run_config.checkpoint, self._say, start.path, resumed_step)
+        self.first_step = self.progress.step
+        self.older = world.on_main(lambda: checkpoint.list_checkpoints(folder))
         self.run_name = world.on_main(lambda: self.run_name)
         self.metrics = Metrics(self._sinks())
         self.write_status("running")
         self._introduce(data)
         self.loader = self._loader()
 
-    def loop(self, report: Report) -> Result:
+    def loop(self, report: Report, stop: StopRequest) -> Result:
         """Trains until the last step or until somebody says stop."""
-        with StopRequest() as stop:
-            while self.progress.step < self.total_steps:
-                if reason := self.world.highest(stop.number):
-                    return self._stopped(reason)
-                if self._judge_if_due(report, stop):
-                    continue
-                self._save_if_due()
-                self._announce_epoch()
-                if reason := self._stop_before_data(stop):
-                    return self._stopped(reason)
-                record = self._train_step()
-                self.metrics.step(record)
-                self._ask(report, stop, step=record.step, loss=record.loss)
-                self._go_back_if_bad(record)
-                self.saver.report()
-                self._beat()
-            if self._judge_if_due(report, stop, last=True):
-                return self._stopped(self.world.highest(stop.number))
-            return self._finished()
+        while self.progress.step < self.total_steps:
+            if reason := self.world.highest(stop.number):
+                return self._stopped(reason)
+            if self._judge_if_due(report, stop):
+                continue
+            self._save_if_due()
+            self._announce_epoch()
+            if reason := self._stop_before_data(stop):
+                return self._stopped(reason)
+            record = self._train_step()
+            self.metrics.step(record)
+            self._ask(report, stop, step=record.step, loss=record.loss)
+            self._go_back_if_bad(record)
+            self.saver.report()
+            self._beat()
+        if self._judge_if_due(report, stop, last=True):
+            return self._stopped(self.world.highest(stop.number))
+        return self._finished()
 
     def _stop_before_data(self, stop: StopRequest) -> int:
         """Waits until every rank has the batches of the next step; why to stop, if that comes
@@ -180,6 +174,7 @@ class Training:
                 return reason
             if not self.world.highest(not ready):
                 return 0
+            self._beat()
 
     def close(self) -> None:
         """Lets what is being written reach the disk, and ends the threads."""
@@ -251,20 +246,23 @@ class Training:
                 f"{reason}, also after leaving out the data of steps {progress.left_out[0] + 1} to "
                 f"{sum(progress.left_out)}; use a lower --learning_rate from an earlier checkpoint"
             )
-        path = self.world.on_main(self._newest_checkpoint)
+        first = record.step - progress.bad_in_a_row
+        path = self.world.on_main(lambda: self._checkpoint_before(first))
         if path is None:
             raise TrainingError(
                 f"{reason}, and there is no checkpoint to go back to; use a lower --learning_rate, "
                 "a longer --warmup_steps or a smaller --checkpoint_interval"
             )
-        self._go_back(path, left_out=(record.step - limit, limit))
+        self._go_back(path, left_out=(first, progress.bad_in_a_row))
 
     def _go_back(self, path: Path, left_out: tuple[int, int]) -> None:
         bad_steps = self.progress.bad_steps
         self.loader.close()
-        state = checkpoint.load(path, trust=True, warn=self._say)
+        trust = self.config.checkpoint.trust_checkpoint
+        state = checkpoint.load(path, trust=trust, warn=self._say)
         self._restore(state)
         self.progress.bad_steps, self.progress.left_out = bad_steps, left_out
+        self.progress.bad_in_a_row = 0
         self.saver.goes_on_from(self.progress.step)
         self.metrics.close()
         self.metrics = Metrics(self._sinks())
@@ -274,10 +272,20 @@ class Training:
         )
         self.loader = self._loader()
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _checkpoint_before(self, step: int) -> Path | None:
+        """The newest checkpoint of this run up to `step`, or where the run began.
+
+        Those that lay in the folder already and are further on belong to a way that was left.
+        """
         self.saver.wait()
-        folder = self.config.checkpoint.checkpoint_dir
-        return checkpoint.find(folder, "latest", self._say, set_aside=True)
+        left = {item.sidecar.sequence for item in self.older if item.facts.step > self.first_step}
+        found = checkpoint.list_checkpoints(self.config.checkpoint.checkpoint_dir)
+        mine = [
+            item for item in found if item.facts.step <= step and item.sidecar.sequence not in left
+        ]
+        good = checkpoint.newest_good(mine, lambda _, reason: self._say(f"WARNING: {reason}"))
+        began = self.start.path if self.first_step <= step else None
+        return good.path if good else began
 
     def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> bool:
         """Validation and samples that belong to this step, unless they are done already; whether a
@@ -374,9 +382,11 @@ class Training:
             self.write_status("stopped", "pruned")
             return self._result("pruned")
         self.saver.finish(self._facts(), self._state)
+        alone = reason == TORCHRUN_IS_GONE
         by = "on request" if reason == STOP else f"by signal {reason}"
+        by = "because torchrun is gone" if alone else by
         self._say(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
-        self.write_status("stopped", by)
+        self.write_status("failed" if alone else "stopped", by)
         return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def _finished(self) -> Result:
@@ -479,13 +489,3 @@ class Training:
         folder = run_config.checkpoint.checkpoint_dir
         with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report
             status.write(folder, plan, state, self.progress.step, reason)
-
-
-def _require_enough_rows(run_config: RunConfig, world: World) -> None:
-    rows = run_config.rows_per_step
-    if rows < world.size:
-        raise ConfigError(
-            f"total_batch_size={run_config.data.total_batch_size} has {rows} row{'s'[: rows > 1]} "
-            f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
-            f"use --total_batch_size {world.size * run_config.model.block_size} or more"
-        )

@@ -121,7 +121,9 @@ def test_soak_killed_while_saving(tmp_path: Path):
     sweep(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)]
+)
 def test_signals_to_the_ranks_save(data_root: Path, tmp_path: Path, number: signal.Signals):
     """torchrun dies of SIGUSR1 unless told to hand it on; its ranks save nevertheless."""
     run = Run(data_root, tmp_path / "run", **(FLAGS | {"max_steps": 100_000}))
