@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, config, train
+from gpt2 import cli, config, status, train
 from gpt2.errors import ConfigError
 from support import SMALL_RUN, run_command, small_config, small_flags, train_command
 
@@ -188,3 +188,14 @@ def test_wrong_data_commands_are_one_line(monkeypatch, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("finished", 0), ("stopped", 3), ("failed", 4), ("running", 4)]
+)
+def test_status_as_an_exit_code(monkeypatch, capsys, tmp_path: Path, state: str, code: int):
+    """A reason may hold brackets, as gloo's do."""
+    plan = status.Plan("run", "demo", 10, 1, 1, 1, None, 1, "cpu", "log.txt")
+    status.write(tmp_path, plan, state, 5, "[/gloo/pair.cc:5] lost")
+    assert call(monkeypatch, cli.status_main, "--checkpoint_dir", str(tmp_path)) == code
+    assert "[/gloo/pair.cc:5] lost" in capsys.readouterr().out

@@ -28,7 +28,10 @@ def uninterrupted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
-@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 4), (signal.SIGTERM, 12)])
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGINT, 4), pytest.param(signal.SIGTERM, 12, marks=pytest.mark.soak)],
+)
 def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     data_root: Path, tmp_path: Path, uninterrupted: Path, number: signal.Signals, after: int
 ):

@@ -123,3 +123,33 @@ def test_after_a_resume_curves_have_no_gap_and_no_double(tmp_path: Path):
         *(6 + step for step in range(6, 11)),
     ]
     assert [event.step for event in found.Scalars("loss/val")] == [5, 10]
+
+
+class Recorder:
+    """A sink that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_sink_that_cannot_write_never_ends_training():
+    class Full(Recorder):
+        def message(self, text: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    good = Recorder()
+    both = metrics.Metrics([Full(), good])
+    both.message("one")
+    both.message("two")
+    both.close()
+    assert good.texts == [
+        "WARNING: Full cannot write: [Errno 28] No space left on device",
+        "one",
+        "two",
+    ]

@@ -43,7 +43,8 @@ def kill_until_finished(
 
 
 def test_killed_run_continues_bit_identically(data_root: Path, tmp_path: Path, reference: Path):
-    kill_until_finished(data_root, tmp_path / "run", list(VICTIMS), random.Random(1), reference)
+    victims = ["rank", "torchrun"]
+    kill_until_finished(data_root, tmp_path / "run", victims, random.Random(1), reference)
 
 
 @pytest.mark.soak

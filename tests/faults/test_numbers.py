@@ -80,6 +80,34 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     record("NaN until it goes back", survived=True, steps_lost=5)
 
 
+def test_it_never_goes_forward_to_a_way_that_was_left(
+    data_root: Path, tmp_path: Path, poison, capsys
+):
+    train.run(small_config(data_root, tmp_path, checkpoint_interval=5))
+    poison(2, 3)  # steps 12 and 13 of a run that leaves 15 and 20 behind
+    changes = {"max_bad_steps": 2, "checkpoint_interval": 50}
+    train.run(small_config(data_root, tmp_path, **changes, resume="10", max_steps=21))
+    assert "WARNING: back to step 10 " in capsys.readouterr().out
+
+
+def test_a_stop_among_bad_updates_is_not_where_it_goes_back_to(
+    data_root: Path, tmp_path: Path, poison, capsys
+):
+    poison(12, 13, 14)
+
+    def stop_at_13(**metrics: float) -> train.Answer:
+        return "stop" if metrics["step"] == 13 else "go"
+
+    config = small_config(data_root, tmp_path, max_bad_steps=3)
+    train.run(config, stop_at_13)
+    assert (tmp_path / "checkpoints/step_000013.pt").exists()
+    result = train.run(small_config(data_root, tmp_path, max_bad_steps=3, resume="latest"))
+    assert (result.state, result.step) == ("finished", 20)
+    out = capsys.readouterr().out
+    assert "WARNING: back to step 10 " in out
+    assert "the data of steps 12 to 14 is left out" in out
+
+
 def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
     poison(13, 14, 18, 19)
     with pytest.raises(TrainingError, match=r"2 updates in a row, up to step \d+, had no finite"):
