@@ -1,3 +1,4 @@
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -199,3 +200,21 @@ def test_status_as_an_exit_code(monkeypatch, capsys, tmp_path: Path, state: str,
     status.write(tmp_path, plan, state, 5, "[/gloo/pair.cc:5] lost")
     assert call(monkeypatch, cli.status_main, "--checkpoint_dir", str(tmp_path)) == code
     assert "[/gloo/pair.cc:5] lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["--streaming", "--no_streaming"])
+def test_a_local_data_set_through_the_hub_command(monkeypatch, capsys, tmp_path: Path, how: str):
+    """The loading code of the hub, on a folder; a tenth of a small corpus is for validation."""
+    (tmp_path / "set").mkdir()
+    lines = [json.dumps({"body": f"text number {number}"}) + "\n" for number in range(100)]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(lines))
+    flags = ("--text_field", "body", how, "--out", str(tmp_path / "out"), "--workers", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert call(monkeypatch, cli.main, "data", "hf", str(tmp_path / "set"), *flags) == 0
+    printed = capsys.readouterr().out
+    assert "100 documents, 0 of them empty" in printed
+    train, val = (
+        next(int(line.split()[2]) for line in printed.splitlines() if line.split()[:1] == [split])
+        for split in ("train", "val")
+    )
+    assert val == (train + val) // 10

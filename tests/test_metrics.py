@@ -131,6 +131,9 @@ class Recorder:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
+    def validation(self, step: int, epoch: int, loss: float) -> None:
+        self.texts.append(f"validation {step}")
+
     def message(self, text: str) -> None:
         self.texts.append(text)
 
@@ -140,16 +143,21 @@ class Recorder:
 
 def test_a_sink_that_cannot_write_never_ends_training():
     class Full(Recorder):
-        def message(self, text: str) -> None:
+        """As TensorBoard on a full disk: its messages go nowhere, and well."""
+
+        def validation(self, step: int, epoch: int, loss: float) -> None:
             raise OSError(28, "No space left on device")
+
+        def message(self, text: str) -> None:
+            pass
 
     good = Recorder()
     both = metrics.Metrics([Full(), good])
-    both.message("one")
-    both.message("two")
+    for step in (1, 2):
+        both.validation(step, 0, 3.0)
     both.close()
     assert good.texts == [
         "WARNING: Full cannot write: [Errno 28] No space left on device",
-        "one",
-        "two",
+        "validation 1",
+        "validation 2",
     ]

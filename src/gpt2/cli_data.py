@@ -31,7 +31,8 @@ class Options:
     shard_tokens: int | None = None
     """tokens per shard; default is the corpus's own"""
     val_tokens: int | None = None
-    """tokens of the first shard, which is for validation; default is those of the others"""
+    """tokens of the first shard, which is for validation; default is one shard of a corpus by
+    name, else 10 million, or a tenth of a small corpus"""
     max_tokens: int | None = None
     """stop after this many tokens"""
     workers: int | None = None
@@ -48,7 +49,7 @@ class Options:
 class Named:
     """Prepare a corpus of the table."""
 
-    options: Options = Options()
+    output: Options = Options()
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Hub:
     """the field that holds the text"""
     streaming: bool = True
     """read it as it comes instead of downloading it first"""
-    options: Options = Options()
+    output: Options = Options()
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Files:
     """files or globs, in quotes: 'texts/**/*.txt'"""
     text_field: str = "text"
     """the field that holds the text, in .jsonl and .parquet"""
-    options: Options = Options()
+    output: Options = Options()
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def data_main() -> int:
         if corpus is None:
             known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
             raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data -h")
-        return _prepare(corpus, parse(Named, rest).options)
+        return _prepare(corpus, parse(Named, rest).output)
 
     return guarded(body, interrupted="Interrupted; the same command goes on where it was")
 
@@ -128,18 +129,19 @@ def _hub(arguments: list[str]) -> int:
         split=command.split,
         text_field=command.text_field,
         streaming=command.streaming,
+        val_tokens=corpora.VAL_TOKENS,
     )
-    return _prepare(corpus, command.options)
+    return _prepare(corpus, command.output)
 
 
 def _files(arguments: list[str]) -> int:
     command = parse(Files, arguments)
     if not command.patterns:
         raise ConfigError("no files given; type gpt2 data files 'texts/*.txt'")
-    folder = command.options.out or Path(command.patterns[0]).absolute().parent
+    folder = command.output.out or Path(command.patterns[0]).absolute().parent
     name = _slug(re.sub(r"[*?\[\]]", "", folder.name)) or "files"
     corpus = corpora.local_files(name, list(command.patterns), text_field=command.text_field)
-    return _prepare(corpus, command.options)
+    return _prepare(corpus, command.output)
 
 
 def _prepare(corpus: Corpus, options: Options) -> int:

@@ -70,7 +70,8 @@ def guarded(
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(interrupted, end="\n" if interrupted else "", file=sys.stderr)
+        if interrupted:
+            print(interrupted, file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `… | head` has seen enough; nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

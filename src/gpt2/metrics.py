@@ -62,7 +62,7 @@ class Metrics:
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
-        self._failing: set[int] = set()
+        self._warned_of: set[int] = set()
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def step(self, record: StepRecord) -> None:
@@ -86,10 +86,9 @@ class Metrics:
         for sink in self._sinks:
             try:
                 tell(sink)
-                self._failing.discard(id(sink))
             except OSError as error:
-                if id(sink) not in self._failing:
-                    self._failing.add(id(sink))
+                if id(sink) not in self._warned_of:  # once: the next try may succeed
+                    self._warned_of.add(id(sink))
                     self.message(f"WARNING: {type(sink).__name__} cannot write: {error}")
 
 

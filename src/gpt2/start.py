@@ -134,6 +134,7 @@ def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
 
 
 def require_enough_rows(run_config: RunConfig, world: World) -> None:
+    """Raises ConfigError if a step has fewer rows than there are ranks."""
     rows = run_config.rows_per_step
     if rows < world.size:
         raise ConfigError(

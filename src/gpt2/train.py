@@ -382,11 +382,10 @@ class Training:
             self.write_status("stopped", "pruned")
             return self._result("pruned")
         self.saver.finish(self._facts(), self._state)
-        alone = reason == TORCHRUN_IS_GONE
-        by = "on request" if reason == STOP else f"by signal {reason}"
-        by = "because torchrun is gone" if alone else by
+        names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
+        by = names.get(reason, f"by signal {reason}")
         self._say(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
-        self.write_status("failed" if alone else "stopped", by)
+        self.write_status("failed" if reason == TORCHRUN_IS_GONE else "stopped", by)
         return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def _finished(self) -> Result:

@@ -103,12 +103,12 @@ def test_odd_documents_are_counted(tmp_path: Path):
 
 def test_a_corpus_of_one_shard_has_nothing_to_train_on(tmp_path: Path):
     corpus = Corpus(
-        "short", "a test", 1000, documents=lambda skip: iter([Document("short")][skip:])
+        "short", "a test", 1000, documents=lambda skip: iter([Document("some words")][skip:])
     )
-    with pytest.raises(DataError, match="use more text, or --val_tokens 1"):
+    with pytest.raises(DataError, match="use more text, or --val_tokens 2"):
         prepare.prepare(corpus, tmp_path, workers=1)
     assert not (tmp_path / "manifest.json").exists()
-    prepare.prepare(corpus, tmp_path, workers=1, val_tokens=1)  # as the error says
+    prepare.prepare(corpus, tmp_path, workers=1, val_tokens=2)  # as the error says
 
 
 @pytest.mark.parametrize(("shard_tokens", "count"), [(100_000, 2), (20_000, 4)])

@@ -215,14 +215,16 @@ def test_a_server_without_ranges(server, data_root: Path):
     )
 
 
-def test_shards_outlive_the_loader(memory: MemoryFileSystem, tmp_path: Path):
+def test_shards_outlive_the_loader(memory: MemoryFileSystem, data_root: Path, tmp_path: Path):
     """A run that goes back to a checkpoint opens another loader on them."""
-    distant = open_train(far(tmp_path))
+    distant, here = open_train(far(tmp_path)), open_train(near(data_root))
     line = Order(distant.rows_per_shard, 1, seed=1)
-    for steps in (range(3), range(100, 103)):
+    for steps in (range(3), range(1000, 1003)):
+        assert line.rows(steps[0])[0, 0] not in distant._maps  # it has to be fetched
         with Loader(distant, line, steps, mini_batch_size=1) as loader:
-            for _ in steps:
-                loader.next_step()
+            for step in steps:
+                [(inputs, _)] = loader.next_step()
+                assert np.array_equal(inputs, here.read(line.rows(step))[0])
 
 
 def test_a_shard_in_use_is_not_removed(downloads: list[str], tmp_path: Path):

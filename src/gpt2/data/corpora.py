@@ -89,8 +89,8 @@ def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> 
     matches = itertools.chain.from_iterable(glob.glob(item, recursive=True) for item in patterns)
     files = sorted({os.path.normpath(file) for file in matches if Path(file).is_file()})
     if not files:
-        folder = next((item for item in patterns if Path(item).is_dir()), None)
-        hint = f"; for a folder's files type '{Path(folder or '.') / '*.txt'}'" if folder else ""
+        folders = [item for item in patterns if Path(item).is_dir()]
+        hint = f"; for a folder's files type '{Path(folders[0], '*.txt')}'" if folders else ""
         raise DataError(f"no file matches {' '.join(patterns)}{hint}")
     kinds = {_kind(Path(file)) for file in files}
     known = f"{', '.join(FILE_LOADERS)}, each also with {' or '.join(COMPRESSIONS)}"

@@ -215,7 +215,7 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
     if len(writer.shards) < 2:
         raise DataError(
             f"{recipe.corpus} has {writer.written} tokens, which is one shard, and the first is "
-            f"for validation; use more text, or --val_tokens {max(1, writer.written // 10)}"
+            f"for validation; use more text, or --val_tokens {max(2, writer.written // 10)}"
         )
     manifest = Manifest(
         corpus=recipe.corpus,

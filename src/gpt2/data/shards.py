@@ -98,8 +98,8 @@ class Catalog:
     vocab_size: int
     ours: bool
     """whether there is a manifest, with the SHA-256 of every shard"""
-    cache: Cache = Cache(Path("data/cache"))
-    """for copies of shards that are far away"""
+    cache: Cache | None = None
+    """for copies of shards that are far away, where they are to be read"""
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -119,7 +119,7 @@ def catalog(storage: Storage, cache: Cache | None = None) -> Catalog:
     Raises DataError if there are none, they are unfinished, or one is no shard.
     """
     found = _catalog_of_ours(storage) or _catalog_of_others(storage)
-    return found if cache is None else replace(found, cache=cache)
+    return replace(found, cache=cache)
 
 
 def _catalog_of_ours(storage: Storage) -> Catalog | None:
@@ -326,6 +326,7 @@ def _open(shards: Catalog, shard: Shard) -> _Mapped:
 
     with contextlib.ExitStack() as stack:
         if storage.path is None:
+            assert shards.cache is not None
             copy = shards.cache.copy(storage, shard.file, shard.bytes, wrong_on_arrival)
             path = stack.enter_context(copy)
         else:
@@ -374,7 +375,7 @@ def _wrong_sum(file: BufferedReader, shard: Shard) -> str | None:
 
 def _require_room(shards: Catalog) -> None:
     """The cache must hold the validation split and all training shards that are open at once."""
-    limit = shards.cache.limit_bytes
+    limit = shards.cache.limit_bytes if shards.cache else None
     train = sorted((shard.bytes for shard in shards.of("train")), reverse=True)
     needed = sum(shard.bytes for shard in shards.of("val")) + sum(train[:MAPS_AT_ONCE])
     if limit is not None and needed > limit:
