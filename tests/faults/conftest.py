@@ -22,8 +22,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("faults")
     terminalreporter.write_line(f"{'fault':<44} trials  survived  steps lost (mean, most)")
     for row in TABLE.values():
-        mean = sum(row.steps_lost) / len(row.steps_lost)
+        lost = "-"
+        if row.steps_lost:
+            lost = f"{sum(row.steps_lost) / len(row.steps_lost):.1f}, {max(row.steps_lost)}"
         terminalreporter.write_line(
-            f"{row.fault:<44} {row.trials:>6}  {row.survived:>8}  "
-            f"{mean:>10.1f} {max(row.steps_lost):>6}"
+            f"{row.fault:<44} {row.trials:>6}  {row.survived:>8}  {lost:>11}"
         )

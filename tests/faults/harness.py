@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +27,16 @@ class Trials:
 TABLE: dict[str, Trials] = {}
 
 
-def record(fault: str, survived: bool, steps_lost: int = 0) -> None:
-    """Adds a trial to the table that is printed at the end."""
+@contextlib.contextmanager
+def trial(fault: str) -> Iterator[list[int]]:
+    """A trial in the table that is printed at the end: survived if the block does not fail.
+
+    The steps that it cost go into the list.
+    """
     row = TABLE.setdefault(fault, Trials(fault))
     row.trials += 1
-    row.survived += survived
-    row.steps_lost.append(steps_lost)
+    yield row.steps_lost
+    row.survived += 1
 
 
 def processes_of(word: str) -> list[int]:
@@ -100,10 +105,11 @@ class Run:
             assert self.agent.poll() is None or self.text().count(text) >= count, self.text()
             time.sleep(0.01)
 
-    def kill(self, victim: str) -> None:
-        """kill -9 of `rank`, `torchrun` or `all`."""
+    def kill(self, victim: str, chance: random.Random) -> None:
+        """kill -9 of any one `rank`, of `torchrun` or of `all`."""
+        ranks = self.ranks()
         for pid in {
-            "rank": self.ranks()[-1:],
+            "rank": [chance.choice(ranks)] if ranks else [],
             "torchrun": [self.agent.pid],
             "all": self.processes(),
         }[victim]:
@@ -125,15 +131,19 @@ def last_step(log: Path) -> int:
     return max(losses(log), default=0) if log.exists() else 0
 
 
-def assert_same_losses(run: Path, reference: Path) -> None:
-    """Every line of every start of the run is that of the run that was never stopped."""
-    expected = set(loss_lines(reference / "logs" / "log.txt"))
-    lines = (run / "logs" / "log.txt").read_text().splitlines()
-    for start in "\n".join(lines).split("# run ")[1:]:
-        whole = Path(run, "part.txt")
-        whole.write_text(start)
-        assert set(loss_lines(whole)) <= expected
-    assert loss_lines(run / "logs" / "log.txt")[-1] == loss_lines(reference / "logs/log.txt")[-1]
+def starts_of(run: Path) -> list[list[str]]:
+    """The loss lines of each start of a run."""
+    parts = (run / "logs" / "log.txt").read_text().split("# run ")[1:]
+    found = []
+    for text in parts:
+        (run / "part.txt").write_text(text)
+        found.append(loss_lines(run / "part.txt"))
+    return found
+
+
+def is_part_of(lines: list[str], reference: Path) -> bool:
+    """Whether every line is one of the run that was never stopped."""
+    return set(lines) <= set(loss_lines(reference / "logs" / "log.txt"))
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.harness import record
+from faults.harness import trial
 from gpt2 import checkpoint, lock, train
 from gpt2.errors import CheckpointError
 from support import ROOT, small_config, small_flags, train_command
@@ -57,6 +57,7 @@ def forge_the_size(folder: Path) -> None:
         (forge_the_size, r"step_000020\.(pt has|json is)"),
     ],
 )
+@trial("damaged checkpoint")
 def test_damaged_checkpoint_is_set_aside(
     data_root: Path, tmp_path: Path, finished: Path, damage: Callable[[Path], None], reason, capfd
 ):
@@ -72,7 +73,6 @@ def test_damaged_checkpoint_is_set_aside(
     assert re.search(reason, warning)
     assert (folder / "step_000020.pt.corrupt").read_bytes() == before
     assert (folder / "step_000020.json.corrupt").exists()
-    record(damage.__name__.replace("_", " "), survived=True, steps_lost=5)
 
 
 def test_looking_at_a_folder_renames_nothing(finished: Path, tmp_path: Path):
@@ -83,6 +83,7 @@ def test_looking_at_a_folder_renames_nothing(finished: Path, tmp_path: Path):
     assert sorted(os.listdir(folder)) == before
 
 
+@trial("dangling latest.pt")
 def test_dangling_link(data_root: Path, tmp_path: Path, finished: Path, capfd):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     for name in ("step_000020.pt", "step_000020.json"):
@@ -92,7 +93,6 @@ def test_dangling_link(data_root: Path, tmp_path: Path, finished: Path, capfd):
     assert "latest.pt points to step_000020.pt, which is not there" in text.err
     assert "  - Step: 15\n" in text.out
     assert os.readlink(folder / "latest.pt") == "step_000022.pt"
-    record("dangling latest.pt", survived=True, steps_lost=5)
 
 
 def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Path, finished: Path):
@@ -105,6 +105,7 @@ def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Pat
     assert set(before) <= set(os.listdir(folder))
 
 
+@trial("disk full during a save")
 def test_full_disk(data_root: Path, tmp_path: Path):
     """As RLIMIT_FSIZE gives it: training goes on, the last save fails and says so."""
     flags = {"checkpoint_interval": 5, "eval_interval": None}
@@ -136,9 +137,9 @@ def test_full_disk(data_root: Path, tmp_path: Path):
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     again = small_config(data_root, tmp_path, **flags, max_steps=20, resume="latest")
     assert train.run(again).step == 20  # there is room again
-    record("disk full during a save", survived=True)
 
 
+@trial("second run in one folder")
 def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
     seen = []
 
@@ -152,9 +153,9 @@ def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
     assert f": process {os.getpid()} on {os.uname().nodename}, since 20" in seen[0]
     assert seen[0].endswith("stop it first, or keep this run elsewhere with --out_dir NAME")
     assert not lock.is_held(tmp_path / "checkpoints")
-    record("second run in one folder", survived=True)
 
 
+@trial("lock of a dead process")
 def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
     script = (
         "import os, sys, signal\n"
@@ -170,7 +171,6 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
     with lock.held(tmp_path):
         assert lock.is_held(tmp_path)
         assert lock.owner(tmp_path).pid == os.getpid() != before.pid
-    record("lock of a dead process", survived=True)
 
 
 def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from faults.conftest import FLAGS
-from faults.harness import Run, assert_same_losses, last_step, record
+from faults.harness import Run, is_part_of, last_step, starts_of, trial
 from gpt2 import checkpoint
 from support import ROOT, losses, run_command, small_flags, train_command
 
@@ -17,6 +17,7 @@ ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
 
 
 @pytest.mark.soak
+@trial("SIGSTOP of a rank")
 def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
     run = Run(data_root, tmp_path / "run", **ENDLESS, collective_timeout=6)
     run.wait_for("step 6 |")
@@ -28,7 +29,6 @@ def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
     text = run.text()
     assert text.count(noticed) == 1
     assert ", in loop\n" in text  # where the living one waited
-    record("SIGSTOP of a rank", survived=True)
 
 
 FAILING = f"""
@@ -46,6 +46,7 @@ sys.exit(cli.train_main())
 """
 
 
+@trial("one rank raises")
 def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path: Path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
@@ -58,38 +59,40 @@ def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path
     assert "rank 1 failed:\nTraceback" in text
     assert text.count("ZeroDivisionError: the reason") == 1
     assert "Timed out" not in text
-    record("one rank raises", survived=True, steps_lost=4)
 
 
-def restarted(data_root: Path, out: Path, reference: Path, kills: int) -> None:
+def restart_until_finished(data_root: Path, out: Path, kills: int) -> Run:
     """Under --max-restarts, and without --resume: the run comes back by itself."""
-    flags = FLAGS | {"resume": None}
-    run = Run(data_root, out, ["--max-restarts=3"], **flags)
+    run = Run(data_root, out, ["--max-restarts=3"], **FLAGS | {"resume": None})
+    run.wait_for("step 5 |")
     for kill in range(kills):
-        run.wait_for("step 5 |" if kill == 0 else "Resuming from", max(kill, 1))
-        time.sleep(0.5)
-        reached = last_step(run.log)
-        os.kill(run.ranks()[kill % 2], signal.SIGKILL)
-        newest = checkpoint.find(out / "checkpoints", "latest", print)
-        kept = int(newest.stem.removeprefix("step_")) if newest else 0
-        record("killed rank under --max-restarts", survived=True, steps_lost=reached - kept)
+        with trial("killed rank under --max-restarts"):
+            time.sleep(0.5)
+            os.kill(run.ranks()[kill % 2], signal.SIGKILL)
+            run.wait_for("Resuming from", count=kill + 1)
     assert run.end(120) == 0, run.text()
-    assert run.text().count("Resuming from") == kills
-    assert_same_losses(out, reference)
+    return run
 
 
 def test_torchrun_restarts_a_killed_rank(data_root: Path, tmp_path: Path, reference: Path):
-    restarted(data_root, tmp_path / "run", reference, kills=1)
+    run = restart_until_finished(data_root, tmp_path / "run", kills=1)
+    assert run.text().count("Resuming from") == 1
+    assert all(is_part_of(lines, reference) for lines in starts_of(run.out))
+    assert last_step(run.log) == FLAGS["max_steps"]
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_soak_restarts(data_root: Path, tmp_path: Path, reference: Path):
     for number, kills in enumerate((3, 3, 2)):
-        restarted(data_root, tmp_path / f"run{number}", reference, kills)
+        run = restart_until_finished(data_root, tmp_path / f"run{number}", kills)
+        assert run.text().count("Resuming from") == kills
+        assert all(is_part_of(lines, reference) for lines in starts_of(run.out))
+        assert last_step(run.log) == FLAGS["max_steps"]
 
 
 @pytest.mark.soak
+@trial("other numbers of ranks")
 def test_number_of_ranks_changes_at_every_resume(data_root: Path, tmp_path: Path):
     """1 → 2 → 4 → 3 → 1: the losses are those of one process."""
     flags = {"dropout": 0.0, "decay_steps": 20, "checkpoint_interval": 4}
@@ -98,7 +101,6 @@ def test_number_of_ranks_changes_at_every_resume(data_root: Path, tmp_path: Path
     for number, ranks in enumerate((None, 2, 4, 3, None), 1):
         more = small_flags(data_root, moved, **flags, max_steps=4 * number, resume="latest")
         run_command(train_command(more, ranks=ranks))
-        record("other number of ranks", survived=True)
     one, other = (losses(out / "logs/log.txt") for out in (moved, alone))
     assert one == pytest.approx(other, abs=1e-4)
 
@@ -111,6 +113,7 @@ def free_port() -> int:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("killed", [0, 1])
+@trial("one of two nodes killed")
 def test_two_nodes_one_killed(data_root: Path, tmp_path: Path, reference: Path, killed: int):
     """Two agents on loopback; the machine that dies is the one that keeps the store, or not."""
 
@@ -145,8 +148,9 @@ def test_two_nodes_one_killed(data_root: Path, tmp_path: Path, reference: Path, 
     port = free_port()
     for run in start():
         assert run.agent.wait(120) == 0, run.text()
-    assert_same_losses(tmp_path / "run", reference)
-    record("one of two nodes killed", survived=True, steps_lost=max(0, reached - kept))
+    assert all(is_part_of(lines, reference) for lines in starts_of(tmp_path / "run"))
+    assert last_step(tmp_path / "run/logs/log.txt") == FLAGS["max_steps"]
+    assert kept >= reached - 2 * FLAGS["checkpoint_interval"]
 
 
 def parent(pid: int) -> int:
