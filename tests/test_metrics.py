@@ -107,6 +107,15 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
     assert "_hparams_/session_start_info" in found.summary_metadata
 
 
+def test_a_kill_after_a_flush_loses_no_curve(tmp_path: Path):
+    board = TensorBoard(tmp_path, {}, step=5)
+    for step in range(6, 9):
+        board.step(replace(RECORD, step=step), None)
+    board.flush()
+    assert [point.step for point in events(tmp_path).Scalars("loss/train")] == [6, 7, 8]
+    board.close()
+
+
 def test_after_a_resume_curves_have_no_gap_and_no_double(tmp_path: Path):
     """Killed after step 8, resumed from the checkpoint of step 5."""
     for first, last in [(1, 8), (6, 10)]:

@@ -210,8 +210,9 @@ class StopRequest:
     """Remembers the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 (SLURM's warning), so that the loop
     can end at a step's boundary.
 
-    Ctrl+C twice leaves at once. Other signals may come several times: from torchrun, and from
-    whoever sends to all processes. What was ignored before (SIGHUP under nohup) stays so.
+    Ctrl+C twice leaves at once; torchrun hands the second one on as SIGTERM. Other signals may come
+    several times: from torchrun, and from whoever sends to all processes. What was ignored before
+    (SIGHUP under nohup) stays so.
     """
 
     def __init__(self) -> None:
@@ -231,9 +232,12 @@ class StopRequest:
         self.number = max(self.number, number)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
+        again = (
+            (signal.SIGINT, signal.SIGTERM) if self.number == signal.SIGINT else (signal.SIGINT,)
+        )
+        if self.number and number in again:
             self._restore()
-            signal.raise_signal(number)
+            raise KeyboardInterrupt
         self.request(number)
 
     def _restore(self) -> None:

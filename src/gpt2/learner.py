@@ -23,6 +23,9 @@ from gpt2.distributed import World
 from gpt2.errors import TrainingError
 from gpt2.model.gpt2 import GPT2
 
+# What the CPU's allocator, CUDA and cuBLAS say where torch raises no OutOfMemoryError.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 @dataclass(frozen=True)
 class Update:
@@ -80,13 +83,18 @@ class Learner:
 
         Raises TrainingError if a micro-batch does not fit into the memory.
         """
+        rows, block_size = micros[0][0].shape
+        with _memory_for(rows, block_size):
+            return self._update(micros, learning_rate)
+
+    def _update(self, micros: Sequence[MicroBatch], learning_rate: float) -> Update:
         world, batch_tokens = self.world, self.config.data.total_batch_size
         timer = distributed.DeviceTimer(world.device)
         optim.set_learning_rate(self.optimizer, learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         for number, micro in enumerate(micros, 1):
             tokens_BT, targets_BT = world.to_device(*micro)
-            with self._gradient_sync(last := number == len(micros)), _memory_for(*tokens_BT.shape):
+            with self._gradient_sync(last := number == len(micros)):
                 with self.autocast:
                     loss = self.net(tokens_BT, targets_BT)
                 if last:
@@ -132,6 +140,7 @@ class Learner:
                     "the memory; use a smaller --block_size or --preset"
                 )
             self.mini_batch_size //= 2
+            torch.compiler.reset()  # or a second size would be compiled as one of any size
 
     def _fits(self, rows: int) -> bool:
         """Whether a micro-batch fits beside all that training keeps, on every rank."""
@@ -192,7 +201,9 @@ def _memory_for(rows: int, block_size: int) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
 
 
 def _unmapped(state: checkpoint.State) -> checkpoint.State:

@@ -51,6 +51,7 @@ class Sink(Protocol):
     def validation(self, step: int, epoch: int, loss: float) -> None: ...
     def samples(self, step: int, texts: list[str]) -> None: ...
     def message(self, text: str) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -78,6 +79,10 @@ class Metrics:
 
     def message(self, text: str) -> None:
         self._each(lambda sink: sink.message(text))
+
+    def flush(self) -> None:
+        """Lets all that was told reach the system, which keeps it when this process is killed."""
+        self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
         self._each(lambda sink: sink.close())
@@ -124,6 +129,9 @@ class Console:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -147,6 +155,9 @@ class LogFile:
 
     def message(self, text: str) -> None:
         self._file.write(text + "\n")
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._file.close()
@@ -193,10 +204,12 @@ class TensorBoard:
             "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n---" for text in texts
         )  # markdown: four spaces is verbatim
         self._writer.add_text("samples", blocks, step)
-        self._writer.flush()
 
     def message(self, text: str) -> None:
         pass
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

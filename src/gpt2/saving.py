@@ -2,11 +2,13 @@
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gpt2 import checkpoint
 from gpt2.checkpoint import Facts, State
@@ -15,6 +17,7 @@ from gpt2.distributed import World
 from gpt2.errors import CheckpointError
 
 Write = Callable[[State], Path]
+ALIGNMENT = 64  # bytes: a cache line
 
 
 class Saver:
@@ -87,48 +90,60 @@ class Saver:
 
 
 class HostCopy:
-    """Buffers for one copy of a state, allocated once: pinned where the state lies on a GPU."""
+    """Memory for one copy of a state, allocated once: pinned where the state lies on a GPU."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def of(self, state: State) -> State:
-        """`state` with every tensor in a buffer that the next call overwrites.
+        """`state` with every tensor in memory that the next call overwrites.
 
-        Tensors that share their memory share a buffer, so that a file of it is no larger.
+        Tensors that are the same stay so, so that a file of it is no larger.
         """
-        shared: dict[tuple[Any, ...], torch.Tensor] = {}
-        copied: State = self._copy(state, (), shared)
-        if any(key[0] == "cuda" for key in shared):
+        tensors = {_place(leaf): leaf for leaf in tree_leaves(state) if _is_full(leaf)}
+        size = sum(_aligned(tensor.nbytes) for tensor in tensors.values())
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        if size > len(self._memory):
+            self._memory = _pinned(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
+        copies, start = {}, 0
+        for place, tensor in tensors.items():
+            # Its own storage, or a file would hold all of the memory for each of them.
+            flat = torch.frombuffer(
+                self._memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=start
+            )
+            copies[place] = flat.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+            start += _aligned(tensor.nbytes)
+        if on_gpu:
             torch.cuda.synchronize()
+        copied: State = tree_map(
+            lambda leaf: copies[_place(leaf)] if _is_full(leaf) else leaf, state
+        )
         return copied
 
-    def _copy(self, value: Any, path: tuple[Any, ...], shared: dict[tuple[Any, ...], Any]) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._copy_tensor(value.detach(), path, shared)
-        if isinstance(value, dict):
-            return {key: self._copy(item, (*path, key), shared) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(
-                self._copy(item, (*path, number), shared) for number, item in enumerate(value)
-            )
-        return value
 
-    def _copy_tensor(
-        self, tensor: torch.Tensor, path: tuple[Any, ...], shared: dict[tuple[Any, ...], Any]
-    ) -> torch.Tensor:
-        memory = (tensor.device.type, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and memory in shared:
-            same: torch.Tensor = shared[memory]
-            return same
-        buffer = self._buffers.get(path)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-            )
-            self._buffers[path] = buffer
-        shared[memory] = buffer.copy_(tensor, non_blocking=True)
-        return buffer
+def _is_full(leaf: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(leaf, torch.Tensor) and leaf.numel() > 0
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What tensors have in common that are the same."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """Memory that a GPU writes to directly; ordinary memory if the system has no more of it.
+
+    torch's own pinned memory would be rounded up to a power of two.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
+        weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr())
+    return memory
 
 
 class BackgroundWriter:

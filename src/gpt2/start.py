@@ -81,6 +81,14 @@ class Start:
         preset = "" if made_with == run_config.preset else f"it was made with --preset {made_with}"
         _refuse_contradictions(self.path, rows, preset)
 
+    def take_over(self, folder: Path, world: World) -> int | None:
+        """The step to go on from, if its checkpoint lies in `folder`: it is now the newest."""
+        path = self.path
+        if path is None or path.resolve().parent != folder.resolve():
+            return None
+        world.on_main(lambda: checkpoint.make_newest(path))
+        return self.step
+
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """What is not as it was when the checkpoint was written, though it may differ."""
         assert self.state is not None

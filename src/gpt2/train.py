@@ -94,7 +94,10 @@ def _train(run_config: RunConfig, world: World, report: Report) -> Result:
                 training.write_status("stopped", "interrupted")
                 raise
             except BaseException as error:
-                training.write_status("failed", f"{type(error).__name__}: {error}")
+                # What training itself gives up, another start would give up again.
+                given_up = isinstance(error, TrainingError)
+                said = str(error) if given_up else f"{type(error).__name__}: {error}"
+                training.write_status("stopped" if given_up else "failed", said)
                 training.close()
                 raise
             training.close()
@@ -132,9 +135,8 @@ class Training:
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
         if start.state is not None:
             self._restore(start.state)
-        folder = run_config.checkpoint.checkpoint_dir.resolve()
-        here = start.path is not None and start.path.resolve().parent == folder
-        resumed_step = start.step if here else None
+        folder = run_config.checkpoint.checkpoint_dir
+        resumed_step = start.take_over(folder, world)
         self.saver = Saver(world, run_config.checkpoint, self._say, start.path, resumed_step)
         self.first_step = self.progress.step
         self.older = world.on_main(lambda: checkpoint.list_checkpoints(folder))
@@ -294,6 +296,11 @@ class Training:
         step = progress.step
         if progress.judged_step == step:
             return False
+
+        def asked() -> int:  # before every batch of the validation
+            self._beat()
+            return stop.number
+
         if settings.eval_interval and (step == 0 or last or is_due(step, settings.eval_interval)):
             loss = validation_loss(
                 self.learner.local_net,
@@ -302,7 +309,7 @@ class Training:
                 self.world,
                 self.learner.mini_batch_size,
                 self.learner.autocast,
-                stop=lambda: stop.number,
+                stop=asked,
             )
             if loss is None:
                 return True
@@ -351,6 +358,7 @@ class Training:
             self._say(f"WARNING: no checkpoint of step {progress.step}: its update is left out")
         else:
             self.saver.begin(self._facts(), self._state)
+            self.metrics.flush()  # a kill loses no curve up to a step that is kept
 
     def _facts(self) -> checkpoint.Facts:
         step, plain_config = self.progress.step, json.dumps(self.config.to_dict())

@@ -20,11 +20,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not TABLE:
         return
     terminalreporter.section("faults")
-    terminalreporter.write_line(f"{'fault':<44} trials  survived  steps lost (mean, most)")
+    terminalreporter.write_line(f"{'fault':<48} trials  survived  steps lost (mean, most)")
     for row in TABLE.values():
         lost = "-"
         if row.steps_lost:
             lost = f"{sum(row.steps_lost) / len(row.steps_lost):.1f}, {max(row.steps_lost)}"
         terminalreporter.write_line(
-            f"{row.fault:<44} {row.trials:>6}  {row.survived:>8}  {lost:>11}"
+            f"{row.fault:<48} {row.trials:>6}  {row.survived:>8}  {lost:>11}"
         )

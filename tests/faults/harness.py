@@ -1,16 +1,19 @@
 """Real runs under torchrun that can be killed, and the table of what that cost."""
 
 import contextlib
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpt2 import checkpoint, monitor
 from support import ROOT, loss_lines, losses, small_flags, train_command
 
 
@@ -66,8 +69,10 @@ class Run:
         ranks: int = 2,
         environment: dict[str, str] | None = None,
         script: Path = ROOT / "src" / "train_improved.py",
+        terminal: int | None = None,
         **flags: object,
     ) -> None:
+        """`terminal` is the descriptor of a pseudo-terminal that becomes the run's own."""
         self.out = out
         out.mkdir(exist_ok=True)
         self.log = out / "logs" / "log.txt"
@@ -82,9 +87,11 @@ class Run:
                 command,
                 cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+                stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=None if terminal is None else take_terminal,
             )
 
     def text(self) -> str:
@@ -93,6 +100,16 @@ class Run:
     def processes(self) -> list[int]:
         """torchrun and its ranks, as far as they live."""
         return processes_of(f"\0{self.out}\0")
+
+    def kept(self) -> int:
+        """The step from which a start now would continue."""
+        newest = checkpoint.find(self.out / "checkpoints", "latest", print)
+        return int(newest.stem.removeprefix("step_")) if newest else 0
+
+    def state(self) -> str:
+        """What `gpt2 status` says of it."""
+        found = monitor.newest_run(self.out / "checkpoints")
+        return found.state if found else "none"
 
     def ranks(self) -> list[int]:
         return [pid for pid in self.processes() if pid != self.agent.pid]
@@ -124,6 +141,35 @@ class Run:
             assert time.monotonic() < deadline, f"orphans {left}:\n{self.text()}"
             time.sleep(0.02)
         return code
+
+
+def take_terminal() -> None:
+    """Makes standard input the terminal that sends its Ctrl+C and its end to this process."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+SLOW = f"""
+import importlib, sys, time
+sys.path.insert(0, {str(ROOT / "src")!r})
+from gpt2 import cli
+room = importlib.import_module({{room!r}})
+function, calls = room.{{name}}, []
+def slow(*arguments, **options):
+    calls.append(1)
+    if len(calls) == {{call}}:
+        print("now in {{name}}", flush=True)
+        time.sleep({{pause_s}})
+    return function(*arguments, **options)
+room.{{name}} = slow
+sys.exit(cli.train_main())
+"""
+
+
+def slow_script(folder: Path, room: str, name: str, call: int = 1, pause_s: float = 3) -> Path:
+    """A train_improved.py in which one call of `room.name` says so and takes long."""
+    script = folder / f"slow_{name}.py"
+    script.write_text(SLOW.format(room=room, name=name, call=call, pause_s=pause_s))
+    return script
 
 
 def last_step(log: Path) -> int:

@@ -139,6 +139,44 @@ def test_full_disk(data_root: Path, tmp_path: Path):
     assert train.run(again).step == 20  # there is room again
 
 
+@pytest.mark.soak
+@trial("disk full in the middle, also for the log")
+def test_a_disk_that_is_full_for_a_while(data_root: Path, tmp_path: Path):
+    """A small tmpfs that holds all that the run writes; there is room again before the end."""
+    flags = {"max_steps": 120, "eval_interval": None, "keep_last": 2}
+    run = train_command(small_flags(data_root, tmp_path / "run", **flags))
+    command = ["unshare", "-rm", "bash", "-c", FULL_FOR_A_WHILE, "bash", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, *run, "--use_tensorboard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode == 77:
+        pytest.skip(f"no tmpfs can be mounted: {done.stderr}")
+    text = (tmp_path / "run.txt").read_text()
+    assert done.returncode == 0, text
+    assert text.count("WARNING: training goes on without this checkpoint: cannot save") > 4
+    assert text.count("WARNING: LogFile cannot write") == 1
+    assert text.count("WARNING: TensorBoard cannot write") <= 1  # its writer has a buffer
+    kept = checkpoint.list_checkpoints(tmp_path / "kept/checkpoints")
+    assert [item.facts.step for item in kept][-1] == 120
+    assert not list((tmp_path / "kept/checkpoints").glob("*.tmp"))
+
+
+FULL_FOR_A_WHILE = """
+mkdir -p "$1" && mount -t tmpfs -o size=60m tmpfs "$1" || exit 77
+"${@:2}" >"$1.txt" 2>&1 &
+run=$!
+until_step() { until grep -q "step $1 |" "$2.txt" || ! kill -0 $run; do sleep 0.02; done; }
+until_step 12 "$1"
+cat /dev/zero >"$1/filler"
+until_step 95 "$1"
+rm "$1/filler"
+wait $run
+code=$?
+cp -r "$1" "$(dirname "$1")/kept"
+exit $code
+"""
+
+
 @trial("second run in one folder")
 def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
     seen = []

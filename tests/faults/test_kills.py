@@ -1,8 +1,6 @@
 """kill -9 of ranks, of torchrun and of all, at any moment."""
 
-import os
 import random
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +24,6 @@ class Killed:
     alive: int = 0
     """kills that met a run which had taken a step and was not at its end"""
 
-    def kept(self) -> int:
-        """The step from which a start now would continue."""
-        newest = checkpoint.find(self.out / "checkpoints", "latest", print)
-        return int(newest.stem.removeprefix("step_")) if newest else 0
-
     def kill(self, data_root: Path, victim: str, chance: random.Random) -> None:
         before = last_step(self.out / "logs/log.txt")
         run = Run(data_root, self.out, **FLAGS)
@@ -42,7 +35,7 @@ class Killed:
         with trial(f"kill -9 of {victim}") as steps_lost:
             run.kill(victim, chance)
             run.end()
-            lost = max(0, reached - self.kept())
+            lost = max(0, reached - run.kept())
             assert lost <= 2 * FLAGS["checkpoint_interval"]  # one may be on its way to the disk
             steps_lost.append(lost)
 
@@ -137,19 +130,3 @@ def test_soak_killed_while_saving(tmp_path: Path):
     assert strays > 10  # or the kills came at other moments than those that this is about
     checkpoint.sweep(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)]
-)
-def test_signals_to_the_ranks_save(data_root: Path, tmp_path: Path, number: signal.Signals):
-    """torchrun dies of SIGUSR1 unless told to hand it on; its ranks save nevertheless."""
-    run = Run(data_root, tmp_path / "run", **(FLAGS | {"max_steps": 100_000}))
-    run.wait_for("step 6 |")
-    with trial(f"{number.name} to torchrun") as steps_lost:
-        os.kill(run.agent.pid, number)
-        run.end()
-        stopped = last_step(run.log)
-        assert (run.out / "checkpoints" / f"step_{stopped:06d}.json").exists()
-        assert f"at step {stopped}; --resume latest goes on" in run.text()
-        steps_lost.append(0)

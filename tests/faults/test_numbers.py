@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from faults.harness import trial
-from gpt2 import checkpoint, optim, train
+from gpt2 import checkpoint, monitor, optim, train
 from gpt2.errors import TrainingError
 from gpt2.model.gpt2 import GPT2
 from support import losses, small_config
@@ -112,7 +112,7 @@ def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
     poison(13, 14, 18, 19)
     with pytest.raises(TrainingError, match=r"2 updates in a row, up to step \d+, had no finite"):
         train.run(small_config(data_root, tmp_path, max_bad_steps=2))
-    assert '"failed"' in (tmp_path / "checkpoints/status.json").read_text()
+    assert monitor.newest_run(tmp_path / "checkpoints").state == "stopped"  # for good
 
 
 def test_without_a_checkpoint_it_says_so(data_root: Path, tmp_path: Path, poison):
@@ -129,20 +129,34 @@ def test_a_bad_validation_is_never_the_best(data_root: Path, tmp_path: Path, mon
     assert (tmp_path / "checkpoints/best.pt").resolve().name == "step_000010.pt"
 
 
-def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def limit_memory(
+    monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError = CUDA_IS_FULL
+) -> None:
     """The model's forward pass has no room for more rows than this."""
     forward = GPT2.forward
 
     def limited(net: GPT2, tokens_BT: torch.Tensor, *rest: object, **options: object):
         if len(tokens_BT) > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise error
         return forward(net, tokens_BT, *rest, **options)
 
     monkeypatch.setattr(GPT2, "forward", limited)
 
 
-def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypatch):
-    limit_memory(monkeypatch, rows=3)
+@pytest.mark.parametrize(
+    "error",
+    [
+        CUDA_IS_FULL,
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypatch, error):
+    limit_memory(monkeypatch, rows=3, error=error)
     message = (
         r"8 rows of block_size=32 at once do not fit into the memory; use --mini_batch_size 4 "
         r"\(the total batch stays\), or --auto_mini_batch"

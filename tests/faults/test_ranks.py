@@ -1,6 +1,7 @@
 """Ranks that hang or fail, torchrun's restarts, other numbers of ranks, two nodes."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from faults.conftest import FLAGS
-from faults.harness import Run, is_part_of, last_step, starts_of, trial
-from gpt2 import checkpoint
-from support import ROOT, losses, run_command, small_flags, train_command
+from faults.harness import Run, is_part_of, last_step, slow_script, starts_of, trial
+from gpt2 import checkpoint, train
+from support import ROOT, losses, run_command, small_config, small_flags, train_command
 
 ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
 
@@ -19,7 +20,7 @@ ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
 @pytest.mark.soak
 @trial("SIGSTOP of a rank")
 def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
-    run = Run(data_root, tmp_path / "run", **ENDLESS, collective_timeout=6)
+    run = Run(data_root, tmp_path / "run", ranks=3, **ENDLESS, collective_timeout=6)
     run.wait_for("step 6 |")
     frozen = run.ranks()[-1]
     os.kill(frozen, signal.SIGSTOP)
@@ -27,8 +28,8 @@ def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
     run.wait_for(noticed, within_s=15)
     assert run.end() != 0  # when torchrun's own 30 s for the frozen one are over
     text = run.text()
-    assert text.count(noticed) == 1
-    assert ", in loop\n" in text  # where the living one waited
+    assert text.count(noticed) == 2
+    assert text.count(", in loop\n") == 2  # where the living ones waited
 
 
 FAILING = f"""
@@ -89,6 +90,20 @@ def test_soak_restarts(data_root: Path, tmp_path: Path, reference: Path):
         assert run.text().count("Resuming from") == kills
         assert all(is_part_of(lines, reference) for lines in starts_of(run.out))
         assert last_step(run.log) == FLAGS["max_steps"]
+
+
+@pytest.mark.soak
+@trial("killed rank under --max-restarts --resume STEP")
+def test_a_restart_keeps_to_the_step_that_was_chosen(data_root: Path, tmp_path: Path):
+    """What lies further on was left, also where nothing was saved since."""
+    train.run(small_config(data_root, tmp_path / "run", **FLAGS | {"max_steps": 12}))
+    script = slow_script(tmp_path, "gpt2.train", "lr_at", call=2)
+    flags = FLAGS | {"resume": 4, "max_steps": 12}
+    run = Run(data_root, tmp_path / "run", ["--max-restarts=3"], script=script, **flags)
+    run.wait_for("now in lr_at")
+    os.kill(run.ranks()[0], signal.SIGKILL)
+    assert run.end(120) == 0, run.text()
+    assert re.findall(r"  - Step: (\d+)\n", run.text()) == ["4", "4"]
 
 
 @pytest.mark.soak

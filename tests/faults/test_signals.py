@@ -1,0 +1,126 @@
+"""Signals and kills at chosen moments, a terminal's Ctrl+C, and its end."""
+
+import os
+import pty
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from faults.conftest import FLAGS
+from faults.harness import Run, is_part_of, last_step, slow_script, starts_of, trial
+
+ENDLESS = FLAGS | {"max_steps": 100_000}
+CTRL_C = b"\x03"
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)]
+)
+def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signal.Signals):
+    """torchrun dies of SIGUSR1 unless told to hand it on; its ranks save nevertheless."""
+    run = Run(data_root, tmp_path / "run", **ENDLESS)
+    run.wait_for("step 6 |")
+    with trial(f"{number.name} to torchrun") as steps_lost:
+        assert run.state() == "running"
+        os.kill(run.agent.pid, number)
+        assert run.end() != 0
+        assert run.kept() == last_step(run.log)
+        assert f"at step {run.kept()}; --resume latest goes on" in run.text()
+        assert run.state() == ("failed" if number == signal.SIGUSR1 else "stopped")
+        steps_lost.append(last_step(run.log) - run.kept())
+
+
+MOMENTS = {  # where, in which call, and the steps that a kill there may leave
+    "reading the data": ("gpt2.train", "open_data", 1, {0}),
+    "validating": ("gpt2.evaluation.loss", "evaluating", 2, {12, 16}),
+    "writing a checkpoint": ("gpt2.integrity", "HashingWriter", 2, {4}),
+    "between a checkpoint and its mark": ("gpt2.integrity", "sign", 2, {4}),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_any_moment_will_do(
+    data_root: Path, tmp_path: Path, reference: Path, moment: str, number: signal.Signals
+):
+    room, name, call, left = MOMENTS[moment]
+    script = slow_script(tmp_path, room, name, call)
+    run = Run(data_root, tmp_path / "run", script=script, **FLAGS)
+    run.wait_for(f"now in {name}")
+    victims = run.processes() if number == signal.SIGKILL else [run.agent.pid]
+    with trial(f"{number.name} while {moment}"):
+        for victim in victims:
+            os.kill(victim, number)
+        assert run.end() != 0
+        if number == signal.SIGKILL:
+            assert run.kept() in left
+            assert run.state() == ("dead" if any(left) else "none")
+        elif run.log.exists():
+            assert run.kept() == last_step(run.log)
+            assert run.state() == "stopped"
+        last = Run(data_root, tmp_path / "run", **FLAGS)
+        assert last.end() == 0, last.text()
+        assert all(is_part_of(lines, reference) for lines in starts_of(run.out))
+        assert last_step(run.log) == FLAGS["max_steps"]
+        assert last.state() == "finished"
+        assert not list((run.out / "checkpoints").glob("*.tmp"))
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The two ends of a pseudo-terminal: a person's and a program's."""
+    ours, theirs = (os.fdopen(end, "r+b", buffering=0) for end in pty.openpty())
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.mark.soak
+@trial("Ctrl+C")
+def test_ctrl_c_saves(data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO, BinaryIO]):
+    ours, theirs = terminal
+    run = Run(data_root, tmp_path / "run", terminal=theirs.fileno(), **ENDLESS)
+    run.wait_for("step 6 |")
+    ours.write(CTRL_C)
+    assert run.end() != 0
+    assert "Stopped by signal 2 at step" in run.text()
+    assert (run.kept(), run.state()) == (last_step(run.log), "stopped")
+
+
+@pytest.mark.soak
+@trial("Ctrl+C twice")
+def test_ctrl_c_twice_leaves_at_once(
+    data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO, BinaryIO]
+):
+    """Here during a save that would take a minute."""
+    ours, theirs = terminal
+    script = slow_script(tmp_path, "gpt2.integrity", "HashingWriter", pause_s=60)
+    flags = ENDLESS | {"checkpoint_interval": 1000}
+    run = Run(data_root, tmp_path / "run", script=script, terminal=theirs.fileno(), **flags)
+    run.wait_for("step 6 |")
+    ours.write(CTRL_C)
+    run.wait_for("now in HashingWriter")
+    started = time.monotonic()
+    ours.write(CTRL_C)
+    assert run.end() != 0
+    assert time.monotonic() - started < 10
+    assert "Stopped by signal" not in run.text()
+    assert run.state() == "stopped"
+
+
+@pytest.mark.soak
+@trial("closed terminal")
+def test_closed_terminal_saves(
+    data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO, BinaryIO]
+):
+    ours, theirs = terminal
+    run = Run(data_root, tmp_path / "run", terminal=theirs.fileno(), **ENDLESS)
+    theirs.close()
+    run.wait_for("step 6 |")
+    ours.close()
+    assert run.end() != 0
+    assert (run.kept(), run.state()) == (last_step(run.log), "stopped")
