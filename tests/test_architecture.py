@@ -35,7 +35,7 @@ FLOORS = [
         },
     ),
     ("one run", {"learner", "start", "train"}),
-    ("entries", {"__main__", "cli", "cli_data", "cli_parse"}),
+    ("entries", {"__main__", "cli", "cli_data", "cli_model", "cli_watch", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {
     "checkpoint": {"atomic", "integrity"},

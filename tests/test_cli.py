@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, config, status, train
+from gpt2 import cli, cli_model, cli_watch, config, status, train
 from gpt2.errors import ConfigError
 from support import SMALL_RUN, run_command, small_config, small_flags, train_command
 
@@ -98,10 +98,10 @@ def test_gpt2_names_its_commands(monkeypatch, capsys):
 
 
 def test_generate_flags_are_checked(monkeypatch, capsys):
-    assert call(monkeypatch, cli.generate_main, "--num_samples", "0") == 2
+    assert call(monkeypatch, cli_model.generate_main, "--num_samples", "0") == 2
     assert "num_samples=0 is too small" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="temperature=-1"):
-        cli.GenerateCommand(temperature=-1.0)
+        cli_model.GenerateCommand(temperature=-1.0)
 
 
 def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
@@ -122,11 +122,11 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
     listing = capsys.readouterr().out
     assert listing.index("step_000002.pt") < listing.index("step_000004.pt")
 
-    assert call(monkeypatch, cli.estimate_main, "--checkpoint_dir", folder) == 0
+    assert call(monkeypatch, cli_watch.estimate_main, "--checkpoint_dir", folder) == 0
     assert "step 4 of 4 (100.0%)" in capsys.readouterr().out
 
     options = ("--checkpoint_dir", folder, "--prompt", "import", "--max_new_tokens", "5")
-    assert call(monkeypatch, cli.generate_main, *options) == 0
+    assert call(monkeypatch, cli_model.generate_main, *options) == 0
     printed = capsys.readouterr().out
     assert printed.count("\nimport") == 3
     assert "step_000004.pt (step 4)" in printed
@@ -134,11 +134,11 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
 
 def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tmp_path: Path):
     folder = ("--checkpoint_dir", str(tmp_path))
-    assert call(monkeypatch, cli.generate_main, *folder) == 2
+    assert call(monkeypatch, cli_model.generate_main, *folder) == 2
     assert "train a model first" in capsys.readouterr().err
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "step_000001.json").touch()
-    assert call(monkeypatch, cli.generate_main, *folder) == 2
+    assert call(monkeypatch, cli_model.generate_main, *folder) == 2
     assert f"use --checkpoint_dir {tmp_path / 'demo'}" in capsys.readouterr().err
 
 
@@ -198,7 +198,7 @@ def test_status_as_an_exit_code(monkeypatch, capsys, tmp_path: Path, state: str,
     """A reason may hold brackets, as gloo's do."""
     plan = status.Plan("run", "demo", 10, 1, 1, 1, None, 1, "cpu", "log.txt")
     status.write(tmp_path, plan, state, 5, "[/gloo/pair.cc:5] lost")
-    assert call(monkeypatch, cli.status_main, "--checkpoint_dir", str(tmp_path)) == code
+    assert call(monkeypatch, cli_watch.status_main, "--checkpoint_dir", str(tmp_path)) == code
     assert "[/gloo/pair.cc:5] lost" in capsys.readouterr().out
 
 
