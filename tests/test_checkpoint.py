@@ -125,19 +125,6 @@ def test_newest_is_what_was_saved_last_not_the_highest_step(tmp_path: Path, warn
     assert checkpoint.find(tmp_path, "latest", warn) == tmp_path / "step_000150.pt"
 
 
-def test_a_run_that_goes_on_from_an_earlier_step_leaves_the_later_ones(tmp_path: Path, warn):
-    first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
-    before = first.read_bytes()
-    checkpoint.make_newest(first)
-    assert checkpoint.find(tmp_path, "latest", warn) == first
-    assert os.readlink(tmp_path / "latest.pt") == first.name
-    assert checkpoint.load(first, warn=warn)["step"] == 1
-    assert (warn, first.read_bytes()) == ([], before)
-    checkpoint.make_newest(first)  # it is already
-    sequences = {item.path: item.sidecar.sequence for item in checkpoint.list_checkpoints(tmp_path)}
-    assert sequences == {second: 2, third: 3, first: 4}
-
-
 def test_a_clock_that_jumps_back_costs_nothing(tmp_path: Path, warn: Warnings, monkeypatch):
     for step in range(1, 4):
         save(tmp_path, step, keep_last=3)

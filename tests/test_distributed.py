@@ -185,7 +185,7 @@ def test_more_ranks_than_gpus(monkeypatch, wanted: str):
         pass
 
 
-def test_stop_request_remembers_signals_and_leaves_at_the_second_ctrl_c():
+def test_stop_request_remembers_signals_and_leaves_at_the_second_ctrl_c(monkeypatch):
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -194,12 +194,14 @@ def test_stop_request_remembers_signals_and_leaves_at_the_second_ctrl_c():
             assert stop.number == 0
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # from torchrun too
-            assert stop.number == signal.SIGTERM
+            signal.raise_signal(signal.SIGINT)
+            assert stop.number == signal.SIGTERM  # the first
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         with distributed.StopRequest() as stop:
             signal.raise_signal(signal.SIGINT)
-            assert stop.number == signal.SIGINT
+            signal.raise_signal(signal.SIGTERM)
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)  # the second Ctrl+C, as torchrun says it
             assert signal.getsignal(signal.SIGINT) is before

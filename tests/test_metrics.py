@@ -1,3 +1,4 @@
+import errno
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_a_kill_after_a_flush_loses_no_curve(tmp_path: Path):
     board.flush()
     assert [point.step for point in events(tmp_path).Scalars("loss/train")] == [6, 7, 8]
     board.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_no_curve(tmp_path: Path, capsys):
+    board = TensorBoard(tmp_path, {}, step=5)
+    sinks = Metrics([Console(), board])
+    sinks.step(replace(RECORD, step=6))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board._writer.file_writer.event_writer._async_writer._worker._record_writer.write = full
+    for step in (7, 8, 9):
+        sinks.step(replace(RECORD, step=step))
+        sinks.flush()
+    assert capsys.readouterr().out.count("WARNING: TensorBoard cannot write") == 1
+    sinks.close()
+    assert [point.step for point in events(tmp_path).Scalars("loss/train")][-2:] == [8, 9]
 
 
 def test_after_a_resume_curves_have_no_gap_and_no_double(tmp_path: Path):

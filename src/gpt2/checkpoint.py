@@ -18,7 +18,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
@@ -134,18 +134,6 @@ def prune(complete: list[Checkpoint], keep_last: int, keep: Iterable[Path | None
             # The commit mark first: a kill between the two leaves an unfinished file, not a lie.
             old.path.with_suffix(".json").unlink(missing_ok=True)
             old.path.unlink(missing_ok=True)
-
-
-def make_newest(path: Path) -> None:
-    """What `latest` means from here on: a run that goes on from an earlier step leaves those after
-    it, also if it is killed before it saves."""
-    complete = list_checkpoints(path.parent)
-    mark, sidecar = path.with_suffix(".json"), _read_sidecar(path.with_suffix(".json"))
-    newest = complete[-1].sidecar.sequence if complete else 0
-    if sidecar is not None and sidecar.sequence < newest:
-        with contextlib.suppress(OSError):  # a full disk: the next save is the newest anyway
-            atomic.write_text(mark, _to_json(replace(sidecar, sequence=newest + 1)))
-            atomic.point(path.parent / LATEST, path.name)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from gpt2 import estimate
 from gpt2.config import MachineConfig
 from gpt2.errors import ConfigError, UserError
-from gpt2.failures import TORCHRUN_IS_GONE, Watch
+from gpt2.failures import TORCHRUN_IS_GONE, Watch, is_under_torchrun
 
 T = TypeVar("T")
 CONNECT_S = 30
@@ -52,6 +53,8 @@ class World:
     device: torch.device
     patient: dist.ProcessGroup | None = None
     """for waiting until rank 0 has done something alone"""
+    watch: Watch | None = None
+    """who knows of the other ranks' failures"""
 
     @property
     def is_main(self) -> bool:
@@ -88,8 +91,12 @@ class World:
         if self.size == 1:
             return [value]
         boxes: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, boxes, group=self.patient)
+        dist.gather_object(value, boxes)
         return boxes or []
+
+    def reason(self, error: BaseException) -> str:
+        """Why this rank ends with `error`; another rank's failure, where that is behind it."""
+        return self.watch.reason(error) if self.watch else f"{type(error).__name__}: {error}"
 
     def on_main(self, function: Callable[[], T]) -> T:
         """The result of `function`, called on rank 0 alone; its exception is raised everywhere."""
@@ -122,6 +129,11 @@ def env_rank() -> tuple[int, int, int, int]:
 def is_restart() -> bool:
     """Whether torchrun has started this command before, and some rank of it failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch() -> str:
+    """The command that started this process, the same after torchrun has restarted it."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def tell_torchrun(message: str) -> None:
@@ -167,10 +179,12 @@ def join(config: MachineConfig) -> Iterator[World]:
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     with Watch(rank, store, config.collective_timeout) as watch:
         try:
-            yield replace(world, patient=patient)
+            yield replace(world, patient=patient, watch=watch)
         except UserError as error:
-            error.aloud = watch.first_to_fail() in (rank, None)
-            _leave()
+            first = watch.first_to_fail(str(error))
+            error.aloud = first is None or first.rank == rank
+            if device.type == "cpu":  # NCCL would wait for ranks that know nothing of the error
+                _leave()
             raise
         _leave()  # not after another error: it would wait for ranks that are gone
 
@@ -211,12 +225,13 @@ class StopRequest:
     can end at a step's boundary.
 
     Ctrl+C twice leaves at once; torchrun hands the second one on as SIGTERM. Other signals may come
-    several times: from torchrun, and from whoever sends to all processes. What was ignored before
-    (SIGHUP under nohup) stays so.
+    several times: from torchrun, and from whoever sends to all processes. What was ignored when the
+    process began stays so (SIGHUP under nohup; torchrun itself does not keep to that).
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -228,16 +243,15 @@ class StopRequest:
         self._restore()
 
     def request(self, number: int) -> None:
-        """A stop for another reason than a signal; 0 is none."""
-        self.number = max(self.number, number)
+        """A stop for this reason, a signal or another number, unless there was one; 0 is none."""
+        self.number = self.number or number
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        again = (
-            (signal.SIGINT, signal.SIGTERM) if self.number == signal.SIGINT else (signal.SIGINT,)
-        )
-        if self.number and number in again:
+        second = (signal.SIGINT, signal.SIGTERM if is_under_torchrun() else signal.SIGINT)
+        if self._interrupted and number in second:
             self._restore()
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.request(number)
 
     def _restore(self) -> None:

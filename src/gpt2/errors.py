@@ -20,5 +20,9 @@ class TrainingError(UserError):
     """Training cannot go on: it diverges, or its batch does not fit into the memory."""
 
 
+class Diverged(TrainingError):
+    """Training has given up: what it would meet again, however often it is started."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, not trusted, or contradicts the run."""

@@ -8,12 +8,16 @@ a collective for ever. The same thread notices that torchrun is gone.
 import contextlib
 import ctypes
 import faulthandler
+import json
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -27,12 +31,20 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOOK_EVERY_S = 1.0
 GRACE_S = 30.0
 """for saving when torchrun is gone, as long as torchrun itself gives"""
-FAREWELL_S = 25.0
-"""for the main thread to end by itself, with what it is writing, when another rank has failed"""
+FAREWELL_S, FAREWELL_WRITING_S = 5.0, 25.0
+"""for the main thread to end by itself when another rank has failed, and while it is writing"""
 STORE_S = 3.0
 """for an answer of the store, which may have died or hang as well"""
 TORCHRUN_IS_GONE = signal.SIGUSR2
 CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Which rank failed, and why."""
+
+    rank: int
+    reason: str
 
 
 class Watch:
@@ -43,12 +55,14 @@ class Watch:
 
     def __init__(self, rank: int, store: "Store | None", timeout_s: float) -> None:
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
+        self.is_writing: Callable[[], bool] = lambda: False
+        """whether the death of this process would cost what it is writing"""
         self._parent = os.getppid()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="failures", daemon=True)
 
     def __enter__(self) -> Self:
-        if _is_under_torchrun():
+        if is_under_torchrun():
             faulthandler.enable()  # also when NCCL's own watchdog aborts the process
             self._thread.start()
             _on_death_of_parent(0)
@@ -66,14 +80,26 @@ class Watch:
         if self._thread.is_alive():
             self._thread.join(STORE_S)
 
-    def first_to_fail(self) -> int | None:
+    def first_to_fail(self, reason: str) -> "Failure | None":
         """Notes that this rank fails, and returns the first that did; None without a store."""
-        answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        mine = json.dumps(asdict(Failure(self._rank, reason)))
+        return self._ask(lambda store: store.compare_set(NOTE, "", mine))
+
+    def reason(self, error: BaseException) -> str:
+        """Why this rank ends with `error`: where that is the loss of another rank, what it said."""
+        first = None
+        if isinstance(error, Exception) and _is_contact_lost(error):
+            self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
+            first = self._ask(lambda store: store.get(NOTE) if store.check([NOTE]) else b"")
+        return f"rank {first.rank}: {first.reason}" if first else _in_words(error)
+
+    def _ask(self, question: "Callable[[Store], bytes]") -> "Failure | None":
+        answers: queue.SimpleQueue[Failure] = queue.SimpleQueue()
 
         def ask() -> None:
             with contextlib.suppress(Exception):  # the store died with torchrun, or its machine
                 if self._store:
-                    answers.put(int(self._store.compare_set(NOTE, "", str(self._rank))))
+                    answers.put(Failure(**json.loads(question(self._store))))
 
         threading.Thread(target=ask, daemon=True).start()
         try:
@@ -87,15 +113,15 @@ class Watch:
         hung = lost and "Timed out" in str(error)
         if lost:
             self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
-        first = self.first_to_fail()
+        first = self.first_to_fail(_in_words(error))
         if hung:  # every rank that lives: who hangs is the one that says nothing
             where = "".join(traceback.format_exception(error))
             _say(
                 f"rank {self._rank} has had no answer from another rank for "
                 f"{self._timeout_s:g} s (--collective_timeout): one hangs. It waited here:\n{where}"
             )
-        elif first not in (None, self._rank):
-            _say(f"rank {self._rank} ends, because rank {first} failed")
+        elif first is not None and first.rank != self._rank:
+            _say(f"rank {self._rank} ends, because rank {first.rank} failed")
         elif lost:
             words = str(error).rpartition("] ")[2].partition(". ")[0]
             _say(
@@ -121,15 +147,26 @@ class Watch:
                 watched = False
                 continue
             if failed:
-                if not self._over.wait(FAREWELL_S):
+                if not self._ends_by_itself():
                     _say(f"rank {self._rank} is ended, because another one failed")
                     os._exit(1)
                 return
 
+    def _ends_by_itself(self) -> bool:
+        """Whether the main thread does, within the time that it has for that."""
+        noticed = time.monotonic()
+        while time.monotonic() < noticed + FAREWELL_WRITING_S:
+            late = time.monotonic() > noticed + FAREWELL_S
+            if late and not self.is_writing():
+                return False
+            if self._over.wait(LOOK_EVERY_S):
+                return True
+        return False
+
 
 def end_with_torchrun() -> None:
     """Until a `Watch` begins: SIGKILL when torchrun dies, whatever kills it."""
-    if not _is_under_torchrun():  # such a run outlives its shell
+    if not is_under_torchrun():  # such a run outlives its shell
         return
     parent = os.getppid()
     _on_death_of_parent(signal.SIGKILL)
@@ -137,13 +174,17 @@ def end_with_torchrun() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _is_under_torchrun() -> bool:
+def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _on_death_of_parent(number: int) -> None:
     """A signal from the kernel; it may come several times, once for each thread of the parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_contact_lost(error: Exception) -> bool:

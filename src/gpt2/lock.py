@@ -15,6 +15,7 @@ from gpt2.errors import CheckpointError
 
 NAME = "run.lock"
 LOOKED_AT_S = 1.0
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # such as Lustre, mounted without flock
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Owner:
     pid: int
     started: str
     """local time"""
+    ticks: int = 0
+    """the same in the kernel's count since boot, which tells it from a later process of that pid"""
 
 
 @contextmanager
@@ -37,15 +40,18 @@ def held(folder: Path) -> Iterator[None]:
         try:
             _take(file.fileno())
         except BlockingIOError:
-            raise CheckpointError(
-                f"another run trains in {folder}: {_describe(owner(folder))}; stop it first, or "
-                "keep this run elsewhere with --out_dir NAME"
-            ) from None
+            raise _refusal(folder) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise
-            # A file system without locks: better a run without one than none.
-        me = Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+            if _lives(owner(folder)):
+                raise _refusal(folder) from None
+        me = Owner(
+            socket.gethostname(),
+            os.getpid(),
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            _started(os.getpid()),
+        )
         file.truncate(0)
         file.write(json.dumps(asdict(me)) + "\n")
         file.flush()
@@ -71,8 +77,8 @@ def is_held(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in NO_LOCKS and _lives(owner(folder))
     return False
 
 
@@ -82,6 +88,33 @@ def owner(folder: Path) -> Owner | None:
         return Owner(**json.loads((folder / NAME).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _lives(owner: Owner | None) -> bool:
+    """Whether the owner is a process of this machine that has not ended: all that can be known on
+    a file system without locks."""
+    return (
+        owner is not None
+        and owner.host == socket.gethostname()
+        and 0 < owner.ticks == _started(owner.pid)
+    )
+
+
+def _started(pid: int) -> int:
+    """When a process began, in clock ticks since boot (proc(5), stat, field 22); 0 if there is none
+    or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+def _refusal(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"another run trains in {folder}: {_describe(owner(folder))}; stop it first, or keep this "
+        "run elsewhere with --out_dir NAME"
+    )
 
 
 def _describe(owner: Owner | None) -> str:

@@ -5,9 +5,11 @@ step 250 is measured and `step_000250.pt` is written. A new sink is one class wi
 `Sink` and one line where a run makes its sinks.
 """
 
+import functools
 import re
 import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from gpt2.errors import ConfigError
 from gpt2.estimate import duration
 
 RECENT_STEPS = 50  # what "recent" means for the time left
+WARN_EVERY_S = 600  # of a sink that cannot write
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Metrics:
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
-        self._warned_of: set[int] = set()
+        self._silent_until: dict[int, float] = {}
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def step(self, record: StepRecord) -> None:
@@ -92,8 +95,9 @@ class Metrics:
             try:
                 tell(sink)
             except OSError as error:
-                if id(sink) not in self._warned_of:  # once: the next try may succeed
-                    self._warned_of.add(id(sink))
+                now = time.monotonic()
+                if now > self._silent_until.get(id(sink), 0):
+                    self._silent_until[id(sink)] = now + WARN_EVERY_S
                     self.message(f"WARNING: {type(sink).__name__} cannot write: {error}")
 
 
@@ -142,7 +146,7 @@ class LogFile:
     def __init__(self, path: Path, run_name: str, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self.message(f"# run {run_name} | from step {step} | {datetime.now():%Y-%m-%d %H:%M:%S}")
+        self._heading = f"# run {run_name} | from step {step} | {datetime.now():%Y-%m-%d %H:%M:%S}"
 
     def step(self, record: StepRecord, left_s: float | None) -> None:
         self.message(step_line(record, left_s, digits=6))
@@ -154,6 +158,9 @@ class LogFile:
         self.message(_sample_block(step, texts))
 
     def message(self, text: str) -> None:
+        if self._heading:  # not when it is opened, which must succeed on a full disk
+            self._file.write(self._heading + "\n")
+            self._heading = ""
         self._file.write(text + "\n")
 
     def flush(self) -> None:
@@ -174,7 +181,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._new_writer = functools.partial(SummaryWriter, str(folder))
+        self._writer = self._new_writer(purge_step=step + 1 if step else None)
         if step == 0:
             # SummaryWriter.add_hparams would open a second run folder: write into this one.
             file_writer: Any = self._writer.file_writer
@@ -193,26 +201,39 @@ class TensorBoard:
             **{f"speed/rank_{rank}_ms": time_s * 1000 for rank, time_s in enumerate(record.rank_s)},
             **{f"gpu/{name}": value for name, value in record.gpu.items()},
         }
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, record.step)
+        self._scalars(scalars, record.step)
 
     def validation(self, step: int, epoch: int, loss: float) -> None:
-        self._writer.add_scalar("loss/val", loss, step)
+        self._scalars({"loss/val": loss}, step)
 
     def samples(self, step: int, texts: list[str]) -> None:
         blocks = "\n\n".join(
             "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n---" for text in texts
         )  # markdown: four spaces is verbatim
-        self._writer.add_text("samples", blocks, step)
+        self._tell(lambda writer: writer.add_text("samples", blocks, step))
 
     def message(self, text: str) -> None:
         pass
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._tell(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self._writer.close()
+        self._tell(lambda writer: writer.close())
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        def add(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._tell(add)
+
+    def _tell(self, write: Callable[[Any], None]) -> None:
+        try:
+            write(self._writer)
+        except OSError:  # its thread has ended for good: another file for what comes
+            self._writer = self._new_writer()
+            raise
 
 
 def step_line(record: StepRecord, left_s: float | None, digits: int) -> str:

@@ -1,5 +1,6 @@
 """Saving without a pause: the state is copied to memory of the host, a thread writes the copy."""
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -48,10 +49,9 @@ class Saver:
         if self._begun_step == facts.step:
             return
         self._begun_step = facts.step
+        self._world.on_main(self._wait_for_former)
         rng = self._world.gather_objects(checkpoint.rng_state(self._world.device))
         if self._world.is_main:
-            if self._writer.is_busy:
-                self._say("Waiting: the former checkpoint is still being written")
             self._writer.begin({**state(), "rng": rng}, lambda copied: self._write(copied, facts))
 
     def finish(self, facts: Facts, state: Callable[[], State]) -> None:
@@ -76,6 +76,16 @@ class Saver:
         """Until nothing is being written."""
         self._writer.wait()
         self.report()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        return self._writer.is_busy
+
+    def _wait_for_former(self) -> None:
+        if self.is_busy:
+            self._say("Waiting: the former checkpoint is still being written")
+            self.wait()
 
     def _write(self, state: State, facts: Facts) -> Path:
         path = checkpoint.save(
@@ -104,6 +114,7 @@ class HostCopy:
         size = sum(_aligned(tensor.nbytes) for tensor in tensors.values())
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if size > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # never two at once
             self._memory = _pinned(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
         copies, start = {}, 0
         for place, tensor in tensors.items():
@@ -143,6 +154,9 @@ def _pinned(size: int) -> torch.Tensor:
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
         weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr())
+    else:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # takes the error, which the next kernel would raise
     return memory
 
 

@@ -1,6 +1,7 @@
 """Where a run begins: its data, and afresh, with a checkpoint's weights, or where one left off."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpt2 import checkpoint, config, distributed, lock
+from gpt2 import atomic, checkpoint, config, distributed, lock
 from gpt2.config import RunConfig
 from gpt2.data import corpora, prepare
 from gpt2.data.cache import Cache
@@ -18,6 +19,9 @@ from gpt2.data.storage import Storage
 from gpt2.distributed import World
 from gpt2.errors import CheckpointError, ConfigError, DataError
 from gpt2.tables import counted
+
+LAUNCH = "launch.json"
+"""which command trains in a folder, and the newest checkpoint that it found there"""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ class Start:
     def find(cls, run_config: RunConfig, world: World) -> "Start":
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
-        # torchrun --max-restarts starts the same command again: that run has begun.
-        wanted = "latest" if distributed.is_restart() else settings.resume_from
+        # torchrun --max-restarts starts the same command again, which may have saved since.
+        begun = world.on_main(lambda: _has_saved(folder))
+        wanted = "latest" if begun else settings.resume_from
 
         def warn(text: str) -> None:
             if world.is_main:
@@ -80,14 +85,6 @@ class Start:
         made_with = self.state["config"]["preset"]
         preset = "" if made_with == run_config.preset else f"it was made with --preset {made_with}"
         _refuse_contradictions(self.path, rows, preset)
-
-    def take_over(self, folder: Path, world: World) -> int | None:
-        """The step to go on from, if its checkpoint lies in `folder`: it is now the newest."""
-        path = self.path
-        if path is None or path.resolve().parent != folder.resolve():
-            return None
-        world.on_main(lambda: checkpoint.make_newest(path))
-        return self.step
 
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """What is not as it was when the checkpoint was written, though it may differ."""
@@ -150,6 +147,24 @@ def require_enough_rows(run_config: RunConfig, world: World) -> None:
             f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
             f"use --total_batch_size {world.size * run_config.model.block_size} or more"
         )
+
+
+def _has_saved(folder: Path) -> bool:
+    """Whether this very command has made a checkpoint before torchrun restarted it."""
+    newest = max((i.sidecar.sequence for i in checkpoint.list_checkpoints(folder)), default=0)
+    record = folder / LAUNCH
+    if distributed.is_restart():
+        try:
+            before = json.loads(record.read_text())
+        except (OSError, ValueError):
+            return True
+        # Another launch wrote it: rank 0 was on another machine before.
+        same = before["launch"] == distributed.launch()
+        return not same or newest > int(before["newest"])
+    with contextlib.suppress(OSError):  # a full disk: then a restart takes the newest
+        record.unlink(missing_ok=True)
+        atomic.write_text(record, json.dumps({"launch": distributed.launch(), "newest": newest}))
+    return False
 
 
 def _require_fresh(folder: Path) -> None:

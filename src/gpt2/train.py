@@ -22,7 +22,7 @@ from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import Catalog, ShardSet
 from gpt2.distributed import StopRequest, World
-from gpt2.errors import TrainingError
+from gpt2.errors import Diverged
 from gpt2.evaluation.loss import validation_loss
 from gpt2.failures import TORCHRUN_IS_GONE
 from gpt2.learner import Learner
@@ -93,11 +93,12 @@ def _train(run_config: RunConfig, world: World, report: Report) -> Result:
             except KeyboardInterrupt:  # the second one: leave at once
                 training.write_status("stopped", "interrupted")
                 raise
+            except Diverged as error:
+                training.write_status("stopped", str(error))
+                training.close()
+                raise
             except BaseException as error:
-                # What training itself gives up, another start would give up again.
-                given_up = isinstance(error, TrainingError)
-                said = str(error) if given_up else f"{type(error).__name__}: {error}"
-                training.write_status("stopped" if given_up else "failed", said)
+                training.write_status("failed", world.reason(error))
                 training.close()
                 raise
             training.close()
@@ -135,9 +136,12 @@ class Training:
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
         if start.state is not None:
             self._restore(start.state)
-        folder = run_config.checkpoint.checkpoint_dir
-        resumed_step = start.take_over(folder, world)
+        folder = run_config.checkpoint.checkpoint_dir.resolve()
+        here = start.path is not None and start.path.resolve().parent == folder
+        resumed_step = start.step if here else None
         self.saver = Saver(world, run_config.checkpoint, self._say, start.path, resumed_step)
+        if world.watch is not None:
+            world.watch.is_writing = lambda: self.saver.is_busy
         self.first_step = self.progress.step
         self.older = world.on_main(lambda: checkpoint.list_checkpoints(folder))
         self.run_name = world.on_main(lambda: self.run_name)
@@ -244,14 +248,14 @@ class Training:
             f"{limit} updates in a row, up to step {record.step}, had no finite loss or gradient"
         )
         if progress.left_out is not None:
-            raise TrainingError(
+            raise Diverged(
                 f"{reason}, also after leaving out the data of steps {progress.left_out[0] + 1} to "
                 f"{sum(progress.left_out)}; use a lower --learning_rate from an earlier checkpoint"
             )
         first = record.step - progress.bad_in_a_row
         path = self.world.on_main(lambda: self._checkpoint_before(first))
         if path is None:
-            raise TrainingError(
+            raise Diverged(
                 f"{reason}, and there is no checkpoint to go back to; use a lower --learning_rate, "
                 "a longer --warmup_steps or a smaller --checkpoint_interval"
             )

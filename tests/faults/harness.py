@@ -13,6 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
 from gpt2 import checkpoint, monitor
 from support import ROOT, loss_lines, losses, small_flags, train_command
 
@@ -38,7 +42,11 @@ def trial(fault: str) -> Iterator[list[int]]:
     """
     row = TABLE.setdefault(fault, Trials(fault))
     row.trials += 1
-    yield row.steps_lost
+    try:
+        yield row.steps_lost
+    except pytest.skip.Exception:
+        row.trials -= 1
+        raise
     row.survived += 1
 
 
@@ -122,11 +130,18 @@ class Run:
             assert self.agent.poll() is None or self.text().count(text) >= count, self.text()
             time.sleep(0.01)
 
+    def wait_for_step(self, step: int, within_s: float = 60) -> None:
+        deadline = time.monotonic() + within_s
+        while last_step(self.log) < step:
+            assert time.monotonic() < deadline, self.text()
+            assert self.agent.poll() is None, self.text()
+            time.sleep(0.01)
+
     def kill(self, victim: str, chance: random.Random) -> None:
         """kill -9 of any one `rank`, of `torchrun` or of `all`."""
-        ranks = self.ranks()
+        assert self.agent.poll() is None, self.text()
         for pid in {
-            "rank": [chance.choice(ranks)] if ranks else [],
+            "rank": [chance.choice(self.ranks())],
             "torchrun": [self.agent.pid],
             "all": self.processes(),
         }[victim]:
@@ -137,7 +152,7 @@ class Run:
         """The exit code of torchrun; fails if a process of the run outlives it by long."""
         code = self.agent.wait(within_s)
         deadline = time.monotonic() + 40  # a rank that has only begun waits 30 s for torchrun
-        while left := self.processes():
+        while (left := self.processes()) or self.state() == "running":
             assert time.monotonic() < deadline, f"orphans {left}:\n{self.text()}"
             time.sleep(0.02)
         return code
@@ -185,6 +200,18 @@ def starts_of(run: Path) -> list[list[str]]:
         (run / "part.txt").write_text(text)
         found.append(loss_lines(run / "part.txt"))
     return found
+
+
+def has_weights_of(run: Path, reference: Path) -> bool:
+    """Whether weights and moments after the last step are bit for bit the same."""
+    states = [
+        checkpoint.load(out / "checkpoints/latest.pt", warn=print) for out in (run, reference)
+    ]
+    left, right = (tree_leaves([state["model"], state["optimizer"]]) for state in states)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 def is_part_of(lines: list[str], reference: Path) -> bool:

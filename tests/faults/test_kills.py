@@ -2,73 +2,70 @@
 
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from faults.conftest import FLAGS
-from faults.harness import Run, is_part_of, last_step, python, starts_of, trial
+from faults.harness import (
+    Run,
+    has_weights_of,
+    is_part_of,
+    last_step,
+    python,
+    starts_of,
+    trial,
+)
 from gpt2 import checkpoint
 from support import ROOT
 
 VICTIMS = ("rank", "torchrun", "all")
 
 
-@dataclass
-class Killed:
-    """A run that was killed and started again until it was left alone and finished."""
-
-    out: Path
-    alive: int = 0
-    """kills that met a run which had taken a step and was not at its end"""
-
-    def kill(self, data_root: Path, victim: str, chance: random.Random) -> None:
-        before = last_step(self.out / "logs/log.txt")
-        run = Run(data_root, self.out, **FLAGS)
-        deadline = time.monotonic() + chance.uniform(3, 9)
-        while time.monotonic() < deadline and run.agent.poll() is None:
-            time.sleep(0.01)
+def kill_at_random(data_root: Path, out: Path, victim: str, chance: random.Random) -> None:
+    """Once it trains: a second run of the same command continues in `out`."""
+    before = last_step(out / "logs/log.txt")
+    run = Run(data_root, out, **FLAGS)
+    run.wait_for_step(before + 1)
+    time.sleep(chance.uniform(0, 1.2))
+    with trial(f"kill -9 of {victim}") as steps_lost:
         reached = last_step(run.log)
-        self.alive += before < reached < FLAGS["max_steps"]
-        with trial(f"kill -9 of {victim}") as steps_lost:
-            run.kill(victim, chance)
-            run.end()
-            lost = max(0, reached - run.kept())
-            assert lost <= 2 * FLAGS["checkpoint_interval"]  # one may be on its way to the disk
-            steps_lost.append(lost)
+        assert before < reached < FLAGS["max_steps"]
+        run.kill(victim, chance)
+        assert run.end() != 0
+        lost = max(0, reached - run.kept())
+        assert lost <= 2 * FLAGS["checkpoint_interval"]  # one may be on its way to the disk
+        steps_lost.append(lost)
 
 
-def kill_until_finished(
-    data_root: Path, out: Path, victims: Sequence[str], chance: random.Random
-) -> Killed:
-    killed = Killed(out)
-    for victim in victims:
-        killed.kill(data_root, victim, chance)
+def finish(data_root: Path, out: Path) -> Run:
     last = Run(data_root, out, **FLAGS)
     assert last.end() == 0, last.text()
-    return killed
+    return last
 
 
 def test_killed_run_continues_bit_identically(data_root: Path, tmp_path: Path, reference: Path):
     run = tmp_path / "run"
-    kill_until_finished(data_root, run, ["rank", "torchrun"], random.Random(1))
+    for victim in ("rank", "torchrun"):
+        kill_at_random(data_root, run, victim, random.Random(1))
+    finish(data_root, run)
     assert all(is_part_of(lines, reference) for lines in starts_of(run))
     assert last_step(run / "logs/log.txt") == FLAGS["max_steps"]
+    assert has_weights_of(run, reference)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_soak_kills_at_random_moments(data_root: Path, tmp_path: Path, reference: Path):
     chance = random.Random(7)
-    runs = [
-        kill_until_finished(data_root, tmp_path / f"run{number}", VICTIMS, chance)
-        for number in range(17)
-    ]
-    assert all(is_part_of(lines, reference) for run in runs for lines in starts_of(run.out))
-    assert {last_step(run.out / "logs/log.txt") for run in runs} == {FLAGS["max_steps"]}
-    assert sum(run.alive for run in runs) > 20  # or the kills met other moments than training
+    for number in range(26):
+        run = tmp_path / f"run{number}"
+        for victim in chance.sample(VICTIMS, 2):
+            kill_at_random(data_root, run, victim, chance)
+        finish(data_root, run)
+        assert all(is_part_of(lines, reference) for lines in starts_of(run))
+        assert last_step(run / "logs/log.txt") == FLAGS["max_steps"]
+        assert has_weights_of(run, reference)
 
 
 SAVING = f"""

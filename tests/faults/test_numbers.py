@@ -1,5 +1,6 @@
 """Losses and gradients that are no numbers; batches that do not fit into the memory."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from faults.harness import trial
 from gpt2 import checkpoint, monitor, optim, train
+from gpt2.data.loader import Loader
 from gpt2.errors import TrainingError
 from gpt2.model.gpt2 import GPT2
 from support import losses, small_config
@@ -51,18 +53,29 @@ def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsy
     assert losses(tmp_path / "logs/log.txt")[20] < 10
 
 
+def record_portions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The portions of data that each loader from here on is given."""
+    portions: list[list[int]] = []
+
+    def recording(shards: object, line: object, steps: Iterable[int], **options: object) -> Loader:
+        portions.append(list(steps))
+        return Loader(shards, line, portions[-1], **options)
+
+    monkeypatch.setattr(train, "Loader", recording)
+    return portions
+
+
 @trial("NaN until it goes back")
 def test_many_bad_updates_go_back_and_leave_the_data_out(
-    data_root: Path, tmp_path: Path, poison, capsys
+    data_root: Path, tmp_path: Path, poison, capsys, monkeypatch
 ):
-    """The run that went back is the run that never had the bad data."""
     poison(13, 14, 15)
+    portions = record_portions(monkeypatch)
     changes = {"max_bad_steps": 3, "dropout": 0.0, "eval_interval": None}
     train.run(small_config(data_root, tmp_path / "bad", **changes))
     out = capsys.readouterr().out
     assert "WARNING: back to step 10 " in out
     assert "the data of steps 13 to 15 is left out from here on" in out
-    poison()
     bad = losses(tmp_path / "bad/logs/log.txt")
     assert list(bad) == list(range(1, 21))
     train.run(small_config(data_root, tmp_path / "good", **changes, checkpoint_interval=12))
@@ -73,11 +86,13 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     assert state["progress"]["left_out"] == (12, 3)
     assert state["progress"]["bad_steps"] == 3
 
-    # A resume keeps to it: step 13 is trained on the data of step 16.
-    resumed = train.run(
-        small_config(data_root, tmp_path / "bad", **changes, resume="10", max_steps=20)
+    resumed = tmp_path / "bad/checkpoints/step_000020.pt"
+    train.run(
+        small_config(data_root, tmp_path / "more", **changes, resume=str(resumed), max_steps=22)
     )
-    assert resumed.step == 20
+
+    back = [*range(10, 12), *range(15, 23)]  # the data of steps 13 to 15 is left out
+    assert portions == [[*range(20)], back, [*range(20)], [23, 24]]
 
 
 def test_it_never_goes_forward_to_a_way_that_was_left(

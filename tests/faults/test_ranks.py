@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from faults.conftest import FLAGS
 from faults.harness import Run, is_part_of, last_step, slow_script, starts_of, trial
-from gpt2 import checkpoint, train
+from gpt2 import checkpoint, status, train
 from support import ROOT, losses, run_command, small_config, small_flags, train_command
 
 ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
@@ -60,6 +61,8 @@ def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path
     assert "rank 1 failed:\nTraceback" in text
     assert text.count("ZeroDivisionError: the reason") == 1
     assert "Timed out" not in text
+    said = status.read(run.out / "checkpoints")
+    assert (said.state, said.reason) == ("failed", "rank 1: ZeroDivisionError: the reason")
 
 
 def restart_until_finished(data_root: Path, out: Path, kills: int) -> Run:
@@ -93,17 +96,83 @@ def test_soak_restarts(data_root: Path, tmp_path: Path, reference: Path):
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(
+    ("call", "elsewhere", "steps"),
+    [(2, False, ["4", "4"]), (2, True, ["4", "4"]), (7, False, ["4", "8"])],
+)
 @trial("killed rank under --max-restarts --resume STEP")
-def test_a_restart_keeps_to_the_step_that_was_chosen(data_root: Path, tmp_path: Path):
-    """What lies further on was left, also where nothing was saved since."""
-    train.run(small_config(data_root, tmp_path / "run", **FLAGS | {"max_steps": 12}))
-    script = slow_script(tmp_path, "gpt2.train", "lr_at", call=2)
-    flags = FLAGS | {"resume": 4, "max_steps": 12}
+def test_a_restart_knows_whether_it_has_saved(
+    data_root: Path, tmp_path: Path, call: int, elsewhere: bool, steps: list[str]
+):
+    """Until there is a new checkpoint, it begins where it was told to."""
+    earlier = tmp_path / ("earlier" if elsewhere else "run")
+    train.run(small_config(data_root, earlier, **FLAGS | {"max_steps": 12}))
+    script = slow_script(tmp_path, "gpt2.train", "lr_at", call)
+    flags = FLAGS | {"resume": earlier / "checkpoints/step_000004.pt", "max_steps": 14}
     run = Run(data_root, tmp_path / "run", ["--max-restarts=3"], script=script, **flags)
     run.wait_for("now in lr_at")
     os.kill(run.ranks()[0], signal.SIGKILL)
     assert run.end(120) == 0, run.text()
-    assert re.findall(r"  - Step: (\d+)\n", run.text()) == ["4", "4"]
+    assert re.findall(r"  - Step: (\d+)\n", run.text()) == steps
+
+
+@pytest.mark.soak
+@trial("a save slower than --collective_timeout")
+def test_a_slow_disk_is_waited_for(data_root: Path, tmp_path: Path):
+    script = slow_script(tmp_path, "gpt2.integrity", "HashingWriter", pause_s=12)
+    flags = FLAGS | {"max_steps": 12, "collective_timeout": 5}
+    run = Run(data_root, tmp_path / "run", script=script, **flags)
+    assert run.end() == 0, run.text()
+    assert "Waiting: the former checkpoint is still being written" in run.text()
+    assert run.kept() == 12
+
+
+NAN_ON_ONE_RANK = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "src")!r})
+from gpt2 import cli
+from gpt2.model.gpt2 import GPT2
+forward, calls = GPT2.forward, []
+def poisoned(self, *arguments):
+    calls.append(1)
+    loss = forward(self, *arguments)
+    rank = torch.distributed.get_rank()
+    return loss * float("nan") if rank == 1 and self.training and len(calls) == 30 else loss
+import torch
+GPT2.forward = poisoned
+sys.exit(cli.train_main())
+"""
+
+
+@pytest.mark.soak
+@trial("NaN in the loss of one rank")
+def test_a_bad_loss_of_one_rank_is_left_out_by_all(data_root: Path, tmp_path: Path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(NAN_ON_ONE_RANK)
+    flags = FLAGS | {"max_steps": 20, "eval_interval": None}
+    run = Run(data_root, tmp_path / "run", script=script, **flags)
+    assert run.end() == 0, run.text()
+    assert run.text().count("no update (1 in a row, 1 in all)") == 1
+    state = checkpoint.load(run.out / "checkpoints/latest.pt", warn=print)
+    assert all(torch.isfinite(part).all() for part in state["model"].values())
+
+
+@pytest.mark.soak
+@trial("rank 1 out of memory")
+def test_one_rank_without_memory_says_what_to_do(data_root: Path, tmp_path: Path):
+    script = tmp_path / "full.py"
+    error = 'torch.OutOfMemoryError("CUDA out of memory")'
+    script.write_text(
+        FAILING.replace('ZeroDivisionError("the reason")', error)
+        .replace("learner.Learner.learn = fail", "learner.Learner._update = fail")
+        .replace("learn, calls = learner.Learner.learn", "learn, calls = learner.Learner._update")
+        .replace("import sys\n", "import sys, torch\n", 1)
+    )
+    run = Run(data_root, tmp_path / "run", script=script, **ENDLESS)
+    assert run.end() != 0
+    advice = "error: 2 rows of block_size=32 at once do not fit into the memory; use --mini_batch"
+    assert advice in run.text()
+    assert "rank 1: 2 rows of block_size=32" in status.read(run.out / "checkpoints").reason
 
 
 @pytest.mark.soak

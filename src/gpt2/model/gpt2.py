@@ -43,13 +43,29 @@ class GPT2(nn.Module):
         start = cache.length if cache else 0
         length = tokens_BT.size(1)
         positions_T = torch.arange(start, start + length, device=tokens_BT.device)
+        features_BTD = self.features(tokens_BT, positions_T, cache)
+        if cache:
+            cache.length += length
+        return self.unembed(features_BTD)
+
+    def features(
+        self, tokens_BT: Tensor, positions_T: Tensor, context: "KeyValueCache | Tensor | None"
+    ) -> Tensor:
+        """What the last block knows at each token, (B, T, D); `unembed` makes logits of it.
+
+        `positions_T` is (T) or (B, T). Each token sees those before it in its row; with a cache,
+        also those in there; with a mask, (B, T, T), those of its row for which its line is true.
+        """
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_T)
         x_BTD = self.dropout(x_BTD)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, layer, cache)
-        if cache:
-            cache.length += length
-        return F.linear(self.final_norm(x_BTD), self.token_embedding.weight)
+            x_BTD = block(x_BTD, layer, context)
+        features_BTD: Tensor = self.final_norm(x_BTD)
+        return features_BTD
+
+    def unembed(self, features_D: Tensor) -> Tensor:
+        """Logits, (…, V), of features, (…, D)."""
+        return F.linear(features_D, self.token_embedding.weight)
 
     def _initialise(self) -> None:
         """N(0, 0.02), and the layers that write to the residual stream scaled down by the square
@@ -72,8 +88,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, layer: int, cache: "KeyValueCache | None") -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), layer, cache)
+    def forward(
+        self, x_BTD: Tensor, layer: int, context: "KeyValueCache | Tensor | None"
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), layer, context)
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return x_BTD
 
@@ -89,15 +107,19 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, layer: int, cache: "KeyValueCache | None") -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, layer: int, context: "KeyValueCache | Tensor | None"
+    ) -> Tensor:
         q_BHTK, k_BHTK, v_BHTK = (
             part.unflatten(2, (self.n_head, -1)).transpose(1, 2)
             for part in self.query_key_value(x_BTD).chunk(3, dim=2)
         )
         mask = None
-        if cache:
-            k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)
-            mask = cache.causal_mask(q_BHTK.size(2))
+        if isinstance(context, KeyValueCache):
+            k_BHTK, v_BHTK = context.extend(layer, k_BHTK, v_BHTK)
+            mask = context.causal_mask(q_BHTK.size(2))
+        elif context is not None:
+            mask = context.unsqueeze(1)
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK,
             k_BHTK,

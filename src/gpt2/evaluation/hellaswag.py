@@ -1,0 +1,222 @@
+"""HellaSwag (Zellers et al. 2019): which of four endings goes on with a text?
+
+A model chooses the ending that it finds likeliest: by the sum over its tokens (`acc`), or by the
+mean (`acc_norm`), because a sum favours short endings. Two styles of text are in use:
+
+- `completion`, of the replications of GPT-2: the text as it is, each ending after a space, and the
+  mean over tokens.
+- `harness`, of EleutherAI's lm-evaluation-harness 0.4: the activity as a heading, marks of WikiHow
+  taken out, and the mean over the characters of an ending.
+"""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import re
+import socket
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+
+from gpt2 import atomic, tokenizer
+from gpt2.distributed import World
+from gpt2.errors import DataError
+from gpt2.evaluation import choices
+from gpt2.evaluation.choices import Question
+from gpt2.model.gpt2 import GPT2
+
+REPO = "Rowan/hellaswag"
+FOLDER = Path("data/hellaswag")
+NAMES = ("hellaswag_val.jsonl", "hellaswag_val.jsonl.gz")
+FIELDS = ("activity_label", "ctx", "ctx_a", "ctx_b", "endings", "label")
+Style = Literal["completion", "harness"]
+# GPT-2 124M on the 10,042 tasks of the validation split: completion as in Karpathy's build-nanogpt,
+# harness as on EleutherAI's leaderboard.
+PUBLISHED: dict[Style, tuple[float, float]] = {
+    "completion": (0.2859, 0.2955),
+    "harness": (0.2892, 0.3114),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text and four endings as token ids."""
+
+    question: Question
+    lengths: tuple[int, ...]
+    """by which the loss of each ending is divided"""
+    label: int
+    """the ending that is right"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a model chose in one task: by the sum, and by the mean."""
+
+    by_sum: int
+    by_mean: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of tasks that a model got right."""
+
+    acc: float
+    acc_norm: float
+    tasks: int
+
+    def error(self, share: float) -> float:
+        """Standard error of a share, from the sample variance of right and wrong."""
+        return math.sqrt(share * (1 - share) / (self.tasks - 1)) if self.tasks > 1 else math.nan
+
+
+def find(path: Path | None, folder: Path = FOLDER) -> Path | None:
+    """The file of tasks: `path` if it is given, else one that lies in `folder`."""
+    if path is not None:
+        return path
+    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+
+
+def load(
+    path: Path | None,
+    limit: int | None = None,
+    style: Style = "completion",
+    folder: Path = FOLDER,
+) -> list[Task]:
+    """The first `limit` tasks of the validation split, or all of them.
+
+    They come from `path`, or else from `folder`, where the data set from the Hugging Face hub is
+    kept once it is loaded. Raises DataError if they cannot be had.
+    """
+    found = find(path, folder) or _download(folder)
+    tasks = [_task(item, style) for item in itertools.islice(_read(found), limit)]
+    if not tasks:
+        raise DataError(f"{found} holds no HellaSwag tasks; choose another with --hellaswag_path")
+    return tasks
+
+
+def evaluate(
+    model: GPT2,
+    tasks: list[Task],
+    world: World,
+    autocast: torch.autocast,
+    batch_tokens: int = choices.BATCH_TOKENS,
+    stop: Callable[[], int] = lambda: 0,
+) -> Score | None:
+    """How many of `tasks` the model gets right, the same on every rank.
+
+    None if `stop()` was not 0 on some rank before the end.
+    """
+    questions = [task.question for task in tasks]
+    losses = choices.ending_losses(model, questions, world, autocast, batch_tokens, stop)
+    return None if losses is None else score(tasks, losses)
+
+
+def score(tasks: list[Task], losses: list[list[float]]) -> Score:
+    """The score of choices by `losses`, the summed loss of each ending of each task."""
+    chosen = [choose(task, of_task) for task, of_task in zip(tasks, losses, strict=True)]
+    right = sum(choice.by_sum == task.label for choice, task in zip(chosen, tasks, strict=True))
+    norm = sum(choice.by_mean == task.label for choice, task in zip(chosen, tasks, strict=True))
+    return Score(right / len(tasks), norm / len(tasks), len(tasks))
+
+
+def choose(task: Task, losses: list[float]) -> Choice:
+    """The likeliest ending, the first of several that are alike."""
+    means = [loss / length for loss, length in zip(losses, task.lengths, strict=True)]
+    return Choice(losses.index(min(losses)), means.index(min(means)))
+
+
+def _task(item: dict[str, Any], style: Style) -> Task:
+    endings: list[str] = item["endings"]
+    context: str = item["ctx"]
+    if style == "harness":
+        context = item["ctx_a"] + " " + item["ctx_b"].capitalize()
+        context = _cleaned(item["activity_label"] + ": " + context)
+        endings = [_cleaned(ending) for ending in endings]
+    question = _question(context, endings, style)
+    lengths = [len(ending) for ending in (question.endings if style == "completion" else endings)]
+    return Task(question, tuple(lengths), int(item["label"]))
+
+
+def _question(context: str, endings: list[str], style: Style) -> Question:
+    if style == "completion":
+        head = tuple(tokenizer.encode(context))
+        tails = [tuple(tokenizer.encode(" " + ending)) for ending in endings]
+        return Question(head, tuple(tails))
+    # The harness encodes text and ending in one piece and cuts after the tokens of the text.
+    context = context.rstrip()
+    head = tuple(tokenizer.encode(context))
+    wholes = [tuple(tokenizer.encode(f"{context} {ending}")) for ending in endings]
+    return Question(head, tuple(whole[len(head) :] for whole in wholes))
+
+
+def _cleaned(text: str) -> str:
+    """Without the marks of WikiHow, as the harness does it."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The tasks of a `.jsonl` or `.jsonl.gz`, each of them checked."""
+    opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                item = json.loads(line)
+                _require_task(item)
+                yield item
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        where = f"{path}, line {number}" if number else str(path)
+        raise DataError(
+            f"cannot read HellaSwag's tasks from {where}: {error}; --hellaswag_path names "
+            "another file"
+        ) from error
+
+
+def _require_task(item: Any) -> None:
+    """Raises ValueError if it is no task with a right answer."""
+    if not isinstance(item, dict) or not item.keys() >= set(FIELDS):
+        raise ValueError(f"not a task with {', '.join(FIELDS)}")
+    texts = [item["ctx"], item["ctx_a"], item["ctx_b"], item["activity_label"], *item["endings"]]
+    if len(texts) != 8 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("not a text and four endings")
+    if not item["ctx"].strip() or not all(ending.strip() for ending in item["endings"]):
+        raise ValueError("its text or an ending is empty")
+    if str(item["label"]) not in ("0", "1", "2", "3"):
+        raise ValueError(f"label {item['label']} is none of 0 to 3")
+
+
+def _download(folder: Path) -> Path:
+    """The data set from the hub, kept as a file in `folder`."""
+    path = folder / NAMES[0]
+    try:
+        _require_network()
+        import datasets  # seconds to import
+
+        rows = datasets.load_dataset(REPO, split="validation")
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = ({name: row[name] for name in FIELDS} for row in rows)
+        atomic.write_text(path, "".join(json.dumps(item) + "\n" for item in plain))
+    except Exception as error:  # the hub, the network or the disk can raise anything
+        raise DataError(
+            f"HellaSwag is not in {folder} and cannot be loaded from the Hugging Face hub "
+            f"({error!s:.100}); put {NAMES[0]} there, or name it with --hellaswag_path"
+        ) from error
+    return path
+
+
+def _require_network() -> None:
+    """Raises OSError at once where the hub's own tries would take half a minute."""
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    if not urllib.request.getproxies():
+        socket.getaddrinfo(host, None)

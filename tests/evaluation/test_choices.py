@@ -1,0 +1,123 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2 import distributed, model, tokenizer
+from gpt2.config import ModelConfig
+from gpt2.evaluation import choices
+from gpt2.evaluation.choices import Question, ending_losses
+from gpt2.model.gpt2 import GPT2
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32)
+ALONE = distributed.World(0, 1, torch.device("cpu"))
+FULL = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture(scope="module")
+def net() -> GPT2:
+    torch.manual_seed(3)
+    built = model.build(CONFIG)
+    for part in built.parameters():  # far from its beginning, where every token is alike
+        part.data += 0.3 * torch.randn_like(part)
+    return built
+
+
+def random_questions(count: int, longest: int = 18) -> list[Question]:
+    generator = torch.Generator().manual_seed(5)
+
+    def text(at_least: int) -> tuple[int, ...]:
+        length = int(torch.randint(at_least, longest, (), generator=generator))
+        return tuple(torch.randint(0, 50257, (length,), generator=generator).tolist())
+
+    return [Question(text(1), tuple(text(1) for _ in range(4))) for _ in range(count)]
+
+
+@torch.no_grad()
+def one_by_one(net: GPT2, question: Question) -> list[float]:
+    """Each ending behind its text, one row at a time."""
+    losses = []
+    for ending in question.endings:
+        whole = torch.tensor([*question.context, *ending])[-CONFIG.block_size - 1 :]
+        told = min(len(ending), len(whole) - 1)
+        logits = net.logits(whole[None, :-1])[0, -told:, : tokenizer.VOCAB_SIZE]
+        losses.append(float(F.cross_entropy(logits, whole[-told:], reduction="sum")))
+    return losses
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
+def test_a_packed_row_gives_what_each_ending_gives_alone(net: GPT2, batch_tokens: int):
+    questions = random_questions(12)
+    expected = [one_by_one(net, question) for question in questions]
+    losses = ending_losses(net, questions, ALONE, FULL, batch_tokens)
+    assert losses is not None
+    for ours, theirs in zip(losses, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len({round(loss, 3) for row in losses for loss in row}) == 48
+
+
+@pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])
+def test_texts_past_the_context_lose_their_beginning(net: GPT2, context: int, ending: int):
+    question = Question(tuple(range(context)), (tuple(range(100, 100 + ending)), (7,)))
+    (losses,) = ending_losses(net, [question], ALONE, FULL)
+    assert losses == pytest.approx(one_by_one(net, question), rel=1e-5)
+
+
+def test_the_chance_of_padded_ids_is_not_counted(net: GPT2):
+    question = Question((1, 2), ((3,),))
+    (((before,),)) = ending_losses(net, [question], ALONE, FULL)
+    louder = model.build(CONFIG)
+    louder.load_state_dict(net.state_dict())
+    louder.token_embedding.weight.data[tokenizer.VOCAB_SIZE :] *= 100
+    assert ending_losses(louder, [question], ALONE, FULL) == [[before]]
+
+
+def test_dropout_is_off_and_the_mode_is_as_before():
+    net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5))
+    net.train()
+    questions = random_questions(3, longest=6)
+    assert ending_losses(net, questions, ALONE, FULL) == ending_losses(net, questions, ALONE, FULL)
+    assert net.training
+
+
+def test_ranks_share_the_batches(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+    """The sum over the parts of three ranks is bit for bit what one rank finds."""
+    questions = random_questions(7)
+    parts = []
+    monkeypatch.setattr(distributed.World, "sum", lambda _, tensor: parts.append(tensor) or tensor)
+    monkeypatch.setattr(distributed.World, "highest", lambda _, value: value)
+    for rank in range(3):
+        world = distributed.World(rank, 3, torch.device("cpu"))
+        ending_losses(net, questions, world, FULL, batch_tokens=100)
+    assert all((part == 0).any() for part in parts)
+    whole = ending_losses(net, questions, ALONE, FULL, batch_tokens=100)
+    assert sum(parts[:3]).tolist() == [loss for row in whole for loss in row]
+
+
+def test_a_stop_ends_it(net: GPT2):
+    asked = iter([0, 0, 15])
+    questions = random_questions(9)
+    losses = ending_losses(net, questions, ALONE, FULL, batch_tokens=1, stop=lambda: next(asked))
+    assert losses is None
+
+
+def test_only_the_logits_that_are_needed(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+    places = []
+    unembed = GPT2.unembed
+    monkeypatch.setattr(
+        GPT2, "unembed", lambda net, x: places.append(x.numel() // CONFIG.n_embd) or unembed(net, x)
+    )
+    ending_losses(net, [Question((1, 2, 3), ((4, 5), (6,), (7, 8, 9)))], ALONE, FULL)
+    assert sum(places) == 1 + 1 + 0 + 2  # after the text; within the endings
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_logits_in_pieces(net: GPT2, monkeypatch: pytest.MonkeyPatch, at_once: int):
+    questions = random_questions(4)
+    expected = ending_losses(net, questions, ALONE, FULL)
+    monkeypatch.setattr(choices, "LOGITS_AT_ONCE", at_once)
+    for ours, theirs in zip(ending_losses(net, questions, ALONE, FULL), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_no_questions(net: GPT2):
+    assert ending_losses(net, [], ALONE, FULL) == []
