@@ -43,7 +43,7 @@ def test_data_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch):
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path):
-    """A new one, one in the place of another, and one that fails; rubbish of a killed writer goes."""
+    """A new one, one in the place of another, one that fails, and what a killed writer left."""
     path = tmp_path / "a"
     (tmp_path / ".a.tmp").mkdir()
     (tmp_path / ".a.tmp" / "half").touch()

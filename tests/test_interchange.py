@@ -133,11 +133,12 @@ def test_every_character_has_the_same_tokens(hf_folder: Path):
 def test_other_types(tmp_path: Path, dtype: str):
     net, source = trained()
     interchange.export(source, "hf", tmp_path / "hf", dtype, overwrite=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
-    assert theirs.dtype is getattr(torch, dtype)
-    loaded = load(f"hf:{tmp_path / 'hf'}")
-    net.load_state_dict(loaded)
-    expected = source.weights["final_norm.weight"].to(theirs.dtype).float()
+    kind = getattr(torch, dtype)
+    weights = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {kind}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").torch_dtype is kind
+    net.load_state_dict(load(f"hf:{tmp_path / 'hf'}"))
+    expected = source.weights["final_norm.weight"].to(kind).float()
     assert torch.equal(net.final_norm.weight, expected)
 
 

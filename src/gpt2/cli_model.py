@@ -128,7 +128,7 @@ def _next_command(command: ExportCommand) -> str:
         return f"python sample.py --out_dir={folder}    # in nanoGPT's folder"
     program = (
         "import sys, transformers as t; "
-        "print(t.pipeline('text-generation', sys.argv[1])('Hello,')[0]['generated_text'])"
+        "print(t.pipeline('text-generation', sys.argv[1])('Hello,', max_new_tokens=50))"
     )
     return f'python -c "{program}" {folder}    # pip install transformers'
 

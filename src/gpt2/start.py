@@ -65,6 +65,8 @@ class Start:
             warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
         if settings.init_from in ("scratch", "resume"):
             return cls()
+        if world.is_main:
+            print(f"Loading weights from: {settings.init_from}", flush=True)
         trust = settings.trust_checkpoint
         if interchange.is_foreign(settings.init_from):
             weights = interchange.load(settings.init_from, run_config.model, trust=trust, warn=warn)
