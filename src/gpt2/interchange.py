@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ HUGGING_FACE_FILES = (
     "merges.txt",
 )
 NANOGPT_FILE = "ckpt.pt"
+NANOGPT_ARGUMENTS = (*SHAPE, "vocab_size", "dropout")  # all that its GPTConfig takes
 END_OF_TEXT = "<|endoftext|>"
 GELU_NOTE = (
     "nanoGPT computes the exact GELU (since June 2023), GPT-2 its tanh form: the same weights give "
@@ -293,8 +294,7 @@ def _read_nanogpt(path: Path, trust: bool) -> tuple[ModelConfig, Weights]:
                 f"{path} is no checkpoint of nanoGPT: it has no model and model_args; "
                 "one of ours is given without nanogpt:"
             )
-    known = {part.name for part in fields(ModelConfig)}
-    if unknown := sorted(set(arguments) - known):
+    if unknown := sorted(set(arguments) - set(NANOGPT_ARGUMENTS)):
         raise CheckpointError(
             f"{path}: model_args has {', '.join(unknown)}, which nanoGPT's GPT-2 has not"
         )
@@ -348,13 +348,13 @@ def _flag(name: str, value: int) -> str:
 def _write_hugging_face(folder: Path, trained: Trained, dtype: DType) -> None:
     shape = trained.shape
     ends = {"bos_token_id": tokenizer.END_OF_TEXT, "eos_token_id": tokenizer.END_OF_TEXT}
-    sizes = asdict(replace(shape, vocab_size=tokenizer.VOCAB_SIZE))
+    cut = replace(shape, vocab_size=tokenizer.VOCAB_SIZE)
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "n_ctx": shape.block_size,  # what llama.cpp's converter reads
         "n_inner": None,
         "torch_dtype": dtype,
-        **{theirs: sizes[ours] for theirs, ours in HUGGING_FACE_SHAPE.items()},
+        **{theirs: getattr(cut, ours) for theirs, ours in HUGGING_FACE_SHAPE.items()},
         **{name: allowed[0] for name, allowed in HUGGING_FACE_ALLOWS.items()},
         **{f"{place}_pdrop": shape.dropout for place in ("attn", "embd", "resid")},
         **ends,
@@ -386,10 +386,11 @@ def _write_nanogpt(folder: Path, trained: Trained, dtype: DType) -> None:
     theirs = to_theirs(trained.weights, trained.shape, transposed=False)
     theirs = _as_saved(theirs, dtype)
     theirs[HEAD] = theirs[f"transformer.{their_name(EMBEDDING)}"]  # the same storage, written once
+    cut = replace(trained.shape, vocab_size=tokenizer.VOCAB_SIZE)
     best = trained.best_val_loss
     state = {
         "model": theirs,
-        "model_args": asdict(replace(trained.shape, vocab_size=tokenizer.VOCAB_SIZE)),
+        "model_args": {name: getattr(cut, name) for name in NANOGPT_ARGUMENTS},
         "iter_num": trained.step,
         "best_val_loss": 1e9 if best is None else best,  # nanoGPT's word for none
         "config": {},
