@@ -32,6 +32,7 @@ FLOORS = [
             "tables",
             "evaluation",
             "generate",
+            "interchange",
         },
     ),
     ("one run", {"learner", "start", "train"}),
@@ -47,6 +48,7 @@ NEEDED_IN_SHELL = {
     "data.prepare": {"atomic", "data.shards", "data.corpora", "data.storage", "data.formats"},
     "data.loader": {"data.shards"},
     "evaluation": {"distributed", "data.shards"},
+    "interchange": {"atomic", "checkpoint"},
     "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}

@@ -42,6 +42,23 @@ def test_data_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch):
     assert events == ["data", "name", "folder"]
 
 
+def test_a_folder_is_whole_or_not_there(tmp_path: Path):
+    """A new one, one in the place of another, one that fails, and what a killed writer left."""
+    path = tmp_path / "a"
+    (tmp_path / ".a.tmp").mkdir()
+    (tmp_path / ".a.tmp" / "half").touch()
+    for name in ("one", "two"):
+        with atomic.writing_folder(path) as folder:
+            (folder / name).write_text(name)
+            assert not (path / name).exists()
+        assert [file.name for file in path.iterdir()] == [name]
+    with pytest.raises(KeyError), atomic.writing_folder(path) as folder:
+        (folder / "three").touch()
+        raise KeyError
+    assert [file.name for file in path.iterdir()] == ["two"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_point_replaces_a_link(tmp_path: Path):
     link = tmp_path / "latest"
     atomic.point(link, "one")

@@ -24,8 +24,10 @@ def test_commands_exist(name: str):
 
 def test_options_in_commands_exist():
     known = FIELDS | set(cli_model.GenerateCommand.__dataclass_fields__)
+    known |= set(cli_model.ExportCommand.__dataclass_fields__)
     known |= {*cli_data.Options.__dataclass_fields__, *cli_data.Hub.__dataclass_fields__}
     known |= {"standalone", "nproc_per_node", "port", "help", "no_bias"}
+    known |= {"local", "outfile"}  # of `hf download` and llama.cpp
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known
 
 

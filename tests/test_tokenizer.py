@@ -32,9 +32,18 @@ def test_ids_of_the_padded_vocabulary_decode_to_nothing():
     assert tokenizer.decode([15496, 50300]) == "Hello"
 
 
+def test_merges_are_those_of_the_published_encoder():
+    """The first ones of its merges.txt; and every token of several bytes comes from one."""
+    merges = tokenizer.merges()
+    assert merges[:5] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e"), (b"i", b"n"), (b"r", b"e")]
+    joined = [first + second for first, second in merges]
+    assert joined == [token for token in tokenizer.ranks() if len(token) > 1]
+    assert {part for pair in merges for part in pair} <= tokenizer.ranks().keys()
+
+
 def test_another_rank_table_is_refused(monkeypatch: pytest.MonkeyPatch):
     table = resources.files("gpt2").joinpath("gpt2.tiktoken").read_bytes()
     assert hashlib.sha256(table).hexdigest() == tokenizer.RANKS_SHA256
     monkeypatch.setattr(tokenizer, "RANKS_SHA256", "0" * 64)
     with pytest.raises(DataError, match="rank table"):
-        tokenizer.load.__wrapped__()
+        tokenizer.ranks.__wrapped__()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,32 @@ def writing(
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
+
+
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name `path` when the block ends without an error.
+
+    A folder of that name is replaced; its subfolders are not looked into.
+    """
+    path = path.resolve()
+    temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (".tmp", ".old"))
+    for left in (temporary, old):  # by a killed writer
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for part in (*temporary.iterdir(), temporary):
+            _sync(part)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,7 +71,7 @@ def point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
-    _sync_folder(link.parent)
+    _sync(link.parent)
 
 
 def sweep(folder: Path, mine: Callable[[str], bool]) -> None:
@@ -55,8 +81,9 @@ def sweep(folder: Path, mine: Callable[[str], bool]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Lets a file's content, or a folder's names, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -198,13 +198,21 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
     sidecar = _read_sidecar(path.with_suffix(".json"))
     if sidecar is None:
         warn(f"{path} has no readable sidecar: it is loaded unverified")
+    state = unpickle(path, trust=trust, sidecar=sidecar)
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is no checkpoint of gpt2-from-scratch (schema {SCHEMA})")
+    return state
+
+
+def unpickle(path: Path, *, trust: bool = False, sidecar: Sidecar | None = None) -> object:
+    """What torch.save wrote to `path`, whoever called it; raises CheckpointError as `load` does."""
     try:
         with path.open("rb") as file:
             if sidecar is not None:
                 _verify(path, file, sidecar)
             own = sidecar is not None and integrity.is_signed(sidecar.sha256, sidecar.hmac)
             with warnings.catch_warnings(action="ignore"):  # of foreign formats: refused below
-                state = torch.load(
+                return torch.load(
                     f"/proc/self/fd/{file.fileno()}",  # the file that was verified, whatever `path`
                     map_location="cpu",  # is by now; a path, because only that can be mapped
                     weights_only=not (own or trust),
@@ -223,9 +231,6 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
             f"and plain values, which could run code ({found}); if you trust its origin, add "
             "--trust_checkpoint"
         ) from error
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is no checkpoint of gpt2-from-scratch (schema {SCHEMA})")
-    return state
 
 
 def require_writable(folder: Path) -> None:

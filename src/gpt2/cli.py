@@ -133,6 +133,7 @@ COMMANDS = {
     "train": ("cli:train_main", "train a model; `torchrun … src/train_improved.py` does the same"),
     "data": ("cli_data:data_main", "prepare a corpus as token shards"),
     "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),
+    "export": ("cli_model:export_main", "write a trained model for other people's tools"),
     "estimate": ("cli_watch:estimate_main", "how long training takes"),
     "status": ("cli_watch:status_main", "what a run does, also as an exit code for scripts"),
 }

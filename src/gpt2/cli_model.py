@@ -1,13 +1,19 @@
-"""What the `gpt2` command does with a trained model: `generate`."""
+"""What the `gpt2` command does with a trained model: `generate`, `export`."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
 
 from gpt2 import config
 from gpt2.cli_parse import guarded, parse
 from gpt2.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from gpt2.model.gpt2 import GPT2
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,14 @@ def generate_main() -> int:
 
     def body() -> int:
         command = parse(GenerateCommand, sys.argv[1:])
-        from gpt2 import checkpoint as checkpoints
-        from gpt2 import distributed, generate, model, monitor
-        from gpt2.config import MachineConfig, ModelConfig
+        from gpt2 import distributed, generate
 
-        path = checkpoints.find(command.checkpoint_dir, command.checkpoint, _warn)
-        if path is None:
-            others = monitor.run_folders(command.checkpoint_dir, "step_*.json")
-            way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
-            raise CheckpointError(f"no checkpoint in {command.checkpoint_dir}; {way_out}")
-        state = checkpoints.load(path, trust=command.trust_checkpoint, warn=_warn)
-        with distributed.join(MachineConfig(device=command.device)) as world:
-            net = model.build(ModelConfig(**state["config"]["model"])).to(world.device)
-            net.load_state_dict(state["model"])
+        path, net, progress = _load_model(
+            command.checkpoint_dir, command.checkpoint, command.trust_checkpoint
+        )
+        with distributed.join(config.MachineConfig(device=command.device)) as world:
             texts = generate.generate_text(
-                net,
+                net.to(world.device),
                 command.prompt,
                 num_samples=command.num_samples,
                 max_new_tokens=command.max_new_tokens,
@@ -68,12 +67,88 @@ def generate_main() -> int:
                 top_k=command.top_k,
                 seed=command.seed,
             )
-        print(f"{path} (step {state['progress']['step']})")
+        print(f"{path} (step {progress['step']})")
         for number, text in enumerate(texts, 1):
             print(f"--- sample {number}\n{text}")
         return 0
 
     return guarded(body)
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a trained model for other tools: transformers, vLLM, llama.cpp, nanoGPT."""
+
+    folder: tyro.conf.Positional[Path]
+    """folder to write"""
+    format: Literal["hf", "nanogpt"] = "hf"
+    """hf: a folder that transformers loads; nanogpt: one with a ckpt.pt for its sample.py"""
+    checkpoint: str = "latest"
+    """latest, best, a step or a path"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder of the run's checkpoints"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of the weights"""
+    overwrite: bool = False
+    """replace an earlier export"""
+    trust_checkpoint: bool = False
+    """unpickle a checkpoint that this user did not write: it can run any code"""
+
+
+def export_main() -> int:
+    """`gpt2 export`."""
+
+    def body() -> int:
+        command = parse(ExportCommand, sys.argv[1:])
+        from gpt2 import interchange
+
+        path, net, progress = _load_model(
+            command.checkpoint_dir, command.checkpoint, command.trust_checkpoint
+        )
+        trained = interchange.Trained(
+            net.config, net.state_dict(), progress["step"], progress["best_val_loss"]
+        )
+        interchange.export(
+            trained, command.format, command.folder, command.dtype, command.overwrite
+        )
+        names = ", ".join(sorted(file.name for file in command.folder.iterdir()))
+        print(f"{path} (step {progress['step']}) is now {command.folder}: {names}")
+        if command.format == "nanogpt":
+            print(interchange.GELU_NOTE)
+        print(f"\nGo on with:\n  {_next_command(command)}")
+        return 0
+
+    return guarded(body)
+
+
+def _next_command(command: ExportCommand) -> str:
+    """What to type after an export."""
+    folder = shlex.quote(str(command.folder.resolve()))
+    if command.format == "nanogpt":
+        return f"python sample.py --out_dir={folder}    # in nanoGPT's folder"
+    program = (
+        "import sys, transformers as t; "
+        "print(t.pipeline('text-generation', sys.argv[1])('Hello,', max_new_tokens=50))"
+    )
+    return f'python -c "{program}" {folder}    # pip install transformers'
+
+
+def _load_model(folder: Path, which: str, trust: bool) -> tuple[Path, "GPT2", dict[str, Any]]:
+    """A checkpoint's path, its model on the CPU, and how far its run was."""
+    import torch
+
+    from gpt2 import checkpoint, model, monitor
+
+    path = checkpoint.find(folder, which, _warn)
+    if path is None:
+        others = monitor.run_folders(folder, "step_*.json")
+        way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
+        raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
+    state = checkpoint.load(path, trust=trust, warn=_warn)
+    with torch.device("meta"):  # weights that are replaced at once need not be drawn
+        net = model.build(config.ModelConfig(**state["config"]["model"]))
+    net.load_state_dict(state["model"], assign=True)
+    return path, net, state["progress"]
 
 
 def _warn(text: str) -> None:

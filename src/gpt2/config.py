@@ -150,7 +150,8 @@ class CheckpointConfig:
     resume: str | None = None
     """continue a run: latest, best, a step, or a path; `latest` in an empty folder starts fresh"""
     init_from: str = "scratch"
-    """weights of a new run: scratch, or a checkpoint's path; `resume` is --resume latest"""
+    """weights of a new run: scratch, a checkpoint's path, hf:FOLDER (Hugging Face's GPT-2) or
+    nanogpt:FILE; `resume` is --resume latest"""
     checkpoint_dir: Path = Path("checkpoints")
     """folder of this run's checkpoints and status.json"""
     checkpoint_interval: int | None = 250

@@ -1,4 +1,4 @@
-"""Where a run begins: its data, and afresh, with a checkpoint's weights, or where one left off."""
+"""Where a run begins: its data, and afresh, with given weights, or where a checkpoint left off."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpt2 import atomic, checkpoint, config, distributed, lock
+from gpt2 import atomic, checkpoint, config, distributed, interchange, lock
 from gpt2.config import RunConfig
 from gpt2.data import corpora, prepare
 from gpt2.data.cache import Cache
@@ -26,7 +26,7 @@ LAUNCH = "launch.json"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at a checkpoint's state, with a checkpoint's weights, or afresh."""
+    """Where a run begins: at a checkpoint's state, with somebody's weights, or afresh."""
 
     path: Path | None = None
     state: checkpoint.State | None = None
@@ -52,10 +52,13 @@ class Start:
             if wanted is not None:
                 return checkpoint.find(folder, wanted, warn, set_aside=True)
             _require_fresh(folder)
-            if settings.init_from != "scratch" and not Path(settings.init_from).is_file():
+            elsewhere = settings.init_from == "scratch" or interchange.is_foreign(
+                settings.init_from
+            )
+            if not elsewhere and not Path(settings.init_from).is_file():
                 raise CheckpointError(
-                    f"no checkpoint at {settings.init_from}; --init_from takes a path, --resume "
-                    "also takes latest, best or a step"
+                    f"no checkpoint at {settings.init_from}; --init_from takes a path, hf:FOLDER "
+                    "or nanogpt:FILE; --resume also takes latest, best or a step"
                 )
             return None
 
@@ -67,8 +70,14 @@ class Start:
             warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
         if settings.init_from in ("scratch", "resume"):
             return cls()
+        if world.is_main:
+            print(f"Loading weights from: {settings.init_from}", flush=True)
+        trust = settings.trust_checkpoint
+        if interchange.is_foreign(settings.init_from):
+            weights = interchange.load(settings.init_from, run_config.model, trust=trust, warn=warn)
+            return cls(weights=weights)
         source = Path(settings.init_from)
-        state = checkpoint.load(source, trust=settings.trust_checkpoint, warn=warn)
+        state = checkpoint.load(source, trust=trust, warn=warn)
         shape = tuple(name for name in config.FIXED_BY_CHECKPOINT if name.startswith("model."))
         _refuse_contradictions(source, config.changed(state["config"], run_config, shape))
         return cls(weights=state["model"])

@@ -4,6 +4,7 @@ import base64
 import hashlib
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 
 import tiktoken
 
@@ -20,8 +21,8 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 @cache
-def load() -> tiktoken.Encoding:
-    """The encoding, built once per process.
+def ranks() -> dict[bytes, int]:
+    """The bytes of each token but <|endoftext|>, and its id, which is also its rank in merging.
 
     Raises DataError if the rank table is not the published one.
     """
@@ -32,17 +33,38 @@ def load() -> tiktoken.Encoding:
             f"the tokeniser's rank table gpt2.tiktoken has SHA-256 {digest[:12]}…, "
             f"needed {RANKS_SHA256[:12]}…; reinstall the package: pip install --force-reinstall ."
         )
-    ranks = {}
-    for line in table.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    pairs = (line.split() for line in table.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+@cache
+def load() -> tiktoken.Encoding:
+    """The encoding, built once per process; raises DataError as `ranks` does."""
     return tiktoken.Encoding(
         name=NAME,
         pat_str=PATTERN,
-        mergeable_ranks=ranks,
+        mergeable_ranks=ranks(),
         special_tokens={"<|endoftext|>": END_OF_TEXT},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+def merges() -> list[tuple[bytes, bytes]]:
+    """The two parts that merge into each token of several bytes, by rank (Sennrich et al. 2016).
+
+    Ranks alone do not say them; merging a token's bytes as far as lower ranks go does.
+    """
+    known = ranks()
+    return [_parts(token, known) for token in sorted(known, key=known.__getitem__) if token[1:]]
+
+
+def _parts(token: bytes, known: dict[bytes, int]) -> tuple[bytes, bytes]:
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        rated = [known.get(first + second, VOCAB_SIZE) for first, second in pairwise(parts)]
+        at = rated.index(min(rated))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
 
 
 def encode(text: str) -> list[int]:
