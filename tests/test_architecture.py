@@ -29,6 +29,7 @@ FLOORS = [
             "status",
             "metrics",
             "monitor",
+            "plot",
             "tables",
             "evaluation",
             "generate",
@@ -47,6 +48,7 @@ NEEDED_IN_SHELL = {
     "data.prepare": {"atomic", "data.shards", "data.corpora", "data.storage", "data.formats"},
     "data.loader": {"data.shards"},
     "evaluation": {"distributed", "data.shards"},
+    "plot": {"metrics"},
     "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}

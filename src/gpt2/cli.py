@@ -134,6 +134,7 @@ COMMANDS = {
     "data": ("cli_data:data_main", "prepare a corpus as token shards"),
     "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),
     "estimate": ("cli_watch:estimate_main", "how long training takes"),
+    "plot": ("cli_watch:plot_main", "draw the curves of runs"),
     "status": ("cli_watch:status_main", "what a run does, also as an exit code for scripts"),
 }
 

@@ -1,8 +1,11 @@
-"""What the `gpt2` command tells of runs: `estimate`, `status`."""
+"""What the `gpt2` command tells of runs: `estimate`, `status`, `plot`."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from gpt2 import config
 from gpt2.cli_parse import guarded, parse
@@ -78,5 +81,40 @@ def status_main() -> int:
             )
         monitor.print_state(run, console())
         return STATUS_CODES[run.state]
+
+    return guarded(body)
+
+
+@dataclass(frozen=True)
+class PlotCommand:
+    """Draw losses, HellaSwag, learning rate and tokens/s of runs, from their logs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN …]")] = (
+        Path("logs/log.txt"),
+    )
+    """logs, or folders with logs/log.txt, such as the --out_dir of a run"""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")
+    """the picture: .png, .svg or .pdf"""
+    last: int | None = None
+    """only the last so many runs of each log; default is all"""
+
+    def __post_init__(self) -> None:
+        config.require_at_least(self, 1, "last")
+
+
+def plot_main() -> int:
+    """`gpt2 plot`."""
+
+    def body() -> int:
+        command = parse(PlotCommand, sys.argv[1:])
+        from gpt2 import plot
+
+        runs = plot.read(command.runs, command.last)
+        plot.save(runs, command.out)
+        out = console()
+        for run in runs:
+            out.print(plot.summary(run), soft_wrap=True)
+        out.print(f"Drawn: {command.out}", soft_wrap=True)
+        return 0
 
     return guarded(body)
