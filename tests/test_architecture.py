@@ -28,6 +28,7 @@ FLOORS = [
             "saving",
             "status",
             "metrics",
+            "machine",
             "monitor",
             "plot",
             "tables",
@@ -35,7 +36,7 @@ FLOORS = [
             "generate",
         },
     ),
-    ("one run", {"learner", "start", "train"}),
+    ("one run", {"learner", "start", "doctor", "train"}),
     ("entries", {"__main__", "cli", "cli_data", "cli_model", "cli_watch", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {

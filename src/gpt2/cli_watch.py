@@ -1,4 +1,4 @@
-"""What the `gpt2` command tells of runs: `estimate`, `status`, `plot`."""
+"""What the `gpt2` command tells of runs: `estimate`, `status`, `plot`, `doctor`."""
 
 import sys
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from gpt2 import config
+from gpt2 import cli, config
 from gpt2.cli_parse import guarded, parse
+from gpt2.config import RunConfig
 from gpt2.errors import CheckpointError, ConfigError
 from gpt2.tables import console
 
@@ -116,5 +117,37 @@ def plot_main() -> int:
             out.print(plot.summary(run), soft_wrap=True)
         out.print(f"Drawn: {command.out}", soft_wrap=True)
         return 0
+
+    return guarded(body)
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Check this machine, and all that a run with these options needs. Exit code: 1 if something
+    keeps the run from its end."""
+
+    run: RunConfig
+    nproc_per_node: int | None = None
+    """ranks, as torchrun is told; default is one per GPU"""
+    config: Path | None = None
+    """TOML file with options, by name or in a table per part"""
+    out_dir: Path | None = None
+    """keep checkpoints, runs and logs under this folder"""
+
+    def __post_init__(self) -> None:
+        config.require_at_least(self, 1, "nproc_per_node")
+
+
+def doctor_main() -> int:
+    """`gpt2 doctor`."""
+
+    def body() -> int:
+        arguments = sys.argv[1:]
+        default = DoctorCommand(run=cli.before_flags(arguments))
+        command = parse(DoctorCommand, arguments, default=default)
+        from gpt2 import doctor
+
+        findings = doctor.examine(command.run, command.nproc_per_node)
+        return 1 if doctor.print_findings(findings, console()) else 0
 
     return guarded(body)
