@@ -69,7 +69,8 @@ def print_findings(findings: Iterable[Finding], out: Console) -> int:
             style=COLORS["PROBLEM"] if finding.level == "PROBLEM" else "",
         )
         out.print(line + told, soft_wrap=True)
-    out.print(f"\n{counted(problems, 'problem') if problems else 'No problem'} found")
+    total = counted(problems, "problem") if problems else "No problem"
+    out.print(f"\n{total} found", soft_wrap=True)
     return problems
 
 
@@ -86,7 +87,8 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
             said = str(error).strip().splitlines()[0]
             yield Finding("PROBLEM", "GPU", said, "nvidia-smi tells more; a reboot may help")
     count = ranks or max(1, len(gpus))
-    yield from judge_gpus(gpus, build, driver, wanted, estimate.state_bytes(run_config.model))
+    yield judge_device(wanted, len(gpus), build, driver)
+    yield from judge_gpus(gpus, estimate.state_bytes(run_config.model))
     if gpus and count > 1:
         yield judge_nccl(build)
     device = torch.device("cuda" if gpus else "cpu")
@@ -104,7 +106,8 @@ def _software(run_config: RunConfig) -> Iterator[Finding]:
         required = [Requirement(text) for text in needed[1]]
         ours = [item for item in required if item.marker is None or item.marker.evaluate()]
         there = {item.name: machine.version_of(item.name) for item in ours}
-        yield from judge_packages(needed[0], ours, there)
+        yield judge_python(machine.python_version(), needed[0])
+        yield from judge_packages(ours, there)
     watch = run_config.watch
     if watch.use_tensorboard and find_spec("tensorboard") is None:
         yield Finding("PROBLEM", "TensorBoard", "is not installed", "pip install tensorboard")
@@ -114,15 +117,17 @@ def _software(run_config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def judge_python(version: str, needed: str) -> Finding:
+    """Whether this Python is one of those that the package is made for."""
+    if SpecifierSet(needed).contains(version, prereleases=True):
+        return Finding("ok", "Python", version)
+    return Finding("PROBLEM", "Python", f"{version}, needed {needed}", "make .venv with another")
+
+
 def judge_packages(
-    pythons: str, needed: Iterable[Requirement], there: Mapping[str, str | None]
+    needed: Iterable[Requirement], there: Mapping[str, str | None]
 ) -> Iterator[Finding]:
-    """Whether Python and each package are in the range that was tested."""
-    python = machine.python_version()
-    if SpecifierSet(pythons).contains(python, prereleases=True):
-        yield Finding("ok", "Python", python)
-    else:
-        yield Finding("PROBLEM", "Python", f"{python}, needed {pythons}", "make .venv with another")
+    """Whether each package is in the range that was tested."""
     good = []
     for item in needed:
         version = there[item.name]
@@ -134,26 +139,28 @@ def judge_packages(
     yield Finding("ok", "packages", ", ".join(good))
 
 
-def judge_gpus(
-    gpus: list[Gpu], build: Torch, driver: str | None, wanted: str, state_bytes: int
-) -> Iterator[Finding]:
-    """What the run computes on, and whether the model fits there."""
+def judge_device(wanted: str, gpus: int, build: Torch, driver: str | None) -> Finding:
+    """What the run computes on; to have no GPU is no problem, to have one that is idle is."""
     made = f"torch {build.version} for {f'CUDA {build.cuda}' if build.cuda else 'CPUs alone'}"
     drives = f"driver {driver}" if driver else "no NVIDIA driver"
-    if gpus or wanted == "cpu":
-        yield Finding("ok", "CUDA" if gpus else "device", f"{made}, {drives}")
-    elif driver:
+    if gpus:
+        return Finding("ok", "device", f"{counted(gpus, 'GPU')}: {made}, {drives}")
+    if wanted == "cpu":
+        return Finding("ok", "device", f"CPU: {made}, {drives}")
+    if driver:
         remedy = "nvidia-smi tells whether the driver works, and CUDA_VISIBLE_DEVICES may hide GPUs"
         if not build.cuda:
             remedy = "install the torch for CUDA that pytorch.org names"
-        remedy += "; or --device cpu"
-        yield Finding("PROBLEM", "GPU", f"{drives}, but torch sees no GPU ({made})", remedy)
-    elif wanted == "cuda":
+        fact = f"{drives}, but torch sees no GPU ({made})"
+        return Finding("PROBLEM", "device", fact, f"{remedy}; or --device cpu")
+    if wanted == "cuda":
         fact = f"--device cuda, but torch sees no GPU ({made}, {drives})"
-        yield Finding("PROBLEM", "GPU", fact, "use --device cpu")
-    else:
-        cores = counted(machine.cpu_cores(), "CPU core")
-        yield Finding("note", "GPU", f"none: the run takes {cores} ({made}, {drives})")
+        return Finding("PROBLEM", "device", fact, "use --device cpu")
+    return Finding("note", "device", f"CPU, because there is no GPU: {made}, {drives}")
+
+
+def judge_gpus(gpus: list[Gpu], state_bytes: int) -> Iterator[Finding]:
+    """Whether the model fits on each GPU; what a batch takes beside it, its first step tells."""
     # Weights and both moments, as a checkpoint has them, and the gradient: a third of that.
     needed = state_bytes * 4 // 3
     for index, gpu in enumerate(gpus):
@@ -288,7 +295,9 @@ def find_checkpoints(run_config: RunConfig, data: Catalog | None) -> Iterator[Fi
             begin.require_agreement(run_config, fingerprint)
             ending = Finding("ok", "begins", f"at step {begin.step}, with {path}, which is whole")
         else:
-            ending = Finding("ok", "begins", f"a new run: no checkpoint in {folder}")
+            weights = settings.init_from
+            origin = "" if weights in ("scratch", "resume") else f" with the weights of {weights}"
+            ending = Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}")
     except UserError as error:
         ending = _problem("begins", error)
     for warning in warnings:
@@ -438,4 +447,4 @@ def _kind(device: torch.device) -> str:
 
 
 def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.1f} MB"
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
