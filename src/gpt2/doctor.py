@@ -1,7 +1,7 @@
 """What a person needs to know before a run of ten days, one finding per line.
 
-`examine` gathers the facts of this machine and of the run that is planned; each check below it
-judges facts that it is given, and touches nothing.
+`examine` gathers the facts of this machine and of the run that is planned. What is called `judge_…`
+judges facts that it is given and touches nothing; `find_…` looks for itself, and changes nothing.
 """
 
 import time
