@@ -28,14 +28,16 @@ FLOORS = [
             "saving",
             "status",
             "metrics",
+            "machine",
             "monitor",
+            "plot",
             "tables",
             "evaluation",
             "generate",
             "interchange",
         },
     ),
-    ("one run", {"learner", "start", "train"}),
+    ("one run", {"learner", "start", "doctor", "train"}),
     ("entries", {"__main__", "cli", "cli_data", "cli_model", "cli_watch", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {
@@ -47,8 +49,9 @@ NEEDED_IN_SHELL = {
     "data.cache": {"data.storage"},
     "data.prepare": {"atomic", "data.shards", "data.corpora", "data.storage", "data.formats"},
     "data.loader": {"data.shards"},
-    "evaluation": {"distributed", "data.shards"},
+    "evaluation": {"atomic", "distributed", "data.shards"},
     "interchange": {"atomic", "checkpoint"},
+    "plot": {"metrics"},
     "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2 import config, estimate, model
-from gpt2.config import ModelConfig
+from gpt2 import config, estimate, model, optim
+from gpt2.config import ModelConfig, OptimConfig
 from gpt2.estimate import duration
 
 
@@ -18,6 +20,17 @@ def test_parameter_count_is_that_of_the_model(bias: bool):
 def test_gpt2_has_124_million_parameters():
     shape = config.overlay(config.preset("gpt2-124m"), {"vocab_size": 50257}).model
     assert estimate.parameter_count(shape) == 124_439_808
+
+
+def test_a_checkpoint_is_as_large_as_its_state(tmp_path: Path):
+    shape = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
+    built = model.build(shape)
+    optimizer = optim.build(built, OptimConfig())
+    built(*torch.zeros(2, 1, 8, dtype=torch.long)).backward()
+    optimizer.step()
+    torch.save([built.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    size = (tmp_path / "state.pt").stat().st_size
+    assert size == pytest.approx(estimate.state_bytes(shape), rel=0.02)
 
 
 def test_flops_per_token_counts_matrix_products():

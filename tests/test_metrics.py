@@ -66,6 +66,37 @@ def test_log_is_appended_to_and_the_last_process_of_a_run_is_read_back(tmp_path:
     assert metrics.read_steps(path, "c") == metrics.read_steps(tmp_path / "none", "a") == []
 
 
+def test_runs_are_read_back_as_they_went_in_the_end(tmp_path: Path):
+    """A resume replaces what lies beyond its first step; other names are other runs."""
+    path = tmp_path / "log.txt"
+    for name, first, last in [("a", 0, 8), ("b", 0, 2), ("a", 5, 10)]:
+        log = LogFile(path, name, first)
+        for step in range(first + 1, last + 1):
+            log.step(replace(RECORD, step=step, loss=first + step), 60.0)
+        log.validation(last, 0, 3.0 + first)
+        log.samples(last, ["# run c | from step 9 | 2026-01-01"])
+        log.message(f"step {last} | epoch 0 | hellaswag: 0.2955 acc_norm | 0.2859 acc | 10 tasks")
+        log.message(f"step {last} | epoch 0 | something else")
+        log.close()
+    a, b = metrics.read_runs(path)
+    assert (a.name, a.first_step, b.name) == ("a", 0, "b")
+    losses = [(step, item.loss) for step, item in a.steps.items()]
+    assert losses == [*((s, s) for s in range(1, 6)), *((s, 5 + s) for s in range(6, 11))]
+    assert a.steps[10].learning_rate == 6e-4
+    assert (a.val_losses, a.hellaswag) == ({10: 8.0}, {10: 0.2955})
+    assert (list(b.steps), b.val_losses, b.hellaswag) == ([1, 2], {2: 3.0}, {2: 0.2955})
+
+
+def test_a_torn_line_hides_no_run(tmp_path: Path):
+    path = tmp_path / "log.txt"
+    path.write_text("# run a | from step 0 | 2026-01-01\nstep 1 | epoch 0 | val loss: 3.2")
+    log = LogFile(path, "a", 1)
+    log.validation(1, 0, 3.25)
+    log.close()
+    (run,) = metrics.read_runs(path)
+    assert run.val_losses == {1: 3.25}
+
+
 def test_time_left_is_the_median_of_recent_steps(capsys):
     sinks = Metrics([Console()])
     for elapsed_s in (100.0, 2.0, 2.0):

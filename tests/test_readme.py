@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, cli_data, cli_model, config
+from gpt2 import cli, cli_data, cli_model, cli_watch, config
 from support import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -26,6 +26,7 @@ def test_options_in_commands_exist():
     known = FIELDS | set(cli_model.GenerateCommand.__dataclass_fields__)
     known |= set(cli_model.ExportCommand.__dataclass_fields__)
     known |= {*cli_data.Options.__dataclass_fields__, *cli_data.Hub.__dataclass_fields__}
+    known |= set(cli_watch.PlotCommand.__dataclass_fields__)
     known |= {"standalone", "nproc_per_node", "port", "help", "no_bias"}
     known |= {"local", "outfile"}  # of `hf download` and llama.cpp
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known

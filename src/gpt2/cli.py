@@ -84,6 +84,12 @@ def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
 
     Raises ConfigError for values that cannot work, SystemExit for flags that are none.
     """
+    default = TrainCommand(run=before_flags(arguments))
+    return parse(TrainCommand, arguments, default=default, speak=speak)
+
+
+def before_flags(arguments: Sequence[str]) -> RunConfig:
+    """The run that the preset, file and out_dir in `arguments` give, which other flags override."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "out_dir"):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
@@ -95,7 +101,7 @@ def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
         out = Path(early.out_dir)
         folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
         run = config.overlay(run, {name: out / folder for name, folder in folders.items()})
-    return parse(TrainCommand, arguments, default=TrainCommand(run=run), speak=speak)
+    return run
 
 
 def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, step: int) -> str:
@@ -135,6 +141,8 @@ COMMANDS = {
     "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),
     "export": ("cli_model:export_main", "write a trained model for other people's tools"),
     "estimate": ("cli_watch:estimate_main", "how long training takes"),
+    "doctor": ("cli_watch:doctor_main", "check this machine, and all that a run needs"),
+    "plot": ("cli_watch:plot_main", "draw the curves of runs"),
     "status": ("cli_watch:status_main", "what a run does, also as an exit code for scripts"),
 }
 

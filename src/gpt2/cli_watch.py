@@ -1,11 +1,15 @@
-"""What the `gpt2` command tells of runs: `estimate`, `status`."""
+"""What the `gpt2` command tells of runs: `estimate`, `status`, `plot`, `doctor`."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from gpt2 import config
+import tyro
+
+from gpt2 import cli, config
 from gpt2.cli_parse import guarded, parse
+from gpt2.config import RunConfig
 from gpt2.errors import CheckpointError, ConfigError
 from gpt2.tables import console
 
@@ -78,5 +82,72 @@ def status_main() -> int:
             )
         monitor.print_state(run, console())
         return STATUS_CODES[run.state]
+
+    return guarded(body)
+
+
+@dataclass(frozen=True)
+class PlotCommand:
+    """Draw losses, HellaSwag, learning rate and tokens/s of runs, from their logs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN …]")] = (
+        Path("logs/log.txt"),
+    )
+    """logs, or folders with logs/log.txt, such as the --out_dir of a run"""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")
+    """the picture: .png, .svg or .pdf"""
+    last: int | None = None
+    """only the last so many runs of each log; default is all"""
+
+    def __post_init__(self) -> None:
+        config.require_at_least(self, 1, "last")
+
+
+def plot_main() -> int:
+    """`gpt2 plot`."""
+
+    def body() -> int:
+        command = parse(PlotCommand, sys.argv[1:])
+        from gpt2 import plot
+
+        runs = plot.read(command.runs, command.last)
+        plot.save(runs, command.out)
+        out = console()
+        for run in runs:
+            out.print(plot.summary(run), soft_wrap=True)
+        out.print(f"Drawn: {command.out}", soft_wrap=True)
+        return 0
+
+    return guarded(body)
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Check this machine, and all that a run with these options needs. Exit code: 1 if something
+    keeps the run from its end."""
+
+    run: RunConfig
+    nproc_per_node: int | None = None
+    """ranks, as torchrun is told; default is one per GPU"""
+    config: Path | None = None
+    """TOML file with options, by name or in a table per part"""
+    out_dir: Path | None = None
+    """keep checkpoints, runs and logs under this folder"""
+
+    def __post_init__(self) -> None:
+        config.require_at_least(self, 1, "nproc_per_node")
+
+
+def doctor_main() -> int:
+    """`gpt2 doctor`."""
+
+    def body() -> int:
+        arguments = sys.argv[1:]
+        default = DoctorCommand(run=cli.before_flags(arguments))
+        command = parse(DoctorCommand, arguments, default=default)
+        from gpt2 import doctor
+
+        findings = doctor.examine(command.run, command.nproc_per_node)
+        return 1 if doctor.print_findings(findings, console()) else 0
 
     return guarded(body)

@@ -36,6 +36,11 @@ def parameter_count(model: ModelConfig) -> int:
     return model.vocab_size * width + model.block_size * width + matrices + norms + biases
 
 
+def state_bytes(model: ModelConfig) -> int:
+    """Bytes of a checkpoint, random states aside: float32 weights and AdamW's two moments."""
+    return 3 * 4 * parameter_count(model)
+
+
 def flops_per_token(model: ModelConfig) -> float:
     """FLOPs of forward and backward for one token.
 

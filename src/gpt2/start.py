@@ -14,6 +14,7 @@ from gpt2 import atomic, checkpoint, config, distributed, interchange, lock
 from gpt2.config import RunConfig
 from gpt2.data import corpora, prepare
 from gpt2.data.cache import Cache
+from gpt2.data.corpora import Corpus
 from gpt2.data.shards import MANIFEST, Catalog, catalog
 from gpt2.data.storage import Storage
 from gpt2.distributed import World
@@ -51,7 +52,7 @@ class Start:
         def locate() -> Path | None:
             if wanted is not None:
                 return checkpoint.find(folder, wanted, warn, set_aside=True)
-            _require_fresh(folder)
+            require_fresh(folder)
             elsewhere = settings.init_from == "scratch" or interchange.is_foreign(
                 settings.init_from
             )
@@ -110,25 +111,41 @@ class Start:
 
 def open_data(run_config: RunConfig, world: World) -> Catalog:
     """The shards of the training data; an embedded corpus that is not prepared yet is now."""
-    settings = run_config.data
-    storage = Storage(settings.data_root)
-    limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
-    cache = Cache(settings.cache_dir, limit_bytes)
+    storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
 
     def find() -> Catalog:
-        folder = storage.path
-        corpus = corpora.find(folder.name) if folder else None
-        if folder and corpus and corpus.embedded and not (folder / MANIFEST).exists():
-            prepare.prepare(corpus, folder)
+        if corpus := to_prepare(storage):
+            assert storage.path is not None
+            prepare.prepare(corpus, storage.path)
         return catalog(storage, cache)
 
     data = world.on_main(find)
+    require_known_ids(run_config, data)
+    return data
+
+
+def cache_of(run_config: RunConfig) -> Cache:
+    """Where the run keeps copies of far shards."""
+    settings = run_config.data
+    limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
+    return Cache(settings.cache_dir, limit_bytes)
+
+
+def to_prepare(storage: Storage) -> Corpus | None:
+    """The embedded corpus that a run prepares by itself, because it is not there yet."""
+    folder = storage.path
+    corpus = corpora.find(folder.name) if folder else None
+    missing = folder and corpus and corpus.embedded and not (folder / MANIFEST).exists()
+    return corpus if missing else None
+
+
+def require_known_ids(run_config: RunConfig, data: Catalog) -> None:
+    """Raises DataError if the data has token ids that the model has not."""
     if data.vocab_size > run_config.model.vocab_size:
         raise DataError(
-            f"{storage} has token ids up to {data.vocab_size - 1}, the model only "
+            f"{data.storage} has token ids up to {data.vocab_size - 1}, the model only "
             f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
         )
-    return data
 
 
 @contextlib.contextmanager
@@ -176,7 +193,7 @@ def _has_saved(folder: Path) -> bool:
     return False
 
 
-def _require_fresh(folder: Path) -> None:
+def require_fresh(folder: Path) -> None:
     """A new run must not mix with, or prune away, the checkpoints of an earlier one."""
     earlier = sorted(folder.glob("step_*.json"))
     if earlier:

@@ -254,10 +254,15 @@ def _let_go(future: "Future[_Mapped]") -> None:
         future.result().copy.close()
 
 
+def open_files_wanted(shards: int) -> int:
+    """Each memory map keeps a file open; the rest is for sockets, libraries and all else."""
+    return 2 * shards + 1024
+
+
 def _allow_open_files(count: int) -> None:
-    """Each memory map keeps a file open, and many machines allow 1024 unless asked."""
+    """Many machines allow 1024 unless asked."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * count + 1024
+    wanted = open_files_wanted(count)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))

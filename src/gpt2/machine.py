@@ -1,0 +1,150 @@
+"""Facts of this machine and of what is installed on it, for `gpt2 doctor`; judges nothing."""
+
+import contextlib
+import importlib.metadata
+import platform
+import re
+import resource
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DISTRIBUTION = "gpt2-from-scratch"
+SHARED_MEMORY = Path("/dev/shm")
+DRIVER = Path("/proc/driver/nvidia/version")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch sees."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    """what neither this nor another process has"""
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What torch was built with."""
+
+    version: str
+    cuda: str | None
+    nccl: str | None
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that torch sees; RuntimeError if one does not answer."""
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> Gpu:
+    free, total = torch.cuda.mem_get_info(index)
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return Gpu(name, total, free, capability)
+
+
+def installed_torch() -> Torch:
+    """The torch that runs now."""
+    nccl = None
+    if torch.distributed.is_nccl_available():
+        with contextlib.suppress(Exception):  # raises what it likes where the library is broken
+            nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return Torch(torch.__version__, torch.version.cuda, nccl)
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's kernel driver, or None if there is none (or none that says it, WSL)."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()):
+            return found.group(0)
+    return None
+
+
+def python_version() -> str:
+    return platform.python_version()
+
+
+def requirements() -> tuple[str, list[str]] | None:
+    """Our Python range and what we need installed; None where we are not installed ourselves."""
+    try:
+        about = importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return about["Requires-Python"], about.get_all("Requires-Dist") or []
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def disk(folder: Path) -> tuple[int, int]:
+    """(which disk `folder` is on or will be, bytes free on it)."""
+    there = existing(folder)
+    return there.stat().st_dev, shutil.disk_usage(there).free
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to `folder`, or None; the probe has no name and leaves nothing."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def open_files_limit() -> int | None:
+    """Files that a process may have open if it asks for them; None is no limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return None if hard == resource.RLIM_INFINITY else hard
+
+
+def shared_memory_bytes() -> int:
+    """Free shared memory; 0 where there is none."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return 0
+
+
+def memory_bytes() -> int | None:
+    """Memory that can still be had, within the limits of this container; None if unknown."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(1024 * _field(Path("/proc/meminfo"), "MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number and no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        cached = _field(CGROUP / "memory.stat", "inactive_file")  # given up where it is needed
+        found.append(limit - used + cached)
+    return min(found, default=None)
+
+
+def _field(path: Path, name: str) -> int:
+    """The number behind `name` in a file of names and numbers."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return next((int(row[1]) for row in rows if row[0] == name), 0)
+
+
+def own_address() -> str | None:
+    """The address of this machine's own name, or None if the name means nothing here."""
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
+    except OSError:
+        return None
