@@ -1,5 +1,6 @@
 """What several tests need: a small corpus, a small run, real processes."""
 
+import json
 import os
 import re
 import subprocess
@@ -39,6 +40,25 @@ def small_documents(skip: int = 0) -> Iterator[Document]:
 
 
 SMALL_CORPUS = Corpus("small", "a few modules", tokens_per_shard=8000, documents=small_documents)
+
+
+def write_tasks(path: Path, count: int = 6) -> Path:
+    """A file in the format of HellaSwag's validation split."""
+    things = ("a door", "a window", "an old box", "the gate", "a jar", "the lid")
+    endings = ("opens it slowly.", "paints it blue.", "sings to it.", "eats all of it [step] now.")
+    tasks = [
+        {
+            "activity_label": "Opening things",
+            "ctx_a": f"Somebody stands before {thing}.",
+            "ctx_b": "the person",
+            "ctx": f"Somebody stands before {thing}. the person",
+            "endings": endings,
+            "label": number % 4,
+        }
+        for number, thing in enumerate(things[:count])
+    ]
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return path
 
 
 def small_config(data_root: Path, out: Path, /, **changes: object) -> RunConfig:

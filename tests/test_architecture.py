@@ -37,7 +37,7 @@ FLOORS = [
             "interchange",
         },
     ),
-    ("one run", {"learner", "start", "doctor", "train"}),
+    ("one run", {"judge", "learner", "start", "doctor", "train"}),
     ("entries", {"__main__", "cli", "cli_data", "cli_model", "cli_watch", "cli_parse"}),
 ]
 NEEDED_IN_SHELL = {

@@ -14,7 +14,7 @@ from gpt2 import checkpoint, cli, config, doctor, estimate, lock, machine
 from gpt2.config import RunConfig
 from gpt2.doctor import Finding, Need
 from gpt2.machine import Gpu, Torch
-from support import small_config, small_flags
+from support import small_config, small_flags, write_tasks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GB = 10**9
@@ -188,11 +188,15 @@ def test_far_data_is_reached_and_its_copies_need_room(tmp_path: Path, data_root:
     assert found.level == "PROBLEM"
 
 
-def test_hellaswag_plain_or_compressed(tmp_path: Path):
-    path = tmp_path / "hellaswag_val.jsonl"
-    assert doctor.find_hellaswag(path).level == "note"
-    (tmp_path / "hellaswag_val.jsonl.gz").touch()
-    assert doctor.find_hellaswag(path) == Finding("ok", "HellaSwag", f"{path}.gz")
+def test_hellaswag(tmp_path: Path):
+    run = config.preset("gpt2-124m")
+    assert doctor.find_hellaswag(run, tmp_path).level == "note"
+    path = write_tasks(tmp_path / "hellaswag_val.jsonl")
+    assert doctor.find_hellaswag(run, tmp_path) == Finding("ok", "HellaSwag", f"{path}: 6 tasks")
+    path.write_text("{")
+    assert doctor.find_hellaswag(run, tmp_path).level == "PROBLEM"
+    off = config.overlay(run, {"hellaswag_interval": None})
+    assert doctor.find_hellaswag(off, tmp_path).level == "ok"
 
 
 def state_of(run: RunConfig) -> dict:

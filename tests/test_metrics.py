@@ -110,10 +110,14 @@ def events(folder: Path) -> EventAccumulator:
     return accumulator
 
 
+KNOWN = {"loss/gpt2_124m": 3.29, "hellaswag/gpt2_124m": 0.2955}
+
+
 def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
-    board = TensorBoard(tmp_path, config.preset("demo").to_dict(), step=0)
+    board = TensorBoard(tmp_path, config.preset("demo").to_dict(), step=0, references=KNOWN)
     board.step(replace(RECORD, gpu={"memory_gb": 1.5}), None)
     board.validation(19074, 1, 3.25)
+    board.hellaswag(19074, 1, 0.26, 0.28, 10042)
     board.samples(19074, ["def f():\n    pass"])
     board.close()
     found = events(tmp_path)
@@ -122,6 +126,10 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
         {
             "loss/train": 3.4451239,
             "loss/val": 3.25,
+            "loss/gpt2_124m": 3.29,
+            "hellaswag/acc": 0.26,
+            "hellaswag/acc_norm": 0.28,
+            "hellaswag/gpt2_124m": 0.2955,
             "train/learning_rate": 6e-4,
             "train/grad_norm": 0.851,
             "train/epoch": 1,
@@ -137,10 +145,12 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
     (sample,) = found.Tensors("samples/text_summary")
     assert b"    def f():\n        pass" in sample.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in found.summary_metadata
+    (layout,) = found.Tensors("custom_scalars__config__")
+    assert b"hellaswag/gpt2_124m" in layout.tensor_proto.string_val[0]
 
 
 def test_a_kill_after_a_flush_loses_no_curve(tmp_path: Path):
-    board = TensorBoard(tmp_path, {}, step=5)
+    board = TensorBoard(tmp_path, {}, step=5, references={})
     for step in range(6, 9):
         board.step(replace(RECORD, step=step), None)
     board.flush()
@@ -150,7 +160,7 @@ def test_a_kill_after_a_flush_loses_no_curve(tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_no_curve(tmp_path: Path, capsys):
-    board = TensorBoard(tmp_path, {}, step=5)
+    board = TensorBoard(tmp_path, {}, step=5, references={})
     sinks = Metrics([Console(), board])
     sinks.step(replace(RECORD, step=6))
 
@@ -169,7 +179,7 @@ def test_a_full_disk_ends_no_curve(tmp_path: Path, capsys):
 def test_after_a_resume_curves_have_no_gap_and_no_double(tmp_path: Path):
     """Killed after step 8, resumed from the checkpoint of step 5."""
     for first, last in [(1, 8), (6, 10)]:
-        board = TensorBoard(tmp_path, {}, step=first - 1)
+        board = TensorBoard(tmp_path, {}, step=first - 1, references={})
         for step in range(first, last + 1):
             board.step(replace(RECORD, step=step, loss=first + step), None)
             if step % 5 == 0:

@@ -183,6 +183,12 @@ class EvalConfig:
     """steps between validations; also before the first step and after the last"""
     eval_batches: int = 20
     """validation rows, counted in batches of total_batch_size tokens"""
+    hellaswag_interval: int | None = 250
+    """steps between HellaSwag evaluations; also after the last step"""
+    hellaswag_limit: int | None = None
+    """the first so many tasks only; None is all 10,042"""
+    hellaswag_path: Path | None = None
+    """file of tasks (.jsonl, .jsonl.gz); None loads them once and keeps them in data/hellaswag"""
     sample_interval: int | None = 250
     """steps between generated samples; also after the last step"""
     sample_prompt: str = "Hello, I'm a language model,"
@@ -190,6 +196,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "eval_interval", "eval_batches", "sample_interval")
+        require_at_least(self, 1, "hellaswag_interval", "hellaswag_limit")
 
 
 @dataclass(frozen=True)
@@ -399,7 +406,11 @@ PRESETS: dict[str, RunConfig] = {
             checkpoint_dir=Path("checkpoints/demo"), checkpoint_interval=100, keep_last=3
         ),
         evaluation=EvalConfig(
-            eval_interval=100, eval_batches=16, sample_interval=250, sample_prompt="def"
+            eval_interval=100,
+            eval_batches=16,
+            hellaswag_interval=None,  # it asks about English, which the demo never sees
+            sample_interval=250,
+            sample_prompt="def",
         ),
     ),
 }

@@ -24,12 +24,12 @@ from gpt2.data.shards import Catalog, ShardSet, catalog, open_files_wanted
 from gpt2.data.storage import Storage
 from gpt2.distributed import World
 from gpt2.errors import UserError
+from gpt2.evaluation import hellaswag
 from gpt2.machine import Gpu, Torch
 from gpt2.tables import counted
 
 Level = Literal["ok", "note", "PROBLEM"]
 COLORS: dict[Level, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
-HELLASWAG = Path("data/hellaswag/hellaswag_val.jsonl")
 NCCL_SHARED_MEMORY = 1_000_000_000
 """what NVIDIA's manual gives a container (docker run --shm-size=1g)"""
 BUSY = 0.1
@@ -225,7 +225,7 @@ def judge_batch(run_config: RunConfig, ranks: int, gpus: int) -> Finding:
 def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Finding]:
     data, finding = find_data(run_config)
     yield finding
-    yield find_hellaswag(HELLASWAG)
+    yield find_hellaswag(run_config)
     yield from find_checkpoints(run_config, data)
     shards = len(data.shards) if data else 0
     yield judge_open_files(machine.open_files_limit(), shards)
@@ -262,15 +262,20 @@ def find_data(run_config: RunConfig) -> tuple[Catalog | None, Finding]:
     return data, Finding("ok", "data", fact)
 
 
-def find_hellaswag(path: Path) -> Finding:
-    """Whether the file of the HellaSwag evaluation is at hand.
-
-    Its place is that of evaluation.hellaswag, plain or compressed.
-    """
-    for candidate in (path, path.with_name(path.name + ".gz")):
-        if candidate.is_file():
-            return Finding("ok", "HellaSwag", str(candidate))
-    return Finding("note", "HellaSwag", f"{path} is not there: HellaSwag is not evaluated")
+def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Finding:
+    """Whether the tasks of the HellaSwag evaluation are at hand and can be read."""
+    settings = run_config.evaluation
+    if settings.hellaswag_interval is None:
+        return Finding("ok", "HellaSwag", "off")
+    path = hellaswag.find(settings.hellaswag_path, folder)
+    if path is None:
+        fact = f"not in {folder}: the run loads it from the Hugging Face hub, or goes on without"
+        return Finding("note", "HellaSwag", fact)
+    try:
+        tasks = hellaswag.load(path, settings.hellaswag_limit)
+    except UserError as error:
+        return _problem("HellaSwag", error)
+    return Finding("ok", "HellaSwag", f"{path}: {counted(len(tasks), 'task')}")
 
 
 def find_checkpoints(run_config: RunConfig, data: Catalog | None) -> Iterator[Finding]:

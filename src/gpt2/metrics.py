@@ -53,6 +53,7 @@ class Sink(Protocol):
 
     def step(self, record: StepRecord, left_s: float | None) -> None: ...
     def validation(self, step: int, epoch: int, loss: float) -> None: ...
+    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None: ...
     def samples(self, step: int, texts: list[str]) -> None: ...
     def message(self, text: str) -> None: ...
     def flush(self) -> None: ...
@@ -77,6 +78,9 @@ class Metrics:
 
     def validation(self, step: int, epoch: int, loss: float) -> None:
         self._each(lambda sink: sink.validation(step, epoch, loss))
+
+    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
+        self._each(lambda sink: sink.hellaswag(step, epoch, acc, acc_norm, tasks))
 
     def samples(self, step: int, texts: list[str]) -> None:
         self._each(lambda sink: sink.samples(step, texts))
@@ -126,6 +130,9 @@ class Console:
     def validation(self, step: int, epoch: int, loss: float) -> None:
         self.message(f"step {step} | epoch {epoch} | val loss: {loss:.4f}")
 
+    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
+        self.message(hellaswag_line(step, epoch, acc, acc_norm, tasks))
+
     def samples(self, step: int, texts: list[str]) -> None:
         self.message(_sample_block(step, texts))
 
@@ -155,6 +162,9 @@ class LogFile:
     def validation(self, step: int, epoch: int, loss: float) -> None:
         self.message(f"step {step} | epoch {epoch} | val loss: {loss:.6f}")
 
+    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
+        self.message(hellaswag_line(step, epoch, acc, acc_norm, tasks))
+
     def samples(self, step: int, texts: list[str]) -> None:
         self.message(_sample_block(step, texts))
 
@@ -178,7 +188,10 @@ class TensorBoard:
     an overlapping piece.
     """
 
-    def __init__(self, folder: Path, hparams: dict[str, Any], step: int) -> None:
+    def __init__(
+        self, folder: Path, hparams: dict[str, Any], step: int, references: dict[str, float]
+    ) -> None:
+        """`references` are constant curves, by name, to be drawn beside those that change."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
@@ -189,6 +202,8 @@ class TensorBoard:
             file_writer: Any = self._writer.file_writer
             for summary in hparams_summaries(_hparam_values(hparams), {"loss/val": 0.0}):  # type: ignore[no-untyped-call]
                 file_writer.add_summary(summary)
+        self._references = references
+        self._writer.add_custom_scalars(_charts(references))
 
     def step(self, record: StepRecord, left_s: float | None) -> None:
         scalars = {
@@ -205,7 +220,11 @@ class TensorBoard:
         self._scalars(scalars, record.step)
 
     def validation(self, step: int, epoch: int, loss: float) -> None:
-        self._scalars({"loss/val": loss}, step)
+        self._scalars({"loss/val": loss, **self._known("loss/")}, step)
+
+    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
+        values = {"hellaswag/acc": acc, "hellaswag/acc_norm": acc_norm}
+        self._scalars(values | self._known("hellaswag/"), step)
 
     def samples(self, step: int, texts: list[str]) -> None:
         blocks = "\n\n".join(
@@ -222,6 +241,9 @@ class TensorBoard:
     def close(self) -> None:
         self._tell(lambda writer: writer.close())
 
+    def _known(self, group: str) -> dict[str, float]:
+        return {name: value for name, value in self._references.items() if name.startswith(group)}
+
     def _scalars(self, values: dict[str, float], step: int) -> None:
         def add(writer: Any) -> None:
             for name, value in values.items():
@@ -235,6 +257,25 @@ class TensorBoard:
         except OSError:  # its thread has ended for good: another file for what comes
             self._writer = self._new_writer()
             raise
+
+
+def hellaswag_line(step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> str:
+    """`step 250 | epoch 0 | hellaswag: 0.2955 acc_norm | 0.2859 acc | 10042 tasks`"""
+    return (
+        f"step {step} | epoch {epoch} | hellaswag: {acc_norm:.4f} acc_norm | {acc:.4f} acc | "
+        f"{tasks} tasks"
+    )
+
+
+def _charts(references: dict[str, float]) -> dict[str, Any]:
+    """Charts of several curves, for TensorBoard's page of custom scalars."""
+    curves = {
+        "loss": ["loss/train", "loss/val"],
+        "HellaSwag": ["hellaswag/acc_norm", "hellaswag/acc"],
+    }
+    for chart, names in curves.items():
+        names += [name for name in references if name.startswith(chart.lower())]
+    return {"Together": {chart: ["Multiline", names] for chart, names in curves.items()}}
 
 
 def step_line(record: StepRecord, left_s: float | None, digits: int) -> str:

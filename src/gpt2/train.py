@@ -15,16 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from gpt2 import checkpoint, distributed, estimate, generate, metrics, status
+from gpt2 import checkpoint, distributed, estimate, metrics, status
 from gpt2.config import RunConfig
-from gpt2.data import order
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import Catalog, ShardSet
 from gpt2.distributed import StopRequest, World
 from gpt2.errors import Diverged
-from gpt2.evaluation.loss import validation_loss
 from gpt2.failures import TORCHRUN_IS_GONE
+from gpt2.judge import Judge, references
 from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
 from gpt2.saving import Saver
@@ -53,6 +52,7 @@ class Result:
     train_loss: float | None
     val_loss: float | None
     best_val_loss: float | None
+    hellaswag: float | None
     exit_code: int
 
 
@@ -64,8 +64,10 @@ class Progress:
     train_loss: float | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
+    hellaswag: float | None = None
+    """acc_norm, when it was last measured"""
     judged_step: int | None = None
-    """the step whose validation and samples are done"""
+    """the step whose validation, HellaSwag and samples are done"""
     bad_steps: int = 0
     """updates left out so far, because loss or gradient was no finite number"""
     bad_in_a_row: int = 0
@@ -76,8 +78,9 @@ class Progress:
 def run(run_config: RunConfig, report: Report = always_go) -> Result:
     """Trains as `run_config` says, from its beginning or from a checkpoint, to its end or a stop.
 
-    `report(step=…, loss=…)` and `report(step=…, val_loss=…)` are called on rank 0 and steer: "stop"
-    saves and returns, "prune" returns at once. Raises UserError for what the user can mend.
+    `report(step=…, loss=…)`, also with `val_loss` and `hellaswag` (acc_norm), is called on rank 0
+    and steers: "stop" saves and returns, "prune" returns at once. Raises UserError for what the
+    user can mend.
     """
     with distributed.join(run_config.machine) as world:
         return _train(run_config, world, report)
@@ -115,8 +118,6 @@ class Training:
         self.config, self.world, self.start = run_config, world, start
         block_size = run_config.model.block_size
         self.train_shards = ShardSet(data, "train", block_size)
-        self.val_shards = ShardSet(data, "val", block_size)
-        self.val_rows = order.spread(self.val_shards.rows_per_shard, run_config.eval_rows)
         self.order = Order(
             self.train_shards.rows_per_shard,
             run_config.rows_per_step,
@@ -131,6 +132,8 @@ class Training:
         world.on_main(lambda: metrics.require_folders(run_config.watch))
 
         self.learner = Learner(run_config, world, start.weights)
+        self.judge = Judge(run_config, world, self.learner, data)
+        self.references = references(data)
         self.peak_flops = distributed.peak_flops(world, self.learner.dtype)
         self.progress = Progress()
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
@@ -294,43 +297,27 @@ class Training:
         return good.path if good else began
 
     def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> bool:
-        """Validation and samples that belong to this step, unless they are done already; whether a
-        stop came in between."""
-        progress, settings = self.progress, self.config.evaluation
-        step = progress.step
+        """Judges the model as it is at this step, unless that is done already; whether a stop came
+        in between."""
+        progress, step = self.progress, self.progress.step
         if progress.judged_step == step:
             return False
 
-        def asked() -> int:  # before every batch of the validation
+        def asked() -> int:  # before every batch
             self._beat()
             return stop.number
 
-        if settings.eval_interval and (step == 0 or last or is_due(step, settings.eval_interval)):
-            loss = validation_loss(
-                self.learner.local_net,
-                self.val_shards,
-                self.val_rows,
-                self.world,
-                self.learner.mini_batch_size,
-                self.learner.autocast,
-                stop=asked,
-            )
-            if loss is None:
-                return True
-            progress.val_loss = loss
-            if math.isfinite(loss):
-                best = progress.best_val_loss
-                progress.best_val_loss = loss if best is None else min(loss, best)
-            self.metrics.validation(step, self._epoch(), loss)
-            self._ask(report, stop, step=step, val_loss=loss)
-        else:
-            progress.val_loss = None
-        sampled = settings.sample_interval and (last or is_due(step, settings.sample_interval))
-        if sampled and self.world.is_main:
-            seed = self.config.machine.seed + step
-            texts = generate.generate_text(self.learner.model, settings.sample_prompt, seed=seed)
-            self.metrics.samples(step, texts)
-        progress.judged_step = step
+        judged = self.judge.judge(step, self._epoch(), self.metrics, asked, last)
+        if judged is None:
+            return True
+        progress.judged_step, progress.val_loss = step, judged.val_loss
+        if judged.val_loss is not None:
+            if math.isfinite(judged.val_loss):
+                progress.best_val_loss = min(progress.best_val_loss or math.inf, judged.val_loss)
+            self._ask(report, stop, step=step, val_loss=judged.val_loss)
+        if judged.hellaswag is not None:
+            progress.hellaswag = judged.hellaswag.acc_norm
+            self._ask(report, stop, step=step, hellaswag=progress.hellaswag)
         return False
 
     def _ask(self, report: Report, stop: StopRequest, **metrics: float) -> None:
@@ -417,7 +404,13 @@ class Training:
     ) -> Result:
         done = self.progress
         return Result(
-            state, done.step, done.train_loss, done.val_loss, done.best_val_loss, exit_code
+            state,
+            done.step,
+            done.train_loss,
+            done.val_loss,
+            done.best_val_loss,
+            done.hellaswag,
+            exit_code,
         )
 
     def _restore(self, state: checkpoint.State) -> None:
@@ -432,7 +425,7 @@ class Training:
         sinks: list[Sink] = [Console(), LogFile(self._log_file(), self.run_name, step)]
         if watch.use_tensorboard:
             folder = watch.runs_dir / self.run_name
-            sinks.append(TensorBoard(folder, self.config.to_dict(), step))
+            sinks.append(TensorBoard(folder, self.config.to_dict(), step, self.references))
         return sinks
 
     def _log_file(self) -> Path:
@@ -441,6 +434,8 @@ class Training:
     def _introduce(self, data: Catalog) -> None:
         """What is about to train, on what, and where it is kept."""
         run_config, world, say = self.config, self.world, self._say
+        for warning in self.judge.warnings:
+            say(f"WARNING: {warning}")
         if self.start.state is not None:
             say(f"Loading checkpoint from: {self.start.path}")
             say("Resuming from:")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from faults.harness import trial
-from gpt2 import checkpoint, monitor, optim, train
+from gpt2 import checkpoint, judge, monitor, optim, train
 from gpt2.data.loader import Loader
 from gpt2.errors import TrainingError
 from gpt2.model.gpt2 import GPT2
@@ -138,7 +138,7 @@ def test_without_a_checkpoint_it_says_so(data_root: Path, tmp_path: Path, poison
 
 def test_a_bad_validation_is_never_the_best(data_root: Path, tmp_path: Path, monkeypatch):
     values = iter([5.0, float("nan"), 4.0, float("inf"), 6.0])
-    monkeypatch.setattr(train, "validation_loss", lambda *_, **__: next(values))
+    monkeypatch.setattr(judge, "validation_loss", lambda *_, **__: next(values))
     result = train.run(small_config(data_root, tmp_path, checkpoint_interval=5))
     assert result.best_val_loss == 4.0
     assert (tmp_path / "checkpoints/best.pt").resolve().name == "step_000010.pt"

@@ -100,6 +100,8 @@ class Catalog:
     """whether there is a manifest, with the SHA-256 of every shard"""
     cache: Cache | None = None
     """for copies of shards that are far away, where they are to be read"""
+    corpus: str | None = None
+    """its name, where a manifest tells it"""
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -140,7 +142,7 @@ def _catalog_of_ours(storage: Storage) -> Catalog | None:
                         f"{storage.full(shard.file)} has {size} bytes instead of {shard.bytes}"
                         f"{way_out(storage)}"
                     )
-    return Catalog(storage, manifest.shards, manifest.vocab_size, ours=True)
+    return Catalog(storage, manifest.shards, manifest.vocab_size, ours=True, corpus=manifest.corpus)
 
 
 def _catalog_of_others(storage: Storage) -> Catalog:
