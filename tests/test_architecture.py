@@ -38,7 +38,10 @@ FLOORS = [
         },
     ),
     ("one run", {"judge", "learner", "start", "doctor", "train"}),
-    ("entries", {"__main__", "cli", "cli_data", "cli_model", "cli_watch", "cli_parse"}),
+    (
+        "entries",
+        {"__main__", "cli", "cli_data", "cli_model", "cli_evaluate", "cli_watch", "cli_parse"},
+    ),
 ]
 NEEDED_IN_SHELL = {
     "checkpoint": {"atomic", "integrity"},

@@ -139,6 +139,7 @@ COMMANDS = {
     "train": ("cli:train_main", "train a model; `torchrun … src/train_improved.py` does the same"),
     "data": ("cli_data:data_main", "prepare a corpus as token shards"),
     "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),
+    "evaluate": ("cli_evaluate:evaluate_main", "measure a trained model: HellaSwag, loss"),
     "export": ("cli_model:export_main", "write a trained model for other people's tools"),
     "estimate": ("cli_watch:estimate_main", "how long training takes"),
     "doctor": ("cli_watch:doctor_main", "check this machine, and all that a run needs"),

@@ -54,12 +54,10 @@ def generate_main() -> int:
         command = parse(GenerateCommand, sys.argv[1:])
         from gpt2 import distributed, generate
 
-        path, net, progress = _load_model(
-            command.checkpoint_dir, command.checkpoint, command.trust_checkpoint
-        )
+        loaded = load_model(command.checkpoint_dir, command.checkpoint, command.trust_checkpoint)
         with distributed.join(config.MachineConfig(device=command.device)) as world:
             texts = generate.generate_text(
-                net.to(world.device),
+                loaded.model.to(world.device),
                 command.prompt,
                 num_samples=command.num_samples,
                 max_new_tokens=command.max_new_tokens,
@@ -67,7 +65,7 @@ def generate_main() -> int:
                 top_k=command.top_k,
                 seed=command.seed,
             )
-        print(f"{path} (step {progress['step']})")
+        print(loaded)
         for number, text in enumerate(texts, 1):
             print(f"--- sample {number}\n{text}")
         return 0
@@ -102,17 +100,16 @@ def export_main() -> int:
         command = parse(ExportCommand, sys.argv[1:])
         from gpt2 import interchange
 
-        path, net, progress = _load_model(
-            command.checkpoint_dir, command.checkpoint, command.trust_checkpoint
-        )
+        loaded = load_model(command.checkpoint_dir, command.checkpoint, command.trust_checkpoint)
+        net = loaded.model
         trained = interchange.Trained(
-            net.config, net.state_dict(), progress["step"], progress["best_val_loss"]
+            net.config, net.state_dict(), loaded.step or 0, loaded.progress.get("best_val_loss")
         )
         interchange.export(
             trained, command.format, command.folder, command.dtype, command.overwrite
         )
         names = ", ".join(sorted(file.name for file in command.folder.iterdir()))
-        print(f"{path} (step {progress['step']}) is now {command.folder}: {names}")
+        print(f"{loaded} is now {command.folder}: {names}")
         if command.format == "nanogpt":
             print(interchange.GELU_NOTE)
         print(f"\nGo on with:\n  {_next_command(command)}")
@@ -133,22 +130,45 @@ def _next_command(command: ExportCommand) -> str:
     return f'python -c "{program}" {folder}    # pip install transformers'
 
 
-def _load_model(folder: Path, which: str, trust: bool) -> tuple[Path, "GPT2", dict[str, Any]]:
-    """A checkpoint's path, its model on the CPU, and how far its run was."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was trained, on the CPU, and what its checkpoint says of it."""
+
+    source: str
+    model: "GPT2"
+    progress: dict[str, Any]
+    config: dict[str, Any] | None
+    """of its run; None for one that came from other tools"""
+
+    @property
+    def step(self) -> int | None:
+        return self.progress.get("step")
+
+    def __str__(self) -> str:
+        return self.source if self.step is None else f"{self.source} (step {self.step})"
+
+
+def load_model(folder: Path, which: str, trust: bool) -> Loaded:
+    """The model that `which` names: a checkpoint in `folder`, a path, `hf:…` or `nanogpt:…`."""
     import torch
 
-    from gpt2 import checkpoint, model, monitor
+    from gpt2 import checkpoint, interchange, model, monitor
 
-    path = checkpoint.find(folder, which, _warn)
-    if path is None:
-        others = monitor.run_folders(folder, "step_*.json")
-        way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
-        raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
-    state = checkpoint.load(path, trust=trust, warn=_warn)
     with torch.device("meta"):  # weights that are replaced at once need not be drawn
+        if interchange.is_foreign(which):
+            shape, weights = interchange.read(which, trust=trust, warn=_warn)
+            net = model.build(shape)
+            net.load_state_dict({name: part.float() for name, part in weights.items()}, assign=True)
+            return Loaded(which, net, {}, None)
+        path = checkpoint.find(folder, which, _warn)
+        if path is None:
+            others = monitor.run_folders(folder, "step_*.json")
+            way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
+            raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
+        state = checkpoint.load(path, trust=trust, warn=_warn)
         net = model.build(config.ModelConfig(**state["config"]["model"]))
     net.load_state_dict(state["model"], assign=True)
-    return path, net, state["progress"]
+    return Loaded(str(path), net, state["progress"], state["config"])
 
 
 def _warn(text: str) -> None:

@@ -103,18 +103,27 @@ def load(source: str, wanted: ModelConfig, *, trust: bool, warn: Warn) -> Weight
     They are still mapped from the file where they can be, in the file's own type. Raises
     CheckpointError if they are not there, not a GPT-2, or of another shape, field by field.
     """
-    kind, _, path = source.partition(":")
-    if kind == "hf":
-        shape, theirs = _read_hugging_face(Path(path))
-    else:
-        shape, theirs = _read_nanogpt(Path(path), trust)
-        warn(f"{source}: {GELU_NOTE}; training goes on from there")
+    shape, weights = read(source, trust=trust, warn=warn)
     _refuse_other_shapes(source, shape, wanted)
     if shape.block_size > wanted.block_size:
         warn(
             f"{source}: the first {wanted.block_size} of its {shape.block_size} positions are used"
         )
-    return fit(from_theirs(theirs, shape, source, transposed=kind == "hf"), wanted)
+    return fit(weights, wanted)
+
+
+def read(source: str, *, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
+    """The shape and the weights that `hf:FOLDER` or `nanogpt:FILE` has.
+
+    Raises CheckpointError if they are not there or not a GPT-2.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "hf":
+        shape, theirs = _read_hugging_face(Path(path))
+    else:
+        shape, theirs = _read_nanogpt(Path(path), trust)
+        warn(f"{source}: {GELU_NOTE}")
+    return shape, from_theirs(theirs, shape, source, transposed=kind == "hf")
 
 
 def export(trained: Trained, form: Format, folder: Path, dtype: DType, overwrite: bool) -> None:

@@ -97,6 +97,10 @@ class Judge:
 def references(data: Catalog) -> dict[str, float]:
     """What GPT-2 124M reaches, for curves beside our own, by the name of the curve."""
     known = {"hellaswag/gpt2_124m": hellaswag.PUBLISHED["completion"][1]}
-    if data.corpus in FINEWEB:
-        known["loss/gpt2_124m"] = GPT2_124M_LOSS_ON_FINEWEB
-    return known
+    loss = gpt2_124m_loss(data)
+    return known if loss is None else known | {"loss/gpt2_124m": loss}
+
+
+def gpt2_124m_loss(data: Catalog) -> float | None:
+    """GPT-2 124M's loss on the validation split of `data`, where it is known."""
+    return GPT2_124M_LOSS_ON_FINEWEB if data.corpus in FINEWEB else None

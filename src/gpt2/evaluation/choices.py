@@ -7,7 +7,7 @@ through the model together, and logits are computed only where an ending's token
 Shapes: B rows, T time, D width, V vocabulary, S places whose logits are needed, E ending tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,19 +43,20 @@ def ending_losses(
     autocast: torch.autocast,
     batch_tokens: int = BATCH_TOKENS,
     stop: Callable[[], int] = lambda: 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[list[float]] | None:
     """Summed cross entropy in nats of every ending of every question, the same on every rank.
 
     Ids of the padded vocabulary get no probability. A text that does not fit into the model's
     context loses its beginning. The ranks share the batches, which do not depend on their number.
-    None if `stop()` was not 0 on some rank before the end.
+    None if `stop()` was not 0 on some rank before the end; `track` sees the rounds go by.
     """
     ends = np.cumsum([len(question.endings) for question in questions])
     rows = list(_rows(questions, model.config.block_size))
     batches = list(_batches(rows, batch_tokens))
     losses = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
     with evaluating(model):
-        for first in range(0, len(batches), world.size):
+        for first in track(range(0, len(batches), world.size)):
             if world.highest(stop()):
                 return None
             for batch in batches[first + world.rank : first + world.rank + 1]:

@@ -18,7 +18,7 @@ import re
 import socket
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -110,13 +110,14 @@ def evaluate(
     autocast: torch.autocast,
     batch_tokens: int = choices.BATCH_TOKENS,
     stop: Callable[[], int] = lambda: 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Score | None:
     """How many of `tasks` the model gets right, the same on every rank.
 
-    None if `stop()` was not 0 on some rank before the end.
+    None if `stop()` was not 0 on some rank before the end; `track` sees the rounds go by.
     """
     questions = [task.question for task in tasks]
-    losses = choices.ending_losses(model, questions, world, autocast, batch_tokens, stop)
+    losses = choices.ending_losses(model, questions, world, autocast, batch_tokens, stop, track)
     return None if losses is None else score(tasks, losses)
 
 

@@ -1,0 +1,102 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2 import cli, cli_evaluate, train
+from gpt2.errors import ConfigError
+from support import run_command, small_config, write_tasks
+
+
+@pytest.fixture(scope="module")
+def trained(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    tasks = write_tasks(out / "tasks.jsonl")
+    flags = {"hellaswag_interval": 10, "hellaswag_path": tasks}
+    train.run(small_config(data_root, out, **flags))
+    return out
+
+
+def evaluate(trained: Path, monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> int:
+    common = ["--checkpoint_dir", str(trained / "checkpoints"), "--output", str(out)]
+    command = ["gpt2", "evaluate", *common, "--hellaswag_path", str(trained / "tasks.jsonl")]
+    monkeypatch.setattr("sys.argv", [*command, *flags])
+    return cli.main()
+
+
+def results(path: Path) -> dict[str, dict[str, float]]:
+    return json.loads(path.read_text())["results"]
+
+
+def test_it_finds_what_training_found(trained: Path, tmp_path: Path, monkeypatch, capsys):
+    assert evaluate(trained, monkeypatch, tmp_path / "results.json") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 20
+    found = results(tmp_path / "results.json")
+    log = (trained / "logs/log.txt").read_text()
+    assert found["hellaswag"]["of"] == "6 tasks"
+    norm, acc = re.findall(r"step 20 .*hellaswag: (\S+) acc_norm \| (\S+) acc", log)[0]
+    assert found["hellaswag"]["acc_norm"] == pytest.approx(float(norm), abs=1e-4)
+    assert found["hellaswag"]["acc"] == pytest.approx(float(acc), abs=1e-4)
+    loss = float(re.findall(r"step 20 .*val loss: (\S+)", log)[0])
+    assert found["val"]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert 0 < found["val"]["loss_stderr"] < 1
+    shown = capsys.readouterr().out
+    row = r"hellaswag \(completion\) +acc_norm +0\.\d{4} +0\.\d{4} +6 tasks +0\.2955"
+    assert re.search(row, shown)
+    assert f"{loss:.4f}" in shown
+
+
+def test_style_limit_and_task(trained: Path, tmp_path: Path, monkeypatch, capsys):
+    flags = ("--tasks", "hellaswag", "--style", "harness", "--limit", "3", "--batch_tokens", "1")
+    assert evaluate(trained, monkeypatch, tmp_path / "results.json", *flags) == 0
+    found = results(tmp_path / "results.json")
+    assert list(found) == ["hellaswag"]
+    assert (found["hellaswag"]["style"], found["hellaswag"]["of"]) == ("harness", "3 tasks")
+    assert "0.3114" in capsys.readouterr().out
+
+
+def test_models_of_other_tools(trained: Path, data_root: Path, tmp_path: Path, monkeypatch, capsys):
+    checkpoints = str(trained / "checkpoints")
+    export = ["gpt2", "export", str(tmp_path / "hf"), "--checkpoint_dir", checkpoints]
+    monkeypatch.setattr("sys.argv", export)
+    assert cli.main() == 0
+    assert evaluate(trained, monkeypatch, tmp_path / "ours.json", "--tasks", "hellaswag") == 0
+    model = ("--checkpoint", f"hf:{tmp_path / 'hf'}")
+    theirs = tmp_path / "theirs.json"
+    assert evaluate(trained, monkeypatch, theirs, "--tasks", "hellaswag", *model) == 0
+    assert results(tmp_path / "ours.json") == results(theirs)
+    assert evaluate(trained, monkeypatch, theirs, *model) == 2
+    assert "name shards with --data_root" in capsys.readouterr().err
+    assert evaluate(trained, monkeypatch, theirs, *model, "--data_root", str(data_root)) == 0
+
+
+def test_several_ranks(trained: Path, tmp_path: Path, monkeypatch):
+    assert evaluate(trained, monkeypatch, tmp_path / "one.json") == 0
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--module", "gpt2"]
+    flags = [flag.replace("one.json", "two.json") for flag in sys.argv[1:]]
+    run_command([sys.executable, "-m", *launcher, "evaluate", *flags])
+    one, two = (results(tmp_path / name) for name in ("one.json", "two.json"))
+    assert one["hellaswag"] == two["hellaswag"]
+    assert one["val"]["loss"] == pytest.approx(two["val"]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tasks": "hellaswg"}, "task 'hellaswg' is unknown; did you mean hellaswag"),
+        ({"limit": 0}, "limit=0 is too small"),
+        ({"batch_tokens": 0}, "batch_tokens=0 is too small"),
+    ],
+)
+def test_wrong_flags(flags: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        cli_evaluate.EvaluateCommand(**flags)
+
+
+def test_results_that_cannot_be_written(trained: Path, tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "results.json"
+    assert evaluate(trained, monkeypatch, out, "--tasks", "hellaswag") == 2
+    assert "choose another file with --output" in capsys.readouterr().err
