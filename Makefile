@@ -13,7 +13,7 @@ help:
 	@echo "make demo     train a small GPT-2 on this Python's standard library (3 minutes on 2 cores)"
 	@echo "make install  make .venv and install the package into it"
 	@echo "make test     run the test suite"
-	@echo "make soak     run the tests of many trials"
+	@echo "make soak     run the tests of many trials, and every fault"
 	@echo "make lint     check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and caches; checkpoints, runs, logs and data stay"
@@ -41,7 +41,8 @@ test: .venv/tested
 	$(BIN)/pytest
 
 soak: .venv/tested
-	$(BIN)/pytest -m soak
+	$(BIN)/pytest -m soak --ignore=tests/faults
+	$(BIN)/pytest -m "soak or not soak" tests/faults
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

@@ -219,3 +219,14 @@ def test_device_timer():
     time.sleep(0.02)
     timer.lap()
     assert 0.02 <= timer.elapsed_s() < 1
+
+
+def test_deterministic(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with distributed.join(MachineConfig(device="cpu", deterministic=True)):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -1,0 +1,116 @@
+"""The scripts of docs/operations.md, as they stand there, on a small run."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import FLAGS
+from faults.harness import last_step, trial
+from gpt2 import monitor
+from support import ROOT, small_flags
+
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+
+
+class Place:
+    """A checkout with a virtual environment, and a SLURM that only writes down what it is told."""
+
+    def __init__(self, folder: Path, data_root: Path) -> None:
+        self.folder, self.data_root = folder, data_root
+        (folder / "src").symlink_to(ROOT / "src")
+        for name, target in {"torchrun": "torchrun", "gpt2": "gpt2"}.items():
+            (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
+            (folder / ".venv/bin" / name).symlink_to(Path(sys.executable).parent / target)
+        (folder / "logs").mkdir()
+        (folder / "bin").mkdir()
+        scontrol = folder / "bin/scontrol"
+        scontrol.write_text(f'#!/bin/sh\necho "$@" >>{shlex.quote(str(folder / "scontrol.txt"))}\n')
+        scontrol.chmod(0o755)
+
+    def small(self, script: str, max_steps: int) -> str:
+        """`script` with the flags of a small run on two ranks."""
+        flags = FLAGS | {"max_steps": max_steps, "eval_interval": None}
+        more = small_flags(self.data_root, Path("."), **flags)
+        script = script.replace("--nproc_per_node=4", "--nproc_per_node=2")
+        script = script.replace("$HOME/gpt2-from-scratch", str(self.folder))
+        return script.replace("--resume latest", f"--resume latest {shlex.join(more)}")
+
+    def start(self, script: str) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
+        environment = {"PATH": path, "SLURM_JOB_ID": "77", "OMP_NUM_THREADS": "1"}
+        with (self.folder / "out.txt").open("a") as output:
+            return subprocess.Popen(
+                ["bash", "-c", script],
+                cwd=self.folder,
+                env=os.environ | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 60
+        while last_step(self.folder / "logs/log.txt") < step:
+            assert time.monotonic() < deadline, (self.folder / "out.txt").read_text()
+            time.sleep(0.05)
+
+    def state(self) -> str:
+        found = monitor.newest_run(self.folder / "checkpoints")
+        return found.state if found else "none"
+
+    def requeued(self) -> int:
+        told = self.folder / "scontrol.txt"
+        return told.read_text().count("requeue 77\n") if told.exists() else 0
+
+
+@pytest.fixture
+def place(tmp_path: Path, data_root: Path) -> Iterator[Place]:
+    yield Place(tmp_path, data_root)
+
+
+@pytest.mark.soak
+@trial("SLURM's warning, a kill, and the end")
+def test_the_slurm_script_requeues_until_the_end(place: Place):
+    script = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)[0]
+    job = place.start(place.small(script, max_steps=10_000))
+    place.wait_for_step(6)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(60)
+    assert (place.state(), place.requeued()) == ("stopped", 1)
+
+    reached = last_step(place.folder / "logs/log.txt")
+    job = place.start(place.small(script, max_steps=10_000))
+    place.wait_for_step(reached + 6)
+    owner = monitor.newest_run(place.folder / "checkpoints").status.pid
+    os.kill(owner, signal.SIGKILL)
+    job.wait(60)
+    assert (place.state(), place.requeued()) == ("dead", 2)
+
+    reached = last_step(place.folder / "logs/log.txt")
+    job = place.start(place.small(script, max_steps=reached + 4))
+    job.wait(60)
+    assert (place.state(), place.requeued()) == ("finished", 2)
+
+
+@pytest.mark.soak
+@trial("the cron line after a kill")
+def test_the_cron_line_starts_what_has_died_and_nothing_else(place: Place):
+    line = re.findall(r"^\*/10 \* \* \* \* (.*)$", PAGE, re.MULTILINE)[0]
+    command = "exec .venv/bin/torchrun --nproc_per_node=4 src/train_improved.py --resume latest"
+    run = place.start(place.small(command, max_steps=10_000))
+    place.wait_for_step(6)
+    place.start(place.small(line, max_steps=10_000)).wait(60)  # it lives: nothing to do
+    assert not (place.folder / "logs/cron.txt").exists()
+    os.kill(monitor.newest_run(place.folder / "checkpoints").status.pid, signal.SIGKILL)
+    run.wait(60)
+    reached = last_step(place.folder / "logs/log.txt")
+    place.start(place.small(line, max_steps=reached + 4)).wait(60)
+    assert place.state() == "finished"
+    assert "Resuming from" in (place.folder / "logs/cron.txt").read_text()
