@@ -7,13 +7,14 @@ GPUS := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_D
 	$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'))
 RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo test soak lint format clean
+.PHONY: help install demo test soak browser lint format clean
 
 help:
 	@echo "make demo     train a small GPT-2 on this Python's standard library (3 minutes on 2 cores)"
 	@echo "make install  make .venv and install the package into it"
 	@echo "make test     run the test suite"
 	@echo "make soak     run the tests of many trials, and every fault"
+	@echo "make browser  look at TensorBoard in Chromium"
 	@echo "make lint     check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and caches; checkpoints, runs, logs and data stay"
@@ -43,6 +44,11 @@ test: .venv/tested
 soak: .venv/tested
 	$(BIN)/pytest -m soak --ignore=tests/faults
 	$(BIN)/pytest -m "soak or not soak" tests/faults
+
+# The picture of the README is the one that the test looks at.
+browser: .venv/tested
+	$(BIN)/pip install --quiet --editable '.[browser]'
+	SCREENSHOT=docs/tensorboard.png $(BIN)/pytest -m browser tests/browser
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .
