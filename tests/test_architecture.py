@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gpt2"
 FLOORS = [
-    ("pure", {"errors", "config", "tokenizer", "schedule", "data.order", "estimate"}),
+    ("pure", {"errors", "config", "tokenizer", "schedule", "data.order", "estimate", "sampling"}),
     ("torch only", {"model", "optim"}),
     (
         "shell",
@@ -38,7 +38,10 @@ FLOORS = [
         },
     ),
     ("one run", {"learner", "start", "doctor", "train"}),
-    ("entries", {"__main__", "cli", "cli_data", "cli_model", "cli_watch", "cli_parse"}),
+    (
+        "entries",
+        {"__main__", "cli", "cli_data", "cli_generate", "cli_model", "cli_watch", "cli_parse"},
+    ),
 ]
 NEEDED_IN_SHELL = {
     "checkpoint": {"atomic", "integrity"},
