@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gpt2"
 FLOORS = [
-    ("pure", {"errors", "config", "tokenizer", "schedule", "data.order", "estimate"}),
+    ("pure", {"errors", "config", "tokenizer", "schedule", "data.order", "estimate", "sampling"}),
     ("torch only", {"model", "optim"}),
     (
         "shell",
@@ -40,7 +40,16 @@ FLOORS = [
     ("one run", {"judge", "learner", "start", "doctor", "train"}),
     (
         "entries",
-        {"__main__", "cli", "cli_data", "cli_model", "cli_evaluate", "cli_watch", "cli_parse"},
+        {
+            "__main__",
+            "cli",
+            "cli_data",
+            "cli_evaluate",
+            "cli_generate",
+            "cli_model",
+            "cli_parse",
+            "cli_watch",
+        },
     ),
 ]
 NEEDED_IN_SHELL = {

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import sys
@@ -99,9 +100,9 @@ def test_gpt2_names_its_commands(monkeypatch, capsys):
 
 def test_generate_flags_are_checked(monkeypatch, capsys):
     assert call(monkeypatch, cli_model.generate_main, "--num_samples", "0") == 2
-    assert "num_samples=0 is too small" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="temperature=-1"):
-        cli_model.GenerateCommand(temperature=-1.0)
+    assert capsys.readouterr().err == "error: num_samples=0 is too small; it must be 1 or more\n"
+    with pytest.raises(ConfigError, match="both read standard input"):
+        cli_model.GenerateCommand(prompt="-", interactive=True)
 
 
 def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
@@ -126,10 +127,15 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
     assert "step 4 of 4 (100.0%)" in capsys.readouterr().out
 
     options = ("--checkpoint_dir", folder, "--prompt", "import", "--max_new_tokens", "5")
-    assert call(monkeypatch, cli_model.generate_main, *options) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("\nimport") == 3
-    assert "step_000004.pt (step 4)" in printed
+    assert call(monkeypatch, cli_model.generate_main, *options, "--num_samples", "3") == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\nimport") == 3
+    assert "step_000004.pt (step 4)" in printed.err
+
+    options = ("--checkpoint_dir", folder, "--prompt", "-", "--temperature", "0", "--stream")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"import\n")))
+    assert call(monkeypatch, cli_model.generate_main, *options, "--max_new_tokens", "5") == 0
+    assert capsys.readouterr().out.startswith("import")
 
 
 def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tmp_path: Path):

@@ -32,6 +32,22 @@ def test_ids_of_the_padded_vocabulary_decode_to_nothing():
     assert tokenizer.decode([15496, 50300]) == "Hello"
 
 
+@given(st.lists(st.integers(0, 50303)))
+def test_token_by_token_gives_the_same_text(tokens: list[int]):
+    decoder = tokenizer.Decoder()
+    pieces = [decoder.add(token) for token in tokens]
+    assert "".join([*pieces, decoder.end()]) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("text", ["🦜", "👩‍🚀 naïve", "日本語のテキスト", "🇳🇿🏴‍☠️"])
+def test_a_character_comes_whole_with_its_last_token(text: str):
+    tokens, decoder = tokenizer.encode(text), tokenizer.Decoder()
+    pieces = [decoder.add(token) for token in tokens]
+    assert "".join(pieces) == text
+    assert len(tokens) > sum(map(bool, pieces)), "no token ends within a character"
+    assert decoder.end() == ""
+
+
 def test_merges_are_those_of_the_published_encoder():
     """The first ones of its merges.txt; and every token of several bytes comes from one."""
     merges = tokenizer.merges()

@@ -11,6 +11,7 @@ import tyro
 from gpt2 import config
 from gpt2.cli_parse import guarded, parse
 from gpt2.errors import CheckpointError, ConfigError
+from gpt2.sampling import Sampling
 
 if TYPE_CHECKING:
     from gpt2.model.gpt2 import GPT2
@@ -18,33 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Continue a prompt with a trained model."""
+    """Continue a prompt with a trained model. The texts go to standard output, all else to
+    standard error."""
 
     checkpoint: str = "latest"
     """latest, best, a step or a path"""
     checkpoint_dir: Path = Path("checkpoints")
     """folder of the run's checkpoints"""
     prompt: str = "Hello, I'm a language model,"
-    """text to continue"""
-    num_samples: int = 3
-    """how many continuations"""
-    max_new_tokens: int = 100
-    """tokens of each, at most"""
-    temperature: float = 0.8
-    """0 takes the likeliest token"""
-    top_k: int | None = 50
-    """choose among this many likeliest tokens"""
+    """text to continue; - reads it from standard input, an empty one begins a document"""
+    stream: bool = False
+    """show the text while it is made; of several, the first, and then the others"""
+    interactive: bool = False
+    """continue each line that is typed, with --stream; an empty line takes the prompt again"""
+    sampling: Sampling = Sampling()
     seed: int = 1
-    """seed of the choice"""
+    """seed of the choice; each answer of --interactive has the next one"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
     trust_checkpoint: bool = False
     """unpickle a checkpoint that this user did not write: it can run any code"""
 
     def __post_init__(self) -> None:
-        config.require_at_least(self, 1, "num_samples", "max_new_tokens", "top_k")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature} is negative; 0 is greedy")
+        config.require_at_least(self, 0, "seed")
+        if self.interactive and self.prompt == "-":
+            raise ConfigError(
+                "--prompt - and --interactive both read standard input; leave one of them out"
+            )
 
 
 def generate_main() -> int:
@@ -52,22 +53,16 @@ def generate_main() -> int:
 
     def body() -> int:
         command = parse(GenerateCommand, sys.argv[1:])
-        from gpt2 import distributed, generate
+        from gpt2 import cli_generate, distributed
 
         loaded = load_model(command.checkpoint_dir, command.checkpoint, command.trust_checkpoint)
+        print(loaded, file=sys.stderr, flush=True)
+        prompt = cli_generate.read_prompt(command.prompt)
+        give = cli_generate.stream_texts if command.stream else cli_generate.print_texts
+        if command.interactive:
+            give = cli_generate.converse
         with distributed.join(config.MachineConfig(device=command.device)) as world:
-            texts = generate.generate_text(
-                loaded.model.to(world.device),
-                command.prompt,
-                num_samples=command.num_samples,
-                max_new_tokens=command.max_new_tokens,
-                temperature=command.temperature,
-                top_k=command.top_k,
-                seed=command.seed,
-            )
-        print(loaded)
-        for number, text in enumerate(texts, 1):
-            print(f"--- sample {number}\n{text}")
+            give(loaded.model.to(world.device), prompt, command.sampling, command.seed)
         return 0
 
     return guarded(body)

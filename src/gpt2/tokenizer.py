@@ -1,6 +1,7 @@
 """GPT-2's byte-pair encoding: tiktoken on ranks that ship with the package, no network."""
 
 import base64
+import codecs
 import hashlib
 from functools import cache
 from importlib import resources
@@ -75,3 +76,23 @@ def encode(text: str) -> list[int]:
 def decode(tokens: list[int]) -> str:
     """Text of `tokens`; ids of the padded vocabulary (50257 and above) decode to nothing."""
     return load().decode([token for token in tokens if token < VOCAB_SIZE])
+
+
+class Decoder:
+    """The text of tokens that come one by one; together the same as `decode` of them all.
+
+    A token may end within a character: it is given out when its last byte has come, and bytes that
+    no character begins with as U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The characters that end with `token`."""
+        known = token < VOCAB_SIZE
+        return self._characters.decode(load().decode_single_token_bytes(token) if known else b"")
+
+    def end(self) -> str:
+        """What remains after the last token."""
+        return self._characters.decode(b"", final=True)

@@ -98,6 +98,25 @@ def test_cached_logits_are_the_uncached_ones(net: GPT2, portions: list[int]):
     assert torch.allclose(torch.cat(parts, dim=1), expected_BTV, atol=1e-4)
 
 
+def test_next_logits_are_the_last_ones(net: GPT2):
+    tokens_BT = torch.randint(50257, (2, 24))
+    with torch.no_grad():
+        expected_BV = net.logits(tokens_BT)[:, -1]
+        assert torch.allclose(net.next_logits(tokens_BT), expected_BV, atol=1e-5)
+
+
+def test_a_shared_beginning_goes_through_the_cache_as_one_row(net: GPT2):
+    tokens_BT = torch.randint(50257, (3, 24))
+    tokens_BT[:, :10] = tokens_BT[0, :10]
+    cache = KeyValueCache.empty(net, batch_size=3)
+    with torch.no_grad():
+        expected_BTV = net.logits(tokens_BT)
+        first_BV = net.next_logits(tokens_BT[:1, :10], cache)
+        rest_BTV = net.logits(tokens_BT[:, 10:], cache)
+    assert torch.allclose(first_BV.expand(3, -1), expected_BTV[:, 9], atol=1e-4)
+    assert torch.allclose(rest_BTV, expected_BTV[:, 10:], atol=1e-4)
+
+
 def test_initialisation():
     torch.manual_seed(0)
     built = model.build(ModelConfig(n_layer=8, n_head=4, n_embd=128, block_size=64))

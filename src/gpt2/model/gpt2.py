@@ -40,13 +40,21 @@ class GPT2(nn.Module):
 
         With a cache, `tokens_BT` continues the tokens that went through it before.
         """
+        return self.unembed(self._read(tokens_BT, cache))
+
+    def next_logits(self, tokens_BT: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
+        """Scores of the token after `tokens_BT`, (B, V): the last ones of `logits`, alone."""
+        return self.unembed(self._read(tokens_BT, cache)[:, -1])
+
+    def _read(self, tokens_BT: Tensor, cache: "KeyValueCache | None") -> Tensor:
+        """Features of `tokens_BT`, (B, T, D), which are in the cache afterwards."""
         start = cache.length if cache else 0
         length = tokens_BT.size(1)
         positions_T = torch.arange(start, start + length, device=tokens_BT.device)
         features_BTD = self.features(tokens_BT, positions_T, cache)
         if cache:
             cache.length += length
-        return self.unembed(features_BTD)
+        return features_BTD
 
     def features(
         self, tokens_BT: Tensor, positions_T: Tensor, context: "KeyValueCache | Tensor | None"
@@ -126,7 +134,8 @@ class Attention(nn.Module):
             v_BHTK,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            # Without a mask: all tokens at once, or one that sees all the others.
+            is_causal=mask is None and q_BHTK.size(2) == k_BHTK.size(2),
         )
         y_BTD = y_BHTK.transpose(1, 2).flatten(2)
         out_BTD: Tensor = self.residual_dropout(self.out(y_BTD))
@@ -148,7 +157,10 @@ class MLP(nn.Module):
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens so far, one (B, H, T, K) buffer per layer."""
+    """Keys and values of the tokens so far, one (B, H, T, K) buffer per layer.
+
+    A beginning that all rows share may go through the model as one row: it is stored for all.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -165,13 +177,16 @@ class KeyValueCache:
         )
 
     def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values behind the old ones; returns all of them."""
-        end = self.length + k_BHTK.size(2)
+        """Stores new keys and values behind the old ones; returns all of as many rows."""
+        rows, end = k_BHTK.size(0), self.length + k_BHTK.size(2)
         self.keys[layer][:, :, self.length : end] = k_BHTK
         self.values[layer][:, :, self.length : end] = v_BHTK
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
 
-    def causal_mask(self, new: int) -> Tensor:
-        """(new, length + new): each new token sees all before it and itself."""
+    def causal_mask(self, new: int) -> Tensor | None:
+        """(new, length + new): each new token sees all before it and itself. None where the
+        kernels need no mask for that, and are faster: for a beginning, and for a single token."""
+        if self.length == 0 or new == 1:
+            return None
         mask = torch.ones(new, self.length + new, dtype=torch.bool, device=self.keys[0].device)
         return mask.tril(self.length)
