@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, cli_data, cli_model, cli_watch, config
+from gpt2 import cli, cli_data, cli_evaluate, cli_model, cli_watch, config
 from gpt2.sampling import Sampling
 from support import ROOT
 
@@ -33,7 +33,8 @@ def test_options_in_commands_exist():
     known |= set(cli_model.ExportCommand.__dataclass_fields__)
     known |= {*cli_data.Options.__dataclass_fields__, *cli_data.Hub.__dataclass_fields__}
     known |= set(cli_watch.PlotCommand.__dataclass_fields__)
-    known |= {"standalone", "nproc_per_node", "port", "help", "no_bias"}
+    known |= set(cli_evaluate.EvaluateCommand.__dataclass_fields__)
+    known |= {"module", "standalone", "nproc_per_node", "port", "help", "no_bias"}
     known |= {"local", "outfile"}  # of `hf download` and llama.cpp
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known
 

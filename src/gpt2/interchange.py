@@ -103,13 +103,13 @@ def load(source: str, wanted: ModelConfig, *, trust: bool, warn: Warn) -> Weight
     They are still mapped from the file where they can be, in the file's own type. Raises
     CheckpointError if they are not there, not a GPT-2, or of another shape, field by field.
     """
-    shape, weights = read(source, trust=trust, warn=warn)
+    shape, theirs = _open(source, trust, warn)
     _refuse_other_shapes(source, shape, wanted)
     if shape.block_size > wanted.block_size:
         warn(
             f"{source}: the first {wanted.block_size} of its {shape.block_size} positions are used"
         )
-    return fit(weights, wanted)
+    return fit(_as_ours(source, shape, theirs), wanted)
 
 
 def read(source: str, *, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
@@ -117,13 +117,8 @@ def read(source: str, *, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]
 
     Raises CheckpointError if they are not there or not a GPT-2.
     """
-    kind, _, path = source.partition(":")
-    if kind == "hf":
-        shape, theirs = _read_hugging_face(Path(path))
-    else:
-        shape, theirs = _read_nanogpt(Path(path), trust)
-        warn(f"{source}: {GELU_NOTE}")
-    return shape, from_theirs(theirs, shape, source, transposed=kind == "hf")
+    shape, theirs = _open(source, trust, warn)
+    return shape, _as_ours(source, shape, theirs)
 
 
 def export(trained: Trained, form: Format, folder: Path, dtype: DType, overwrite: bool) -> None:
@@ -236,6 +231,19 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     built.decoder = decoders.ByteLevel()
     built.add_special_tokens([END_OF_TEXT])
     return built
+
+
+def _open(source: str, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
+    """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under its own names."""
+    kind, _, path = source.partition(":")
+    if kind == "hf":
+        return _read_hugging_face(Path(path))
+    warn(f"{source}: {GELU_NOTE}")
+    return _read_nanogpt(Path(path), trust)
+
+
+def _as_ours(source: str, shape: ModelConfig, theirs: Weights) -> Weights:
+    return from_theirs(theirs, shape, source, transposed=source.startswith("hf:"))
 
 
 def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
