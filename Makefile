@@ -38,8 +38,10 @@ demo: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) \
 		src/train_improved.py --preset demo --use_tensorboard
 
+# Faults one after another: their times are part of what is tested.
 test: .venv/tested
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile --ignore=tests/faults
+	$(BIN)/pytest tests/faults
 
 soak: .venv/tested
 	$(BIN)/pytest -m soak --ignore=tests/faults
