@@ -33,8 +33,6 @@ class Answer:
     acc: float
     """1 if the ending with the highest sum is right"""
     acc_norm: float
-    requests: list[Any]
-    """what its model was asked"""
 
 
 def load_model(which: str, block_size: int | None = None) -> GPT2:
@@ -96,6 +94,18 @@ def load(folder: Path, device: torch.device, batch_size: int | str) -> Any:
     return HFLM(str(folder / "model"), dtype="float32", device=device.type, batch_size=batch_size)
 
 
+def requests(folder: Path) -> list[Any]:
+    """What the harness asks a model, four requests per task: `theirs.loglikelihood` takes them."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    task = manager.load(TASK)["tasks"][TASK]
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests()
+    built: list[Any] = task.instances
+    return built
+
+
 def answer(folder: Path, theirs: Any) -> list[Answer]:
     """What the model that `load` gave answers to each task."""
     import lm_eval
@@ -114,7 +124,6 @@ def answer(folder: Path, theirs: Any) -> list[Answer]:
             label=sample["doc"]["gold"],
             acc=sample["acc"],
             acc_norm=sample["acc_norm"],
-            requests=sample["arguments"],
         )
         for sample in sorted(found["samples"][TASK], key=lambda sample: sample["doc_id"])
     ]
