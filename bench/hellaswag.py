@@ -84,7 +84,8 @@ def compare_speed(net: GPT2, path: Path, world: World, rounds: int, with_lm_eval
             rates[name].append(len(tasks) / (time.perf_counter() - started))
             chosen[name] = choose(tasks, losses)
         assert chosen["packed"] == chosen["plain loop"]
-        print("  tasks/s: " + ", ".join(f"{name} {rate[-1]:.2f}" for name, rate in rates.items()))
+        shown = ", ".join(f"{name} {rate[-1]:.2f}" for name, rate in rates.items())
+        print(f"  tasks/s: {shown}", flush=True)
     print("All choices of packed rows and of the plain loop are the same")
     ours = rates.pop("packed")
     print(f"packed: {statistics.median(ours):.2f} tasks/s")
