@@ -46,8 +46,8 @@ class EvaluateCommand:
     """shards whose validation split is measured; None is the run's own"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the matrix products; logits are float32 in both"""
-    batch_tokens: int = 4096
-    """tokens of HellaSwag that go through the model at once"""
+    batch_tokens: int | None = None
+    """tokens of HellaSwag that go through the model at once; None is what suits the device"""
     output: Path = Path("results.json")
     """file for the results"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -55,6 +55,17 @@ def test_a_packed_row_gives_what_each_ending_gives_alone(net: GPT2, batch_tokens
     assert len({round(loss, 3) for row in losses for loss in row}) == 48
 
 
+def test_the_device_says_how_large_a_batch_is(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+    features = GPT2.features
+    monkeypatch.setattr(
+        GPT2, "features", lambda net, x, *rest: sizes.append(x.numel()) or features(net, x, *rest)
+    )
+    ending_losses(net, random_questions(40), ALONE, FULL)
+    assert len(sizes) > 1
+    assert choices.CPU_BATCH_TOKENS / 2 < max(sizes) <= choices.CPU_BATCH_TOKENS
+
+
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])
 def test_texts_past_the_context_lose_their_beginning(net: GPT2, context: int, ending: int):
     question = Question(tuple(range(context)), (tuple(range(100, 100 + ending)), (7,)))

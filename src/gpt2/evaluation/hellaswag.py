@@ -108,7 +108,7 @@ def evaluate(
     tasks: list[Task],
     world: World,
     autocast: torch.autocast,
-    batch_tokens: int = choices.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Score | None:
@@ -131,7 +131,9 @@ def score(tasks: list[Task], losses: list[list[float]]) -> Score:
 
 def choose(task: Task, losses: list[float]) -> Choice:
     """The likeliest ending, the first of several that are alike."""
-    means = [loss / length for loss, length in zip(losses, task.lengths, strict=True)]
+    pairs = zip(losses, task.lengths, strict=True)
+    # The harness cuts an ending of marks alone down to nothing, and never chooses it by the mean.
+    means = [loss / length if length else math.inf for loss, length in pairs]
     return Choice(losses.index(min(losses)), means.index(min(means)))
 
 
@@ -153,8 +155,7 @@ def _question(context: str, endings: list[str], style: Style) -> Question:
         tails = [tuple(tokenizer.encode(" " + ending)) for ending in endings]
         return Question(head, tuple(tails))
     # The harness encodes text and ending in one piece and cuts after the tokens of the text.
-    context = context.rstrip()
-    head = tuple(tokenizer.encode(context))
+    head = tuple(tokenizer.encode(context.rstrip()))
     wholes = [tuple(tokenizer.encode(f"{context} {ending}")) for ending in endings]
     return Question(head, tuple(whole[len(head) :] for whole in wholes))
 
@@ -188,10 +189,11 @@ def _require_task(item: Any) -> None:
     """Raises ValueError if it is no task with a right answer."""
     if not isinstance(item, dict) or not item.keys() >= set(FIELDS):
         raise ValueError(f"not a task with {', '.join(FIELDS)}")
-    texts = [item["ctx"], item["ctx_a"], item["ctx_b"], item["activity_label"], *item["endings"]]
-    if len(texts) != 8 or not all(isinstance(text, str) for text in texts):
+    texts = [item[name] for name in FIELDS if name not in ("endings", "label")]
+    endings = item["endings"] if isinstance(item["endings"], list) else []
+    if len(endings) != 4 or not all(isinstance(text, str) for text in (*texts, *endings)):
         raise ValueError("not a text and four endings")
-    if not item["ctx"].strip() or not all(ending.strip() for ending in item["endings"]):
+    if not item["ctx"].strip() or not all(ending.strip() for ending in endings):
         raise ValueError("its text or an ending is empty")
     if str(item["label"]) not in ("0", "1", "2", "3"):
         raise ValueError(f"label {item['label']} is none of 0 to 3")
