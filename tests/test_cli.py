@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gpt2 import cli, cli_model, cli_watch, config, status, train
-from gpt2.errors import ConfigError
 from support import SMALL_RUN, run_command, small_config, small_flags, train_command
 
 
@@ -98,11 +97,20 @@ def test_gpt2_names_its_commands(monkeypatch, capsys):
     assert call(monkeypatch, cli.main, "--version") == 0
 
 
-def test_generate_flags_are_checked(monkeypatch, capsys):
-    assert call(monkeypatch, cli_model.generate_main, "--num_samples", "0") == 2
-    assert capsys.readouterr().err == "error: num_samples=0 is too small; it must be 1 or more\n"
-    with pytest.raises(ConfigError, match="both read standard input"):
-        cli_model.GenerateCommand(prompt="-", interactive=True)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_samples", "0"], "num_samples=0 is too small; it must be 1 or more"),
+        (["--top_p", "95"], "top_p=95.0 must be more than 0 and at most 1; None is off"),
+        (["--top_k", "None", "--seed", str(2**64)], f"seed={2**64} is too large"),
+        (["--interactive", "--prompt", "-"], "both read standard input; leave one of them out"),
+    ],
+)
+def test_generate_flags_are_checked(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, cli_model.generate_main, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):

@@ -42,6 +42,8 @@ class GenerateCommand:
 
     def __post_init__(self) -> None:
         config.require_at_least(self, 0, "seed")
+        if self.seed >= 2**63:  # more than torch takes
+            raise ConfigError(f"seed={self.seed} is too large; it must be less than {2**63}")
         if self.interactive and self.prompt == "-":
             raise ConfigError(
                 "--prompt - and --interactive both read standard input; leave one of them out"

@@ -126,7 +126,7 @@ def _nucleus(probabilities_BV: Tensor, top_p: float, top_k: int | None) -> Tenso
     (Holtzman et al. 2020, section 3.1). Not more than `top_k` of them are above 0 (ties aside)."""
     size = probabilities_BV.size(1)
     sorted_BK, tokens_BK = probabilities_BV.topk(min(top_k or size, size))  # a sort of all is slow
-    # In float64: the sum of 50,000 shares in float32 is off by more than the last ones have.
+    # In float64: a float32 sum of 50,000 shares is off by more than the smallest of them.
     likelier_BK = sorted_BK.cumsum(dim=1, dtype=torch.float64) - sorted_BK
     kept_BK = sorted_BK.where(likelier_BK < top_p, 0)
     return torch.zeros_like(probabilities_BV).scatter(1, tokens_BK, kept_BK)
