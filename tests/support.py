@@ -1,5 +1,6 @@
 """What several tests need: a small corpus, a small run, real processes."""
 
+import itertools
 import json
 import os
 import re
@@ -46,6 +47,7 @@ def write_tasks(path: Path, count: int = 6) -> Path:
     """A file in the format of HellaSwag's validation split."""
     things = ("a door", "a window", "an old box", "the gate", "a jar", "the lid")
     endings = ("opens it slowly.", "paints it blue.", "sings to it.", "eats all of it [step] now.")
+    chosen = itertools.islice(itertools.cycle(things), count)
     tasks = [
         {
             "activity_label": "Opening things",
@@ -55,7 +57,7 @@ def write_tasks(path: Path, count: int = 6) -> Path:
             "endings": endings,
             "label": number % 4,
         }
-        for number, thing in enumerate(things[:count])
+        for number, thing in enumerate(chosen)
     ]
     path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
     return path

@@ -7,7 +7,19 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gpt2"
 FLOORS = [
-    ("pure", {"errors", "config", "tokenizer", "schedule", "data.order", "estimate", "sampling"}),
+    (
+        "pure",
+        {
+            "errors",
+            "config",
+            "tokenizer",
+            "published",
+            "schedule",
+            "data.order",
+            "estimate",
+            "sampling",
+        },
+    ),
     ("torch only", {"model", "optim"}),
     (
         "shell",
@@ -37,7 +49,7 @@ FLOORS = [
             "interchange",
         },
     ),
-    ("one run", {"judge", "learner", "start", "doctor", "train"}),
+    ("one run", {"judge", "learner", "start", "doctor", "progress", "train"}),
     (
         "entries",
         {

@@ -1,12 +1,16 @@
 import json
+import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from gpt2 import cli, cli_evaluate, train
+from gpt2 import checkpoint, cli, cli_evaluate, train
 from gpt2.errors import ConfigError
+from gpt2.evaluation import hellaswag
 from support import run_command, small_config, write_tasks
 
 
@@ -67,19 +71,57 @@ def test_models_of_other_tools(trained: Path, data_root: Path, tmp_path: Path, m
     theirs = tmp_path / "theirs.json"
     assert evaluate(trained, monkeypatch, theirs, "--tasks", "hellaswag", *model) == 0
     assert results(tmp_path / "ours.json") == results(theirs)
+    monkeypatch.setattr(hellaswag, "evaluate", None)  # what cannot be done is known before that
     assert evaluate(trained, monkeypatch, theirs, *model) == 2
     assert "name shards with --data_root" in capsys.readouterr().err
-    assert evaluate(trained, monkeypatch, theirs, *model, "--data_root", str(data_root)) == 0
+    far = ("--tasks", "val", "--limit", "3", "--data_root", f"file://{data_root}")
+    assert evaluate(trained, monkeypatch, theirs, *model, *far) == 0
+    assert results(theirs)["val"]["of"] == "3 rows"
 
 
 def test_several_ranks(trained: Path, tmp_path: Path, monkeypatch):
-    assert evaluate(trained, monkeypatch, tmp_path / "one.json") == 0
+    batches = ("--batch_tokens", "60")  # of two tasks each
+    assert evaluate(trained, monkeypatch, tmp_path / "one.json", *batches) == 0
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--module", "gpt2"]
     flags = [flag.replace("one.json", "two.json") for flag in sys.argv[1:]]
     run_command([sys.executable, "-m", *launcher, "evaluate", *flags])
     one, two = (results(tmp_path / name) for name in ("one.json", "two.json"))
     assert one["hellaswag"] == two["hellaswag"]
     assert one["val"]["loss"] == pytest.approx(two["val"]["loss"])
+
+
+def test_figures(trained: Path, data_root: Path, tmp_path: Path, monkeypatch):
+    """The loss of two rows, its standard error and perplexity; and one row, which has no error."""
+    found = []
+    for limit in ("2", "1"):
+        flags = ("--tasks", "val", "--limit", limit)
+        assert evaluate(trained, monkeypatch, tmp_path / "results.json", *flags) == 0
+        found.append(results(tmp_path / "results.json")["val"])
+    two, one = found
+    assert one["loss_stderr"] is None
+    other = 2 * two["loss"] - one["loss"]  # both begin with the same row
+    assert two["loss_stderr"] == pytest.approx(abs(one["loss"] - other) / 2, rel=1e-4)
+    assert two["perplexity"] == pytest.approx(math.exp(two["loss"]))
+
+
+def test_bfloat16(trained: Path, tmp_path: Path, monkeypatch):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        flags = ("--tasks", "val", "--limit", "2", "--dtype", dtype)
+        assert evaluate(trained, monkeypatch, tmp_path / "results.json", *flags) == 0
+        losses.append(results(tmp_path / "results.json")["val"]["loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
+def test_a_model_that_diverged(trained: Path, tmp_path: Path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints", symlinks=True))
+    newest = checkpoint.list_checkpoints(folder)[-1]
+    state = checkpoint.load(newest.path, warn=print)
+    state["model"]["final_norm.bias"] = torch.full_like(state["model"]["final_norm.bias"], math.nan)
+    checkpoint.save(folder, state, newest.facts, keep_last=2)
+    assert evaluate(tmp_path, monkeypatch, tmp_path / "results.json") == 2
+    assert "has weights that are no finite numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,29 @@ def test_memory_within_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert machine.memory_bytes() > 150_000
 
 
+@pytest.mark.parametrize(
+    ("line", "group", "limit", "used"),
+    [
+        ("0::/user/run.scope", "user", "memory.max", "memory.current"),
+        ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_memory_of_a_job(tmp_path: Path, monkeypatch, line: str, group: str, limit: str, used: str):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "groups")
+    (tmp_path / "groups").write_text(f"3:cpu:/x\n{line}\n")
+    (tmp_path / group).mkdir(parents=True)
+    for name, text in {limit: "900000", used: "500000", "memory.stat": "inactive_file 0"}.items():
+        (tmp_path / group / name).write_text(f"{text}\n")
+    assert machine.memory_bytes() == 400_000
+
+
+def test_weights_to_begin_with_are_looked_at(data_root: Path, tmp_path: Path):
+    for source in ("hf:/nowhere", "/nowhere.pt"):
+        run = small_config(data_root, tmp_path, init_from=source)
+        assert [found.level for found in doctor.find_checkpoints(run, None)] == ["PROBLEM"]
+
+
 def test_problems_are_red_on_a_terminal_and_counted():
     findings = [Finding("ok", "a", "b"), Finding("PROBLEM", "c", "[d]", "type e")]
     plain = Console(file=io.StringIO(), width=9)

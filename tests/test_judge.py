@@ -1,15 +1,20 @@
+import math
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt2 import judge, train
+from gpt2 import checkpoint, distributed, train
 from gpt2.data.shards import catalog
 from gpt2.data.storage import Storage
 from gpt2.errors import DataError
 from gpt2.evaluation import hellaswag
+from gpt2.judge import Judge
+from gpt2.learner import Learner
 from support import run_command, small_config, small_flags, train_command, write_tasks
 
 LINE = r"step (\d+) \| epoch 0 \| hellaswag: (0\.\d{4}) acc_norm \| (0\.\d{4}) acc \| 5 tasks"
@@ -42,7 +47,7 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
 
 
 def test_hellaswag_does_not_depend_on_the_number_of_ranks(data_root: Path, tmp_path: Path):
-    tasks = write_tasks(tmp_path / "tasks.jsonl")
+    tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # three batches
     flags = {"hellaswag_interval": 5, "hellaswag_path": tasks, "max_steps": 5, "dropout": 0.0}
     found = []
     for ranks in (None, 2):
@@ -73,8 +78,47 @@ def test_a_file_that_was_named_must_be_there(data_root: Path, tmp_path: Path):
         train.run(small_config(data_root, tmp_path, **settings))
 
 
-def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path):
+@pytest.mark.parametrize(("corpus", "loss"), [("fineweb_edu", 3.2924), ("fineweb", 3.425)])
+def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_path, corpus, loss):
+    world = distributed.World(0, 1, torch.device("cpu"))
+    run = small_config(data_root, tmp_path)
+    learner = Learner(run, world)
     data = catalog(Storage(str(data_root)))
-    assert set(judge.references(data)) == {"hellaswag/gpt2_124m"}
-    fineweb = replace(data, corpus="fineweb")
-    assert judge.references(fineweb)["loss/gpt2_124m"] == 3.29
+    assert Judge(run, world, learner, data).references() == {}
+    fineweb = replace(data, corpus=corpus)
+    assert Judge(run, world, learner, fineweb).references() == {"loss/gpt2_124m": loss}
+
+
+def test_a_stop_within_hellaswag_loses_no_validation(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What was measured before the stop is in its checkpoint, and what comes later gets there."""
+    tasks = write_tasks(tmp_path / "tasks.jsonl")
+    flags = {"hellaswag_interval": 10, "hellaswag_path": tasks, "eval_interval": 10}
+    evaluate = hellaswag.evaluate
+
+    def stopped(*arguments: object, stop, **options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, stop=stop, **options)
+
+    config = small_config(data_root, tmp_path, **flags, max_steps=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(hellaswag, "evaluate", stopped)
+        result = train.run(config)
+    assert (result.state, result.step) == ("stopped", 10)
+    (kept,) = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+    assert kept.facts.val_loss == result.val_loss
+
+    resumed = small_config(data_root, tmp_path, **flags, max_steps=10, resume="latest")
+    result = train.run(resumed)
+    assert (result.state, result.hellaswag is None) == ("finished", False)
+    log = (tmp_path / "logs/log.txt").read_text()
+    assert (log.count("step 10 | epoch 0 | val loss"), log.count("hellaswag:")) == (1, 1)
+    train.run(resumed)  # it is known now
+    assert (tmp_path / "logs/log.txt").read_text().count("hellaswag:") == 1
+
+
+def test_a_broken_model_has_no_score(data_root: Path, tmp_path: Path):
+    tasks = hellaswag.load(write_tasks(tmp_path / "tasks.jsonl"))
+    broken = hellaswag.score(tasks, [[1.0, 2.0, 3.0, float("nan")]] * len(tasks))
+    assert math.isnan(broken.acc) and math.isnan(broken.acc_norm)

@@ -10,7 +10,8 @@ from support import ROOT
 README = (ROOT / "README.md").read_text()
 FIELDS = {*config._field_table(), "config", "out_dir", "list_checkpoints"}
 GENERATE = {*cli_model.GenerateCommand.__dataclass_fields__, *Sampling.__dataclass_fields__}
-GENERATE -= {"sampling"}  # a part, not a flag
+GENERATE |= set(cli_model.Source.__dataclass_fields__)
+GENERATE -= {"sampling", "source"}  # parts, not flags
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,21 @@
 
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 import gpt2
-from gpt2 import config
-from gpt2.cli_model import Loaded, load_model
+from gpt2 import config, published
+from gpt2.cli_model import Loaded, Source, load_model
 from gpt2.cli_parse import guarded, parse
 from gpt2.errors import ConfigError
+from gpt2.published import Style
 from gpt2.tables import console, counted, table
 
 if TYPE_CHECKING:
@@ -22,46 +24,40 @@ if TYPE_CHECKING:
 
     from gpt2.distributed import World
 
-TASKS = ("hellaswag", "val")
-
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure a trained model: HellaSwag, and the loss on the validation split."""
+    """Measure a trained model: HellaSwag, and the loss on a validation split. Under torchrun, all
+    ranks share the work."""
 
-    checkpoint: str = "latest"
-    """latest, best, a step, a path; hf:FOLDER and nanogpt:FILE are other people's models"""
-    checkpoint_dir: Path = Path("checkpoints")
-    """folder of the run's checkpoints"""
+    source: Source = Source()
     tasks: str = "hellaswag,val"
     """what to measure, separated by commas"""
     limit: int | None = None
-    """the first so many HellaSwag tasks, and so many rows of the split; None is all tasks, and the
-    rows that the run validated on"""
-    style: Literal["completion", "harness"] = "completion"
+    """the first so many HellaSwag tasks, and so many rows of the split; None is all tasks, and as
+    many rows as the run validated on (as a run by default, for models of other tools)"""
+    style: Style = "completion"
     """HellaSwag as GPT-2's replications put it, or as lm-evaluation-harness does"""
     hellaswag_path: Path | None = None
     """file of tasks (.jsonl, .jsonl.gz); None loads them once and keeps them in data/hellaswag"""
     data_root: str | None = None
     """shards whose validation split is measured; None is the run's own"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the matrix products; logits are float32 in both"""
+    """type of the model's matrix products; the logits are computed in float32"""
     batch_tokens: int | None = None
     """tokens of HellaSwag that go through the model at once; None is what suits the device"""
     output: Path = Path("results.json")
     """file for the results"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
-    trust_checkpoint: bool = False
-    """unpickle a checkpoint that this user did not write: it can run any code"""
 
     def __post_init__(self) -> None:
         config.require_at_least(self, 1, "limit", "batch_tokens")
         for name in self.names:
-            if name not in TASKS:
+            if name not in MEASURES:
                 raise ConfigError(
-                    f"task {name!r} is unknown{config.suggestion(name, list(TASKS))}; "
-                    f"there are {', '.join(TASKS)}"
+                    f"task {name!r} is unknown{config.suggestion(name, list(MEASURES))}; "
+                    f"there are {', '.join(MEASURES)}"
                 )
 
     @property
@@ -85,92 +81,105 @@ class Figure:
     """what GPT-2 124M reaches"""
 
 
+Measure = Callable[[], list[Figure]]
+
+
 def evaluate_main() -> int:
     """`gpt2 evaluate`."""
+    from gpt2 import distributed
+
+    speaks = distributed.env_rank()[0] == 0
 
     def body() -> int:
-        command = parse(EvaluateCommand, sys.argv[1:])
-        from gpt2 import distributed
-
+        command = parse(EvaluateCommand, sys.argv[1:], speak=speaks)
         with distributed.join(config.MachineConfig(device=command.device)) as world:
-            loaded = load_model(
-                command.checkpoint_dir, command.checkpoint, command.trust_checkpoint
-            )
+            loaded = load_model(command.source, speak=speaks)
+            world.on_main(lambda: _write(command, loaded, []))  # it can be written
+            # What is not there is known before the first measure begins.
+            measures = [MEASURES[name](command, loaded, world) for name in command.names]
             loaded.model.to(world.device)
-            figures = [
-                figure
-                for name in command.names
-                for figure in MEASURES[name](command, loaded, world)
-            ]
+            figures: list[Figure] = []
+            for measure in measures:
+                figures += measure()
+                if world.is_main:
+                    _write(command, loaded, figures)
             if world.is_main:
                 _show(loaded, figures)
-                _write(command, loaded, figures)
+                print(f"Written to {command.output}")
         return 0
 
-    return guarded(body)
+    return guarded(body, speak=speaks, tell=distributed.tell_torchrun)
 
 
-def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> list[Figure]:
+def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:
     from gpt2.evaluation import hellaswag
 
     tasks = world.on_main(
         lambda: hellaswag.load(command.hellaswag_path, command.limit, command.style)
     )
-    score = hellaswag.evaluate(
-        loaded.model,
-        tasks,
-        world,
-        _autocast(command, world),
-        command.batch_tokens,
-        track=_progress("HellaSwag", world),
-    )
-    assert score is not None
-    count = counted(score.tasks, "task")
-    known = hellaswag.PUBLISHED[command.style]
-    about = {"style": command.style}
-    return [
-        Figure("hellaswag", about, metric, share, score.error(share), count, published)
-        for metric, share, published in zip(
-            ("acc", "acc_norm"), (score.acc, score.acc_norm), known, strict=True
+
+    def measure() -> list[Figure]:
+        score = hellaswag.evaluate(
+            loaded.model,
+            tasks,
+            world,
+            _autocast(command, world),
+            command.batch_tokens,
+            track=_progress("HellaSwag", world),
         )
-    ]
+        assert score is not None
+        count, about = counted(score.tasks, "task"), {"style": command.style}
+        shares = {"acc": score.acc, "acc_norm": score.acc_norm}
+        known = published.HELLASWAG[command.style]
+        return [
+            Figure("hellaswag", about, metric, share, score.error(share), count, theirs)
+            for (metric, share), theirs in zip(shares.items(), known, strict=True)
+        ]
+
+    return measure
 
 
-def _validation(command: EvaluateCommand, loaded: Loaded, world: "World") -> list[Figure]:
+def _validation(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:
     from gpt2.data import order
     from gpt2.data.shards import ShardSet, catalog
     from gpt2.data.storage import Storage
     from gpt2.evaluation.loss import row_losses
-    from gpt2.judge import gpt2_124m_loss
+    from gpt2.start import cache_of, require_known_ids
 
-    root, rows = command.data_root, command.limit
-    block_size = loaded.model.config.block_size
+    settings, root = config.preset("gpt2-124m"), command.data_root
     if loaded.config is not None:
-        run, settings = loaded.config["data"], loaded.config["evaluation"]
-        root = root or run["data_root"]
-        rows = rows or settings["eval_batches"] * run["total_batch_size"] // block_size
+        settings = config.of_stored(loaded.config)
+        root = root or settings.data.data_root
     if root is None:
         raise ConfigError(
             f"{loaded.source} does not say what it was trained on; name shards with --data_root, "
             "or use --tasks hellaswag"
         )
-    data = catalog(Storage(root))
-    shards = ShardSet(data, "val", block_size)
-    spread = order.spread(shards.rows_per_shard, rows or sum(shards.rows_per_shard))
-    losses = row_losses(
-        loaded.model, shards, spread, world, _autocast(command, world), _progress("val", world)
-    )
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    count, about = counted(len(losses), "row"), {"data": root}
-    mean = statistics.fmean(losses)
-    perplexity = math.exp(mean)
-    return [
-        Figure("val", about, "loss", mean, error, count, gpt2_124m_loss(data)),
-        Figure("val", about, "perplexity", perplexity, perplexity * error, count),
-    ]
+    settings = replace(settings, model=loaded.model.config)
+    data = catalog(Storage(root), cache_of(settings))
+    require_known_ids(settings, data)
+    shards = ShardSet(data, "val", loaded.model.config.block_size)
+    rows = order.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
+
+    def measure() -> list[Figure]:
+        losses = row_losses(
+            loaded.model, shards, rows, world, _autocast(command, world), _progress("val", world)
+        )
+        mean = float(np.mean(losses))
+        error = float(np.std(losses, ddof=1)) / math.sqrt(len(losses)) if losses[1:] else math.nan
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(mean))
+        count, about = counted(len(losses), "row"), {"data": root}
+        theirs = published.LOSS.get(data.corpus or "")
+        return [
+            Figure("val", about, "loss", mean, error, count, theirs),
+            Figure("val", about, "perplexity", perplexity, perplexity * error, count),
+        ]
+
+    return measure
 
 
-MEASURES: dict[str, Callable[[EvaluateCommand, Loaded, "World"], list[Figure]]] = {
+MEASURES: dict[str, Callable[[EvaluateCommand, Loaded, "World"], Measure]] = {
     "hellaswag": _hellaswag,
     "val": _validation,
 }
@@ -179,10 +188,10 @@ MEASURES: dict[str, Callable[[EvaluateCommand, Loaded, "World"], list[Figure]]] 
 def _show(loaded: Loaded, figures: list[Figure]) -> None:
     listing = table(str(loaded), "what", "metric", "value", "± std. error", "of", "GPT-2 124M")
     for figure in figures:
-        published = "" if figure.gpt2 is None else f"{figure.gpt2:.4f}"
+        theirs = "" if figure.gpt2 is None else f"{figure.gpt2:.4f}"
         value, error = f"{figure.value:.4f}", f"{figure.error:.4f}"
         what = f"{figure.task} ({', '.join(figure.about.values())})"
-        listing.add_row(what, figure.metric, value, error, figure.count, published)
+        listing.add_row(what, figure.metric, value, error, figure.count, theirs)
     console().print(listing)
 
 
@@ -191,11 +200,9 @@ def _write(command: EvaluateCommand, loaded: Loaded, figures: list[Figure]) -> N
 
     results: dict[str, dict[str, Any]] = {}
     for figure in figures:
-        values: dict[str, Any] = {
-            figure.metric: figure.value,
-            f"{figure.metric}_stderr": figure.error,
-        }
-        results.setdefault(figure.task, {**figure.about, "of": figure.count}).update(values)
+        values = {figure.metric: figure.value, f"{figure.metric}_stderr": figure.error}
+        numbers = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        results.setdefault(figure.task, {**figure.about, "of": figure.count}).update(numbers)
     report = {
         "model": loaded.source,
         "step": loaded.step,
@@ -210,7 +217,6 @@ def _write(command: EvaluateCommand, loaded: Loaded, figures: list[Figure]) -> N
         raise ConfigError(
             f"cannot write {command.output}: {error.strerror}; choose another file with --output"
         ) from error
-    print(f"Written to {command.output}")
 
 
 def _autocast(command: EvaluateCommand, world: "World") -> "torch.autocast":

@@ -18,14 +18,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Which model."""
+
+    checkpoint: str = "latest"
+    """latest, best, a step or a path; hf:FOLDER or nanogpt:FILE for a model of other tools"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder of the run's checkpoints"""
+    trust_checkpoint: bool = False
+    """unpickle a checkpoint that this user did not write: it can run any code"""
+
+
+@dataclass(frozen=True)
 class GenerateCommand:
     """Continue a prompt with a trained model. The texts go to standard output, all else to
     standard error."""
 
-    checkpoint: str = "latest"
-    """latest, best, a step or a path"""
-    checkpoint_dir: Path = Path("checkpoints")
-    """folder of the run's checkpoints"""
+    source: Source = Source()
     prompt: str = "Hello, I'm a language model,"
     """text to continue; - reads it from standard input, an empty one begins a document"""
     stream: bool = False
@@ -37,8 +46,6 @@ class GenerateCommand:
     """seed of the choice; each answer of --interactive has the next one"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
-    trust_checkpoint: bool = False
-    """unpickle a checkpoint that this user did not write: it can run any code"""
 
     def __post_init__(self) -> None:
         config.require_at_least(self, 0, "seed")
@@ -57,7 +64,7 @@ def generate_main() -> int:
         command = parse(GenerateCommand, sys.argv[1:])
         from gpt2 import cli_generate, distributed
 
-        loaded = load_model(command.checkpoint_dir, command.checkpoint, command.trust_checkpoint)
+        loaded = load_model(command.source)
         print(loaded, file=sys.stderr, flush=True)
         prompt = cli_generate.read_prompt(command.prompt)
         give = cli_generate.stream_texts if command.stream else cli_generate.print_texts
@@ -78,16 +85,11 @@ class ExportCommand:
     """folder to write"""
     format: Literal["hf", "nanogpt"] = "hf"
     """hf: a folder that transformers loads; nanogpt: one with a ckpt.pt for its sample.py"""
-    checkpoint: str = "latest"
-    """latest, best, a step or a path"""
-    checkpoint_dir: Path = Path("checkpoints")
-    """folder of the run's checkpoints"""
+    source: Source = Source()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights"""
     overwrite: bool = False
     """replace an earlier export"""
-    trust_checkpoint: bool = False
-    """unpickle a checkpoint that this user did not write: it can run any code"""
 
 
 def export_main() -> int:
@@ -97,7 +99,7 @@ def export_main() -> int:
         command = parse(ExportCommand, sys.argv[1:])
         from gpt2 import interchange
 
-        loaded = load_model(command.checkpoint_dir, command.checkpoint, command.trust_checkpoint)
+        loaded = load_model(command.source)
         net = loaded.model
         trained = interchange.Trained(
             net.config, net.state_dict(), loaded.step or 0, loaded.progress.get("best_val_loss")
@@ -145,27 +147,48 @@ class Loaded:
         return self.source if self.step is None else f"{self.source} (step {self.step})"
 
 
-def load_model(folder: Path, which: str, trust: bool) -> Loaded:
-    """The model that `which` names: a checkpoint in `folder`, a path, `hf:…` or `nanogpt:…`."""
+def load_model(source: Source, speak: bool = True) -> Loaded:
+    """The model that `source` names, on the CPU, in float32; warnings if this process may speak.
+
+    Raises CheckpointError if it is not there, or its weights are no finite numbers.
+    """
     import torch
 
     from gpt2 import checkpoint, interchange, model, monitor
 
-    with torch.device("meta"):  # weights that are replaced at once need not be drawn
-        if interchange.is_foreign(which):
-            shape, weights = interchange.read(which, trust=trust, warn=_warn)
-            net = model.build(shape)
-            net.load_state_dict({name: part.float() for name, part in weights.items()}, assign=True)
-            return Loaded(which, net, {}, None)
-        path = checkpoint.find(folder, which, _warn)
+    warn = _warn if speak else _ignore
+    which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
+    progress, run, shown = {}, None, which
+    if interchange.is_foreign(which):
+        shape, weights = interchange.read(which, trust=trust, warn=warn)
+        weights = {name: part.float() for name, part in weights.items()}
+    else:
+        path = checkpoint.find(folder, which, warn)
         if path is None:
             others = monitor.run_folders(folder, "step_*.json")
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
-        state = checkpoint.load(path, trust=trust, warn=_warn)
-        net = model.build(config.ModelConfig(**state["config"]["model"]))
-    net.load_state_dict(state["model"], assign=True)
-    return Loaded(str(path), net, state["progress"], state["config"])
+        state = checkpoint.load(path, trust=trust, warn=warn)
+        weights, progress, run, shown = (
+            state["model"],
+            state["progress"],
+            state["config"],
+            str(path),
+        )
+        shape = config.ModelConfig(**run["model"])
+    if not all(bool(part.isfinite().all()) for part in weights.values()):
+        raise CheckpointError(
+            f"{shown} has weights that are no finite numbers: its training diverged; use an "
+            "earlier checkpoint"
+        )
+    with torch.device("meta"):  # weights that are replaced at once need not be drawn
+        net = model.build(shape)
+    net.load_state_dict(weights, assign=True)
+    return Loaded(shown, net, progress, run)
+
+
+def _ignore(_text: str) -> None:
+    pass
 
 
 def _warn(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, is_out_of_memory
 
 T = TypeVar("T")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -59,6 +59,9 @@ def guarded(
     """The exit code of `body`; what a user can mend is one line, from the process that speaks.
 
     `tell` takes it from every process; `interrupted` is said after Ctrl+C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
     try:
         code = body()
         sys.stdout.flush()
@@ -68,6 +71,17 @@ def guarded(
             tell(f"error: {error}")
         if speak if error.aloud is None else error.aloud:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if speak:
+            print(
+                f"error: the memory does not suffice ({str(error).splitlines()[0]:.120}); use "
+                "smaller numbers at once",
+                file=sys.stderr,
+                flush=True,
+            )
         return USER_ERROR
     except KeyboardInterrupt:
         if interrupted:

@@ -321,6 +321,19 @@ NOTED_AT_RESUME = (
 )
 
 
+def of_stored(stored: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a checkpoint keeps; fields of other versions are left out."""
+    table = _field_table()
+    known = {
+        f"{part}.{name}": value
+        for part, values in stored.items()
+        if isinstance(values, Mapping)
+        for name, value in values.items()
+        if table.get(name, ("",))[0] == part
+    }
+    return overlay(preset(stored["preset"]), known)
+
+
 def changed(
     old: Mapping[str, Any], new: RunConfig, names: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:

@@ -300,8 +300,10 @@ def find_checkpoints(run_config: RunConfig, data: Catalog | None) -> Iterator[Fi
             begin.require_agreement(run_config, fingerprint)
             ending = Finding("ok", "begins", f"at step {begin.step}, with {path}, which is whole")
         else:
-            weights = settings.init_from
-            origin = "" if weights in ("scratch", "resume") else f" with the weights of {weights}"
+            weights, origin = settings.init_from, ""
+            if weights not in ("scratch", "resume"):
+                start.load_weights(run_config, warnings.append)
+                origin = f" with the weights of {weights}"
             ending = Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}")
     except UserError as error:
         ending = _problem("begins", error)

@@ -1,5 +1,15 @@
 """Errors that a user can mend. The command line prints them as one line and exits with 2."""
 
+# What the CPU's allocator, CUDA and cuBLAS say where torch raises no OutOfMemoryError.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of the device, or of the host, did not suffice."""
+    return type(error).__name__ == "OutOfMemoryError" or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
+
 
 class UserError(ValueError):
     """Says what was given, what is needed and what to type."""

@@ -20,11 +20,8 @@ from gpt2.config import RunConfig
 from gpt2.data import order
 from gpt2.data.loader import MicroBatch
 from gpt2.distributed import World
-from gpt2.errors import TrainingError
+from gpt2.errors import TrainingError, is_out_of_memory
 from gpt2.model.gpt2 import GPT2
-
-# What the CPU's allocator, CUDA and cuBLAS say where torch raises no OutOfMemoryError.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ class Learner:
             loss.backward()
             del moments, loss
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             failed = True
         self.optimizer.zero_grad(set_to_none=True)
@@ -188,7 +185,7 @@ def _memory_for(rows: int, block_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         way_out = "use a smaller --block_size or --preset"
         if rows > 1:
@@ -198,12 +195,6 @@ def _memory_for(rows: int, block_size: int) -> Iterator[None]:
         raise TrainingError(
             f"{rows} rows of block_size={block_size} at once do not fit into the memory; {way_out}"
         ) from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in OUT_OF_MEMORY
-    )
 
 
 def _unmapped(state: checkpoint.State) -> checkpoint.State:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ DISTRIBUTION = "gpt2-from-scratch"
 SHARED_MEMORY = Path("/dev/shm")
 DRIVER = Path("/proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,30 @@ def memory_bytes() -> int | None:
     found = []
     with contextlib.suppress(OSError, ValueError):
         found.append(1024 * _field(Path("/proc/meminfo"), "MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number and no limit
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        cached = _field(CGROUP / "memory.stat", "inactive_file")  # given up where it is needed
-        found.append(limit - used + cached)
+    for group in _memory_groups():
+        one = "memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes"
+        other = "memory.current" if one == "memory.max" else "memory.usage_in_bytes"
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number and no limit
+            limit, used = (int((group / name).read_text()) for name in (one, other))
+            cached = _field(group / "memory.stat", "inactive_file")  # given up where it is needed
+            found.append(limit - used + cached)
     return min(found, default=None)
+
+
+def _memory_groups() -> Iterator[Path]:
+    """The control groups whose limits this process is under, its own first: of version 2, or those
+    of version 1's memory controller (cgroups(7), /proc/[pid]/cgroup)."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = CGROUP / controllers
+            here = root / path.lstrip("/")
+            yield from (group for group in (here, *here.parents) if group.is_relative_to(root))
+    yield CGROUP  # in a container, which does not see where it lies
 
 
 def _field(path: Path, name: str) -> int:

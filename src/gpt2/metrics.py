@@ -99,7 +99,7 @@ class Metrics:
         for sink in self._sinks:
             try:
                 tell(sink)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 now = time.monotonic()
                 if now > self._silent_until.get(id(sink), 0):
                     self._silent_until[id(sink)] = now + WARN_EVERY_S
@@ -290,13 +290,14 @@ def step_line(record: StepRecord, left_s: float | None, digits: int) -> str:
 
 # A line that a power cut tore may stand before it, the text of a sample (indented) may not.
 _HEADER = re.compile(r"(?! {4}).*?# run (?P<name>.+?) \| from step (?P<step>\d+) \| ")
+_NUMBER = r"nan|-?inf|-?\d+\.?\d*(?:e[+-]\d+)?"
 _LINE = re.compile(r"step (?P<step>\d+) \| epoch \d+ \| (?P<rest>.+)")
 _UPDATE = re.compile(
-    r"loss: (?P<loss>[\w.+-]+) \| lr: (?P<rate>[\w.+-]+) .*"
+    rf"loss: (?P<loss>{_NUMBER}) \| lr: (?P<rate>{_NUMBER}) .*"
     r"\| dt: (?P<ms>\d+)ms \| tok/sec: (?P<speed>\d+)"
 )
-_VALIDATION = re.compile(r"val loss: (?P<loss>[\w.+-]+)$")
-_HELLASWAG = re.compile(r"hellaswag: (?P<acc_norm>[\w.+-]+) acc_norm ")
+_VALIDATION = re.compile(rf"val loss: (?P<loss>{_NUMBER})$")
+_HELLASWAG = re.compile(rf"hellaswag: (?P<acc_norm>{_NUMBER}) acc_norm ")
 
 
 @dataclass(frozen=True)

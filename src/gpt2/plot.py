@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2 import metrics
+from gpt2 import metrics, published
 from gpt2.errors import ConfigError, DataError
 from gpt2.metrics import LoggedRun
 
@@ -30,7 +30,7 @@ MARKED = 60
 """measurements of a curve that are shown as points, too"""
 HAND_PICKED = 10
 """runs that can have a colour each from a list; more share a scale of colours"""
-GPT2_124M_HELLASWAG = 0.2955
+GPT2_124M_HELLASWAG = published.HELLASWAG["completion"][1]
 """acc_norm of the published GPT-2 124M"""
 GUESSING_HELLASWAG = 0.25
 STYLE: Any = {

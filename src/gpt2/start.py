@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,6 @@ class Start:
             if wanted is not None:
                 return checkpoint.find(folder, wanted, warn, set_aside=True)
             require_fresh(folder)
-            elsewhere = settings.init_from == "scratch" or interchange.is_foreign(
-                settings.init_from
-            )
-            if not elsewhere and not Path(settings.init_from).is_file():
-                raise CheckpointError(
-                    f"no checkpoint at {settings.init_from}; --init_from takes a path, hf:FOLDER "
-                    "or nanogpt:FILE; --resume also takes latest, best or a step"
-                )
             return None
 
         path = world.on_main(locate)
@@ -73,15 +65,7 @@ class Start:
             return cls()
         if world.is_main:
             print(f"Loading weights from: {settings.init_from}", flush=True)
-        trust = settings.trust_checkpoint
-        if interchange.is_foreign(settings.init_from):
-            weights = interchange.load(settings.init_from, run_config.model, trust=trust, warn=warn)
-            return cls(weights=weights)
-        source = Path(settings.init_from)
-        state = checkpoint.load(source, trust=trust, warn=warn)
-        shape = tuple(name for name in config.FIXED_BY_CHECKPOINT if name.startswith("model."))
-        _refuse_contradictions(source, config.changed(state["config"], run_config, shape))
-        return cls(weights=state["model"])
+        return cls(weights=load_weights(run_config, warn))
 
     def require_agreement(self, run_config: RunConfig, data_fingerprint: str) -> None:
         """Raises CheckpointError if the run to continue was another one, field by field."""
@@ -191,6 +175,27 @@ def _has_saved(folder: Path) -> bool:
         record.unlink(missing_ok=True)
         atomic.write_text(record, json.dumps({"launch": distributed.launch(), "newest": newest}))
     return False
+
+
+def load_weights(run_config: RunConfig, warn: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """What `--init_from` names, a checkpoint of ours or of another tool, for the run's model.
+
+    Raises CheckpointError if it is not there or has another shape.
+    """
+    source, trust = run_config.checkpoint.init_from, run_config.checkpoint.trust_checkpoint
+    if interchange.is_foreign(source):
+        return interchange.load(source, run_config.model, trust=trust, warn=warn)
+    path = Path(source)
+    if not path.is_file():
+        raise CheckpointError(
+            f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
+            "--resume also takes latest, best or a step"
+        )
+    state = checkpoint.load(path, trust=trust, warn=warn)
+    shape = tuple(name for name in config.FIXED_BY_CHECKPOINT if name.startswith("model."))
+    _refuse_contradictions(path, config.changed(state["config"], run_config, shape))
+    weights: dict[str, torch.Tensor] = state["model"]
+    return weights
 
 
 def require_fresh(folder: Path) -> None:

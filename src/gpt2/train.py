@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -23,9 +23,10 @@ from gpt2.data.shards import Catalog, ShardSet
 from gpt2.distributed import StopRequest, World
 from gpt2.errors import Diverged
 from gpt2.failures import TORCHRUN_IS_GONE
-from gpt2.judge import Judge, references
+from gpt2.judge import Judge, Stopped
 from gpt2.learner import Learner
 from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
+from gpt2.progress import Progress, Result
 from gpt2.saving import Saver
 from gpt2.schedule import is_due, lr_at
 from gpt2.start import Start, claimed_folder, open_data, require_enough_rows
@@ -41,38 +42,6 @@ BEAT_EVERY_S, DATA_SLICE_S = 15, 1.0
 def always_go(**_metrics: float) -> Answer:
     """The `report` of a run that nobody steers."""
     return "go"
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    state: Literal["finished", "stopped", "pruned"]
-    step: int
-    train_loss: float | None
-    val_loss: float | None
-    best_val_loss: float | None
-    hellaswag: float | None
-    exit_code: int
-
-
-@dataclass
-class Progress:
-    """What changes while a run trains, beside weights and optimiser; kept in every checkpoint."""
-
-    step: int = 0
-    train_loss: float | None = None
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    hellaswag: float | None = None
-    """acc_norm, when it was last measured"""
-    judged_step: int | None = None
-    """the step whose validation, HellaSwag and samples are done"""
-    bad_steps: int = 0
-    """updates left out so far, because loss or gradient was no finite number"""
-    bad_in_a_row: int = 0
-    left_out: tuple[int, int] | None = None
-    """the portions of data that are never trained on: the first one and how many"""
 
 
 def run(run_config: RunConfig, report: Report = always_go) -> Result:
@@ -133,7 +102,6 @@ class Training:
 
         self.learner = Learner(run_config, world, start.weights)
         self.judge = Judge(run_config, world, self.learner, data)
-        self.references = references(data)
         self.peak_flops = distributed.peak_flops(world, self.learner.dtype)
         self.progress = Progress()
         self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
@@ -299,26 +267,39 @@ class Training:
     def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> bool:
         """Judges the model as it is at this step, unless that is done already; whether a stop came
         in between."""
-        progress, step = self.progress, self.progress.step
-        if progress.judged_step == step:
+        if self.progress.judged_step == self.progress.step:
             return False
+        try:
+            self._judge(report, stop, last)
+        except Stopped:
+            return True
+        self.progress.judged_step = self.progress.step
+        if self.progress.step == self.start.step:
+            self.saver.goes_on_from(None)  # the checkpoint of this step knows more from here on
+        return False
+
+    def _judge(self, report: Report, stop: StopRequest, last: bool) -> None:
+        progress, step, epoch = self.progress, self.progress.step, self._epoch()
 
         def asked() -> int:  # before every batch
             self._beat()
             return stop.number
 
-        judged = self.judge.judge(step, self._epoch(), self.metrics, asked, last)
-        if judged is None:
-            return True
-        progress.judged_step, progress.val_loss = step, judged.val_loss
-        if judged.val_loss is not None:
-            if math.isfinite(judged.val_loss):
-                progress.best_val_loss = min(progress.best_val_loss or math.inf, judged.val_loss)
-            self._ask(report, stop, step=step, val_loss=judged.val_loss)
-        if judged.hellaswag is not None:
-            progress.hellaswag = judged.hellaswag.acc_norm
-            self._ask(report, stop, step=step, hellaswag=progress.hellaswag)
-        return False
+        if progress.validated_step != step:
+            loss = self.judge.validation_loss(step, asked, last)
+            progress.validated_step, progress.val_loss = step, loss
+            if loss is not None:
+                if math.isfinite(loss):
+                    best = progress.best_val_loss
+                    progress.best_val_loss = loss if best is None else min(loss, best)
+                self.metrics.validation(step, epoch, loss)
+                self._ask(report, stop, step=step, val_loss=loss)
+        if score := self.judge.hellaswag(step, asked, last):
+            progress.hellaswag = score.acc_norm
+            self.metrics.hellaswag(step, epoch, score.acc, score.acc_norm, score.tasks)
+            self._ask(report, stop, step=step, hellaswag=score.acc_norm)
+        if texts := self.judge.samples(step, last):
+            self.metrics.samples(step, texts)
 
     def _ask(self, report: Report, stop: StopRequest, **metrics: float) -> None:
         if self.world.is_main:
@@ -358,7 +339,7 @@ class Training:
             epoch=self._epoch(),
             tokens=step * self.config.data.total_batch_size,
             train_loss=self.progress.train_loss,
-            val_loss=self.progress.val_loss if self.progress.judged_step == step else None,
+            val_loss=self.progress.val_loss if self.progress.validated_step == step else None,
             world_size=self.world.size,
             run_name=self.run_name,
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
@@ -395,7 +376,7 @@ class Training:
             )
         else:
             self._announce_epoch()
-            self.saver.finish(self._facts(), self._state)
+        self.saver.finish(self._facts(), self._state)
         self.write_status("finished")
         return self._result("finished")
 
@@ -425,7 +406,7 @@ class Training:
         sinks: list[Sink] = [Console(), LogFile(self._log_file(), self.run_name, step)]
         if watch.use_tensorboard:
             folder = watch.runs_dir / self.run_name
-            sinks.append(TensorBoard(folder, self.config.to_dict(), step, self.references))
+            sinks.append(TensorBoard(folder, self.config.to_dict(), step, self.judge.references()))
         return sinks
 
     def _log_file(self) -> Path:

@@ -9,6 +9,7 @@ mean (`acc_norm`), because a sum favours short endings. Two styles of text are i
   taken out, and the mean over the characters of an ending.
 """
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -21,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -32,18 +33,12 @@ from gpt2.errors import DataError
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question
 from gpt2.model.gpt2 import GPT2
+from gpt2.published import Style
 
 REPO = "Rowan/hellaswag"
 FOLDER = Path("data/hellaswag")
 NAMES = ("hellaswag_val.jsonl", "hellaswag_val.jsonl.gz")
 FIELDS = ("activity_label", "ctx", "ctx_a", "ctx_b", "endings", "label")
-Style = Literal["completion", "harness"]
-# GPT-2 124M on the 10,042 tasks of the validation split: completion as in Karpathy's build-nanogpt,
-# harness as on EleutherAI's leaderboard.
-PUBLISHED: dict[Style, tuple[float, float]] = {
-    "completion": (0.2859, 0.2955),
-    "harness": (0.2892, 0.3114),
-}
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,9 @@ def load(
     They come from `path`, or else from `folder`, where the data set from the Hugging Face hub is
     kept once it is loaded. Raises DataError if they cannot be had.
     """
-    found = find(path, folder) or _download(folder)
-    tasks = [_task(item, style) for item in itertools.islice(_read(found), limit)]
+    found = find(path, folder)
+    items = _read(found) if found else _download(folder)
+    tasks = [_task(item, style) for item in itertools.islice(items, limit)]
     if not tasks:
         raise DataError(f"{found} holds no HellaSwag tasks; choose another with --hellaswag_path")
     return tasks
@@ -122,7 +118,10 @@ def evaluate(
 
 
 def score(tasks: list[Task], losses: list[list[float]]) -> Score:
-    """The score of choices by `losses`, the summed loss of each ending of each task."""
+    """The score of choices by `losses`, the summed loss of each ending of each task; NaN if some of
+    them are no finite numbers."""
+    if not all(math.isfinite(loss) for of_task in losses for loss in of_task):
+        return Score(math.nan, math.nan, len(tasks))
     chosen = [choose(task, of_task) for task, of_task in zip(tasks, losses, strict=True)]
     right = sum(choice.by_sum == task.label for choice, task in zip(chosen, tasks, strict=True))
     norm = sum(choice.by_mean == task.label for choice, task in zip(chosen, tasks, strict=True))
@@ -174,6 +173,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 number += 1
+                if not line.strip():
+                    continue
                 item = json.loads(line)
                 _require_task(item)
                 yield item
@@ -199,27 +200,30 @@ def _require_task(item: Any) -> None:
         raise ValueError(f"label {item['label']} is none of 0 to 3")
 
 
-def _download(folder: Path) -> Path:
-    """The data set from the hub, kept as a file in `folder`."""
-    path = folder / NAMES[0]
+def _download(folder: Path) -> Iterator[dict[str, Any]]:
+    """The data set from the hub, or from its library's own copy; from then on in `folder`."""
     try:
-        _require_network()
+        if not _has_network():  # the library's own tries would take half a minute
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import datasets  # seconds to import
 
         rows = datasets.load_dataset(REPO, split="validation")
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = ({name: row[name] for name in FIELDS} for row in rows)
-        atomic.write_text(path, "".join(json.dumps(item) + "\n" for item in plain))
-    except Exception as error:  # the hub, the network or the disk can raise anything
+        items = [{name: row[name] for name in FIELDS} for row in rows]
+    except Exception as error:  # the hub and the network can raise anything
         raise DataError(
             f"HellaSwag is not in {folder} and cannot be loaded from the Hugging Face hub "
             f"({error!s:.100}); put {NAMES[0]} there, or name it with --hellaswag_path"
         ) from error
-    return path
+    with contextlib.suppress(OSError):  # it is loaded again the next time
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(folder / NAMES[0], "".join(json.dumps(item) + "\n" for item in items))
+    yield from items
 
 
-def _require_network() -> None:
-    """Raises OSError at once where the hub's own tries would take half a minute."""
+def _has_network() -> bool:
+    """Whether the hub's name is known, or a proxy knows it."""
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    if not urllib.request.getproxies():
-        socket.getaddrinfo(host, None)
+    try:
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(host, None))
+    except OSError:
+        return False

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2.data import order
 from gpt2.data.order import Rows
@@ -14,6 +14,8 @@ from gpt2.distributed import World
 from gpt2.model import evaluating
 from gpt2.model.gpt2 import GPT2
 
+ROW_TOKENS = 8192
+"""that go through the model at once, where the loss of each row is asked for"""
 LOGITS_AT_ONCE = 1024
 """tokens; float32 logits of 1024 take 200 MB"""
 
@@ -61,16 +63,28 @@ def row_losses(
     `track` sees the rounds go by.
     """
     losses = torch.zeros(len(rows), dtype=torch.float64, device=world.device)
-    with evaluating(model), autocast:
-        for first in track(range(0, len(rows), world.size)):
-            for number in range(first, len(rows))[world.rank : world.rank + 1]:
-                tokens_BT, targets_BT = world.to_device(
-                    *map(torch.tensor, shards.read(rows[number : number + 1]))
-                )
-                positions_T = torch.arange(tokens_BT.size(1), device=world.device)
-                features_TD = model.features(tokens_BT, positions_T, None)[0]
-                for begin in range(0, shards.block_size, LOGITS_AT_ONCE):
-                    part = slice(begin, begin + LOGITS_AT_ONCE)
-                    logits = model.unembed(features_TD[part]).float()
-                    losses[number] += F.cross_entropy(logits, targets_BT[0, part], reduction="sum")
+    at_once = max(1, ROW_TOKENS // shards.block_size)
+    with evaluating(model):
+        for first in track(range(0, len(rows), at_once * world.size)):
+            begin = first + at_once * world.rank
+            mine = rows[begin : begin + at_once]
+            if len(mine):
+                tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(mine)))
+                positions_T = torch.arange(shards.block_size, device=world.device)
+                with autocast:
+                    features_BTD = model.features(tokens_BT, positions_T, None)
+                for number, (features_TD, targets_T) in enumerate(
+                    zip(features_BTD, targets_BT, strict=True), begin
+                ):
+                    losses[number] = _summed(model, features_TD, targets_T)
     return [float(loss) / shards.block_size for loss in world.sum(losses)]
+
+
+def _summed(model: GPT2, features_TD: Tensor, targets_T: Tensor) -> Tensor:
+    """Cross entropy summed over T targets, in float32."""
+    total = torch.zeros((), dtype=torch.float64, device=features_TD.device)
+    for begin in range(0, len(targets_T), LOGITS_AT_ONCE):
+        part = slice(begin, begin + LOGITS_AT_ONCE)
+        logits_TV = model.unembed(features_TD[part].to(model.token_embedding.weight.dtype))
+        total += F.cross_entropy(logits_TV, targets_T[part], reduction="sum")
+    return total
