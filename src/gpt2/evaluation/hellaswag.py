@@ -108,7 +108,7 @@ def evaluate(
     tasks: list[Task],
     world: World,
     autocast: torch.autocast,
-    batch_tokens: int | None = None,
+    batch_tokens: int = choices.BATCH_TOKENS,
     stop: Callable[[], int] = lambda: 0,
 ) -> Score | None:
     """How many of `tasks` the model gets right, the same on every rank.
