@@ -44,8 +44,8 @@ class EvaluateCommand:
     """shards whose validation split is measured; None is the run's own"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the model's matrix products; the logits are computed in float32"""
-    batch_tokens: int | None = None
-    """tokens of HellaSwag that go through the model at once; None is what suits the device"""
+    batch_tokens: int = 4096
+    """tokens of HellaSwag that go through the model at once, at most"""
     output: Path = Path("results.json")
     """file for the results"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

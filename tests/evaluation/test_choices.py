@@ -55,15 +55,20 @@ def test_a_packed_row_gives_what_each_ending_gives_alone(net: GPT2, batch_tokens
     assert len({round(loss, 3) for row in losses for loss in row}) == 48
 
 
-def test_the_device_says_how_large_a_batch_is(net: GPT2, monkeypatch: pytest.MonkeyPatch):
-    sizes = []
+def test_little_padding_and_no_more_than_asked(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+    batches = []
     features = GPT2.features
     monkeypatch.setattr(
-        GPT2, "features", lambda net, x, *rest: sizes.append(x.numel()) or features(net, x, *rest)
+        GPT2,
+        "features",
+        lambda net, x, *rest: batches.append((x, *rest)) or features(net, x, *rest),
     )
-    ending_losses(net, random_questions(40), ALONE, FULL)
-    assert len(sizes) > 1
-    assert choices.CPU_BATCH_TOKENS / 2 < max(sizes) <= choices.CPU_BATCH_TOKENS
+    ending_losses(net, random_questions(40), ALONE, FULL, batch_tokens=150)
+    assert max(tokens_BT.size(0) for tokens_BT, _, _ in batches) > 2
+    for tokens_BT, positions_BT, _ in batches:
+        assert tokens_BT.numel() <= 150
+        padding_B = (positions_BT[:, 1:] == 0).sum(1)
+        assert padding_B.max() <= (1 - choices.ALIKE) * tokens_BT.size(1)
 
 
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])

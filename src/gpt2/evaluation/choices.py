@@ -21,8 +21,8 @@ from gpt2.model import evaluating
 from gpt2.model.gpt2 import GPT2
 
 BATCH_TOKENS = 4096
-CPU_BATCH_TOKENS = 512
-"""few rows keep a CPU as busy as many do, and are more alike in length: less padding"""
+ALIKE = 0.9
+"""the shortest row of a batch is at least this share of the longest: the rest is padding"""
 LOGITS_AT_ONCE = 512
 """places; float32 logits of 512 take 100 MB"""
 Tokens = tuple[int, ...]
@@ -43,21 +43,18 @@ def ending_losses(
     questions: list[Question],
     world: World,
     autocast: torch.autocast,
-    batch_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[list[float]] | None:
     """Summed cross entropy in nats of every ending of every question, the same on every rank.
 
     Ids of the padded vocabulary get no probability. A text that does not fit into the model's
-    context loses its beginning. The ranks share the batches, which do not depend on their number;
-    `batch_tokens`, padding included, follow from the device if they are not given.
+    context loses its beginning. The ranks share the batches, which do not depend on their number.
     None if `stop()` was not 0 on some rank before the end; `track` sees the rounds go by.
     """
     ends = np.cumsum([len(question.endings) for question in questions])
     rows = list(_rows(questions, model.config.block_size))
-    if batch_tokens is None:
-        batch_tokens = CPU_BATCH_TOKENS if world.device.type == "cpu" else BATCH_TOKENS
     batches = list(_batches(rows, batch_tokens))
     losses = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
     with evaluating(model):
@@ -129,7 +126,9 @@ def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
     that a lack of memory shows at once."""
     batch: list[_Row] = []
     for row in sorted(rows, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+        if batch and (
+            (len(batch) + 1) * len(batch[0]) > batch_tokens or len(row) < ALIKE * len(batch[0])
+        ):
             yield batch
             batch = []
         batch.append(row)
