@@ -51,9 +51,9 @@ def write_tasks(path: Path, count: int = 6) -> Path:
     tasks = [
         {
             "activity_label": "Opening things",
-            "ctx_a": f"Somebody stands before {thing}.",
+            "ctx_a": (begin := " ".join([f"Somebody sees {thing}."] * (1 + number % 3))),
             "ctx_b": "the person",
-            "ctx": f"Somebody stands before {thing}. the person",
+            "ctx": f"{begin} the person",
             "endings": endings,
             "label": number % 4,
         }

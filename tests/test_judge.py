@@ -47,7 +47,7 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
 
 
 def test_hellaswag_does_not_depend_on_the_number_of_ranks(data_root: Path, tmp_path: Path):
-    tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # three batches
+    tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # of three lengths
     flags = {"hellaswag_interval": 5, "hellaswag_path": tasks, "max_steps": 5, "dropout": 0.0}
     found = []
     for ranks in (None, 2):
