@@ -115,6 +115,10 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self.master, slave = pty.openpty()
         self.seen = ""
+        # Or Ctrl+C throws away what is not read yet, even a prompt that follows it at once.
+        modes = termios.tcgetattr(slave)
+        modes[3] |= termios.NOFLSH
+        termios.tcsetattr(slave, termios.TCSANOW, modes)
 
         def take_the_terminal() -> None:
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
