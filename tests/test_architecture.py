@@ -18,6 +18,7 @@ FLOORS = [
             "data.order",
             "estimate",
             "sampling",
+            "experiments.plan",
         },
     ),
     ("torch only", {"model", "optim"}),
@@ -50,6 +51,7 @@ FLOORS = [
         },
     ),
     ("one run", {"judge", "learner", "start", "doctor", "progress", "train"}),
+    ("many runs", {"experiments"}),
     (
         "entries",
         {

@@ -1,0 +1,137 @@
+"""What experiments are made of: jobs, slots and what happens to them; grids and seeds. Pure.
+
+A job is a function's name and plain values; a slot is where one job at a time runs. A source gives
+jobs and is told what became of them: an ask/tell interface.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from gpt2.errors import ConfigError
+
+Answer = Literal["go", "prune", "stop"]
+Point = dict[str, Any]
+"""one value for each field of a grid"""
+SAFE_NAME = re.compile(r"[\w][\w.,=+-]*", re.ASCII)
+
+
+class Stopped(Exception):
+    """Raised by a job that ends before its work is done, because it was asked to."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a function in a worker process."""
+
+    name: str
+    """names its files too; no other job of the experiment has it"""
+    target: str
+    """`module:function`; a parameter `report` of it gets the function that tells the owner"""
+    kwargs: Mapping[str, Any]
+    """plain values: what JSON can hold"""
+    own_process: bool = True
+    """a fresh process for this job alone; short jobs share one, which saves its start"""
+    slot: int | None = None
+    """the slot that it waits for; None is whichever is free first"""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where one job at a time runs: a GPU, or a share of the CPU cores."""
+
+    index: int
+    name: str
+    """gpu2, cpu0"""
+    environment: Mapping[str, str]
+    """what its worker process sees beside the owner's environment"""
+
+
+Kind = Literal[
+    "started",  # a worker has taken the job
+    "reported",  # `metrics` of a running job
+    "finished",  # `result` is what the function returned
+    "pruned",  # the same, after `report` had answered "prune"
+    "retried",  # it died, `reason` says how; it will run again
+    "failed",  # for good: `reason`, and the `traceback` if it raised
+    "stopped",  # before its end, because the owner ends; it is to be run again another time
+    "slot_lost",  # the slot takes no more jobs; there is no job
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job."""
+
+    kind: Kind
+    slot: Slot
+    job: Job | None = None
+    pid: int = 0
+    attempt: int = 1
+    elapsed_s: float = 0.0
+    """since this attempt began"""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    result: Any = None
+    reason: str = ""
+    traceback: str = ""
+
+
+class Source(Protocol):
+    """Where jobs come from: an experiment gives jobs, and learns what became of them."""
+
+    def next(self) -> Job | None:
+        """The next job, or None if there is none at present: asked again after each event."""
+        ...
+
+    def event(self, event: Event) -> Answer:
+        """Takes note; the answer to what a job reported is handed to the job."""
+        ...
+
+
+def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
+    """`learning_rate=1e-3,3e-4 n_layer=2,4` as lists of values: numbers, True, False, None, words.
+
+    Raises ConfigError for an item without a name or value, and for a name or value given twice.
+    """
+    grid: dict[str, list[Any]] = {}
+    for item in items:
+        name, _, texts = item.partition("=")
+        name = name.strip().replace("-", "_")
+        values = [_value(text.strip()) for text in texts.split(",")]
+        if not name or "" in values:
+            raise ConfigError(f"--grid {item}: needed is NAME=VALUE,VALUE, as in n_layer=2,4")
+        if name in grid or any(values.count(value) > 1 for value in values):
+            raise ConfigError(f"--grid {item}: a name or a value is given twice")
+        grid[name] = values
+    return grid
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Every combination of one value for each name; a single empty point for an empty grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """`learning_rate=0.001,n_layer=2`, safe as the name of a file; empty for the empty point."""
+    text = ",".join(f"{name}={value}" for name, value in point.items())
+    return re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
+
+
+def job_name(point: Mapping[str, Any], seed: int) -> str:
+    """`learning_rate=0.001,seed=3`: the name of one seed of a point."""
+    return point_name({**point, "seed": seed})
+
+
+def _value(text: str) -> Any:
+    """A number, True, False or None where the text is one; else the text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

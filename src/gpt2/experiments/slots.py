@@ -1,0 +1,61 @@
+"""The slots of this machine: one for each GPU, or shares of the CPU cores."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from gpt2.config import suggestion
+from gpt2.errors import ConfigError
+from gpt2.experiments.plan import Slot
+
+CPU_SHARES = 2
+
+
+def of_machine(
+    count: int | None = None, gpus: Sequence[str] | None = None, device: str = "auto"
+) -> list[Slot]:
+    """`count` slots, by default one for each GPU that this process sees, or for each of `gpus`
+    (physical ids), and without a GPU two.
+
+    More slots than GPUs share these in turn. Raises ConfigError for a GPU that is not there.
+    """
+    visible = [] if device == "cpu" else _visible_gpus(os.environ)
+    if gpus is not None:
+        if missing := [gpu for gpu in gpus if gpu not in visible]:
+            there = f"there are {', '.join(visible)}" if visible else "this machine shows none"
+            raise ConfigError(
+                f"--gpus: no GPU {missing[0]}{suggestion(missing[0], visible)}; {there}"
+            )
+        visible = list(gpus)
+    elif device == "cuda" and not visible:
+        raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
+    if visible:
+        return of_gpus(visible, count or len(visible))
+    return of_cores(len(os.sched_getaffinity(0)), count or CPU_SHARES, os.environ)
+
+
+def of_gpus(gpus: Sequence[str], count: int) -> list[Slot]:
+    """`count` slots on these GPUs, one after another, by their entry in CUDA_VISIBLE_DEVICES."""
+    slots = []
+    for index in range(count):
+        gpu, again = gpus[index % len(gpus)], index // len(gpus)
+        short = re.sub(r"[^\w-]", "_", gpu)[:12].lower()
+        name = f"{'' if short.startswith(('gpu', 'mig')) else 'gpu'}{short}"
+        name += f"_{again + 1}" if again else ""
+        slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": gpu}))
+    return slots
+
+
+def of_cores(cores: int, count: int, environment: Mapping[str, str]) -> list[Slot]:
+    """`count` slots with as many threads each as the cores give."""
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // count))
+    return [Slot(index, f"cpu{index}", {"OMP_NUM_THREADS": threads}) for index in range(count)]
+
+
+def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # seconds to import; and asking it makes no context on a GPU
+
+    count = torch.cuda.device_count()
+    listed = [item.strip() for item in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [item for item in listed if item][:count] or [str(index) for index in range(count)]

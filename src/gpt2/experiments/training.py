@@ -1,0 +1,73 @@
+"""A training as a job: the function that a worker calls, and its keyword arguments."""
+
+import resource
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2 import config, metrics, train
+from gpt2.config import RunConfig
+from gpt2.experiments.plan import Answer, Job, Stopped
+from gpt2.train import Report
+
+TARGET = "gpt2.experiments.training:run"
+REPORT_EVERY_S = 0.5
+
+
+def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
+    """The training of `run_config` that keeps everything in `folder`, and goes on where it was."""
+    of_its_own = {
+        "checkpoint_dir": folder,
+        "log_dir": folder,
+        "runs_dir": run_config.watch.runs_dir / folder.parent.name / folder.name,
+        "resume": "latest",
+        **changes,
+    }
+    return Job(name, TARGET, {"run": config.overlay(run_config, of_its_own).to_dict()})
+
+
+def run(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains as the stored configuration says; what the comparison of trainings needs to know.
+
+    Raises Stopped if it was stopped, after saving.
+    """
+    run_config = config.of_stored(run)
+    result = train.run(run_config, _Seldom(report))
+    if result.state == "stopped":
+        raise Stopped
+    facts = asdict(result)
+    del facts["exit_code"], facts["state"]
+    logged = metrics.read_runs(run_config.watch.log_dir / "log.txt")[-1]
+    speeds = [item.tokens_per_s for item in logged.steps.values()]
+    return facts | {
+        "tokens": result.step * run_config.data.total_batch_size,
+        "tokens_per_s": statistics.median(speeds) if speeds else None,
+        "train_s": sum(item.elapsed_s for item in logged.steps.values()),
+        "peak_memory_gb": _peak_memory_bytes() / 1e9,
+    }
+
+
+class _Seldom:
+    """Hands on every validation, but steps only so often that the training does not wait."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._told = report, 0.0
+
+    def __call__(self, **metrics: float) -> Answer:
+        now = time.monotonic()
+        if "loss" in metrics and now < self._told + REPORT_EVERY_S:
+            return "go"
+        self._told = now
+        return self._report(**metrics)
+
+
+def _peak_memory_bytes() -> int:
+    """The most that the training had: of the GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

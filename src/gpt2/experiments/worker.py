@@ -1,0 +1,193 @@
+"""The worker's side of a slot: runs the jobs that the owner sends, one after another.
+
+Owner and worker speak over a socket of their own, one JSON text per line. The owner sends a job,
+the worker any number of reports, each of which is answered, and at last what became of the job.
+A worker never outlives its owner.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gpt2.errors import UserError, is_out_of_memory
+from gpt2.experiments.plan import Answer, Job, Stopped
+from gpt2.failures import PR_SET_PDEATHSIG
+
+SHOW_STACK = signal.SIGQUIT
+"""makes the worker write where each of its threads is to its log"""
+
+
+def serve(channel: socket.socket, owner: int, log: Path, search_path: list[str]) -> None:
+    """What a worker process does, from its start until the owner closes the channel."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != owner:  # it died before the line above
+        os._exit(1)
+    os.setsid()  # Ctrl+C is for the owner, which asks its workers to stop
+    _write_to(log)
+    stop = StopFlag()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    sys.path[:] = search_path
+    commands = channel.makefile("r", encoding="utf-8")
+    for line in commands:
+        job = Job(**json.loads(line))
+        outcome = _run(job, Reporter(channel, commands, stop))
+        sys.stdout.flush()
+        _send(channel, outcome)
+        if job.own_process:
+            break
+        _free_memory()
+
+
+class StopFlag:
+    """Remembers SIGTERM and SIGINT, by which the owner asks its workers to stop. A training takes
+    the signals itself while it runs, and saves."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+
+
+class Reporter:
+    """The `report` of a job: tells the owner, and answers what the job is to do."""
+
+    def __init__(self, channel: socket.socket, commands: io.TextIOBase, stop: StopFlag) -> None:
+        self._channel, self._commands, self._stop = channel, commands, stop
+        self.answer: Answer = "go"
+        """the last one"""
+
+    def __call__(self, **metrics: Any) -> Answer:
+        _send(self._channel, {"report": metrics})
+        reply = self._commands.readline()
+        if not reply:  # the owner is gone
+            os._exit(1)
+        self.answer = "stop" if self._stop.is_set else json.loads(reply)
+        return self.answer
+
+
+def find(target: str) -> Callable[..., Any]:
+    """The function `module:function`; raises UserError if there is none."""
+    module, _, name = target.partition(":")
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"there is no function {target} ({error}); needed is module:function, importable from "
+            "this folder"
+        ) from error
+    if not callable(function):
+        raise UserError(f"{target} is no function")
+    return function
+
+
+def _run(job: Job, report: Reporter) -> dict[str, Any]:
+    """The outcome of a job, whatever it does, as long as the process lives."""
+    print(f"job {job.name}: {job.target}", flush=True)
+    try:
+        function = find(job.target)
+        gc.freeze()  # modules stay: no collection need look at them again
+        kwargs = dict(job.kwargs)
+        if "report" in inspect.signature(function).parameters:
+            kwargs["report"] = report
+        result = function(**kwargs)
+        if report.answer == "stop":
+            raise Stopped
+        outcome = {"pruned" if report.answer == "prune" else "finished": _plain(result)}
+        json.dumps(outcome)  # what has no plain form fails here, as the job's own mistake
+        return outcome
+    except Stopped:
+        return {"stopped": None}
+    except BaseException as error:
+        text = "" if isinstance(error, UserError) else traceback.format_exc()
+        print(text or f"error: {error}", file=sys.stderr, flush=True)
+        known = isinstance(error, UserError)
+        full = isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and is_out_of_memory(error)
+        )
+        reason = str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
+        return {"failed": reason, "traceback": text, "out_of_memory": full, "known": known}
+
+
+def _send(channel: socket.socket, message: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(_plain(message)).encode() + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's terms: numbers of NumPy and torch as Python's, paths as text, numbers that
+    are none (NaN, infinity) as null."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _free_memory() -> None:
+    """What the last job left is gone before the next one begins, on a GPU too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _write_to(log: Path) -> None:
+    """Standard output and error go to the log, each line with time and pid in front."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):  # also for what is no Python
+        os.dup2(handle, number)
+    os.close(handle)
+    sys.stdout = sys.stderr = _Lines()
+    faulthandler.enable(2)
+    faulthandler.register(SHOW_STACK, 2)
+
+
+class _Lines(io.TextIOBase):
+    """Writes whole lines, each with one call, so that no other process's output cuts them."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            self._put(line)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._rest:
+            self._put(self._rest)
+            self._rest = ""
+
+    def fileno(self) -> int:
+        return 1
+
+    def _put(self, line: str) -> None:
+        stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} | "
+        with contextlib.suppress(OSError):  # a full disk ends no job
+            os.write(1, f"{stamp}{line}\n".encode(errors="backslashreplace"))

@@ -1,0 +1,90 @@
+"""What the tests let workers do. Each function leaves a line in `trace` for every start."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import ConfigError
+
+
+def note(trace: str, word: str) -> None:
+    handle = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(handle, f"{word} {os.getpid()}\n".encode())
+    os.close(handle)
+
+
+def square(seed: int, trace: str | None = None, pause: float = 0.0) -> int:
+    if trace:
+        note(trace, f"square {seed}")
+    time.sleep(pause)
+    return seed * seed
+
+
+def environment(variable: str) -> dict[str, Any]:
+    print("printed\nby a job")
+    subprocess.run(["echo", "by a child"], check=True)
+    return {"value": os.environ.get(variable), "pid": os.getpid(), "session": os.getsid(0)}
+
+
+def rises() -> None:
+    raise RuntimeError("the job's own mistake")
+
+
+def misused() -> None:
+    raise ConfigError("seed=-1 is too small")
+
+
+def returns_a_thing() -> object:
+    return object()
+
+
+def dies(trace: str, times: int, number: int = signal.SIGKILL) -> str:
+    """Kills itself the first `times` times."""
+    note(trace, "dies")
+    if len(Path(trace).read_text().splitlines()) <= times:
+        os.kill(os.getpid(), number)
+    return "lived"
+
+
+def dies_with_child(trace: str) -> None:
+    """Leaves a child that holds every handle of the worker."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(300)
+        os._exit(0)
+    note(trace, f"child {child}")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs() -> None:
+    time.sleep(300)
+
+
+def full(trace: str) -> int:
+    """Runs out of memory the first time."""
+    note(trace, "full")
+    if len(Path(trace).read_text().splitlines()) == 1:
+        raise MemoryError
+    return os.getpid()
+
+
+def counts(report: Any, until: int, pause: float = 0.0, trace: str | None = None) -> int:
+    """Reports each number; stops when it is told to."""
+    if trace:
+        note(trace, "counts")
+    for number in range(until):
+        if report(number=number) != "go":
+            return number
+        time.sleep(pause)
+    return until
+
+
+def bad_on(slot: str, seed: int, pause: float = 0.05) -> int:
+    """Fails on one slot."""
+    time.sleep(pause)
+    if os.environ["SLOT"] == slot:
+        raise RuntimeError("this slot is broken")
+    return seed
