@@ -1,4 +1,4 @@
-"""One run per checkpoint folder: two would overwrite and prune each other's checkpoints."""
+"""One run, or one experiment, per folder: two would overwrite and prune each other's checkpoints."""
 
 import errno
 import fcntl
@@ -31,21 +31,22 @@ class Owner:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, what: str = "run trains") -> Iterator[None]:
     """The folder is this process's while the block runs; the kernel frees it when a process dies.
 
-    Raises CheckpointError, naming the owner, while another process has it.
+    Raises CheckpointError, naming the owner, while another process has it; `what` says what such
+    a process does there.
     """
     with (folder / NAME).open("a+") as file:
         try:
             _take(file.fileno())
         except BlockingIOError:
-            raise _refusal(folder) from None
+            raise _refusal(folder, what) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             if _lives(owner(folder)):
-                raise _refusal(folder) from None
+                raise _refusal(folder, what) from None
         me = Owner(
             socket.gethostname(),
             os.getpid(),
@@ -110,10 +111,10 @@ def _started(pid: int) -> int:
     return 0 if fields[0] == "Z" else int(fields[19])
 
 
-def _refusal(folder: Path) -> CheckpointError:
+def _refusal(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"another run trains in {folder}: {_describe(owner(folder))}; stop it first, or keep this "
-        "run elsewhere with --out_dir NAME"
+        f"another {what} in {folder}: {_describe(owner(folder))}; stop it first, or keep this one "
+        "elsewhere with --checkpoint_dir"
     )
 
 
