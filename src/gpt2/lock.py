@@ -1,4 +1,4 @@
-"""One run, or one experiment, per folder: two would overwrite and prune each other's checkpoints."""
+"""One run, or one experiment, per folder: two would overwrite each other's files."""
 
 import errno
 import fcntl
@@ -31,22 +31,22 @@ class Owner:
 
 
 @contextmanager
-def held(folder: Path, what: str = "run trains") -> Iterator[None]:
+def held(folder: Path, what: str = "run", flag: str = "--out_dir NAME") -> Iterator[None]:
     """The folder is this process's while the block runs; the kernel frees it when a process dies.
 
-    Raises CheckpointError, naming the owner, while another process has it; `what` says what such
-    a process does there.
+    Raises CheckpointError, naming the owner, while another process has it; `what` is kept
+    there, and `flag` chooses another folder for it.
     """
     with (folder / NAME).open("a+") as file:
         try:
             _take(file.fileno())
         except BlockingIOError:
-            raise _refusal(folder, what) from None
+            raise _refusal(folder, what, flag) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             if _lives(owner(folder)):
-                raise _refusal(folder, what) from None
+                raise _refusal(folder, what, flag) from None
         me = Owner(
             socket.gethostname(),
             os.getpid(),
@@ -111,10 +111,10 @@ def _started(pid: int) -> int:
     return 0 if fields[0] == "Z" else int(fields[19])
 
 
-def _refusal(folder: Path, what: str) -> CheckpointError:
+def _refusal(folder: Path, what: str, flag: str) -> CheckpointError:
     return CheckpointError(
-        f"another {what} in {folder}: {_describe(owner(folder))}; stop it first, or keep this one "
-        "elsewhere with --checkpoint_dir"
+        f"another {what} goes on in {folder}: {_describe(owner(folder))}; stop it first, or keep "
+        f"this {what} elsewhere with {flag}"
     )
 
 

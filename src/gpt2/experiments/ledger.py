@@ -149,7 +149,7 @@ def opened(
     experiment; `differences` says what is other in the one that it holds.
     """
     require_writable(folder)
-    with lock.held(folder, "experiment runs"):
+    with lock.held(folder, "experiment", "--checkpoint_dir"):
         before = read_about(folder)
         if before is not None:
             _require_same(folder, before, about, differences)
