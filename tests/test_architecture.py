@@ -59,6 +59,7 @@ FLOORS = [
             "cli",
             "cli_data",
             "cli_evaluate",
+            "cli_experiments",
             "cli_generate",
             "cli_model",
             "cli_parse",

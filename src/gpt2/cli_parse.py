@@ -11,7 +11,7 @@ import tyro
 
 from gpt2.errors import UserError, is_out_of_memory
 
-T = TypeVar("T")
+T, R = TypeVar("T"), TypeVar("R")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -31,15 +31,36 @@ def parse(
             config=[tyro.conf.OmitArgPrefixes],
         )
 
+    return _our_errors_first(parse, speak)
+
+
+def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """The same, and the arguments that are none of this command's."""
+
+    def parse(aloud: bool) -> tuple[T, list[str]]:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            return_unknown_args=True,
+            use_underscores=True,
+            console_outputs=aloud,
+            config=[tyro.conf.OmitArgPrefixes],
+        )
+
+    return _our_errors_first(parse)
+
+
+def _our_errors_first(parse: Callable[[bool], R], speak: bool = True) -> R:
+    """What `parse(aloud)` gives; aloud only where what it says is not an error of ours."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return parse(aloud=False)
+            return parse(False)
     except SystemExit as stop:
         if ours := _user_error_behind(stop):
             raise ours from None
         if not speak:
             raise
-    return parse(aloud=True)
+    return parse(True)
 
 
 def _user_error_behind(error: BaseException) -> UserError | None:
