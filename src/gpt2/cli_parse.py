@@ -11,7 +11,8 @@ import tyro
 
 from gpt2.errors import UserError, is_out_of_memory
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
