@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpt2 import cli_experiments, train
+from gpt2 import checkpoint, cli_experiments, train
 from gpt2.experiments import ledger
 from support import ROOT, run_command, small_config, small_flags
 
@@ -110,23 +110,35 @@ def test_interrupted_sweep_goes_on(tmp_path: Path):
     assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
 
 
-def test_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
-    flags = small_flags(data_root, tmp_path, max_steps=10)
-    grid = ("--grid", "learning_rate=1e-3,3e-3", "--num_seeds", 2)
+def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
+    options = {"max_steps": 400, "eval_interval": 400}
     folder = tmp_path / "sweep"
-    done = run_command(
-        command(*flags, *grid, "--checkpoint_dir", folder), cwd=tmp_path, OMP_NUM_THREADS="1"
+    flags = command(
+        *small_flags(data_root, tmp_path, **options),
+        *("--grid", "learning_rate=1e-3,3e-3", "--num_seeds", 1, "--checkpoint_dir", folder),
     )
-    assert "val_loss over seeds" in done.stdout
-    records = {record.job: record for record in ledger.read_records(folder)}
-    assert len(records) == 4 and len({r.result["val_loss"] for r in records.values()}) == 4
-    alone = train.run(
-        small_config(data_root, tmp_path / "alone", max_steps=10, learning_rate=3e-3, seed=1)
-    )
-    assert records["learning_rate=0.003,seed=1"].result["val_loss"] == alone.val_loss
-    assert (folder / "learning_rate=0.003,seed=1" / "latest.pt").exists()
+    running = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE)
+    names = ["learning_rate=0.001,seed=0", "learning_rate=0.003,seed=0"]
+    logs = [folder / name / "log.txt" for name in names]
+    deadline = time.monotonic() + 60
+    while not all(log.exists() and "\nstep 5 " in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=30)
+    assert running.returncode == 130
+    stopped = [checkpoint.list_checkpoints(folder / name)[-1].facts.step for name in names]
+    assert not ledger.read_records(folder)
 
-    other = run_command(
-        command(*flags, "--n_layer", 1, *grid, "--checkpoint_dir", folder), tmp_path, expect=2
-    )
+    again = run_command(flags, cwd=tmp_path)
+    assert "val_loss over seeds" in again.stdout
+    for name, log, step in zip(names, logs, stopped, strict=True):
+        assert 5 <= step < 400 and f"Stopped by signal 15 at step {step};" in log.read_text()
+        assert f"  - Step: {step}\n" in log.read_text()
+        assert (folder / name / "latest.pt").exists()
+    results = {record.job: record.result for record in ledger.read_records(folder)}
+    alone = small_config(data_root, tmp_path / "alone", **options, learning_rate=3e-3, seed=0)
+    assert results[names[1]]["val_loss"] == train.run(alone).val_loss
+
+    other = run_command([*flags, "--n_layer", "1"], tmp_path, expect=2)
     assert "n_layer: 2 before, 1 now" in other.stderr
