@@ -6,7 +6,7 @@ import transformers
 
 from gpt2 import model
 from gpt2.config import ModelConfig
-from gpt2.model.gpt2 import GPT2, KeyValueCache
+from gpt2.model.gpt2 import GPT2
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)
 
@@ -91,7 +91,7 @@ def test_a_token_sees_nothing_after_it(net: GPT2):
 @pytest.mark.parametrize("portions", [[24], [10, 1, 1, 12], [1] * 24])
 def test_cached_logits_are_the_uncached_ones(net: GPT2, portions: list[int]):
     tokens_BT = torch.randint(50257, (2, 24))
-    cache = KeyValueCache.empty(net, batch_size=2)
+    cache = net.empty_cache(batch_size=2)
     with torch.no_grad():
         expected_BTV = net.logits(tokens_BT)
         parts = [net.logits(part, cache) for part in tokens_BT.split(portions, dim=1)]
@@ -108,7 +108,7 @@ def test_next_logits_are_the_last_ones(net: GPT2):
 def test_a_shared_beginning_goes_through_the_cache_as_one_row(net: GPT2):
     tokens_BT = torch.randint(50257, (3, 24))
     tokens_BT[:, :10] = tokens_BT[0, :10]
-    cache = KeyValueCache.empty(net, batch_size=3)
+    cache = net.empty_cache(batch_size=3)
     with torch.no_grad():
         expected_BTV = net.logits(tokens_BT)
         first_BV = net.next_logits(tokens_BT[:1, :10], cache)

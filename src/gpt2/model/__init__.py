@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from gpt2.config import ModelConfig
+from gpt2.model.base import LanguageModel
 from gpt2.model.gpt2 import GPT2
 
 
-def build(config: ModelConfig) -> GPT2:
+def build(config: ModelConfig) -> LanguageModel:
     """The model that `config` describes, freshly initialised from torch's CPU generator."""
     return GPT2(config)
 
