@@ -68,7 +68,12 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     architecture: Architecture, steps: int, data_root: Path, tmp_path: Path
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = {"architecture": architecture, "decay_steps": steps}
+    options = {
+        "architecture": architecture,
+        "decay_steps": steps,
+        "eval_interval": steps // 4,
+        "checkpoint_interval": steps // 2,
+    }
     train.run(small_config(data_root, whole, **options, max_steps=steps))
     train.run(small_config(data_root, parts, **options, max_steps=steps // 2))
     train.run(small_config(data_root, parts, **options, max_steps=steps, resume="latest"))
