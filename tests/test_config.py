@@ -54,7 +54,7 @@ def test_overlay_fits_values_to_their_fields():
         ({"dtype": "float16"}, "needed: .*'bfloat16'"),
         ({"n_layer": 0}, "n_layer=0 is too small"),
         ({"n_head": 5}, "n_embd=768 is not a multiple of n_head=5; nearest: 765 or 770"),
-        ({"architecture": "gpt3"}, "needed: .*'gpt2', 'modern', 'mlp'"),
+        ({"architecture": "gpt3"}, "did you mean gpt2.*; there are gpt2, modern, mlp"),
         ({"vocab_size": 50000}, "smaller than the tokeniser's 50257"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"beta1": 1.0}, "beta1=1.0"),

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gpt2 import generate, model, tokenizer
 from gpt2.config import ModelConfig
-from gpt2.model import MODELS
 from gpt2.model.base import LanguageModel
 from gpt2.sampling import Sampling
+from gpt2.shape import ARCHITECTURES
 
 CONTEXT = 16
 
@@ -55,7 +55,7 @@ def greedy_without_a_cache(net: LanguageModel, prompt: list[int], count: int) ->
     return new
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("prompt", "count"), [(3, 13), (3, 50), (CONTEXT, 20), (40, 20)])
 def test_greedy_with_the_cache_is_greedy_without(architecture: str, prompt: int, count: int):
     net = build(architecture=architecture, window=5)

@@ -15,6 +15,7 @@ from gpt2.cli_parse import guarded, parse
 from gpt2.config import RunConfig
 from gpt2.errors import ConfigError
 from gpt2.failures import end_with_torchrun
+from gpt2.limits import suggestion
 from gpt2.tables import console
 
 
@@ -35,7 +36,7 @@ def main() -> int:
         print(usage)
         return 0
     print(
-        f"error: unknown command {name}{config.suggestion(name, list(COMMANDS))}\n\n{usage}",
+        f"error: unknown command {name}{suggestion(name, list(COMMANDS))}\n\n{usage}",
         file=sys.stderr,
     )
     return 2

@@ -14,11 +14,12 @@ from rich.table import Table
 
 from gpt2 import tokenizer
 from gpt2.cli_parse import guarded, parse
-from gpt2.config import require_at_least, suggestion
+from gpt2.config import require_at_least
 from gpt2.data import corpora, prepare, shards
 from gpt2.data.corpora import Corpus
 from gpt2.data.storage import Storage
 from gpt2.errors import ConfigError, DataError
+from gpt2.limits import suggestion
 from gpt2.tables import console, counted, table
 
 

@@ -16,6 +16,7 @@ from gpt2 import config, published
 from gpt2.cli_model import Loaded, Source, load_model
 from gpt2.cli_parse import guarded, parse
 from gpt2.errors import ConfigError
+from gpt2.limits import suggestion
 from gpt2.published import Style
 from gpt2.tables import console, counted, table
 
@@ -56,7 +57,7 @@ class EvaluateCommand:
         for name in self.names:
             if name not in MEASURES:
                 raise ConfigError(
-                    f"task {name!r} is unknown{config.suggestion(name, list(MEASURES))}; "
+                    f"task {name!r} is unknown{suggestion(name, list(MEASURES))}; "
                     f"there are {', '.join(MEASURES)}"
                 )
 

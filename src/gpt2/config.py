@@ -5,7 +5,6 @@ the model in `shape`, and nowhere else. `None` means off. Values that cannot wor
 together, raise ConfigError.
 """
 
-import difflib
 import math
 import tomllib
 import types
@@ -17,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2.data.order import Shuffle
 from gpt2.errors import ConfigError
-from gpt2.limits import nearest_multiples, require
+from gpt2.limits import nearest_multiples, require, suggestion
 from gpt2.limits import require_at_least as require_at_least
 from gpt2.schedule import Schedule
 from gpt2.shape import ModelConfig as ModelConfig
@@ -436,9 +435,3 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def suggestion(given: str, known: list[str]) -> str:
-    """`; did you mean …?` with the nearest of `known`, or nothing."""
-    near = difflib.get_close_matches(given, known, n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,5 +1,7 @@
 """Limits of options, and what is said of a value outside them. Pure."""
 
+import difflib
+from collections.abc import Collection
 from typing import Any
 
 from gpt2.errors import ConfigError
@@ -25,3 +27,9 @@ def nearest_multiples(value: int, base: int) -> str:
     """The multiples of `base` around `value`, for a message."""
     below = value // base * base
     return f"{below} or {below + base}" if below else str(base)
+
+
+def suggestion(given: str, known: Collection[str]) -> str:
+    """`; did you mean …?` with the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(given, known, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,24 +1,21 @@
 """The shape of a model: its flags, their limits, and the sizes that follow from them. Pure.
 
-ARCHITECTURES tells what can be known of each architecture without building it; the classes that
-build them are in the table of `gpt2.model`.
+ARCHITECTURES is the table of all architectures: a new one is a file in `gpt2.model`, and its entry
+here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from gpt2 import tokenizer
-from gpt2.limits import nearest_multiples, require, require_at_least
-
-Architecture = Literal["gpt2", "modern", "mlp"]
+from gpt2.limits import nearest_multiples, require, require_at_least, suggestion
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture (Radford et al. 2019, table 2)."""
 
-    architecture: Architecture = "gpt2"
+    architecture: str = "gpt2"
     """gpt2; modern: rotary positions, RMSNorm, squared ReLU, no biases; mlp: no attention"""
     n_layer: int = 12
     """blocks"""
@@ -40,7 +37,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(
             self.architecture in ARCHITECTURES,
-            f"architecture={self.architecture} is unknown; there are {', '.join(ARCHITECTURES)}",
+            f"architecture={self.architecture} is unknown"
+            f"{suggestion(self.architecture, list(ARCHITECTURES))}; "
+            f"there are {', '.join(ARCHITECTURES)}",
         )
         require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size", "window")
         ARCHITECTURES[self.architecture].check(self)
@@ -53,9 +52,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of an architecture without building it."""
+class Architecture:
+    """What is known of an architecture without building it, and where it is built."""
 
+    model: str
+    """`module:class`, of a LanguageModel"""
     check: Callable[[ModelConfig], None]
     """raises ConfigError for sizes that it cannot have"""
     parameters: Callable[[ModelConfig], int]
@@ -111,20 +112,23 @@ def _mlp_parameters(model: ModelConfig) -> int:
     return model.vocab_size * width + matrices + norms + biases
 
 
-ARCHITECTURES: dict[Architecture, Facts] = {
-    "gpt2": Facts(
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture(
+        model="gpt2.model.gpt2:GPT2",
         check=_require_whole_heads,
         parameters=_gpt2_parameters,
         look_ups=lambda model: model.block_size * model.n_embd,  # positions
         attends=True,
     ),
-    "modern": Facts(
+    "modern": Architecture(
+        model="gpt2.model.modern:Modern",
         check=_require_even_heads,
         parameters=_modern_parameters,
         look_ups=lambda _: 0,
         attends=True,
     ),
-    "mlp": Facts(
+    "mlp": Architecture(
+        model="gpt2.model.mlp:MLP",
         check=_require_window_in_context,
         parameters=_mlp_parameters,
         look_ups=lambda _: 0,

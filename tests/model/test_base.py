@@ -2,21 +2,19 @@
 
 import math
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 
 from gpt2 import model, optim
 from gpt2.config import ModelConfig, OptimConfig
-from gpt2.model import MODELS
 from gpt2.model.base import LanguageModel
-from gpt2.shape import ARCHITECTURES, Architecture
+from gpt2.shape import ARCHITECTURES
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, window=5)
 
 
-def build(architecture: Architecture) -> LanguageModel:
+def build(architecture: str) -> LanguageModel:
     torch.manual_seed(0)
     built = model.build(replace(SHAPE, architecture=architecture)).eval()
     with torch.no_grad():  # initial zeros would hide a bias or norm in the wrong place
@@ -25,13 +23,9 @@ def build(architecture: Architecture) -> LanguageModel:
     return built
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=ARCHITECTURES)
 def net(request: pytest.FixtureRequest) -> LanguageModel:
     return build(request.param)
-
-
-def test_every_architecture_has_its_class_and_its_facts():
-    assert get_args(Architecture) == tuple(MODELS) == tuple(ARCHITECTURES)
 
 
 def test_loss_is_a_float32_sum(net: LanguageModel):
@@ -102,8 +96,8 @@ def test_a_mask_and_positions_lay_two_texts_out_in_one_row(net: LanguageModel):
     assert torch.allclose(packed_BTD[:, 14:], alone_BTD[:, 8:], atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_initialisation(architecture: Architecture):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_initialisation(architecture: str):
     """The head tells nothing yet, and what writes to the residual stream is small."""
     torch.manual_seed(0)
     shape = ModelConfig(architecture=architecture, n_layer=8, n_head=4, n_embd=128, block_size=64)
@@ -121,7 +115,7 @@ def test_initialisation(architecture: Architecture):
 
 
 @pytest.mark.parametrize("architecture", ["modern", "mlp"])
-def test_it_learns_what_the_frequencies_of_tokens_do_not_tell(architecture: Architecture):
+def test_it_learns_what_the_frequencies_of_tokens_do_not_tell(architecture: str):
     """Each token is three more than the one before it, modulo 8; all are equally frequent."""
     torch.manual_seed(0)
     net = model.build(replace(SHAPE, architecture=architecture, n_layer=2))
@@ -136,8 +130,8 @@ def test_it_learns_what_the_frequencies_of_tokens_do_not_tell(architecture: Arch
     assert float(loss.detach()) < math.log(8) / 2
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_dropout(architecture: Architecture):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout(architecture: str):
     net = model.build(replace(SHAPE, architecture=architecture, dropout=0.5))
     tokens_BT = torch.randint(50257, (2, 24))
     with torch.no_grad():

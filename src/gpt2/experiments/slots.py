@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from gpt2.config import suggestion
 from gpt2.errors import ConfigError
 from gpt2.experiments.plan import Slot
+from gpt2.limits import suggestion
 
 CPU_SHARES = 2
 

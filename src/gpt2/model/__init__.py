@@ -1,5 +1,6 @@
-"""Models. A new one is one file here, its entry in MODELS, and what is known of it in `shape`."""
+"""Models. A new one is one file here, and its entry in the table of `gpt2.shape`."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,17 +8,14 @@ from torch import nn
 
 from gpt2.config import ModelConfig
 from gpt2.model.base import LanguageModel
-from gpt2.model.gpt2 import GPT2
-from gpt2.model.mlp import MLP
-from gpt2.model.modern import Modern
-from gpt2.shape import Architecture
-
-MODELS: dict[Architecture, type[LanguageModel]] = {"gpt2": GPT2, "modern": Modern, "mlp": MLP}
+from gpt2.shape import ARCHITECTURES
 
 
 def build(config: ModelConfig) -> LanguageModel:
     """The model that `config` describes, freshly initialised from torch's CPU generator."""
-    return MODELS[config.architecture](config)
+    module, name = ARCHITECTURES[config.architecture].model.split(":")
+    kind: type[LanguageModel] = getattr(importlib.import_module(module), name)
+    return kind(config)
 
 
 @contextmanager
