@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,21 +51,22 @@ class Place:
         return value if is_number(value) else None
 
     @property
+    def whole_s(self) -> float | None:
+        """Seconds that all of the job takes, at the speed of this attempt, if that is known."""
+        gained = self._share(self.number("step")) - self._share(self.first_step)
+        return self.first_s + (self.step_s - self.first_s) / gained if gained > 0 else None
+
+    @property
     def fraction(self) -> float:
         """How much of the job is done, from 0 to 1; 0 where nothing tells."""
         return self._share(self.number("step"))
 
-    @property
-    def gained(self) -> float:
-        """How much of the job was done since this attempt's first report."""
-        return max(0.0, self.fraction - self._share(self.first_step))
-
     def left_s(self, now: float) -> float | None:
-        """Seconds until the job's last step at the speed of this attempt, if that is known."""
-        if self.job is None or self.gained <= 0:
+        """Seconds until the job's last step, if that is known."""
+        if self.whole_s is None:
             return None
-        at_report = (1 - self.fraction) * (self.step_s - self.first_s) / self.gained
-        return max(0.0, at_report - (now - self.began - self.step_s))
+        since_report_s = now - self.began - self.step_s
+        return max(0.0, (1 - self.fraction) * (self.whole_s - self.first_s) - since_report_s)
 
     def _share(self, step: float | None) -> float:
         total = self.number("total_steps")
@@ -118,23 +120,20 @@ class Picture:
         return self.state in ("finished", "stopped")
 
     def jobs_per_s(self, now: float) -> float:
-        """Of this start; a training that goes on counts in part."""
-        here = self.ended - self.before + sum(place.gained for place in self.places)
-        return here / max(now - self.began, 1e-9)
+        """Of this start."""
+        return (self.ended - self.before) / max(now - self.began, 1e-9)
 
     def left_s(self, now: float) -> float | None:
-        """Seconds until the last job ends, if anything tells: at the speed of this start, and no
-        sooner than any job that runs."""
-        running = [place for place in self.places if place.job is not None]
-        known = [left for place in running if (left := place.left_s(now)) is not None]
-        waiting = self.total - self.ended - len(running)
-        if waiting <= 0 and known and len(known) == len(running):
-            return max(known)
+        """Seconds until the last job ends: by what the running jobs say of themselves, else by the
+        jobs that have ended in this start; None if neither tells."""
+        known = [left for place in self.places if (left := place.left_s(now)) is not None]
+        if known:
+            whole_s = statistics.mean(place.whole_s for place in self.places if place.whole_s)
+            others = max(0, self.total - self.ended - len(known))
+            serving = max(1, sum(place.in_service for place in self.places))
+            return max(*known, (sum(known) + others * whole_s) / serving)
         speed = self.jobs_per_s(now)
-        if self.is_over or speed <= 0:
-            return None
-        remaining = self.total - self.ended - sum(place.fraction for place in running)
-        return max(0.0, remaining / speed, *known)
+        return None if speed <= 0 or self.is_over else max(0, self.total - self.ended) / speed
 
 
 class Board:

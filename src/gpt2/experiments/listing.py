@@ -162,15 +162,14 @@ def print_experiment(item: Experiment, out: Console, last: int | None) -> None:
         since = f"{datetime.fromtimestamp(now.began):%F %R}"
         heard = duration(time.time() - now.written)
         out.print(f"  process {now.pid} on {now.host}, since {since}, last heard of {heard} ago")
-        left = now.left_s(now.written) if running else None
-        if left is not None:
-            out.print(f"  {pictures.summary(now, now.written).partition(' | ')[2]}")
+        if running and (left := now.left_s(time.time())) is not None:
+            out.print(f"  {duration(left)} left")
     for place in now.places if now else ():
         if place.log:
             out.print(f"  log of {place.slot} {place.log}", soft_wrap=True)
     if now and running:
-        columns = pictures.columns_of(now, now.written)
-        out.print(pictures.places_table(now, now.written, out.width, columns))
+        columns = pictures.columns_of(now, time.time())
+        out.print(pictures.places_table(now, time.time(), out.width, columns))
     if item.records or item.places:
         out.print(_jobs(item, out.width, last))
     _print_reasons(item, out)
@@ -190,9 +189,11 @@ def _jobs(item: Experiment, width: int, last: int | None) -> Table:
     ]
     for place in item.places:
         assert item.picture is not None and place.job is not None
-        state = "dead" if item.state == "dead" else "running"
+        is_dead = item.state == "dead"
+        until = item.picture.written if is_dead else time.time()
+        state = "dead" if is_dead else "running"
         rows.append(
-            _job_row(place.job, state, item.picture.written - place.began, place.attempt)
+            _job_row(place.job, state, until - place.began, place.attempt)
             + [""] * len(values)
             + [_cell(place.number(name)) for name in results]
             + [place.slot]

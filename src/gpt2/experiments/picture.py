@@ -61,7 +61,7 @@ def drawn(picture: Picture, now: float, width: int, columns: Set[str]) -> Render
     if not picture.is_over:
         parts.append(places_table(picture, now, width, columns))
     elif left := picture.total - picture.ended:
-        words = f" Stopped: {counted(left, 'job')} left for another start"
+        words = f" Stopped: {left:,} of {counted(picture.total, 'job')} are left to run"
         parts.append(Text(words, style="yellow"))
     if picture.state == "stopping":
         words = f" Stopping: {picture.reason}. Ctrl+C again ends at once"
