@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,6 @@ class Pool:
             if worker_.job:
                 worker_.tell(signal.SIGTERM)
                 worker_.deadline = time.monotonic() + self._limits.grace
-                worker_.verdict = f"it did not end within {self._limits.grace:g} s (--grace)"
         reason = f"jobs have {self._limits.grace:g} s to save and end"
         self._show(Event("stopping", self._seats[0].slot, reason=reason))
 
@@ -309,6 +309,8 @@ class Pool:
         for hired in self._workers():
             if hired.deadline is not None:
                 if now > hired.deadline:
+                    grace = f"it did not end within {self._limits.grace:g} s (--grace)"
+                    hired.verdict = hired.verdict or grace
                     hired.kill()
             elif hired.job and timeout and now > hired.heard + timeout:
                 hired.verdict = f"no report for {timeout:g} s (--job_timeout)"
@@ -383,6 +385,7 @@ def _start_worker(slot: Slot, log: Path) -> _Worker:
     process = multiprocessing.get_context("spawn").Process(
         target=worker.serve, args=(theirs, os.getpid(), log.resolve(), sys.path), name=slot.name
     )
+    resource_tracker.ensure_running()  # its start would unblock the signal again
     with _environment(slot.environment):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a session
         try:
