@@ -146,6 +146,7 @@ COMMANDS = {
     "estimate": ("cli_watch:estimate_main", "how long training takes"),
     "doctor": ("cli_watch:doctor_main", "check this machine, and all that a run needs"),
     "plot": ("cli_watch:plot_main", "draw the curves of runs"),
+    "experiments": ("cli_experiments:experiments_main", "what many trainings together have done"),
     "status": ("cli_watch:status_main", "what a run does, also as an exit code for scripts"),
 }
 

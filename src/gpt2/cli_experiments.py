@@ -1,15 +1,19 @@
 """What the `gpt2` command does with many trainings: `seeds`, `models`, `experiments`."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from gpt2 import cli
-from gpt2.cli_parse import guarded, parse_known
+import tyro
+
+from gpt2 import cli, config
+from gpt2.cli_parse import guarded, parse, parse_known
 from gpt2.config import RunConfig, require_at_least
+from gpt2.errors import ConfigError
 from gpt2.tables import console
 
 T = TypeVar("T")
@@ -92,3 +96,87 @@ def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, RunCon
     where both have one of the same name."""
     command, others = parse_known(kind, arguments)
     return command, cli.parse_train(others).run
+
+
+@dataclass(frozen=True)
+class ListCommand:
+    """Every experiment and training in a folder: its state, and how far it is."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = Path(
+        "checkpoints"
+    )
+    """where to look; default is checkpoints"""
+    json: bool = False
+    """for scripts: one JSON text per experiment and line"""
+
+
+@dataclass(frozen=True)
+class ShowCommand:
+    """An experiment: its state, slots, jobs and their results, and why some have failed."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """the folder of the experiment"""
+    failed: bool = False
+    """only the jobs that have failed, with their tracebacks"""
+    last: int | None = 40
+    """only so many jobs, those that ended last; None is all"""
+    json: bool = False
+    """for scripts: everything as one JSON text"""
+
+    def __post_init__(self) -> None:
+        config.require_at_least(self, 1, "last")
+
+
+def experiments_main() -> int:
+    """`gpt2 experiments …`."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(
+            "usage: gpt2 experiments ACTION [OPTIONS]\n\n"
+            "  list [DIR]   every experiment and training in a folder\n"
+            "  show DIR     what an experiment has done, does, and where it has failed\n\n"
+            "`gpt2 experiments ACTION --help` lists its options"
+        )
+        return 0
+    sys.argv[0] += f" {name}"
+
+    def body() -> int:
+        if name not in ACTIONS:
+            known = config.suggestion(name, list(ACTIONS)) or "; there are list and show"
+            raise ConfigError(f"unknown action {name}{known}")
+        return ACTIONS[name](rest)
+
+    return guarded(body)
+
+
+def _list(arguments: Sequence[str]) -> int:
+    command = parse(ListCommand, arguments)
+    from gpt2.experiments import listing
+
+    if command.json:
+        for item in listing.below(command.folder):
+            print(json.dumps(listing.brief_facts(item)))
+    else:
+        listing.print_list(command.folder, console())
+    return 0
+
+
+def _show(arguments: Sequence[str]) -> int:
+    command = parse(ShowCommand, arguments)
+    from gpt2 import monitor, status
+    from gpt2.experiments import listing
+
+    if said := listing.find(command.folder) is None and status.read(command.folder):
+        monitor.print_state(monitor.Run(command.folder, said), console())
+        return 0
+    item = listing.require(command.folder)
+    if command.json:
+        print(json.dumps(listing.facts(item)))
+    elif command.failed:
+        listing.print_failures(item, console(), command.last)
+    else:
+        listing.print_experiment(item, console(), command.last)
+    return 0
+
+
+ACTIONS = {"list": _list, "show": _show}

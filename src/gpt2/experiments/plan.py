@@ -58,6 +58,7 @@ Kind = Literal[
     "failed",  # for good: `reason`, and the `traceback` if it raised
     "stopped",  # before its end, because the owner ends; it is to be run again another time
     "slot_lost",  # the slot takes no more jobs; there is no job
+    "stopping",  # the owner ends, and asks every job to: no job, and any slot
 ]
 
 
@@ -76,6 +77,8 @@ class Event:
     result: Any = None
     reason: str = ""
     traceback: str = ""
+    log: str = ""
+    """file that the worker writes to"""
 
 
 class Source(Protocol):

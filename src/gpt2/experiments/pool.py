@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class _Worker:
     pid: int
     pidfd: int
     channel: socket.socket
+    log: Path
     job: Job | None = None
     attempt: int = 1
     began: float = 0.0
@@ -116,8 +118,9 @@ class _Waiting:
 class Pool:
     """Runs the jobs of `source` on `slots`, until there are none left or somebody says stop.
 
-    `on_event` hears everything that `source` hears, for whoever watches. `log_of` says which log a
-    worker on a slot writes to, by the job that it is started for; by default a slot has one.
+    `on_event` hears everything that `source` hears, and what concerns the pool itself, for whoever
+    watches. `log_of` says which log a worker on a slot writes to, by the job that it is started
+    for; by default a slot has one.
     """
 
     def __init__(
@@ -163,7 +166,8 @@ class Pool:
             if worker_.job:
                 worker_.tell(signal.SIGTERM)
                 worker_.deadline = time.monotonic() + self._limits.grace
-                worker_.verdict = f"it did not end within {self._limits.grace:g} s (--grace)"
+        reason = f"jobs have {self._limits.grace:g} s to save and end"
+        self._show(Event("stopping", self._seats[0].slot, reason=reason))
 
     def _is_done(self) -> bool:
         """Whether nobody works, though every slot could have had a job."""
@@ -305,6 +309,8 @@ class Pool:
         for hired in self._workers():
             if hired.deadline is not None:
                 if now > hired.deadline:
+                    grace = f"it did not end within {self._limits.grace:g} s (--grace)"
+                    hired.verdict = hired.verdict or grace
                     hired.kill()
             elif hired.job and timeout and now > hired.heard + timeout:
                 hired.verdict = f"no report for {timeout:g} s (--job_timeout)"
@@ -319,7 +325,7 @@ class Pool:
         ):
             seat.in_service = False
             reason = f"{len(seat.failures)} failures in a row, while other slots get on"
-            self._on_event(Event("slot_lost", seat.slot, reason=reason))
+            self._show(Event("slot_lost", seat.slot, reason=reason))
 
     def _retire(self, hired: _Worker) -> None:
         """Lets a worker end that has no job; its slot is free when it has."""
@@ -355,12 +361,16 @@ class Pool:
             hired.pid,
             hired.attempt,
             time.monotonic() - hired.began,
+            log=str(hired.log),
             **facts,
         )
         answer = self._source.event(event)
+        self._show(event)
+        return answer
+
+    def _show(self, event: Event) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone ends no experiment
             self._on_event(event)
-        return answer
 
 
 def worker_logs(folder: Path) -> Callable[[Slot, Job], Path]:
@@ -375,6 +385,7 @@ def _start_worker(slot: Slot, log: Path) -> _Worker:
     process = multiprocessing.get_context("spawn").Process(
         target=worker.serve, args=(theirs, os.getpid(), log.resolve(), sys.path), name=slot.name
     )
+    resource_tracker.ensure_running()  # its start would unblock the signal again
     with _environment(slot.environment):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a session
         try:
@@ -386,7 +397,7 @@ def _start_worker(slot: Slot, log: Path) -> _Worker:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     theirs.close()
     assert process.pid is not None
-    return _Worker(process, process.pid, os.pidfd_open(process.pid), ours)
+    return _Worker(process, process.pid, os.pidfd_open(process.pid), ours, log)
 
 
 @contextlib.contextmanager
