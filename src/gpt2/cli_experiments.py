@@ -14,6 +14,7 @@ from gpt2 import cli, config
 from gpt2.cli_parse import guarded, parse, parse_known
 from gpt2.config import RunConfig, require_at_least
 from gpt2.errors import ConfigError
+from gpt2.limits import suggestion
 from gpt2.tables import console
 
 T = TypeVar("T")
@@ -142,7 +143,7 @@ def experiments_main() -> int:
 
     def body() -> int:
         if name not in ACTIONS:
-            known = config.suggestion(name, list(ACTIONS)) or "; there are list and show"
+            known = suggestion(name, list(ACTIONS)) or "; there are list and show"
             raise ConfigError(f"unknown action {name}{known}")
         return ACTIONS[name](rest)
 

@@ -15,7 +15,6 @@ from gpt2.errors import ConfigError
 Answer = Literal["go", "prune", "stop"]
 Point = dict[str, Any]
 """one value for each field of a grid"""
-SAFE_NAME = re.compile(r"[\w][\w.,=+-]*", re.ASCII)
 
 
 class Stopped(Exception):
@@ -103,7 +102,7 @@ def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
         name, _, texts = item.partition("=")
         name = name.strip().replace("-", "_")
         values = [_value(text.strip()) for text in texts.split(",")]
-        if not name or "" in values:
+        if not name.isidentifier() or "" in values:
             raise ConfigError(f"--grid {item}: needed is NAME=VALUE,VALUE, as in n_layer=2,4")
         if name in grid or any(values.count(value) > 1 for value in values):
             raise ConfigError(f"--grid {item}: a name or a value is given twice")

@@ -29,6 +29,8 @@ POLL_S = 0.2
 """how soon a signal and a timeout are noticed"""
 STACK_S = 1.0
 """for a worker that hangs, to write where it is"""
+LOADING_S = 120.0
+"""for a worker that starts, beside --job_timeout"""
 FAREWELL_S = 10.0
 """for a worker without a job, to end by itself"""
 BAD_SLOT = 3
@@ -68,6 +70,8 @@ class _Worker:
     attempt: int = 1
     began: float = 0.0
     """monotonic, when it got its job"""
+    has_begun: bool = False
+    """whether it has loaded what the job needs"""
     heard: float = 0.0
     """monotonic, when it last said something"""
     deadline: float | None = None
@@ -76,6 +80,11 @@ class _Worker:
     """why it is killed"""
     received: bytes = b""
     has_hung_up: bool = False
+
+    @property
+    def loading_s(self) -> float:
+        """What --job_timeout leaves for the start of a process and its modules."""
+        return 0.0 if self.has_begun else LOADING_S
 
     def kill(self) -> None:
         """SIGKILL to the worker and to all that it started."""
@@ -224,6 +233,7 @@ class Pool:
         hired = seat.worker
         hired.job, hired.attempt = job, chosen.attempt
         hired.began = hired.heard = time.monotonic()
+        hired.has_begun = False
         with contextlib.suppress(OSError):  # it is dead: its pidfd tells
             hired.channel.sendall(message)
         self._tell(seat, "started")
@@ -248,6 +258,9 @@ class Pool:
         hired = seat.worker
         assert hired is not None
         hired.heard = time.monotonic()
+        if "begun" in message:
+            hired.has_begun = True
+            return
         if "report" in message:
             seat.progressed = hired.heard
             answer = self._tell(seat, "reported", metrics=message["report"])
@@ -312,7 +325,7 @@ class Pool:
                     grace = f"it did not end within {self._limits.grace:g} s (--grace)"
                     hired.verdict = hired.verdict or grace
                     hired.kill()
-            elif hired.job and timeout and now > hired.heard + timeout:
+            elif hired.job and timeout and now > hired.heard + timeout + hired.loading_s:
                 hired.verdict = f"no report for {timeout:g} s (--job_timeout)"
                 hired.tell(worker.SHOW_STACK)
                 hired.deadline = now + STACK_S

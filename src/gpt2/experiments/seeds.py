@@ -15,9 +15,11 @@ from gpt2.config import RunConfig
 from gpt2.errors import ConfigError
 from gpt2.experiments import ledger as ledgers
 from gpt2.experiments import plan, summary, training, worker
+from gpt2.experiments.board import Board
 from gpt2.experiments.ledger import About, Ledger, Record
 from gpt2.experiments.plan import Answer, Event, Job, Point, Slot
 from gpt2.experiments.pool import Limits, Pool, worker_logs
+from gpt2.experiments.view import watched
 from gpt2.tables import counted
 
 SAVE_EVERY = 50
@@ -131,13 +133,11 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, log_dir: Path, out: Con
         source = Seeds(sweep, ledger)
         done = sum(ledger.is_done(job.name) for job, _ in sweep.jobs())
         _introduce(sweep, slots, done, log_dir, out)
-        number = Pool(
-            slots,
-            source,
-            lambda event: None,
-            log_of=worker_logs(log_dir),
-            limits=limits,
-        ).run()
+        board = Board("seeds", sweep.about().total, slots, before=done)
+        log = log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
+        with watched(board, sweep.folder, log=log, out=out) as on_event:
+            pool = Pool(slots, source, on_event, log_of=worker_logs(log_dir), limits=limits)
+            number = pool.run()
         source.save()
         _conclude(sweep, source, ledger, out)
         left = sum(not ledger.is_done(job.name) for job, _ in sweep.jobs())

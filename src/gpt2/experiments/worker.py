@@ -1,7 +1,8 @@
 """The worker's side of a slot: runs the jobs that the owner sends, one after another.
 
 Owner and worker speak over a socket of their own, one JSON text per line. The owner sends a job,
-the worker any number of reports, each of which is answered, and at last what became of the job.
+the worker that it has begun, any number of reports, each of which is answered, and at last what
+became of the job.
 A worker never outlives its owner.
 """
 
@@ -75,6 +76,10 @@ class Reporter:
         self.answer: Answer = "go"
         """the last one"""
 
+    def begin(self) -> None:
+        """What a job needs is loaded: from here on it may hang."""
+        _send(self._channel, {"begun": os.getpid()})
+
     def __call__(self, **metrics: Any) -> Answer:
         _send(self._channel, {"report": metrics})
         reply = self._commands.readline()
@@ -104,6 +109,7 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
     print(f"job {job.name}: {job.target}", flush=True)
     try:
         function = find(job.target)
+        report.begin()
         gc.freeze()  # modules stay: no collection need look at them again
         kwargs = dict(job.kwargs)
         if "report" in inspect.signature(function).parameters:
