@@ -80,7 +80,7 @@ def test_one_run_is_the_title_and_several_are_a_legend(tmp_path: Path):
 
 
 def test_more_runs_than_named_colors_still_differ():
-    assert len(set(plot._colors(25))) == 25
+    assert len(set(plot.distinct_colors(25))) == 25
 
 
 @pytest.mark.parametrize(

@@ -76,29 +76,42 @@ def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
     """The runs in each of `given` (the `last` so many) that trained at all, under names that tell
     them apart.
 
-    Each is a log file, or a folder with one, such as an --out_dir. Where several are given, a run
-    is called after what was given for it. Raises DataError if one has nothing to show.
+    Each is a log file, a folder with one, such as an --out_dir, or the folder of an experiment.
+    Where there are several, a run is called after its place. Raises DataError if one has nothing to
+    show.
     """
     found = []
-    for place in given:
+    places = [place for item in given for place in _places(item)]
+    for place in places:
         runs = [run for run in _read_log(place) if run.steps or run.val_losses]
         if not runs:
             raise DataError(f"{place} has no step of a run yet; a run writes its log as it trains")
         runs = runs[-last:] if last else runs
-        if len(given) > 1:
+        if len(places) > 1:
             for run in runs:
                 run.name = str(place) if len(runs) == 1 else f"{place} {run.name}"
         found += runs
     return found
 
 
+def _places(given: Path) -> list[Path]:
+    """The folders of an experiment's trainings, where `given` is one that holds them."""
+    if _log_of(given) or not given.is_dir():
+        return [given]
+    return sorted(path.parent for path in given.glob("*/log.txt")) or [given]
+
+
+def _log_of(place: Path) -> Path | None:
+    paths = (place, place / "logs" / "log.txt", place / "log.txt")
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _read_log(place: Path) -> list[LoggedRun]:
-    for path in (place, place / "logs" / "log.txt", place / "log.txt"):
-        if path.is_file():
-            try:
-                return metrics.read_runs(path)
-            except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if path := _log_of(place):
+        try:
+            return metrics.read_runs(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     raise DataError(
         f"no log at {place}; needed: a log.txt, or a folder with logs/log.txt, such as the "
         "--out_dir of a run"
@@ -106,7 +119,12 @@ def _read_log(place: Path) -> list[LoggedRun]:
 
 
 def save(runs: Sequence[LoggedRun], path: Path) -> None:
-    """Draws the curves of `runs` into a file; its name says of which kind.
+    """Draws the curves of `runs` into a file; raises ConfigError as `write` does."""
+    write(lambda: draw(runs), path)
+
+
+def write(drawn: Callable[[], Figure], path: Path) -> None:
+    """Writes the picture that `drawn` makes, in our style; the name of the file says of which kind.
 
     Raises ConfigError for another kind, a file that cannot be written, and without matplotlib.
     """
@@ -120,7 +138,7 @@ def save(runs: Sequence[LoggedRun], path: Path) -> None:
             "or pip install matplotlib"
         ) from error
     with matplotlib.rc_context(STYLE):
-        figure = draw(runs)
+        figure = drawn()
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:
@@ -133,7 +151,7 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
     """The picture: a panel for each quantity that some run has, two in a row."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
-    colors = _colors(len(runs))
+    colors = distinct_colors(len(runs))
     panels = []
     for panel in PANELS:
         curves = [
@@ -299,7 +317,8 @@ def _name(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
-def _colors(count: int) -> list[str]:
+def distinct_colors(count: int) -> list[str]:
+    """A colour for each of `count` curves."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
