@@ -12,11 +12,20 @@ import torch
 
 from gpt2 import config, metrics, train
 from gpt2.config import RunConfig
+from gpt2.distributed import World
 from gpt2.experiments.plan import Answer, Job, Stopped
+from gpt2.start import open_data
 from gpt2.train import Report
 
 TARGET = "gpt2.experiments.training:run"
 REPORT_EVERY_S = 0.5
+DECISIVE = (
+    *config.FIXED_BY_CHECKPOINT,
+    *config.NOTED_AT_RESUME,
+    "data.data_root",
+    "evaluation.eval_interval",
+    "evaluation.eval_batches",
+)
 
 
 def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
@@ -52,6 +61,12 @@ def run(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def require_data(run_config: RunConfig) -> None:
+    """Prepares the data if that is still to be done, once for all trainings; raises DataError if
+    there is none."""
+    open_data(run_config, World(0, 1, torch.device("cpu")))
+
+
 class _Seldom:
     """Hands on every validation, but steps only so often that the training does not wait."""
 
@@ -71,3 +86,11 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def decisive(run_config: RunConfig) -> dict[str, Any]:
+    """What the result of a training depends on, by the names of its flags: not folders, intervals
+    of checkpoints, or the machine."""
+    plain = run_config.to_dict()
+    parts = (name.split(".") for name in DECISIVE)
+    return {name: plain[part][name] for part, name in parts}
