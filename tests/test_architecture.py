@@ -11,6 +11,8 @@ FLOORS = [
         "pure",
         {
             "errors",
+            "limits",
+            "shape",
             "config",
             "tokenizer",
             "published",

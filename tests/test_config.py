@@ -54,6 +54,7 @@ def test_overlay_fits_values_to_their_fields():
         ({"dtype": "float16"}, "needed: .*'bfloat16'"),
         ({"n_layer": 0}, "n_layer=0 is too small"),
         ({"n_head": 5}, "n_embd=768 is not a multiple of n_head=5; nearest: 765 or 770"),
+        ({"architecture": "gpt3"}, "needed: .*'gpt2', 'modern', 'mlp'"),
         ({"vocab_size": 50000}, "smaller than the tokeniser's 50257"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"beta1": 1.0}, "beta1=1.0"),
@@ -110,6 +111,17 @@ def test_changed_lists_what_a_checkpoint_fixes():
     assert config.changed(stored, run, config.NOTED_AT_RESUME) == [
         ("dropout", 0.0, 0.1),
         ("epochs", 5, 9),
+    ]
+
+
+def test_a_checkpoint_that_names_no_architecture_is_a_gpt2():
+    stored = RunConfig().to_dict()
+    del stored["model"]["architecture"], stored["model"]["window"]
+    assert config.of_stored(stored).model.architecture == "gpt2"
+    same, other = (overlay(RunConfig(), {"architecture": name}) for name in ("gpt2", "modern"))
+    assert config.changed(stored, same, config.FIXED_BY_CHECKPOINT) == []
+    assert config.changed(stored, other, config.FIXED_BY_CHECKPOINT) == [
+        ("architecture", "gpt2", "modern")
     ]
 
 

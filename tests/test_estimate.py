@@ -8,12 +8,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt2 import config, estimate, model, optim
 from gpt2.config import ModelConfig, OptimConfig
 from gpt2.estimate import duration
+from gpt2.model import MODELS
+from gpt2.shape import Architecture
 
 
+@pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_parameter_count_is_that_of_the_model(bias: bool):
-    shape = ModelConfig(n_layer=3, n_head=2, n_embd=8, block_size=16, bias=bias)
-    built = model.build(shape)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_layer": 3, "n_embd": 8, "block_size": 16, "window": 5},
+        {"n_layer": 1, "n_embd": 12, "block_size": 9, "window": 1},
+    ],
+)
+def test_parameter_count_is_that_of_the_model(architecture, bias: bool, sizes: dict[str, int]):
+    shape = ModelConfig(architecture=architecture, n_head=2, bias=bias, **sizes)
+    with torch.device("meta"):
+        built = model.build(shape)
     assert estimate.parameter_count(shape) == sum(part.numel() for part in built.parameters())
 
 
@@ -22,8 +33,9 @@ def test_gpt2_has_124_million_parameters():
     assert estimate.parameter_count(shape) == 124_439_808
 
 
-def test_a_checkpoint_is_as_large_as_its_state(tmp_path: Path):
-    shape = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_checkpoint_is_as_large_as_its_state(architecture: Architecture, tmp_path: Path):
+    shape = ModelConfig(architecture=architecture, n_layer=1, n_head=2, n_embd=16, block_size=16)
     built = model.build(shape)
     optimizer = optim.build(built, OptimConfig())
     built(*torch.zeros(2, 1, 8, dtype=torch.long)).backward()
@@ -33,9 +45,12 @@ def test_a_checkpoint_is_as_large_as_its_state(tmp_path: Path):
     assert size == pytest.approx(estimate.state_bytes(shape), rel=0.02)
 
 
-def test_flops_per_token_counts_matrix_products():
+@pytest.mark.parametrize("architecture", MODELS)
+def test_flops_per_token_counts_matrix_products(architecture: Architecture):
     """Forward matrix products of a real pass, as torch counts them, times three."""
-    shape = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, bias=False)
+    shape = ModelConfig(
+        architecture=architecture, n_layer=2, n_head=2, n_embd=64, block_size=64, bias=False
+    )
     net = model.build(shape)
     tokens_BT = torch.zeros(1, 64, dtype=torch.long)
     plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not see into the fused kernel

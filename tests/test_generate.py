@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,17 +9,17 @@ from hypothesis import strategies as st
 
 from gpt2 import generate, model, tokenizer
 from gpt2.config import ModelConfig
-from gpt2.model.gpt2 import GPT2
+from gpt2.model import MODELS
+from gpt2.model.base import LanguageModel
 from gpt2.sampling import Sampling
 
 CONTEXT = 16
 
 
-@pytest.fixture
-def net() -> GPT2:
+def build(**shape: Any) -> LanguageModel:
     torch.manual_seed(0)
     built = model.build(
-        ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=CONTEXT, dropout=0.2)
+        ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=CONTEXT, dropout=0.2, **shape)
     )
     with torch.no_grad():
         for parameter in built.parameters():
@@ -26,8 +27,13 @@ def net() -> GPT2:
     return built
 
 
+@pytest.fixture
+def net() -> LanguageModel:
+    return build()
+
+
 def sample(
-    net: GPT2, prompt: list[int], warn: Callable[[str], None] | None = None, **options
+    net: LanguageModel, prompt: list[int], warn: Callable[[str], None] | None = None, **options
 ) -> list[list[int]]:
     """The new tokens of each sample."""
     settings = {"num_samples": 2, "max_new_tokens": 8, "temperature": 1.0, "top_k": None} | options
@@ -36,7 +42,7 @@ def sample(
     return torch.stack(list(steps), dim=1).tolist()
 
 
-def greedy_without_a_cache(net: GPT2, prompt: list[int], count: int) -> list[int]:
+def greedy_without_a_cache(net: LanguageModel, prompt: list[int], count: int) -> list[int]:
     """Past the context, the newer half of it is kept and grows again."""
     net.eval()
     seen, new = prompt[-CONTEXT:], []
@@ -49,8 +55,10 @@ def greedy_without_a_cache(net: GPT2, prompt: list[int], count: int) -> list[int
     return new
 
 
+@pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize(("prompt", "count"), [(3, 13), (3, 50), (CONTEXT, 20), (40, 20)])
-def test_greedy_with_the_cache_is_greedy_without(net: GPT2, prompt: int, count: int):
+def test_greedy_with_the_cache_is_greedy_without(architecture: str, prompt: int, count: int):
+    net = build(architecture=architecture, window=5)
     tokens = list(range(1, prompt + 1))
     expected = greedy_without_a_cache(net, tokens, count)
     drawn = sample(net, tokens, temperature=0, num_samples=3, max_new_tokens=count)
@@ -67,19 +75,21 @@ def test_greedy_with_the_cache_is_greedy_without(net: GPT2, prompt: int, count: 
         (40, 2, ["the prompt has 40 tokens", "only the last 8 to 16 tokens are seen"]),
     ],
 )
-def test_what_is_no_longer_seen_is_said_once(net: GPT2, prompt: int, count: int, words: list[str]):
+def test_what_is_no_longer_seen_is_said_once(
+    net: LanguageModel, prompt: int, count: int, words: list[str]
+):
     said: list[str] = []
     sample(net, list(range(prompt)), said.append, max_new_tokens=count)
     assert len(said) == len(words)
     assert all(word in text for word, text in zip(words, said, strict=True))
 
 
-def test_past_the_context_it_goes_on(net: GPT2):
+def test_past_the_context_it_goes_on(net: LanguageModel):
     long = sample(net, list(range(40)), max_new_tokens=50)
     assert [len(tokens) for tokens in long] == [50, 50]
 
 
-def test_padded_vocabulary_is_never_drawn(net: GPT2):
+def test_padded_vocabulary_is_never_drawn(net: LanguageModel):
     with torch.no_grad():
         net.token_embedding.weight[tokenizer.VOCAB_SIZE :] *= 1000
     drawn = sample(net, [], num_samples=20, max_new_tokens=15, temperature=5.0)
@@ -87,18 +97,18 @@ def test_padded_vocabulary_is_never_drawn(net: GPT2):
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-40}])
-def test_these_are_greedy_too(net: GPT2, options: dict[str, float]):
+def test_these_are_greedy_too(net: LanguageModel, options: dict[str, float]):
     assert sample(net, [5], **options) == sample(net, [5], temperature=0)
 
 
-def test_top_k_draws_from_the_likeliest(net: GPT2):
+def test_top_k_draws_from_the_likeliest(net: LanguageModel):
     net.eval()
     likeliest = net.logits(torch.tensor([[5]]))[0, -1, : tokenizer.VOCAB_SIZE].topk(3).indices
     drawn = sample(net, [5], top_k=3, num_samples=60, max_new_tokens=1, temperature=50.0)
     assert {token for (token,) in drawn} == set(likeliest.tolist())
 
 
-def test_a_top_p_of_1_is_off(net: GPT2):
+def test_a_top_p_of_1_is_off(net: LanguageModel):
     assert sample(net, [5], top_p=1.0) == sample(net, [5])
 
 
@@ -142,7 +152,7 @@ def test_temperature_top_k_and_top_p_work_together_as_in_transformers(
 
 
 @pytest.mark.parametrize("prompt", ["def", ""])
-def test_streamed_pieces_are_the_text_of_the_tokens(net: GPT2, prompt: str):
+def test_streamed_pieces_are_the_text_of_the_tokens(net: LanguageModel, prompt: str):
     sampling = Sampling(num_samples=4, max_new_tokens=20, temperature=3.0, top_k=None)
     steps = list(generate.stream_text(net, prompt, sampling, seed=1))
     assert steps[0] == [prompt] * 4
@@ -152,7 +162,7 @@ def test_streamed_pieces_are_the_text_of_the_tokens(net: GPT2, prompt: str):
     assert texts == generate.generate_text(net, prompt, sampling, seed=1)
 
 
-def test_each_text_ends_before_its_end_of_text(net: GPT2, monkeypatch):
+def test_each_text_ends_before_its_end_of_text(net: LanguageModel, monkeypatch):
     end, (a,), parrot = tokenizer.END_OF_TEXT, tokenizer.encode("a"), tokenizer.encode("🦜")
     assert len(parrot) == 3
     rows = [[*parrot, end, a, a], [a, end, a, a, a, a], [a, a, a, a, end, a]]
@@ -168,7 +178,7 @@ def test_each_text_ends_before_its_end_of_text(net: GPT2, monkeypatch):
     assert len(taken) == 5  # nothing more is made when all have ended
 
 
-def test_ends_before_end_of_text(net: GPT2):
+def test_ends_before_end_of_text(net: LanguageModel):
     hidden_D = torch.ones(16)
     with torch.no_grad():  # every hidden state points at <|endoftext|>
         net.final_norm.weight.zero_()
@@ -177,7 +187,7 @@ def test_ends_before_end_of_text(net: GPT2):
     assert generate.generate_text(net, "def", Sampling(num_samples=2)) == ["def", "def"]
 
 
-def test_text_is_a_function_of_the_seed_and_moves_no_other_stream(net: GPT2):
+def test_text_is_a_function_of_the_seed_and_moves_no_other_stream(net: LanguageModel):
     sampling = Sampling(num_samples=3, max_new_tokens=8)
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -191,7 +201,7 @@ def test_text_is_a_function_of_the_seed_and_moves_no_other_stream(net: GPT2):
     assert net.training
 
 
-def test_a_stream_that_is_left_leaves_the_model_as_it_was(net: GPT2):
+def test_a_stream_that_is_left_leaves_the_model_as_it_was(net: LanguageModel):
     steps = generate.stream_text(net, "def", Sampling(), seed=1)
     next(steps), next(steps)
     assert not net.training

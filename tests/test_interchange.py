@@ -399,6 +399,18 @@ def test_other_nanogpt_files_are_refused(nanogpt_file: Path, capsys):
         load("nanogpt:nowhere.pt")
 
 
+@pytest.mark.parametrize("architecture", ["modern", "mlp"])
+def test_these_formats_are_for_gpt2_alone(architecture, hf_folder: Path, tmp_path: Path):
+    for form in ("hf", "nanogpt"):
+        with pytest.raises(CheckpointError, match=f"--architecture {architecture} cannot be exp"):
+            source = trained(architecture=architecture)[1]
+            interchange.export(source, form, tmp_path / "x", "float32", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    wanted = ModelConfig(**{**vars(SHAPE), "architecture": architecture})
+    with pytest.raises(CheckpointError, match="use --architecture gpt2, or leave --init_from out"):
+        load(f"hf:{hf_folder}", wanted)
+
+
 def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt2 import checkpoint, status, train
 from gpt2.data import prepare
 from gpt2.errors import CheckpointError, ConfigError, DataError
+from gpt2.model import MODELS
+from gpt2.shape import Architecture
 from support import SMALL_CORPUS, loss_lines, losses, small_config
 
 
@@ -59,13 +61,19 @@ def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, caps
     assert "step 30 | epoch" in capsys.readouterr().out
 
 
-def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(data_root: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("architecture", "steps"), [("gpt2", 20), *((name, 4) for name in MODELS if name != "gpt2")]
+)
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
+    architecture: Architecture, steps: int, data_root: Path, tmp_path: Path
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.run(small_config(data_root, whole, decay_steps=20))
-    train.run(small_config(data_root, parts, decay_steps=20, max_steps=10))
-    train.run(small_config(data_root, parts, decay_steps=20, resume="latest"))
+    options = {"architecture": architecture, "decay_steps": steps}
+    train.run(small_config(data_root, whole, **options, max_steps=steps))
+    train.run(small_config(data_root, parts, **options, max_steps=steps // 2))
+    train.run(small_config(data_root, parts, **options, max_steps=steps, resume="latest"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
-    one, other = load(whole, 20), load(parts, 20)
+    one, other = load(whole, steps), load(parts, steps)
     for same in ("model", "optimizer", "rng", "progress"):
         assert_same(one[same], other[same])
 
@@ -228,6 +236,9 @@ def test_weights_of_another_run(data_root: Path, tmp_path: Path):
     assert before[0] == {"step": 0, "val_loss": first.best_val_loss}
     with pytest.raises(CheckpointError, match="n_embd: 16 in the checkpoint, 32 now"):
         train.run(small_config(data_root, tmp_path / "c", init_from=source, n_embd=32))
+    other = small_config(data_root, tmp_path / "d", init_from=source, architecture="modern")
+    with pytest.raises(CheckpointError, match="architecture: gpt2 in the checkpoint, modern now"):
+        train.run(other)
 
 
 def test_shares_and_micro_batches_do_not_change_the_gradient(data_root: Path, tmp_path: Path):

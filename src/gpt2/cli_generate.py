@@ -10,7 +10,7 @@ import os
 import sys
 
 from gpt2 import generate
-from gpt2.model.gpt2 import GPT2
+from gpt2.model.base import LanguageModel
 from gpt2.sampling import Sampling
 
 
@@ -24,14 +24,14 @@ def read_prompt(given: str) -> str:
     return os.fsencode(given).decode(errors="replace")
 
 
-def print_texts(net: GPT2, prompt: str, sampling: Sampling, seed: int) -> None:
+def print_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
     """Prints the texts when all are done."""
     texts = generate.generate_text(net, prompt, sampling, seed=seed, warn=_note)
     for number, text in enumerate(texts, 1):
         print(_heading(number, sampling) + text)
 
 
-def stream_texts(net: GPT2, prompt: str, sampling: Sampling, seed: int) -> None:
+def stream_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
     """Prints the same, the first text while it is made; the others are made beside it."""
     others: list[list[str]] = []
     print(_heading(1, sampling), end="")
@@ -45,7 +45,7 @@ def stream_texts(net: GPT2, prompt: str, sampling: Sampling, seed: int) -> None:
         print(_heading(number, sampling) + "".join(text))
 
 
-def converse(net: GPT2, prompt: str, sampling: Sampling, seed: int) -> None:
+def converse(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
     """Continues each line of standard input by itself, until its end (Ctrl+D); an empty line takes
     the last prompt again, at first `prompt`. Each answer has the next seed.
 

@@ -14,7 +14,7 @@ from gpt2.errors import CheckpointError, ConfigError
 from gpt2.sampling import Sampling
 
 if TYPE_CHECKING:
-    from gpt2.model.gpt2 import GPT2
+    from gpt2.model.base import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Loaded:
     """A model that was trained, on the CPU, and what its checkpoint says of it."""
 
     source: str
-    model: "GPT2"
+    model: "LanguageModel"
     progress: dict[str, Any]
     config: dict[str, Any] | None
     """of its run; None for one that came from other tools"""

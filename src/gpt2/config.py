@@ -1,7 +1,8 @@
 """What a run is: frozen dataclasses, presets, overlays and the numbers derived from them. Pure.
 
-Each part holds the flags of one concern: their names, types, defaults and help stand here and
-nowhere else. `None` means off. Values that cannot work, alone or together, raise ConfigError.
+Each part holds the flags of one concern: their names, types, defaults and help stand here, those of
+the model in `shape`, and nowhere else. `None` means off. Values that cannot work, alone or
+together, raise ConfigError.
 """
 
 import difflib
@@ -14,68 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gpt2 import tokenizer
 from gpt2.data.order import Shuffle
 from gpt2.errors import ConfigError
+from gpt2.limits import nearest_multiples, require
+from gpt2.limits import require_at_least as require_at_least
 from gpt2.schedule import Schedule
+from gpt2.shape import ModelConfig as ModelConfig
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_at_least(part: Any, minimum: float, *names: str) -> None:
-    """Raises ConfigError if a field of `part` is smaller; None, which is off, never is."""
-    for name in names:
-        value = getattr(part, name)
-        _require(
-            value is None or value >= minimum,
-            f"{name}={value} is too small; it must be {minimum} or more",
-        )
-
-
-def _nearest_multiples(value: int, base: int) -> str:
-    below = value // base * base
-    return f"{below} or {below + base}" if below else str(base)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Architecture (Radford et al. 2019, table 2)."""
-
-    n_layer: int = 12
-    """transformer blocks"""
-    n_head: int = 12
-    """attention heads per block"""
-    n_embd: int = 768
-    """width of the residual stream"""
-    vocab_size: int = 50304
-    """rows of the embedding: the tokeniser's 50257, padded to a multiple of 128"""
-    block_size: int = 1024
-    """context length in tokens"""
-    dropout: float = 0.0
-    """dropout probability; GPT-2's pretraining runs well without"""
-    bias: bool = True
-    """biases in linear layers and layer norms, as in GPT-2"""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size")
-        _require(
-            self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
-            f"nearest: {_nearest_multiples(self.n_embd, self.n_head)}",
-        )
-        _require(
-            self.vocab_size >= tokenizer.VOCAB_SIZE,
-            f"vocab_size={self.vocab_size} is smaller than the tokeniser's "
-            f"{tokenizer.VOCAB_SIZE}; use 50304",
-        )
-        _require(
-            0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and less than 1"
-        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "cache_gb")
-        _require(self.cache_gb != math.inf, "cache_gb=inf; None is no limit")
+        require(self.cache_gb != math.inf, "cache_gb=inf; None is no limit")
         require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
 
 
@@ -133,14 +80,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
         require_at_least(self, 1, "decay_steps", "max_bad_steps")
-        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be more than 0")
-        _require(
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be more than 0")
+        require(
             self.grad_clip is None or self.grad_clip > 0,
             f"grad_clip={self.grad_clip} must be more than 0, or None for no clipping",
         )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name}={value} must be at least 0 and less than 1")
+            require(0 <= value < 1, f"{name}={value} must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
@@ -163,7 +110,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "checkpoint_interval", "keep_last")
-        _require(
+        require(
             self.resume is None or self.init_from in ("scratch", "resume"),
             f"--resume {self.resume} and --init_from {self.init_from} both say where the weights "
             "come from; give one of them",
@@ -233,7 +180,7 @@ class MachineConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "collective_timeout")
-        _require(
+        require(
             self.device in ("auto", "cpu", "cuda"),
             f"device={self.device} is unknown; choose auto, cpu or cuda "
             "(one GPU of several: CUDA_VISIBLE_DEVICES=2)",
@@ -256,10 +203,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         total, block = self.data.total_batch_size, self.model.block_size
-        _require(
+        require(
             total % block == 0,
             f"total_batch_size={total} is not a multiple of block_size={block}; "
-            f"nearest: {_nearest_multiples(total, block)}",
+            f"nearest: {nearest_multiples(total, block)}",
         )
 
     @property
@@ -319,6 +266,8 @@ NOTED_AT_RESUME = (
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )
+# What checkpoints meant before they said so.
+UNSAID = {"model": {"architecture": "gpt2"}}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:
@@ -339,15 +288,16 @@ def changed(
 ) -> list[tuple[str, Any, Any]]:
     """(name, old value, new value) of each field in `names` that a stored config has otherwise.
 
-    A field that the stored config lacks is one that did not exist when it was written; it counts
-    as unchanged.
+    A field that the stored config lacks is one that did not exist when it was written; unless it
+    is UNSAID, it counts as unchanged.
     """
     rows = []
     plain = new.to_dict()
     for name in names:
         part, field = name.split(".")
-        if field in old.get(part, {}) and old[part][field] != plain[part][field]:
-            rows.append((field, old[part][field], plain[part][field]))
+        stored = UNSAID.get(part, {}) | dict(old.get(part, {}))
+        if field in stored and stored[field] != plain[part][field]:
+            rows.append((field, stored[field], plain[part][field]))
     return rows
 
 
@@ -370,7 +320,7 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
     """`config` with the values of a TOML document; `source` names it in errors."""
     try:
         values = tomllib.loads(text)
-        _require("preset" not in values, "preset stands on the command line: --preset NAME")
+        require("preset" not in values, "preset stands on the command line: --preset NAME")
         return overlay(config, values)
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error

@@ -2,7 +2,7 @@
 
 import re
 
-from gpt2.config import ModelConfig
+from gpt2.shape import ARCHITECTURES, ModelConfig
 
 # Dense bfloat16 matrix rate per GPU in FLOP/s, from the makers' data sheets. Longer names first:
 # the first one that occurs in the device's name counts.
@@ -29,11 +29,7 @@ PEAK_FLOPS = {
 
 def parameter_count(model: ModelConfig) -> int:
     """Weights of the model; the output head shares the token embedding."""
-    width, layers = model.n_embd, model.n_layer
-    matrices = 12 * width * width * layers
-    norms = (2 * layers + 1) * width
-    biases = (layers * (9 + 2) + 1) * width if model.bias else 0
-    return model.vocab_size * width + model.block_size * width + matrices + norms + biases
+    return ARCHITECTURES[model.architecture].parameters(model)
 
 
 def state_bytes(model: ModelConfig) -> int:
@@ -44,12 +40,14 @@ def state_bytes(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig) -> float:
     """FLOPs of forward and backward for one token.
 
-    6 per weight that takes part in a matrix product, and 12 · layers · width · context for
-    attention (Chowdhery et al. 2022, PaLM, appendix B). The position embedding is a look-up and
-    does not count; the token embedding does, as the output head.
+    6 per weight that takes part in a matrix product, and, where there is attention, 12 · layers ·
+    width · context for it (Chowdhery et al. 2022, PaLM, appendix B). The position embedding is a
+    look-up and does not count; the token embedding does, as the output head. Norms and rotations
+    are left out, as there.
     """
-    weights = parameter_count(model) - model.block_size * model.n_embd
-    return 6.0 * weights + 12.0 * model.n_layer * model.n_embd * model.block_size
+    facts = ARCHITECTURES[model.architecture]
+    attention = 12.0 * model.n_layer * model.n_embd * model.block_size if facts.attends else 0.0
+    return 6.0 * (facts.parameters(model) - facts.look_ups(model)) + attention
 
 
 def mfu(tokens_per_s: float, model: ModelConfig, peak_flops: float) -> float:

@@ -1,4 +1,4 @@
-"""Sampling from a model with a key-value cache.
+"""Sampling from a model with a cache.
 
 Shape suffixes: B samples, T time, V vocabulary, K the likeliest tokens, likeliest first.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpt2 import tokenizer
 from gpt2.model import evaluating
-from gpt2.model.gpt2 import GPT2, KeyValueCache
+from gpt2.model.base import LanguageModel
 from gpt2.sampling import Sampling
 
 # What a run shows of itself: the model's own distribution, but for its long tail.
@@ -22,7 +22,7 @@ COLDEST = 1e-5
 
 @torch.inference_mode()
 def generate(
-    model: GPT2,
+    model: LanguageModel,
     prompt: list[int],
     sampling: Sampling,
     generator: torch.Generator,
@@ -42,7 +42,7 @@ def generate(
     start = (prompt or [tokenizer.END_OF_TEXT])[-context:]
     pending_BT = torch.tensor([start], device=device)  # all samples begin with the same row
     seen = [pending_BT.expand(sampling.num_samples, -1)]
-    cache = KeyValueCache.empty(model, sampling.num_samples)
+    cache = model.empty_cache(sampling.num_samples)
     with evaluating(model):
         for _ in range(sampling.max_new_tokens):
             if cache.length + pending_BT.size(1) > context:
@@ -61,7 +61,7 @@ def generate(
 
 
 def stream_text(
-    model: GPT2,
+    model: LanguageModel,
     prompt: str,
     sampling: Sampling,
     *,
@@ -90,7 +90,7 @@ def stream_text(
 
 
 def generate_text(
-    model: GPT2,
+    model: LanguageModel,
     prompt: str,
     sampling: Sampling = IN_TRAINING,
     *,

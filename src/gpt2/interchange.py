@@ -103,6 +103,11 @@ def load(source: str, wanted: ModelConfig, *, trust: bool, warn: Warn) -> Weight
     They are still mapped from the file where they can be, in the file's own type. Raises
     CheckpointError if they are not there, not a GPT-2, or of another shape, field by field.
     """
+    if wanted.architecture != "gpt2":
+        raise CheckpointError(
+            f"{source} is a GPT-2, which --architecture {wanted.architecture} cannot start with; "
+            "use --architecture gpt2, or leave --init_from out"
+        )
     shape, theirs = _open(source, trust, warn)
     _refuse_other_shapes(source, shape, wanted)
     if shape.block_size > wanted.block_size:
@@ -124,8 +129,14 @@ def read(source: str, *, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]
 def export(trained: Trained, form: Format, folder: Path, dtype: DType, overwrite: bool) -> None:
     """Writes `folder`, whole or not at all.
 
-    Raises CheckpointError if something else is there, or if the disk does not take it.
+    Raises CheckpointError if the model is no GPT-2, if something else is there, or if the disk does
+    not take it.
     """
+    if trained.shape.architecture != "gpt2":
+        raise CheckpointError(
+            f"a model of --architecture {trained.shape.architecture} cannot be exported: these "
+            "formats are GPT-2's; `gpt2 generate` and `gpt2 evaluate` take its checkpoint as it is"
+        )
     _require_replaceable(folder, overwrite)
     try:
         with atomic.writing_folder(folder) as temporary:

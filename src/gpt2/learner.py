@@ -21,7 +21,7 @@ from gpt2.data import order
 from gpt2.data.loader import MicroBatch
 from gpt2.distributed import World
 from gpt2.errors import TrainingError, is_out_of_memory
-from gpt2.model.gpt2 import GPT2
+from gpt2.model.base import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Learner:
         )
         machine = run_config.machine
         torch.manual_seed(machine.seed)
-        self.model: GPT2 = model.build(run_config.model).to(world.device)
+        self.model: LanguageModel = model.build(run_config.model).to(world.device)
         if weights is not None:
             self.model.load_state_dict(weights)
             weights.clear()  # a copy on the host must not stay for ten days

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,20 +8,27 @@ from gpt2 import distributed, model, tokenizer
 from gpt2.config import ModelConfig
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question, ending_losses
+from gpt2.model import MODELS
+from gpt2.model.base import LanguageModel
 from gpt2.model.gpt2 import GPT2
+from gpt2.shape import Architecture
 
-CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32)
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, window=7)
 ALONE = distributed.World(0, 1, torch.device("cpu"))
 FULL = torch.autocast("cpu", enabled=False)
 
 
-@pytest.fixture(scope="module")
-def net() -> GPT2:
+def build(architecture: Architecture = "gpt2") -> LanguageModel:
     torch.manual_seed(3)
-    built = model.build(CONFIG)
+    built = model.build(replace(CONFIG, architecture=architecture))
     for part in built.parameters():  # far from its beginning, where every token is alike
         part.data += 0.3 * torch.randn_like(part)
     return built
+
+
+@pytest.fixture(scope="module")
+def net() -> LanguageModel:
+    return build()
 
 
 def random_questions(count: int, longest: int = 18) -> list[Question]:
@@ -33,7 +42,7 @@ def random_questions(count: int, longest: int = 18) -> list[Question]:
 
 
 @torch.no_grad()
-def one_by_one(net: GPT2, question: Question) -> list[float]:
+def one_by_one(net: LanguageModel, question: Question) -> list[float]:
     """Each ending behind its text, one row at a time."""
     losses = []
     for ending in question.endings:
@@ -44,8 +53,12 @@ def one_by_one(net: GPT2, question: Question) -> list[float]:
     return losses
 
 
+@pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
-def test_a_packed_row_gives_what_each_ending_gives_alone(net: GPT2, batch_tokens: int):
+def test_a_packed_row_gives_what_each_ending_gives_alone(
+    architecture: Architecture, batch_tokens: int
+):
+    net = build(architecture)
     questions = random_questions(12)
     expected = [one_by_one(net, question) for question in questions]
     losses = ending_losses(net, questions, ALONE, FULL, batch_tokens)
@@ -55,7 +68,7 @@ def test_a_packed_row_gives_what_each_ending_gives_alone(net: GPT2, batch_tokens
     assert len({round(loss, 3) for row in losses for loss in row}) == 48
 
 
-def test_little_padding_and_no_more_than_asked(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+def test_little_padding_and_no_more_than_asked(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
     batches = []
     features = GPT2.features
     monkeypatch.setattr(
@@ -72,13 +85,13 @@ def test_little_padding_and_no_more_than_asked(net: GPT2, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])
-def test_texts_past_the_context_lose_their_beginning(net: GPT2, context: int, ending: int):
+def test_texts_past_the_context_lose_their_beginning(net: LanguageModel, context: int, ending: int):
     question = Question(tuple(range(context)), (tuple(range(100, 100 + ending)), (7,)))
     (losses,) = ending_losses(net, [question], ALONE, FULL)
     assert losses == pytest.approx(one_by_one(net, question), rel=1e-5)
 
 
-def test_the_chance_of_padded_ids_is_not_counted(net: GPT2):
+def test_the_chance_of_padded_ids_is_not_counted(net: LanguageModel):
     question = Question((1, 2), ((3,),))
     (((before,),)) = ending_losses(net, [question], ALONE, FULL)
     louder = model.build(CONFIG)
@@ -95,7 +108,7 @@ def test_dropout_is_off_and_the_mode_is_as_before():
     assert net.training
 
 
-def test_ranks_share_the_batches(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
     """The sum over the parts of three ranks is bit for bit what one rank finds."""
     questions = random_questions(7)
     parts = []
@@ -109,14 +122,14 @@ def test_ranks_share_the_batches(net: GPT2, monkeypatch: pytest.MonkeyPatch):
     assert sum(parts[:3]).tolist() == [loss for row in whole for loss in row]
 
 
-def test_a_stop_ends_it(net: GPT2):
+def test_a_stop_ends_it(net: LanguageModel):
     asked = iter([0, 0, 15])
     questions = random_questions(9)
     losses = ending_losses(net, questions, ALONE, FULL, batch_tokens=1, stop=lambda: next(asked))
     assert losses is None
 
 
-def test_only_the_logits_that_are_needed(net: GPT2, monkeypatch: pytest.MonkeyPatch):
+def test_only_the_logits_that_are_needed(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
     places = []
     unembed = GPT2.unembed
     monkeypatch.setattr(
@@ -127,7 +140,7 @@ def test_only_the_logits_that_are_needed(net: GPT2, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
-def test_logits_in_pieces(net: GPT2, monkeypatch: pytest.MonkeyPatch, at_once: int):
+def test_logits_in_pieces(net: LanguageModel, monkeypatch: pytest.MonkeyPatch, at_once: int):
     questions = random_questions(4)
     expected = ending_losses(net, questions, ALONE, FULL)
     monkeypatch.setattr(choices, "LOGITS_AT_ONCE", at_once)
@@ -135,5 +148,5 @@ def test_logits_in_pieces(net: GPT2, monkeypatch: pytest.MonkeyPatch, at_once: i
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_no_questions(net: GPT2):
+def test_no_questions(net: LanguageModel):
     assert ending_losses(net, [], ALONE, FULL) == []

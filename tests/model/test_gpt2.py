@@ -1,12 +1,10 @@
-import math
-
 import pytest
 import torch
 import transformers
 
 from gpt2 import model
 from gpt2.config import ModelConfig
-from gpt2.model.gpt2 import GPT2, KeyValueCache
+from gpt2.model.gpt2 import GPT2
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)
 
@@ -67,76 +65,6 @@ def test_logits_and_loss_are_those_of_transformers(net: GPT2):
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
 
 
-def test_loss_is_a_float32_sum(net: GPT2):
-    tokens_BT = torch.randint(50257, (4, 24))
-    targets_BT = torch.randint(50257, (4, 24))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        whole = net(tokens_BT, targets_BT)
-        halves = net(tokens_BT[:1], targets_BT[:1]) + net(tokens_BT[1:], targets_BT[1:])
-    assert whole.dtype == torch.float32
-    assert whole.shape == ()
-    assert float(whole) == pytest.approx(float(halves), rel=1e-3)
-
-
-def test_a_token_sees_nothing_after_it(net: GPT2):
-    tokens_BT = torch.randint(50257, (1, 24))
-    other_BT = tokens_BT.clone()
-    other_BT[0, 12:] = torch.randint(50257, (12,))
-    with torch.no_grad():
-        assert torch.allclose(
-            net.logits(tokens_BT)[0, :12], net.logits(other_BT)[0, :12], atol=1e-5
-        )
-
-
-@pytest.mark.parametrize("portions", [[24], [10, 1, 1, 12], [1] * 24])
-def test_cached_logits_are_the_uncached_ones(net: GPT2, portions: list[int]):
-    tokens_BT = torch.randint(50257, (2, 24))
-    cache = KeyValueCache.empty(net, batch_size=2)
-    with torch.no_grad():
-        expected_BTV = net.logits(tokens_BT)
-        parts = [net.logits(part, cache) for part in tokens_BT.split(portions, dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), expected_BTV, atol=1e-4)
-
-
-def test_next_logits_are_the_last_ones(net: GPT2):
-    tokens_BT = torch.randint(50257, (2, 24))
-    with torch.no_grad():
-        expected_BV = net.logits(tokens_BT)[:, -1]
-        assert torch.allclose(net.next_logits(tokens_BT), expected_BV, atol=1e-5)
-
-
-def test_a_shared_beginning_goes_through_the_cache_as_one_row(net: GPT2):
-    tokens_BT = torch.randint(50257, (3, 24))
-    tokens_BT[:, :10] = tokens_BT[0, :10]
-    cache = KeyValueCache.empty(net, batch_size=3)
-    with torch.no_grad():
-        expected_BTV = net.logits(tokens_BT)
-        first_BV = net.next_logits(tokens_BT[:1, :10], cache)
-        rest_BTV = net.logits(tokens_BT[:, 10:], cache)
-    assert torch.allclose(first_BV.expand(3, -1), expected_BTV[:, 9], atol=1e-4)
-    assert torch.allclose(rest_BTV, expected_BTV[:, 10:], atol=1e-4)
-
-
-def test_initialisation():
-    torch.manual_seed(0)
-    built = model.build(ModelConfig(n_layer=8, n_head=4, n_embd=128, block_size=64))
-    block = built.blocks[3]
-    assert built.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.mlp.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
-    assert block.attention.out.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
-    assert not block.mlp.up.bias.any()
-    assert (block.mlp_norm.weight == 1).all()
-
-
 def test_no_biases():
     built = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False))
     assert not [name for name, _ in built.named_parameters() if name.endswith("bias")]
-
-
-def test_evaluating_restores_the_mode():
-    built = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
-    with pytest.raises(KeyError), model.evaluating(built):
-        assert not built.training
-        raise KeyError
-    assert built.training

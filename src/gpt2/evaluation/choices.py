@@ -18,7 +18,7 @@ from torch import Tensor
 from gpt2 import tokenizer
 from gpt2.distributed import World
 from gpt2.model import evaluating
-from gpt2.model.gpt2 import GPT2
+from gpt2.model.base import LanguageModel
 
 BATCH_TOKENS = 4096
 ALIKE = 0.9
@@ -39,7 +39,7 @@ class Question:
 
 @torch.no_grad()
 def ending_losses(
-    model: GPT2,
+    model: LanguageModel,
     questions: list[Question],
     world: World,
     autocast: torch.autocast,
@@ -137,7 +137,7 @@ def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
 
 
 def _batch_losses(
-    model: GPT2, batch: list[_Row], world: World, autocast: torch.autocast
+    model: LanguageModel, batch: list[_Row], world: World, autocast: torch.autocast
 ) -> tuple[Integers, Tensor]:
     """The endings whose tokens the batch tells, one entry per token, and the loss of each token."""
     shape = (len(batch), max(map(len, batch)))

@@ -32,7 +32,7 @@ from gpt2.distributed import World
 from gpt2.errors import DataError
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question
-from gpt2.model.gpt2 import GPT2
+from gpt2.model.base import LanguageModel
 from gpt2.published import Style
 
 REPO = "Rowan/hellaswag"
@@ -100,7 +100,7 @@ def load(
 
 
 def evaluate(
-    model: GPT2,
+    model: LanguageModel,
     tasks: list[Task],
     world: World,
     autocast: torch.autocast,

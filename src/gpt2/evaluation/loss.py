@@ -12,7 +12,7 @@ from gpt2.data.order import Rows
 from gpt2.data.shards import ShardSet
 from gpt2.distributed import World
 from gpt2.model import evaluating
-from gpt2.model.gpt2 import GPT2
+from gpt2.model.base import LanguageModel
 
 ROW_TOKENS = 8192
 """that go through the model at once, where the loss of each row is asked for"""
@@ -51,7 +51,7 @@ def validation_loss(
 
 @torch.no_grad()
 def row_losses(
-    model: GPT2,
+    model: LanguageModel,
     shards: ShardSet,
     rows: Rows,
     world: World,
@@ -80,7 +80,7 @@ def row_losses(
     return [float(loss) / shards.block_size for loss in world.sum(losses)]
 
 
-def _summed(model: GPT2, features_TD: Tensor, targets_T: Tensor) -> Tensor:
+def _summed(model: LanguageModel, features_TD: Tensor, targets_T: Tensor) -> Tensor:
     """Cross entropy summed over T targets, in float32."""
     total = torch.zeros((), dtype=torch.float64, device=features_TD.device)
     for begin in range(0, len(targets_T), LOGITS_AT_ONCE):

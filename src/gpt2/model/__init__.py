@@ -1,4 +1,4 @@
-"""Models. A new one is one file here and one entry in `build`."""
+"""Models. A new one is one file here, its entry in MODELS, and what is known of it in `shape`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,18 @@ from contextlib import contextmanager
 from torch import nn
 
 from gpt2.config import ModelConfig
+from gpt2.model.base import LanguageModel
 from gpt2.model.gpt2 import GPT2
+from gpt2.model.mlp import MLP
+from gpt2.model.modern import Modern
+from gpt2.shape import Architecture
+
+MODELS: dict[Architecture, type[LanguageModel]] = {"gpt2": GPT2, "modern": Modern, "mlp": MLP}
 
 
-def build(config: ModelConfig) -> GPT2:
+def build(config: ModelConfig) -> LanguageModel:
     """The model that `config` describes, freshly initialised from torch's CPU generator."""
-    return GPT2(config)
+    return MODELS[config.architecture](config)
 
 
 @contextmanager
