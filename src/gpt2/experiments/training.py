@@ -82,9 +82,13 @@ class _Seldom:
 
 
 def _peak_memory_bytes() -> int:
-    """The most that the training had: of the GPU, or of the host where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The most that the training had: of the GPU, or of the host where it used none."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return allocated
+    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
