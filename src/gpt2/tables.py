@@ -20,6 +20,6 @@ def table(title: str, *columns: str) -> Table:
     """An empty table in the style of all of ours; words stand left, numbers right."""
     built = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in columns:
-        words = column in ("what", "path", "file", "split")
+        words = column in ("what", "path", "file", "split", "model")
         built.add_column(column, justify="left" if words else "right", no_wrap=True)
     return built
