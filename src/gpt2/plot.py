@@ -193,15 +193,15 @@ def summary(run: LoggedRun) -> str:
     return f"{run.name}: {', '.join(parts)}"
 
 
-def smoothed(values: Numbers) -> Numbers:
+def smoothed(values: Numbers, share: float = SMOOTHED) -> Numbers:
     """The mean of a window around each value, without those that are no number.
 
-    The window grows with the distance from the beginning, where losses fall steeply: there it
-    would show a curve that never was.
+    The window, half of which is `share` of the curve in the end, grows with the distance from the
+    beginning, where losses fall steeply: there it would show a curve that never was.
     """
     count = len(values)
     places = np.arange(count)
-    half = np.minimum(places // 10, math.ceil(SMOOTHED * count))
+    half = np.minimum(places // 10, math.ceil(share * count))
     starts, ends = places - half, np.minimum(count, places + half + 1)
     good = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
@@ -211,14 +211,14 @@ def smoothed(values: Numbers) -> Numbers:
     return np.where(found > 0, means, np.nan)
 
 
-def loss_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """What of the losses to show: all but the steep beginning, and the ends of the noise.
+def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, float] | None:
+    """What of the losses to show: all but the `steep` beginning, and the ends of the noise.
 
     A run that diverges leaves the picture where it is worse than runs are at first, and one that
     ended long before the others has no say.
     """
     first = min(curve.steps[0] for curve in curves)
-    steep_until = first + STEEP * (max(curve.steps[-1] for curve in curves) - first)
+    steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
     values = np.concatenate([curve.values[curve.steps >= steep_until] for curve in curves])
     begun_at = np.array([curve.values[0] for curve in curves])
     values, begun_at = values[np.isfinite(values)], begun_at[np.isfinite(begun_at)]

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FAINT, GREY = 0.35, "#666666"
+FAINT, GREY = 0.4, "#666666"
+SMOOTHED, STEEP = 0.04, 0.15
+"""as in `plot`, but for curves that are to be compared where they end"""
 TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"))
 TIME_UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
 ENOUGH = 2
@@ -164,21 +166,16 @@ def _draw_panel(
         places = along(runs[name], np.array(list(losses), float))
         return Curve(name, colors[name], places, np.array([*losses.values()]))
 
-    trained = [
-        curve(name, {at: item.loss for at, item in run.steps.items()})
-        for name, run in runs.items()
-        if run.steps
-    ]
+    trained = [curve(name, _train_losses(run)) for name, run in runs.items()]
     judged = [curve(name, run.val_losses) for name, run in runs.items() if run.val_losses]
     unit, word = _unit(max(item.steps[-1] for item in [*trained, *judged]), units)
     for item in trained:
-        line = plot.smoothed(item.values)
-        axes.plot(item.steps / unit, line, color=item.color, alpha=FAINT, linewidth=1.1)
+        axes.plot(item.steps / unit, item.values, color=item.color, alpha=FAINT, linewidth=1.1)
     few = max((len(item.values) for item in judged), default=0) <= plot.MARKED
     for item in judged:
         marker = "o" if few else None
         axes.plot(item.steps / unit, item.values, color=item.color, marker=marker, markersize=3.5)
-    if shown := plot.loss_range(judged or trained):
+    if shown := plot.loss_range([*trained, *judged], STEEP):
         axes.set_ylim(*shown)
     axes.set_xlim(left=0)
     axes.set_xlabel(word)
@@ -196,7 +193,7 @@ def _explain(figure: Figure, runs: Mapping[str, LoggedRun], colors: Mapping[str,
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colors[name], linewidth=2.5) for name in runs]
-    labels = [f"{name} {_last_loss(run):.3f}" for name, run in runs.items()]
+    labels = [f"{name}: {_last_loss(run):.3f}" for name, run in runs.items()]
     if any(run.val_losses for run in runs.values()):
         handles.append(Line2D([], [], marker="o", markersize=3.5, color=GREY))
         labels.append("validation")
@@ -208,7 +205,13 @@ def _explain(figure: Figure, runs: Mapping[str, LoggedRun], colors: Mapping[str,
 def _last_loss(run: LoggedRun) -> float:
     if run.val_losses:
         return list(run.val_losses.values())[-1]
-    return float(plot.smoothed(np.array([item.loss for item in run.steps.values()]))[-1])
+    return list(_train_losses(run).values())[-1]
+
+
+def _train_losses(run: LoggedRun) -> dict[int, float]:
+    """The loss at each step, smoothed."""
+    losses = np.array([item.loss for item in run.steps.values()])
+    return dict(zip(run.steps, plot.smoothed(losses, SMOOTHED).tolist(), strict=True))
 
 
 def logged(folder: Path, names: Sequence[str]) -> dict[str, LoggedRun]:

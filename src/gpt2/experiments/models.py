@@ -178,6 +178,9 @@ def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console)
             return 128 + number
         if len(waiting) > 1 and len(places) > 1:
             diary.say(comparison.saved_time(took_s, source.busy_s, _are_shared(places)))
+        for name in left:
+            reason = ledger.records[name].reason if name in ledger.records else "no slot is left"
+            diary.say(f"FAILED {name}: {reason} ({asked.log(name)})", style="red")
         return 1 if left else 0
 
 
@@ -206,25 +209,25 @@ def _introduce(
 
 
 def _conclude(asked: Comparison, ledger: Ledger, diary: Diary) -> None:
-    """The table and the picture, on the console and in files; what failed."""
+    """The table and the picture, on the console and in files."""
     rows = [_row(asked, ledger.records[name]) for name in asked.models if name in ledger.records]
-    if rows:
-        diary.say("")
-        diary.say(comparison.listing(rows))
+    if not rows:
+        return
+    diary.say("")
+    diary.say(comparison.listing(rows))
     ledger.save(summary=[asdict(row) for row in rows])
-    comparison.write_csv(rows, asked.folder / TABLE)
-    kept = [str(asked.folder / ledgers.RESULTS), TABLE]
+    kept = [str(asked.folder / ledgers.RESULTS), TABLE, PICTURE]
     runs = comparison.logged(asked.folder, list(asked.models))
-    if runs:
-        batch_tokens = asked.run.data.total_batch_size
-        try:
+    batch_tokens = asked.run.data.total_batch_size
+    try:
+        comparison.write_csv(rows, asked.folder / TABLE)
+        if runs:
             plot.write(lambda: comparison.draw(runs, batch_tokens), asked.folder / PICTURE)
-            kept.append(PICTURE)
-        except ConfigError as error:
-            diary.say(f"WARNING: no picture: {error}")
-    diary.say(f"Kept: {', '.join(kept)}")
-    for record in ledger.of("failed"):
-        diary.say(f"FAILED {record.job}: {record.reason} ({asked.log(record.job)})", style="red")
+        else:
+            kept.remove(PICTURE)
+        diary.say(f"Kept: {', '.join(kept)}")
+    except (ConfigError, OSError) as error:
+        diary.say(f"WARNING: not everything could be kept: {error}")
 
 
 def _row(asked: Comparison, record: Record) -> Row:
