@@ -1,4 +1,3 @@
-import builtins
 import sys
 from pathlib import Path
 
@@ -107,19 +106,6 @@ def test_pictures_that_cannot_be_are_refused(tmp_path: Path):
         plot.save(runs, tmp_path / "x.gif")
     with pytest.raises(ConfigError, match="choose another file with -o"):
         plot.save(runs, tmp_path / "no folder" / "x.png")
-
-
-def test_without_matplotlib_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = builtins.__import__
-
-    def without(name: str, *rest: object):
-        if name.startswith("matplotlib"):
-            raise ModuleNotFoundError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"pip install 'gpt2-from-scratch\[plot\]'"):
-        plot.save([], tmp_path / "x.png")
 
 
 def test_a_constant_stays_and_noise_shrinks():

@@ -137,6 +137,7 @@ def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, ste
 # A command's function lies in the module before the colon, which is imported for it alone.
 COMMANDS = {
     "train": ("cli:train_main", "train a model; `torchrun … src/train_improved.py` does the same"),
+    "seeds": ("cli_experiments:seeds_main", "train with many seeds, at every point of a grid"),
     "models": ("cli_experiments:models_main", "train several models at the same time"),
     "data": ("cli_data:data_main", "prepare a corpus as token shards"),
     "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),

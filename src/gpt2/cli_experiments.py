@@ -1,5 +1,6 @@
 """What the `gpt2` command does with many trainings: `seeds`, `models`, `experiments`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,78 @@ from gpt2.errors import ConfigError
 from gpt2.tables import console
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SeedsCommand:
+    """Train with every seed of every point of a grid, on all GPUs at once; or call any function so.
+
+    All options of `gpt2 train` work too, but --checkpoint_interval and --checkpoint_dir, which are
+    the sweep's; those of its trainings: a --config file, and folders of their own. The same command
+    goes on with a sweep that was stopped.
+    """
+
+    num_seeds: int = 10
+    """seeds of each point"""
+    first_seed: int = 0
+    """the first of them; the others follow it"""
+    grid: tuple[str, ...] = ()
+    """points: learning_rate=1e-3,3e-4 n_layer=2,4 are four; default is one, as the options say"""
+    target: str | None = None
+    """module:function to call with seed and the values of a point, instead of a training"""
+    metric: str | None = None
+    """which result is compared: default is val_loss, of a function `value`, what it returns"""
+    max_gpus: int | None = None
+    """GPUs at most, each with a worker process; default is all"""
+    slots: int | None = None
+    """worker processes; default is one per GPU, and without GPUs 2, which share the cores"""
+    checkpoint_dir: Path = Path("checkpoints/seeds")
+    """folder of the results, and of the checkpoints of each training"""
+    checkpoint_interval: float = 1800.0
+    """seconds after which results.json is written, if 50 results do not come before"""
+    keep_checkpoints: bool = True
+    """keep those of finished trainings, not only their results"""
+    log_dir: Path = Path("logs")
+    """folder of the sweep's log and of those of its workers"""
+    retries: int = 1
+    """more attempts for a job whose process died, hung or ran out of memory"""
+    job_timeout: float | None = None
+    """seconds without a report after which a job counts as hanging"""
+    grace: float = 60.0
+    """seconds for saving after Ctrl+C"""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "num_seeds", "max_gpus", "slots")
+        require_at_least(self, 0, "first_seed", "checkpoint_interval")
+
+
+def seeds_main() -> int:
+    """`gpt2 seeds` and `src/main_multi_gpu.py`."""
+
+    def body() -> int:
+        command, run_config = parse_beside_run(SeedsCommand, sys.argv[1:])
+        from gpt2.experiments import plan, seeds, slots
+        from gpt2.experiments.pool import Limits
+
+        sys.path.insert(0, os.getcwd())  # where --target is looked for
+        grid = plan.parse_grid(command.grid)
+        of_function = "value" if command.target else "val_loss"
+        sweep = seeds.Sweep(
+            run=run_config,
+            target=command.target,
+            points=plan.points(grid),
+            seeds=range(command.first_seed, command.first_seed + command.num_seeds),
+            metric=command.metric or of_function,
+            folder=command.checkpoint_dir,
+            save_every_s=command.checkpoint_interval,
+            keep_checkpoints=command.keep_checkpoints,
+        )
+        found = slots.of_machine(command.slots, device=run_config.machine.device)
+        limits = Limits(command.retries, command.job_timeout, command.grace)
+        chosen = found[: command.max_gpus]
+        return seeds.run(sweep, chosen, limits, command.log_dir, console())
+
+    return guarded(body)
 
 
 @dataclass(frozen=True)

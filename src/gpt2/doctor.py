@@ -111,10 +111,6 @@ def _software(run_config: RunConfig) -> Iterator[Finding]:
     watch = run_config.watch
     if watch.use_tensorboard and find_spec("tensorboard") is None:
         yield Finding("PROBLEM", "TensorBoard", "is not installed", "pip install tensorboard")
-    if find_spec("matplotlib") is None:
-        yield Finding(
-            "note", "matplotlib", "is not installed, gpt2 plot needs it", "pip install matplotlib"
-        )
 
 
 def judge_python(version: str, needed: str) -> Finding:

@@ -119,26 +119,21 @@ def _read_log(place: Path) -> list[LoggedRun]:
 
 
 def save(runs: Sequence[LoggedRun], path: Path) -> None:
-    """Draws the curves of `runs` into a file; raises ConfigError as `write` does."""
+    """Draws the curves of `runs` into a file; its name says of which kind.
+
+    Raises ConfigError for another kind, and for a file that cannot be written.
+    """
     write(lambda: draw(runs), path)
 
 
-def write(drawn: Callable[[], Figure], path: Path) -> None:
-    """Writes the picture that `drawn` makes, in our style; the name of the file says of which kind.
-
-    Raises ConfigError for another kind, a file that cannot be written, and without matplotlib.
-    """
+def write(draw: Callable[[], Figure], path: Path) -> None:
+    """What `draw` makes, in the style of all our pictures, as a file; errors as of `save`."""
     if path.suffix.lower() not in KINDS:
         raise ConfigError(f"{path} is no picture that can be drawn; use {', '.join(KINDS)}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(
-            "plots need matplotlib; type: pip install 'gpt2-from-scratch[plot]', "
-            "or pip install matplotlib"
-        ) from error
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
-        figure = drawn()
+        figure = draw()
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:

@@ -47,9 +47,9 @@ def always_go(**_metrics: float) -> Answer:
 def run(run_config: RunConfig, report: Report = always_go) -> Result:
     """Trains as `run_config` says, from its beginning or from a checkpoint, to its end or a stop.
 
-    `report(step=…, loss=…)`, also with `val_loss` and `hellaswag` (acc_norm), is called on rank 0
-    and steers: "stop" saves and returns, "prune" returns at once. Raises UserError for what the
-    user can mend.
+    `report` is called on rank 0: with step, total_steps, loss and tokens_per_s after each update,
+    with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
+    and returns, "prune" returns at once. Raises UserError for what the user can mend.
     """
     with distributed.join(run_config.machine) as world:
         return _train(run_config, world, report)
@@ -134,7 +134,7 @@ class Training:
                 return self._stopped(reason)
             record = self._train_step()
             self.metrics.step(record)
-            self._ask(report, stop, step=record.step, loss=record.loss)
+            self._ask_about(record, report, stop)
             self._go_back_if_bad(record)
             self.saver.report()
             self._beat()
@@ -304,6 +304,16 @@ class Training:
     def _ask(self, report: Report, stop: StopRequest, **metrics: float) -> None:
         if self.world.is_main:
             stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[report(**metrics)])
+
+    def _ask_about(self, record: StepRecord, report: Report, stop: StopRequest) -> None:
+        self._ask(
+            report,
+            stop,
+            step=record.step,
+            total_steps=self.total_steps,
+            loss=record.loss,
+            tokens_per_s=record.tokens_per_s,
+        )
 
     def _announce_epoch(self) -> None:
         step = self.progress.step

@@ -88,3 +88,12 @@ def bad_on(slot: str, seed: int, pause: float = 0.05) -> int:
     if os.environ["SLOT"] == slot:
         raise RuntimeError("this slot is broken")
     return seed
+
+
+def measured(seed: int, rate: float = 1.0) -> dict[str, float]:
+    """Fails for seed 3 as long as the variable says so; leaves a line in TRACE for every start."""
+    note(os.environ["TRACE"], f"{rate} {seed} {time.time()}")
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    if seed == 3 and "FAIL" in os.environ:
+        raise RuntimeError("three is bad")
+    return {"value": seed * rate, "nan": float("nan")}

@@ -6,6 +6,7 @@ not at all. `experiment.json` says what the experiment is.
 """
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -120,11 +121,7 @@ class Ledger:
     def _write_pending(self, last: bool = False) -> None:
         try:
             while self._pending:
-                start = os.lseek(self._lines, 0, os.SEEK_END)
-                line = self._pending[0]
-                if os.write(self._lines, line) < len(line):  # a disk that became full
-                    os.ftruncate(self._lines, start)
-                    raise OSError("the disk is full")
+                self._append(self._pending[0])
                 del self._pending[0]
             if last or time.monotonic() > self._flushed + FLUSH_EVERY_S:
                 os.fsync(self._lines)
@@ -132,6 +129,16 @@ class Ledger:
         except OSError:
             if last:
                 raise
+
+    def _append(self, line: bytes) -> None:
+        """Writes all of the line, or raises OSError and leaves nothing of it."""
+        end = os.lseek(self._lines, 0, os.SEEK_END)
+        try:
+            if os.write(self._lines, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._lines, end)
+            raise
 
     def _cut_torn_line(self) -> None:
         """A power cut may leave the beginning of a line, to which nothing may be added."""

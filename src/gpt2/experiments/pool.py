@@ -378,7 +378,10 @@ def _start_worker(slot: Slot, log: Path) -> _Worker:
     with _environment(slot.environment):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a session
         try:
-            process.start()
+            try:
+                process.start()
+            except BrokenPipeError:  # it was killed before it had read what it is to do
+                process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     theirs.close()

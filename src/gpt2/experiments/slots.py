@@ -29,12 +29,13 @@ def of_machine(
         visible = list(gpus)
     elif device == "cuda" and not visible:
         raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
+    cores = len(os.sched_getaffinity(0))
     if visible:
-        return of_gpus(visible, count or len(visible))
-    return of_cores(len(os.sched_getaffinity(0)), count or CPU_SHARES, os.environ)
+        return of_gpus(visible, count or len(visible), _threads(cores, count or len(visible)))
+    return of_cores(count or CPU_SHARES, _threads(cores, count or CPU_SHARES))
 
 
-def of_gpus(gpus: Sequence[str], count: int) -> list[Slot]:
+def of_gpus(gpus: Sequence[str], count: int, threads: str) -> list[Slot]:
     """`count` slots on these GPUs, one after another, by their entry in CUDA_VISIBLE_DEVICES."""
     slots = []
     for index in range(count):
@@ -42,14 +43,18 @@ def of_gpus(gpus: Sequence[str], count: int) -> list[Slot]:
         short = re.sub(r"[^\w-]", "_", gpu)[:12].lower()
         name = f"{'' if short.startswith(('gpu', 'mig')) else 'gpu'}{short}"
         name += f"_{again + 1}" if again else ""
-        slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": gpu}))
+        slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}))
     return slots
 
 
-def of_cores(cores: int, count: int, environment: Mapping[str, str]) -> list[Slot]:
-    """`count` slots with as many threads each as the cores give."""
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // count))
+def of_cores(count: int, threads: str) -> list[Slot]:
+    """`count` slots that share the cores."""
     return [Slot(index, f"cpu{index}", {"OMP_NUM_THREADS": threads}) for index in range(count)]
+
+
+def _threads(cores: int, slots: int) -> str:
+    """Threads of each slot: its share of the cores, unless the user has said how many."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // slots))
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,79 @@
+"""What a job of a sweep costs beside its function: `python bench/experiments.py`.
+
+200 calls of a function that does nothing, on two worker processes, results and all; in turn with
+concurrent.futures' process pool, which keeps nothing and notices no hanging worker.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from gpt2 import config
+from gpt2.experiments import ledger, slots
+from gpt2.experiments.plan import Event
+from gpt2.experiments.pool import Pool, worker_logs
+from gpt2.experiments.seeds import Seeds, Sweep
+
+WORKERS = 2
+
+
+def nothing(seed: int) -> int:
+    return seed
+
+
+def ours(jobs: int, folder: Path) -> float:
+    """Seconds per job between the first start and the last result, by the pool."""
+    sweep = Sweep(
+        config.preset("demo"),
+        target="experiments:nothing",
+        seeds=range(jobs),
+        metric="value",
+        folder=folder / "results",
+    )
+    times: list[float] = []
+
+    def note(event: Event) -> None:
+        times.append(time.perf_counter())
+
+    with ledger.opened(sweep.folder, sweep.about()) as book:
+        places = slots.of_cores(WORKERS, threads="1")
+        Pool(places, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
+        assert len(book.of("finished")) == jobs
+    # The workers' own start is over when each has ended its first job.
+    return (times[-1] - times[2 * WORKERS - 1]) / (jobs - WORKERS)
+
+
+def executor(jobs: int) -> float:
+    """The same by concurrent.futures."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+        list(pool.map(nothing, range(WORKERS * 10)))
+        begun = time.perf_counter()
+        running = [pool.submit(nothing, seed) for seed in range(jobs)]
+        for future in concurrent.futures.as_completed(running):
+            future.result()
+        return (time.perf_counter() - begun) / jobs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    rows = []
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append((1000 * ours(options.jobs, Path(folder)), 1000 * executor(options.jobs)))
+        print(f"round {number + 1}: {rows[-1][0]:.2f} ms a job; executor {rows[-1][1]:.2f} ms")
+    mine, other = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(
+        f"median: {mine:.2f} ms a job; concurrent.futures {other:.2f} ms, {mine / other:.1f} times"
+    )
+
+
+if __name__ == "__main__":
+    main()

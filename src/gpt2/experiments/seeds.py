@@ -1,0 +1,196 @@
+"""Seed sweeps: every seed of every point of a grid, of a training or of any function."""
+
+import inspect
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gpt2 import config, estimate, machine, plot
+from gpt2.config import RunConfig
+from gpt2.errors import ConfigError
+from gpt2.experiments import ledger as ledgers
+from gpt2.experiments import plan, summary, training, worker
+from gpt2.experiments.ledger import About, Ledger, Record
+from gpt2.experiments.plan import Answer, Event, Job, Point, Slot
+from gpt2.experiments.pool import Limits, Pool, worker_logs
+from gpt2.tables import counted
+
+SAVE_EVERY = 50
+KEPT = 3
+"""checkpoints of a training in a sweep, at most: the newest two and the best"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every seed of every point, of one function."""
+
+    run: RunConfig
+    """the training, where there is no other target"""
+    target: str | None = None
+    """`module:function`, called with seed and the point's values"""
+    points: list[Point] = field(default_factory=lambda: [{}])
+    seeds: range = range(10)
+    metric: str = "val_loss"
+    """which number of the results is compared"""
+    folder: Path = Path("checkpoints/seeds")
+    save_every_s: float = 1800.0
+    keep_checkpoints: bool = True
+
+    def __post_init__(self) -> None:
+        if "seed" in self.points[0]:
+            raise ConfigError("--grid seed=…: the seeds are given by --num_seeds and --first_seed")
+        if self.target is None:
+            for point in self.points:
+                config.overlay(self.run, point)  # raises for a field that is none, or a bad value
+        else:
+            _require_call(self.target, self.points[0])
+
+    def about(self) -> About:
+        """What all jobs have in common; seeds and values may be added later."""
+        fixed: dict[str, Any] = {"target": self.target or "training"}
+        fixed["grid"] = " ".join(self.points[0]) or "no grid"
+        if self.target is None:
+            swept = {"seed", *self.points[0]}
+            decisive = training.decisive(self.run)
+            fixed |= {name: value for name, value in decisive.items() if name not in swept}
+        return About("seeds", fixed, total=len(self.points) * len(self.seeds))
+
+    def jobs(self) -> Iterator[tuple[Job, Point]]:
+        """Each job with its point and seed; every point has its first seed before one a second."""
+        for seed in self.seeds:
+            for point in self.points:
+                yield self._job(point, seed), {**point, "seed": seed}
+
+    def _job(self, point: Point, seed: int) -> Job:
+        name = plan.job_name(point, seed)
+        if self.target is not None:
+            return Job(name, self.target, {**point, "seed": seed}, own_process=False)
+        run_config = config.overlay(self.run, point)
+        return training.job(name, run_config, self.folder / name, seed=seed, keep_last=2)
+
+
+class Seeds:
+    """The source of a sweep's jobs; keeps their results."""
+
+    def __init__(self, sweep: Sweep, ledger: Ledger) -> None:
+        self._sweep, self._ledger = sweep, ledger
+        self._values: dict[str, Point] = {}
+        self._jobs = self._to_do()
+        self._unsaved, self._saved_at = 0, time.monotonic()
+
+    def next(self) -> Job | None:
+        return next(self._jobs, None)
+
+    def event(self, event: Event) -> Answer:
+        if event.kind in ("finished", "pruned", "failed"):
+            assert event.job is not None
+            self._ledger.add(Record.of(event, self._values[event.job.name]))
+            self._unsaved += 1
+            if event.kind == "finished" and not self._sweep.keep_checkpoints:
+                shutil.rmtree(self._sweep.folder / event.job.name, ignore_errors=True)
+        late = time.monotonic() > self._saved_at + self._sweep.save_every_s
+        if self._unsaved >= SAVE_EVERY or (self._unsaved and late):
+            self.save()
+        return "go"
+
+    def save(self) -> None:
+        """Replaces results.json by what is known now."""
+        points = [asdict(item) for item in self.summaries()]
+        failures = [record.job for record in self._ledger.of("failed")]
+        self._ledger.save(metric=self._sweep.metric, points=points, failures=failures)
+        self._unsaved, self._saved_at = 0, time.monotonic()
+
+    def summaries(self) -> list[summary.PointSummary]:
+        """What the seeds that were asked for say."""
+        asked = [
+            record
+            for record in self._ledger.records.values()
+            if record.values.get("seed") in self._sweep.seeds
+        ]
+        return summary.summarise(self._sweep.points, asked, self._sweep.metric)
+
+    def _to_do(self) -> Iterator[Job]:
+        for job, values in self._sweep.jobs():
+            if not self._ledger.is_done(job.name):
+                self._values[job.name] = values
+                yield job
+
+
+def run(sweep: Sweep, slots: list[Slot], limits: Limits, log_dir: Path, out: Console) -> int:
+    """Runs what is not done yet of the sweep; the exit code: 1 if a job failed, 128 and the
+    signal's number if it was stopped."""
+    if sweep.target is None:
+        training.require_data(sweep.run)
+        require_room(sweep)
+    with ledgers.opened(sweep.folder, sweep.about()) as ledger:
+        source = Seeds(sweep, ledger)
+        done = sum(ledger.is_done(job.name) for job, _ in sweep.jobs())
+        _introduce(sweep, slots, done, log_dir, out)
+        number = Pool(
+            slots,
+            source,
+            lambda event: None,
+            log_of=worker_logs(log_dir),
+            limits=limits,
+        ).run()
+        source.save()
+        _conclude(sweep, source, ledger, out)
+        left = sum(not ledger.is_done(job.name) for job, _ in sweep.jobs())
+        if number:
+            out.print(f"Stopped: {counted(left, 'job')} left; the same command goes on")
+            return 128 + number
+        return 1 if left else 0
+
+
+def require_room(sweep: Sweep) -> None:
+    """Raises ConfigError if the disk has no room for the checkpoints of all trainings."""
+    each = KEPT * estimate.state_bytes(sweep.run.model)
+    count = len(sweep.points) * len(sweep.seeds) if sweep.keep_checkpoints else 1
+    _, free = machine.disk(sweep.folder)
+    if each * count > free:
+        raise ConfigError(
+            f"the checkpoints of {counted(count, 'training')} may need {each * count / 1e9:,.0f} "
+            f"GB, {sweep.folder} has {free / 1e9:,.0f} GB free; use --no_keep_checkpoints (the "
+            "results stay), or another disk with --checkpoint_dir"
+        )
+
+
+def _introduce(sweep: Sweep, slots: list[Slot], done: int, log_dir: Path, out: Console) -> None:
+    total = len(sweep.points) * len(sweep.seeds)
+    grid = f"{counted(len(sweep.points), 'point')} of a grid, " if sweep.points != [{}] else ""
+    seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
+    out.print(f"Sweep of {sweep.target or 'a training'}: {grid}{seeds}, {counted(total, 'job')}")
+    if done:
+        out.print(f"  - {done} of them are done already, in {sweep.folder}")
+    out.print(f"  - on {', '.join(slot.name for slot in slots)}")
+    out.print(f"  - results {sweep.folder}, logs of the workers {log_dir}")
+
+
+def _conclude(sweep: Sweep, source: Seeds, ledger: Ledger, out: Console) -> None:
+    """The table, the picture, and what failed."""
+    summaries = source.summaries()
+    if any(item.values for item in summaries):
+        out.print(summary.listing(summaries, sweep.metric))
+        picture = sweep.folder / f"{sweep.metric}.png"
+        plot.write(lambda: summary.draw(summaries, sweep.metric), picture)
+        out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
+    elif known := sorted({name for item in summaries for name in item.metrics}):
+        out.print(f"No result has {sweep.metric}; --metric may be one of {', '.join(known)}")
+    for record in ledger.of("failed"):
+        out.print(f"FAILED {record.job}: {record.reason}", style="red")
+
+
+def _require_call(target: str, point: Point) -> None:
+    """Raises ConfigError if the function cannot be called with a seed and a point."""
+    names = inspect.signature(function := worker.find(target)).parameters
+    report = {"report": None} if "report" in names else {}
+    try:
+        inspect.signature(function).bind(seed=0, **point, **report)
+    except TypeError as error:
+        given = ", ".join(("seed", *point))
+        raise ConfigError(f"{target} cannot be called with {given}: {error}") from error

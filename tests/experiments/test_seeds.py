@@ -1,0 +1,132 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2 import cli_experiments, train
+from gpt2.experiments import ledger
+from support import ROOT, run_command, small_config, small_flags
+
+SCRIPT = ROOT / "src" / "main_multi_gpu.py"
+
+
+def command(*flags: object) -> list[str]:
+    return [sys.executable, str(SCRIPT), *map(str, flags)]
+
+
+def sweep(tmp_path: Path, *flags: object, expect: int = 0, **environment: str) -> Any:
+    """A sweep of `jobs.measured` in a process of its own, in `tmp_path`."""
+    environment |= {"TRACE": str(tmp_path / "trace"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    target = ("--target", "experiments.jobs:measured")
+    return run_command(command(*target, *flags), cwd=tmp_path, expect=expect, **environment)
+
+
+def starts(tmp_path: Path) -> list[str]:
+    """`rate seed` of every start of a job."""
+    lines = (tmp_path / "trace").read_text().splitlines()
+    return [" ".join(line.split()[:2]) for line in lines]
+
+
+def test_sweep_keeps_results_and_goes_on(tmp_path: Path):
+    flags = ("--num_seeds", 5, "--grid", "rate=1.5,2")
+    failed = sweep(tmp_path, *flags, expect=1, FAIL="1")
+    assert "FAILED rate=1.5,seed=3: RuntimeError: three is bad" in failed.stdout
+    assert len(starts(tmp_path)) == 10
+    content = json.loads((tmp_path / "checkpoints/seeds/results.json").read_text())
+    assert content["failures"] == ["rate=1.5,seed=3", "rate=2,seed=3"]
+    assert content["points"][1]["values"] == {"0": 0, "1": 2, "2": 4, "4": 8}
+    assert content["results"][0]["result"]["nan"] is None
+    (tmp_path / "trace").unlink()
+
+    mended = sweep(tmp_path, *flags)
+    assert sorted(starts(tmp_path)) == ["1.5 3", "2 3"], "what is done does not run again"
+    assert "8 of them are done already" in mended.stdout
+    assert " ".join(mended.stdout.split("1.5 ")[1].split()[:4]) == "5 - 3.00 2.37"
+    assert (tmp_path / "checkpoints/seeds/value.png").stat().st_size > 5000
+
+    sweep(tmp_path, "--num_seeds", 6, "--grid", "rate=1.5,2,4")
+    assert len(starts(tmp_path)) == 2 + 8, "more seeds and values are added"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--target", "os:no_such"], "there is no function os:no_such"),
+        (["--target", "os:getcwd"], "os:getcwd cannot be called with seed"),
+        (["--grid", "learning_rat=1,2"], "did you mean learning_rate"),
+        (["--grid", "n_layer=2.5,x"], "n_layer=2.5 does not fit"),
+        (["--grid", "seed=1,2"], "the seeds are given by --num_seeds"),
+        (["--num_seeds", "0"], "num_seeds=0 is too small"),
+        (["--data_root", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpt2 seeds", *flags])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert cli_experiments.seeds_main() == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "seeds" / "results.jsonl").exists()
+
+
+def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli_experiments.parse_beside_run(cli_experiments.SeedsCommand, ["--n_layr", "3"])
+    assert "--n_layer" in capsys.readouterr().err
+
+
+def test_interrupted_sweep_goes_on(tmp_path: Path):
+    environment = os.environ | {
+        "TRACE": str(tmp_path / "trace"),
+        "PAUSE": "0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    flags = command("--target", "experiments.jobs:measured", "--num_seeds", 30)
+    running = subprocess.Popen(flags, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    lines = tmp_path / "checkpoints" / "seeds" / "results.jsonl"
+    deadline = time.monotonic() + 60
+    while not lines.exists() or lines.read_bytes().count(b"\n") < 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=30)[0].decode()
+    assert running.returncode == 130 and "the same command goes on" in output
+    before = len(ledger.read_records(lines.parent))
+    assert 6 <= before < 30
+    sweep(tmp_path, "--num_seeds", 30)
+    assert len(ledger.read_records(lines.parent)) == 30
+    assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
+
+
+def test_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
+    flags = small_flags(data_root, tmp_path, max_steps=10)
+    grid = ("--grid", "learning_rate=1e-3,3e-3", "--num_seeds", 2)
+    folder = tmp_path / "sweep"
+    done = run_command(
+        command(*flags, *grid, "--checkpoint_dir", folder), cwd=tmp_path, OMP_NUM_THREADS="1"
+    )
+    assert "val_loss over seeds" in done.stdout
+    records = {record.job: record for record in ledger.read_records(folder)}
+    assert len(records) == 4 and len({r.result["val_loss"] for r in records.values()}) == 4
+    alone = train.run(
+        small_config(data_root, tmp_path / "alone", max_steps=10, learning_rate=3e-3, seed=1)
+    )
+    assert records["learning_rate=0.003,seed=1"].result["val_loss"] == alone.val_loss
+    assert (folder / "learning_rate=0.003,seed=1" / "latest.pt").exists()
+
+    other = run_command(
+        command(*flags, "--n_layer", 1, *grid, "--checkpoint_dir", folder), tmp_path, expect=2
+    )
+    assert "n_layer: 2 before, 1 now" in other.stderr

@@ -1,0 +1,40 @@
+import os
+
+import pytest
+import torch
+
+from gpt2.errors import ConfigError
+from gpt2.experiments import slots
+
+
+def test_without_gpus_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    found = slots.of_machine()
+    assert [slot.name for slot in found] == ["cpu0", "cpu1"]
+    assert [slot.environment for slot in found] == [{"OMP_NUM_THREADS": "6"}] * 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert slots.of_machine(3)[2].environment == {"OMP_NUM_THREADS": "1"}
+    for refused in ({"gpus": ["0"]}, {"device": "cuda"}):
+        with pytest.raises(ConfigError, match="GPU"):
+            slots.of_machine(**refused)
+
+
+def test_each_gpu_is_a_slot_by_its_own_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5,GPU-8f3a-11")
+
+    def seen(**options: object) -> dict[str, str]:
+        found = slots.of_machine(**options)
+        return {slot.name: slot.environment["CUDA_VISIBLE_DEVICES"] for slot in found}
+
+    assert seen() == {"gpu2": "2", "gpu5": "5", "gpu-8f3a-11": "GPU-8f3a-11"}
+    assert seen(gpus=["5"]) == {"gpu5": "5"}
+    assert seen(count=2) == {"gpu2": "2", "gpu5": "5"}
+    assert seen(gpus=["5"], count=2) == {"gpu5": "5", "gpu5_2": "5"}, "two share a GPU"
+    assert [slot.name for slot in slots.of_machine(device="cpu")] == ["cpu0", "cpu1"]
+    with pytest.raises(ConfigError, match="no GPU 0; there are 2, 5, GPU-8f3a-11"):
+        slots.of_machine(gpus=["0"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert seen() == {"gpu0": "0", "gpu1": "1", "gpu2": "2"}
