@@ -91,7 +91,7 @@ class Models:
         return next(self._jobs, None)
 
     def event(self, event: Event) -> Answer:
-        if event.kind not in ("started", "reported"):
+        if event.kind in ("finished", "failed", "retried", "stopped"):
             self.busy_s += event.elapsed_s
         if event.kind in ("finished", "failed"):
             assert event.job is not None
