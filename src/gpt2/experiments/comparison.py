@@ -133,11 +133,12 @@ def draw(runs: Mapping[str, LoggedRun], batch_tokens: int) -> Figure:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     tokens_axes, time_axes = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(runs, plot.distinct_colors(len(runs)), strict=True))
-    for axes, units, along in (
-        (tokens_axes, TOKEN_UNITS, lambda run, steps: steps * float(batch_tokens)),
-        (time_axes, TIME_UNITS, seconds_at),
-    ):
-        _draw_panel(axes, runs, colors, units, along)
+    over_tokens = _draw_panel(
+        tokens_axes, runs, colors, TOKEN_UNITS, lambda _, steps: steps * float(batch_tokens)
+    )
+    _draw_panel(time_axes, runs, colors, TIME_UNITS, seconds_at)
+    if shown := plot.loss_range(over_tokens, STEEP):
+        tokens_axes.set_ylim(*shown)
     tokens_axes.set_title("loss against tokens", loc="left")
     time_axes.set_title("loss against training time", loc="left")
     tokens_axes.set_ylabel("loss")
@@ -159,7 +160,7 @@ def _draw_panel(
     colors: Mapping[str, str],
     units: Sequence[tuple[float, str]],
     along: Callable[[LoggedRun, Numbers], Numbers],
-) -> None:
+) -> list[Curve]:
     """Smoothed training losses lightly, validation losses above them, over `along(run, steps)`."""
 
     def curve(name: str, losses: Mapping[int, float]) -> Curve:
@@ -175,11 +176,10 @@ def _draw_panel(
     for item in judged:
         marker = "o" if few else None
         axes.plot(item.steps / unit, item.values, color=item.color, marker=marker, markersize=3.5)
-    if shown := plot.loss_range([*trained, *judged], STEEP):
-        axes.set_ylim(*shown)
     axes.set_xlim(left=0)
     axes.set_xlabel(word)
     axes.xaxis.set_major_formatter("{x:g}")
+    return [*trained, *judged]
 
 
 def _unit(reach: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
