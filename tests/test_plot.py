@@ -51,6 +51,13 @@ def test_runs_are_told_apart(tmp_path: Path):
     assert [run.name for run in plot.read([one, several], last=1)] == [str(one), str(several)]
 
 
+def test_the_folder_of_an_experiment_stands_for_its_trainings(tmp_path: Path):
+    for name in ("modern", "gpt2"):
+        write_log(tmp_path / "models" / name / "log.txt", "demo_20261121_130000", [3.0])
+    names = [run.name for run in plot.read([tmp_path / "models"])]
+    assert names == [f"{tmp_path}/models/gpt2", f"{tmp_path}/models/modern"]
+
+
 def test_what_has_nothing_to_show_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"no log at .*nowhere; needed: a log\.txt"):
         plot.read([tmp_path / "nowhere"])
@@ -79,7 +86,7 @@ def test_one_run_is_the_title_and_several_are_a_legend(tmp_path: Path):
 
 
 def test_more_runs_than_named_colors_still_differ():
-    assert len(set(plot._colors(25))) == 25
+    assert len(set(plot.distinct_colors(25))) == 25
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from support import ROOT, run_command
 
-SHIMS = ["src/train_improved.py"]
+SHIMS = ["src/train_improved.py", "src/train_models.py"]
 
 
 @pytest.mark.parametrize("name", SHIMS)
@@ -31,7 +31,7 @@ def test_estimate_without_a_run(tmp_path: Path):
     assert "On other numbers of gpus" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["src/train_improved.py", "estimate_training_time.py"])
+@pytest.mark.parametrize("name", [*SHIMS, "estimate_training_time.py"])
 def test_outside_the_environment_the_way_in_is_named(name: str, tmp_path: Path):
     command = [sys.executable, "-S", str(ROOT / name)]  # -S: without installed packages
     done = run_command(command, cwd=tmp_path, expect=2, PYTHONPATH="")

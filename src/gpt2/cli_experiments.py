@@ -6,27 +6,58 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
-from gpt2 import cli, config
+from gpt2 import cli
 from gpt2.cli_parse import guarded, parse, parse_known
-from gpt2.config import RunConfig, require_at_least
+from gpt2.config import require_at_least
 from gpt2.errors import ConfigError
 from gpt2.limits import suggestion
 from gpt2.tables import console
 
+if TYPE_CHECKING:
+    from gpt2.experiments.pool import Limits
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Where jobs run, and what they may cost."""
+
+    gpus: str | None = None
+    """physical GPUs to use, as in 1,2"""
+    slots: int | None = None
+    """jobs at a time; default is one per GPU, and without GPUs 2, which share the cores"""
+    retries: int = 1
+    """more attempts for a job whose process died, hung or ran out of memory"""
+    job_timeout: float | None = None
+    """seconds without a report after which a job counts as hanging"""
+    grace: float = 60.0
+    """seconds for saving after Ctrl+C"""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "slots")
+        require_at_least(self, 0, "retries")
+        for name, value in (("job_timeout", self.job_timeout), ("grace", self.grace)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value} must be more than 0")
+
+    def limits(self) -> "Limits":
+        from gpt2.experiments.pool import Limits
+
+        return Limits(self.retries, self.job_timeout, self.grace)
 
 
 @dataclass(frozen=True)
 class SeedsCommand:
     """Train with every seed of every point of a grid, on all GPUs at once; or call any function so.
 
-    All options of `gpt2 train` work too, but --checkpoint_interval and --checkpoint_dir, which are
-    the sweep's; those of its trainings: a --config file, and folders of their own. The same command
-    goes on with a sweep that was stopped.
+    All options of `gpt2 train` work too, but for --checkpoint_interval, which is the sweep's here;
+    that of its trainings may stand in a --config file. The same command goes on with a sweep that
+    was stopped. Exit code: 1 if a job failed.
     """
 
     num_seeds: int = 10
@@ -41,25 +72,18 @@ class SeedsCommand:
     """which result is compared: default is val_loss, of a function `value`, what it returns"""
     max_gpus: int | None = None
     """GPUs at most, each with a worker process; default is all"""
-    slots: int | None = None
-    """worker processes; default is one per GPU, and without GPUs 2, which share the cores"""
-    checkpoint_dir: Path = Path("checkpoints/seeds")
-    """folder of the results, and of the checkpoints of each training"""
+    pool: PoolOptions = PoolOptions()
+    checkpoint_dir: Path | None = None
+    """folder of the results, and of a folder for each training; default is checkpoints/seeds"""
     checkpoint_interval: float = 1800.0
     """seconds after which results.json is written, if 50 results do not come before"""
     keep_checkpoints: bool = True
     """keep those of finished trainings, not only their results"""
-    log_dir: Path = Path("logs")
-    """folder of the sweep's log and of those of its workers"""
-    retries: int = 1
-    """more attempts for a job whose process died, hung or ran out of memory"""
-    job_timeout: float | None = None
-    """seconds without a report after which a job counts as hanging"""
-    grace: float = 60.0
-    """seconds for saving after Ctrl+C"""
+    log_dir: Path | None = None
+    """folder of seeds_DATE_TIME.log and of the workers' logs; default is logs"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "num_seeds", "max_gpus", "slots")
+        require_at_least(self, 1, "num_seeds", "max_gpus")
         require_at_least(self, 0, "first_seed", "checkpoint_interval")
 
 
@@ -67,36 +91,115 @@ def seeds_main() -> int:
     """`gpt2 seeds` and `src/main_multi_gpu.py`."""
 
     def body() -> int:
-        command, run_config = parse_beside_run(SeedsCommand, sys.argv[1:])
+        command, train = parse_beside_run(SeedsCommand, sys.argv[1:])
+        folder = command.checkpoint_dir or _folder(train, "seeds")
+        if train.list_checkpoints:
+            return _list_checkpoints(folder)
         from gpt2.experiments import plan, seeds, slots
-        from gpt2.experiments.pool import Limits
 
         sys.path.insert(0, os.getcwd())  # where --target is looked for
-        grid = plan.parse_grid(command.grid)
-        of_function = "value" if command.target else "val_loss"
         sweep = seeds.Sweep(
-            run=run_config,
+            run=train.run,
             target=command.target,
-            points=plan.points(grid),
+            points=plan.points(plan.parse_grid(command.grid)),
             seeds=range(command.first_seed, command.first_seed + command.num_seeds),
-            metric=command.metric or of_function,
-            folder=command.checkpoint_dir,
+            metric=command.metric or ("value" if command.target else "val_loss"),
+            folder=folder,
+            log_dir=command.log_dir or train.run.watch.log_dir,
             save_every_s=command.checkpoint_interval,
             keep_checkpoints=command.keep_checkpoints,
         )
-        found = slots.of_machine(command.slots, device=run_config.machine.device)
-        limits = Limits(command.retries, command.job_timeout, command.grace)
-        chosen = found[: command.max_gpus]
-        return seeds.run(sweep, chosen, limits, command.log_dir, console())
+        pool, device = command.pool, train.run.machine.device
+        found = slots.of_machine(pool.slots, _listed("gpus", pool.gpus), device)
+        return seeds.run(sweep, found[: command.max_gpus], pool.limits(), console())
 
     return guarded(body)
 
 
-def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, RunConfig]:
+@dataclass(frozen=True)
+class ModelsCommand:
+    """Train several models on the same data and token budget, and compare them.
+
+    Two at the same time, each on a GPU; the third follows on the second GPU as soon as that is
+    free. Without GPUs, shares of the CPU cores take their place. All options of `gpt2 train` work
+    too, for all of the models. The same command goes on with what was stopped. Exit code: 1 if a
+    model failed.
+    """
+
+    models: str | None = None
+    """which, as in gpt2,mlp; default is all: gpt2, modern, mlp"""
+    parallel: bool = True
+    """--no_parallel trains them one after another, on the first GPU"""
+    pool: PoolOptions = PoolOptions()
+    checkpoint_dir: Path | None = None
+    """folder of the results, and of a folder for each model; default is checkpoints/models"""
+    log_dir: Path | None = None
+    """folder of training_DATE_TIME.log and of each model's MODEL_DATE_TIME.log; default is logs"""
+
+
+def models_main() -> int:
+    """`gpt2 models` and `src/train_models.py`."""
+
+    def body() -> int:
+        command, train = parse_beside_run(ModelsCommand, sys.argv[1:])
+        folder = command.checkpoint_dir or _folder(train, "models")
+        if train.list_checkpoints:
+            return _list_checkpoints(folder)
+        from gpt2.experiments import models
+
+        names = _listed("models", command.models) or list(models.MODELS)
+        for name in names:
+            if name not in models.MODELS:
+                raise ConfigError(
+                    f"--models: there is no {name}{suggestion(name, models.MODELS)}; there "
+                    f"are {', '.join(models.MODELS)}"
+                )
+        asked = models.Comparison(
+            train.run,
+            {name: models.MODELS[name] for name in models.MODELS if name in names},
+            folder,
+            command.log_dir or train.run.watch.log_dir,
+        )
+        pool = command.pool
+        places = models.choose_slots(
+            len(asked.models),
+            pool.slots,
+            _listed("gpus", pool.gpus),
+            command.parallel,
+            train.run.machine.device,
+        )
+        return models.run(asked, places, pool.limits(), console())
+
+    return guarded(body)
+
+
+def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, cli.TrainCommand]:
     """The command, and the training that the other arguments say; the command's flags come first,
     where both have one of the same name."""
     command, others = parse_known(kind, arguments)
-    return command, cli.parse_train(others).run
+    return command, cli.parse_train(others)
+
+
+def _folder(train: cli.TrainCommand, name: str) -> Path:
+    """Where an experiment is kept, unless its own flag says otherwise."""
+    return (train.out_dir or Path()) / "checkpoints" / name
+
+
+def _list_checkpoints(folder: Path) -> int:
+    from gpt2 import monitor
+
+    monitor.print_checkpoints(folder, console())
+    return 0
+
+
+def _listed(flag: str, text: str | None) -> list[str] | None:
+    """`1,2` as a list; None stays None."""
+    if text is None:
+        return None
+    items = [item.strip() for item in text.split(",")]
+    if "" in items or len(set(items)) < len(items):
+        raise ConfigError(f"--{flag} {text}: needed are different names, as in a,b")
+    return items
 
 
 @dataclass(frozen=True)
@@ -125,7 +228,7 @@ class ShowCommand:
     """for scripts: everything as one JSON text"""
 
     def __post_init__(self) -> None:
-        config.require_at_least(self, 1, "last")
+        require_at_least(self, 1, "last")
 
 
 def experiments_main() -> int:

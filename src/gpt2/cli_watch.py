@@ -93,7 +93,7 @@ class PlotCommand:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN …]")] = (
         Path("logs/log.txt"),
     )
-    """logs, or folders with logs/log.txt, such as the --out_dir of a run"""
+    """logs, or folders with logs/log.txt, such as the --out_dir of a run, or experiments"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")
     """the picture: .png, .svg or .pdf"""
     last: int | None = None

@@ -76,29 +76,42 @@ def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
     """The runs in each of `given` (the `last` so many) that trained at all, under names that tell
     them apart.
 
-    Each is a log file, or a folder with one, such as an --out_dir. Where several are given, a run
-    is called after what was given for it. Raises DataError if one has nothing to show.
+    Each is a log file, a folder with one, such as an --out_dir, or the folder of an experiment.
+    Where there are several, a run is called after its place. Raises DataError if one has nothing to
+    show.
     """
     found = []
-    for place in given:
+    places = [place for item in given for place in _places(item)]
+    for place in places:
         runs = [run for run in _read_log(place) if run.steps or run.val_losses]
         if not runs:
             raise DataError(f"{place} has no step of a run yet; a run writes its log as it trains")
         runs = runs[-last:] if last else runs
-        if len(given) > 1:
+        if len(places) > 1:
             for run in runs:
                 run.name = str(place) if len(runs) == 1 else f"{place} {run.name}"
         found += runs
     return found
 
 
+def _places(given: Path) -> list[Path]:
+    """The folders of an experiment's trainings, where `given` is one that holds them."""
+    if _log_of(given) or not given.is_dir():
+        return [given]
+    return sorted(path.parent for path in given.glob("*/log.txt")) or [given]
+
+
+def _log_of(place: Path) -> Path | None:
+    paths = (place, place / "logs" / "log.txt", place / "log.txt")
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _read_log(place: Path) -> list[LoggedRun]:
-    for path in (place, place / "logs" / "log.txt", place / "log.txt"):
-        if path.is_file():
-            try:
-                return metrics.read_runs(path)
-            except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if path := _log_of(place):
+        try:
+            return metrics.read_runs(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     raise DataError(
         f"no log at {place}; needed: a log.txt, or a folder with logs/log.txt, such as the "
         "--out_dir of a run"
@@ -133,7 +146,7 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
     """The picture: a panel for each quantity that some run has, two in a row."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
-    colors = _colors(len(runs))
+    colors = distinct_colors(len(runs))
     panels = []
     for panel in PANELS:
         curves = [
@@ -175,15 +188,15 @@ def summary(run: LoggedRun) -> str:
     return f"{run.name}: {', '.join(parts)}"
 
 
-def smoothed(values: Numbers) -> Numbers:
+def smoothed(values: Numbers, share: float = SMOOTHED) -> Numbers:
     """The mean of a window around each value, without those that are no number.
 
-    The window grows with the distance from the beginning, where losses fall steeply: there it
-    would show a curve that never was.
+    The window, half of which is `share` of the curve in the end, grows with the distance from the
+    beginning, where losses fall steeply: there it would show a curve that never was.
     """
     count = len(values)
     places = np.arange(count)
-    half = np.minimum(places // 10, math.ceil(SMOOTHED * count))
+    half = np.minimum(places // 10, math.ceil(share * count))
     starts, ends = places - half, np.minimum(count, places + half + 1)
     good = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
@@ -193,14 +206,14 @@ def smoothed(values: Numbers) -> Numbers:
     return np.where(found > 0, means, np.nan)
 
 
-def loss_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """What of the losses to show: all but the steep beginning, and the ends of the noise.
+def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, float] | None:
+    """What of the losses to show: all but the `steep` beginning, and the ends of the noise.
 
     A run that diverges leaves the picture where it is worse than runs are at first, and one that
     ended long before the others has no say.
     """
     first = min(curve.steps[0] for curve in curves)
-    steep_until = first + STEEP * (max(curve.steps[-1] for curve in curves) - first)
+    steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
     values = np.concatenate([curve.values[curve.steps >= steep_until] for curve in curves])
     begun_at = np.array([curve.values[0] for curve in curves])
     values, begun_at = values[np.isfinite(values)], begun_at[np.isfinite(begun_at)]
@@ -299,7 +312,8 @@ def _name(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
-def _colors(count: int) -> list[str]:
+def distinct_colors(count: int) -> list[str]:
+    """A colour for each of `count` curves."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -8,7 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WORDS = {"what", "path", "file", "split", "slot", "job", "state", "kind", "folder", "reported"}
+OF_FILES = {"what", "path", "file", "folder", "split"}
+OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
+WORDS = OF_FILES | OF_JOBS
+"""columns that hold words"""
 BETWEEN_COLUMNS = 3
 
 

@@ -1,4 +1,4 @@
-"""What experiments are made of: jobs, slots and what happens to them; grids and seeds. Pure.
+"""What experiments are made of: jobs, slots and what happens to them; grids, seeds, models. Pure.
 
 A job is a function's name and plain values; a slot is where one job at a time runs. A source gives
 jobs and is told what became of them: an ask/tell interface.
@@ -124,6 +124,13 @@ def point_name(point: Mapping[str, Any]) -> str:
 def job_name(point: Mapping[str, Any], seed: int) -> str:
     """`learning_rate=0.001,seed=3`: the name of one seed of a point."""
     return point_name({**point, "seed": seed})
+
+
+def model_slots(models: int, slots: int) -> list[int | None]:
+    """The slot that each of `models` trainings waits for: the first ones have one each, the next
+    one gets the last slot as soon as that is free, and those behind it whichever is."""
+    places: list[int | None] = [*range(slots), slots - 1]
+    return [*places, *[None] * models][:models]
 
 
 def _value(text: str) -> Any:

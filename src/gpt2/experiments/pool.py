@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.distributed import StopRequest
-from gpt2.errors import ConfigError
 from gpt2.experiments import worker
 from gpt2.experiments.plan import Event, Job, Kind, Slot, Source
 
@@ -48,13 +47,6 @@ class Limits:
     """seconds without a report after which a job counts as hanging; None waits for ever"""
     grace: float = 60.0
     """seconds that jobs have to save and end after Ctrl+C"""
-
-    def __post_init__(self) -> None:
-        if self.retries < 0:
-            raise ConfigError(f"retries={self.retries} must be 0 or more")
-        for name, value in (("job_timeout", self.job_timeout), ("grace", self.grace)):
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value} must be more than 0")
 
 
 @dataclass

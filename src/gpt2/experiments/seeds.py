@@ -40,6 +40,7 @@ class Sweep:
     metric: str = "val_loss"
     """which number of the results is compared"""
     folder: Path = Path("checkpoints/seeds")
+    log_dir: Path = Path("logs")
     save_every_s: float = 1800.0
     keep_checkpoints: bool = True
 
@@ -47,6 +48,7 @@ class Sweep:
         if "seed" in self.points[0]:
             raise ConfigError("--grid seed=…: the seeds are given by --num_seeds and --first_seed")
         if self.target is None:
+            training.require_fresh_start(self.run)
             for point in self.points:
                 config.overlay(self.run, point)  # raises for a field that is none, or a bad value
         else:
@@ -123,7 +125,7 @@ class Seeds:
                 yield job
 
 
-def run(sweep: Sweep, slots: list[Slot], limits: Limits, log_dir: Path, out: Console) -> int:
+def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
     """Runs what is not done yet of the sweep; the exit code: 1 if a job failed, 128 and the
     signal's number if it was stopped."""
     if sweep.target is None:
@@ -132,11 +134,11 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, log_dir: Path, out: Con
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
         done = sum(ledger.is_done(job.name) for job, _ in sweep.jobs())
-        _introduce(sweep, slots, done, log_dir, out)
+        _introduce(sweep, slots, done, out)
         board = Board("seeds", sweep.about().total, slots, before=done)
-        log = log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
+        log = sweep.log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
         with watched(board, sweep.folder, log=log, out=out) as on_event:
-            pool = Pool(slots, source, on_event, log_of=worker_logs(log_dir), limits=limits)
+            pool = Pool(slots, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
             number = pool.run()
         source.save()
         _conclude(sweep, source, ledger, out)
@@ -160,7 +162,7 @@ def require_room(sweep: Sweep) -> None:
         )
 
 
-def _introduce(sweep: Sweep, slots: list[Slot], done: int, log_dir: Path, out: Console) -> None:
+def _introduce(sweep: Sweep, slots: list[Slot], done: int, out: Console) -> None:
     total = len(sweep.points) * len(sweep.seeds)
     grid = f"{counted(len(sweep.points), 'point')} of a grid, " if sweep.points != [{}] else ""
     seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
@@ -168,7 +170,7 @@ def _introduce(sweep: Sweep, slots: list[Slot], done: int, log_dir: Path, out: C
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")
     out.print(f"  - on {', '.join(slot.name for slot in slots)}")
-    out.print(f"  - results {sweep.folder}, logs of the workers {log_dir}")
+    out.print(f"  - results {sweep.folder}, logs {sweep.log_dir}")
 
 
 def _conclude(sweep: Sweep, source: Seeds, ledger: Ledger, out: Console) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from gpt2 import config, metrics, train
+from gpt2 import checkpoint, config, metrics, train
 from gpt2.config import RunConfig
 from gpt2.distributed import World
+from gpt2.errors import ConfigError
 from gpt2.experiments.plan import Answer, Job, Stopped
 from gpt2.start import open_data
 from gpt2.train import Report
@@ -22,10 +23,22 @@ REPORT_EVERY_S = 0.5
 DECISIVE = (
     *config.FIXED_BY_CHECKPOINT,
     *config.NOTED_AT_RESUME,
+    "checkpoint.init_from",
     "data.data_root",
     "evaluation.eval_interval",
     "evaluation.eval_batches",
 )
+
+
+def require_fresh_start(run_config: RunConfig) -> None:
+    """Raises ConfigError if the options name a checkpoint to continue: each training of an
+    experiment goes on from its own."""
+    settings = run_config.checkpoint
+    if settings.resume not in (None, "latest") or settings.init_from == "resume":
+        raise ConfigError(
+            f"--resume {settings.resume_from} is for one run; an experiment goes on by itself when "
+            "the same command is given again"
+        )
 
 
 def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
@@ -34,7 +47,7 @@ def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
         "checkpoint_dir": folder,
         "log_dir": folder,
         "runs_dir": run_config.watch.runs_dir / folder.parent.name / folder.name,
-        "resume": "latest",
+        "resume": None,
         **changes,
     }
     return Job(name, TARGET, {"run": config.overlay(run_config, of_its_own).to_dict()})
@@ -45,7 +58,7 @@ def run(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises Stopped if it was stopped, after saving.
     """
-    run_config = config.of_stored(run)
+    run_config = _continued(config.of_stored(run))
     result = train.run(run_config, _Seldom(report))
     if result.state == "stopped":
         raise Stopped
@@ -59,6 +72,13 @@ def run(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
         "train_s": sum(item.elapsed_s for item in logged.steps.values()),
         "peak_memory_gb": _peak_memory_bytes() / 1e9,
     }
+
+
+def _continued(run_config: RunConfig) -> RunConfig:
+    """The same, from its own newest checkpoint if it has any."""
+    if not checkpoint.list_checkpoints(run_config.checkpoint.checkpoint_dir):
+        return run_config
+    return config.overlay(run_config, {"resume": "latest", "init_from": "scratch"})
 
 
 def require_data(run_config: RunConfig) -> None:
@@ -82,9 +102,13 @@ class _Seldom:
 
 
 def _peak_memory_bytes() -> int:
-    """The most that the training had: of the GPU, or of the host where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The most that the training had: of the GPU, or of the host where it used none."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return allocated
+    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

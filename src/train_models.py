@@ -1,0 +1,11 @@
+"""Several models on the same data, at the same time. `--help` lists the options."""
+
+import sys
+
+if __name__ == "__main__":  # workers import this file, too
+    try:
+        from gpt2.cli_experiments import models_main
+    except ModuleNotFoundError as missing:
+        print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(models_main())
