@@ -11,6 +11,7 @@ FLOORS = [
         "pure",
         {
             "errors",
+            "naming",
             "config",
             "tokenizer",
             "published",
@@ -40,6 +41,7 @@ FLOORS = [
             "saving",
             "status",
             "metrics",
+            "wandb_sink",
             "machine",
             "monitor",
             "plot",
@@ -49,7 +51,7 @@ FLOORS = [
             "interchange",
         },
     ),
-    ("one run", {"judge", "learner", "start", "doctor", "progress", "train"}),
+    ("one run", {"judge", "learner", "named", "sinks", "start", "doctor", "progress", "train"}),
     (
         "entries",
         {
@@ -76,6 +78,7 @@ NEEDED_IN_SHELL = {
     "evaluation": {"atomic", "distributed", "data.shards"},
     "interchange": {"atomic", "checkpoint"},
     "plot": {"metrics"},
+    "wandb_sink": {"metrics"},
     "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}

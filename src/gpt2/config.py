@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from gpt2 import tokenizer
 from gpt2.data.order import Shuffle
 from gpt2.errors import ConfigError
+from gpt2.naming import ExperimentConfig
 from gpt2.schedule import Schedule
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
@@ -253,6 +254,7 @@ class RunConfig:
     evaluation: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
     machine: MachineConfig = MachineConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
 
     def __post_init__(self) -> None:
         total, block = self.data.total_batch_size, self.model.block_size

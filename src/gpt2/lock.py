@@ -113,7 +113,7 @@ def _started(pid: int) -> int:
 def _refusal(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"another run trains in {folder}: {_describe(owner(folder))}; stop it first, or keep this "
-        "run elsewhere with --out_dir NAME"
+        "run elsewhere with --out_dir NAME or --experiment_name NAME"
     )
 
 
