@@ -39,12 +39,14 @@ class WandB:
             self._run = self._begin(settings, folder, run_name, hparams)
         except self._wandb.errors.UsageError as error:
             raise ConfigError(
-                f"--use_wandb: {error}; or WANDB_MODE=offline keeps all on this machine"
+                f"--use_wandb: {str(error).rstrip('.')}; or WANDB_MODE=offline keeps all on this "
+                "machine"
             ) from error
         except Exception as error:  # its server does not answer, or refuses
+            self._wandb.teardown()  # or the id would be in use
             self._run = self._begin(settings, folder, run_name, hparams, mode="offline")
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            warn(f"WARNING: W&B is offline ({reason:.120}); later: wandb sync {self._run.dir}/..")
+            place = Path(self._run.dir).parent
+            warn(f"WARNING: W&B is offline ({_first_line(error):.120}); later: wandb sync {place}")
 
     def _begin(
         self,
@@ -112,7 +114,11 @@ class WandB:
         try:
             act()
         except Exception as error:  # of many kinds: none of them may end the training
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _load() -> Any:
