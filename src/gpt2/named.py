@@ -107,15 +107,22 @@ def require_possible(run_config: RunConfig) -> None:
 def _nothing_to_continue(run_config: RunConfig, base: Path) -> str:
     name, gpu_id = run_config.experiment.name, run_config.experiment.gpu_id
     assert name is not None
-    missing = f"experiment {name} on gpu {gpu_id} has no checkpoint in {base}"
+    assert gpu_id is not None
+    missing = f"experiment {name} on {_spoken(gpu_id)} has no checkpoint in {base}"
     there = existing(base)
     if not there:
         return f"{missing}, nor has any other; begin it without --init_from resume"
-    listed = "".join(f"\n  {item.name} on gpu {item.gpu_id}, step {item.step}" for item in there)
+    listed = "".join(
+        f"\n  {item.name} on {_spoken(item.gpu_id)}, step {item.step}" for item in there
+    )
     others = [item.gpu_id for item in there if item.name == name]
     if others:
         path = base / naming.link_name(name, others[0])
-        remedy = f"; --gpu_id {others[0]} continues it there, --resume {path} here"
+        remedy = f"; --gpu_id {others[0]} continues it there, --resume {path} here."
     else:
-        remedy = config.suggestion(name, sorted({item.name for item in there}))
-    return f"{missing}{remedy}; there are:{listed}"
+        remedy = config.suggestion(name, sorted({item.name for item in there})) or "."
+    return f"{missing}{remedy} There are:{listed}"
+
+
+def _spoken(gpu_id: str) -> str:
+    return gpu_id if gpu_id == naming.CPU else f"gpu {gpu_id}"
