@@ -34,7 +34,6 @@ while (($#)); do
     esac
 done
 ((${#specs[@]})) || { usage >&2; exit 2; }
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || refuse "this needs bash 5.1 or later"
 [[ -z $slots || $slots =~ ^[1-9][0-9]*$ ]] || refuse "--slots $slots is no number of experiments"
 [[ -z $slots || ${#gpus[@]} == 0 ]] || refuse "--gpus and --slots contradict each other"
 
@@ -162,10 +161,15 @@ trap 'stop 1' HUP
 
 start_what_fits
 while ((${#name_of[@]})); do
-    code=0 pid=''
-    wait -n -p pid "${!name_of[@]}" || code=$?
-    [[ -n ${pid:-} ]] || continue # a signal came
-    finish "$pid" "$code"
+    sleep 0.5 & # wait -n would lose jobs that end at the same time; a signal ends this wait
+    wait $! || true
+    running=" $(jobs -pr | tr '\n' ' ') "
+    for pid in "${!name_of[@]}"; do
+        [[ $running != *" $pid "* ]] || continue
+        code=0
+        wait "$pid" || code=$?
+        finish "$pid" "$code"
+    done
     [[ -n $signal ]] || start_what_fits
 done
 
