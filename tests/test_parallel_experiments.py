@@ -42,12 +42,12 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str):
     assert not list(tmp_path.iterdir())
 
 
-def test_all_are_trained_and_one_fails(data_root: Path, tmp_path: Path):
-    """Two places; the third experiment takes the first that is free, or the one it had before."""
+def test_the_next_takes_the_place_that_it_had_before(data_root: Path, tmp_path: Path):
+    """Two places, in which two experiments fail, and a third that trained in one of them before."""
     out = tmp_path / "out of all"
     (out / "logs" / "last_gpu_7").mkdir(parents=True)
     flags = small_flags(data_root, out, max_steps=2, **SHORT)
-    experiments = ["fast --learning_rate 2e-3 --sample_prompt 'a b'", "bad --n_head 3", "last"]
+    experiments = ["bad --n_head 3", "worse --n_head 5", "last --sample_prompt 'a b'"]
     done = run_command(
         [str(SCRIPT), "--gpus", "5,7", *experiments, "--", *flags],
         cwd=tmp_path,
@@ -55,24 +55,19 @@ def test_all_are_trained_and_one_fails(data_root: Path, tmp_path: Path):
         **environment(),
     )
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("started   fast on gpu 5, process ")
-    assert lines[1].startswith("started   bad on gpu 7, process ")
-    bad = lines.index("          " + next(line for line in lines if "n_head=3" in line).strip())
-    assert lines[bad - 1].startswith("failed    bad after ")
-    assert lines[bad - 1].endswith("s, exit code 2")
-    started = next(line for line in lines if line.startswith("started   last on gpu 7"))
-    assert lines.index(started) > bad
-    assert lines[-2:] == ["2 of 3 finished: fast last", "1 ended early: bad"] or (
-        lines[-2] == "2 of 3 finished: last fast"
-    )
-    assert (out / "checkpoints" / "ckpt_exp_fast_gpu_5.pt").exists()
-    assert os.readlink(out / "checkpoints" / "ckpt_exp_last_gpu_7.pt") == (
-        "last_gpu_7/step_000002.pt"
-    )
-    (console,) = (out / "logs" / "fast_gpu_5").glob("console_*.log")
-    assert f"Checkpoint will be saved as {out}/checkpoints/ckpt_exp_fast_gpu_5.pt" in (
-        console.read_text()
-    )
+    assert lines[0].startswith("started   bad on gpu 5, process ")
+    assert lines[1].startswith("started   worse on gpu 7, process ")
+    failed = next(place for place, line in enumerate(lines) if line.startswith("failed    worse"))
+    assert lines[failed].endswith(" s, exit code 2")
+    assert lines[failed + 1].startswith("          error: n_embd=16 is not a multiple of n_head=5")
+    started = next(line for line in lines if line.startswith("started   last on gpu 7, process "))
+    assert lines.index(started) > failed
+    assert lines[-2] == "1 of 3 finished: last"
+    assert lines[-1] in ("2 ended early: bad worse", "2 ended early: worse bad")
+    link = out / "checkpoints" / "ckpt_exp_last_gpu_7.pt"
+    assert os.readlink(link) == "last_gpu_7/step_000002.pt"
+    (console,) = (out / "logs" / "last_gpu_7").glob("console_*.log")
+    assert f"Checkpoint will be saved as {link}\n" in console.read_text()
 
 
 @pytest.mark.parametrize(
