@@ -13,6 +13,7 @@ FLOORS = [
             "errors",
             "limits",
             "shape",
+            "naming",
             "config",
             "tokenizer",
             "published",
@@ -43,6 +44,7 @@ FLOORS = [
             "saving",
             "status",
             "metrics",
+            "wandb_sink",
             "machine",
             "monitor",
             "plot",
@@ -52,7 +54,7 @@ FLOORS = [
             "interchange",
         },
     ),
-    ("one run", {"judge", "learner", "start", "doctor", "progress", "train"}),
+    ("one run", {"judge", "learner", "named", "sinks", "start", "doctor", "progress", "train"}),
     ("many runs", {"experiments"}),
     (
         "entries",
@@ -81,6 +83,7 @@ NEEDED_IN_SHELL = {
     "evaluation": {"atomic", "distributed", "data.shards"},
     "interchange": {"atomic", "checkpoint"},
     "plot": {"metrics"},
+    "wandb_sink": {"metrics"},
     "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
 }
 IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}

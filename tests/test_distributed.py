@@ -230,3 +230,29 @@ def test_deterministic(monkeypatch: pytest.MonkeyPatch):
     finally:
         torch.use_deterministic_algorithms(False)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_the_id_of_the_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.gpu_id("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert (distributed.gpu_id("auto"), distributed.gpu_id("cpu")) == ("1", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert (distributed.gpu_id("auto"), distributed.gpu_id("cpu")) == ("3", "3")
+
+
+def test_a_run_on_a_chosen_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with distributed.join(MachineConfig(), gpu="2") as world:
+        assert chosen == [world.device] == [torch.device("cuda", 2)]
+    with distributed.join(MachineConfig(), gpu="cpu") as world:
+        assert world.device.type == "cpu"
+    for machine, gpu in [(MachineConfig(device="cuda"), "cpu"), (MachineConfig(), "4")]:
+        with pytest.raises(ConfigError, match=f"gpu_id={gpu}"), distributed.join(machine, gpu):
+            pass

@@ -36,6 +36,7 @@ def test_options_in_commands_exist():
     known |= set(cli_watch.PlotCommand.__dataclass_fields__)
     known |= set(cli_evaluate.EvaluateCommand.__dataclass_fields__)
     known |= {"module", "standalone", "nproc_per_node", "port", "help", "no_bias"}
+    known |= {"gpus", "slots"}  # of run_parallel_experiments.sh
     known |= {"local", "outfile"}  # of `hf download` and llama.cpp
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known
 

@@ -136,6 +136,12 @@ def prune(complete: list[Checkpoint], keep_last: int, keep: Iterable[Path | None
             old.path.unlink(missing_ok=True)
 
 
+def point_at_newest(link: Path, folder: Path) -> None:
+    """Points `link`, beside `folder`, at the newest checkpoint in it, if there is one."""
+    if complete := list_checkpoints(folder):
+        atomic.point(link, f"{folder.name}/{complete[-1].path.name}")
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The finished checkpoints of `folder`, from their sidecars alone, newest last."""
     found = []

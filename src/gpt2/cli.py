@@ -65,16 +65,19 @@ def train_main() -> int:
     def body() -> int:
         command = parse_train(sys.argv[1:], speak=local_rank == 0)
         if command.list_checkpoints:
-            from gpt2 import monitor
+            from gpt2 import monitor, named
 
             if rank == 0:
-                monitor.print_checkpoints(command.run.checkpoint.checkpoint_dir, console())
+                for folder in named.folders(command.run):
+                    monitor.print_checkpoints(folder, console())
             return 0
-        from gpt2 import train
+        from gpt2 import named, train
 
         result = train.run(command.run)
         if rank == 0 and result.state == "finished":
-            print(next_commands(command.run, sys.argv[1:], world_size, result.step))
+            run = named.resolve(command.run)
+            visible = None if run == command.run else distributed.visible_gpus()
+            print(next_commands(run, sys.argv[1:], world_size, result.step, visible))
         return result.exit_code
 
     return guarded(body, speak=local_rank == 0, tell=distributed.tell_torchrun)
@@ -105,8 +108,14 @@ def before_flags(arguments: Sequence[str]) -> RunConfig:
     return run
 
 
-def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, step: int) -> str:
-    """What to type after a finished run."""
+def next_commands(
+    run: RunConfig,
+    arguments: Sequence[str],
+    world_size: int,
+    step: int,
+    visible_gpus: str | None = None,
+) -> str:
+    """What to type after a finished run; `visible_gpus` if its files are named after the first."""
     again = _without(arguments, "--resume", "--max_steps", "--init_from")
     as_script = not sys.argv[0].startswith("gpt2 ")
     train = "python src/train_improved.py" if as_script else "gpt2 train"
@@ -114,6 +123,8 @@ def next_commands(run: RunConfig, arguments: Sequence[str], world_size: int, ste
     again_with = train
     if world_size > 1:
         again_with = f"torchrun --standalone --nproc_per_node={world_size} src/train_improved.py"
+    if visible_gpus is not None:
+        again_with = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible_gpus)} {again_with}"
     folder = run.checkpoint.checkpoint_dir
     of_run = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"

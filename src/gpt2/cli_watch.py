@@ -145,9 +145,9 @@ def doctor_main() -> int:
         arguments = sys.argv[1:]
         default = DoctorCommand(run=cli.before_flags(arguments))
         command = parse(DoctorCommand, arguments, default=default)
-        from gpt2 import doctor
+        from gpt2 import doctor, named
 
-        findings = doctor.examine(command.run, command.nproc_per_node)
+        findings = doctor.examine(named.resolve(command.run), command.nproc_per_node)
         return 1 if doctor.print_findings(findings, console()) else 0
 
     return guarded(body)

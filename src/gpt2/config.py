@@ -18,6 +18,7 @@ from gpt2.data.order import Shuffle
 from gpt2.errors import ConfigError
 from gpt2.limits import nearest_multiples, require, suggestion
 from gpt2.limits import require_at_least as require_at_least
+from gpt2.naming import ExperimentConfig
 from gpt2.schedule import Schedule
 from gpt2.shape import ModelConfig as ModelConfig
 
@@ -199,6 +200,7 @@ class RunConfig:
     evaluation: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
     machine: MachineConfig = MachineConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
 
     def __post_init__(self) -> None:
         total, block = self.data.total_batch_size, self.model.block_size

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gpt2 import estimate
+from gpt2 import estimate, naming
 from gpt2.config import MachineConfig
 from gpt2.errors import ConfigError, UserError
 from gpt2.failures import TORCHRUN_IS_GONE, Watch, is_under_torchrun
@@ -147,14 +147,30 @@ def tell_torchrun(message: str) -> None:
         Path(path).write_text(json.dumps({"message": details}))
 
 
+def visible_gpus() -> str | None:
+    """The GPUs that whoever started this process lets it see; None if nothing was said."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def gpu_id(wanted: str) -> str:
+    """The id of the GPU that this process computes on if it is told no other; `cpu` without one."""
+    visible = visible_gpus()
+    if visible is not None:
+        return naming.first_visible(visible)
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return naming.CPU
+    return str(torch.cuda.current_device())
+
+
 @contextmanager
-def join(config: MachineConfig) -> Iterator[World]:
+def join(config: MachineConfig, gpu: str | None = None) -> Iterator[World]:
     """Joins the process group that torchrun started, for as long as the block runs.
 
-    Raises ConfigError if the device is not there or there are more ranks than GPUs.
+    A single process computes on the GPU with the id `gpu`. Raises ConfigError if the device is not
+    there or there are more ranks than GPUs.
     """
     rank, size, local_rank, local_size = env_rank()
-    device = _device(config.device, local_rank, local_size)
+    device = _device(config.device, local_rank, local_size, gpu)
     world = World(rank, size, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -322,7 +338,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+def _device(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> torch.device:
+    if gpu == naming.CPU:
+        if wanted == "cuda":
+            raise ConfigError("device=cuda and gpu_id=cpu contradict each other; give one of them")
+        wanted = "cpu"
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -333,6 +353,8 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
             f"{local_size} ranks on a machine with {gpus} GPU{'s'[: gpus > 1]}; "
             f"use --nproc_per_node={gpus}, or --device cpu"
         )
+    if gpu is not None and local_size == 1:
+        return torch.device("cuda", naming.gpu_index(gpu, visible_gpus(), gpus))
     return torch.device("cuda", local_rank)
 
 

@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.text import Text
 
-from gpt2 import checkpoint, distributed, estimate, lock, machine, start
+from gpt2 import checkpoint, distributed, estimate, lock, machine, named, start, wandb_sink
 from gpt2.config import RunConfig
 from gpt2.data.shards import Catalog, ShardSet, catalog, open_files_wanted
 from gpt2.data.storage import Storage
@@ -86,7 +86,7 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
         except RuntimeError as error:
             said = str(error).strip().splitlines()[0]
             yield Finding("PROBLEM", "GPU", said, "nvidia-smi tells more; a reboot may help")
-    count = ranks or max(1, len(gpus))
+    count = ranks or (max(1, len(gpus)) if run_config.experiment.name is None else 1)
     yield judge_device(wanted, len(gpus), build, driver)
     yield from judge_gpus(gpus, estimate.state_bytes(run_config.model))
     if gpus and count > 1:
@@ -108,6 +108,8 @@ def _software(run_config: RunConfig) -> Iterator[Finding]:
         there = {item.name: machine.version_of(item.name) for item in ours}
         yield judge_python(machine.python_version(), needed[0])
         yield from judge_packages(ours, there)
+    if run_config.experiment.use_wandb and find_spec("wandb") is None:
+        yield Finding("PROBLEM", "W&B", "is not installed", wandb_sink.INSTALL)
     watch = run_config.watch
     if watch.use_tensorboard and find_spec("tensorboard") is None:
         yield Finding("PROBLEM", "TensorBoard", "is not installed", "pip install tensorboard")
@@ -285,6 +287,7 @@ def find_checkpoints(run_config: RunConfig, data: Catalog | None) -> Iterator[Fi
         yield Finding("note", "running", f"{by} trains in {folder}", remedy)
     warnings: list[str] = []
     try:
+        named.require_possible(run_config)
         if wanted is None:
             start.require_fresh(folder)
         path = checkpoint.find(folder, wanted, warnings.append) if wanted else None
@@ -314,7 +317,7 @@ def writable_folders(run_config: RunConfig) -> dict[str, Path]:
         "checkpoint_dir": run_config.checkpoint.checkpoint_dir,
         "log_dir": run_config.watch.log_dir,
     }
-    if run_config.watch.use_tensorboard:
+    if run_config.watch.use_tensorboard or run_config.experiment.use_wandb:
         folders["runs_dir"] = run_config.watch.runs_dir
     storage = Storage(run_config.data.data_root)
     if storage.path is None:

@@ -15,6 +15,7 @@ from gpt2.errors import CheckpointError
 
 NAME = "run.lock"
 LOOKED_AT_S = 1.0
+RUN_FLAGS = "--out_dir NAME or --experiment_name NAME"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # such as Lustre, mounted without flock
 
 
@@ -31,7 +32,9 @@ class Owner:
 
 
 @contextmanager
-def held(folder: Path, what: str = "run", flag: str = "--out_dir NAME") -> Iterator[None]:
+def held(
+    folder: Path, what: str = "run", flag: str = "--out_dir NAME or --experiment_name NAME"
+) -> Iterator[None]:
     """The folder is this process's while the block runs; the kernel frees it when a process dies.
 
     Raises CheckpointError, naming the owner, while another process has it; `what` is kept

@@ -106,10 +106,10 @@ class Metrics:
                     self.message(f"WARNING: {type(sink).__name__} cannot write: {error}")
 
 
-def require_folders(watch: WatchConfig) -> None:
+def require_folders(watch: WatchConfig, with_runs: bool) -> None:
     """Makes the folders of the sinks; raises ConfigError, naming the flag, if one cannot be."""
     folders = {"log_dir": watch.log_dir}
-    if watch.use_tensorboard:
+    if with_runs:
         folders["runs_dir"] = watch.runs_dir
     for flag, folder in folders.items():
         try:
@@ -369,6 +369,15 @@ def read_steps(path: Path, run_name: str) -> list[LoggedStep]:
     except OSError:
         return []
     return list(processes[-1].steps.values()) if processes else []
+
+
+def furthest_step(path: Path, run_name: str) -> int:
+    """The furthest step that any process of a run has told `log.txt`; 0 if there is none."""
+    try:
+        processes = [item for item in _read_processes(path) if item.name == run_name]
+    except OSError:
+        return 0
+    return max((step for item in processes for step in item.steps), default=0)
 
 
 def _read_processes(path: Path) -> list[LoggedRun]:

@@ -31,9 +31,12 @@ class Saver:
         say: Callable[[str], None],
         resumed_from: Path | None,
         resumed_step: int | None,
+        link: Path | None = None,
     ) -> None:
+        """`link`, beside the folder of checkpoints, is kept pointing at the newest of them."""
         self._world, self._settings, self._say = world, settings, say
-        self._resumed_from = resumed_from
+        self._resumed_from, self._link = resumed_from, link
+        self._point()  # it may dangle: what was damaged has another name now
         self._writer = BackgroundWriter()
         self.goes_on_from(resumed_step)
 
@@ -96,7 +99,15 @@ class Saver:
             resumed_from=self._resumed_from,
         )
         self._step_on_disk = facts.step
+        self._point()
         return path
+
+    def _point(self) -> None:
+        if self._link is not None and self._world.is_main:
+            with contextlib.suppress(
+                OSError
+            ):  # it points at an older one; the next save tries anew
+                checkpoint.point_at_newest(self._link, self._settings.checkpoint_dir)
 
 
 class HostCopy:

@@ -100,7 +100,7 @@ def open_data(run_config: RunConfig, world: World) -> Catalog:
     def find() -> Catalog:
         if corpus := to_prepare(storage):
             assert storage.path is not None
-            prepare.prepare(corpus, storage.path)
+            prepare.prepare(corpus, storage.path, wait=True)
         return catalog(storage, cache)
 
     data = world.on_main(find)
@@ -191,7 +191,7 @@ def load_weights(run_config: RunConfig, warn: Callable[[str], None]) -> dict[str
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    state = checkpoint.load(path, trust=trust, warn=warn)
+    state = checkpoint.load(path.resolve(), trust=trust, warn=warn)  # a link has no sidecar
     shape = tuple(name for name in config.FIXED_BY_CHECKPOINT if name.startswith("model."))
     _refuse_contradictions(path, config.changed(state["config"], run_config, shape))
     weights: dict[str, torch.Tensor] = state["model"]
@@ -205,7 +205,7 @@ def require_fresh(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds {counted(len(earlier), 'checkpoint')} of an earlier run, up to "
             f"{earlier[-1].stem}; continue it with --resume latest, or keep a new run "
-            "elsewhere with --out_dir NAME"
+            "elsewhere with --out_dir NAME or --experiment_name NAME"
         )
 
 
@@ -216,5 +216,6 @@ def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: s
         )
         raise CheckpointError(
             f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n{listed}\n"
-            "give the checkpoint's values, or start another run with --out_dir NAME"
+            "give the checkpoint's values, or start another run with --out_dir NAME or "
+            "--experiment_name NAME"
         )

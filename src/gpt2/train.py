@@ -11,11 +11,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from gpt2 import checkpoint, distributed, estimate, metrics, status
+from gpt2 import checkpoint, distributed, estimate, named, sinks, status
 from gpt2.config import RunConfig
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
@@ -25,7 +24,7 @@ from gpt2.errors import Diverged
 from gpt2.failures import TORCHRUN_IS_GONE
 from gpt2.judge import Judge, Stopped
 from gpt2.learner import Learner
-from gpt2.metrics import Console, LogFile, Metrics, Sink, StepRecord, TensorBoard
+from gpt2.metrics import Metrics, Sink, StepRecord
 from gpt2.progress import Progress, Result
 from gpt2.saving import Saver
 from gpt2.schedule import is_due, lr_at
@@ -51,11 +50,12 @@ def run(run_config: RunConfig, report: Report = always_go) -> Result:
     with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
     and returns, "prune" returns at once. Raises UserError for what the user can mend.
     """
-    with distributed.join(run_config.machine) as world:
-        return _train(run_config, world, report)
+    with distributed.join(run_config.machine, run_config.experiment.gpu_id) as world:
+        return _train(world.on_main(lambda: named.resolve(run_config)), world, report)
 
 
 def _train(run_config: RunConfig, world: World, report: Report) -> Result:
+    world.on_main(lambda: named.require_possible(run_config))
     data = open_data(run_config, world)
     with claimed_folder(run_config, world):
         training = Training(run_config, world, data, Start.find(run_config, world))
@@ -98,25 +98,27 @@ class Training:
         self.data_fingerprint = data.fingerprint()
         require_enough_rows(run_config, world)
         start.require_agreement(run_config, self.data_fingerprint)
-        world.on_main(lambda: metrics.require_folders(run_config.watch))
+        world.on_main(lambda: sinks.require_folders(run_config))
 
         self.learner = Learner(run_config, world, start.weights)
         self.judge = Judge(run_config, world, self.learner, data)
         self.peak_flops = distributed.peak_flops(world, self.learner.dtype)
         self.progress = Progress()
-        self.run_name = f"{run_config.preset}_{datetime.now():%Y%m%d_%H%M%S}"
+        self.run_name, self.link = named.run_name(run_config), named.link(run_config)
         if start.state is not None:
             self._restore(start.state)
         folder = run_config.checkpoint.checkpoint_dir.resolve()
         here = start.path is not None and start.path.resolve().parent == folder
         resumed_step = start.step if here else None
-        self.saver = Saver(world, run_config.checkpoint, self._say, start.path, resumed_step)
+        self.saver = Saver(
+            world, run_config.checkpoint, self._say, start.path, resumed_step, self.link
+        )
         if world.watch is not None:
             world.watch.is_writing = lambda: self.saver.is_busy
         self.first_step = self.progress.step
         self.older = world.on_main(lambda: checkpoint.list_checkpoints(folder))
         self.run_name = world.on_main(lambda: self.run_name)
-        self.metrics = Metrics(self._sinks())
+        self.metrics = self._open_metrics()
         self.write_status("running")
         self._introduce(data)
         self.loader = self._loader()
@@ -242,7 +244,7 @@ class Training:
         self.progress.bad_in_a_row = 0
         self.saver.goes_on_from(self.progress.step)
         self.metrics.close()
-        self.metrics = Metrics(self._sinks())
+        self.metrics = self._open_metrics()
         self._say(
             f"WARNING: back to step {self.progress.step} ({path}); the data of steps "
             f"{left_out[0] + 1} to {sum(left_out)} is left out from here on"
@@ -406,21 +408,18 @@ class Training:
 
     def _restore(self, state: checkpoint.State) -> None:
         self.progress = Progress(**state["progress"])
-        self.run_name = state["run_name"]
+        self.run_name = named.run_name(self.config, state["run_name"])
         self.learner.restore(state, self.progress.step)
 
-    def _sinks(self) -> list[Sink]:
-        if not self.world.is_main:
-            return []
-        watch, step = self.config.watch, self.progress.step
-        sinks: list[Sink] = [Console(), LogFile(self._log_file(), self.run_name, step)]
-        if watch.use_tensorboard:
-            folder = watch.runs_dir / self.run_name
-            sinks.append(TensorBoard(folder, self.config.to_dict(), step, self.judge.references()))
-        return sinks
-
-    def _log_file(self) -> Path:
-        return self.config.watch.log_dir / "log.txt"
+    def _open_metrics(self) -> Metrics:
+        found: list[Sink] = []  # stays empty off rank 0
+        references = self.judge.references()
+        self.world.on_main(
+            lambda: found.extend(
+                sinks.open_sinks(self.config, self.run_name, self.progress.step, references)
+            )
+        )
+        return Metrics(found)
 
     def _introduce(self, data: Catalog) -> None:
         """What is about to train, on what, and where it is kept."""
@@ -453,10 +452,11 @@ class Training:
         )
         if run_config.data.auto_mini_batch:
             say(f"  - --auto_mini_batch: {self.learner.mini_batch_size} rows at once")
-        kept = [f"checkpoints {run_config.checkpoint.checkpoint_dir}", f"log {self._log_file()}"]
-        if run_config.watch.use_tensorboard:
-            kept.append(f"TensorBoard {run_config.watch.runs_dir / self.run_name}")
+        folder = run_config.checkpoint.checkpoint_dir
+        kept = [f"checkpoints {folder}", *sinks.places(run_config, self.run_name)]
         say("Kept in: " + ", ".join(kept))
+        if self.link is not None:
+            say(f"Checkpoint will be saved as {self.link}")
 
     def _say(self, text: str) -> None:
         self.metrics.message(text)
@@ -481,7 +481,7 @@ class Training:
             checkpoint_interval=run_config.checkpoint.checkpoint_interval,
             world_size=self.world.size,
             device=self.world.device.type,
-            log_file=str(self._log_file().resolve()),
+            log_file=str(sinks.log_file(run_config).resolve()),
         )
         folder = run_config.checkpoint.checkpoint_dir
         with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report

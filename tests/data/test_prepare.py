@@ -1,12 +1,15 @@
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +144,14 @@ def test_two_preparations_of_one_folder(tmp_path: Path):
         yield from support.small_documents(skip)
 
     prepare.prepare(replace(support.SMALL_CORPUS, documents=second), tmp_path, workers=1)
+
+
+def test_runs_that_begin_together_wait_for_one_preparation(tmp_path: Path, capsys):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [handle]).start()
+    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1, wait=True)
+    assert f"Waiting: another process prepares {tmp_path}\n" in capsys.readouterr().out
 
 
 def test_a_text_that_the_regular_expression_cannot_take(tmp_path: Path):

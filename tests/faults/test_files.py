@@ -189,7 +189,7 @@ def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
 
     train.run(small_config(data_root, tmp_path), second)
     assert f": process {os.getpid()} on {os.uname().nodename}, since 20" in seen[0]
-    assert seen[0].endswith("stop it first, or keep this run elsewhere with --out_dir NAME")
+    assert "; stop it first, or keep this run elsewhere with --out_dir NAME" in seen[0]
     assert not lock.is_held(tmp_path / "checkpoints")
 
 

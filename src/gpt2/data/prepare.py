@@ -117,6 +117,7 @@ def prepare(
     max_tokens: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     command: str | None = None,
     console: Console | None = None,
 ) -> Manifest:
@@ -124,8 +125,8 @@ def prepare(
 
     The first shard is the validation split. Every byte is the same whatever the number of workers
     and however often the preparation was killed and started again; `command` is what a person
-    types for that. Raises DataError if the folder holds other shards, the documents cannot be
-    read, or the disk is full.
+    types for that. While another process prepares the folder, `wait` waits for it. Raises DataError
+    if the folder holds other shards, the documents cannot be read, or the disk is full.
     """
     shard_tokens = shard_tokens or corpus.tokens_per_shard
     default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
@@ -135,7 +136,7 @@ def prepare(
     journal = _Journal(folder, recipe, command or shards.command(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
+        with _alone_in(folder, wait):
             if overwrite:
                 _clear(folder, corpus.name)
             if (folder / MANIFEST).exists():
@@ -166,11 +167,17 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path, wait: bool) -> Iterator[None]:
     """Two preparations of one folder would take each other's files."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            print(f"Waiting: another process prepares {folder}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     except BlockingIOError:
         raise DataError(

@@ -1,5 +1,6 @@
 """A training as a job: the function that a worker calls, and its keyword arguments."""
 
+import re
 import resource
 import statistics
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpt2 import checkpoint, config, metrics, train
+from gpt2 import checkpoint, config, metrics, naming, train
 from gpt2.config import RunConfig
 from gpt2.distributed import World
 from gpt2.errors import ConfigError
@@ -48,9 +49,16 @@ def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
         "log_dir": folder,
         "runs_dir": run_config.watch.runs_dir / folder.parent.name / folder.name,
         "resume": None,
+        "experiment_name": _run_name(folder),
         **changes,
     }
     return Job(name, TARGET, {"run": config.overlay(run_config, of_its_own).to_dict()})
+
+
+def _run_name(folder: Path) -> str:
+    """What TensorBoard and W&B call a training, beside those that begin in the same second."""
+    text = re.sub(r"[^A-Za-z0-9.]+", "-", f"{folder.parent.name}-{folder.name}")
+    return text[-naming.LONGEST :].lstrip(".-")
 
 
 def run(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
