@@ -51,8 +51,7 @@ def run_name(run_config: RunConfig, stored: str | None = None) -> str:
     continues, unless that is another experiment's."""
     begins: str = run_config.preset
     if (name := run_config.experiment.name) is not None:
-        gpu_id = run_config.experiment.gpu_id
-        begins = naming.label(name, gpu_id) if gpu_id else name  # without, another keeps it apart
+        begins = naming.label(name, run_config.experiment.gpu_id or naming.CPU)
         stored = stored if stored and stored.rsplit("_", 2)[0] == begins else None
     return stored or f"{begins}_{datetime.now():%Y%m%d_%H%M%S}"
 

@@ -10,7 +10,7 @@ from gpt2.errors import ConfigError
 
 _SAFE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")  # no _, so that folders read back as they were
-LONGEST = 100  # characters: a file's name may have 255
+_LONGEST = 100  # characters: a file's name may have 255
 CPU = "cpu"
 
 
@@ -42,11 +42,11 @@ class ExperimentConfig:
 
 
 def _require_safe(flag: str, value: str | None, safe: re.Pattern[str], characters: str) -> None:
-    if value is None or (len(value) <= LONGEST and safe.fullmatch(value)):
+    if value is None or (len(value) <= _LONGEST and safe.fullmatch(value)):
         return
     instead = "; or give --experiment_name" if flag == "wandb_run_name" else ""
     raise ConfigError(
-        f"{flag}={value!r} is part of files' names: it must have 1 to {LONGEST} characters, "
+        f"{flag}={value!r} is part of files' names: it must have 1 to {_LONGEST} characters, "
         f"{characters}, and begin with none of . and -{instead}"
     )
 

@@ -43,22 +43,26 @@ def always_go(**_metrics: float) -> Answer:
     return "go"
 
 
-def run(run_config: RunConfig, report: Report = always_go) -> Result:
+def run(run_config: RunConfig, report: Report = always_go, run_name: str | None = None) -> Result:
     """Trains as `run_config` says, from its beginning or from a checkpoint, to its end or a stop.
 
     `report` is called on rank 0: with step, total_steps, loss and tokens_per_s after each update,
     with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
-    and returns, "prune" returns at once. Raises UserError for what the user can mend.
+    and returns, "prune" returns at once. `run_name` is what its logs call a new run, by default its
+    preset (or experiment) and time. Raises UserError for what the user can mend.
     """
     with distributed.join(run_config.machine, run_config.experiment.gpu_id) as world:
-        return _train(world.on_main(lambda: named.resolve(run_config)), world, report)
+        resolved = world.on_main(lambda: named.resolve(run_config))
+        run_name = world.on_main(lambda: run_name or named.run_name(resolved))
+        return _train(resolved, run_name, world, report)
 
 
-def _train(run_config: RunConfig, world: World, report: Report) -> Result:
+def _train(run_config: RunConfig, run_name: str, world: World, report: Report) -> Result:
     world.on_main(lambda: named.require_possible(run_config))
     data = open_data(run_config, world)
     with claimed_folder(run_config, world):
-        training = Training(run_config, world, data, Start.find(run_config, world))
+        start = Start.find(run_config, world)
+        training = Training(run_config, run_name, world, data, start)
         with StopRequest() as stop:  # until the last checkpoint is on the disk
             try:
                 result = training.loop(report, stop)
@@ -83,8 +87,11 @@ class Training:
     What an earlier run left is not touched before everything that could be refused was checked.
     """
 
-    def __init__(self, run_config: RunConfig, world: World, data: Catalog, start: Start) -> None:
+    def __init__(
+        self, run_config: RunConfig, run_name: str, world: World, data: Catalog, start: Start
+    ) -> None:
         self.config, self.world, self.start = run_config, world, start
+        self.run_name, self.link = run_name, named.link(run_config)
         block_size = run_config.model.block_size
         self.train_shards = ShardSet(data, "train", block_size)
         self.order = Order(
@@ -104,7 +111,6 @@ class Training:
         self.judge = Judge(run_config, world, self.learner, data)
         self.peak_flops = distributed.peak_flops(world, self.learner.dtype)
         self.progress = Progress()
-        self.run_name, self.link = named.run_name(run_config), named.link(run_config)
         if start.state is not None:
             self._restore(start.state)
         folder = run_config.checkpoint.checkpoint_dir.resolve()
@@ -117,7 +123,6 @@ class Training:
             world.watch.is_writing = lambda: self.saver.is_busy
         self.first_step = self.progress.step
         self.older = world.on_main(lambda: checkpoint.list_checkpoints(folder))
-        self.run_name = world.on_main(lambda: self.run_name)
         self.metrics = self._open_metrics()
         self.write_status("running")
         self._introduce(data)

@@ -1,6 +1,5 @@
 """A training as a job: the function that a worker calls, and its keyword arguments."""
 
-import re
 import resource
 import statistics
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpt2 import checkpoint, config, metrics, naming, train
+from gpt2 import checkpoint, config, metrics, train
 from gpt2.config import RunConfig
 from gpt2.distributed import World
 from gpt2.errors import ConfigError
@@ -49,25 +48,20 @@ def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
         "log_dir": folder,
         "runs_dir": run_config.watch.runs_dir / folder.parent.name / folder.name,
         "resume": None,
-        "experiment_name": _run_name(folder),
         **changes,
     }
-    return Job(name, TARGET, {"run": config.overlay(run_config, of_its_own).to_dict()})
+    run_name = f"{folder.parent.name}_{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+    mine = config.overlay(run_config, of_its_own).to_dict()
+    return Job(name, TARGET, {"run": mine, "run_name": run_name})
 
 
-def _run_name(folder: Path) -> str:
-    """What TensorBoard and W&B call a training, beside those that begin in the same second."""
-    text = re.sub(r"[^A-Za-z0-9.]+", "-", f"{folder.parent.name}-{folder.name}")
-    return text[-naming.LONGEST :].lstrip(".-")
-
-
-def run(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
+def run(report: Report, run: Mapping[str, Any], run_name: str) -> dict[str, Any]:
     """Trains as the stored configuration says; what the comparison of trainings needs to know.
 
     Raises Stopped if it was stopped, after saving.
     """
     run_config = _continued(config.of_stored(run))
-    result = train.run(run_config, _Seldom(report))
+    result = train.run(run_config, _Seldom(report), run_name)
     if result.state == "stopped":
         raise Stopped
     facts = asdict(result)
