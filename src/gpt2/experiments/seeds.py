@@ -105,9 +105,15 @@ class Seeds:
     def save(self) -> None:
         """Replaces results.json by what is known now."""
         points = [asdict(item) for item in self.summaries()]
-        failures = [record.job for record in self._ledger.of("failed")]
-        self._ledger.save(metric=self._sweep.metric, points=points, failures=failures)
+        failed = [record.job for record in self.failures()]
+        self._ledger.save(metric=self._sweep.metric, points=points, failures=failed)
         self._unsaved, self._saved_at = 0, time.monotonic()
+
+    def failures(self) -> list[Record]:
+        """What has failed of the jobs that were asked for, in their order."""
+        known = self._ledger.records
+        asked = [known[job.name] for job, _ in self._sweep.jobs() if job.name in known]
+        return [record for record in asked if record.state == "failed"]
 
     def summaries(self) -> list[summary.PointSummary]:
         """What the seeds that were asked for say."""
@@ -141,7 +147,7 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
             pool = Pool(slots, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
             number = pool.run()
         source.save()
-        _conclude(sweep, source, ledger, out)
+        _conclude(sweep, source, out)
         left = sum(not ledger.is_done(job.name) for job, _ in sweep.jobs())
         if number:
             out.print(f"Stopped: {counted(left, 'job')} left; the same command goes on")
@@ -173,7 +179,7 @@ def _introduce(sweep: Sweep, slots: list[Slot], done: int, out: Console) -> None
     out.print(f"  - results {sweep.folder}, logs {sweep.log_dir}")
 
 
-def _conclude(sweep: Sweep, source: Seeds, ledger: Ledger, out: Console) -> None:
+def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     """The table, the picture, and what failed."""
     summaries = source.summaries()
     if any(item.values for item in summaries):
@@ -183,7 +189,7 @@ def _conclude(sweep: Sweep, source: Seeds, ledger: Ledger, out: Console) -> None
         out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
     elif known := sorted({name for item in summaries for name in item.metrics}):
         out.print(f"No result has {sweep.metric}; --metric may be one of {', '.join(known)}")
-    for record in ledger.of("failed"):
+    for record in source.failures():
         out.print(f"FAILED {record.job}: {record.reason}", style="red")
 
 
