@@ -1,5 +1,6 @@
 """Several ranks, as real processes under torchrun."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2 import checkpoint, distributed, train
+from gpt2 import checkpoint, distributed, start, train
 from gpt2.config import MachineConfig
+from gpt2.distributed import World
 from gpt2.errors import ConfigError
 from support import ROOT, loss_lines, losses, run_command, small_config, small_flags, train_command
 
@@ -71,19 +73,6 @@ def test_shards_far_away_give_the_same_run(data_root: Path, tmp_path: Path, unin
     assert 2 <= len(copies) <= len(shards)  # no shard was copied once per rank
 
 
-def test_three_ranks_resume_bit_identically(data_root: Path, tmp_path: Path):
-    """Shares of 3, 3 and 2 rows, and sums of three gradients, whose order matters."""
-    flags = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_command(train_command(small_flags(data_root, whole, **flags, max_steps=6), ranks=3))
-    run_command(train_command(small_flags(data_root, parts, **flags, max_steps=3), ranks=3))
-    again = small_flags(data_root, parts, **flags, max_steps=6, resume="latest")
-    run_command(train_command(again, ranks=3))
-    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
-    one, other = weights(parts, 6), weights(whole, 6)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path, capsys):
     """1 → 2 → 1 gives the losses of a run on one process."""
     flags = {"dropout": 0.0, "decay_steps": 12, "checkpoint_interval": 4}
@@ -99,37 +88,66 @@ def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path,
     assert losses(moved / "logs/log.txt") == pytest.approx(losses(alone / "logs/log.txt"), abs=1e-4)
 
 
-KEEP_GRADIENT = """
-import os, sys, torch
+SEVERAL_RUNS = """
+import json, os, sys, torch
 from gpt2 import cli, model, optim, train
 build, clip = model.build, optim.clip
 def keep(net, largest_norm):
     if os.environ.get("RANK", "0") == "0":
-        torch.save({name: part.grad for name, part in net.named_parameters()}, sys.argv[1])
+        torch.save({name: part.grad for name, part in net.named_parameters()}, path)
     return clip(net, largest_norm)
-model.build = lambda shape: build(shape).double()
-optim.clip = keep
-train.run(cli.parse_train(sys.argv[2:]).run)
+for path, flags in json.loads(sys.argv[1]):
+    model.build = (lambda shape: build(shape).double()) if path else build
+    optim.clip = keep if path else clip
+    train.run(cli.parse_train(flags).run)
 """
+"""Of each pair, a run with these flags; in float64, if the gradient of its update is to be kept."""
 
 
-def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path):
-    """In float64; shares of 3, 3 and 2 rows, in micro-batches of 2 and 1."""
-    script = tmp_path / "keep_gradient.py"
-    script.write_text(KEEP_GRADIENT)
-    gradients = []
-    for ranks in (None, 3):
-        out = tmp_path / str(ranks)
-        flags = small_flags(data_root, out, max_steps=1, dropout=0.0, eval_interval=None)
-        arguments = [str(tmp_path / f"{ranks}.pt"), *flags]
-        command = train_command(arguments, ranks=ranks, script=script)
-        run_command(command, PYTHONPATH=str(ROOT / "src"))
-        gradients.append(torch.load(tmp_path / f"{ranks}.pt"))
-    alone, shared = gradients
+def run_each(runs: list[tuple[Path | None, list[str]]], folder: Path, ranks: int | None) -> None:
+    """One run after another in the same processes, whose start is what takes long."""
+    script = folder / "several_runs.py"
+    script.write_text(SEVERAL_RUNS)
+    given = json.dumps([(str(path) if path else None, flags) for path, flags in runs])
+    command = train_command([given], ranks=ranks, script=script)
+    run_command(command, PYTHONPATH=str(ROOT / "src"))
+
+
+ONE_UPDATE = {"max_steps": 1, "dropout": 0.0, "eval_interval": None}
+SIX_UPDATES = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
+
+
+@pytest.fixture(scope="module")
+def three_ranks(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shares of 3, 3 and 2 rows, in micro-batches of 2 and 1, and sums of three gradients, whose
+    order matters: one update, six, and three of six."""
+    out = tmp_path_factory.mktemp("three_ranks")
+    runs: list[tuple[Path | None, list[str]]] = [
+        (out / "gradient.pt", small_flags(data_root, out / "one", **ONE_UPDATE)),
+        (None, small_flags(data_root, out / "whole", **SIX_UPDATES, max_steps=6)),
+        (None, small_flags(data_root, out / "parts", **SIX_UPDATES, max_steps=3)),
+    ]
+    run_each(runs, out, ranks=3)
+    return out
+
+
+def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path, three_ranks: Path):
+    flags = small_flags(data_root, tmp_path, **ONE_UPDATE)
+    run_each([(tmp_path / "gradient.pt", flags)], tmp_path, ranks=None)
+    alone, shared = (torch.load(folder / "gradient.pt") for folder in (tmp_path, three_ranks))
     assert all(part.dtype == torch.float64 for part in alone.values())
     for name, gradient in alone.items():
         assert gradient.abs().max() > 0
         assert (shared[name] - gradient).abs().max() < 1e-10, name
+
+
+def test_three_ranks_resume_bit_identically(data_root: Path, three_ranks: Path):
+    whole, parts = three_ranks / "whole", three_ranks / "parts"
+    again = small_flags(data_root, parts, **SIX_UPDATES, max_steps=6, resume="latest")
+    run_command(train_command(again, ranks=3))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = weights(parts, 6), weights(whole, 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path):
@@ -146,11 +164,12 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
     assert "traceback : error: no training data in /nowhere/fineweb_edu; make it" in root_cause
     assert "train.py" not in failed.stderr  # no traceback of ours
 
-    few_rows = small_flags(data_root, tmp_path, total_batch_size=32)
-    failed = run_command(train_command(few_rows, ranks=2), expect=None)
-    assert "\nerror: total_batch_size=32 has 1 row of block_size=32, too few for 2 ranks; use" in (
-        "\n" + failed.stderr
-    )
+
+def test_ranks_without_a_row_are_refused(data_root: Path, tmp_path: Path):
+    few_rows = small_config(data_root, tmp_path, total_batch_size=32)
+    message = "total_batch_size=32 has 1 row of block_size=32, too few for 2 ranks; use"
+    with pytest.raises(ConfigError, match=message):
+        start.require_enough_rows(few_rows, World(0, 2, torch.device("cpu")))
 
 
 def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):

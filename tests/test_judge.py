@@ -52,7 +52,10 @@ def test_hellaswag_does_not_depend_on_the_number_of_ranks(data_root: Path, tmp_p
     found = []
     for ranks in (None, 2):
         out = tmp_path / str(ranks)
-        run_command(train_command(small_flags(data_root, out, **flags), ranks))
+        if ranks is None:
+            train.run(small_config(data_root, out, **flags))
+        else:
+            run_command(train_command(small_flags(data_root, out, **flags), ranks))
         lines = (out / "logs/log.txt").read_text().splitlines()
         found.append([line for line in lines if "hellaswag:" in line])
     assert len(found[0]) == 1

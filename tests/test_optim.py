@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,3 +32,17 @@ def test_clip_scales_to_the_limit_and_returns_the_norm_before(limit, expected):
     assert float(optim.clip(layer, limit)) == pytest.approx(5.0)
     norm = (layer.weight.grad.square().sum() + layer.bias.grad.square().sum()).sqrt()
     assert float(norm) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_update_loads_no_compiler():
+    """It would cost every process two seconds."""
+    program = (
+        "import sys, torch\nfrom gpt2 import model, optim\nfrom gpt2.config import *\n"
+        "net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))\n"
+        "optimizer = optim.build(net, OptimConfig())\n"
+        "net(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()\n"
+        "optimizer.step()\noptimizer.zero_grad(set_to_none=True)\n"
+        "optimizer.load_state_dict(optimizer.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

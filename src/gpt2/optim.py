@@ -1,12 +1,26 @@
 """The optimiser and its parameter groups."""
 
+import inspect
+
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from gpt2.config import OptimConfig
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, without the wrappers that load torch.compile's machinery: two seconds of work for
+    each process, at the first update, for an optimiser that is never compiled."""
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def build(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019), fused; matrices and embeddings decay, vectors do not."""
     parameters = [part for part in model.parameters() if part.requires_grad]
     groups = [
@@ -16,7 +30,7 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         },
         {"params": [part for part in parameters if part.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )
 

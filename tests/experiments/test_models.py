@@ -154,7 +154,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 
 def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_path: Path):
     """One after another: `killed` dies once and goes on from its checkpoint behind the others."""
-    run = small_config(data_root, tmp_path, max_steps=40)
+    run = small_config(data_root, tmp_path, max_steps=24)
     stand_ins = {"killed": {"n_layer": 2}, "bad": {"data_root": str(tmp_path / "nowhere")}}
     asked = Comparison(run, stand_ins, tmp_path / "models", tmp_path / "logs")
     threading.Thread(target=kill_after_saving, args=(asked.folder / "killed",)).start()
@@ -170,7 +170,7 @@ def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_pat
     )
     assert (killed.state, killed.attempt, bad.state) == ("finished", 2, "failed")
     assert "from step 0" not in (asked.folder / "killed" / "log.txt").read_text().split("# run")[-1]
-    undisturbed = train.run(small_config(data_root, tmp_path / "alone", max_steps=40))
+    undisturbed = train.run(small_config(data_root, tmp_path / "alone", max_steps=24))
     assert killed.result["train_loss"] == undisturbed.train_loss
     assert killed.result["val_loss"] == undisturbed.val_loss
     assert loss_lines(asked.folder / "killed" / "log.txt") == loss_lines(

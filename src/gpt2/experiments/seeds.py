@@ -1,9 +1,9 @@
 """Seed sweeps: every seed of every point of a grid, of a training or of any function."""
 
 import inspect
+import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from gpt2.experiments.view import watched
 from gpt2.tables import counted
 
 SAVE_EVERY = 50
+SELDOM = 20
+"""times as long as a save takes, at least, lies between two: many results make it slow"""
 KEPT = 3
 """checkpoints of a training in a sweep, at most: the newest two and the best"""
 
@@ -64,18 +66,20 @@ class Sweep:
             fixed |= {name: value for name, value in decisive.items() if name not in swept}
         return About("seeds", fixed, total=len(self.points) * len(self.seeds))
 
-    def jobs(self) -> Iterator[tuple[Job, Point]]:
-        """Each job with its point and seed; every point has its first seed before one a second."""
-        for seed in self.seeds:
-            for point in self.points:
-                yield self._job(point, seed), {**point, "seed": seed}
+    def planned(self) -> dict[str, Point]:
+        """Point and seed of each job; every point has its first seed before one has a second."""
+        return {
+            plan.job_name(point, seed): {**point, "seed": seed}
+            for seed in self.seeds
+            for point in self.points
+        }
 
-    def _job(self, point: Point, seed: int) -> Job:
-        name = plan.job_name(point, seed)
+    def job(self, name: str, values: Point) -> Job:
+        """The job of one seed of a point."""
         if self.target is not None:
-            return Job(name, self.target, {**point, "seed": seed}, own_process=False)
-        run_config = config.overlay(self.run, point)
-        return training.job(name, run_config, self.folder / name, seed=seed, keep_last=2)
+            return Job(name, self.target, values, own_process=False)
+        run_config = config.overlay(self.run, values)
+        return training.job(name, run_config, self.folder / name, keep_last=2)
 
 
 class Seeds:
@@ -83,52 +87,54 @@ class Seeds:
 
     def __init__(self, sweep: Sweep, ledger: Ledger) -> None:
         self._sweep, self._ledger = sweep, ledger
-        self._values: dict[str, Point] = {}
-        self._jobs = self._to_do()
-        self._unsaved, self._saved_at = 0, time.monotonic()
+        self._planned = sweep.planned()
+        self._waiting = iter(self.left())
+        self._unsaved, self._saved_at, self._save_s = 0, time.monotonic(), 0.0
 
     def next(self) -> Job | None:
-        return next(self._jobs, None)
+        name = next(self._waiting, None)
+        return None if name is None else self._sweep.job(name, self._planned[name])
 
     def event(self, event: Event) -> Answer:
         if event.kind in ("finished", "pruned", "failed"):
             assert event.job is not None
-            self._ledger.add(Record.of(event, self._values[event.job.name]))
+            self._ledger.add(Record.of(event, self._planned[event.job.name]))
             self._unsaved += 1
             if event.kind == "finished" and not self._sweep.keep_checkpoints:
                 shutil.rmtree(self._sweep.folder / event.job.name, ignore_errors=True)
-        late = time.monotonic() > self._saved_at + self._sweep.save_every_s
-        if self._unsaved >= SAVE_EVERY or (self._unsaved and late):
+        if self._is_save_due():
             self.save()
         return "go"
 
+    def _is_save_due(self) -> bool:
+        age_s = time.monotonic() - self._saved_at
+        many = self._unsaved >= SAVE_EVERY and age_s > SELDOM * self._save_s
+        return many or (self._unsaved > 0 and age_s > self._sweep.save_every_s)
+
     def save(self) -> None:
         """Replaces results.json by what is known now."""
+        began = time.monotonic()
         points = [asdict(item) for item in self.summaries()]
         failed = [record.job for record in self.failures()]
         self._ledger.save(metric=self._sweep.metric, points=points, failures=failed)
         self._unsaved, self._saved_at = 0, time.monotonic()
+        self._save_s = self._saved_at - began
+
+    def left(self) -> list[str]:
+        """The jobs that are not done."""
+        return [name for name in self._planned if not self._ledger.is_done(name)]
+
+    def records(self) -> list[Record]:
+        """What became of the jobs that were asked for, in their order."""
+        known = self._ledger.records
+        return [known[name] for name in self._planned if name in known]
 
     def failures(self) -> list[Record]:
-        """What has failed of the jobs that were asked for, in their order."""
-        known = self._ledger.records
-        asked = [known[job.name] for job, _ in self._sweep.jobs() if job.name in known]
-        return [record for record in asked if record.state == "failed"]
+        return [record for record in self.records() if record.state == "failed"]
 
     def summaries(self) -> list[summary.PointSummary]:
-        """What the seeds that were asked for say."""
-        asked = [
-            record
-            for record in self._ledger.records.values()
-            if record.values.get("seed") in self._sweep.seeds
-        ]
-        return summary.summarise(self._sweep.points, asked, self._sweep.metric)
-
-    def _to_do(self) -> Iterator[Job]:
-        for job, values in self._sweep.jobs():
-            if not self._ledger.is_done(job.name):
-                self._values[job.name] = values
-                yield job
+        """What the seeds of each point say."""
+        return summary.summarise(self._sweep.points, self.records(), self._sweep.metric)
 
 
 def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
@@ -136,29 +142,32 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
     signal's number if it was stopped."""
     if sweep.target is None:
         training.require_data(sweep.run)
-        require_room(sweep)
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
-        done = sum(ledger.is_done(job.name) for job, _ in sweep.jobs())
+        require_room(sweep, len(source.left()))
+        total = sweep.about().total
+        done = total - len(source.left())
         _introduce(sweep, slots, done, out)
-        board = Board("seeds", sweep.about().total, slots, before=done)
+        board = Board("seeds", total, slots, before=done)
         log = sweep.log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
         with watched(board, sweep.folder, log=log, out=out) as on_event:
             pool = Pool(slots, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
             number = pool.run()
         source.save()
         _conclude(sweep, source, out)
-        left = sum(not ledger.is_done(job.name) for job, _ in sweep.jobs())
+        left = source.left()
         if number:
-            out.print(f"Stopped: {counted(left, 'job')} left; the same command goes on")
+            out.print(f"Stopped: {counted(len(left), 'job')} left; the same command goes on")
             return 128 + number
         return 1 if left else 0
 
 
-def require_room(sweep: Sweep) -> None:
-    """Raises ConfigError if the disk has no room for the checkpoints of all trainings."""
+def require_room(sweep: Sweep, trainings: int) -> None:
+    """Raises ConfigError if the disk has no room for the checkpoints of so many trainings."""
+    if sweep.target is not None:
+        return
     each = KEPT * estimate.state_bytes(sweep.run.model)
-    count = len(sweep.points) * len(sweep.seeds) if sweep.keep_checkpoints else 1
+    count = trainings if sweep.keep_checkpoints else min(1, trainings)
     _, free = machine.disk(sweep.folder)
     if each * count > free:
         raise ConfigError(
@@ -184,7 +193,7 @@ def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     summaries = source.summaries()
     if any(item.values for item in summaries):
         out.print(summary.listing(summaries, sweep.metric))
-        picture = sweep.folder / f"{sweep.metric}.png"
+        picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
         plot.write(lambda: summary.draw(summaries, sweep.metric), picture)
         out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
     elif known := sorted({name for item in summaries for name in item.metrics}):
