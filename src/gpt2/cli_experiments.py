@@ -34,7 +34,8 @@ class PoolOptions:
     retries: int = 1
     """more attempts for a job whose process died, hung or ran out of memory"""
     job_timeout: float | None = None
-    """seconds without a report after which a job counts as hanging"""
+    """seconds without a report after which a job counts as hanging; a training reports each step,
+    and every 15 s while it validates: more than it takes to compile and to save"""
     grace: float = 60.0
     """seconds for saving after Ctrl+C"""
 
@@ -110,8 +111,9 @@ def seeds_main() -> int:
             keep_checkpoints=command.keep_checkpoints,
         )
         pool, device = command.pool, train.run.machine.device
-        found = slots.of_machine(pool.slots, _listed("gpus", pool.gpus), device)
-        return seeds.run(sweep, found[: command.max_gpus], pool.limits(), console())
+        gpus = _listed("gpus", pool.gpus)
+        places = slots.of_machine(pool.slots, gpus, device, command.max_gpus)
+        return seeds.run(sweep, places, pool.limits(), console())
 
     return guarded(body)
 

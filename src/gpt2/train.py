@@ -289,7 +289,8 @@ class Training:
         progress, step, epoch = self.progress, self.progress.step, self._epoch()
 
         def asked() -> int:  # before every batch
-            self._beat()
+            if self._beat():
+                self._ask(report, stop, step=step)
             return stop.number
 
         if progress.validated_step != step:
@@ -466,10 +467,13 @@ class Training:
     def _say(self, text: str) -> None:
         self.metrics.message(text)
 
-    def _beat(self) -> None:
-        """Keeps the status current, so that a dead run can be told from a living one."""
-        if time.monotonic() - self.status_written > BEAT_EVERY_S:
+    def _beat(self) -> bool:
+        """Keeps the status current, so that a dead run can be told from a living one; whether that
+        was due."""
+        late = time.monotonic() - self.status_written > BEAT_EVERY_S
+        if late:
             self.write_status("running")
+        return late
 
     def write_status(self, state: status.State, reason: str | None = None) -> None:
         self.status_written = time.monotonic()

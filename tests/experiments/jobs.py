@@ -10,9 +10,9 @@ from typing import Any
 from gpt2.errors import ConfigError
 
 
-def note(trace: str, word: str) -> None:
+def note(trace: str, word: str, pid: int | None = None) -> None:
     handle = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(handle, f"{word} {os.getpid()}\n".encode())
+    os.write(handle, f"{word} {pid or os.getpid()}\n".encode())
     os.close(handle)
 
 
@@ -59,6 +59,14 @@ def dies_with_child(trace: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def waits_with_child(trace: str) -> None:
+    """Starts a child that ignores its parent's end, and waits for it."""
+    note(trace, "worker")
+    child = subprocess.Popen(["sleep", "300"])
+    note(trace, "child", child.pid)
+    child.wait()
+
+
 def hangs() -> None:
     time.sleep(300)
 
@@ -77,17 +85,45 @@ def counts(report: Any, until: int, pause: float = 0.0, trace: str | None = None
         note(trace, "counts")
     for number in range(until):
         if report(number=number) != "go":
+            if trace:
+                note(trace, "stops")
             return number
         time.sleep(pause)
     return until
 
 
-def bad_on(slot: str, seed: int, pause: float = 0.05) -> int:
+def bad_on(slot: str, seed: int, error: str, pause: float = 0.05) -> int:
     """Fails on one slot."""
     time.sleep(pause)
     if os.environ["SLOT"] == slot:
-        raise RuntimeError("this slot is broken")
+        raise RuntimeError(error)
     return seed
+
+
+def returns_much(size: int) -> str:
+    return "x" * size
+
+
+KEPT: list[object] = []
+
+
+class Cycle:
+    """Only a collection ends it."""
+
+    living = 0
+
+    def __init__(self) -> None:
+        self.me = self
+        Cycle.living += 1
+
+    def __del__(self) -> None:
+        Cycle.living -= 1
+
+
+def leaves_something(seed: int) -> int:
+    """What the job before has left is replaced; how much of all that still lives."""
+    KEPT[:] = [Cycle()]
+    return Cycle.living
 
 
 def measured(seed: int, rate: float = 1.0) -> dict[str, float]:

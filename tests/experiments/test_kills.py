@@ -1,5 +1,6 @@
 """Sweeps whose owner and workers are killed at random instants, in real processes."""
 
+import contextlib
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,8 @@ class Sweep:
                 stderr=subprocess.STDOUT,
             )
 
-    def workers(self) -> list[int]:
-        """Living worker processes, by the name of their folder in their environment."""
+    def processes(self) -> list[int]:
+        """What the owner has started and still lives, by the trace in the environment."""
         mark = f"TRACE={self.trace}".encode()
         found = []
         for entry in Path("/proc").iterdir():
@@ -51,6 +53,25 @@ class Sweep:
                 continue
         return [pid for pid in found if pid != self.owner.pid]
 
+    def workers(self) -> list[int]:
+        """Those that run jobs."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                session = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
+                if b"spawn_main" in command and session == pid:
+                    found.append(pid)
+        return found
+
+    def wait_for_workers(self) -> bool:
+        """Whether it has any before it is over."""
+        while self.owner.poll() is None:
+            if self.workers():
+                return True
+            time.sleep(0.02)
+        return False
+
     def look(self) -> None:
         """No line that was there is gone."""
         path = self.results / ledger.LINES
@@ -59,43 +80,44 @@ class Sweep:
         assert whole[: len(self.seen)] == self.seen
         self.seen = whole
 
-    def kill(self, chosen: random.Random) -> bool:
-        """Kills the owner, or a worker, or all of them; False if it is over."""
-        if self.owner.poll() is not None:
-            return False
+    def kill(self, whom: str, chosen: random.Random) -> None:
+        """Kills the owner, a worker, or all of them."""
         workers = self.workers()
-        whom = chosen.choice(["owner", "worker", "worker", "all"])
-        targets = workers if whom == "all" else workers[:1] if whom == "worker" else []
-        for pid in [*targets, *([self.owner.pid] if whom != "worker" else [])]:
-            try:
+        targets = {"owner": [], "worker": chosen.sample(workers, min(1, len(workers)))}
+        for pid in targets.get(whom, workers):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         if whom != "worker":
+            self.owner.kill()
             self.owner.wait()
-            deadline = time.monotonic() + 5
-            while self.workers():
-                assert time.monotonic() < deadline, "a worker has outlived its owner"
-                time.sleep(0.02)
+            self.require_no_orphan()
             self.look()
             self.start()
-        return True
+
+    def require_no_orphan(self) -> None:
+        deadline = time.monotonic() + 5
+        while self.processes():
+            assert time.monotonic() < deadline, "something has outlived the owner"
+            time.sleep(0.02)
 
 
-def killed_sweep(folder: Path, chosen: random.Random, kills: int) -> int:
-    """A sweep that is killed up to `kills` times and then left alone; how often it was."""
-    running, done = Sweep(folder), 0
+def killed_sweep(folder: Path, chosen: random.Random, whom: Sequence[str]) -> int:
+    """A sweep that is killed so often and then left alone; how often it was."""
+    running, kills = Sweep(folder), 0
     try:
-        for _ in range(kills):
-            time.sleep(chosen.uniform(0.2, 4.0))
+        for victim in whom:
+            if not running.wait_for_workers():
+                break
+            time.sleep(chosen.uniform(0, 1))
             running.look()
-            done += running.kill(chosen)
+            running.kill(victim, chosen)
+            kills += 1
         assert running.owner.wait(timeout=120) == 0, (folder / "output.txt").read_text()
     finally:
         running.owner.kill()
         running.owner.wait()
     running.look()
-    assert running.workers() == [] or time.sleep(1) or running.workers() == []
+    running.require_no_orphan()
     records = ledger.read_records(running.results)
     assert Counter(record.values["seed"] for record in records) == Counter(range(SEEDS))
     assert all(record.state == "finished" for record in records)
@@ -103,19 +125,20 @@ def killed_sweep(folder: Path, chosen: random.Random, kills: int) -> int:
     for line in running.trace.read_text().splitlines():
         _, seed, started, _pid = line.split()
         assert float(started) < ended[int(seed)], "a job ran again after it had finished"
-    return done
+    return kills
 
 
 def test_killed_sweep_loses_nothing(tmp_path: Path):
-    assert killed_sweep(tmp_path, random.Random(5), kills=4) >= 3
+    assert killed_sweep(tmp_path, random.Random(5), ["worker", "owner", "all"]) == 3
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_100_kills(tmp_path: Path):
-    chosen, done, sweeps = random.Random(2), 0, 0
-    while done < 100:
+    chosen, kills, sweeps = random.Random(2), 0, 0
+    while kills < 100:
         folder = tmp_path / str(sweeps)
         folder.mkdir()
-        done, sweeps = done + killed_sweep(folder, chosen, kills=12), sweeps + 1
-    print(f"{done} kills in {sweeps} sweeps: no result lost, none made twice, no orphan")
+        whom = chosen.choices(["worker", "owner", "all"], weights=[2, 1, 1], k=12)
+        kills, sweeps = kills + killed_sweep(folder, chosen, whom), sweeps + 1
+    print(f"{kills} kills in {sweeps} sweeps: no result lost, none made twice, no orphan")

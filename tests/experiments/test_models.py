@@ -157,7 +157,7 @@ def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_pat
     run = small_config(data_root, tmp_path, max_steps=24)
     stand_ins = {"killed": {"n_layer": 2}, "bad": {"data_root": str(tmp_path / "nowhere")}}
     asked = Comparison(run, stand_ins, tmp_path / "models", tmp_path / "logs")
-    threading.Thread(target=kill_after_saving, args=(asked.folder / "killed",)).start()
+    threading.Thread(target=kill_after_saving, args=(asked.folder / "killed",), daemon=True).start()
     out = Console(file=io.StringIO(), width=160)
     places = models.choose_slots(2, None, None, parallel=False, device="cpu")
     assert models.run(asked, places, Limits(), out) == 1

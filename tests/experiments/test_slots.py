@@ -31,7 +31,7 @@ def test_each_gpu_is_a_slot_by_its_own_name(monkeypatch: pytest.MonkeyPatch):
 
     assert seen() == {"gpu2": "2", "gpu5": "5", "gpu-8f3a-11": "GPU-8f3a-11"}
     assert seen(gpus=["5"]) == {"gpu5": "5"}
-    assert seen(count=2) == {"gpu2": "2", "gpu5": "5"}
+    assert seen(max_gpus=2) == seen(count=2) == {"gpu2": "2", "gpu5": "5"}
     assert seen(gpus=["5"], count=2) == {"gpu5": "5", "gpu5_2": "5"}, "two share a GPU"
     assert [slot.name for slot in slots.of_machine(device="cpu")] == ["cpu0", "cpu1"]
     with pytest.raises(ConfigError, match="no GPU 0; there are 2, 5, GPU-8f3a-11"):

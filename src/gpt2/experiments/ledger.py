@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -160,6 +160,7 @@ def opened(
         before = read_about(folder)
         if before is not None:
             _require_same(folder, before, about, differences)
+            about = replace(about, total=max(before.total, about.total))
         atomic.sweep(folder, lambda name: name in (ABOUT, RESULTS))
         atomic.write_text(folder / ABOUT, json.dumps(asdict(about), indent=1) + "\n")
         ledger = Ledger(folder, about)

@@ -126,8 +126,7 @@ def choose_slots(
     """Slots for `models` trainings: two at most, unless more are named; one if not `parallel`."""
     if models == 1 or not parallel:
         return slots.of_machine(1, gpus, device)
-    found = slots.of_machine(count, gpus, device)
-    return found if count or gpus else found[:AT_ONCE]
+    return slots.of_machine(count, gpus, device, max_gpus=None if count or gpus else AT_ONCE)
 
 
 def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console) -> int:
@@ -154,7 +153,7 @@ def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console)
         took_s = time.monotonic() - began
         _conclude(asked, ledger, diary)
         left = [name for name in asked.models if not ledger.is_done(name)]
-        if number:
+        if number and left:
             diary.say(f"Stopped: {', '.join(left)} left; the same command goes on")
             return 128 + number
         if len(waiting) > 1 and len(places) > 1:

@@ -57,6 +57,7 @@ Kind = Literal[
     "failed",  # for good: `reason`, and the `traceback` if it raised
     "stopped",  # before its end, because the owner ends; it is to be run again another time
     "slot_lost",  # the slot takes no more jobs; there is no job
+    "waiting",  # nothing has happened for a while; told to the source alone, no job, any slot
     "stopping",  # the owner ends, and asks every job to: no job, and any slot
 ]
 

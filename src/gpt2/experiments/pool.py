@@ -1,40 +1,37 @@
 """The owner of an experiment: gives the jobs of a source to worker processes, one for each slot.
 
-A worker that dies, hangs, runs out of memory or raises costs its own job only. Death is watched
-through pidfds: a pipe's end and `Process.sentinel` tell nothing while a grandchild lives. Each
-worker has a socket of its own: a shared queue hangs for ever when a writer is killed while it puts.
+A worker that dies, hangs, runs out of memory or raises costs its own job only.
 """
 
 import contextlib
-import json
-import multiprocessing
-import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from gpt2.distributed import StopRequest
+from gpt2.errors import TrainingError
 from gpt2.experiments import worker
-from gpt2.experiments.plan import Event, Job, Kind, Slot, Source
+from gpt2.experiments.plan import Answer, Event, Job, Kind, Slot, Source
+from gpt2.experiments.process import WorkerProcess
 
 POLL_S = 0.2
 """how soon a signal and a timeout are noticed"""
+TICK_S = 5.0
+"""how often the source hears something, though nothing happens"""
 STACK_S = 1.0
 """for a worker that hangs, to write where it is"""
 LOADING_S = 120.0
 """for a worker that starts, beside --job_timeout"""
 FAREWELL_S = 10.0
 """for a worker without a job, to end by itself"""
+DEATH_S = 15.0
+"""for SIGKILL to work: a process that waits for a broken device does not die"""
 BAD_SLOT = 3
-"""failures in a row, while another slot succeeds, that take a slot out of service"""
-RECEIVE_BYTES = 1 << 16
+"""workers lost in a row, while the other slots lose none, that take a slot out of service"""
 
 
 @dataclass(frozen=True)
@@ -49,63 +46,6 @@ class Limits:
     """seconds that jobs have to save and end after Ctrl+C"""
 
 
-@dataclass
-class _Worker:
-    """A worker process, as its owner sees it."""
-
-    process: multiprocessing.process.BaseProcess
-    pid: int
-    pidfd: int
-    channel: socket.socket
-    log: Path
-    job: Job | None = None
-    attempt: int = 1
-    began: float = 0.0
-    """monotonic, when it got its job"""
-    has_begun: bool = False
-    """whether it has loaded what the job needs"""
-    heard: float = 0.0
-    """monotonic, when it last said something"""
-    deadline: float | None = None
-    """monotonic, when it is killed"""
-    verdict: str = ""
-    """why it is killed"""
-    received: bytes = b""
-    has_hung_up: bool = False
-
-    @property
-    def loading_s(self) -> float:
-        """What --job_timeout leaves for the start of a process and its modules."""
-        return 0.0 if self.has_begun else LOADING_S
-
-    def kill(self) -> None:
-        """SIGKILL to the worker and to all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)  # before it has a group of its own, too
-            os.killpg(self.pid, signal.SIGKILL)
-
-    def tell(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-
-@dataclass
-class _Seat:
-    """A slot and who works there."""
-
-    slot: Slot
-    worker: _Worker | None = None
-    in_service: bool = True
-    failures: list[float] = field(default_factory=list)
-    """monotonic times of the failures in a row"""
-    progressed: float = 0.0
-    """monotonic time of the last report or result"""
-
-    @property
-    def is_free(self) -> bool:
-        return self.worker is None or (self.worker.job is None and self.worker.deadline is None)
-
-
 @dataclass(frozen=True)
 class _Waiting:
     """A job that cannot begin yet."""
@@ -114,6 +54,49 @@ class _Waiting:
     attempt: int = 1
     died_on: int | None = None
     """the slot where its worker was lost: another one may be better"""
+
+
+@dataclass
+class _Task:
+    """A job that a worker has."""
+
+    job: Job
+    attempt: int
+    began: float
+    """monotonic, as all times here"""
+    heard: float
+    """when its worker last said something"""
+    has_begun: bool = False
+    """whether its worker has loaded what it needs"""
+
+
+@dataclass
+class _Seat:
+    """A slot and who works there."""
+
+    slot: Slot
+    worker: WorkerProcess | None = None
+    task: _Task | None = None
+    deadline: float | None = None
+    """when the worker is killed, if it has not ended"""
+    killed: float | None = None
+    verdict: str = ""
+    """why it is killed"""
+    in_service: bool = True
+    losses: list[float] = field(default_factory=list)
+    """when it lost workers, since its last result"""
+    progressed: float = 0.0
+    """when it last had a report or a result"""
+
+    @property
+    def is_free(self) -> bool:
+        return self.worker is None or (self.task is None and self.deadline is None)
+
+    def kill(self, why: str) -> None:
+        assert self.worker is not None
+        self.verdict = self.verdict or why
+        self.killed = self.killed or time.monotonic()
+        self.worker.kill()
 
 
 class Pool:
@@ -138,55 +121,62 @@ class Pool:
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits
         self._waiting: list[_Waiting] = []
         self._stopping = False
+        self._told = time.monotonic()
 
     def run(self) -> int:
         """The number of the signal that stopped it, or 0 when every job has ended.
 
         The first Ctrl+C asks every job to stop, which trainings do by saving; a second one, or the
-        end of the time for that, kills them.
+        end of the time for that, kills them. They save, too, if the source raises an error.
         """
         with StopRequest() as stop:
             try:
-                while True:
-                    if stop.number and not self._stopping:
-                        self._begin_stop()
-                    self._fill()
-                    if self._is_done():
-                        return stop.number
+                while not self._is_done():
                     self._take_in()
                     self._keep_deadlines()
+                    if stop.number and not self._stopping:
+                        self._begin_stop("again" if stop.number == signal.SIGINT else "twice")
+                return stop.number
             except KeyboardInterrupt:
                 self._stopping = True
                 return signal.SIGINT
+            except BaseException:
+                self._source, self._on_event = _Nobody(), lambda _: None
+                self._begin_stop("twice")
+                while any(seat.task for seat in self._seats):
+                    self._take_in()
+                    self._keep_deadlines()
+                raise
             finally:
-                self._end_workers(at_once=sys.exc_info()[0] is not None)
+                self._end_workers()
 
-    def _begin_stop(self) -> None:
+    def _begin_stop(self, more: str) -> None:
         self._stopping = True
-        for worker_ in self._workers():
-            if worker_.job:
-                worker_.tell(signal.SIGTERM)
-                worker_.deadline = time.monotonic() + self._limits.grace
-        reason = f"jobs have {self._limits.grace:g} s to save and end"
+        grace = self._limits.grace
+        for seat in self._seats:
+            if seat.worker and seat.task:
+                seat.worker.signal(signal.SIGTERM)
+                seat.deadline = time.monotonic() + grace
+        reason = f"every job saves and ends, {grace:g} s at most; Ctrl+C {more} ends at once"
         self._show(Event("stopping", self._seats[0].slot, reason=reason))
 
     def _is_done(self) -> bool:
-        """Whether nobody works, though every slot could have had a job."""
-        if any(worker_.job for worker_ in self._workers()):
+        """Whether nobody works, though every slot was offered a job."""
+        if not self._stopping:
+            self._fill()
+        if any(seat.task for seat in self._seats):
             return False
         return self._stopping or all(seat.is_free for seat in self._seats if seat.in_service)
 
     def _fill(self) -> None:
         """Gives a job to every slot that is free, as long as there are jobs."""
         for seat in self._seats:
-            if not self._stopping and seat.in_service and seat.is_free:
-                chosen = self._next_for(seat)
-                if chosen is not None:
-                    self._begin(seat, chosen)
+            if seat.in_service and seat.is_free and (chosen := self._next_for(seat)):
+                self._begin(seat, chosen)
 
     def _next_for(self, seat: _Seat) -> _Waiting | None:
-        """What waits for this slot, or the source's next job that may run here, or else a job that
-        died here."""
+        """What waits for this slot, or the source's next job that may run here, or else a job whose
+        worker was lost here."""
         here = seat.slot.index
         serving = [other.slot.index for other in self._seats if other.in_service]
 
@@ -216,159 +206,159 @@ class Pool:
         job = chosen.job
         if seat.worker and job.own_process:
             self._waiting.insert(0, chosen)
-            self._retire(seat.worker)
+            self._dismiss(seat)
             return
-        message = json.dumps(asdict(job)).encode() + b"\n"  # a job that is not plain is our mistake
         if seat.worker is None:
-            log = self._log_of(seat.slot, job)
-            seat.worker = _start_worker(seat.slot, log)
-        hired = seat.worker
-        hired.job, hired.attempt = job, chosen.attempt
-        hired.began = hired.heard = time.monotonic()
-        hired.has_begun = False
-        with contextlib.suppress(OSError):  # it is dead: its pidfd tells
-            hired.channel.sendall(message)
-        self._tell(seat, "started")
+            try:
+                seat.worker = WorkerProcess(seat.slot, self._log_of(seat.slot, job))
+            except OSError as error:
+                raise TrainingError(
+                    f"cannot start a worker for {job.name}: {error}; the same command goes on"
+                ) from error
+        now = time.monotonic()
+        seat.task, seat.verdict = _Task(job, chosen.attempt, began=now, heard=now), ""
+        seat.worker.send(asdict(job))
+        self._tell(seat, seat.task, "started")
 
     def _take_in(self) -> None:
         """Waits for something to happen to a worker, and deals with it."""
-        seats = {}
-        for seat in self._seats:
-            if seat.worker:
-                seats[seat.worker.pidfd] = seat
-                if not seat.worker.has_hung_up:
-                    seats[seat.worker.channel.fileno()] = seat
+        seats = {
+            handle: seat for seat in self._seats if seat.worker for handle in seat.worker.handles
+        }
         ready = wait(list(seats), POLL_S)
         for seat in {id(seats[handle]): seats[handle] for handle in ready}.values():  # type: ignore[index]
             assert seat.worker is not None
-            for message in _receive(seat.worker):
+            has_ended = seat.worker.has_ended  # before its last words are read
+            for message in seat.worker.receive():
                 self._on_message(seat, message)
-            if seat.worker.pidfd in ready:
+            if has_ended:
                 self._on_death(seat)
+        if time.monotonic() > self._told + TICK_S:
+            self._told = time.monotonic()
+            self._source.event(Event("waiting", self._seats[0].slot))
 
     def _on_message(self, seat: _Seat, message: Mapping[str, Any]) -> None:
-        hired = seat.worker
-        assert hired is not None
-        hired.heard = time.monotonic()
+        task, hired = seat.task, seat.worker
+        assert task is not None and hired is not None
+        task.heard = time.monotonic()
         if "begun" in message:
-            hired.has_begun = True
-            return
-        if "report" in message:
-            seat.progressed = hired.heard
-            answer = self._tell(seat, "reported", metrics=message["report"])
-            with contextlib.suppress(OSError):
-                hired.channel.sendall(
-                    json.dumps("stop" if self._stopping else answer).encode() + b"\n"
-                )
-            return
+            task.has_begun = True
+        elif "report" in message:
+            seat.progressed = task.heard
+            answer = self._tell(seat, task, "reported", metrics=message["report"])
+            hired.send("stop" if self._stopping else answer)
+        else:
+            seat.task, seat.deadline = None, None
+            self._on_outcome(seat, task, message)
+            if task.job.own_process or message.get("recycle"):
+                self._dismiss(seat)
+
+    def _on_outcome(self, seat: _Seat, task: _Task, message: Mapping[str, Any]) -> None:
+        traceback = message.get("traceback", "")
         if "stopped" in message:
             if self._stopping:
-                self._tell(seat, "stopped")
+                self._tell(seat, task, "stopped")
             else:
-                self._on_loss(seat, "it was asked to stop by somebody else")
+                self._on_loss(seat, task, "somebody else asked it to stop")
+        elif message.get("out_of_memory"):  # perhaps by what jobs before it left
+            reason = f"out of memory: {message['failed']}"
+            self._on_loss(seat, task, reason, traceback)
         elif "failed" in message:
-            self._on_failure(seat, message)
+            self._tell(seat, task, "failed", reason=message["failed"], traceback=traceback)
+            if message["on_device"]:
+                self._blame(seat)
         else:
             kind: Kind = "pruned" if "pruned" in message else "finished"
-            self._tell(seat, kind, result=message[kind])
-            seat.failures, seat.progressed = [], hired.heard
-        own_process = hired.job is not None and hired.job.own_process
-        hired.job, hired.deadline = None, None
-        if own_process or message.get("out_of_memory"):
-            self._retire(hired)
+            self._tell(seat, task, kind, result=message[kind])
+            seat.losses, seat.progressed = [], task.heard
 
-    def _on_failure(self, seat: _Seat, message: Mapping[str, Any]) -> None:
-        reason, traceback = message["failed"], message["traceback"]
-        if message["out_of_memory"]:  # perhaps for what jobs before it left: a fresh process
-            self._on_loss(seat, f"out of memory: {reason}", traceback)
-            return
-        self._tell(seat, "failed", reason=reason, traceback=traceback)
-        if not message["known"]:  # a user's mistake is no sign of a bad GPU
-            self._count_failure(seat)
-
-    def _on_loss(self, seat: _Seat, reason: str, traceback: str = "") -> None:
+    def _on_loss(self, seat: _Seat, task: _Task, reason: str, traceback: str = "") -> None:
         """The job's worker is lost: the job begins again from its own checkpoint, or has failed."""
-        hired = seat.worker
-        assert hired is not None and hired.job is not None
-        if hired.attempt > self._limits.retries:
-            self._tell(seat, "failed", reason=reason, traceback=traceback)
+        if task.attempt > self._limits.retries:
+            self._tell(seat, task, "failed", reason=reason, traceback=traceback)
         else:
-            self._tell(seat, "retried", reason=reason, traceback=traceback)
-            again = _Waiting(hired.job, hired.attempt + 1, died_on=seat.slot.index)
-            self._waiting.append(again)
-        self._count_failure(seat)
+            self._tell(seat, task, "retried", reason=reason, traceback=traceback)
+            self._waiting.append(_Waiting(task.job, task.attempt + 1, died_on=seat.slot.index))
+        self._blame(seat)
 
     def _on_death(self, seat: _Seat) -> None:
-        hired = seat.worker
-        assert hired is not None
-        how = _bury(hired)
-        if hired.job:
-            if self._stopping:
-                self._tell(seat, "stopped", reason=hired.verdict or how)
-            else:
-                self._on_loss(seat, hired.verdict or how)
-        seat.worker = None
+        """The slot's worker is dead, or was given up."""
+        assert seat.worker is not None
+        task, seat.task = seat.task, None
+        how = seat.worker.bury() if seat.worker.has_ended else "its process cannot be killed"
+        if task and self._stopping:
+            self._tell(seat, task, "stopped", reason=seat.verdict or how)
+        elif task:
+            self._on_loss(seat, task, seat.verdict or how)
+        seat.worker = seat.deadline = seat.killed = None
+        seat.verdict = ""
 
     def _keep_deadlines(self) -> None:
         now, timeout = time.monotonic(), self._limits.job_timeout
-        for hired in self._workers():
-            if hired.deadline is not None:
-                if now > hired.deadline:
-                    grace = f"it did not end within {self._limits.grace:g} s (--grace)"
-                    hired.verdict = hired.verdict or grace
-                    hired.kill()
-            elif hired.job and timeout and now > hired.heard + timeout + hired.loading_s:
-                hired.verdict = f"no report for {timeout:g} s (--job_timeout)"
-                hired.tell(worker.SHOW_STACK)
-                hired.deadline = now + STACK_S
+        for seat in self._seats:
+            if seat.worker is None:
+                continue
+            if seat.killed and now > seat.killed + DEATH_S:
+                self._close(seat, f"process {seat.worker.pid} there cannot be killed")
+                self._on_death(seat)
+            elif seat.deadline and now > seat.deadline:
+                seat.kill(f"it did not end within {self._limits.grace:g} s (--grace)")
+            elif seat.task and timeout and not seat.deadline:
+                loading_s = 0.0 if seat.task.has_begun else LOADING_S
+                if now > seat.task.heard + timeout + loading_s:
+                    seat.verdict = f"no report for {timeout:g} s (--job_timeout)"
+                    seat.worker.signal(worker.SHOW_STACK)
+                    seat.deadline = now + STACK_S
 
-    def _count_failure(self, seat: _Seat) -> None:
-        seat.failures.append(time.monotonic())
+    def _blame(self, seat: _Seat) -> None:
+        """A slot that loses one worker after another is bad, if no other slot does the same."""
+        seat.losses.append(time.monotonic())
+        if len(seat.losses) < BAD_SLOT:
+            return
+        since = seat.losses[-BAD_SLOT]
         others = [other for other in self._seats if other is not seat and other.in_service]
-        if len(seat.failures) >= BAD_SLOT and any(
-            other.progressed > seat.failures[-BAD_SLOT] for other in others
-        ):
-            seat.in_service = False
-            reason = f"{len(seat.failures)} failures in a row, while other slots get on"
-            self._show(Event("slot_lost", seat.slot, reason=reason))
+        all_good = all(not other.losses or other.losses[-1] < since for other in others)
+        if all_good and any(other.progressed > since for other in others):
+            self._close(seat, f"{BAD_SLOT} workers lost in a row, while other slots get on")
 
-    def _retire(self, hired: _Worker) -> None:
+    def _close(self, seat: _Seat, reason: str) -> None:
+        seat.in_service = False
+        self._show(Event("slot_lost", seat.slot, reason=reason))
+
+    def _dismiss(self, seat: _Seat) -> None:
         """Lets a worker end that has no job; its slot is free when it has."""
-        with contextlib.suppress(OSError):
-            hired.channel.shutdown(socket.SHUT_WR)
-        hired.deadline = time.monotonic() + FAREWELL_S
+        assert seat.worker is not None
+        seat.worker.dismiss()
+        seat.deadline = time.monotonic() + FAREWELL_S
 
-    def _end_workers(self, at_once: bool) -> None:
+    def _end_workers(self) -> None:
         """No worker outlives its owner."""
-        for hired in self._workers():
-            if at_once or hired.job:
-                hired.kill()
-            elif hired.deadline is None:
-                self._retire(hired)
-        while busy := [seat for seat in self._seats if seat.worker]:
-            wait([seat.worker.pidfd for seat in busy if seat.worker], POLL_S)
-            for seat in busy:
-                assert seat.worker is not None
-                if _has_ended(seat.worker):
+        self._stopping = True
+        for seat in self._seats:
+            if seat.worker and seat.task:
+                seat.kill("its owner has ended")
+            elif seat.worker and seat.deadline is None:
+                self._dismiss(seat)
+        while left := [seat for seat in self._seats if seat.worker]:
+            wait([seat.worker.pidfd for seat in left if seat.worker], POLL_S)
+            for seat in left:
+                if seat.worker and seat.worker.has_ended:
                     self._on_death(seat)
             self._keep_deadlines()
 
-    def _workers(self) -> Iterator[_Worker]:
-        return (seat.worker for seat in self._seats if seat.worker)
-
-    def _tell(self, seat: _Seat, kind: Kind, **facts: Any) -> str:
-        hired = seat.worker
-        assert hired is not None
+    def _tell(self, seat: _Seat, task: _Task, kind: Kind, **facts: Any) -> Answer:
+        assert seat.worker is not None
         event = Event(
             kind,
             seat.slot,
-            hired.job,
-            hired.pid,
-            hired.attempt,
-            time.monotonic() - hired.began,
-            log=str(hired.log),
+            task.job,
+            seat.worker.pid,
+            task.attempt,
+            time.monotonic() - task.began,
+            log=str(seat.worker.log),
             **facts,
         )
+        self._told = time.monotonic()
         answer = self._source.event(event)
         self._show(event)
         return answer
@@ -378,72 +368,17 @@ class Pool:
             self._on_event(event)
 
 
+class _Nobody:
+    """In the place of a source that has raised an error: jobs end, and nobody hears how."""
+
+    def next(self) -> Job | None:
+        return None
+
+    def event(self, _event: Event) -> Answer:
+        return "stop"
+
+
 def worker_logs(folder: Path) -> Callable[[Slot, Job], Path]:
     """A log for each slot: `worker_gpu0_20261121_130000.log` in `folder`."""
     begun = time.strftime("%Y%m%d_%H%M%S")
     return lambda slot, _job: folder / f"worker_{slot.name}_{begun}.log"
-
-
-def _start_worker(slot: Slot, log: Path) -> _Worker:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    ours, theirs = socket.socketpair()
-    process = multiprocessing.get_context("spawn").Process(
-        target=worker.serve, args=(theirs, os.getpid(), log.resolve(), sys.path), name=slot.name
-    )
-    resource_tracker.ensure_running()  # its start would unblock the signal again
-    with _environment(slot.environment):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a session
-        try:
-            try:
-                process.start()
-            except BrokenPipeError:  # it was killed before it had read what it is to do
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    theirs.close()
-    assert process.pid is not None
-    return _Worker(process, process.pid, os.pidfd_open(process.pid), ours, log)
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The variables are set within the block, and as before after it."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _receive(hired: _Worker) -> list[dict[str, Any]]:
-    """The whole messages that have come; part of one, from a worker that was killed, is none."""
-    with contextlib.suppress(BlockingIOError, ConnectionError):
-        while data := hired.channel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
-            hired.received += data
-        hired.has_hung_up = True
-    *lines, hired.received = hired.received.split(b"\n")
-    return [json.loads(line) for line in lines]
-
-
-def _has_ended(hired: _Worker) -> bool:
-    return bool(wait([hired.pidfd], 0))
-
-
-def _bury(hired: _Worker) -> str:
-    """Ends what a dead worker has started, and says how it died."""
-    hired.kill()  # its group, before its number may become another process's
-    hired.process.join()
-    code = hired.process.exitcode or 0
-    hired.process.close()
-    hired.channel.close()
-    os.close(hired.pidfd)
-    if code >= 0:
-        return f"its process ended with exit code {code}"
-    name = signal.Signals(-code).name
-    note = " (as the kernel does when the memory runs out)" if name == "SIGKILL" else ""
-    return f"its process was killed by {name}{note}"

@@ -3,6 +3,7 @@
 import inspect
 import re
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from gpt2.experiments.view import watched
 from gpt2.tables import counted
 
 SAVE_EVERY = 50
+LONGEST_NAME = 200
 SELDOM = 20
 """times as long as a save takes, at least, lies between two: many results make it slow"""
 KEPT = 3
@@ -55,6 +57,17 @@ class Sweep:
                 config.overlay(self.run, point)  # raises for a field that is none, or a bad value
         else:
             _require_call(self.target, self.points[0])
+        self._require_names()
+
+    def _require_names(self) -> None:
+        """Raises ConfigError if points cannot be told apart by the names of their jobs."""
+        names = [plan.point_name(point) for point in self.points]
+        for name in names:
+            if names.count(name) > 1 or len(name) > LONGEST_NAME:
+                raise ConfigError(
+                    f"--grid: a point would be called {name:.80}, which is not a name of its own "
+                    f"of {LONGEST_NAME} characters at most; use other values"
+                )
 
     def about(self) -> About:
         """What all jobs have in common; seeds and values may be added later."""
@@ -101,7 +114,9 @@ class Seeds:
             self._ledger.add(Record.of(event, self._planned[event.job.name]))
             self._unsaved += 1
             if event.kind == "finished" and not self._sweep.keep_checkpoints:
-                shutil.rmtree(self._sweep.folder / event.job.name, ignore_errors=True)
+                folder = self._sweep.folder / event.job.name
+                # Gigabytes take long, and others wait for their answers.
+                threading.Thread(target=shutil.rmtree, args=(folder, True)).start()
         if self._is_save_due():
             self.save()
         return "go"
@@ -142,9 +157,9 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
     signal's number if it was stopped."""
     if sweep.target is None:
         training.require_data(sweep.run)
+        require_room(sweep, len(slots))
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
-        require_room(sweep, len(source.left()))
         total = sweep.about().total
         done = total - len(source.left())
         _introduce(sweep, slots, done, out)
@@ -156,24 +171,28 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
         source.save()
         _conclude(sweep, source, out)
         left = source.left()
-        if number:
+        if number and left:
             out.print(f"Stopped: {counted(len(left), 'job')} left; the same command goes on")
             return 128 + number
         return 1 if left else 0
 
 
-def require_room(sweep: Sweep, trainings: int) -> None:
-    """Raises ConfigError if the disk has no room for the checkpoints of so many trainings."""
-    if sweep.target is not None:
-        return
-    each = KEPT * estimate.state_bytes(sweep.run.model)
-    count = trainings if sweep.keep_checkpoints else min(1, trainings)
+def require_room(sweep: Sweep, at_once: int) -> None:
+    """Raises ConfigError if the disk has no room for the checkpoints of the trainings that are to
+    begin; what has begun has its room already."""
+    needs = [
+        KEPT * estimate.state_bytes(config.overlay(sweep.run, values).model)
+        for name, values in sweep.planned().items()
+        if not (sweep.folder / name).exists()
+    ]
+    if not sweep.keep_checkpoints:
+        needs = sorted(needs)[-at_once:]
     _, free = machine.disk(sweep.folder)
-    if each * count > free:
+    if sum(needs) > free:
         raise ConfigError(
-            f"the checkpoints of {counted(count, 'training')} may need {each * count / 1e9:,.0f} "
-            f"GB, {sweep.folder} has {free / 1e9:,.0f} GB free; use --no_keep_checkpoints (the "
-            "results stay), or another disk with --checkpoint_dir"
+            f"the checkpoints of {counted(len(needs), 'training')} may need "
+            f"{sum(needs) / 1e9:,.0f} GB, {sweep.folder} has {free / 1e9:,.0f} GB free; use "
+            "--no_keep_checkpoints (the results stay), or another disk with --checkpoint_dir"
         )
 
 
@@ -189,17 +208,21 @@ def _introduce(sweep: Sweep, slots: list[Slot], done: int, out: Console) -> None
 
 
 def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
-    """The table, the picture, and what failed."""
+    """The table, what failed, and the picture."""
     summaries = source.summaries()
     if any(item.values for item in summaries):
         out.print(summary.listing(summaries, sweep.metric))
-        picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
-        plot.write(lambda: summary.draw(summaries, sweep.metric), picture)
-        out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
     elif known := sorted({name for item in summaries for name in item.metrics}):
         out.print(f"No result has {sweep.metric}; --metric may be one of {', '.join(known)}")
     for record in source.failures():
         out.print(f"FAILED {record.job}: {record.reason}", style="red")
+    if any(item.values for item in summaries):
+        picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
+        try:
+            plot.write(lambda: summary.draw(summaries, sweep.metric), picture)
+        except ConfigError as error:
+            out.print(f"WARNING: no picture: {error}")
+        out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
 
 
 def _require_call(target: str, point: Point) -> None:

@@ -12,10 +12,13 @@ CPU_SHARES = 2
 
 
 def of_machine(
-    count: int | None = None, gpus: Sequence[str] | None = None, device: str = "auto"
+    count: int | None = None,
+    gpus: Sequence[str] | None = None,
+    device: str = "auto",
+    max_gpus: int | None = None,
 ) -> list[Slot]:
     """`count` slots, by default one for each GPU that this process sees, or for each of `gpus`
-    (physical ids), and without a GPU two.
+    (physical ids), of these the first `max_gpus`; and without a GPU two.
 
     More slots than GPUs share these in turn. Raises ConfigError for a GPU that is not there.
     """
@@ -29,20 +32,23 @@ def of_machine(
         visible = list(gpus)
     elif device == "cuda" and not visible:
         raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
+    visible = visible[:max_gpus]
     cores = len(os.sched_getaffinity(0))
     if visible:
         return of_gpus(visible, count or len(visible), _threads(cores, count or len(visible)))
-    return of_cores(count or CPU_SHARES, _threads(cores, count or CPU_SHARES))
+    count = count or min(CPU_SHARES, max_gpus or CPU_SHARES)
+    return of_cores(count, _threads(cores, count))
 
 
 def of_gpus(gpus: Sequence[str], count: int, threads: str) -> list[Slot]:
     """`count` slots on these GPUs, one after another, by their entry in CUDA_VISIBLE_DEVICES."""
-    slots = []
+    slots, names = [], list[str]()
     for index in range(count):
-        gpu, again = gpus[index % len(gpus)], index // len(gpus)
+        gpu = gpus[index % len(gpus)]
         short = re.sub(r"[^\w-]", "_", gpu)[:12].lower()
         name = f"{'' if short.startswith(('gpu', 'mig')) else 'gpu'}{short}"
-        name += f"_{again + 1}" if again else ""
+        names.append(name)
+        name += f"_{names.count(name)}" if names.count(name) > 1 else ""
         slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}))
     return slots
 

@@ -107,7 +107,7 @@ def listing(summaries: Sequence[PointSummary], metric: str) -> Table:
     for item in summaries:
         built.add_row(
             *(str(item.point[name]) for name in names),
-            f"{item.finished}",
+            _seeds_cell(item, metric),
             f"{item.failed or '-'}",
             *_cells(item.metrics.get(metric)),
         )
@@ -143,6 +143,12 @@ def _draw_point(axes: Axes, row: int, item: PointSummary, metric: str) -> None:
 
 def _label(point: Point) -> list[str]:
     return [f"{name} {value}" for name, value in point.items()] or ["all seeds"]
+
+
+def _seeds_cell(item: PointSummary, metric: str) -> str:
+    """Seeds that have finished; and of them, if not all, those with a finite number."""
+    count = item.metrics[metric].count if metric in item.metrics else 0
+    return f"{item.finished}" if count == item.finished else f"{count} of {item.finished}"
 
 
 def _cells(found: Statistics | None) -> tuple[str, str, str]:

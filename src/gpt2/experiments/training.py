@@ -33,6 +33,13 @@ DECISIVE = (
 def require_fresh_start(run_config: RunConfig) -> None:
     """Raises ConfigError if the options name a checkpoint to continue: each training of an
     experiment goes on from its own."""
+    name = run_config.experiment
+    if name.name is not None or name.gpu_id is not None:
+        raise ConfigError(
+            "--experiment_name, --wandb_run_name and --gpu_id are for one run; each training of an "
+            "experiment is called after its job, --checkpoint_dir keeps experiments apart, and "
+            "--gpus says where they train"
+        )
     settings = run_config.checkpoint
     if settings.resume not in (None, "latest") or settings.init_from == "resume":
         raise ConfigError(

@@ -2,8 +2,7 @@
 
 Owner and worker speak over a socket of their own, one JSON text per line. The owner sends a job,
 the worker that it has begun, any number of reports, each of which is answered, and at last what
-became of the job.
-A worker never outlives its owner.
+became of the job. A worker never outlives its owner, and nothing that a job starts its worker.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import io
 import json
 import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -30,6 +30,7 @@ from gpt2.errors import UserError, is_out_of_memory
 from gpt2.experiments.plan import Answer, Job, Stopped
 from gpt2.failures import PR_SET_PDEATHSIG
 
+MAX_RESULT_BYTES = 16_000_000
 SHOW_STACK = signal.SIGQUIT
 """makes the worker write where each of its threads is to its log"""
 
@@ -41,6 +42,7 @@ def serve(channel: socket.socket, owner: int, log: Path, search_path: list[str])
         os._exit(1)
     os.setsid()  # Ctrl+C is for the owner, which asks its workers to stop
     _write_to(log)
+    _let_nothing_outlive_me()
     stop = StopFlag()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sys.path[:] = search_path
@@ -49,10 +51,36 @@ def serve(channel: socket.socket, owner: int, log: Path, search_path: list[str])
         job = Job(**json.loads(line))
         outcome = _run(job, Reporter(channel, commands, stop))
         sys.stdout.flush()
+        if not job.own_process:
+            outcome["recycle"] = stop.is_set or not _free_memory() or _may_be_broken(outcome)
         _send(channel, outcome)
         if job.own_process:
             break
-        _free_memory()
+
+
+def _let_nothing_outlive_me() -> None:
+    """A process of its own session kills what a job has started when this worker is dead: its owner
+    does the same, if that lives."""
+    me = os.getpid()
+    death = os.pidfd_open(me)
+    if (child := os.fork()) == 0:
+        if os.fork() == 0:  # the grandchild is nobody's to wait for
+            os.setsid()
+            select.select([death], [], [])
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(me, signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(death)
+
+
+def _may_be_broken(outcome: dict[str, Any]) -> bool:
+    """Whether the process is no good for further jobs: its memory is full, or it has a GPU, which
+    does not work in it any more after an error in a kernel."""
+    torch = sys.modules.get("torch")
+    failed = "failed" in outcome and not outcome["known"]
+    has_gpu = torch is not None and torch.cuda.is_initialized()
+    return failed and (outcome["out_of_memory"] or has_gpu)
 
 
 class StopFlag:
@@ -75,12 +103,16 @@ class Reporter:
         self._channel, self._commands, self._stop = channel, commands, stop
         self.answer: Answer = "go"
         """the last one"""
+        self.is_over = False
+        """whether the job has ended; a thread may go on"""
 
     def begin(self) -> None:
         """What a job needs is loaded: from here on it may hang."""
         _send(self._channel, {"begun": os.getpid()})
 
     def __call__(self, **metrics: Any) -> Answer:
+        if self.is_over:
+            return "stop"
         _send(self._channel, {"report": metrics})
         reply = self._commands.readline()
         if not reply:  # the owner is gone
@@ -110,7 +142,8 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
     try:
         function = find(job.target)
         report.begin()
-        gc.freeze()  # modules stay: no collection need look at them again
+        if gc.get_freeze_count() == 0:
+            gc.freeze()  # modules stay: no collection need look at them again
         kwargs = dict(job.kwargs)
         if "report" in inspect.signature(function).parameters:
             kwargs["report"] = report
@@ -118,19 +151,34 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         if report.answer == "stop":
             raise Stopped
         outcome = {"pruned" if report.answer == "prune" else "finished": _plain(result)}
-        json.dumps(outcome)  # what has no plain form fails here, as the job's own mistake
+        size = len(json.dumps(outcome))  # what has no plain form fails here, as the job's mistake
+        if size > MAX_RESULT_BYTES:
+            raise UserError(
+                f"its result has {size / 1e6:.0f} MB, more than {MAX_RESULT_BYTES / 1e6:.0f}; "
+                "write it to a file, and return the file's name"
+            )
         return outcome
     except Stopped:
         return {"stopped": None}
     except BaseException as error:
-        text = "" if isinstance(error, UserError) else traceback.format_exc()
-        print(text or f"error: {error}", file=sys.stderr, flush=True)
         known = isinstance(error, UserError)
-        full = isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and is_out_of_memory(error)
-        )
+        text = "" if known else traceback.format_exc()
+        print(text or f"error: {error}", file=sys.stderr, flush=True)
         reason = str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
-        return {"failed": reason, "traceback": text, "out_of_memory": full, "known": known}
+        return {
+            "failed": reason,
+            "traceback": text,
+            "known": known,
+            "out_of_memory": _has_no_memory(error),
+            "on_device": "CUDA error" in str(error),
+        }
+    finally:
+        report.is_over = True
+
+
+def _has_no_memory(error: BaseException) -> bool:
+    of_torch = isinstance(error, RuntimeError) and is_out_of_memory(error)
+    return of_torch or isinstance(error, MemoryError)
 
 
 def _send(channel: socket.socket, message: dict[str, Any]) -> None:
@@ -151,13 +199,17 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _free_memory() -> None:
-    """What the last job left is gone before the next one begins, on a GPU too."""
+def _free_memory() -> bool:
+    """Whether what the job left is gone before the next one begins, on a GPU too."""
     gc.collect()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    except RuntimeError:  # the GPU does not work in this process any more
+        return False
+    return True
 
 
 def _write_to(log: Path) -> None:
