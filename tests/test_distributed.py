@@ -166,8 +166,8 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
 
 
 def test_ranks_without_a_row_are_refused(data_root: Path, tmp_path: Path):
-    few_rows = small_config(data_root, tmp_path, total_batch_size=32)
-    message = "total_batch_size=32 has 1 row of block_size=32, too few for 2 ranks; use"
+    few_rows = small_config(data_root, tmp_path, total_batch_size=16)
+    message = "total_batch_size=16 has 1 row of block_size=16, too few for 2 ranks; use"
     with pytest.raises(ConfigError, match=message):
         start.require_enough_rows(few_rows, World(0, 2, torch.device("cpu")))
 

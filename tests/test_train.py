@@ -140,11 +140,14 @@ def short_epochs(tmp_path: Path) -> Path:
     return folder
 
 
+LONG_ROWS = {"block_size": 32, "total_batch_size": 256}
+
+
 def test_epoch_boundaries_are_announced_once(short_epochs: Path, tmp_path: Path, capsys):
     """The second of two steps of eight rows completes epoch 0's twelve; it is resumed there."""
-    train.run(small_config(short_epochs, tmp_path, eval_interval=None, max_steps=2))
+    train.run(small_config(short_epochs, tmp_path, **LONG_ROWS, eval_interval=None, max_steps=2))
     first = capsys.readouterr().out
-    more = {"eval_interval": None, "max_steps": 3, "resume": "latest"}
+    more = {**LONG_ROWS, "eval_interval": None, "max_steps": 3, "resume": "latest"}
     train.run(small_config(short_epochs, tmp_path, **more))
     second = capsys.readouterr().out
     assert "Completed Epoch 0\n" in first
@@ -156,7 +159,8 @@ def test_epoch_boundaries_are_announced_once(short_epochs: Path, tmp_path: Path,
 
 
 def test_epochs_end_the_run(short_epochs: Path, tmp_path: Path, capsys):
-    result = train.run(small_config(short_epochs, tmp_path, max_steps=None, epochs=2))
+    more = {**LONG_ROWS, "max_steps": None, "epochs": 2}
+    result = train.run(small_config(short_epochs, tmp_path, **more))
     assert result.step == 3
     assert "step 3 | epoch 1 |" in (printed := capsys.readouterr().out)
     assert printed.count("Completed Epoch") == 2
@@ -188,14 +192,14 @@ def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Pat
 def test_contradicting_flags_are_listed_with_both_values(data_root: Path, tmp_path: Path):
     train.run(small_config(data_root, tmp_path, max_steps=2))
     other = small_config(
-        data_root, tmp_path, resume="latest", n_layer=3, block_size=16, total_batch_size=512, seed=7
+        data_root, tmp_path, resume="latest", n_layer=3, block_size=8, total_batch_size=256, seed=7
     )
     with pytest.raises(CheckpointError) as caught:
         train.run(other)
     for line in (
         "  n_layer: 2 in the checkpoint, 3 now",
-        "  block_size: 32 in the checkpoint, 16 now",
-        "  total_batch_size: 256 in the checkpoint, 512 now",
+        "  block_size: 16 in the checkpoint, 8 now",
+        "  total_batch_size: 128 in the checkpoint, 256 now",
         "  seed: 1337 in the checkpoint, 7 now",
     ):
         assert line in str(caught.value).splitlines()

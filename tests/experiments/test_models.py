@@ -105,7 +105,7 @@ def test_the_end_tells_all_and_keeps_it(compared: Compared):
     rows = json.loads((compared.folder / "results.json").read_text())["summary"]
     assert [row["model"] for row in rows] == ["gpt2", "modern", "mlp"]
     for row in rows:
-        assert row["state"] == "finished" and row["tokens"] == 20 * 256
+        assert row["state"] == "finished" and row["tokens"] == 20 * 128
         assert row["parameters"] > 800_000 and row["peak_memory_gb"] > 0.05
         assert f"{row['val_loss']:.4f}" in compared.said
     lowest = min(row["val_loss"] for row in rows)

@@ -170,9 +170,9 @@ def test_one_rank_without_memory_says_what_to_do(data_root: Path, tmp_path: Path
     )
     run = Run(data_root, tmp_path / "run", script=script, **ENDLESS)
     assert run.end() != 0
-    advice = "error: 2 rows of block_size=32 at once do not fit into the memory; use --mini_batch"
+    advice = "error: 2 rows of block_size=16 at once do not fit into the memory; use --mini_batch"
     assert advice in run.text()
-    assert "rank 1: 2 rows of block_size=32" in status.read(run.out / "checkpoints").reason
+    assert "rank 1: 2 rows of block_size=16" in status.read(run.out / "checkpoints").reason
 
 
 @pytest.mark.soak
