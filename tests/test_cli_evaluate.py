@@ -79,6 +79,7 @@ def test_models_of_other_tools(trained: Path, data_root: Path, tmp_path: Path, m
     assert results(theirs)["val"]["of"] == "3 rows"
 
 
+@pytest.mark.soak
 def test_several_ranks(trained: Path, tmp_path: Path, monkeypatch):
     batches = ("--batch_tokens", "60")  # of two tasks each
     assert evaluate(trained, monkeypatch, tmp_path / "one.json", *batches) == 0

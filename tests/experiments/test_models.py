@@ -152,6 +152,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert sorted((compared.out / "logs").iterdir()) == logs
 
 
+@pytest.mark.soak
 def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_path: Path):
     """One after another: `killed` dies once and goes on from its checkpoint behind the others."""
     run = small_config(data_root, tmp_path, max_steps=24)

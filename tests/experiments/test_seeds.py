@@ -93,6 +93,7 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
     assert "--n_layer" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_interrupted_sweep_goes_on(tmp_path: Path):
     environment = os.environ | {
         "TRACE": str(tmp_path / "trace"),

@@ -78,6 +78,7 @@ def restart_until_finished(data_root: Path, out: Path, kills: int) -> Run:
     return run
 
 
+@pytest.mark.soak
 def test_torchrun_restarts_a_killed_rank(data_root: Path, tmp_path: Path, reference: Path):
     run = restart_until_finished(data_root, tmp_path / "run", kills=1)
     assert run.text().count("Resuming from") == 1
