@@ -12,7 +12,7 @@ import pytest
 
 from support import ROOT, run_command
 
-SHIMS = ["src/train_improved.py", "src/train_models.py"]
+SHIMS = ["src/train_improved.py", "src/train_models.py", "src/parallel_search.py"]
 
 
 @pytest.mark.parametrize("name", SHIMS)
