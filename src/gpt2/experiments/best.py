@@ -1,6 +1,5 @@
 """The best trial of a search: its weights, its configuration, and the command that trains it."""
 
-import contextlib
 import json
 import os
 import shlex
@@ -62,11 +61,12 @@ def _flag(name: str, value: Any) -> list[str]:
 def _place(source: Path, target: Path) -> None:
     """The same file under another name, or a copy where the file system has no links; the name is
     never without a whole file."""
+    if target.exists() and target.samefile(source):
+        return
     temporary = target.with_name(target.name + atomic.TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
-        with contextlib.suppress(shutil.SameFileError):
-            shutil.copyfile(source, temporary)
+        shutil.copyfile(source, temporary)
     os.replace(temporary, target)

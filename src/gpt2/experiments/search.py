@@ -99,6 +99,7 @@ class Live:
     """validations so far, by their place"""
     ending: str = ""
     """why it is to end: pruned, patience, diverged"""
+    is_over: bool = False
 
 
 class Trials:
@@ -125,11 +126,9 @@ class Trials:
     def next(self) -> Job | None:
         with studies.errors_explained():
             if self._adopted:
-                left = self._adopted.pop(0)
-                trial: Trial | None = Trial(self._study, left._trial_id)
-            else:
-                left, trial = None, self._ask()
-            return None if trial is None else self._begin(trial, left)
+                return self._adopt()
+            trial = self._ask()
+            return None if trial is None else self._begin(trial, None)
 
     def event(self, event: Event) -> Answer:
         if event.job is None:
@@ -166,6 +165,14 @@ class Trials:
         if is_left and not item.state.is_finished():
             self._study.tell(item.number, state=TrialState.FAIL, skip_if_finished=True)
         return False
+
+    def _adopt(self) -> Job | None:
+        """A trial that was left; not if less trials are wanted than when it began."""
+        mine = sum(not live.is_over for live in self._live.values())
+        if self.is_broken or self.done + mine >= self._search.n_trials:
+            return None
+        left = self._adopted.pop(0)
+        return self._begin(Trial(self._study, left._trial_id), left)
 
     def _ask(self) -> Trial | None:
         """A new trial, if one is missing."""
@@ -231,6 +238,7 @@ class Trials:
             live.trial.set_user_attr(REASON, reason)
         value = min(live.losses.values()) if state == TrialState.COMPLETE else None
         told = self._study.tell(live.trial.number, value, state)
+        live.is_over = True
         ended = replace(event, kind="failed", reason=reason)
         self._enter(told, Record.of(ended, {}))
         self._failed_in_a_row = self._failed_in_a_row + 1 if state == TrialState.FAIL else 0
@@ -361,11 +369,13 @@ def _conclude(search: Search, study: Study, source: Trials, number: int, out: Co
     command = best.keep(study, search.folder)
     try:
         written = report.write(rows, search.folder, command)
-        out.print(f"Summary: {', '.join(str(path) for path in written)}")
+        names = ", ".join(path.name for path in written)
+        out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
     except (ConfigError, OSError) as error:
         out.print(f"WARNING: not everything could be written: {error}")
     if command:
-        out.print(f"Best model: {search.folder / best.FOLDER}; training in full:\n  {command}")
+        out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
+        out.print(f"  {command}", soft_wrap=True)
     storage = search.storage and studies.without_password(search.storage)
     out.print(f"Look into it: optuna-dashboard {storage or studies.url(search.folder)}")
     if done >= wanted:

@@ -148,15 +148,16 @@ def default_text(run: RunConfig) -> str:
 
 def fitted(run: RunConfig, space: Space, values: Mapping[str, Any]) -> RunConfig:
     """The training with these values of the space; where they do not fit each other, with the
-    nearest value of the space that does: of the heads first, then of the width; of the batch.
-
-    Raises ConfigError if there is none.
+    nearest value of the space that does: of the heads first, then, in a range, of the width; of
+    the batch. Raises ConfigError if there is none.
     """
     mended = dict(values)
     rows = {"total_batch_size": mended.get("block_size", run.model.block_size)}
     for name, others in (("n_head", rows), ("n_embd", rows), ("total_batch_size", {})):
         dimension = next((item for item in space if item.name == name), None)
         if dimension is None or _fits(run, mended | others):
+            continue
+        if name == "n_embd" and dimension.choices:  # each of them was meant
             continue
         for value in _nearest(dimension.values() or (), mended[name]):
             if _fits(run, mended | others | {name: value}):
@@ -298,6 +299,26 @@ def _require_shapes_that_fit(space: Space, run: RunConfig) -> None:
                 f"nothing in the space fits to {said}: {error}; for a range, give a step of "
                 "values that fit"
             ) from error
+    _require_use_of_heads(space, run)
+
+
+def _require_use_of_heads(space: Space, run: RunConfig) -> None:
+    """Raises ConfigError for a number of heads in a list that fits to no width of the space."""
+    found = {item.name: item for item in space}
+    if "n_head" not in found or not found["n_head"].choices:
+        return
+    widths = found["n_embd"].values() if "n_embd" in found else None
+    for heads in found["n_head"].choices:
+        kinds = found["architecture"].choices if "architecture" in found else ()
+        options = itertools.product(widths or (run.model.n_embd,), kinds or (None,))
+        draws = (
+            {"n_head": heads, "n_embd": width} | ({"architecture": kind} if kind else {})
+            for width, kind in options
+        )
+        require(
+            any(_fits(run, draw) for draw in draws),
+            f"n_head={heads} fits to no n_embd of the space; leave it out, or add a multiple",
+        )
 
 
 def _first(dimension: Dimension) -> Any:
