@@ -31,6 +31,8 @@ TOP, PAGE = "top5_trials.csv", "report.html"
 BEST = 5
 USED = "used_"
 GREY, BLUE, RED = "#9a9a9a", "#1f77b4", "#d62728"
+STRETCHED = 20
+"""values of which the largest is so many times the smallest stand on a logarithmic axis"""
 WIDE = 4
 """plots of relationships in a row"""
 
@@ -170,7 +172,9 @@ def _draw_course(axes: Axes, found: Sequence[Row]) -> None:
     for row in finished:
         lowest = min(lowest, row.value or math.inf)
         line.append(lowest)
-    axes.step([row.number for row in finished], line, where="post", color=RED)
+    if finished:
+        numbers = [*(row.number for row in finished), ended[-1].number]
+        axes.step(numbers, [*line, lowest], where="post", color=RED)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("lowest validation loss over the trials", loc="left")
     axes.set_xlabel("trial")
@@ -210,6 +214,8 @@ def draw_relationships(found: Sequence[Row]) -> Figure:
 
 
 def _draw_relationship(axes: Axes, name: str, shown: Sequence[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     best = {row.number for row in top(shown, 1)}
     values = [row.values.get(name) for row in shown]
     numbers = [value for value in values if isinstance(value, int | float)]
@@ -223,8 +229,10 @@ def _draw_relationship(axes: Axes, name: str, shown: Sequence[Row]) -> None:
         axes.scatter([place], [loss], s=24, color=color, alpha=0.8, zorder=order)
     if not are_numbers:
         axes.set_xticks(range(len(labels)), labels)
-    elif min(numbers) > 0 and max(numbers) > 20 * min(numbers):
+    elif min(numbers) > 0 and max(numbers) > STRETCHED * min(numbers):
         axes.set_xscale("log")
+    elif all(isinstance(value, int) for value in numbers):
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_title(name, loc="left")
 
 
