@@ -119,6 +119,13 @@ class Trials:
         return len(self.all(*COUNTED))
 
     @property
+    def elsewhere(self) -> int:
+        """Trials that other machines train."""
+        mine = self._search.owner
+        running = self.all(TrialState.RUNNING)
+        return sum(item.user_attrs.get(OWNER, mine) != mine for item in running)
+
+    @property
     def is_broken(self) -> bool:
         """Whether so many trials have failed that others would, too."""
         return self._failed_in_a_row >= FAILURES
@@ -389,4 +396,8 @@ def _conclude(search: Search, study: Study, source: Trials, number: int, out: Co
             f"same command goes on with the {counted(wanted - done, 'trial')} left",
             style="red",
         )
+        return 1
+    if elsewhere := source.elsewhere:
+        out.print(f"Nothing left to begin here; {counted(elsewhere, 'trial')} go on elsewhere")
+        return 0
     return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,9 @@ def opened(search: Search) -> Study:
     study = _created(search)
     # The same seed again would draw the same values again.
     seed = search.run.machine.seed + len(study.get_trials(deepcopy=False))
-    study.sampler = TPESampler(seed=seed, constant_liar=True)
+    if search.storage:  # nor should two machines that begin at the same moment
+        seed += zlib.crc32(search.owner.encode())
+    study.sampler = TPESampler(seed=seed % 2**32, constant_liar=True)
     fixed = {name: value for name, value in search.about().fixed.items() if name != "data_root"}
     before = study.user_attrs.get(FIXED)
     if before is None:
@@ -75,7 +78,12 @@ def _created(search: Search) -> Study:
                 pruner=MedianPruner(n_startup_trials=search.startup_trials),
                 load_if_exists=True,
             )
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
+            raise ConfigError(
+                f"--storage {without_password(address)} needs a driver that is not installed; for "
+                "PostgreSQL: pip install 'psycopg[binary]', and postgresql+psycopg://…"
+            ) from error
+        except ValueError as error:
             raise ConfigError(f"--storage {without_password(address)}: {error}") from error
         except (StorageInternalError, SQLAlchemyError) as error:
             if attempt == TRIES - 1:
