@@ -121,6 +121,8 @@ class Trials:
     @property
     def elsewhere(self) -> int:
         """Trials that other machines train."""
+        if self._search.storage is None:
+            return 0
         mine = self._search.owner
         running = self.all(TrialState.RUNNING)
         return sum(item.user_attrs.get(OWNER, mine) != mine for item in running)

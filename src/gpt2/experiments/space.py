@@ -136,7 +136,7 @@ def default_text(run: RunConfig) -> str:
     unit = 2 * heads  # an even width for every head
     around = {run.model.n_embd * share // 4 // unit * unit for share in (2, 3, 4, 5)}
     return DEFAULT.format(
-        warmup=max(2, 2 * run.optim.warmup_steps),
+        warmup=max(2, min(2 * run.optim.warmup_steps, (run.data.max_steps or 10**9) // 2)),
         batches=[
             count * run.model.block_size for count in sorted({max(1, rows // 2), rows, 2 * rows})
         ],
