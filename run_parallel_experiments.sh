@@ -17,15 +17,30 @@ set -euo pipefail
 usage() { sed -n '2,/^set/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 refuse() { echo "error: $1" >&2; exit 2; }
 
+# Sets gpus to what CUDA would show of such a list: all before the first that is none, as -1.
+read_gpus() {
+    local item items=()
+    gpus=()
+    IFS=, read -ra items <<<"$1"
+    for item in "${items[@]}"; do
+        item=${item//[[:space:]]/}
+        [[ -n $item && $item != -* ]] || return 1
+        gpus+=("$item")
+    done
+    ((${#gpus[@]}))
+}
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-gpus=() slots='' specs=() common=()
+gpus=() listed='' slots='' specs=() common=()
 while (($#)); do
     case $1 in
         --gpus | --slots)
             (($# > 1)) || refuse "$1 needs a value"
-            if [[ $1 == --gpus ]]; then IFS=, read -ra gpus <<<"$2"; else slots=$2; fi
-            shift 2 ;;
-        --gpus=*) IFS=, read -ra gpus <<<"${1#*=}"; shift ;;
+            set -- "$1=$2" "${@:3}" ;;
+        --gpus=*)
+            listed=${1#*=}
+            read_gpus "$listed" || refuse "--gpus '$listed' must be as 0,2; --slots N is for the CPU"
+            shift ;;
         --slots=*) slots=${1#*=}; shift ;;
         -h | --help) usage; exit 0 ;;
         --) shift; common=("$@"); break ;;
@@ -35,17 +50,36 @@ while (($#)); do
 done
 ((${#specs[@]})) || { usage >&2; exit 2; }
 [[ -z $slots || $slots =~ ^[1-9][0-9]*$ ]] || refuse "--slots $slots is no number of experiments"
-[[ -z $slots || ${#gpus[@]} == 0 ]] || refuse "--gpus and --slots contradict each other"
+[[ -z $slots || -z $listed ]] || refuse "--gpus and --slots contradict each other"
+
+# Where an experiment with these flags keeps its logs.
+logs_of() {
+    local out='' log=''
+    while (($#)); do
+        case ${1//-/_} in
+            __out_dir) out=${2:-} ;;
+            __out_dir=*) out=${1#*=} ;;
+            __log_dir) log=${2:-} ;;
+            __log_dir=*) log=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "${log:-${out:+$out/}logs}"
+}
 
 names=()
-declare -A flags_of=()
+declare -A flags_of=() folder_of=()
 for spec in "${specs[@]}"; do
-    read -r name flags <<<"$spec"
+    read -r -d '' name flags <<<"$spec" || true # to its end, over several lines
     [[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
         refuse "'$spec' must begin with a name of letters, digits, . _ and -"
     [[ -z ${flags_of[$name]+set} ]] || refuse "two experiments have the name $name"
     xargs -n 1 <<<"$flags" >/dev/null 2>&1 || refuse "'$spec' has a quote that does not end"
-    flags_of[$name]=$flags
+    words=()
+    [[ -z $flags ]] || mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$flags") # reads quotes
+    words=("${common[@]}" "${words[@]}" --experiment_name "$name")
+    flags_of[$name]=${words[*]@Q}
+    folder_of[$name]=$(logs_of "${words[@]}")/${name}_gpu_ # and the id of its GPU
     names+=("$name")
 done
 
@@ -57,7 +91,7 @@ python=$root/.venv/bin/python
 threads=()
 if [[ -z $slots ]] && ((${#gpus[@]} == 0)); then
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+        read_gpus "$CUDA_VISIBLE_DEVICES" || true
     elif command -v nvidia-smi >/dev/null; then
         mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader | grep -x '[0-9]*')
     fi
@@ -69,43 +103,38 @@ if ((${#gpus[@]} == 0)); then
     for ((slot = 0; slot < slots; slot++)); do gpus+=(''); done
 fi
 
-logs=logs
-for ((i = 0; i < ${#common[@]}; i++)); do # where the experiments keep theirs
-    case ${common[i]//-/_} in
-        __out_dir) logs=${common[i + 1]:-}/logs ;;
-        __out_dir=*) logs=${common[i]#*=}/logs ;;
-    esac
+ids=() # what files of experiments in each slot are named after, as the training does
+for gpu in "${gpus[@]}"; do
+    id=${gpu:-cpu}
+    ids+=("${id//[^A-Za-z0-9.-]/-}")
 done
 
 declare -A slot_of=() log_of=() name_of=() begun=()
-waiting=("${names[@]}") free=("${!gpus[@]}") finished=() failed=() signal=''
-
-# What files of experiments on this GPU are named after, as the training does.
-id_of() { local id=${1:-cpu}; echo "${id//[^A-Za-z0-9.-]/-}"; }
+waiting=("${names[@]}") free=("${!gpus[@]}") finished=() failed=() signal='' told=''
 
 # Whether an experiment may begin in this slot: not if it had another of these GPUs before.
 suits() {
-    local name=$1 slot=$2 other
-    [[ -d $logs/${name}_gpu_$(id_of "${gpus[slot]}") ]] && return 0
-    for other in "${gpus[@]}"; do
-        [[ -d $logs/${name}_gpu_$(id_of "$other") ]] && return 1
+    local name=$1 slot=$2 id
+    [[ -d ${folder_of[$name]}${ids[slot]} ]] && return 0
+    for id in "${ids[@]}"; do
+        [[ -d ${folder_of[$name]}$id ]] && return 1
     done
     return 0
 }
 
+# Nothing starts once a signal came, and what started in the same moment is told of it.
 start() {
-    local name=$1 slot=$2 gpu=${gpus[$2]} words=() id folder log
-    id=$(id_of "$gpu")
-    folder=$logs/${name}_gpu_$id
+    local name=$1 slot=$2 gpu=${gpus[$2]} folder=${folder_of[$1]}${ids[$2]} now words log
+    printf -v now '%(%Y%m%d_%H%M%S)T' -1
+    log=$folder/console_$now.log
+    eval "words=(${flags_of[$name]})"
     mkdir -p "$folder"
-    log=$folder/console_$(date +%Y%m%d_%H%M%S).log
-    if [[ -n ${flags_of[$name]} ]]; then
-        mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"${flags_of[$name]}") # quotes are read
-    fi
+    [[ -z $signal ]] || return 1
     env "${threads[@]}" CUDA_VISIBLE_DEVICES="$gpu" "$python" "$root/src/train_improved.py" \
-        "${common[@]}" "${words[@]}" --experiment_name "$name" </dev/null >"$log" 2>&1 &
-    slot_of[$!]=$slot name_of[$!]=$name log_of[$!]=$log begun[$!]=$SECONDS
-    echo "started   $name on ${gpu:+gpu }$id, process $!, $log"
+        "${words[@]}" </dev/null >"$log" 2>&1 &
+    slot_of[$!]=$slot log_of[$!]=$log begun[$!]=$SECONDS name_of[$!]=$name
+    [[ -z $told ]] || kill -s "$told" $!
+    echo "started   $name on ${gpu:+gpu }${ids[slot]}, process $!, $log"
 }
 
 start_what_fits() {
@@ -113,8 +142,7 @@ start_what_fits() {
     for slot in "${free[@]}"; do
         rest=()
         for name in "${waiting[@]}"; do
-            if [[ -n $slot ]] && suits "$name" "$slot"; then
-                start "$name" "$slot"
+            if [[ -n $slot && -z $signal ]] && suits "$name" "$slot" && start "$name" "$slot"; then
                 slot=''
             else
                 rest+=("$name")
@@ -137,7 +165,7 @@ finish() {
         finished+=("$name")
     else
         failed+=("$name")
-        tail -n 1 "${log_of[$pid]}" | sed 's/^/          /'
+        tail -n 1 "${log_of[$pid]}" 2>/dev/null | sed 's/^/          /' # it may have none yet
     fi
     free+=("${slot_of[$pid]}")
     unset "name_of[$pid]"
@@ -145,30 +173,32 @@ finish() {
 
 # Jobs of a script have SIGINT ignored, so they are told by SIGTERM, after which they save.
 stop() {
-    local number=TERM
-    if [[ -n $signal ]]; then
-        number=KILL
-        echo "Killing ${#name_of[@]} experiments"
-    else
-        signal=$1
-        echo "Stopping: ${#name_of[@]} experiments save and end; once more kills them"
-    fi
-    ((${#name_of[@]} == 0)) || kill -s "$number" "${!name_of[@]}" 2>/dev/null || true
+    local words="Stopping: ${#name_of[@]} experiments save and end; once more kills them"
+    [[ -z $signal ]] || words="Killing ${#name_of[@]} experiments"
+    told=${signal:+KILL} told=${told:-TERM} signal=${signal:-$1}
+    tell "$told"
+    echo "$words"
 }
+tell() { ((${#name_of[@]} == 0)) || kill -s "$1" "${!name_of[@]}" 2>/dev/null; }
 trap 'stop 2' INT
 trap 'stop 15' TERM
 trap 'stop 1' HUP
 
+# From here on only the end of the last experiment ends the script, neither a helper that fails nor
+# a reader of its output that goes away; should it end nevertheless, none goes on unseen.
+set +e
+trap : PIPE
+trap 'tell TERM' EXIT
+
 start_what_fits
 while ((${#name_of[@]})); do
     sleep 0.5 & # wait -n would lose jobs that end at the same time; a signal ends this wait
-    wait $! || true
-    running=" $(jobs -pr | tr '\n' ' ') "
+    wait $!
+    running=$(jobs -pr) || continue # Ctrl+C ended it
     for pid in "${!name_of[@]}"; do
-        [[ $running != *" $pid "* ]] || continue
-        code=0
-        wait "$pid" || code=$?
-        finish "$pid" "$code"
+        [[ $'\n'$running$'\n' != *$'\n'$pid$'\n'* ]] || continue
+        wait "$pid"
+        finish "$pid" $?
     done
     [[ -n $signal ]] || start_what_fits
 done

@@ -2,11 +2,10 @@
 
 import sys
 
-try:
-    from gpt2.cli_experiments import seeds_main
-except ModuleNotFoundError as missing:
-    print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
-    sys.exit(2)
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # workers import this file, too
+    try:
+        from gpt2.cli_experiments import seeds_main
+    except ModuleNotFoundError as missing:
+        print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
+        sys.exit(2)
     sys.exit(seeds_main())

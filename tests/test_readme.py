@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, cli_data, cli_evaluate, cli_model, cli_watch, config
+from gpt2 import cli, cli_data, cli_evaluate, cli_experiments, cli_model, cli_watch, config
 from gpt2.sampling import Sampling
 from support import ROOT
 
@@ -36,7 +36,8 @@ def test_options_in_commands_exist():
     known |= set(cli_watch.PlotCommand.__dataclass_fields__)
     known |= set(cli_evaluate.EvaluateCommand.__dataclass_fields__)
     known |= {"module", "standalone", "nproc_per_node", "port", "help", "no_bias"}
-    known |= {"gpus", "slots"}  # of run_parallel_experiments.sh
+    known |= set(cli_experiments.SeedsCommand.__dataclass_fields__)
+    known |= set(cli_experiments.PoolOptions.__dataclass_fields__)  # and of the script's
     known |= {"local", "outfile"}  # of `hf download` and llama.cpp
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known
 

@@ -12,7 +12,12 @@ import pytest
 
 from support import ROOT, run_command
 
-SHIMS = ["src/train_improved.py", "src/train_models.py", "src/parallel_search.py"]
+SHIMS = [
+    "src/train_improved.py",
+    "src/main_multi_gpu.py",
+    "src/train_models.py",
+    "src/parallel_search.py",
+]
 
 
 @pytest.mark.parametrize("name", SHIMS)
@@ -37,6 +42,12 @@ def test_outside_the_environment_the_way_in_is_named(name: str, tmp_path: Path):
     done = run_command(command, cwd=tmp_path, expect=2, PYTHONPATH="")
     assert done.stderr.startswith("error: No module named")
     assert "source .venv/bin/activate" in done.stderr
+
+
+@pytest.mark.parametrize("name", SHIMS[1:])
+def test_a_worker_that_imports_the_script_imports_nothing_else(name: str):
+    as_worker = f"import runpy; runpy.run_path({str(ROOT / name)!r}, run_name='__mp_main__')"
+    run_command([sys.executable, "-S", "-c", as_worker], PYTHONPATH="")
 
 
 def test_help_of_tensorboard_script():

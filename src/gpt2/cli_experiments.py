@@ -272,10 +272,11 @@ def _show(arguments: Sequence[str]) -> int:
     from gpt2 import monitor, status
     from gpt2.experiments import listing
 
-    if said := listing.find(command.folder) is None and status.read(command.folder):
-        monitor.print_state(monitor.Run(command.folder, said), console())
+    item = listing.find(command.folder)
+    if item is None and (training := status.read(command.folder)):
+        monitor.print_state(monitor.Run(command.folder, training), console())
         return 0
-    item = listing.require(command.folder)
+    item = item or listing.require(command.folder)
     if command.json:
         print(json.dumps(listing.facts(item)))
     elif command.failed:

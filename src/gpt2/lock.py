@@ -32,9 +32,7 @@ class Owner:
 
 
 @contextmanager
-def held(
-    folder: Path, what: str = "run", flag: str = "--out_dir NAME or --experiment_name NAME"
-) -> Iterator[None]:
+def held(folder: Path, what: str = "run", flag: str = RUN_FLAGS) -> Iterator[None]:
     """The folder is this process's while the block runs; the kernel frees it when a process dies.
 
     Raises CheckpointError, naming the owner, while another process has it; `what` is kept

@@ -59,8 +59,9 @@ class Sweep:
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                session = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
-                if b"spawn_main" in command and session == pid:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                parent, session = int(fields[1]), int(fields[3])
+                if b"spawn_main" in command and (parent, session) == (self.owner.pid, pid):
                     found.append(pid)
         return found
 

@@ -193,8 +193,10 @@ def test_bad_slot_is_taken_out_of_service(tmp_path: Path, error: str, lost: list
     pool = Pool(SLOTS, source, seen.append, log_of=lambda *_: tmp_path / "log")
     pool.run()
     assert [event.slot.index for event in seen if event.kind == "slot_lost"] == lost
+    assert len(source.of("failed")) >= 3 and len(source.heard) == 40
     if lost:
-        assert len(source.of("failed")) == 3 and len(source.of("finished")) == 17
+        after = seen[[event.kind for event in seen].index("slot_lost") + 1 :]
+        assert {event.slot.index for event in after} == {1}, "it gets no more jobs"
 
 
 def test_a_worker_that_was_told_to_stop_gets_no_more_jobs(tmp_path: Path):

@@ -24,6 +24,8 @@ from gpt2.experiments.plan import Event, Job
 from gpt2.experiments.pool import Pool
 from gpt2.experiments.view import Narrator, watched
 
+STOP = "every job saves and ends, 60 s at most; Ctrl+C again ends at once"
+
 
 def plain() -> Console:
     return Console(file=io.StringIO(), width=160, highlight=False, markup=False)
@@ -64,6 +66,42 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path):
     assert kept is not None and (kept.state, kept.done, kept.failed) == ("finished", 24, 1)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("comes_back", ["in time", "too late"])
+def test_a_reader_that_stalls_holds_up_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: str
+):
+    monkeypatch.setattr(view, "DRAW_EVERY_S", 0.01)
+    monkeypatch.setattr(view, "FAREWELL_S", 30.0 if comes_back == "in time" else 0.1)
+    on, clock = watching(total=2000)
+    end, begin = os.pipe()
+    read: list[str] = []
+
+    def read_all() -> None:
+        with os.fdopen(end) as lines:
+            read.extend(lines)
+
+    reader = threading.Thread(target=read_all, daemon=True)
+    with os.fdopen(begin, "w") as file:
+        out = Console(file=file, width=160, highlight=False, markup=False)
+        with watched(on, tmp_path, out=out) as tell:
+            for number in range(2000):
+                clock.now += 1
+                tell(event("failed", 0, f"seed={number}", reason="no" * 50))
+                if number == 1000:
+                    time.sleep(0.1)  # its 100 kB are more than a pipe holds
+            if comes_back == "in time":
+                reader.start()
+        if comes_back == "too late":
+            reader.start()
+        out.print("and later")
+    reader.join()
+    lines = [line.rstrip("\n") for line in read]
+    log = (tmp_path / view.LOG).read_text().splitlines()
+    assert [*(line.partition(" | ")[2] for line in log[1:]), "and later"] == lines
+    assert len(lines) == 2000 + 199 + 2
+
+
 def test_a_job_that_takes_long_is_heard_of_ever_more_seldom():
     on, clock = watching(total=4)
     narrator = Narrator(on, every=10)
@@ -91,7 +129,7 @@ def test_jobs_with_a_process_of_their_own_have_a_line_each():
             event("finished", 0, "a", at=3700.0),
             event("stopped", 0, "a", reason="it did not end"),
             Event("slot_lost", SLOTS[1], reason="3 failures"),
-            Event("stopping", SLOTS[1], reason="jobs have 60 s to save and end"),
+            Event("stopping", SLOTS[1], reason=STOP),
         )
     ]
     assert lines == [
@@ -100,7 +138,7 @@ def test_jobs_with_a_process_of_their_own_have_a_line_each():
         "gpu0 finished a after 1h 01m",
         "gpu0 stopped a: it did not end",
         "gpu1 is out of service: 3 failures",
-        "stopping: jobs have 60 s to save and end; Ctrl+C again ends at once",
+        f"stopping: {STOP}",
     ]
 
 
@@ -123,7 +161,7 @@ def test_picture_fits_into_any_width():
     )
     on.take(event("failed", 1, "b", reason="bad"))
     on.take(Event("slot_lost", SLOTS[1], reason="3 failures in a row"))
-    on.take(Event("stopping", SLOTS[0], reason="jobs have 60 s to save and end"))
+    on.take(Event("stopping", SLOTS[0], reason=STOP))
     for width in (1, 5, 20, 40, 79, 80, 120, 300):
         lines = screen(on, clock, width)
         assert max(len(line) for line in lines) <= width
@@ -132,7 +170,7 @@ def test_picture_fits_into_any_width():
     assert any("8/9,999" in line and "3.5000" in line and ",seed=17" in line for line in narrow)
     assert any("weight_decay=0.1,[b]dropout[/b]=0.1,seed=17" in line for line in wide)
     assert any("out of service: 3 failures in a row" in line for line in wide)
-    assert "Ctrl+C again ends at once" in narrow[-1]
+    assert narrow[-1].rstrip() == f" Stopping: {STOP}"
 
 
 @contextmanager

@@ -64,8 +64,7 @@ def drawn(picture: Picture, now: float, width: int, columns: Set[str]) -> Render
         words = f" Stopped: {left:,} of {counted(picture.total, 'job')} are left to run"
         parts.append(Text(words, style="yellow"))
     if picture.state == "stopping":
-        words = f" Stopping: {picture.reason}. Ctrl+C again ends at once"
-        parts.append(Text(words, style="yellow"))
+        parts.append(Text(f" Stopping: {picture.reason}", style="yellow"))
     return Group(*parts)
 
 

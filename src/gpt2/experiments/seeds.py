@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from gpt2 import config, estimate, machine, plot
-from gpt2.config import RunConfig
+from gpt2.config import MachineConfig, RunConfig
 from gpt2.errors import ConfigError
 from gpt2.experiments import ledger as ledgers
 from gpt2.experiments import plan, summary, training, worker
@@ -49,8 +49,10 @@ class Sweep:
     keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
-        if "seed" in self.points[0]:
-            raise ConfigError("--grid seed=…: the seeds are given by --num_seeds and --first_seed")
+        if "seed" in self.points[0] or self.run.machine.seed != MachineConfig().seed:
+            raise ConfigError(
+                "the seeds of a sweep are given by --num_seeds and --first_seed alone"
+            )
         if self.target is None:
             training.require_fresh_start(self.run)
             for point in self.points:

@@ -1,7 +1,8 @@
 """What a person sees of an experiment while it goes on: a live view, or lines where there is none.
 
-The pool tells events. Pictures are drawn and written by threads of their own, so that neither a
-slow terminal nor a slow disk holds up the jobs.
+The pool tells events. What is shown, and the picture on the disk, are written by threads of their
+own, so that no slow reader, be it a terminal or `| less`, holds up the jobs. Only the lines of the
+log are written at once.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from rich.text import Text
 from gpt2.estimate import duration
 from gpt2.experiments import board, picture
 from gpt2.experiments.board import Board, Picture
+from gpt2.experiments.journal import Journal
 from gpt2.experiments.plan import Event
 from gpt2.tables import console, counted, one_line
 
@@ -38,6 +40,7 @@ SHOWN_AT_ONCE = 10
 ECHO_CELLS = 4
 """the terminal's ^C must not begin a line of its own, which would shift the view"""
 FAREWELL_S = 10.0
+"""how long the end waits for a disk or a reader"""
 BAD, ODD = "red", "yellow"
 
 
@@ -57,10 +60,10 @@ def watched(
     live view of that, everything else the same lines.
     """
     out = out or console()
-    terminal = out.file
-    out.file = _Lasting(terminal)  # type: ignore[assignment]
+    terminal, lasting = out.file, _Lasting(out.file)
+    out.file = lasting  # type: ignore[assignment]
     screen = _Screen(watching, out) if out.is_interactive and terminal.isatty() else _Lines(out)
-    journal, narrator = _Journal(log or folder / LOG), Narrator(watching, every)
+    journal, narrator = Journal(log or folder / LOG), Narrator(watching, every)
     journal.add(narrator.beginning())
 
     def say(lines: list[Line]) -> None:
@@ -73,25 +76,26 @@ def watched(
         say(narrator.told(event))
 
     keeper = _Keeper(watching, folder)
-    threads = [
-        _Repeated(keeper.keep, WRITE_EVERY_S),
-        _Repeated(lambda: say(narrator.due()), DUE_EVERY_S),
-        _Repeated(screen.draw, DRAW_EVERY_S),
-    ]
+    keeping = _Repeated(keeper.keep, WRITE_EVERY_S)
+    telling = _Repeated(lambda: say(narrator.due()), DUE_EVERY_S)
+    drawing = _Repeated(screen.draw, DRAW_EVERY_S, last=screen.end)
     screen.begin()
     try:
-        with contextlib.ExitStack() as stack:
-            for thread in threads:
-                stack.enter_context(thread)
-            keeper.keep()
-            yield on_event
+        with drawing:
+            try:
+                with keeping, telling:
+                    keeper.keep()
+                    yield on_event
+            finally:
+                watching.end()
+                keeper.keep()
+                say([narrator.end()])
     finally:
-        watching.end()
-        keeper.keep()
-        say([narrator.end()])
-        screen.end()
         journal.close()
-        out.file = terminal
+        if drawing.is_alive():  # nobody reads at present
+            lasting.precede(screen.unsaid())
+        else:
+            out.file = terminal
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Narrator:
         if event.kind == "slot_lost":
             lines.append(Line(f"{slot} is out of service: {one_line(event.reason)}", BAD))
         elif event.kind == "stopping":
-            lines.append(Line(f"stopping: {event.reason}; Ctrl+C again ends at once"))
+            lines.append(Line(f"stopping: {event.reason}"))
         elif event.job is not None and (line := _of_job(event, one_line(event.job.name))):
             lines.append(line)
         has_ended = event.kind in ("finished", "pruned", "failed")
@@ -177,22 +181,32 @@ def _of_job(event: Event, name: str) -> Line | None:
 
 
 class _Lines:
-    """Says everything, line by line."""
+    """Says everything, line by line. Whoever says something does not wait until it is read."""
 
     def __init__(self, out: Console) -> None:
         self._out = out
+        self._waiting: deque[Line] = deque()
 
     def begin(self) -> None:
         pass
 
     def say(self, line: Line) -> None:
-        self._out.print(Text(line.text), soft_wrap=True)
+        self._waiting.append(line)
 
     def draw(self) -> None:
-        pass
+        """Prints what was said since the last time."""
+        if text := self.unsaid():
+            self._out.print(Text(text), soft_wrap=True, end="")
+
+    def unsaid(self) -> str:
+        """What was said and is not printed; nobody else prints it any more."""
+        return "".join(f"{line.text}\n" for line in self._taken())
 
     def end(self) -> None:
-        pass
+        self.draw()
+
+    def _taken(self) -> list[Line]:
+        return [self._waiting.popleft() for _ in range(len(self._waiting))]
 
 
 class _Screen(_Lines):
@@ -201,7 +215,6 @@ class _Screen(_Lines):
     def __init__(self, watching: Board, out: Console) -> None:
         super().__init__(out)
         self._board = watching
-        self._waiting: deque[Line] = deque()
         self._columns: set[str] = set()
         self._live = Live(get_renderable=self._drawn, console=out, auto_refresh=False)
 
@@ -210,11 +223,11 @@ class _Screen(_Lines):
 
     def say(self, line: Line) -> None:
         if line.style:
-            self._waiting.append(line)
+            super().say(line)
 
     def draw(self) -> None:
         """The picture as it is now, below what was said since the last one."""
-        lines = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        lines = self._taken()
         if hidden := lines[SHOWN_AT_ONCE:]:  # a thousand failures a second help nobody
             lines[SHOWN_AT_ONCE:] = [Line(f"… and {len(hidden):,} more such lines in the log", BAD)]
         if lines:
@@ -222,6 +235,9 @@ class _Screen(_Lines):
             self._out.print(Group(*texts))
         else:
             self._live.refresh()
+
+    def unsaid(self) -> str:
+        return ""  # it is shown above the last picture, as soon as the terminal goes on
 
     def end(self) -> None:
         self.draw()
@@ -249,28 +265,17 @@ class _Keeper:
             self._kept, self._kept_at = newest, time.monotonic()
 
 
-class _Journal:
-    """The log of an experiment: lines with time and pid, as its workers' logs have them."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def add(self, text: str) -> None:
-        stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} | "
-        with contextlib.suppress(OSError):  # a full disk ends no experiment
-            os.write(self._handle, f"{stamp}{text}\n".encode(errors="backslashreplace"))
-
-    def close(self) -> None:
-        os.close(self._handle)
-
-
 class _Repeated(threading.Thread):
-    """Calls a function again and again while the block runs."""
+    """Calls a function again and again while the block runs, and after it perhaps a `last` one."""
 
-    def __init__(self, function: Callable[[], object], every_s: float) -> None:
+    def __init__(
+        self,
+        function: Callable[[], object],
+        every_s: float,
+        last: Callable[[], object] = lambda: None,
+    ) -> None:
         super().__init__(daemon=True)
-        self._function, self._every_s = function, every_s
+        self._function, self._every_s, self._last = function, every_s, last
         self._is_over = threading.Event()
 
     def __enter__(self) -> None:
@@ -283,24 +288,30 @@ class _Repeated(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
-        self.join(FAREWELL_S)  # a disk may hang
+        self.join(FAREWELL_S)
 
     def run(self) -> None:
         while not self._is_over.wait(self._every_s):
             self._function()
+        self._last()
 
 
 class _Lasting:
     """A stream whose other end may go away: from then on nobody reads it."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._first = stream, ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def precede(self, text: str) -> None:
+        """Puts `text` before what is written next."""
+        self._first = text
+
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
+        whole, self._first = self._first + text, ""
+        self._try(lambda: self._stream.write(whole))
         return len(text)
 
     def flush(self) -> None:

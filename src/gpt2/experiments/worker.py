@@ -19,7 +19,6 @@ import select
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from gpt2.errors import UserError, is_out_of_memory
+from gpt2.experiments import journal
 from gpt2.experiments.plan import Answer, Job, Stopped
 from gpt2.failures import PR_SET_PDEATHSIG
 
@@ -234,18 +234,13 @@ class _Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         for line in lines:
-            self._put(line)
+            journal.write_line(1, line)
         return len(text)
 
     def flush(self) -> None:
         if self._rest:
-            self._put(self._rest)
+            journal.write_line(1, self._rest)
             self._rest = ""
 
     def fileno(self) -> int:
         return 1
-
-    def _put(self, line: str) -> None:
-        stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} | "
-        with contextlib.suppress(OSError):  # a full disk ends no job
-            os.write(1, f"{stamp}{line}\n".encode(errors="backslashreplace"))
