@@ -14,7 +14,7 @@ help:
 	@echo "make install  make .venv and install the package into it"
 	@echo "make test     run the test suite"
 	@echo "make soak     run the tests of many trials, and every fault"
-	@echo "make browser  look at TensorBoard in Chromium"
+	@echo "make browser  look at TensorBoard and Optuna's dashboard in Chromium"
 	@echo "make lint     check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and caches; checkpoints, runs, logs and data stay"
@@ -23,7 +23,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml
 	@echo "Installing into .venv: a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[search]'
 	touch $@
 
 .venv/tested: pyproject.toml .venv/installed

@@ -12,7 +12,12 @@ import pytest
 
 from support import ROOT, run_command
 
-SHIMS = ["src/train_improved.py", "src/train_models.py", "src/main_multi_gpu.py"]
+SHIMS = [
+    "src/train_improved.py",
+    "src/main_multi_gpu.py",
+    "src/train_models.py",
+    "src/parallel_search.py",
+]
 
 
 @pytest.mark.parametrize("name", SHIMS)

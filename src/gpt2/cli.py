@@ -151,6 +151,7 @@ COMMANDS = {
     "train": ("cli:train_main", "train a model; `torchrun … src/train_improved.py` does the same"),
     "seeds": ("cli_experiments:seeds_main", "train with many seeds, at every point of a grid"),
     "models": ("cli_experiments:models_main", "train several models at the same time"),
+    "search": ("cli_search:search_main", "search for the best options, with Optuna"),
     "data": ("cli_data:data_main", "prepare a corpus as token shards"),
     "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),
     "evaluate": ("cli_evaluate:evaluate_main", "measure a trained model: HellaSwag, loss"),

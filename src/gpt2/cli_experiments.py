@@ -93,9 +93,9 @@ def seeds_main() -> int:
 
     def body() -> int:
         command, train = parse_beside_run(SeedsCommand, sys.argv[1:])
-        folder = command.checkpoint_dir or _folder(train, "seeds")
+        folder = command.checkpoint_dir or folder_of(train, "seeds")
         if train.list_checkpoints:
-            return _list_checkpoints(folder)
+            return list_checkpoints(folder)
         from gpt2.experiments import plan, seeds, slots
 
         sys.path.insert(0, os.getcwd())  # where --target is looked for
@@ -111,7 +111,7 @@ def seeds_main() -> int:
             keep_checkpoints=command.keep_checkpoints,
         )
         pool, device = command.pool, train.run.machine.device
-        gpus = _listed("gpus", pool.gpus)
+        gpus = listed("gpus", pool.gpus)
         places = slots.of_machine(pool.slots, gpus, device, command.max_gpus)
         return seeds.run(sweep, places, pool.limits(), console())
 
@@ -144,12 +144,12 @@ def models_main() -> int:
 
     def body() -> int:
         command, train = parse_beside_run(ModelsCommand, sys.argv[1:])
-        folder = command.checkpoint_dir or _folder(train, "models")
+        folder = command.checkpoint_dir or folder_of(train, "models")
         if train.list_checkpoints:
-            return _list_checkpoints(folder)
+            return list_checkpoints(folder)
         from gpt2.experiments import models
 
-        names = _listed("models", command.models) or list(models.MODELS)
+        names = listed("models", command.models) or list(models.MODELS)
         for name in names:
             if name not in models.MODELS:
                 raise ConfigError(
@@ -166,7 +166,7 @@ def models_main() -> int:
         places = models.choose_slots(
             len(asked.models),
             pool.slots,
-            _listed("gpus", pool.gpus),
+            listed("gpus", pool.gpus),
             command.parallel,
             train.run.machine.device,
         )
@@ -182,19 +182,19 @@ def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, cli.Tr
     return command, cli.parse_train(others)
 
 
-def _folder(train: cli.TrainCommand, name: str) -> Path:
+def folder_of(train: cli.TrainCommand, name: str) -> Path:
     """Where an experiment is kept, unless its own flag says otherwise."""
     return (train.out_dir or Path()) / "checkpoints" / name
 
 
-def _list_checkpoints(folder: Path) -> int:
+def list_checkpoints(folder: Path) -> int:
     from gpt2 import monitor
 
     monitor.print_checkpoints(folder, console())
     return 0
 
 
-def _listed(flag: str, text: str | None) -> list[str] | None:
+def listed(flag: str, text: str | None) -> list[str] | None:
     """`1,2` as a list; None stays None."""
     if text is None:
         return None

@@ -310,11 +310,23 @@ def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, value in _flatten(values):
-        owner, field, hint = _locate(name)
+        owner, field, hint = locate(name)
         parts.setdefault(owner, {})[field] = _coerce(name, value, hint)
     top = parts.pop("", {})
     changed_parts = {owner: replace(getattr(config, owner), **new) for owner, new in parts.items()}
     return replace(config, **top, **changed_parts)
+
+
+def locate(name: str) -> tuple[str, str, Any]:
+    """The part, the field and the type of an option; "" is the part of RunConfig's own fields.
+
+    Raises ConfigError for an unknown name, with the nearest known ones.
+    """
+    part, _, field = name.replace("-", "_").rpartition(".")
+    owner, hint = _field_table().get(field, ("", None))
+    if hint is None or (part and part != owner):
+        raise ConfigError(f"unknown option {name}{suggestion(field, list(_field_table()))}")
+    return owner, field, hint
 
 
 def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
@@ -402,14 +414,6 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
         else:
             rows.append((name, value))
     return rows
-
-
-def _locate(name: str) -> tuple[str, str, Any]:
-    part, _, field = name.replace("-", "_").rpartition(".")
-    owner, hint = _field_table().get(field, ("", None))
-    if hint is None or (part and part != owner):
-        raise ConfigError(f"unknown option {name}{suggestion(field, list(_field_table()))}")
-    return owner, field, hint
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

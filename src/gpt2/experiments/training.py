@@ -97,17 +97,21 @@ def require_data(run_config: RunConfig) -> None:
 
 
 class _Seldom:
-    """Hands on every validation, but steps only so often that the training does not wait."""
+    """Hands on every validation, with the number of all steps if that is known; but steps only so
+    often that the training does not wait."""
 
     def __init__(self, report: Report) -> None:
         self._report, self._told = report, 0.0
+        self._known: dict[str, float] = {}
 
     def __call__(self, **metrics: float) -> Answer:
         now = time.monotonic()
+        if "total_steps" in metrics:
+            self._known = {"total_steps": metrics["total_steps"]}
         if "loss" in metrics and now < self._told + REPORT_EVERY_S:
             return "go"
         self._told = now
-        return self._report(**metrics)
+        return self._report(**self._known | metrics)
 
 
 def _peak_memory_bytes() -> int:

@@ -1,0 +1,11 @@
+"""A search for the best options, many trainings at the same time. `--help` lists the options."""
+
+import sys
+
+if __name__ == "__main__":  # workers import this file, too
+    try:
+        from gpt2.cli_search import search_main
+    except ModuleNotFoundError as missing:
+        print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(search_main())
