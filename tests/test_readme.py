@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, cli_data, cli_evaluate, cli_experiments, cli_model, cli_watch, config
+from gpt2 import (
+    cli,
+    cli_data,
+    cli_evaluate,
+    cli_experiments,
+    cli_model,
+    cli_search,
+    cli_watch,
+    config,
+)
 from gpt2.sampling import Sampling
 from support import ROOT
 
@@ -36,6 +45,7 @@ def test_options_in_commands_exist():
     known |= set(cli_watch.PlotCommand.__dataclass_fields__)
     known |= set(cli_evaluate.EvaluateCommand.__dataclass_fields__)
     known |= {"module", "standalone", "nproc_per_node", "port", "help", "no_bias"}
+    known |= set(cli_search.SearchCommand.__dataclass_fields__)
     known |= set(cli_experiments.SeedsCommand.__dataclass_fields__)
     known |= set(cli_experiments.PoolOptions.__dataclass_fields__)  # and of the script's
     known |= {"local", "outfile"}  # of `hf download` and llama.cpp

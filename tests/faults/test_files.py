@@ -211,6 +211,7 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
         assert lock.owner(tmp_path).pid == os.getpid() != before.pid
 
 
+@pytest.mark.soak
 def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
