@@ -8,6 +8,7 @@ became of the job. A worker never outlives its owner, and nothing that a job sta
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib
 import inspect
@@ -136,14 +137,19 @@ def find(target: str) -> Callable[..., Any]:
     return function
 
 
+@functools.cache
+def _keep_modules(_target: str) -> None:
+    """The modules that a function needs stay: no collection need look at them again."""
+    gc.freeze()
+
+
 def _run(job: Job, report: Reporter) -> dict[str, Any]:
     """The outcome of a job, whatever it does, as long as the process lives."""
     print(f"job {job.name}: {job.target}", flush=True)
     try:
         function = find(job.target)
         report.begin()
-        if gc.get_freeze_count() == 0:
-            gc.freeze()  # modules stay: no collection need look at them again
+        _keep_modules(job.target)
         kwargs = dict(job.kwargs)
         if "report" in inspect.signature(function).parameters:
             kwargs["report"] = report
