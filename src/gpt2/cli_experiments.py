@@ -30,7 +30,10 @@ class PoolOptions:
     gpus: str | None = None
     """physical GPUs to use, as in 1,2"""
     slots: int | None = None
-    """jobs at a time; default is one per GPU, and without GPUs 2, which share the cores"""
+    """jobs at a time; default is one per GPU (or --ddp GPUs), and without GPUs 2, which share the
+    cores"""
+    ddp: int = 1
+    """GPUs of each training, which torchrun starts; without GPUs, processes that share its cores"""
     retries: int = 1
     """more attempts for a job whose process died, hung or ran out of memory"""
     job_timeout: float | None = None
@@ -40,7 +43,7 @@ class PoolOptions:
     """seconds for saving after Ctrl+C"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "slots")
+        require_at_least(self, 1, "slots", "ddp")
         require_at_least(self, 0, "retries")
         for name, value in (("job_timeout", self.job_timeout), ("grace", self.grace)):
             if value is not None and value <= 0:
@@ -109,10 +112,11 @@ def seeds_main() -> int:
             log_dir=command.log_dir or train.run.watch.log_dir,
             save_every_s=command.checkpoint_interval,
             keep_checkpoints=command.keep_checkpoints,
+            ranks=command.pool.ddp,
         )
         pool, device = command.pool, train.run.machine.device
         gpus = listed("gpus", pool.gpus)
-        places = slots.of_machine(pool.slots, gpus, device, command.max_gpus)
+        places = slots.of_machine(pool.slots, gpus, device, command.max_gpus, pool.ddp)
         return seeds.run(sweep, places, pool.limits(), console())
 
     return guarded(body)
@@ -161,6 +165,7 @@ def models_main() -> int:
             {name: models.MODELS[name] for name in models.MODELS if name in names},
             folder,
             command.log_dir or train.run.watch.log_dir,
+            ranks=command.pool.ddp,
         )
         pool = command.pool
         places = models.choose_slots(
@@ -169,6 +174,7 @@ def models_main() -> int:
             listed("gpus", pool.gpus),
             command.parallel,
             train.run.machine.device,
+            pool.ddp,
         )
         return models.run(asked, places, pool.limits(), console())
 

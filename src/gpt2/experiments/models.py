@@ -41,6 +41,8 @@ class Comparison:
     log_dir: Path = Path("logs")
     begun: str = field(default_factory=lambda: time.strftime("%Y%m%d_%H%M%S"))
     """which the names of the logs end with"""
+    ranks: int = 1
+    """GPUs of each training, or processes on the CPU"""
 
     def __post_init__(self) -> None:
         training.require_fresh_start(self.run)
@@ -69,9 +71,11 @@ class Comparison:
         """The trainings of these models, for `count` slots."""
         places = plan.model_slots(len(names), count)
         return [
-            replace(training.job(name, self.run_of(name), self.folder / name), slot=place)
-            for name, place in zip(names, places, strict=True)
+            replace(self._job(name), slot=place) for name, place in zip(names, places, strict=True)
         ]
+
+    def _job(self, name: str) -> Job:
+        return training.job(name, self.run_of(name), self.folder / name, ranks=self.ranks)
 
     def log(self, name: str) -> Path:
         """The log of a worker by its model, or `training` for the owner's."""
@@ -121,18 +125,24 @@ class Diary:
 
 
 def choose_slots(
-    models: int, count: int | None, gpus: Sequence[str] | None, parallel: bool, device: str
+    models: int,
+    count: int | None,
+    gpus: Sequence[str] | None,
+    parallel: bool,
+    device: str,
+    ddp: int = 1,
 ) -> list[Slot]:
     """Slots for `models` trainings: two at most, unless more are named; one if not `parallel`."""
     if models == 1 or not parallel:
-        return slots.of_machine(1, gpus, device)
-    return slots.of_machine(count, gpus, device, max_gpus=None if count or gpus else AT_ONCE)
+        return slots.of_machine(1, gpus, device, ddp=ddp)
+    most = None if count or gpus else AT_ONCE * ddp
+    return slots.of_machine(count, gpus, device, most, ddp)
 
 
 def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console) -> int:
     """Trains the models that have not finished yet, and compares all; the exit code: 1 if one has
     failed, 128 and the signal's number if it was stopped."""
-    training.require_data(asked.run)
+    training.require_data(asked.run, asked.ranks)
     with ledgers.opened(asked.folder, asked.about()) as ledger, Diary(out, asked) as diary:
         waiting = [name for name in asked.models if not ledger.is_done(name)]
         _introduce(asked, waiting, places, diary)

@@ -21,6 +21,10 @@ class Stopped(Exception):
     """Raised by a job that ends before its work is done, because it was asked to."""
 
 
+class Lost(Exception):
+    """Raised by a job of several processes, one of which has died: it is to run again."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One call of a function in a worker process."""

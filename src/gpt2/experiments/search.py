@@ -66,6 +66,8 @@ class Search:
     """URL of a data base that several machines share; None is a file in `folder`"""
     study_name: str = "search"
     keep_checkpoints: bool = False
+    ranks: int = 1
+    """GPUs of each trial, or processes on the CPU"""
 
     def __post_init__(self) -> None:
         training.require_fresh_start(self.run)
@@ -212,7 +214,8 @@ class Trials:
         ending = left.user_attrs.get(ENDING, "") if left else ""
         name = trials.name_of(trial.number)
         self._live[name] = Live(trial, run_config, known, ending)
-        return trials.job(trial.number, run_config, self._search.folder, used)
+        folder, ranks = self._search.folder, self._search.ranks
+        return trials.job(trial.number, run_config, folder, used, ranks)
 
     def _judge(self, live: Live, metrics: Mapping[str, Any]) -> Answer:
         """What the trial is to do after a report: once it is to end, that stays so."""
@@ -321,7 +324,7 @@ def outcome(live: Live, kind: str, reason: str) -> tuple[TrialState, str]:
 def run(search: Search, places: Sequence[Slot], limits: Limits, out: Console) -> int:
     """Runs the trials that are missing; the exit code: 1 if there are less than were asked for,
     128 and the signal's number if it was stopped."""
-    training.require_data(search.run)
+    training.require_data(search.run, search.ranks)
     with ledgers.opened(search.folder, search.about(), search.differences) as ledger:
         with studies.errors_explained():
             study = studies.opened(search)

@@ -47,6 +47,8 @@ class Sweep:
     log_dir: Path = Path("logs")
     save_every_s: float = 1800.0
     keep_checkpoints: bool = True
+    ranks: int = 1
+    """GPUs of each training, or processes on the CPU"""
 
     def __post_init__(self) -> None:
         if "seed" in self.points[0] or self.run.machine.seed != MachineConfig().seed:
@@ -58,6 +60,10 @@ class Sweep:
             for point in self.points:
                 config.overlay(self.run, point)  # raises for a field that is none, or a bad value
         else:
+            if self.ranks > 1:
+                raise ConfigError(
+                    f"--ddp {self.ranks} is for trainings; a function (--target) is one process"
+                )
             _require_call(self.target, self.points[0])
         self._require_names()
 
@@ -94,7 +100,7 @@ class Sweep:
         if self.target is not None:
             return Job(name, self.target, values, own_process=False)
         run_config = config.overlay(self.run, values)
-        return training.job(name, run_config, self.folder / name, keep_last=2)
+        return training.job(name, run_config, self.folder / name, ranks=self.ranks, keep_last=2)
 
 
 class Seeds:
@@ -158,7 +164,7 @@ def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
     """Runs what is not done yet of the sweep; the exit code: 1 if a job failed, 128 and the
     signal's number if it was stopped."""
     if sweep.target is None:
-        training.require_data(sweep.run)
+        training.require_data(sweep.run, sweep.ranks)
         require_room(sweep, len(slots))
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
