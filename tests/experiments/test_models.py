@@ -85,6 +85,7 @@ def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):
     assert names(count=3) == ["gpu0", "gpu1", "gpu2"]
     assert names(models=1) == ["gpu0"]
     assert names(device="cpu") == ["cpu0", "cpu1"]
+    assert names(ddp=2) == ["gpu0-1", "gpu2-3"] and names(ddp=2, models=1) == ["gpu0-1"]
 
 
 def test_two_train_at_once_and_the_third_follows_on_the_second_slot(compared: Compared):

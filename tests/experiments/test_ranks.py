@@ -5,6 +5,8 @@ A start of torchrun takes seconds, so that the first part plays its ranks by thr
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -237,16 +239,41 @@ def weights(folder: Path) -> list[torch.Tensor]:
     return list(checkpoint.load(newest, warn=print)["model"].values())
 
 
-def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path):
-    """A rank is killed, then the worker that hosts the next attempt; the third one ends as one
+def test_a_rank_dies_with_its_host(monkeypatch: pytest.MonkeyPatch):
+    """At once, and says where it was; it would save for 30 s if only torchrun were dead."""
+    program = (
+        "import sys, time\nfrom gpt2.experiments.rank import Host\n"
+        "Host(sys.argv[1], 0).report(step=1)\n"
+    )
+    started: list[subprocess.Popen[bytes]] = []
+
+    def command(_count: int, address: str) -> list[str]:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        run = [sys.executable, "-c", program, address]
+        started.append(subprocess.Popen(run, env=environment, stderr=subprocess.PIPE))
+        return ["sleep", "100"]
+
+    def breaks(**_metrics: float) -> Answer:
+        raise OSError("the owner is gone")
+
+    monkeypatch.setattr(ranks, "command", command)
+    with pytest.raises(OSError, match="the owner is gone"):
+        host(breaks)
+    _, stack = started[0].communicate(timeout=2)
+    assert started[0].returncode == -signal.SIGKILL and b"in report" in stack
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path, kills: int):
+    """A rank is killed, then the worker that hosts the next attempt; the last one ends as one
     under torchrun that nobody disturbs, and nearly as a training of one process."""
     source = Given(job_of(data_root, tmp_path))
     killed: dict[int, list[int]] = {}
     died_s: list[float] = []
 
-    def kills(event: Event) -> Answer:
+    def kill(event: Event) -> Answer:
         due = event.kind == "reported" and event.metrics["step"] > 10 * event.attempt
-        if due and event.attempt < 3 and event.attempt not in killed:
+        if due and event.attempt <= kills and event.attempt not in killed:
             killed[event.attempt] = found = ranks_of(event.pid)
             began = time.monotonic()
             os.kill(found[1] if event.attempt == 1 else event.pid, signal.SIGKILL)
@@ -256,15 +283,16 @@ def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path):
                 died_s.append(time.monotonic() - began)
         return "go"
 
-    source._answer = kills
+    source._answer = kill
     source.jobs[0].kwargs["run"]["data"]["max_steps"] = 30  # type: ignore[index]
     assert pool_of(source, tmp_path, retries=2).run() == 0
     log = (tmp_path / "worker.log").read_text()
     assert len(source.of("finished")) == 1, log
-    first, second = (event.reason for event in source.of("retried"))
-    assert first == "rank 1 died without a word" and "SIGKILL" in second
-    assert died_s[0] < 2, "no rank outlives its host"
-    assert log.count("Loading checkpoint from") == 2, "each attempt goes on where the last one was"
+    reasons = [event.reason for event in source.of("retried")]
+    assert len(reasons) == kills and reasons[0] == "rank 1 died without a word"
+    if kills == 2:
+        assert "SIGKILL" in reasons[1] and died_s[0] < 2, "no rank outlives its host"
+    assert log.count("Loading checkpoint from") == kills, "each goes on where the last one was"
 
     flags = small_flags(data_root, tmp_path / "by_hand", dropout=0.0, max_steps=30)
     run_command(train_command(flags, ranks=2))

@@ -190,7 +190,7 @@ def _introduce(
     diary.say(f"Models {', '.join(asked.models)}: {budget} each")
     if done := [name for name in asked.models if name not in waiting]:
         diary.say(f"  - finished already: {', '.join(done)}")
-    where = ", ".join(slot.name for slot in places)
+    where = plan.names(places, asked.ranks)
     if len(places) > 1:
         diary.say(f"  - {min(len(places), len(waiting))} at a time, on {where}")
     elif len(waiting) > 1:

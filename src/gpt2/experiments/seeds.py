@@ -211,7 +211,7 @@ def _introduce(sweep: Sweep, slots: list[Slot], done: int, out: Console) -> None
     out.print(f"Sweep of {sweep.target or 'a training'}: {grid}{seeds}, {counted(total, 'job')}")
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")
-    out.print(f"  - on {', '.join(slot.name for slot in slots)}")
+    out.print(f"  - on {plan.names(slots, sweep.ranks)}")
     out.print(f"  - results {sweep.folder}, logs {sweep.log_dir}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gpt2.errors import ConfigError
 from gpt2.experiments.plan import Slot
 from gpt2.limits import suggestion
+from gpt2.tables import counted
 
 CPU_SHARES = 2
 
@@ -48,14 +49,15 @@ def of_machine(
 def _groups(gpus: Sequence[str], ddp: int, say: Callable[[str], None]) -> list[str]:
     """The GPUs of each slot, as CUDA_VISIBLE_DEVICES has them."""
     if len(gpus) < ddp:
-        verb = "is" if len(gpus) == 1 else "are"
         raise ConfigError(
-            f"--ddp {ddp} gives each training {ddp} GPUs, but there {verb} {', '.join(gpus)}; use "
-            f"--ddp {len(gpus)}, or more GPUs"
+            f"--ddp {ddp}: each training needs {counted(ddp, 'GPU')}, and there "
+            f"{'is' if len(gpus) == 1 else 'are'} {counted(len(gpus), 'GPU')} ({', '.join(gpus)}); "
+            f"use --ddp {len(gpus)}, or more GPUs"
         )
     used = len(gpus) - len(gpus) % ddp
     if left := gpus[used:]:
-        say(f"GPU {', '.join(left)} left over: --ddp {ddp} takes {ddp} at a time")
+        which = f"GPU {left[0]} is" if len(left) == 1 else f"GPUs {', '.join(left)} are"
+        say(f"{which} left over: --ddp {ddp} takes {ddp} at a time")
     return [",".join(gpus[first : first + ddp]) for first in range(0, used, ddp)]
 
 
