@@ -11,6 +11,8 @@ import traceback
 from typing import Any
 
 from gpt2 import failures
+from gpt2.errors import Diverged
+from gpt2.experiments.plan import Stopped
 from gpt2.experiments.worker import Lines
 
 
@@ -20,7 +22,6 @@ def main(address: str) -> int:
     sys.stdout = sys.stderr = Lines()
     from gpt2 import distributed  # torch takes seconds to import, and torchrun may die before
     from gpt2.experiments import training
-    from gpt2.experiments.plan import Stopped
 
     host = Host(address, distributed.env_rank()[0])
     failures.on_failure = host.tell_error
@@ -30,7 +31,8 @@ def main(address: str) -> int:
         if failures.is_contact_lost(error):  # another rank has died: that is what the host sees
             raise
         host.tell_error(error)
-        return 0 if isinstance(error, Stopped) else 1
+        # Raised by all ranks: a 1 would only make torchrun fill the log with a report.
+        return 0 if isinstance(error, Stopped | Diverged) else 1
     return 0
 
 
@@ -61,12 +63,12 @@ class Host:
 
     def tell_error(self, error: Exception) -> None:
         """The error itself where it can be sent, else its text; the traceback goes with it."""
-        note = f"On rank {self._rank}:\n{''.join(traceback.format_exception(error))}"
+        where = "".join(traceback.format_exception(error)).rstrip()
         try:
             sent = pickle.loads(pickle.dumps(error))
         except Exception:  # whatever its class does
             sent = RuntimeError(f"{type(error).__name__}: {error}")
-        sent.add_note(note)
+        sent.add_note(f"On rank {self._rank}:\n{where}")
         self.tell("raised", sent)
 
     def _listen(self) -> None:
