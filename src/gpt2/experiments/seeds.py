@@ -62,7 +62,7 @@ class Sweep:
         else:
             if self.ranks > 1:
                 raise ConfigError(
-                    f"--ddp {self.ranks} is for trainings; a function (--target) is one process"
+                    f"--ddp {self.ranks} is for trainings; leave it out with --target"
                 )
             _require_call(self.target, self.points[0])
         self._require_names()
