@@ -36,13 +36,15 @@ SLOT = Slot(0, "cpu0", {"OMP_NUM_THREADS": "1"})
 class Cast:
     """Ranks that are threads of this process, each of which plays its part."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, *parts: Play, torchrun: str = "0.5") -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, *parts: Play, torchrun: str = "sleep 0.5"
+    ) -> None:
         self._parts, self.seen = parts, list[Any]()
 
         def command(_count: int, address: str) -> list[str]:
             for number in range(len(self._parts)):
                 threading.Thread(target=self._play, args=(number, address), daemon=True).start()
-            return ["sh", "-c", f"sleep {torchrun}"]
+            return ["sh", "-c", torchrun]
 
         patch.setattr(ranks, "command", command)
 
@@ -108,7 +110,7 @@ def dying(after_s: float) -> Play:
 def test_the_first_failure_is_the_reason(
     monkeypatch: pytest.MonkeyPatch, parts: tuple[Play, ...], kind: type[Exception], words: str
 ):
-    Cast(monkeypatch, *parts, torchrun="0.5; exit 7")
+    Cast(monkeypatch, *parts, torchrun="sleep 0.5; exit 7")
     with pytest.raises(kind, match=words):
         host()
 
@@ -146,7 +148,7 @@ def test_no_rank_outlives_a_host_that_gives_up(monkeypatch: pytest.MonkeyPatch):
     def breaks(**_metrics: float) -> Answer:
         raise OSError("the owner")
 
-    Cast(monkeypatch, waits, torchrun="300")
+    Cast(monkeypatch, waits, torchrun="exec sleep 300")
     with pytest.raises(OSError, match="the owner"):
         host(breaks)
     assert ended.wait(2)
@@ -259,7 +261,10 @@ def test_a_rank_dies_with_its_host(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "command", command)
     with pytest.raises(OSError, match="the owner is gone"):
         host(breaks)
-    _, stack = started[0].communicate(timeout=2)
+    try:
+        _, stack = started[0].communicate(timeout=2)
+    finally:
+        started[0].kill()
     assert started[0].returncode == -signal.SIGKILL and b"in report" in stack
 
 

@@ -43,11 +43,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where one job at a time runs: a GPU, or a share of the CPU cores."""
+    """A place where one job at a time runs: a GPU or several, or a share of the CPU cores."""
 
     index: int
     name: str
-    """gpu2, cpu0"""
+    """gpu2, gpu0-1, cpu0"""
     environment: Mapping[str, str]
     """what its worker process sees beside the owner's environment"""
 

@@ -85,8 +85,10 @@ class _Host:
 
     def take_in(self) -> None:
         """Waits for something to happen to a rank or torchrun, and deals with it."""
-        expected: list[socket.socket | int] = [self._listener, self._death]
-        for ready in wait([*self._ranks, *expected[: 2 * (not self._has_ended)]], POLL_S):
+        sources: list[Connection | socket.socket | int] = [*self._ranks]
+        if not self._has_ended:
+            sources += [self._listener, self._death]
+        for ready in wait(sources, POLL_S):
             if isinstance(ready, Connection):
                 self._hear(ready)
             elif ready is self._listener:
