@@ -96,6 +96,30 @@ def dying(after_s: float) -> Play:
     return lambda _: time.sleep(after_s)
 
 
+def test_what_a_dead_rank_has_started_does_not_hide_its_death(monkeypatch: pytest.MonkeyPatch):
+    program = (
+        "import os, sys, time\nfrom gpt2.experiments import ranks\n"
+        "connection = ranks.connect(sys.argv[1])\n"
+        "connection.recv()\n"
+        "if (child := os.fork()) == 0:\n    time.sleep(60)\n"
+        "connection.send(('here', child))\n"
+        "os._exit(1)\n"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    monkeypatch.setattr(ranks, "_same_modules", lambda: environment)
+    monkeypatch.setattr(ranks, "command", lambda _, where: [sys.executable, "-c", program, where])
+    with pytest.raises(Lost, match=r"rank \d+ died without a word") as lost:
+        host()
+    os.kill(int(str(lost.value).split()[1]), signal.SIGKILL)  # its child has not ended
+
+
+def test_a_rank_outlives_torchrun_to_save(monkeypatch: pytest.MonkeyPatch):
+    parts = (raising(Stopped(), 0.4), raising(Stopped(), 0.4))
+    Cast(monkeypatch, *parts, torchrun="sleep 0.1; kill -9 $$")
+    with pytest.raises(Lost, match="torchrun was killed by SIGKILL; the ranks saved"):
+        host()
+
+
 @pytest.mark.parametrize(
     ("parts", "kind", "words"),
     [

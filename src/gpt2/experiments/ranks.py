@@ -10,17 +10,19 @@ killed; who connects is known to be the same user by the kernel.
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Self
 
 from gpt2.distributed import StopRequest
-from gpt2.experiments.plan import Answer, Lost
+from gpt2.experiments.plan import Answer, Lost, Stopped
 
 RANK = "gpt2.experiments.rank"
 POLL_S = 0.2
@@ -40,15 +42,33 @@ def on_ranks(report: Callable[..., Answer], work: Mapping[str, Any], count: int)
         return host.outcome()
 
 
+@dataclass(eq=False)
+class _Rank:
+    """A rank that has connected."""
+
+    connection: Connection
+    death: int
+    """readable when it is dead; its connection may not end, if something that it started lives"""
+    number: int | None = None
+    is_done: bool = False
+    """whether it has told its result or error"""
+
+    def send(self, word: str, value: Any = None) -> None:
+        with contextlib.suppress(OSError):  # it is dead: its end is heard next
+            self.connection.send((word, value))
+
+    def close(self) -> None:
+        self.connection.close()
+        os.close(self.death)
+
+
 class _Host:
     """torchrun, and the connections of its ranks; what still lives at the end is killed."""
 
     def __init__(self, report: Callable[..., Answer], work: Mapping[str, Any], count: int) -> None:
         self._report, self._work = report, dict(work)
-        self._ranks: dict[Connection, int] = {}
+        self._ranks: list[_Rank] = []
         """those that are connected"""
-        self._done: set[int] = set()
-        """those that have told their result or error"""
         self._result: dict[str, Any] | None = None
         self._failure: Exception | None = None
         """the first one: others follow from it"""
@@ -73,8 +93,8 @@ class _Host:
     ) -> None:
         self._torchrun.kill()  # ranks that have not connected yet die with it
         self._torchrun.wait()
-        for connection in self._ranks:  # the others when their connection ends
-            connection.close()
+        for rank in self._ranks:  # the others when their connection ends
+            rank.close()
         self._listener.close()
         os.close(self._death)
 
@@ -85,12 +105,14 @@ class _Host:
 
     def take_in(self) -> None:
         """Waits for something to happen to a rank or torchrun, and deals with it."""
-        sources: list[Connection | socket.socket | int] = [*self._ranks]
+        ranks = {handle: rank for rank in self._ranks for handle in (rank.connection, rank.death)}
+        sources: list[Any] = [*ranks]
         if not self._has_ended:
             sources += [self._listener, self._death]
         for ready in wait(sources, POLL_S):
-            if isinstance(ready, Connection):
-                self._hear(ready)
+            if rank := ranks.get(ready):  # type: ignore[arg-type]
+                if rank in self._ranks:
+                    self._hear(rank, is_dead=ready == rank.death)
             elif ready is self._listener:
                 self._let_in()
             else:
@@ -102,46 +124,61 @@ class _Host:
         may be in the middle of a save, and the owner has its own time for it (--grace)."""
         if not self._is_stopping:
             self._is_stopping = True
-            for connection in self._ranks:
-                _send(connection, "stop")
+            for rank in self._ranks:
+                rank.send("stop")
 
     def outcome(self) -> dict[str, Any]:
+        """The result, when all is over; raises if there is none."""
         if self._result is not None:  # rank 0 has it when all is done and saved
             return self._result
         code = self._torchrun.returncode
+        if code < 0 and isinstance(self._failure, Stopped):  # which is why they have stopped
+            raise Lost(f"torchrun was killed by {signal.Signals(-code).name}; the ranks saved")
         raise self._failure or Lost(f"torchrun ended with exit code {code}, and without a result")
 
     def _let_in(self) -> None:
         channel, _ = self._listener.accept()
-        if not is_mine(channel):
+        pid, user = peer(channel)
+        try:
+            death = os.pidfd_open(pid) if user == os.getuid() else None
+        except ProcessLookupError:  # it is dead already: torchrun will say so
+            death = None
+        if death is None:
             channel.close()
             return
-        connection = Connection(channel.detach())
-        self._ranks[connection] = -1  # it says its number next
-        _send(connection, "work", self._work)
+        rank = _Rank(Connection(channel.detach()), death)
+        self._ranks.append(rank)
+        rank.send("work", self._work)
         if self._is_stopping:
-            _send(connection, "stop")
+            rank.send("stop")
 
-    def _hear(self, connection: Connection) -> None:
-        rank = self._ranks[connection]
+    def _hear(self, rank: _Rank, is_dead: bool) -> None:
+        """All that the rank has said; nothing more comes if it is dead."""
+        messages: list[tuple[str, Any]] = []
         try:
-            word, value = connection.recv()
+            while rank.connection.poll():
+                messages.append(rank.connection.recv())
         except (EOFError, OSError):
-            del self._ranks[connection]
-            connection.close()
-            if rank not in self._done:
-                name = "a rank" if rank < 0 else f"rank {rank}"
+            is_dead = True
+        for word, value in messages:
+            self._on_message(rank, word, value)
+        if is_dead:
+            self._ranks.remove(rank)
+            rank.close()
+            if not rank.is_done:
+                name = "a rank" if rank.number is None else f"rank {rank.number}"
                 self._failure = self._failure or Lost(f"{name} died without a word")
-            return
+
+    def _on_message(self, rank: _Rank, word: str, value: Any) -> None:
         if word == "here":
-            self._ranks[connection] = value
+            rank.number = value
         elif word == "report":
-            _send(connection, "answer", self._report(**value))
+            rank.send("answer", self._report(**value))
         else:
-            self._done.add(rank)
+            rank.is_done = True
             if word == "raised":
                 self._failure = self._failure or value
-            elif rank == 0:
+            elif rank.number == 0:
                 self._result = value
 
 
@@ -155,22 +192,17 @@ def connect(address: str) -> Connection:
     """A rank's connection to its host."""
     channel = socket.socket(socket.AF_UNIX)
     channel.connect(f"\0{address}")
-    if not is_mine(channel):
+    if peer(channel)[1] != os.getuid():
         raise PermissionError(f"the socket {address} belongs to another user")
     return Connection(channel.detach())
 
 
-def is_mine(channel: socket.socket) -> bool:
-    """Whether the process at the other end is this user's."""
+def peer(channel: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end, as the kernel knows them."""
     size = struct.calcsize("3i")
     credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    _pid, user, _group = struct.unpack("3i", credentials)
-    return bool(user == os.getuid())
-
-
-def _send(connection: Connection, word: str, value: Any = None) -> None:
-    with contextlib.suppress(OSError):  # it is dead: its end is heard next
-        connection.send((word, value))
+    pid, user, _group = struct.unpack("3i", credentials)
+    return pid, user
 
 
 def _same_modules() -> dict[str, str]:
