@@ -38,6 +38,7 @@ from gpt2.experiments.plan import Slot
 from gpt2.experiments.process import Engine, WorkerProcess
 
 ASK_EVERY_S = 1.0
+CONNECT_S = 5.0
 LOST = (NodeDiedError, LocalRayletDiedError)
 OF_THE_MACHINE = ("CUDA_", "NCCL_", "RAY_", "SLURM_")
 """variables that a worker has from its own machine alone"""
@@ -54,12 +55,7 @@ def joined(
     without GPUs two on each machine. Raises ConfigError if nothing answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address and address.startswith("ray://"):
-        raise ConfigError(
-            f"--ray_address {address}: the owner of an experiment runs on a machine of the "
-            "cluster; log in there, and use --ray_address auto"
-        )
+    _require_answer(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -348,14 +344,32 @@ def _how_ended(task: Any) -> dict[str, Any]:
             else f"a machine of the Ray cluster cannot run a worker: {_first_line(cause or error)}"
         )
         return {"how": words, "is_refused": True}
-    except LOST as error:
-        return {"how": f"its machine is lost: {_first_line(error)}", "is_lost": True}
+    except LOST:
+        return {"how": "its machine is lost", "is_lost": True}
     except RayError as error:
         return {"how": f"its process was ended by Ray: {_first_line(error)}"}
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _require_answer(address: str) -> None:
+    """Raises ConfigError if nothing answers at the address, which Ray takes minutes to say."""
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray_address {address}: the owner of an experiment runs on a machine of the "
+            "cluster; log in there, and use --ray_address auto"
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"--ray_address {address}: {error}; on the cluster's first machine run: "
+                "ray start --head"
+            ) from error
 
 
 def _share_out(

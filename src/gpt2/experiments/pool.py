@@ -96,6 +96,11 @@ class _Seat:
     def is_free(self) -> bool:
         return self.worker is None or (self.task is None and self.deadline is None)
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it has a job, but no machine of the cluster has room for its worker yet."""
+        return self.task is not None and not self.task.is_told
+
     def kill(self, why: str) -> None:
         assert self.worker is not None
         self.verdict = self.verdict or why
@@ -176,8 +181,11 @@ class Pool:
     def _fill(self) -> None:
         """Gives a job to every slot that is free, as long as there are jobs."""
         for seat in self._seats:
-            if seat.in_service and seat.is_free and (chosen := self._next_for(seat)):
-                self._begin(seat, chosen)
+            if seat.in_service and seat.is_free:
+                if chosen := self._next_for(seat):
+                    self._begin(seat, chosen)
+                elif seat.worker and any(other.waits_for_room for other in self._seats):
+                    self._dismiss(seat)
 
     def _next_for(self, seat: _Seat) -> _Waiting | None:
         """What waits for this slot, or the source's next job that may run here, or else a job whose
