@@ -154,17 +154,18 @@ def test_fair_shares():
 def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: Path):
     """They go on from their checkpoints, and their losses are those of trainings on this
     machine."""
-    flags = small_flags(data_root, tmp_path / "x", max_steps=400, checkpoint_interval=20)[4:]
-    shared = [*GPT2, "seeds", "--preset", "demo", *flags, "--num_seeds", "3"]
+    (tmp_path / "often.toml").write_text("[checkpoint]\ncheckpoint_interval = 10\n")
+    flags = small_flags(data_root, tmp_path, checkpoint_interval=1800, max_steps=100)
+    shared = [*GPT2, "seeds", *flags, "--config", f"{tmp_path}/often.toml", "--num_seeds", "3"]
 
     def folders(name: str) -> list[str]:
-        return ["--checkpoint_dir", str(tmp_path / name), "--log_dir", str(tmp_path / "logs")]
+        return ["--checkpoint_dir", str(tmp_path / name), "--log_dir", str(tmp_path / name)]
 
     run_command([*shared, *folders("here")])
     cluster = ["--engine", "ray", "--ray_address", nodes.address, "--retries", "0"]
     owner = subprocess.Popen([*shared, *folders("there"), *cluster], cwd=ROOT)
     first = tmp_path / "there" / "seed=0"
-    while not (first / "step_000040.json").exists():
+    while not (first / "step_000020.json").exists():
         assert owner.poll() is None
         time.sleep(0.02)
     nodes.ask("kill 1")
@@ -173,4 +174,5 @@ def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: P
     for seed in range(3):
         logs = [tmp_path / name / f"seed={seed}" / "log.txt" for name in ("here", "there")]
         assert loss_lines(logs[0]) == loss_lines(logs[1])
-    assert "lost" in next((tmp_path / "logs").glob("seeds_*.log")).read_text()
+    (log,) = (tmp_path / "there").glob("seeds_*.log")
+    assert "its machine is lost" in log.read_text()
