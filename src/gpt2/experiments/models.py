@@ -159,17 +159,17 @@ def run(asked: Comparison, engine: Engine, limits: Limits, out: Console) -> int:
             diary.say(f"Stopped: {', '.join(left)} left; the same command goes on")
             return 128 + number
         if len(waiting) > 1 and len(engine.slots) > 1:
-            diary.say(comparison.saved_time(took_s, source.busy_s, _are_shared(engine.slots)))
+            diary.say(comparison.saved_time(took_s, source.busy_s, _are_shared(engine)))
         for name in left:
             reason = ledger.records[name].reason if name in ledger.records else "no slot is left"
             diary.say(f"FAILED {name}: {reason} ({asked.log(name)})", style="red")
         return 1 if left else 0
 
 
-def _are_shared(places: Sequence[Slot]) -> bool:
+def _are_shared(engine: Engine) -> bool:
     """Whether a training alone on this machine would have more than its slot gives it."""
-    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in places}
-    return None in gpus or len(gpus) < len(places)
+    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in engine.slots}
+    return engine.is_fixed and (None in gpus or len(gpus) < len(engine.slots))
 
 
 def _introduce(
