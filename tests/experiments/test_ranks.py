@@ -19,11 +19,13 @@ import torch
 
 from experiments.test_pool import Given, is_alive
 from gpt2 import checkpoint, failures, train
+from gpt2.cli_experiments import PoolOptions
 from gpt2.errors import ConfigError, Diverged
 from gpt2.experiments import rank, ranks, training, trial
 from gpt2.experiments.models import Comparison
 from gpt2.experiments.plan import Answer, Event, Job, Lost, Slot, Stopped
 from gpt2.experiments.pool import Limits, Pool
+from gpt2.experiments.process import Engine
 from gpt2.experiments.search import Search
 from gpt2.experiments.seeds import Sweep
 from gpt2.experiments.space import parse as parse_space
@@ -233,6 +235,8 @@ def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path
     assert Sweep(run, ranks=2).about() == Sweep(run).about()
     with pytest.raises(ConfigError, match="--ddp 2 is for trainings"):
         Sweep(run, target="experiments.jobs:square", ranks=2)
+    with pytest.raises(ConfigError, match="--ddp 2 needs --engine local"):
+        PoolOptions(ddp=2, engine="ray")
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         training.require_data(run, ranks=9)
 
@@ -244,7 +248,9 @@ def job_of(data_root: Path, out: Path, **changes: object) -> Job:
 
 def pool_of(source: Given, out: Path, **limits: Any) -> Pool:
     log = out / "worker.log"
-    return Pool([SLOT], source, lambda _: None, log_of=lambda *_: log, limits=Limits(**limits))
+    return Pool(
+        Engine([SLOT]), source, lambda _: None, log_of=lambda *_: log, limits=Limits(**limits)
+    )
 
 
 def ranks_of(worker: int) -> list[int]:

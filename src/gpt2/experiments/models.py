@@ -12,13 +12,14 @@ from rich.console import Console, RenderableType
 from gpt2 import config, estimate, plot
 from gpt2.config import ModelConfig, RunConfig
 from gpt2.errors import ConfigError
-from gpt2.experiments import comparison, plan, slots, training
+from gpt2.experiments import comparison, plan, training
 from gpt2.experiments import ledger as ledgers
 from gpt2.experiments.board import Board
 from gpt2.experiments.comparison import Row
 from gpt2.experiments.ledger import About, Ledger, Record
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool
+from gpt2.experiments.process import Engine
 from gpt2.experiments.view import watched
 from gpt2.shape import ARCHITECTURES
 
@@ -124,37 +125,32 @@ class Diary:
                 console.print(text, style=style, soft_wrap=isinstance(text, str))
 
 
-def choose_slots(
-    models: int,
-    count: int | None,
-    gpus: Sequence[str] | None,
-    parallel: bool,
-    device: str,
-    ddp: int = 1,
-) -> list[Slot]:
-    """Slots for `models` trainings: two at most, unless more are named; one if not `parallel`."""
+def at_once(
+    models: int, count: int | None, are_gpus_named: bool, parallel: bool, ddp: int = 1
+) -> tuple[int | None, int | None]:
+    """How many slots, and on how many GPUs at most, `models` trainings have: two unless more are
+    asked for, one if not `parallel`; each on `ddp` GPUs. None is no limit."""
     if models == 1 or not parallel:
-        return slots.of_machine(1, gpus, device, ddp=ddp)
-    most = None if count or gpus else AT_ONCE * ddp
-    return slots.of_machine(count, gpus, device, most, ddp)
+        return 1, None
+    return count, None if count or are_gpus_named else AT_ONCE * ddp
 
 
-def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console) -> int:
+def run(asked: Comparison, engine: Engine, limits: Limits, out: Console) -> int:
     """Trains the models that have not finished yet, and compares all; the exit code: 1 if one has
     failed, 128 and the signal's number if it was stopped."""
     training.require_data(asked.run, asked.ranks)
     with ledgers.opened(asked.folder, asked.about()) as ledger, Diary(out, asked) as diary:
         waiting = [name for name in asked.models if not ledger.is_done(name)]
-        _introduce(asked, waiting, places, diary)
-        source = Models(asked.jobs(waiting, len(places)), ledger)
+        _introduce(asked, waiting, engine.slots, diary)
+        source = Models(asked.jobs(waiting, len(engine.slots)), ledger)
         began, number = time.monotonic(), 0
         if waiting:
             board = Board(
-                "models", len(asked.models), places, before=len(asked.models) - len(waiting)
+                "models", len(asked.models), engine.slots, before=len(asked.models) - len(waiting)
             )
             with watched(board, asked.folder, log=asked.log("training"), out=out) as on_event:
                 number = Pool(
-                    places,
+                    engine,
                     source,
                     on_event,
                     log_of=lambda _, job: asked.log(job.name),
@@ -166,18 +162,18 @@ def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console)
         if number and left:
             diary.say(f"Stopped: {', '.join(left)} left; the same command goes on")
             return 128 + number
-        if len(waiting) > 1 and len(places) > 1:
-            diary.say(comparison.saved_time(took_s, source.busy_s, _are_shared(places)))
+        if len(waiting) > 1 and len(engine.slots) > 1:
+            diary.say(comparison.saved_time(took_s, source.busy_s, _are_shared(engine)))
         for name in left:
             reason = ledger.records[name].reason if name in ledger.records else "no slot is left"
             diary.say(f"FAILED {name}: {reason} ({asked.log(name)})", style="red")
         return 1 if left else 0
 
 
-def _are_shared(places: Sequence[Slot]) -> bool:
+def _are_shared(engine: Engine) -> bool:
     """Whether a training alone on this machine would have more than its slot gives it."""
-    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in places}
-    return None in gpus or len(gpus) < len(places)
+    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in engine.slots}
+    return engine.is_fixed and (None in gpus or len(gpus) < len(engine.slots))
 
 
 def _introduce(

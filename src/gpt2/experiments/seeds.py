@@ -18,8 +18,9 @@ from gpt2.experiments import ledger as ledgers
 from gpt2.experiments import plan, summary, training, worker
 from gpt2.experiments.board import Board
 from gpt2.experiments.ledger import About, Ledger, Record
-from gpt2.experiments.plan import Answer, Event, Job, Point, Slot
+from gpt2.experiments.plan import Answer, Event, Job, Point
 from gpt2.experiments.pool import Limits, Pool, worker_logs
+from gpt2.experiments.process import Engine
 from gpt2.experiments.view import watched
 from gpt2.tables import counted
 
@@ -160,21 +161,21 @@ class Seeds:
         return summary.summarise(self._sweep.points, self.records(), self._sweep.metric)
 
 
-def run(sweep: Sweep, slots: list[Slot], limits: Limits, out: Console) -> int:
+def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> int:
     """Runs what is not done yet of the sweep; the exit code: 1 if a job failed, 128 and the
     signal's number if it was stopped."""
     if sweep.target is None:
         training.require_data(sweep.run, sweep.ranks)
-        require_room(sweep, len(slots))
+        require_room(sweep, len(engine.slots))
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
         total = sweep.about().total
         done = total - len(source.left())
-        _introduce(sweep, slots, done, out)
-        board = Board("seeds", total, slots, before=done)
+        _introduce(sweep, engine, done, out)
+        board = Board("seeds", total, engine.slots, before=done)
         log = sweep.log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
         with watched(board, sweep.folder, log=log, out=out) as on_event:
-            pool = Pool(slots, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
+            pool = Pool(engine, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
             number = pool.run()
         source.save()
         _conclude(sweep, source, out)
@@ -204,14 +205,14 @@ def require_room(sweep: Sweep, at_once: int) -> None:
         )
 
 
-def _introduce(sweep: Sweep, slots: list[Slot], done: int, out: Console) -> None:
+def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
     total = len(sweep.points) * len(sweep.seeds)
     grid = f"{counted(len(sweep.points), 'point')} of a grid, " if sweep.points != [{}] else ""
     seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
     out.print(f"Sweep of {sweep.target or 'a training'}: {grid}{seeds}, {counted(total, 'job')}")
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")
-    out.print(f"  - on {plan.names(slots, sweep.ranks)}")
+    out.print(f"  - on {plan.names(engine.slots, sweep.ranks)}")
     out.print(f"  - results {sweep.folder}, logs {sweep.log_dir}")
 
 
