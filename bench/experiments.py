@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpt2 import config
 from gpt2.experiments import ledger, slots
+from gpt2.experiments.calls import Call
 from gpt2.experiments.plan import Event
 from gpt2.experiments.pool import Pool, worker_logs
-from gpt2.experiments.seeds import Seeds, Sweep
+from gpt2.experiments.seeds import Function, Seeds, Sweep
 
 WORKERS = 2
 
@@ -28,10 +28,8 @@ def nothing(seed: int) -> int:
 def ours(jobs: int, folder: Path) -> float:
     """Seconds per job between the first start and the last result, by the pool."""
     sweep = Sweep(
-        config.preset("demo"),
-        target="experiments:nothing",
+        Function(Call.of("experiments:nothing")),
         seeds=range(jobs),
-        metric="value",
         folder=folder / "results",
     )
     times: list[float] = []

@@ -12,7 +12,7 @@ import tyro
 
 from gpt2 import cli
 from gpt2.cli_parse import guarded, parse, parse_known
-from gpt2.config import require_at_least
+from gpt2.config import MachineConfig, require_at_least
 from gpt2.errors import ConfigError
 from gpt2.limits import suggestion
 from gpt2.tables import console
@@ -97,23 +97,28 @@ def seeds_main() -> int:
         if train.list_checkpoints:
             return list_checkpoints(folder)
         from gpt2.experiments import plan, seeds, slots
+        from gpt2.experiments.calls import Call
+        from gpt2.experiments.seeds_training import Training
 
-        sys.path.insert(0, os.getcwd())  # where --target is looked for
+        if train.run.machine.seed != MachineConfig().seed:
+            raise ConfigError(seeds.SEEDS_APART)
+        task: seeds.Task = Training(train.run, command.keep_checkpoints)
+        if command.target is not None:
+            sys.path.insert(0, os.getcwd())  # where it is looked for
+            task = seeds.Function(Call.of(command.target))
         sweep = seeds.Sweep(
-            run=train.run,
-            target=command.target,
+            task,
             points=plan.points(plan.parse_grid(command.grid)),
             seeds=range(command.first_seed, command.first_seed + command.num_seeds),
             metric=command.metric or ("value" if command.target else "val_loss"),
             folder=folder,
             log_dir=command.log_dir or train.run.watch.log_dir,
             save_every_s=command.checkpoint_interval,
-            keep_checkpoints=command.keep_checkpoints,
         )
         pool, device = command.pool, train.run.machine.device
         gpus = listed("gpus", pool.gpus)
         places = slots.of_machine(pool.slots, gpus, device, command.max_gpus)
-        return seeds.run(sweep, places, pool.limits(), console())
+        return seeds.run(sweep, places, pool.limits(), console()).exit_code
 
     return guarded(body)
 
