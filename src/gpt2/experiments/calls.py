@@ -54,7 +54,7 @@ class Call:
             inspect.signature(self.function).bind(**filled)
         except TypeError as error:
             raise ConfigError(
-                f"{self.target} cannot be called with {', '.join(given)}: {error}"
+                f"{self.target} cannot be called with {', '.join(given) or 'nothing'}: {error}"
             ) from error
 
 
