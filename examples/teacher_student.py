@@ -69,13 +69,9 @@ class Command:
         wanted = (*self.teacher_ranks, *self.student_dims, *self.measurements, self.num_seeds)
         if min(*wanted, self.guesses, self.tolerance) <= 0:
             raise ConfigError("ranks, dimensions and numbers must be more than 0")
-        for flag, value, most in (
-            ("teacher_ranks", max(self.teacher_ranks), self.size),
-            ("measurements", max(self.measurements), self.size**2 - 1),
-            ("teacher_ranks", min(self.teacher_ranks), max(self.student_dims)),
-        ):
-            if value > most:
-                raise ConfigError(f"--{flag} {value} is too much for this size; needed is {most}")
+        for flag, most in (("teacher_ranks", self.size), ("measurements", self.size**2 - 1)):
+            if (value := max(getattr(self, flag))) > most:
+                raise ConfigError(f"--{flag} {value}: a matrix of --size {self.size} allows {most}")
 
 
 @dataclass(frozen=True)
@@ -93,18 +89,17 @@ class Problem:
     def draw(cls, seed: int, size: int, rank: int, measurements: int) -> "Problem":
         """Entries of mean square 1, whatever the rank; normal measurements."""
         random = np.random.default_rng((seed, size, rank, measurements))
-        teacher = random.standard_normal((size, rank)) @ random.standard_normal((rank, size))
+        left = random.standard_normal((size, rank), np.float32)
+        teacher = left @ random.standard_normal((rank, size), np.float32)
         teacher *= size / np.linalg.norm(teacher)
-        seen = random.standard_normal((size * size, measurements))
+        seen = random.standard_normal((size * size, measurements), np.float32)
         hidden = np.linalg.qr(seen, mode="complete")[0][:, measurements:]
-        arrays = (array.astype(np.float32) for array in (teacher.ravel(), seen, hidden))
-        return cls(*arrays, size, random)
+        return cls(teacher.ravel(), seen, hidden, size, random)
 
     def errors(self, students: Array, directions: Array) -> Array:
         """Of flat students, on `seen` or `hidden`: squared, as a share of the teacher's own."""
         missed = (students - self.teacher) @ directions
-        errors: Array = np.sum(missed**2, -1) / np.sum((self.teacher @ directions) ** 2)
-        return errors
+        return np.asarray(np.sum(missed**2, -1) / np.sum((self.teacher @ directions) ** 2))
 
 
 def recover(
@@ -191,10 +186,7 @@ def draw(points: Sequence[PointSummary], metric: str) -> "Figure":
     """A panel for each teacher and number of measurements: error over the student's dimension."""
     from matplotlib.figure import Figure
 
-    ranks, amounts, dims = (
-        sorted({item.point[name] for item in points})
-        for name in ("teacher_rank", "measurements", "student_dim")
-    )
+    amounts, ranks, dims = (sorted(set(sizes)) for sizes in zip(*map(_place, points), strict=True))
     height, width = 2.6 * len(amounts) + 0.7, 3.2 * len(ranks) + 0.6
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(len(amounts), len(ranks), sharex=True, sharey=True, squeeze=False)
@@ -209,7 +201,7 @@ def draw(points: Sequence[PointSummary], metric: str) -> "Figure":
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylabel(f"relative {metric} error")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside upper left", ncols=4)
     return figure
 
 
@@ -233,9 +225,8 @@ def run() -> int:
     command = parse(Command, sys.argv[1:])
     asked = [name for name in METHODS if getattr(command, name)] or [*METHODS]
     pairs = [*itertools.product(command.teacher_ranks, command.student_dims)]
-    for rank, dim in pairs:
-        if dim < rank:
-            print(f"Left out: student dim {dim}, narrower than its teacher of rank {rank}")
+    if narrow := [f"{dim} for rank {rank}" for rank, dim in pairs if dim < rank]:
+        print(f"Left out, as narrower than the teacher: student dim {', '.join(narrow)}")
     points = [
         {"measurements": amount, "teacher_rank": rank, "student_dim": dim, "method": method}
         for amount, (rank, dim), method in itertools.product(command.measurements, pairs, asked)

@@ -49,6 +49,7 @@ __all__ = [
     "PointSummary",
     "Pool",
     "Record",
+    "Records",
     "Report",
     "Slot",
     "Source",
