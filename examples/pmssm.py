@@ -60,8 +60,6 @@ class Command:
     train_rows: int = 20_000
     learning_rate: float = 5e-3
     seed: int = 0
-    slots: int = 2
-    """models at a time"""
     checkpoint_dir: Path = Path("checkpoints/pmssm")
     """folder of the results"""
     log_dir: Path = Path("logs")
@@ -69,14 +67,13 @@ class Command:
     def __post_init__(self) -> None:
         if unknown := set(self.models) - set(MODELS):
             raise api.ConfigError(f"--models {min(unknown)}: there are only {', '.join(MODELS)}")
-        for name in ("steps", "batch_size", "train_rows", "learning_rate", "slots"):
+        for name in ("steps", "batch_size", "train_rows", "learning_rate"):
             if (value := getattr(self, name)) <= 0:
                 raise api.ConfigError(f"{name}={value} must be more than 0")
 
 
 def target(unit_BP: Tensor) -> Tensor:
-    """The made-up formula, of parameters scaled to -1 … 1: products, waves, a peak, and a little of
-    every one."""
+    """The made-up formula, of parameters scaled to -1 … 1: B."""
     p = dict(zip(RANGES, unit_BP.unbind(1), strict=True))
     mixing = p["At"] - 0.5 * p["mu"] * p["tan_beta"]
     return (
@@ -227,10 +224,8 @@ def draw(records: api.Records) -> Figure:
         points.scatter(*zip(*result["pairs"], strict=True), s=11, alpha=0.6, linewidths=0)
     truth = [pair[0] for result in found.values() for pair in result["pairs"]]
     points.axline((min(truth), min(truth)), slope=1, color="#888888", linewidth=1)
-    curves.set(xlabel="step", ylabel="test RMSE", ylim=(0, None))
-    curves.set_title("error on the synthetic target", loc="left")
-    points.set(xlabel="true", ylabel="predicted")
-    points.set_title(f"the first {SHOWN} test rows", loc="left")
+    curves.set(xlabel="step", ylabel="test RMSE", ylim=(0, None), title="synthetic target: error")
+    points.set(xlabel="true", ylabel="predicted", title=f"the first {SHOWN} test rows")
     curves.legend()
     return figure
 
@@ -244,7 +239,6 @@ def run() -> int:
         folder=command.checkpoint_dir,
         listing=listing,
         draw=draw,
-        slots=api.of_machine(command.slots),
         log_dir=command.log_dir,
     ).exit_code
 

@@ -206,7 +206,7 @@ def _introduce(group: Group, waiting: Sequence[str], places: Sequence[Slot], dia
     if done := [name for name in group.names if name not in waiting]:
         diary.say(f"  - finished already: {', '.join(done)}")
     where = ", ".join(slot.name for slot in places)
-    if len(places) > 1:
+    if len(places) > 1 and waiting:
         diary.say(f"  - {min(len(places), len(waiting))} at a time, on {where}")
     elif len(waiting) > 1:
         diary.say(f"  - one after another, on {where}")
