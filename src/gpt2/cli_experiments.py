@@ -1,12 +1,14 @@
 """What the `gpt2` command does with many trainings: `seeds`, `models`, `experiments`."""
 
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +21,7 @@ from gpt2.tables import console
 
 if TYPE_CHECKING:
     from gpt2.experiments.pool import Limits
+    from gpt2.experiments.process import Engine
 
 T = TypeVar("T")
 
@@ -38,6 +41,11 @@ class PoolOptions:
     and every 15 s while it validates: more than it takes to compile and to save"""
     grace: float = 60.0
     """seconds for saving after Ctrl+C"""
+    engine: Literal["local", "ray"] = "local"
+    """local is this machine; ray is a Ray cluster, all of whose machines see the same files"""
+    ray_address: str | None = None
+    """the cluster's, as in 10.0.0.1:6379; default is RAY_ADDRESS, else the cluster of this
+    machine, else a new one of it alone"""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "slots")
@@ -45,11 +53,38 @@ class PoolOptions:
         for name, value in (("job_timeout", self.job_timeout), ("grace", self.grace)):
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value} must be more than 0")
+        if self.ray_address is not None and self.engine != "ray":
+            raise ConfigError(f"--ray_address {self.ray_address} needs --engine ray")
+        if self.gpus is not None and self.engine == "ray":
+            raise ConfigError(
+                f"--gpus {self.gpus}: on a cluster Ray chooses the GPUs; --slots says how many "
+                "jobs run at a time"
+            )
 
     def limits(self) -> "Limits":
         from gpt2.experiments.pool import Limits
 
         return Limits(self.retries, self.job_timeout, self.grace)
+
+    @contextmanager
+    def opened(
+        self, folder: Path, device: str, count: int | None = None, max_gpus: int | None = None
+    ) -> Iterator["Engine"]:
+        """Where the jobs of the experiment in `folder` run, while the block does: on `count` slots,
+        by default what the options say, and on `max_gpus` at most."""
+        count = count or self.slots
+        if self.engine == "ray":
+            if importlib.util.find_spec("ray") is None:
+                raise ConfigError("--engine ray needs Ray; first: pip install 'ray>=2.60,<3'")
+            from gpt2.experiments import cluster
+
+            with cluster.joined(self.ray_address, folder, count, device, max_gpus) as engine:
+                yield engine
+        else:
+            from gpt2.experiments.process import Engine
+            from gpt2.experiments.slots import of_machine
+
+            yield Engine(of_machine(count, listed("gpus", self.gpus), device, max_gpus))
 
 
 @dataclass(frozen=True)
@@ -96,7 +131,7 @@ def seeds_main() -> int:
         folder = command.checkpoint_dir or folder_of(train, "seeds")
         if train.list_checkpoints:
             return list_checkpoints(folder)
-        from gpt2.experiments import plan, seeds, slots
+        from gpt2.experiments import plan, seeds
         from gpt2.experiments.calls import Call
         from gpt2.experiments.seeds_training import Training
 
@@ -116,9 +151,8 @@ def seeds_main() -> int:
             save_every_s=command.checkpoint_interval,
         )
         pool, device = command.pool, train.run.machine.device
-        gpus = listed("gpus", pool.gpus)
-        places = slots.of_machine(pool.slots, gpus, device, command.max_gpus)
-        return seeds.run(sweep, places, pool.limits(), console()).exit_code
+        with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
+            return seeds.run(sweep, engine, pool.limits(), console()).exit_code
 
     return guarded(body)
 
@@ -167,15 +201,12 @@ def models_main() -> int:
             folder,
             command.log_dir or train.run.watch.log_dir,
         )
-        pool = command.pool
-        places = models.choose_slots(
-            len(asked.models),
-            pool.slots,
-            listed("gpus", pool.gpus),
-            command.parallel,
-            train.run.machine.device,
+        pool, device = command.pool, train.run.machine.device
+        room = models.at_once(
+            len(asked.models), pool.slots, pool.gpus is not None, command.parallel
         )
-        return models.run(asked, places, pool.limits(), console())
+        with pool.opened(folder, device, *room) as engine:
+            return models.run(asked, engine, pool.limits(), console())
 
     return guarded(body)
 

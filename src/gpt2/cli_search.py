@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.cli_experiments import PoolOptions, folder_of, list_checkpoints, listed, parse_beside_run
+from gpt2.cli_experiments import PoolOptions, folder_of, list_checkpoints, parse_beside_run
 from gpt2.cli_parse import guarded
 from gpt2.config import RunConfig, require_at_least
 from gpt2.errors import ConfigError
@@ -67,7 +67,7 @@ def search_main() -> int:
         space = _read_space(command.space, train.run)
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError("gpt2 search needs Optuna; first: pip install 'optuna>=4.5,<6'")
-        from gpt2.experiments import search, slots
+        from gpt2.experiments import search
 
         pool = command.pool
         asked = search.Search(
@@ -83,9 +83,8 @@ def search_main() -> int:
             study_name=command.study_name,
             keep_checkpoints=command.keep_checkpoints,
         )
-        gpus = listed("gpus", pool.gpus)
-        places = slots.of_machine(pool.slots, gpus, train.run.machine.device)
-        return search.run(asked, places, pool.limits(), console())
+        with pool.opened(folder, train.run.machine.device) as engine:
+            return search.run(asked, engine, pool.limits(), console())
 
     return guarded(body)
 

@@ -148,3 +148,8 @@ def scored(report: Any, folder: str, trace: str, number: int, pause: float) -> d
         new.write_text(str(step))
         new.replace(kept)
     return {"tokens": 1}
+
+
+def counts_for_seed(report: Any, seed: int, until: int, pause: float, trace: str) -> dict[str, int]:
+    """`counts` as a sweep calls it."""
+    return {"value": counts(report, until, pause, trace)}

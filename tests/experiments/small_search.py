@@ -13,6 +13,7 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
     from gpt2.experiments import search, slots, space, training, trial
     from gpt2.experiments.plan import Job
     from gpt2.experiments.pool import Limits
+    from gpt2.experiments.process import Engine
     from gpt2.tables import console
 
     def job(number: int, _run: object, folder: Path, _values: object) -> Job:
@@ -33,7 +34,7 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
         log_dir=out / "logs",
         storage=storage,
     )
-    return search.run(asked, slots.of_cores(2, "1"), Limits(retries=99), console())
+    return search.run(asked, Engine(slots.of_cores(2, "1")), Limits(retries=99), console())
 
 
 if __name__ == "__main__":

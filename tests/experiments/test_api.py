@@ -12,7 +12,7 @@ from rich.console import Console
 from experiments import jobs
 from gpt2.experiments import api, ledger, slots
 
-SLOTS = slots.of_cores(2, threads="1")
+ENGINE = api.Engine(slots.of_cores(2, threads="1"))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def begun(trace: Path) -> list[str]:
 def place(tmp_path: Path) -> dict[str, Any]:
     """Where an experiment runs and is kept; `out` is what it says."""
     out = Console(file=io.StringIO(), width=160)
-    return {"folder": tmp_path / "kept", "log_dir": tmp_path / "logs", "slots": SLOTS, "out": out}
+    return {"folder": tmp_path / "kept", "log_dir": tmp_path / "logs", "engine": ENGINE, "out": out}
 
 
 def said(given: dict[str, Any]) -> str:
@@ -167,7 +167,7 @@ class Doubling:
 def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     source, events = Doubling(), list[api.Event]()
-    assert api.Pool(SLOTS, source, events.append, limits=api.Limits(retries=0)).run() == 0
+    assert api.Pool(ENGINE, source, events.append, limits=api.Limits(retries=0)).run() == 0
     assert source.number == 8
     assert [event.result for event in events if event.kind == "finished"] == [2, 4, 8]
 

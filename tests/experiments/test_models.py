@@ -11,16 +11,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from gpt2 import cli, train
-from gpt2.experiments import models
+from gpt2.cli_experiments import PoolOptions
+from gpt2.experiments import models, slots
 from gpt2.experiments.ledger import Record, read_records
 from gpt2.experiments.models import Comparison
 from gpt2.experiments.plan import model_slots
 from gpt2.experiments.pool import Limits
+from gpt2.experiments.process import Engine
 from support import loss_lines, small_config, small_flags
 
 
@@ -75,14 +78,18 @@ def test_slots_of_models():
 def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gpt2.experiments.slots._visible_gpus", lambda _: ["0", "1", "2", "3"])
 
-    def names(**given: object) -> list[str]:
-        default = {"models": 3, "count": None, "gpus": None, "parallel": True, "device": "auto"}
-        return [slot.name for slot in models.choose_slots(**default | given)]
+    def names(**given: Any) -> list[str]:
+        pool = PoolOptions(gpus=given.get("gpus"), slots=given.get("slots"))
+        room = models.at_once(
+            given.get("models", 3), pool.slots, pool.gpus is not None, given.get("parallel", True)
+        )
+        with pool.opened(Path(), given.get("device", "auto"), *room) as engine:
+            return [slot.name for slot in engine.slots]
 
     assert names() == ["gpu0", "gpu1"]
-    assert names(gpus=["1", "2", "3"]) == ["gpu1", "gpu2", "gpu3"]
-    assert names(gpus=["2", "3"], parallel=False) == ["gpu2"]
-    assert names(count=3) == ["gpu0", "gpu1", "gpu2"]
+    assert names(gpus="1,2,3") == ["gpu1", "gpu2", "gpu3"]
+    assert names(gpus="2,3", parallel=False) == ["gpu2"]
+    assert names(slots=3) == ["gpu0", "gpu1", "gpu2"]
     assert names(models=1) == ["gpu0"]
     assert names(device="cpu") == ["cpu0", "cpu1"]
 
@@ -160,8 +167,7 @@ def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_pat
     asked = Comparison(run, stand_ins, tmp_path / "models", tmp_path / "logs")
     threading.Thread(target=kill_after_saving, args=(asked.folder / "killed",), daemon=True).start()
     out = Console(file=io.StringIO(), width=160)
-    places = models.choose_slots(2, None, None, parallel=False, device="cpu")
-    assert models.run(asked, places, Limits(), out) == 1
+    assert models.run(asked, Engine(slots.of_machine(1, device="cpu")), Limits(), out) == 1
     said = out.file.getvalue()
     assert "one after another, on cpu0" in said
     assert "SIGKILL" in said

@@ -12,6 +12,7 @@ import pytest
 
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool
+from gpt2.experiments.process import Engine
 
 SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
 
@@ -44,7 +45,7 @@ def job(name: str, function: str, own_process: bool = False, **kwargs: Any) -> J
 
 def run(source: Given, tmp_path: Path, slots: list[Slot] = SLOTS, **limits: Any) -> int:
     pool = Pool(
-        slots,
+        Engine(slots),
         source,
         lambda event: None,
         log_of=lambda slot, _: tmp_path / f"{slot.name}.log",
@@ -190,7 +191,7 @@ def test_bad_slot_is_taken_out_of_service(tmp_path: Path, error: str, lost: list
     """A GPU that gives errors is; one that meets three jobs with a bug is not."""
     source = Given(*(job(f"{n}", "bad_on", slot="0", seed=n, error=error) for n in range(20)))
     seen: list[Event] = []
-    pool = Pool(SLOTS, source, seen.append, log_of=lambda *_: tmp_path / "log")
+    pool = Pool(Engine(SLOTS), source, seen.append, log_of=lambda *_: tmp_path / "log")
     pool.run()
     assert [event.slot.index for event in seen if event.kind == "slot_lost"] == lost
     assert len(source.of("failed")) >= 3 and len(source.heard) == 40

@@ -22,6 +22,7 @@ from gpt2.experiments import board, picture, view
 from gpt2.experiments.board import Board
 from gpt2.experiments.plan import Event, Job
 from gpt2.experiments.pool import Pool
+from gpt2.experiments.process import Engine
 from gpt2.experiments.view import Narrator, watched
 
 STOP = "every job saves and ends, 60 s at most; Ctrl+C again ends at once"
@@ -238,7 +239,9 @@ def test_a_pool_that_is_watched(tmp_path: Path):
     source, out = Given(*jobs, real_job("bad", "rises")), plain()
     on = Board("seeds", 13, SLOTS)
     with watched(on, tmp_path, every=5, out=out) as tell:
-        Pool(SLOTS, source, tell, log_of=lambda slot, _: tmp_path / f"{slot.name}.log").run()
+        Pool(
+            Engine(SLOTS), source, tell, log_of=lambda slot, _: tmp_path / f"{slot.name}.log"
+        ).run()
     text = text_of(out)
     assert "failed: bad on gpu" in text
     assert "finished: 12 of 13 done, 1 failed" in text and text.count("jobs/") == 3

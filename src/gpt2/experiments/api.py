@@ -29,6 +29,7 @@ from gpt2.experiments.calls import Call, plain
 from gpt2.experiments.ledger import Ledger, Record
 from gpt2.experiments.plan import Answer, Event, Job, Point, Slot, Source, Stopped
 from gpt2.experiments.pool import Limits, Pool
+from gpt2.experiments.process import Engine
 from gpt2.experiments.seeds import Drawing, Listing, Swept
 from gpt2.experiments.slots import of_machine
 from gpt2.experiments.summary import PointSummary, Statistics
@@ -42,6 +43,7 @@ __all__ = [
     "Answer",
     "ConfigError",
     "Ended",
+    "Engine",
     "Event",
     "Job",
     "Limits",
@@ -85,7 +87,7 @@ def sweep(
     first_seed: int = 0,
     listing: Listing = summary.listing,
     draw: Drawing = summary.draw,
-    slots: Sequence[Slot] | None = None,
+    engine: Engine | None = None,
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
     out: Console | None = None,
@@ -97,7 +99,7 @@ def sweep(
     processes that call it are reused. More seeds and points may be added to what `folder` holds;
     what a `partial` gives the function may not change. `listing` and `draw` make another table and
     picture of the points, and are called if at least one result has the metric; a point may have
-    none. `slots` are those of this machine unless given.
+    none. It runs on all slots of this machine, unless `engine` has others.
 
     Raises UserError, before anything runs, for a function that cannot be called so, and if `folder`
     holds another experiment or belongs to a process that lives.
@@ -113,7 +115,7 @@ def sweep(
         listing=listing,
         draw=draw,
     )
-    return seeds.run(asked, slots or of_machine(), limits, out or console())
+    return seeds.run(asked, engine or Engine(of_machine()), limits, out or console())
 
 
 def results(records: Records) -> RenderableType:
@@ -133,7 +135,7 @@ def together(
     folder: Path,
     listing: Callable[[Records], RenderableType] = results,
     draw: Callable[[Records], "Figure"] | None = None,
-    slots: Sequence[Slot] | None = None,
+    engine: Engine | None = None,
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
     out: Console | None = None,
@@ -141,7 +143,7 @@ def together(
     """Calls each function once, in a process of its own, and compares what they return.
 
     The first ones have a slot each, the next one follows on the last slot as soon as that is free;
-    `slots` are two of this machine unless given. Jobs are known by their names: what has finished
+    they are two of this machine, unless `engine` has others. Jobs are known by their names: what has finished
     never runs again, others may be added. `listing` and `draw` make the table, and the picture
     `comparison.png`, of all jobs that have ended; failed ones have no result.
 
@@ -179,5 +181,5 @@ def together(
             return f"; no picture: {error}"
         return f", picture: {folder / PICTURE}"
 
-    places = slots or of_machine(max_gpus=groups.AT_ONCE)
-    return groups.run(group, places, limits, out or console(), conclude)
+    engine = engine or Engine(of_machine(max_gpus=groups.AT_ONCE))
+    return groups.run(group, engine, limits, out or console(), conclude)

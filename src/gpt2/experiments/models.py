@@ -1,6 +1,6 @@
 """Several models on the same data and token budget, at the same time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from rich.console import Console
 from gpt2 import config, estimate, plot
 from gpt2.config import ModelConfig, RunConfig
 from gpt2.errors import ConfigError
-from gpt2.experiments import comparison, slots, together, training
+from gpt2.experiments import comparison, together, training
 from gpt2.experiments import ledger as ledgers
 from gpt2.experiments.comparison import Row
 from gpt2.experiments.ledger import Ledger, Record
-from gpt2.experiments.plan import Slot
 from gpt2.experiments.pool import Limits
+from gpt2.experiments.process import Engine
 from gpt2.experiments.together import AT_ONCE, Group, Say
 from gpt2.shape import ARCHITECTURES
 
@@ -73,16 +73,17 @@ class Comparison:
         )
 
 
-def choose_slots(
-    models: int, count: int | None, gpus: Sequence[str] | None, parallel: bool, device: str
-) -> list[Slot]:
-    """Slots for `models` trainings: two at most, unless more are named; one if not `parallel`."""
+def at_once(
+    models: int, count: int | None, are_gpus_named: bool, parallel: bool
+) -> tuple[int | None, int | None]:
+    """How many slots, and on how many GPUs at most, `models` trainings have: two unless more are
+    asked for, one if not `parallel`. None is no limit."""
     if models == 1 or not parallel:
-        return slots.of_machine(1, gpus, device)
-    return slots.of_machine(count, gpus, device, max_gpus=None if count or gpus else AT_ONCE)
+        return 1, None
+    return count, None if count or are_gpus_named else AT_ONCE
 
 
-def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console) -> int:
+def run(asked: Comparison, engine: Engine, limits: Limits, out: Console) -> int:
     """Trains the models that have not finished yet, and compares all; the exit code: 1 if one has
     failed, 128 and the signal's number if it was stopped."""
     training.require_data(asked.run)
@@ -90,7 +91,7 @@ def run(asked: Comparison, places: Sequence[Slot], limits: Limits, out: Console)
     def conclude(ledger: Ledger, say: Say) -> None:
         _conclude(asked, ledger, say)
 
-    return together.run(asked.group(), places, limits, out, conclude).exit_code
+    return together.run(asked.group(), engine, limits, out, conclude).exit_code
 
 
 def _conclude(asked: Comparison, ledger: Ledger, say: Say) -> None:

@@ -79,6 +79,8 @@ class Event:
     traceback: str = ""
     log: str = ""
     """file that the worker writes to"""
+    host: str = ""
+    """the machine that the worker runs on, if it is not the owner's"""
 
 
 class Source(Protocol):

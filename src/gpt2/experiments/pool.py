@@ -6,7 +6,7 @@ A worker that dies, hangs, runs out of memory or raises costs its own job only.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -16,7 +16,7 @@ from gpt2.distributed import StopRequest
 from gpt2.errors import TrainingError
 from gpt2.experiments import worker
 from gpt2.experiments.plan import Answer, Event, Job, Kind, Slot, Source
-from gpt2.experiments.process import WorkerProcess
+from gpt2.experiments.process import Engine, Worker
 
 POLL_S = 0.2
 """how soon a signal and a timeout are noticed"""
@@ -32,6 +32,8 @@ DEATH_S = 15.0
 """for SIGKILL to work: a process that waits for a broken device does not die"""
 BAD_SLOT = 3
 """workers lost in a row, while the other slots lose none, that take a slot out of service"""
+LOST_MACHINES = 5
+"""more attempts for a job whose machines are lost"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class _Task:
     """monotonic, as all times here"""
     heard: float
     """when its worker last said something"""
+    is_told: bool = False
+    """whether the source knows that a worker has it"""
     has_begun: bool = False
     """whether its worker has loaded what it needs"""
 
@@ -75,7 +79,7 @@ class _Seat:
     """A slot and who works there."""
 
     slot: Slot
-    worker: WorkerProcess | None = None
+    worker: Worker | None = None
     task: _Task | None = None
     deadline: float | None = None
     """when the worker is killed, if it has not ended"""
@@ -92,6 +96,11 @@ class _Seat:
     def is_free(self) -> bool:
         return self.worker is None or (self.task is None and self.deadline is None)
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it has a job, but no machine of the cluster has room for its worker yet."""
+        return self.task is not None and not self.task.is_told
+
     def kill(self, why: str) -> None:
         assert self.worker is not None
         self.verdict = self.verdict or why
@@ -100,7 +109,8 @@ class _Seat:
 
 
 class Pool:
-    """Runs the jobs of `source` on `slots`, until there are none left or somebody says stop.
+    """Runs the jobs of `source` on an engine's slots, until there are none left or somebody says
+    stop.
 
     `on_event` hears everything that `source` hears, and what concerns the pool itself, for whoever
     watches. `log_of` says which log a worker on a slot writes to, by the job that it is started
@@ -109,14 +119,14 @@ class Pool:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        engine: Engine,
         source: Source,
         on_event: Callable[[Event], None],
         *,
         log_of: Callable[[Slot, Job], Path] | None = None,
         limits: Limits = Limits(),
     ) -> None:
-        self._seats = [_Seat(slot) for slot in slots]
+        self._engine, self._seats = engine, [_Seat(slot) for slot in engine.slots]
         self._source, self._on_event = source, on_event
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits
         self._waiting: list[_Waiting] = []
@@ -171,8 +181,11 @@ class Pool:
     def _fill(self) -> None:
         """Gives a job to every slot that is free, as long as there are jobs."""
         for seat in self._seats:
-            if seat.in_service and seat.is_free and (chosen := self._next_for(seat)):
-                self._begin(seat, chosen)
+            if seat.in_service and seat.is_free:
+                if chosen := self._next_for(seat):
+                    self._begin(seat, chosen)
+                elif seat.worker and any(other.waits_for_room for other in self._seats):
+                    self._dismiss(seat)
 
     def _next_for(self, seat: _Seat) -> _Waiting | None:
         """What waits for this slot, or the source's next job that may run here, or else a job whose
@@ -210,7 +223,7 @@ class Pool:
             return
         if seat.worker is None:
             try:
-                seat.worker = WorkerProcess(seat.slot, self._log_of(seat.slot, job))
+                seat.worker = self._engine.hire(seat.slot, self._log_of(seat.slot, job))
             except OSError as error:
                 raise TrainingError(
                     f"cannot start a worker for {job.name}: {error}; the same command goes on"
@@ -218,7 +231,15 @@ class Pool:
         now = time.monotonic()
         seat.task, seat.verdict = _Task(job, chosen.attempt, began=now, heard=now), ""
         seat.worker.send(asdict(job))
-        self._tell(seat, seat.task, "started")
+        self._tell_start(seat)
+
+    def _tell_start(self, seat: _Seat) -> None:
+        """Tells that a worker has the job, once it runs."""
+        task = seat.task
+        if task and not task.is_told and seat.worker and seat.worker.pid:
+            task.began = task.heard = time.monotonic()
+            task.is_told = True
+            self._tell(seat, task, "started")
 
     def _take_in(self) -> None:
         """Waits for something to happen to a worker, and deals with it."""
@@ -229,7 +250,9 @@ class Pool:
         for seat in {id(seats[handle]): seats[handle] for handle in ready}.values():  # type: ignore[index]
             assert seat.worker is not None
             has_ended = seat.worker.has_ended  # before its last words are read
-            for message in seat.worker.receive():
+            messages = seat.worker.receive()
+            self._tell_start(seat)
+            for message in messages:
                 self._on_message(seat, message)
             if has_ended:
                 self._on_death(seat)
@@ -274,7 +297,11 @@ class Pool:
 
     def _on_loss(self, seat: _Seat, task: _Task, reason: str, traceback: str = "") -> None:
         """The job's worker is lost: the job begins again from its own checkpoint, or has failed."""
-        if task.attempt > self._limits.retries:
+        assert seat.worker is not None
+        retries = self._limits.retries
+        if seat.worker.machine_is_lost:
+            retries = max(retries, LOST_MACHINES)
+        if task.attempt > retries:
             self._tell(seat, task, "failed", reason=reason, traceback=traceback)
         else:
             self._tell(seat, task, "retried", reason=reason, traceback=traceback)
@@ -303,7 +330,7 @@ class Pool:
                 self._on_death(seat)
             elif seat.deadline and now > seat.deadline:
                 seat.kill(f"it did not end within {self._limits.grace:g} s (--grace)")
-            elif seat.task and timeout and not seat.deadline:
+            elif seat.task and seat.task.is_told and timeout and not seat.deadline:
                 loading_s = 0.0 if seat.task.has_begun else LOADING_S
                 if now > seat.task.heard + timeout + loading_s:
                     seat.verdict = f"no report for {timeout:g} s (--job_timeout)"
@@ -312,6 +339,8 @@ class Pool:
 
     def _blame(self, seat: _Seat) -> None:
         """A slot that loses one worker after another is bad, if no other slot does the same."""
+        if not self._engine.is_fixed:
+            return
         seat.losses.append(time.monotonic())
         if len(seat.losses) < BAD_SLOT:
             return
@@ -340,8 +369,10 @@ class Pool:
             elif seat.worker and seat.deadline is None:
                 self._dismiss(seat)
         while left := [seat for seat in self._seats if seat.worker]:
-            wait([seat.worker.pidfd for seat in left if seat.worker], POLL_S)
+            wait([handle for seat in left if seat.worker for handle in seat.worker.handles], POLL_S)
             for seat in left:
+                if seat.worker:
+                    seat.worker.receive()  # nobody hears it any more
                 if seat.worker and seat.worker.has_ended:
                     self._on_death(seat)
             self._keep_deadlines()
@@ -356,6 +387,7 @@ class Pool:
             task.attempt,
             time.monotonic() - task.began,
             log=str(seat.worker.log),
+            host=seat.worker.host,
             **facts,
         )
         self._told = time.monotonic()

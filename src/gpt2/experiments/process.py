@@ -11,11 +11,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gpt2.experiments import worker
 from gpt2.experiments.plan import Slot
@@ -23,8 +24,51 @@ from gpt2.experiments.plan import Slot
 RECEIVE_BYTES = 1 << 18
 
 
+class Worker(Protocol):
+    """What a pool knows of a worker process, here or on another machine."""
+
+    log: Path
+    pid: int
+    """0 until it runs: another machine may have no room for it yet"""
+    host: str
+    """the machine that it runs on; empty if that is this one"""
+    machine_is_lost: bool
+    """whether it has ended because its machine has, which no job is to blame for"""
+
+    @property
+    def handles(self) -> list[int]:
+        """What becomes readable when the worker says something, runs, or dies."""
+        ...
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    def send(self, message: Any) -> None: ...
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The messages that have come whole."""
+        ...
+
+    def signal(self, number: int) -> None: ...
+
+    def dismiss(self) -> None:
+        """Lets it end when it has nothing to do."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL to the worker and to all that it started."""
+        ...
+
+    def bury(self) -> str:
+        """Ends what a dead worker has started, and says how it died."""
+        ...
+
+
 class WorkerProcess:
-    """A fresh process on a slot that runs the jobs which it is sent."""
+    """A fresh process on a slot of this machine that runs the jobs which it is sent."""
+
+    host = ""
+    machine_is_lost = False
 
     def __init__(self, slot: Slot, log: Path) -> None:
         """Starts it; raises OSError if the system has no room for one more."""
@@ -106,6 +150,17 @@ class WorkerProcess:
         name = signal.Signals(-code).name
         note = " (as the kernel does when the memory runs out)" if name == "SIGKILL" else ""
         return f"its process was killed by {name}{note}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the jobs of an experiment run."""
+
+    slots: Sequence[Slot]
+    hire: Callable[[Slot, Path], Worker] = WorkerProcess
+    """starts a worker on a slot that writes to the log; raises OSError if there is no room"""
+    is_fixed: bool = True
+    """whether a slot is always the same GPU or cores, which may be broken"""
 
 
 @contextlib.contextmanager

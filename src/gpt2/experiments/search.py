@@ -33,6 +33,7 @@ from gpt2.experiments.board import Board
 from gpt2.experiments.ledger import About, Ledger, Record
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool, worker_logs
+from gpt2.experiments.process import Engine
 from gpt2.experiments.space import Dimension, Space
 from gpt2.experiments.view import watched
 from gpt2.tables import counted
@@ -318,7 +319,7 @@ def outcome(live: Live, kind: str, reason: str) -> tuple[TrialState, str]:
     return TrialState.COMPLETE, ""
 
 
-def run(search: Search, places: Sequence[Slot], limits: Limits, out: Console) -> int:
+def run(search: Search, engine: Engine, limits: Limits, out: Console) -> int:
     """Runs the trials that are missing; the exit code: 1 if there are less than were asked for,
     128 and the signal's number if it was stopped."""
     training.require_data(search.run)
@@ -328,19 +329,17 @@ def run(search: Search, places: Sequence[Slot], limits: Limits, out: Console) ->
             source = Trials(study, search, ledger)
             source.catch_up()
             done = source.done
-        _introduce(search, places, done, out)
+        _introduce(search, engine.slots, done, out)
         number = 0
         if done < search.n_trials:
-            number = _run_pool(search, source, places, limits, out)
+            number = _run_pool(search, source, engine, limits, out)
         ledger.save(space=spaces.described(search.space))
         return _conclude(search, study, source, number, out)
 
 
-def _run_pool(
-    search: Search, source: Trials, places: Sequence[Slot], limits: Limits, out: Console
-) -> int:
+def _run_pool(search: Search, source: Trials, engine: Engine, limits: Limits, out: Console) -> int:
     log = search.log_dir / f"search_{time.strftime('%Y%m%d_%H%M%S')}.log"
-    board = Board("search", search.n_trials, places, before=source.done)
+    board = Board("search", search.n_trials, engine.slots, before=source.done)
     named: set[str] = set()
     with watched(board, search.folder, log=log, out=out) as on_event:
 
@@ -351,7 +350,7 @@ def _run_pool(
                 out.print(f"  - worker {event.slot.name}: process {event.pid}, log {event.log}")
 
         log_of = worker_logs(search.log_dir)
-        return Pool(places, source, told, log_of=log_of, limits=limits).run()
+        return Pool(engine, source, told, log_of=log_of, limits=limits).run()
 
 
 def _introduce(search: Search, places: Sequence[Slot], done: int, out: Console) -> None:

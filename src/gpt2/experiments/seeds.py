@@ -16,8 +16,9 @@ from gpt2.experiments import plan, summary
 from gpt2.experiments.board import Board
 from gpt2.experiments.calls import Call
 from gpt2.experiments.ledger import About, Ledger, Record
-from gpt2.experiments.plan import Answer, Event, Job, Point, Slot
+from gpt2.experiments.plan import Answer, Event, Job, Point
 from gpt2.experiments.pool import Limits, Pool, worker_logs
+from gpt2.experiments.process import Engine
 from gpt2.experiments.summary import PointSummary
 from gpt2.experiments.view import watched
 from gpt2.tables import counted
@@ -213,18 +214,18 @@ class Seeds:
         return summary.summarise(self._sweep.points, self.records(), self._sweep.metric)
 
 
-def run(sweep: Sweep, slots: Sequence[Slot], limits: Limits, out: Console) -> Swept:
+def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
     """Runs what is not done yet of the sweep, and shows all of it."""
-    sweep.task.prepare(sweep.planned(), sweep.folder, len(slots))
+    sweep.task.prepare(sweep.planned(), sweep.folder, len(engine.slots))
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
         total = sweep.about().total
         done = total - len(source.left())
-        _introduce(sweep, slots, done, out)
-        board = Board("seeds", total, slots, before=done)
+        _introduce(sweep, engine, done, out)
+        board = Board("seeds", total, engine.slots, before=done)
         log = sweep.log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
         with watched(board, sweep.folder, log=log, out=out) as on_event:
-            pool = Pool(slots, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
+            pool = Pool(engine, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
             number = pool.run()
         source.save()
         _conclude(sweep, source, out)
@@ -235,14 +236,14 @@ def run(sweep: Sweep, slots: Sequence[Slot], limits: Limits, out: Console) -> Sw
         return Swept(code, source.records(), source.summaries())
 
 
-def _introduce(sweep: Sweep, slots: Sequence[Slot], done: int, out: Console) -> None:
+def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
     total = len(sweep.points) * len(sweep.seeds)
     grid = f"{counted(len(sweep.points), 'point')} of a grid, " if [*sweep.points] != [{}] else ""
     seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
     out.print(f"Sweep of {sweep.task.name}: {grid}{seeds}, {counted(total, 'job')}")
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")
-    out.print(f"  - on {', '.join(slot.name for slot in slots)}")
+    out.print(f"  - on {', '.join(slot.name for slot in engine.slots)}")
     out.print(f"  - results {sweep.folder}, logs {sweep.log_dir}")
 
 

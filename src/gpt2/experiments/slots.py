@@ -1,5 +1,6 @@
 """The slots of this machine: one for each GPU, or shares of the CPU cores."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,17 @@ def of_gpus(gpus: Sequence[str], count: int, threads: str) -> list[Slot]:
 def of_cores(count: int, threads: str) -> list[Slot]:
     """`count` slots that share the cores."""
     return [Slot(index, f"cpu{index}", {"OMP_NUM_THREADS": threads}) for index in range(count)]
+
+
+def fair_share(capacities: Sequence[float], count: int) -> float:
+    """The largest share of which `count` fit into machines of these capacities, each within one."""
+    shares = {capacity / parts for capacity in capacities for parts in range(1, count + 1)}
+    fitting = (
+        share
+        for share in shares
+        if share > 0 and sum(int(capacity / share + 1e-9) for capacity in capacities) >= count
+    )
+    return math.floor(max(fitting, default=0.0) * 1e4) / 1e4  # Ray counts in ten thousandths
 
 
 def _threads(cores: int, slots: int) -> str:

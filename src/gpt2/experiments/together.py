@@ -17,6 +17,7 @@ from gpt2.experiments.board import Board
 from gpt2.experiments.ledger import About, Ledger, Record
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool
+from gpt2.experiments.process import Engine
 from gpt2.experiments.view import watched
 
 AT_ONCE = 2
@@ -130,14 +131,14 @@ class Ended:
 
 def run(
     group: Group,
-    places: Sequence[Slot],
+    engine: Engine,
     limits: Limits,
     out: Console,
     conclude: Callable[[Ledger, Say], None],
 ) -> Ended:
     """Runs the jobs that have not finished yet: the first ones on a slot each, the next one on the
     last slot as soon as that is free. `conclude` shows and keeps what all say together."""
-    own_log = group.log(group.noun)
+    own_log, places = group.log(group.noun), engine.slots
     with ledgers.opened(group.folder, group.about()) as ledger, Diary(out, own_log) as diary:
         group.require_same(ledger)
         waiting = [name for name in group.names if not ledger.is_done(name)]
@@ -149,7 +150,7 @@ def run(
             board = Board(group.kind, total, places, before=total - len(waiting))
             with watched(board, group.folder, log=own_log, out=out) as on_event:
                 number = Pool(
-                    places,
+                    engine,
                     source,
                     on_event,
                     log_of=lambda _, job: group.log(job.name),

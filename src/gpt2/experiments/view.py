@@ -174,7 +174,8 @@ def _of_job(event: Event, name: str) -> Line | None:
     if not event.job.own_process:
         return None
     if event.kind == "started":
-        return Line(f"{slot} begins {name}{again}: process {event.pid}, log {event.log}")
+        where = f" on {event.host}" if event.host else ""
+        return Line(f"{slot} begins {name}{again}: process {event.pid}{where}, log {event.log}")
     if event.kind in ("finished", "pruned"):
         return Line(f"{slot} {event.kind} {name} after {duration(event.elapsed_s)}")
     return None

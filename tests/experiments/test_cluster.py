@@ -1,0 +1,178 @@
+"""A Ray cluster of a head and two machines, all of them processes here."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments import ray_cluster
+from experiments.test_pool import is_alive
+from gpt2.errors import ConfigError
+from gpt2.experiments import slots
+from gpt2.experiments.cluster import Home
+from support import ROOT, loss_lines, run_command, small_flags
+
+GPT2 = [sys.executable, "-m", "gpt2"]
+
+
+class Nodes:
+    """The cluster, and how its machines die."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, ray_cluster.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.address = self._process.stdout.readline().strip()
+
+    def ask(self, order: str) -> None:
+        """`kill N` or `add`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{order}\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "done\n"
+
+    def end(self) -> None:
+        self._process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Machines 0 and 1; what a test kills it adds again."""
+    running = Nodes()
+    yield running
+    running.end()
+
+
+def sweep(nodes: Nodes, out: Path, *more: str) -> list[str]:
+    """`gpt2 seeds` of a function that counts; it leaves a line for every start."""
+    flags = ["--checkpoint_dir", f"{out}/sweep", "--log_dir", f"{out}/logs", "--grid"]
+    flags += [f"trace={out}/trace", "until=20", *more]
+    target = ["seeds", "--target", "experiments.jobs:counts_for_seed"]
+    return [*GPT2, *target, *flags, "--engine", "ray", "--ray_address", nodes.address]
+
+
+def started(out: Path, count: int) -> list[int]:
+    """The processes of the first `count` jobs, as soon as these run."""
+    deadline = time.monotonic() + 60
+    while not (out / "trace").exists() or len((out / "trace").read_text().split()) < 2 * count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    lines = (out / "trace").read_text().splitlines()
+    return [int(line.split()[1]) for line in lines if line.startswith("counts")]
+
+
+def results(out: Path) -> dict[int, dict[str, object]]:
+    lines = [json.loads(line) for line in (out / "sweep/results.jsonl").read_text().splitlines()]
+    assert len({line["job"] for line in lines}) == len(lines)
+    return {line["values"]["seed"]: line for line in lines}
+
+
+def test_a_machine_that_is_lost_costs_no_job(nodes: Nodes, tmp_path: Path):
+    """Its job runs elsewhere, though nothing may be retried; machines that come later are used."""
+    command = sweep(nodes, tmp_path, "pause=0.1")
+    owner = subprocess.Popen([*command, "--num_seeds", "7", "--retries", "0"], cwd=ROOT)
+    pids = started(tmp_path, 2)
+    nodes.ask("kill 0")
+    deadline = time.monotonic() + 10
+    while all(map(is_alive, pids)):
+        assert time.monotonic() < deadline, "its worker ends with it"
+        time.sleep(0.05)
+    nodes.ask("add")
+    assert owner.wait(timeout=90) == 0
+    found = results(tmp_path)
+    assert sorted(found) == list(range(7))
+    assert {line["result"]["value"] for line in found.values()} == {20}
+    assert sorted(line["attempt"] for line in found.values()) == [1] * 6 + [2]
+    assert len((tmp_path / "trace").read_text().splitlines()) == 8
+    (log,) = (tmp_path / "logs").glob("seeds_*.log")
+    assert re.search(r"lost: .* its machine is lost; it runs again", log.read_text())
+
+
+def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, tmp_path: Path):
+    command = [*sweep(nodes, tmp_path, "pause=0.1"), "--num_seeds", "3"]
+    owner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pids = started(tmp_path, 2)
+    owner.send_signal(signal.SIGINT)
+    said, _ = owner.communicate(timeout=60)
+    assert owner.returncode == 130 and "the same command goes on" in said
+    assert (tmp_path / "trace").read_text().count("stops") == 2
+    assert not any(map(is_alive, pids))
+    said = run_command(command).stdout
+    assert "finished: 3 of 3 done" in said and len(results(tmp_path)) == 3
+
+
+def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
+    owner = subprocess.Popen([*sweep(nodes, tmp_path, "pause=60"), "--num_seeds", "2"], cwd=ROOT)
+    pids = started(tmp_path, 2)
+    assert all(map(is_alive, pids))
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_no_cluster_at_the_address(tmp_path: Path):
+    command = [*GPT2, "seeds", "--target", "experiments.jobs:leaves_something"]
+    command += ["--engine", "ray", "--ray_address"]
+    for address, words in (
+        ("ray://head:10001", "log in there"),
+        ("localhost:1", "ray start --head"),
+    ):
+        done = run_command([*command, address], expect=2)
+        assert done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):
+    home = Home.of_owner(tmp_path)
+    (tmp_path / "run.lock").write_text('{"host": "other", "pid": 1, "started": "now"}')
+    with pytest.raises(ConfigError, match="must see the same files"):
+        home.enter()
+
+
+def test_fair_shares():
+    assert slots.fair_share([8.0], 8) == 1.0
+    assert slots.fair_share([8.0, 4.0], 3) == 4.0
+    assert slots.fair_share([4.0, 3.0], 4) == 1.5
+    assert slots.fair_share([2.0], 3) == 0.6666
+    assert slots.fair_share([], 2) == 0.0
+
+
+@pytest.mark.soak
+def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: Path):
+    """They go on from their checkpoints, and their losses are those of trainings on this
+    machine."""
+    (tmp_path / "often.toml").write_text("[checkpoint]\ncheckpoint_interval = 10\n")
+    flags = small_flags(data_root, tmp_path, checkpoint_interval=1800, max_steps=100)
+    shared = [*GPT2, "seeds", *flags, "--config", f"{tmp_path}/often.toml", "--num_seeds", "3"]
+
+    def folders(name: str) -> list[str]:
+        return ["--checkpoint_dir", str(tmp_path / name), "--log_dir", str(tmp_path / name)]
+
+    run_command([*shared, *folders("here")])
+    cluster = ["--engine", "ray", "--ray_address", nodes.address, "--retries", "0"]
+    owner = subprocess.Popen([*shared, *folders("there"), *cluster], cwd=ROOT)
+    first = tmp_path / "there" / "seed=0"
+    while not (first / "step_000020.json").exists():
+        assert owner.poll() is None
+        time.sleep(0.02)
+    nodes.ask("kill 1")
+    nodes.ask("add")
+    assert owner.wait(timeout=200) == 0
+    for seed in range(3):
+        logs = [tmp_path / name / f"seed={seed}" / "log.txt" for name in ("here", "there")]
+        assert loss_lines(logs[0]) == loss_lines(logs[1])
+    (log,) = (tmp_path / "there").glob("seeds_*.log")
+    assert "its machine is lost" in log.read_text()
