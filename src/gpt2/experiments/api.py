@@ -143,9 +143,9 @@ def together(
     """Calls each function once, in a process of its own, and compares what they return.
 
     The first ones have a slot each, the next one follows on the last slot as soon as that is free;
-    they are two of this machine, unless `engine` has others. Jobs are known by their names: what has finished
-    never runs again, others may be added. `listing` and `draw` make the table, and the picture
-    `comparison.png`, of all jobs that have ended; failed ones have no result.
+    they are two of this machine, unless `engine` has others. Jobs are known by their names: what
+    has finished never runs again, others may be added. `listing` and `draw` make the table, and the
+    picture `comparison.png`, of all jobs that have ended; failed ones have no result.
 
     Raises UserError, before anything runs, for a function that cannot be called, and if `folder`
     holds results of other values or belongs to a process that lives.
