@@ -55,7 +55,7 @@ class Command:
     """of the teacher; as many as it has entries would say all"""
     size: int = 8
     """rows and columns of the teacher"""
-    num_seeds: int = 5
+    num_seeds: int = 8
     """each has a teacher and measurements of its own"""
     guesses: int = 250_000
     """if so many do not fit, the best of them is taken"""
