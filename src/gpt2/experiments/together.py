@@ -163,7 +163,7 @@ def run(
             diary.say(f"Stopped: {', '.join(left)} left; the same command goes on")
         else:
             if len(waiting) > 1 and len(places) > 1:
-                shared = _are_shared(places)
+                shared = _are_shared(engine)
                 diary.say(saved_time(took_s, source.busy_s, shared, group.noun))
             for name in left:
                 reason = (
@@ -196,10 +196,10 @@ def saved_time(parallel_s: float, one_by_one_s: float, shared: bool, noun: str) 
     return text
 
 
-def _are_shared(places: Sequence[Slot]) -> bool:
+def _are_shared(engine: Engine) -> bool:
     """Whether a job alone on this machine would have more than its slot gives it."""
-    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in places}
-    return None in gpus or len(gpus) < len(places)
+    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in engine.slots}
+    return engine.is_fixed and (None in gpus or len(gpus) < len(engine.slots))
 
 
 def _introduce(group: Group, waiting: Sequence[str], places: Sequence[Slot], diary: Diary) -> None:
