@@ -14,7 +14,7 @@ import tyro
 
 from gpt2 import cli
 from gpt2.cli_parse import guarded, parse, parse_known
-from gpt2.config import require_at_least
+from gpt2.config import MachineConfig, require_at_least
 from gpt2.errors import ConfigError
 from gpt2.limits import suggestion
 from gpt2.tables import console
@@ -141,23 +141,29 @@ def seeds_main() -> int:
         if train.list_checkpoints:
             return list_checkpoints(folder)
         from gpt2.experiments import plan, seeds
+        from gpt2.experiments.calls import Call
+        from gpt2.experiments.seeds_training import Training
 
-        sys.path.insert(0, os.getcwd())  # where --target is looked for
+        if train.run.machine.seed != MachineConfig().seed:
+            raise ConfigError(seeds.SEEDS_APART)
+        pool, device = command.pool, train.run.machine.device
+        task: seeds.Task = Training(train.run, command.keep_checkpoints, pool.ddp)
+        if command.target is not None:
+            if pool.ddp > 1:
+                raise ConfigError(f"--ddp {pool.ddp} is for trainings; leave it out with --target")
+            sys.path.insert(0, os.getcwd())  # where it is looked for
+            task = seeds.Function(Call.of(command.target))
         sweep = seeds.Sweep(
-            run=train.run,
-            target=command.target,
+            task,
             points=plan.points(plan.parse_grid(command.grid)),
             seeds=range(command.first_seed, command.first_seed + command.num_seeds),
             metric=command.metric or ("value" if command.target else "val_loss"),
             folder=folder,
             log_dir=command.log_dir or train.run.watch.log_dir,
             save_every_s=command.checkpoint_interval,
-            keep_checkpoints=command.keep_checkpoints,
-            ranks=command.pool.ddp,
         )
-        pool, device = command.pool, train.run.machine.device
         with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
-            return seeds.run(sweep, engine, pool.limits(), console())
+            return seeds.run(sweep, engine, pool.limits(), console()).exit_code
 
     return guarded(body)
 

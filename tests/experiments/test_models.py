@@ -176,7 +176,7 @@ def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_pat
     said = out.file.getvalue()
     assert "one after another, on cpu0" in said
     assert "SIGKILL" in said
-    assert re.search(rf"FAILED bad: .*nowhere.*{asked.log('bad')}", said)
+    assert re.search(rf"FAILED bad: .*nowhere.*{asked.log_dir}/bad_", said)
     killed, bad = (
         next(item for item in read_records(asked.folder) if item.job == name) for name in stand_ins
     )

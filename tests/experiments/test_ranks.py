@@ -28,6 +28,7 @@ from gpt2.experiments.pool import Limits, Pool
 from gpt2.experiments.process import Engine
 from gpt2.experiments.search import Search
 from gpt2.experiments.seeds import Sweep
+from gpt2.experiments.seeds_training import Training
 from gpt2.experiments.space import parse as parse_space
 from support import loss_lines, losses, run_command, small_config, small_flags, train_command
 
@@ -227,14 +228,13 @@ def test_the_watch_hands_on_the_error_that_it_ends_with(monkeypatch: pytest.Monk
 def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path: Path):
     run = small_config(data_root, tmp_path)
     space = parse_space("[n_layer]\nchoices = [1, 2]", run, "space")
-    assert Sweep(run, ranks=3).job("seed=0", {"seed": 0}).kwargs["ranks"] == 3
-    assert {job.kwargs["ranks"] for job in Comparison(run, ranks=3).jobs(["gpt2"], 1)} == {3}
+    task = Training(run, ranks=3)
+    assert Sweep(task).job("seed=0", {"seed": 0}).kwargs["ranks"] == 3
+    assert {job.kwargs["ranks"] for job in Comparison(run, ranks=3).group().jobs} == {3}
     assert trial.job(0, run, tmp_path, {}, ranks=3).kwargs["ranks"] == 3
     two, one = Search(run, space, ranks=2), Search(run, space)
     assert two.about() == one.about(), "a search goes on with another number of GPUs"
-    assert Sweep(run, ranks=2).about() == Sweep(run).about()
-    with pytest.raises(ConfigError, match="--ddp 2 is for trainings"):
-        Sweep(run, target="experiments.jobs:square", ranks=2)
+    assert Sweep(task).about() == Sweep(Training(run)).about()
     with pytest.raises(ConfigError, match="--ddp 2 needs --engine local"):
         PoolOptions(ddp=2, engine="ray")
     with pytest.raises(ConfigError, match="too few for 9 ranks"):

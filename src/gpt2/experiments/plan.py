@@ -140,11 +140,6 @@ def model_slots(models: int, slots: int) -> list[int | None]:
     return [*places, *[None] * models][:models]
 
 
-def names(slots: Sequence[Slot], ranks: int) -> str:
-    """`gpu0-1, gpu2-3, 2 ranks each`: where trainings of so many ranks run."""
-    return ", ".join(slot.name for slot in slots) + (f", {ranks} ranks each" if ranks > 1 else "")
-
-
 def _value(text: str) -> Any:
     """A number, True, False or None where the text is one; else the text."""
     words = {"true": True, "false": False, "none": None}

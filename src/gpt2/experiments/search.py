@@ -25,7 +25,7 @@ from rich.console import Console
 from gpt2 import config
 from gpt2.config import RunConfig
 from gpt2.errors import ConfigError
-from gpt2.experiments import best, plan, report, studies, training
+from gpt2.experiments import best, report, studies, training
 from gpt2.experiments import ledger as ledgers
 from gpt2.experiments import space as spaces
 from gpt2.experiments import trial as trials
@@ -357,7 +357,8 @@ def _run_pool(search: Search, source: Trials, engine: Engine, limits: Limits, ou
 
 
 def _introduce(search: Search, places: Sequence[Slot], done: int, out: Console) -> None:
-    slots = plan.names(places, search.ranks)
+    slots = ", ".join(slot.name for slot in places)
+    slots += f", {search.ranks} ranks each" if search.ranks > 1 else ""
     out.print(f"Search: {counted(search.n_trials, 'trial')}, {len(places)} at a time on {slots}")
     if done:
         out.print(f"  - {min(done, search.n_trials)} of them are done already")
