@@ -64,11 +64,6 @@ class PoolOptions:
                 "jobs run at a time"
             )
 
-        if self.ddp > 1 and self.engine == "ray":
-            raise ConfigError(
-                f"--ddp {self.ddp} needs --engine local: on a cluster each training has one GPU"
-            )
-
     def limits(self) -> "Limits":
         from gpt2.experiments.pool import Limits
 
@@ -86,7 +81,9 @@ class PoolOptions:
                 raise ConfigError("--engine ray needs Ray; first: pip install 'ray>=2.60,<3'")
             from gpt2.experiments import cluster
 
-            with cluster.joined(self.ray_address, folder, count, device, max_gpus) as engine:
+            with cluster.joined(
+                self.ray_address, folder, count, device, max_gpus, self.ddp
+            ) as engine:
                 yield engine
         else:
             from gpt2.experiments.process import Engine

@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import ray_cluster
 from experiments.test_pool import is_alive
 from gpt2.errors import ConfigError
-from gpt2.experiments import slots
+from gpt2.experiments import cluster, slots
 from gpt2.experiments.cluster import Home
 from support import ROOT, loss_lines, run_command, small_flags
 
@@ -140,6 +141,29 @@ def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):
     (tmp_path / "run.lock").write_text('{"host": "other", "pid": 1, "started": "now"}')
     with pytest.raises(ConfigError, match="must see the same files"):
         home.enter()
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "demand"),
+    [
+        ({}, 12, {"num_gpus": 1.0, "num_cpus": 0.0}),
+        ({"max_gpus": 2}, 2, {"num_gpus": 1.0, "num_cpus": 0.0}),
+        ({"count": 24}, 24, {"num_gpus": 0.5, "num_cpus": 0.0}),
+        ({"ddp": 4}, 3, {"num_gpus": 4.0, "num_cpus": 0.0}),
+        ({"device": "cpu"}, 6, {"num_cpus": 10.6666}),
+        ({"device": "cpu", "count": 2}, 2, {"num_cpus": 32.0}),
+    ],
+)
+def test_what_a_slot_of_a_cluster_holds(options: dict[str, Any], count: int, demand: object):
+    machines = [{"GPU": 8.0, "CPU": 32.0}, {"GPU": 4.0, "CPU": 32.0}, {"CPU": 16.0}]
+    asked = {"count": None, "device": "auto", "max_gpus": None, "ddp": 1} | options
+    places, held = cluster.share_out(machines, **asked)
+    assert (len(places), held) == (count, demand)
+
+
+def test_more_gpus_for_a_training_than_a_machine_has():
+    with pytest.raises(ConfigError, match="--ddp 8: no machine"):
+        cluster.share_out([{"GPU": 4.0, "CPU": 8.0}] * 2, None, "auto", None, ddp=8)
 
 
 def test_fair_shares():
