@@ -7,7 +7,7 @@ GPUS := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_D
 	$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'))
 RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo test soak browser lint format clean
+.PHONY: help install demo test soak browser bench lint format clean
 
 help:
 	@echo "make demo     train a small GPT-2 on this Python's standard library (3 minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test     run the test suite"
 	@echo "make soak     run the tests of many trials, and every fault"
 	@echo "make browser  look at TensorBoard and Optuna's dashboard in Chromium"
+	@echo "make bench    time the training step beside those of other trainers"
 	@echo "make lint     check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and caches; checkpoints, runs, logs and data stay"
@@ -51,6 +52,10 @@ soak: .venv/tested
 browser: .venv/tested
 	$(BIN)/pip install --quiet --editable '.[browser]'
 	SCREENSHOT=docs/tensorboard.png $(BIN)/pytest -m browser tests/browser
+
+bench: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python bench/train.py
 
 lint: .venv/tested
 	$(BIN)/ruff format --check .

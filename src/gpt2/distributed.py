@@ -316,10 +316,11 @@ def peak_flops(world: World, dtype: torch.dtype) -> float:
     known = None
     if world.device.type == "cuda":
         known = estimate.known_peak_flops(torch.cuda.get_device_name(world.device))
-    return sum(world.gather(known or _measured_flops(world.device, dtype)))
+    return sum(world.gather(known or measured_flops(world.device, dtype)))
 
 
-def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large matrix products, by a measurement of a moment."""
     side, repeats = (8192 if device.type == "cuda" else 1024), 8
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     float((matrix @ matrix)[0, 0])  # warm-up, and reading an element waits for the device

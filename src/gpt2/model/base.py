@@ -44,7 +44,11 @@ class LanguageModel(nn.Module, ABC):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross entropy of `targets_BT` in nats, summed over all B · T targets: a scalar of float32
         (of float64 in a float64 model)."""
-        logits_BTV = self.logits(tokens_BT)
+        return self.loss(self._read(tokens_BT, None), targets_BT)
+
+    def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The same, of the features of the tokens."""
+        logits_BTV = self.unembed(features_BTD)
         if logits_BTV.dtype is torch.bfloat16:
             logits_BTV = logits_BTV.float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
