@@ -130,6 +130,8 @@ class EvalConfig:
     """steps between validations; also before the first step and after the last"""
     eval_batches: int = 20
     """validation rows, counted in batches of total_batch_size tokens"""
+    eval_rows: int | None = None
+    """validation rows themselves, of block_size tokens; None counts them by --eval_batches"""
     hellaswag_interval: int | None = 250
     """steps between HellaSwag evaluations; also after the last step"""
     hellaswag_limit: int | None = None
@@ -142,8 +144,8 @@ class EvalConfig:
     """what the samples continue"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "eval_interval", "eval_batches", "sample_interval")
-        require_at_least(self, 1, "hellaswag_interval", "hellaswag_limit")
+        require_at_least(self, 1, "eval_interval", "eval_batches", "eval_rows")
+        require_at_least(self, 1, "sample_interval", "hellaswag_interval", "hellaswag_limit")
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class RunConfig:
     @property
     def eval_rows(self) -> int:
         """Rows of one validation, before the split's own size limits them."""
-        return self.evaluation.eval_batches * self.rows_per_step
+        return self.evaluation.eval_rows or self.evaluation.eval_batches * self.rows_per_step
 
     def grad_accum_steps(self, world_size: int, mini_batch_size: int) -> int:
         """Micro-batches per step of the rank with the largest share of the rows."""

@@ -78,6 +78,10 @@ class Search:
         searched = spaces.described(self.space)
         decisive = training.decisive(self.run).items()
         fixed = {name: value for name, value in decisive if name not in searched}
+        if {"total_batch_size", "block_size"} & searched.keys():
+            # The tokens of a trial, and of a validation, are counted in what the options say.
+            fixed["tokens_per_step"] = self.run.data.total_batch_size
+            fixed["eval_tokens"] = self.run.eval_rows * self.run.model.block_size
         return About("search", {**fixed, "space": searched}, total=self.n_trials)
 
     def differences(self, before: About) -> list[str]:

@@ -27,6 +27,7 @@ DECISIVE = (
     "data.data_root",
     "evaluation.eval_interval",
     "evaluation.eval_batches",
+    "evaluation.eval_rows",
 )
 
 
