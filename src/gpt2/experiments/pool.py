@@ -131,7 +131,13 @@ class Pool:
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits
         self._waiting: list[_Waiting] = []
         self._stopping = False
+        self._stop = StopRequest()
         self._told = time.monotonic()
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has come; a source that waits for something gives up then."""
+        return self._stop.number != 0
 
     def run(self) -> int:
         """The number of the signal that stopped it, or 0 when every job has ended.
@@ -139,7 +145,7 @@ class Pool:
         The first Ctrl+C asks every job to stop, which trainings do by saving; a second one, or the
         end of the time for that, kills them. They save, too, if the source raises an error.
         """
-        with StopRequest() as stop:
+        with self._stop as stop:
             try:
                 while not self._is_done():
                     self._take_in()
@@ -204,7 +210,7 @@ class Pool:
 
         if item := taken(lambda item: item.died_on != here):
             return item
-        while job := self._source.next():
+        while job := self._asked():
             item = _Waiting(job)
             if may_run(item):
                 return item
@@ -213,6 +219,12 @@ class Pool:
             other.in_service and other.is_free for other in self._seats if other is not seat
         )
         return taken(lambda item: item.job.slot == here or not free_elsewhere)
+
+    def _asked(self) -> Job | None:
+        began = time.monotonic()
+        job = self._source.next()
+        self._excuse(began)
+        return job
 
     def _begin(self, seat: _Seat, chosen: _Waiting) -> None:
         """Gives the slot the job; if its worker must end before that, the job waits for it."""
@@ -392,8 +404,16 @@ class Pool:
         )
         self._told = time.monotonic()
         answer = self._source.event(event)
+        self._excuse(self._told)
         self._show(event)
         return answer
+
+    def _excuse(self, since: float) -> None:
+        """The source has taken its time: nobody's report was read meanwhile."""
+        waited_s = time.monotonic() - since
+        for seat in self._seats:
+            if seat.task:
+                seat.task.heard += waited_s
 
     def _show(self, event: Event) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone ends no experiment
