@@ -74,6 +74,21 @@ def test_every_job_runs_once_and_workers_are_reused(tmp_path: Path):
     assert not any(is_alive(event.pid) for event in source.heard)
 
 
+def test_a_source_that_takes_its_time_makes_nobody_late(tmp_path: Path):
+    """A data base may be away for minutes; who waits for an answer meanwhile does not hang."""
+    waited = []
+
+    def slow(event: Event) -> Answer:
+        if event.kind == "reported" and not waited:
+            waited.append(time.sleep(2.5))
+        return "go"
+
+    jobs = [job(name, "counts", until=4, pause=0.3) for name in "ab"]
+    source = Given(*jobs, answer=slow)
+    run(source, tmp_path, retries=0, job_timeout=2.0)
+    assert source.results() == {"a": 4, "b": 4}
+
+
 def test_worker_sees_its_slot_and_logs_with_its_pid(tmp_path: Path):
     source = Given(
         *(job(f"{n}", "environment", own_process=True, variable="SLOT") for n in range(4))

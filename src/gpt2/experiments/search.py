@@ -365,11 +365,12 @@ def run(search: Search, engine: Engine, limits: Limits, out: Console) -> int:
     """Runs the trials that are missing; the exit code: 1 if there are less than were asked for,
     128 and the signal's number if it was stopped."""
     training.require_data(search.run)
-    with (
-        ledgers.opened(search.folder, search.about(), search.differences) as ledger,
-        studies.errors_explained(),
-    ):
+    with contextlib.ExitStack() as stack:
+        opened = ledgers.opened(search.folder, search.about(), search.differences)
+        ledger = stack.enter_context(opened)
+        stack.enter_context(studies.errors_explained())
         study = studies.opened(search)
+        stack.enter_context(studies.errors_explained(study))
         patiently = studies.Patience(lambda text: out.print(text, style="yellow", soft_wrap=True))
         source = Trials(study, search, ledger, patiently)
         source.catch_up()
