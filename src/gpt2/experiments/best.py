@@ -61,7 +61,7 @@ def _kept(target: Path, number: int) -> str | None:
     try:
         if json.loads((target / trials.CONFIG).read_text())["trial"] == number:
             return (target / COMMAND).read_text().splitlines()[-1]
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, TypeError, LookupError):
         pass
     for name in (COMMAND, trials.CONFIG, trials.WEIGHTS):
         (target / name).unlink(missing_ok=True)
@@ -71,8 +71,8 @@ def _kept(target: Path, number: int) -> str | None:
 
 
 def command_of(run_config: RunConfig, out_dir: Path, searched: Collection[str] = ()) -> str:
-    """The `gpt2 train` command of this training, for as long as its preset or --epochs say; how
-    long its rate decays, too, if that was not `searched`."""
+    """The `gpt2 train` command of this training. How long it trains, and its rate decays, say its
+    preset and --epochs, unless that was `searched`."""
     flags = ["--preset", run_config.preset, "--out_dir", str(out_dir)]
     preset, mine = config.preset(run_config.preset).to_dict(), run_config.to_dict()
     left_out = {"cache_dir"} | (LENGTHS - set(searched))

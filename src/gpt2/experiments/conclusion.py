@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from optuna.study import Study
 from rich.console import Console
 
-from gpt2.errors import ConfigError
 from gpt2.experiments import best, members, report, studies
 from gpt2.experiments import trial as trials
 from gpt2.tables import counted
@@ -31,13 +30,14 @@ def conclude(search: Search, study: Study, source: Trials, number: int, out: Con
         written = report.write(rows, search.folder, found.command if found else None)
         names = ", ".join(path.name for path in written)
         out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
-    except (ConfigError, OSError) as error:
+    except (OSError, ValueError) as error:
         out.print(f"WARNING: not everything could be written: {error}")
     if found and found.command:
         out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
         out.print(f"  {found.command}", soft_wrap=True)
     elif found:
-        out.print(f"Best trial: {members.place_of(study, found.trial)}{_lack(found, search)}")
+        place = members.place_of(study, found.trial)
+        out.print(f"Best trial: {place}{_lack(found, search)}", soft_wrap=True)
     address = search.storage or studies.url(search.folder)
     command = shlex.join(["optuna-dashboard", studies.without_password(address)])
     out.print(f"Look into it: {command}", soft_wrap=True)

@@ -313,7 +313,7 @@ class Trials:
         self._enter(told, Record.of(replace(event, kind="failed", reason=reason), {}))
         self.failed_in_a_row = self.failed_in_a_row + 1 if state == TrialState.FAIL else 0
         if state == TrialState.COMPLETE:
-            with contextlib.suppress(OSError):  # tried again at the end, which says so
+            with contextlib.suppress(OSError, ValueError):  # tried again at the end, which says so
                 self.patiently(lambda: best.keep(self._study, self._search.folder))
         if state != TrialState.FAIL and not self._search.keep_checkpoints:
             self._drop([live.trial.number])
