@@ -12,11 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpt2 import config
 from gpt2.experiments import ledger, slots
+from gpt2.experiments.calls import Call
 from gpt2.experiments.plan import Event
 from gpt2.experiments.pool import Pool, worker_logs
-from gpt2.experiments.seeds import Seeds, Sweep
+from gpt2.experiments.process import Engine
+from gpt2.experiments.seeds import Function, Seeds, Sweep
 
 WORKERS = 2
 
@@ -28,10 +29,8 @@ def nothing(seed: int) -> int:
 def ours(jobs: int, folder: Path) -> float:
     """Seconds per job between the first start and the last result, by the pool."""
     sweep = Sweep(
-        config.preset("demo"),
-        target="experiments:nothing",
+        Function(Call.of("experiments:nothing")),
         seeds=range(jobs),
-        metric="value",
         folder=folder / "results",
     )
     times: list[float] = []
@@ -40,8 +39,8 @@ def ours(jobs: int, folder: Path) -> float:
         times.append(time.perf_counter())
 
     with ledger.opened(sweep.folder, sweep.about()) as book:
-        places = slots.of_cores(WORKERS, threads="1")
-        Pool(places, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
+        engine = Engine(slots.of_cores(WORKERS, threads="1"))
+        Pool(engine, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
         assert len(book.of("finished")) == jobs
     # The workers' own start is over when each has ended its first job.
     return (times[-1] - times[2 * WORKERS - 1]) / (jobs - WORKERS)

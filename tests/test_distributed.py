@@ -275,3 +275,10 @@ def test_a_run_on_a_chosen_gpu(monkeypatch):
     for machine, gpu in [(MachineConfig(device="cuda"), "cpu"), (MachineConfig(), "4")]:
         with pytest.raises(ConfigError, match=f"gpu_id={gpu}"), distributed.join(machine, gpu):
             pass
+
+
+def test_ranks_share_the_cores_unless_somebody_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for given, threads in (("", 4), ("1", 4), ("2", 2), ("no number", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert distributed._threads(3) == threads

@@ -14,7 +14,7 @@ import tyro
 
 from gpt2 import cli
 from gpt2.cli_parse import guarded, parse, parse_known
-from gpt2.config import require_at_least
+from gpt2.config import MachineConfig, require_at_least
 from gpt2.errors import ConfigError
 from gpt2.limits import suggestion
 from gpt2.tables import console
@@ -33,7 +33,10 @@ class PoolOptions:
     gpus: str | None = None
     """physical GPUs to use, as in 1,2"""
     slots: int | None = None
-    """jobs at a time; default is one per GPU, and without GPUs 2, which share the cores"""
+    """jobs at a time; default is one per GPU (or --ddp GPUs), and without GPUs 2, which share the
+    cores"""
+    ddp: int = 1
+    """GPUs of each training, which torchrun starts; without GPUs, processes that share its cores"""
     retries: int = 1
     """more attempts for a job whose process died, hung or ran out of memory"""
     job_timeout: float | None = None
@@ -48,7 +51,7 @@ class PoolOptions:
     machine, else a new one of it alone"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "slots")
+        require_at_least(self, 1, "slots", "ddp")
         require_at_least(self, 0, "retries")
         for name, value in (("job_timeout", self.job_timeout), ("grace", self.grace)):
             if value is not None and value <= 0:
@@ -78,13 +81,16 @@ class PoolOptions:
                 raise ConfigError("--engine ray needs Ray; first: pip install 'ray>=2.60,<3'")
             from gpt2.experiments import cluster
 
-            with cluster.joined(self.ray_address, folder, count, device, max_gpus) as engine:
+            with cluster.joined(
+                self.ray_address, folder, count, device, max_gpus, self.ddp
+            ) as engine:
                 yield engine
         else:
             from gpt2.experiments.process import Engine
             from gpt2.experiments.slots import of_machine
 
-            yield Engine(of_machine(count, listed("gpus", self.gpus), device, max_gpus))
+            gpus = listed("gpus", self.gpus)
+            yield Engine(of_machine(count, gpus, device, max_gpus, self.ddp))
 
 
 @dataclass(frozen=True)
@@ -132,22 +138,29 @@ def seeds_main() -> int:
         if train.list_checkpoints:
             return list_checkpoints(folder)
         from gpt2.experiments import plan, seeds
+        from gpt2.experiments.calls import Call
+        from gpt2.experiments.seeds_training import Training
 
-        sys.path.insert(0, os.getcwd())  # where --target is looked for
+        if train.run.machine.seed != MachineConfig().seed:
+            raise ConfigError(seeds.SEEDS_APART)
+        pool, device = command.pool, train.run.machine.device
+        task: seeds.Task = Training(train.run, command.keep_checkpoints, pool.ddp)
+        if command.target is not None:
+            if pool.ddp > 1:
+                raise ConfigError(f"--ddp {pool.ddp} is for trainings; leave it out with --target")
+            sys.path.insert(0, os.getcwd())  # where it is looked for
+            task = seeds.Function(Call.of(command.target))
         sweep = seeds.Sweep(
-            run=train.run,
-            target=command.target,
+            task,
             points=plan.points(plan.parse_grid(command.grid)),
             seeds=range(command.first_seed, command.first_seed + command.num_seeds),
             metric=command.metric or ("value" if command.target else "val_loss"),
             folder=folder,
             log_dir=command.log_dir or train.run.watch.log_dir,
             save_every_s=command.checkpoint_interval,
-            keep_checkpoints=command.keep_checkpoints,
         )
-        pool, device = command.pool, train.run.machine.device
         with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
-            return seeds.run(sweep, engine, pool.limits(), console())
+            return seeds.run(sweep, engine, pool.limits(), console()).exit_code
 
     return guarded(body)
 
@@ -195,10 +208,11 @@ def models_main() -> int:
             {name: models.MODELS[name] for name in models.MODELS if name in names},
             folder,
             command.log_dir or train.run.watch.log_dir,
+            ranks=command.pool.ddp,
         )
         pool, device = command.pool, train.run.machine.device
         room = models.at_once(
-            len(asked.models), pool.slots, pool.gpus is not None, command.parallel
+            len(asked.models), pool.slots, pool.gpus is not None, command.parallel, pool.ddp
         )
         with pool.opened(folder, device, *room) as engine:
             return models.run(asked, engine, pool.limits(), console())

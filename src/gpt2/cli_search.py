@@ -18,9 +18,9 @@ from gpt2.tables import console
 class SearchCommand:
     """Search for the options with the lowest validation loss: an Optuna study of trainings.
 
-    One trial on each GPU at a time. All options of `gpt2 train` work too, and say what a trial is
-    beside the options that are searched. The same command goes on with what was stopped. Exit
-    code: 1 if there are less trials than asked for, as others have failed.
+    One trial on each GPU at a time, or on every --ddp GPUs. All options of `gpt2 train` work too,
+    and say what a trial is beside the options that are searched. The same command goes on with what
+    was stopped. Exit code: 1 if there are less trials than asked for, as others have failed.
     """
 
     n_trials: int = 24
@@ -82,6 +82,7 @@ def search_main() -> int:
             storage=command.storage,
             study_name=command.study_name,
             keep_checkpoints=command.keep_checkpoints,
+            ranks=pool.ddp,
         )
         with pool.opened(folder, train.run.machine.device) as engine:
             return search.run(asked, engine, pool.limits(), console())

@@ -176,7 +176,7 @@ def join(config: MachineConfig, gpu: str | None = None) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         if local_size > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(_threads(local_size))
         if config.keep_freed_memory:
             _keep_freed_memory()
     if config.deterministic:
@@ -356,6 +356,15 @@ def _device(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> t
     if gpu is not None and local_size == 1:
         return torch.device("cuda", naming.gpu_index(gpu, visible_gpus(), gpus))
     return torch.device("cuda", local_rank)
+
+
+def _threads(local_size: int) -> int:
+    """Threads of a rank on the CPU: its share of the cores, unless OMP_NUM_THREADS says more than
+    1, which torchrun sets by itself."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 1:
+        return int(given)
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def _keep_freed_memory() -> None:

@@ -38,6 +38,9 @@ STORE_S = 3.0
 TORCHRUN_IS_GONE = signal.SIGUSR2
 CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out")
 
+on_failure: Callable[[Exception], None] | None = None
+"""hears of the error with which this rank fails, if it is the first one, before it ends at once"""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -88,7 +91,7 @@ class Watch:
     def reason(self, error: BaseException) -> str:
         """Why this rank ends with `error`: where that is the loss of another rank, what it said."""
         first = None
-        if isinstance(error, Exception) and _is_contact_lost(error):
+        if isinstance(error, Exception) and is_contact_lost(error):
             self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
             first = self._ask(lambda store: store.get(NOTE) if store.check([NOTE]) else b"")
         return f"rank {first.rank}: {first.reason}" if first else _in_words(error)
@@ -109,7 +112,7 @@ class Watch:
 
     def _fail(self, error: Exception) -> None:
         """Ends this process: with its traceback if it is the first that failed, else in a line."""
-        lost = _is_contact_lost(error)
+        lost = is_contact_lost(error)
         hung = lost and "Timed out" in str(error)
         if lost:
             self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
@@ -130,6 +133,9 @@ class Watch:
             )
         else:
             _say(f"rank {self._rank} failed:\n{''.join(traceback.format_exception(error))}")
+            if on_failure is not None:
+                with contextlib.suppress(Exception):
+                    on_failure(error)
         os._exit(1)  # an orderly end would wait for ranks that are gone
 
     def _look(self) -> None:
@@ -187,7 +193,8 @@ def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _is_contact_lost(error: Exception) -> bool:
+def is_contact_lost(error: Exception) -> bool:
+    """Whether another rank has gone, or hangs, which is no fault of this one."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in CONTACT_LOST)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import ConfigError
+from gpt2.experiments.plan import Lost
 
 
 def note(trace: str, word: str, pid: int | None = None) -> None:
@@ -65,6 +66,14 @@ def waits_with_child(trace: str) -> None:
     child = subprocess.Popen(["sleep", "300"])
     note(trace, "child", child.pid)
     child.wait()
+
+
+def loses(trace: str) -> str:
+    """Loses one of its processes the first time."""
+    note(trace, "loses")
+    if len(Path(trace).read_text().splitlines()) == 1:
+        raise Lost("rank 1 died")
+    return "lived"
 
 
 def hangs() -> None:

@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import ray_cluster
 from experiments.test_pool import is_alive
 from gpt2.errors import ConfigError
-from gpt2.experiments import slots
+from gpt2.experiments import cluster, slots
 from gpt2.experiments.cluster import Home
 from support import ROOT, loss_lines, run_command, small_flags
 
@@ -142,6 +143,29 @@ def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):
         home.enter()
 
 
+@pytest.mark.parametrize(
+    ("options", "count", "demand"),
+    [
+        ({}, 12, {"num_gpus": 1.0, "num_cpus": 0.0}),
+        ({"max_gpus": 2}, 2, {"num_gpus": 1.0, "num_cpus": 0.0}),
+        ({"count": 24}, 24, {"num_gpus": 0.5, "num_cpus": 0.0}),
+        ({"ddp": 4}, 3, {"num_gpus": 4.0, "num_cpus": 0.0}),
+        ({"device": "cpu"}, 6, {"num_cpus": 10.6666}),
+        ({"device": "cpu", "count": 2}, 2, {"num_cpus": 32.0}),
+    ],
+)
+def test_what_a_slot_of_a_cluster_holds(options: dict[str, Any], count: int, demand: object):
+    machines = [{"GPU": 8.0, "CPU": 32.0}, {"GPU": 4.0, "CPU": 32.0}, {"CPU": 16.0}]
+    asked = {"count": None, "device": "auto", "max_gpus": None, "ddp": 1} | options
+    places, held = cluster.share_out(machines, **asked)
+    assert (len(places), held) == (count, demand)
+
+
+def test_more_gpus_for_a_training_than_a_machine_has():
+    with pytest.raises(ConfigError, match="--ddp 8: no machine"):
+        cluster.share_out([{"GPU": 4.0, "CPU": 8.0}] * 2, None, "auto", None, ddp=8)
+
+
 def test_fair_shares():
     assert slots.fair_share([8.0], 8) == 1.0
     assert slots.fair_share([8.0, 4.0], 3) == 4.0
@@ -154,17 +178,18 @@ def test_fair_shares():
 def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: Path):
     """They go on from their checkpoints, and their losses are those of trainings on this
     machine."""
-    flags = small_flags(data_root, tmp_path / "x", max_steps=400, checkpoint_interval=20)[4:]
-    shared = [*GPT2, "seeds", "--preset", "demo", *flags, "--num_seeds", "3"]
+    (tmp_path / "often.toml").write_text("[checkpoint]\ncheckpoint_interval = 10\n")
+    flags = small_flags(data_root, tmp_path, checkpoint_interval=1800, max_steps=100)
+    shared = [*GPT2, "seeds", *flags, "--config", f"{tmp_path}/often.toml", "--num_seeds", "3"]
 
     def folders(name: str) -> list[str]:
-        return ["--checkpoint_dir", str(tmp_path / name), "--log_dir", str(tmp_path / "logs")]
+        return ["--checkpoint_dir", str(tmp_path / name), "--log_dir", str(tmp_path / name)]
 
     run_command([*shared, *folders("here")])
     cluster = ["--engine", "ray", "--ray_address", nodes.address, "--retries", "0"]
     owner = subprocess.Popen([*shared, *folders("there"), *cluster], cwd=ROOT)
     first = tmp_path / "there" / "seed=0"
-    while not (first / "step_000040.json").exists():
+    while not (first / "step_000020.json").exists():
         assert owner.poll() is None
         time.sleep(0.02)
     nodes.ask("kill 1")
@@ -173,4 +198,5 @@ def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: P
     for seed in range(3):
         logs = [tmp_path / name / f"seed={seed}" / "log.txt" for name in ("here", "there")]
         assert loss_lines(logs[0]) == loss_lines(logs[1])
-    assert "lost" in next((tmp_path / "logs").glob("seeds_*.log")).read_text()
+    (log,) = (tmp_path / "there").glob("seeds_*.log")
+    assert "its machine is lost" in log.read_text()

@@ -56,15 +56,6 @@ def test_the_file_has_all_digits(tmp_path: Path):
     assert row["tokens_per_s"] == "1234.5" and row["hellaswag"] == "" and "step" not in row
 
 
-def test_time_saved():
-    text = comparison.saved_time(190, 290, shared=False)
-    assert text == (
-        "In parallel 3m 10s, one after another about 4m 50s at these speeds: 1m 40s saved (34 %)"
-    )
-    assert "nothing saved" in comparison.saved_time(20, 19, shared=False)
-    assert "less was saved, or nothing" in comparison.saved_time(190, 290, shared=True)
-
-
 def test_time_is_that_of_the_steps():
     run = logged(steps=4)
     assert list(comparison.seconds_at(run, np.array([0.0, 1, 4]))) == [0, 0.5, 2]

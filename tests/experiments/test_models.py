@@ -79,9 +79,13 @@ def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gpt2.experiments.slots._visible_gpus", lambda _: ["0", "1", "2", "3"])
 
     def names(**given: Any) -> list[str]:
-        pool = PoolOptions(gpus=given.get("gpus"), slots=given.get("slots"))
+        pool = PoolOptions(given.get("gpus"), given.get("slots"), given.get("ddp", 1))
         room = models.at_once(
-            given.get("models", 3), pool.slots, pool.gpus is not None, given.get("parallel", True)
+            given.get("models", 3),
+            pool.slots,
+            pool.gpus is not None,
+            given.get("parallel", True),
+            pool.ddp,
         )
         with pool.opened(Path(), given.get("device", "auto"), *room) as engine:
             return [slot.name for slot in engine.slots]
@@ -92,6 +96,7 @@ def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):
     assert names(slots=3) == ["gpu0", "gpu1", "gpu2"]
     assert names(models=1) == ["gpu0"]
     assert names(device="cpu") == ["cpu0", "cpu1"]
+    assert names(ddp=2) == ["gpu0-1", "gpu2-3"] and names(ddp=2, models=1) == ["gpu0-1"]
 
 
 def test_two_train_at_once_and_the_third_follows_on_the_second_slot(compared: Compared):
@@ -171,7 +176,7 @@ def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_pat
     said = out.file.getvalue()
     assert "one after another, on cpu0" in said
     assert "SIGKILL" in said
-    assert re.search(rf"FAILED bad: .*nowhere.*{asked.log('bad')}", said)
+    assert re.search(rf"FAILED bad: .*nowhere.*{asked.log_dir}/bad_", said)
     killed, bad = (
         next(item for item in read_records(asked.folder) if item.job == name) for name in stand_ins
     )

@@ -152,6 +152,13 @@ def test_job_whose_worker_dies_too_often_has_failed(tmp_path: Path):
     assert "SIGKILL" in source.of("failed")[0].reason
 
 
+def test_job_that_loses_one_of_its_processes_runs_again(tmp_path: Path):
+    source = Given(job("a", "loses", own_process=True, trace=str(tmp_path / "trace")))
+    run(source, tmp_path)
+    assert source.results() == {"a": "lived"}
+    assert [event.reason for event in source.of("retried")] == ["rank 1 died"]
+
+
 def test_grandchild_neither_hides_a_death_nor_survives_it(tmp_path: Path):
     trace = str(tmp_path / "trace")
     source = Given(job("a", "dies_with_child", trace=trace))

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -46,13 +46,19 @@ OF_THE_MACHINE = ("CUDA_", "NCCL_", "RAY_", "SLURM_")
 
 @contextlib.contextmanager
 def joined(
-    address: str | None, folder: Path, count: int | None, device: str, max_gpus: int | None = None
+    address: str | None,
+    folder: Path,
+    count: int | None,
+    device: str,
+    max_gpus: int | None = None,
+    ddp: int = 1,
 ) -> Iterator[Engine]:
     """The engine of a Ray cluster while the block runs, for the experiment in `folder`.
 
     Without `address` it is the one of RAY_ADDRESS or of this machine, else a new one of this
-    machine alone. It has `count` slots, by default one for each GPU, at most `max_gpus`, and
-    without GPUs two on each machine. Raises ConfigError if nothing answers at the address.
+    machine alone. It has `count` slots, by default one for each `ddp` GPUs that a machine has, of
+    these `max_gpus` at most, and without GPUs two on each machine. Raises ConfigError if nothing
+    answers at the address, and if no machine has `ddp` GPUs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _require_answer(address or os.environ.get("RAY_ADDRESS", ""))
@@ -63,7 +69,7 @@ def joined(
             f"--ray_address {address or 'auto'}: {str(error).strip().splitlines()[0]}"
         ) from error
     try:
-        places, demand = _share_out(count, device, max_gpus)
+        places, demand = share_out(_machines(), count, device, max_gpus, ddp)
         with Cluster(folder, demand) as cluster:
             yield Engine(places, cluster.hire, is_fixed=False)
     finally:
@@ -372,29 +378,38 @@ def _require_answer(address: str) -> None:
             ) from error
 
 
-def _share_out(
-    count: int | None, device: str, max_gpus: int | None
+def _machines() -> list[Mapping[str, float]]:
+    """What each machine of the cluster has, as Ray counts it."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def share_out(
+    machines: Sequence[Mapping[str, float]],
+    count: int | None,
+    device: str,
+    max_gpus: int | None,
+    ddp: int,
 ) -> tuple[list[Slot], dict[str, float]]:
-    """The slots, and what a worker on one of them holds of its machine."""
-    machines = [
-        node["Resources"]
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
-    ]
+    """The slots on these machines, and what a worker on one of them holds of its machine."""
     cores = [machine.get("CPU", 0.0) for machine in machines]
     gpus = [] if device == "cpu" else [machine["GPU"] for machine in machines if "GPU" in machine]
     if device == "cuda" and not gpus:
         raise ConfigError("device=cuda, but the Ray cluster has no GPU; use --device cpu")
     if gpus:
-        count = count or min(int(sum(gpus)), max_gpus or sys.maxsize)
-        demand = {"num_gpus": min(1.0, slots.fair_share(gpus, count)), "num_cpus": 0.0}
-        threads = sum(cores) // count
+        groups = sum(int(of_machine) // ddp for of_machine in gpus)
+        if not groups:
+            raise ConfigError(f"--ddp {ddp}: no machine of the cluster has so many GPUs")
+        at_most = max(1, max_gpus // ddp) if max_gpus else groups
+        count = count or min(groups, at_most)
+        share = min(1.0, slots.fair_share(gpus, count)) if ddp == 1 else float(ddp)
+        demand = {"num_gpus": share, "num_cpus": 0.0}
+        threads = sum(cores) / count
     else:
-        at_most = [min(slots.CPU_SHARES, int(of_machine)) for of_machine in cores]
-        count = count or min(sum(at_most), max_gpus or sys.maxsize)
+        shares = sum(min(slots.CPU_SHARES, int(of_machine)) for of_machine in cores)
+        count = count or min(shares, max_gpus or shares)
         demand = {"num_cpus": slots.fair_share(cores, count)}
         threads = demand["num_cpus"]
-    environment = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, int(threads)))
-    }
+    mine = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(threads / ddp)))
+    environment = {"OMP_NUM_THREADS": mine}
     return [Slot(index, f"ray{index}", environment) for index in range(count)], demand

@@ -1,4 +1,4 @@
-"""What trainings on the same data say side by side: a table, curves, and the time that they saved.
+"""What trainings on the same data say side by side: a table and curves.
 
 The curves come from the trainings' own `log.txt`.
 """
@@ -103,27 +103,6 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     atomic.write_text(path, text.getvalue())
-
-
-def saved_time(parallel_s: float, one_by_one_s: float, shared: bool) -> str:
-    """`In parallel 3m 10s, one after another about 4m 50s at these speeds: 1m 40s saved (34 %)`.
-
-    `shared` says that the trainings shared cores or a GPU, which each would have had alone.
-    """
-    saved_s = one_by_one_s - parallel_s
-    what = "nothing saved"
-    if saved_s > 0:
-        what = f"{duration(saved_s)} saved ({saved_s / one_by_one_s:.0%})".replace("%", " %")
-    text = (
-        f"In parallel {duration(parallel_s)}, one after another about {duration(one_by_one_s)} at "
-        f"these speeds: {what}"
-    )
-    if shared:
-        text += (
-            "\nThe trainings shared this machine's processors: one alone is faster than that, so "
-            "that less was saved, or nothing"
-        )
-    return text
 
 
 def draw(runs: Mapping[str, LoggedRun], batch_tokens: int) -> Figure:

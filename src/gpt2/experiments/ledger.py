@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -208,8 +208,13 @@ def _require_same(
             if before.fixed.get(name) != about.fixed.get(name)
         ]
     if rows:
-        listed = "\n".join(f"  {row}" for row in rows)
-        raise ConfigError(
-            f"{folder} holds another experiment:\n{listed}\ngive the same values, or keep this one "
-            "elsewhere with --checkpoint_dir"
-        )
+        raise another_experiment(folder, rows)
+
+
+def another_experiment(folder: Path, rows: Sequence[str]) -> ConfigError:
+    """`folder` holds other results than those that are asked for: a row says each difference."""
+    listed = "\n".join(f"  {row}" for row in rows)
+    return ConfigError(
+        f"{folder} holds another experiment:\n{listed}\ngive the same values, or keep this one "
+        "elsewhere with --checkpoint_dir"
+    )

@@ -21,6 +21,10 @@ class Stopped(Exception):
     """Raised by a job that ends before its work is done, because it was asked to."""
 
 
+class Lost(Exception):
+    """Raised by a job of several processes, one of which has died: it is to run again."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One call of a function in a worker process."""
@@ -39,11 +43,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where one job at a time runs: a GPU, or a share of the CPU cores."""
+    """A place where one job at a time runs: a GPU or several, or a share of the CPU cores."""
 
     index: int
     name: str
-    """gpu2, cpu0"""
+    """gpu2, gpu0-1, cpu0"""
     environment: Mapping[str, str]
     """what its worker process sees beside the owner's environment"""
 

@@ -290,11 +290,12 @@ class Pool:
 
     def _on_outcome(self, seat: _Seat, task: _Task, message: Mapping[str, Any]) -> None:
         traceback = message.get("traceback", "")
-        if "stopped" in message:
+        if "stopped" in message or "lost" in message:
             if self._stopping:
-                self._tell(seat, task, "stopped")
+                self._tell(seat, task, "stopped", reason=message.get("lost", ""))
             else:
-                self._on_loss(seat, task, "somebody else asked it to stop")
+                reason = message.get("lost", "somebody else asked it to stop")
+                self._on_loss(seat, task, reason)
         elif message.get("out_of_memory"):  # perhaps by what jobs before it left
             reason = f"out of memory: {message['failed']}"
             self._on_loss(seat, task, reason, traceback)

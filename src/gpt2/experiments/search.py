@@ -76,6 +76,8 @@ class Search:
     """URL of a data base that several machines share; None is a file in `folder`"""
     study_name: str = "search"
     keep_checkpoints: bool = False
+    ranks: int = 1
+    """GPUs of each trial, or processes on the CPU"""
 
     def __post_init__(self) -> None:
         training.require_fresh_start(self.run)
@@ -261,7 +263,7 @@ class Trials:
         known = dict(left.intermediate_values) if left else {}
         ending = left.user_attrs.get(ENDING, "") if left else ""
         self._live[name] = Live(trial, run_config, known, ending)
-        return trials.job(trial.number, run_config, self._search.folder, used)
+        return trials.job(trial.number, run_config, self._search.folder, used, self._search.ranks)
 
     def _refuse(self, trial: Trial, reason: str) -> None:
         """Tells that a trial has failed before it began. Whoever enqueues one with bad values says
@@ -345,7 +347,8 @@ class Trials:
 
         def drop() -> None:
             for folder in folders:
-                trials.drop_checkpoints(folder)
+                with contextlib.suppress(OSError):  # somebody removes the folder just now
+                    trials.drop_checkpoints(folder)
 
         threading.Thread(target=drop).start()
 
@@ -364,7 +367,7 @@ class Trials:
 def run(search: Search, engine: Engine, limits: Limits, out: Console) -> int:
     """Runs the trials that are missing; the exit code: 1 if there are less than were asked for,
     128 and the signal's number if it was stopped."""
-    training.require_data(search.run)
+    training.require_data(search.run, search.ranks)
     with contextlib.ExitStack() as stack:
         opened = ledgers.opened(search.folder, search.about(), search.differences)
         ledger = stack.enter_context(opened)
@@ -415,6 +418,7 @@ def _run_pool(
 
 def _introduce(search: Search, places: Sequence[Slot], done: int, out: Console) -> None:
     slots = ", ".join(slot.name for slot in places)
+    slots += f", {search.ranks} ranks each" if search.ranks > 1 else ""
     out.print(f"Search: {counted(search.n_trials, 'trial')}, {len(places)} at a time on {slots}")
     if done:
         out.print(f"  - done already: {min(done, search.n_trials)}")

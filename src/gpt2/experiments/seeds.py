@@ -1,65 +1,121 @@
 """Seed sweeps: every seed of every point of a grid, of a training or of any function."""
 
-import inspect
 import re
-import shutil
-import threading
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from gpt2 import config, estimate, machine, plot
-from gpt2.config import MachineConfig, RunConfig
+from gpt2 import plot
 from gpt2.errors import ConfigError
 from gpt2.experiments import ledger as ledgers
-from gpt2.experiments import plan, summary, training, worker
+from gpt2.experiments import plan, summary
 from gpt2.experiments.board import Board
+from gpt2.experiments.calls import Call
 from gpt2.experiments.ledger import About, Ledger, Record
 from gpt2.experiments.plan import Answer, Event, Job, Point
 from gpt2.experiments.pool import Limits, Pool, worker_logs
 from gpt2.experiments.process import Engine
+from gpt2.experiments.summary import PointSummary
 from gpt2.experiments.view import watched
 from gpt2.tables import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAVE_EVERY = 50
 LONGEST_NAME = 200
 SELDOM = 20
 """times as long as a save takes, at least, lies between two: many results make it slow"""
-KEPT = 3
-"""checkpoints of a training in a sweep, at most: the newest two and the best"""
+SEEDS_APART = "the seeds of a sweep are given by --num_seeds and --first_seed alone"
+Listing = Callable[[Sequence[PointSummary], str], RenderableType]
+Drawing = Callable[[Sequence[PointSummary], str], "Figure"]
+"""of what the seeds of each point say, and the metric"""
+
+
+class Task(Protocol):
+    """What runs at each point of a sweep, with each seed."""
+
+    @property
+    def name(self) -> str:
+        """As in `Sweep of NAME`."""
+        ...
+
+    def require(self, points: Sequence[Point]) -> None:
+        """Raises ConfigError for points that it cannot run."""
+        ...
+
+    def fixed(self, swept: Collection[str]) -> dict[str, Any]:
+        """What decides over the results beside the values of the `swept` names."""
+        ...
+
+    def job(self, name: str, values: Point, folder: Path) -> Job:
+        """One seed of a point; `folder` is there for what it keeps."""
+        ...
+
+    def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
+        """Before any of the planned jobs begins; raises UserError if they cannot run."""
+        ...
+
+    def clear(self, folder: Path) -> None:
+        """After a job has finished: what is not wanted of its `folder` goes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that is called with `seed` and the values of a point, and returns numbers."""
+
+    call: Call
+
+    @property
+    def name(self) -> str:
+        return self.call.target
+
+    def require(self, points: Sequence[Point]) -> None:
+        for names in {tuple(point) for point in points}:
+            self.call.require(("seed", *names))
+
+    def fixed(self, swept: Collection[str]) -> dict[str, Any]:
+        own = {name: value for name, value in self.call.kwargs.items() if name not in swept}
+        return {"target": self.call.target, **own}
+
+    def job(self, name: str, values: Point, folder: Path) -> Job:
+        return Job(name, self.call.target, {**self.call.kwargs, **values}, own_process=False)
+
+    def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
+        pass
+
+    def clear(self, folder: Path) -> None:
+        pass
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every seed of every point, of one function."""
+    """Every seed of every point, of one task."""
 
-    run: RunConfig
-    """the training, where there is no other target"""
-    target: str | None = None
-    """`module:function`, called with seed and the point's values"""
-    points: list[Point] = field(default_factory=lambda: [{}])
+    task: Task
+    points: Sequence[Point] = field(default_factory=lambda: [{}])
     seeds: range = range(10)
-    metric: str = "val_loss"
+    metric: str = "value"
     """which number of the results is compared"""
     folder: Path = Path("checkpoints/seeds")
     log_dir: Path = Path("logs")
     save_every_s: float = 1800.0
-    keep_checkpoints: bool = True
+    listing: Listing = summary.listing
+    draw: Drawing = summary.draw
 
     def __post_init__(self) -> None:
-        if "seed" in self.points[0] or self.run.machine.seed != MachineConfig().seed:
-            raise ConfigError(
-                "the seeds of a sweep are given by --num_seeds and --first_seed alone"
-            )
-        if self.target is None:
-            training.require_fresh_start(self.run)
-            for point in self.points:
-                config.overlay(self.run, point)  # raises for a field that is none, or a bad value
-        else:
-            _require_call(self.target, self.points[0])
+        if not self.points or not self.seeds:
+            raise ConfigError("a sweep needs a point and a seed, at least")
+        if "seed" in self.points[0]:
+            raise ConfigError(SEEDS_APART)
+        if any(set(point) != set(self.points[0]) for point in self.points):
+            raise ConfigError("every point of a sweep must have a value for each of the same names")
+        self.task.require(self.points)
         self._require_names()
 
     def _require_names(self) -> None:
@@ -68,18 +124,14 @@ class Sweep:
         for name in names:
             if names.count(name) > 1 or len(name) > LONGEST_NAME:
                 raise ConfigError(
-                    f"--grid: a point would be called {name:.80}, which is not a name of its own "
+                    f"grid: a point would be called {name:.80}, which is not a name of its own "
                     f"of {LONGEST_NAME} characters at most; use other values"
                 )
 
     def about(self) -> About:
         """What all jobs have in common; seeds and values may be added later."""
-        fixed: dict[str, Any] = {"target": self.target or "training"}
+        fixed = self.task.fixed({"seed", *self.points[0]})
         fixed["grid"] = " ".join(self.points[0]) or "no grid"
-        if self.target is None:
-            swept = {"seed", *self.points[0]}
-            decisive = training.decisive(self.run)
-            fixed |= {name: value for name, value in decisive.items() if name not in swept}
         return About("seeds", fixed, total=len(self.points) * len(self.seeds))
 
     def planned(self) -> dict[str, Point]:
@@ -92,10 +144,19 @@ class Sweep:
 
     def job(self, name: str, values: Point) -> Job:
         """The job of one seed of a point."""
-        if self.target is not None:
-            return Job(name, self.target, values, own_process=False)
-        run_config = config.overlay(self.run, values)
-        return training.job(name, run_config, self.folder / name, keep_last=2)
+        return self.task.job(name, values, self.folder / name)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What became of a sweep."""
+
+    exit_code: int
+    """0; 1 if a job failed, 128 and the signal's number if it was stopped"""
+    records: Sequence[Record]
+    """of each job that has ended, by this start or an earlier one"""
+    points: Sequence[PointSummary]
+    """what the seeds of each point say"""
 
 
 class Seeds:
@@ -116,10 +177,8 @@ class Seeds:
             assert event.job is not None
             self._ledger.add(Record.of(event, self._planned[event.job.name]))
             self._unsaved += 1
-            if event.kind == "finished" and not self._sweep.keep_checkpoints:
-                folder = self._sweep.folder / event.job.name
-                # Gigabytes take long, and others wait for their answers.
-                threading.Thread(target=shutil.rmtree, args=(folder, True)).start()
+            if event.kind == "finished":
+                self._sweep.task.clear(self._sweep.folder / event.job.name)
         if self._is_save_due():
             self.save()
         return "go"
@@ -150,17 +209,14 @@ class Seeds:
     def failures(self) -> list[Record]:
         return [record for record in self.records() if record.state == "failed"]
 
-    def summaries(self) -> list[summary.PointSummary]:
+    def summaries(self) -> list[PointSummary]:
         """What the seeds of each point say."""
         return summary.summarise(self._sweep.points, self.records(), self._sweep.metric)
 
 
-def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> int:
-    """Runs what is not done yet of the sweep; the exit code: 1 if a job failed, 128 and the
-    signal's number if it was stopped."""
-    if sweep.target is None:
-        training.require_data(sweep.run)
-        require_room(sweep, len(engine.slots))
+def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
+    """Runs what is not done yet of the sweep, and shows all of it."""
+    sweep.task.prepare(sweep.planned(), sweep.folder, len(engine.slots))
     with ledgers.opened(sweep.folder, sweep.about()) as ledger:
         source = Seeds(sweep, ledger)
         total = sweep.about().total
@@ -174,36 +230,17 @@ def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> int:
         source.save()
         _conclude(sweep, source, out)
         left = source.left()
+        code = 0 if not left else 128 + number if number else 1
         if number and left:
             out.print(f"Stopped: {counted(len(left), 'job')} left; the same command goes on")
-            return 128 + number
-        return 1 if left else 0
-
-
-def require_room(sweep: Sweep, at_once: int) -> None:
-    """Raises ConfigError if the disk has no room for the checkpoints of the trainings that are to
-    begin; what has begun has its room already."""
-    needs = [
-        KEPT * estimate.state_bytes(config.overlay(sweep.run, values).model)
-        for name, values in sweep.planned().items()
-        if not (sweep.folder / name).exists()
-    ]
-    if not sweep.keep_checkpoints:
-        needs = sorted(needs)[-at_once:]
-    _, free = machine.disk(sweep.folder)
-    if sum(needs) > free:
-        raise ConfigError(
-            f"the checkpoints of {counted(len(needs), 'training')} may need "
-            f"{sum(needs) / 1e9:,.0f} GB, {sweep.folder} has {free / 1e9:,.0f} GB free; use "
-            "--no_keep_checkpoints (the results stay), or another disk with --checkpoint_dir"
-        )
+        return Swept(code, source.records(), source.summaries())
 
 
 def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
     total = len(sweep.points) * len(sweep.seeds)
-    grid = f"{counted(len(sweep.points), 'point')} of a grid, " if sweep.points != [{}] else ""
+    grid = f"{counted(len(sweep.points), 'point')} of a grid, " if [*sweep.points] != [{}] else ""
     seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
-    out.print(f"Sweep of {sweep.target or 'a training'}: {grid}{seeds}, {counted(total, 'job')}")
+    out.print(f"Sweep of {sweep.task.name}: {grid}{seeds}, {counted(total, 'job')}")
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")
     out.print(f"  - on {', '.join(slot.name for slot in engine.slots)}")
@@ -214,7 +251,7 @@ def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     """The table, what failed, and the picture."""
     summaries = source.summaries()
     if any(item.values for item in summaries):
-        out.print(summary.listing(summaries, sweep.metric))
+        out.print(sweep.listing(summaries, sweep.metric))
     elif known := sorted({name for item in summaries for name in item.metrics}):
         out.print(f"No result has {sweep.metric}; --metric may be one of {', '.join(known)}")
     for record in source.failures():
@@ -222,18 +259,7 @@ def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     if any(item.values for item in summaries):
         picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
         try:
-            plot.write(lambda: summary.draw(summaries, sweep.metric), picture)
+            plot.write(lambda: sweep.draw(summaries, sweep.metric), picture)
         except ConfigError as error:
             out.print(f"WARNING: no picture: {error}")
         out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
-
-
-def _require_call(target: str, point: Point) -> None:
-    """Raises ConfigError if the function cannot be called with a seed and a point."""
-    names = inspect.signature(function := worker.find(target)).parameters
-    report = {"report": None} if "report" in names else {}
-    try:
-        inspect.signature(function).bind(seed=0, **point, **report)
-    except TypeError as error:
-        given = ", ".join(("seed", *point))
-        raise ConfigError(f"{target} cannot be called with {given}: {error}") from error

@@ -1,13 +1,14 @@
-"""The slots of this machine: one for each GPU, or shares of the CPU cores."""
+"""The slots of this machine: one for each GPU or group of GPUs, or shares of the CPU cores."""
 
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gpt2.errors import ConfigError
 from gpt2.experiments.plan import Slot
 from gpt2.limits import suggestion
+from gpt2.tables import counted
 
 CPU_SHARES = 2
 
@@ -17,11 +18,14 @@ def of_machine(
     gpus: Sequence[str] | None = None,
     device: str = "auto",
     max_gpus: int | None = None,
+    ddp: int = 1,
+    say: Callable[[str], None] = print,
 ) -> list[Slot]:
-    """`count` slots, by default one for each GPU that this process sees, or for each of `gpus`
+    """`count` slots, by default one for each `ddp` GPUs that this process sees, or of `gpus`
     (physical ids), of these the first `max_gpus`; and without a GPU two.
 
-    More slots than GPUs share these in turn. Raises ConfigError for a GPU that is not there.
+    More slots than there are groups of GPUs share these in turn. `say` is told which GPUs are left
+    over. Raises ConfigError for a GPU that is not there, and if there are less than `ddp`.
     """
     visible = [] if device == "cpu" else _visible_gpus(os.environ)
     if gpus is not None:
@@ -36,17 +40,35 @@ def of_machine(
     visible = visible[:max_gpus]
     cores = len(os.sched_getaffinity(0))
     if visible:
-        return of_gpus(visible, count or len(visible), _threads(cores, count or len(visible)))
+        groups = _groups(visible, ddp, say)
+        count = count or len(groups)
+        return of_gpus(groups, count, _threads(cores, count * ddp))
     count = count or min(CPU_SHARES, max_gpus or CPU_SHARES)
-    return of_cores(count, _threads(cores, count))
+    return of_cores(count, _threads(cores, count * ddp))
+
+
+def _groups(gpus: Sequence[str], ddp: int, say: Callable[[str], None]) -> list[str]:
+    """The GPUs of each slot, as CUDA_VISIBLE_DEVICES has them."""
+    if len(gpus) < ddp:
+        raise ConfigError(
+            f"--ddp {ddp}: each training needs {counted(ddp, 'GPU')}, and there "
+            f"{'is' if len(gpus) == 1 else 'are'} {counted(len(gpus), 'GPU')} ({', '.join(gpus)}); "
+            f"use --ddp {len(gpus)}, or more GPUs"
+        )
+    used = len(gpus) - len(gpus) % ddp
+    if left := gpus[used:]:
+        which = f"GPU {left[0]} is" if len(left) == 1 else f"GPUs {', '.join(left)} are"
+        say(f"{which} left over: --ddp {ddp} takes {ddp} at a time")
+    return [",".join(gpus[first : first + ddp]) for first in range(0, used, ddp)]
 
 
 def of_gpus(gpus: Sequence[str], count: int, threads: str) -> list[Slot]:
-    """`count` slots on these GPUs, one after another, by their entry in CUDA_VISIBLE_DEVICES."""
+    """`count` slots on these GPUs, one after another, by their entry in CUDA_VISIBLE_DEVICES; of a
+    slot with several, the entries with commas."""
     slots, names = [], list[str]()
     for index in range(count):
         gpu = gpus[index % len(gpus)]
-        short = re.sub(r"[^\w-]", "_", gpu)[:12].lower()
+        short = "-".join(re.sub(r"[^\w-]", "_", item)[:12].lower() for item in gpu.split(","))
         name = f"{'' if short.startswith(('gpu', 'mig')) else 'gpu'}{short}"
         names.append(name)
         name += f"_{names.count(name)}" if names.count(name) > 1 else ""
@@ -70,9 +92,10 @@ def fair_share(capacities: Sequence[float], count: int) -> float:
     return math.floor(max(fitting, default=0.0) * 1e4) / 1e4  # Ray counts in ten thousandths
 
 
-def _threads(cores: int, slots: int) -> str:
-    """Threads of each slot: its share of the cores, unless the user has said how many."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // slots))
+def _threads(cores: int, processes: int) -> str:
+    """Threads of each process that trains: its share of the cores, unless the user has said how
+    many."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[str]:

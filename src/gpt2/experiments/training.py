@@ -12,10 +12,11 @@ import torch
 
 from gpt2 import checkpoint, config, metrics, train
 from gpt2.config import RunConfig
-from gpt2.distributed import World
+from gpt2.distributed import World, env_rank
 from gpt2.errors import ConfigError
 from gpt2.experiments.plan import Answer, Job, Stopped
-from gpt2.start import open_data
+from gpt2.experiments.ranks import on_ranks
+from gpt2.start import open_data, require_enough_rows
 from gpt2.train import Report
 
 TARGET = "gpt2.experiments.training:run"
@@ -49,8 +50,9 @@ def require_fresh_start(run_config: RunConfig) -> None:
         )
 
 
-def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
-    """The training of `run_config` that keeps everything in `folder`, and goes on where it was."""
+def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **changes: Any) -> Job:
+    """The training of `run_config`, on `ranks` GPUs, that keeps everything in `folder`, and goes on
+    where it was."""
     of_its_own = {
         "checkpoint_dir": folder,
         "log_dir": folder,
@@ -60,18 +62,22 @@ def job(name: str, run_config: RunConfig, folder: Path, **changes: Any) -> Job:
     }
     run_name = f"{folder.parent.name}_{name}_{time.strftime('%Y%m%d_%H%M%S')}"
     mine = config.overlay(run_config, of_its_own).to_dict()
-    return Job(name, TARGET, {"run": mine, "run_name": run_name})
+    return Job(name, TARGET, {"run": mine, "run_name": run_name, "ranks": ranks})
 
 
-def run(report: Report, run: Mapping[str, Any], run_name: str) -> dict[str, Any]:
+def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -> dict[str, Any]:
     """Trains as the stored configuration says; what the comparison of trainings needs to know.
 
-    Raises Stopped if it was stopped, after saving.
+    Raises Stopped if it was stopped, after saving, and Lost if one of several ranks has died.
     """
+    if ranks > 1:
+        return on_ranks(report, {"run": run, "run_name": run_name}, ranks)
     run_config = _continued(config.of_stored(run))
     result = train.run(run_config, _Seldom(report), run_name)
     if result.state == "stopped":
         raise Stopped
+    if env_rank()[0] > 0:  # rank 0 writes the log, and tells what became of it
+        return {}
     facts = asdict(result)
     del facts["exit_code"], facts["state"]
     logged = metrics.read_runs(run_config.watch.log_dir / "log.txt")[-1]
@@ -91,10 +97,12 @@ def _continued(run_config: RunConfig) -> RunConfig:
     return config.overlay(run_config, {"resume": "latest", "init_from": "scratch"})
 
 
-def require_data(run_config: RunConfig) -> None:
+def require_data(run_config: RunConfig, ranks: int = 1) -> None:
     """Prepares the data if that is still to be done, once for all trainings; raises DataError if
-    there is none."""
-    open_data(run_config, World(0, 1, torch.device("cpu")))
+    there is none, and ConfigError if a step has too little of it for so many ranks."""
+    cpu = torch.device("cpu")
+    require_enough_rows(run_config, World(0, ranks, cpu))
+    open_data(run_config, World(0, 1, cpu))
 
 
 class _Seldom:

@@ -35,10 +35,17 @@ def name_of(number: int) -> str:
     return f"trial_{number:03d}"
 
 
-def job(number: int, run_config: RunConfig, folder: Path, parameters: Mapping[str, Any]) -> Job:
+def job(
+    number: int,
+    run_config: RunConfig,
+    folder: Path,
+    parameters: Mapping[str, Any],
+    ranks: int = 1,
+) -> Job:
     """The training of a trial, in a folder of its own in `folder`; it goes on where it was."""
     name = name_of(number)
-    made = training.job(name, run_config, folder / name, **_judged_by_validation(run_config))
+    changes = _judged_by_validation(run_config)
+    made = training.job(name, run_config, folder / name, ranks=ranks, **changes)
     return replace(
         made, target=TARGET, kwargs={**made.kwargs, "number": number, "parameters": parameters}
     )
@@ -62,10 +69,11 @@ def run(
     run_name: str,
     number: int,
     parameters: Mapping[str, Any],
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Trains, and writes the trial's files; `diverged` of the result says why training gave up.
 
-    Raises Stopped if it was stopped, after saving.
+    Raises Stopped if it was stopped, after saving, and Lost if one of several ranks has died.
     """
     run_config = config.of_stored(run)
     folder = run_config.checkpoint.checkpoint_dir
@@ -73,7 +81,7 @@ def run(
     about = {"trial": number, "parameters": parameters, **run_config.to_dict()}
     atomic.write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
     try:
-        facts = training.run(report, run, run_name)
+        facts = training.run(report, run, run_name, ranks)
     except Diverged as error:
         facts = {"diverged": str(error)}
     logged = metrics.read_runs(folder / "log.txt")

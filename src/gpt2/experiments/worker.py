@@ -28,7 +28,7 @@ from typing import Any
 
 from gpt2.errors import UserError, is_out_of_memory
 from gpt2.experiments import journal
-from gpt2.experiments.plan import Answer, Job, Stopped
+from gpt2.experiments.plan import Answer, Job, Lost, Stopped
 from gpt2.failures import PR_SET_PDEATHSIG
 
 MAX_RESULT_BYTES = 16_000_000
@@ -166,6 +166,9 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         return outcome
     except Stopped:
         return {"stopped": None}
+    except Lost as error:
+        print(f"lost: {error}", file=sys.stderr, flush=True)
+        return {"lost": str(error)}
     except BaseException as error:
         known = isinstance(error, UserError)
         text = "" if known else traceback.format_exc()
@@ -224,12 +227,12 @@ def _write_to(log: Path) -> None:
     for number in (1, 2):  # also for what is no Python
         os.dup2(handle, number)
     os.close(handle)
-    sys.stdout = sys.stderr = _Lines()
+    sys.stdout = sys.stderr = Lines()
     faulthandler.enable(2)
     faulthandler.register(SHOW_STACK, 2)
 
 
-class _Lines(io.TextIOBase):
+class Lines(io.TextIOBase):
     """Writes whole lines, each with one call, so that no other process's output cuts them."""
 
     encoding = "utf-8"

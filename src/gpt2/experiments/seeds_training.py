@@ -1,0 +1,72 @@
+"""The training that a sweep gives seeds and the values of a grid to."""
+
+import shutil
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2 import config, estimate, machine
+from gpt2.config import RunConfig
+from gpt2.errors import ConfigError
+from gpt2.experiments import training
+from gpt2.experiments.plan import Job, Point
+from gpt2.tables import counted
+
+KEPT = 3
+"""checkpoints of a training in a sweep, at most: the newest two and the best"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training whose options the points of a sweep change."""
+
+    run: RunConfig
+    keep_checkpoints: bool = True
+    ranks: int = 1
+    """GPUs of each, or processes on the CPU"""
+
+    @property
+    def name(self) -> str:
+        return "a training" if self.ranks == 1 else f"a training on {self.ranks} ranks"
+
+    def require(self, points: Sequence[Point]) -> None:
+        training.require_fresh_start(self.run)
+        for point in points:
+            config.overlay(self.run, point)  # raises for a field that is none, or a bad value
+
+    def fixed(self, swept: Collection[str]) -> dict[str, Any]:
+        decisive = training.decisive(self.run).items()
+        return {"target": "training"} | {name: is_ for name, is_ in decisive if name not in swept}
+
+    def job(self, name: str, values: Point, folder: Path) -> Job:
+        run_config = config.overlay(self.run, values)
+        return training.job(name, run_config, folder, ranks=self.ranks, keep_last=2)
+
+    def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
+        training.require_data(self.run, self.ranks)
+        self.require_room(planned, folder, at_once)
+
+    def require_room(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
+        """Raises ConfigError if the disk has no room for the checkpoints of the trainings that are
+        to begin; what has begun has its room already."""
+        needs = [
+            KEPT * estimate.state_bytes(config.overlay(self.run, values).model)
+            for name, values in planned.items()
+            if not (folder / name).exists()
+        ]
+        if not self.keep_checkpoints:
+            needs = sorted(needs)[-at_once:]
+        _, free = machine.disk(folder)
+        if sum(needs) > free:
+            raise ConfigError(
+                f"the checkpoints of {counted(len(needs), 'training')} may need "
+                f"{sum(needs) / 1e9:,.0f} GB, {folder} has {free / 1e9:,.0f} GB free; use "
+                "--no_keep_checkpoints (the results stay), or another disk with --checkpoint_dir"
+            )
+
+    def clear(self, folder: Path) -> None:
+        if not self.keep_checkpoints:
+            # Gigabytes take long, and others wait for their answers.
+            threading.Thread(target=shutil.rmtree, args=(folder, True)).start()

@@ -1,0 +1,27 @@
+"""A rank of a hosted training, rank 1 of which has a bug that shows at the eighth step."""
+
+import sys
+from typing import Any
+
+from gpt2 import distributed
+from gpt2.experiments import rank, ranks, training
+from gpt2.learner import Learner
+
+
+def run(report: Any, **work: Any) -> dict[str, Any]:
+    """The job: a training whose ranks are this file."""
+    ranks.RANK = "experiments.broken_rank"
+    return training.run(report, **work)
+
+
+if __name__ == "__main__":
+    learn = Learner.learn
+    steps = iter(range(8))
+
+    def breaks(self: Learner, *given: Any) -> Any:
+        if distributed.env_rank()[0] == 1 and next(steps) == 7:
+            raise RuntimeError("CUDA error: the bug")
+        return learn(self, *given)
+
+    Learner.learn = breaks  # type: ignore[method-assign]
+    sys.exit(rank.main(sys.argv[1]))

@@ -1,0 +1,184 @@
+import functools
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments import jobs
+from gpt2.experiments import api, ledger, slots
+
+ENGINE = api.Engine(slots.of_cores(2, threads="1"))
+
+
+@pytest.fixture
+def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Gets a line for every start of `jobs.measured`."""
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
+    return tmp_path / "trace"
+
+
+def begun(trace: Path) -> list[str]:
+    """`rate seed` of every start since the last time."""
+    lines = trace.read_text().splitlines() if trace.exists() else []
+    trace.unlink(missing_ok=True)
+    return sorted(" ".join(line.split()[:2]) for line in lines)
+
+
+def place(tmp_path: Path) -> dict[str, Any]:
+    """Where an experiment runs and is kept; `out` is what it says."""
+    out = Console(file=io.StringIO(), width=160)
+    return {"folder": tmp_path / "kept", "log_dir": tmp_path / "logs", "engine": ENGINE, "out": out}
+
+
+def said(given: dict[str, Any]) -> str:
+    text: str = given["out"].file.getvalue()
+    return text
+
+
+def test_a_function_is_swept_and_what_is_known_never_runs_again(tmp_path: Path, trace: Path):
+    swept = api.sweep(jobs.measured, {"rate": [1.5, 2]}, 2, **(given := place(tmp_path)))
+    assert begun(trace) == ["1.5 0", "1.5 1", "2 0", "2 1"]
+    assert swept.exit_code == 0 and len(swept.records) == 4
+    assert [item.values for item in swept.points] == [{0: 0, 1: 1.5}, {0: 0, 1: 2}]
+    assert "value over seeds" in said(given)
+    assert (tmp_path / "kept" / "value.png").stat().st_size > 5000
+
+    again = api.sweep(jobs.measured, [{"rate": 1.5}, {"rate": 4}], 3, **place(tmp_path))
+    assert begun(trace) == ["1.5 2", "4 0", "4 1", "4 2"]
+    assert [len(item.values) for item in again.points] == [3, 3]
+
+    with pytest.raises(api.ConfigError, match="grid: rate before, no grid now"):
+        api.sweep(functools.partial(jobs.measured, rate=2), [{}], 1, **place(tmp_path))
+    assert not begun(trace)
+
+
+def test_values_of_a_partial_decide_over_results(tmp_path: Path):
+    def sweep(pause: float) -> api.Swept:
+        return api.sweep(functools.partial(jobs.square, pause=pause), [{}], 3, **place(tmp_path))
+
+    assert sweep(0.01).points[0].values == {0: 0, 1: 1, 2: 4}
+    with pytest.raises(api.ConfigError, match=r"pause: 0\.01 before, 0\.02 now"):
+        sweep(0.02)
+
+
+def test_table_and_picture_of_ones_own(tmp_path: Path):
+    from matplotlib.figure import Figure
+
+    def listing(points: Any, metric: str) -> str:
+        return f"{metric}: {[item.metrics[metric].mean for item in points]}"
+
+    def draw(points: Any, metric: str) -> Figure:
+        figure = Figure(figsize=(1, 1))
+        figure.suptitle(f"{len(points)} of {metric}")
+        return figure
+
+    given = place(tmp_path)
+    api.sweep(jobs.square, {"pause": [0.0, 0.01]}, 3, listing=listing, draw=draw, **given)
+    assert "value: [1.66" in said(given) and (tmp_path / "kept" / "value.png").exists()
+
+
+def test_jobs_side_by_side_the_third_on_the_second_slot(tmp_path: Path, trace: Path):
+    functions = {
+        "first": functools.partial(jobs.counts, until=9, pause=0.2),
+        "second": functools.partial(jobs.measured, seed=1),
+        "third": functools.partial(jobs.measured, seed=3),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIL", "1")
+        given = place(tmp_path)
+        ended = api.together(functions, **given)
+    assert ended.exit_code == 1 and "FAILED third: RuntimeError: three is bad" in said(given)
+    assert {name: record.slot for name, record in ended.records.items()} == {
+        "first": "cpu0",
+        "second": "cpu1",
+        "third": "cpu1",
+    }
+    assert ended.records["first"].result == 9
+    assert begun(trace) == ["1.0 1", "1.0 3"]
+
+    mended = api.together(functions, **place(tmp_path))
+    assert begun(trace) == ["1.0 3"], "what has finished does not run again"
+    assert mended.exit_code == 0 and mended.records["third"].result["value"] == 3
+    assert mended.records["first"] == ended.records["first"]
+
+    functions["second"] = functools.partial(jobs.measured, seed=2)
+    with pytest.raises(api.ConfigError, match="second, seed: 1 before, 2 now"):
+        api.together(functions, **place(tmp_path))
+    assert not begun(trace)
+
+
+def inner() -> Callable[[int], int]:
+    return lambda seed: seed
+
+
+@pytest.mark.parametrize(
+    ("function", "points", "words"),
+    [
+        (lambda seed: seed, [{}], "a function at the top of a module"),
+        (inner(), [{}], "a function at the top of a module"),
+        (functools.partial(jobs.measured, 3), [{}], "needs its values by name"),
+        (functools.partial(jobs.square, pause=slice(1)), [{}], "pause: .*not JSON serializable"),
+        (jobs.measured, {"rat": [1]}, "cannot be called with seed, rat"),
+        (jobs.measured, {"seed": [1]}, "the seeds of a sweep"),
+        (jobs.measured, [{"rate": 1}, {}], "a value for each of the same names"),
+        (jobs.measured, [], "needs a point and a seed"),
+        (jobs.measured, [{"rate": 1}] * 2, "not a name of its own"),
+        ("experiments.jobs:measure", [{}], "there is no function"),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path: Path, function: Any, points: Any, words: str):
+    with pytest.raises(api.UserError, match=words):
+        api.sweep(function, points, **place(tmp_path))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_jobs_that_cannot_run_are_refused(tmp_path: Path):
+    with pytest.raises(api.ConfigError, match="cannot name a job's files"):
+        api.together({"a/b": jobs.hangs}, **place(tmp_path))
+    with pytest.raises(api.ConfigError, match="cannot be called with nothing: missing"):
+        api.together({"a": jobs.measured}, **place(tmp_path))
+    assert not (tmp_path / "kept").exists()
+
+
+class Doubling:
+    """Asks with what came back, until that is enough: it has no job while one runs."""
+
+    def __init__(self) -> None:
+        self.number, self.waits = 1, False
+
+    def next(self) -> api.Job | None:
+        if self.waits or self.number > 4:
+            return None
+        self.waits = True
+        kwargs = {"until": 2 * self.number}
+        return api.Job(f"{self.number}", "experiments.jobs:counts", kwargs, own_process=False)
+
+    def event(self, event: api.Event) -> api.Answer:
+        if event.kind == "finished":
+            self.number, self.waits = event.result, False
+        return "go"
+
+
+def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    source, events = Doubling(), list[api.Event]()
+    assert api.Pool(ENGINE, source, events.append, limits=api.Limits(retries=0)).run() == 0
+    assert source.number == 8
+    assert [event.result for event in events if event.kind == "finished"] == [2, 4, 8]
+
+
+def test_plans_need_no_torch():
+    code = "import sys, gpt2.experiments.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_results_of_another_kind_are_not_mixed(tmp_path: Path):
+    api.together({"one": functools.partial(jobs.square, seed=2)}, **place(tmp_path))
+    with pytest.raises(api.ConfigError, match="kind: jobs before, seeds now"):
+        api.sweep(jobs.square, [{}], 1, **place(tmp_path))
+    assert [record.result for record in ledger.read_records(tmp_path / "kept")] == [4]

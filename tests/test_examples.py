@@ -1,0 +1,125 @@
+import ast
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt2.cli_parse import guarded
+from gpt2.experiments import ledger
+from support import ROOT, run_command
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PUBLIC = {"gpt2.cli_parse", "gpt2.experiments.api"}
+TEACHER = (
+    *("teacher_student", "--teacher_ranks", "1", "3", "--student-dims", "2", "4", "--num_seeds"),
+    *("2", "--measurements", "4", "--size", "4", "--guesses", "2000"),
+)
+PMSSM = ("pmssm", "--steps", "12", "--train-rows", "500", "--models", "plr", "mlp")
+
+
+def example(tmp_path: Path, name: str, *flags: str) -> str:
+    """What an example says, run as a user runs it."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *flags]
+    return run_command(command, tmp_path, PYTHONPATH=os.pathsep.join(sys.path)).stdout
+
+
+def within(tmp_path: Path, name: str, *flags: str) -> tuple[int, str]:
+    """The exit code of an example within this process, and what it says: where no job runs."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(sys, "argv", [name, *flags])
+        patch.setitem(sys.modules, name, module := importlib.util.module_from_spec(spec))
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            spec.loader.exec_module(module)
+            return guarded(module.run), said.getvalue()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_need_only_what_is_public(path: Path):
+    text = path.read_text()
+    assert text.count("\n") < 250
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gpt2"):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.module in PUBLIC or names <= PUBLIC
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("gpt2") for alias in node.names)
+
+
+def test_teacher_student(tmp_path: Path):
+    said = example(tmp_path, *TEACHER)
+    assert "Left out, as narrower than the teacher: student dim 2 for rank 3" in said
+    folder = tmp_path / "checkpoints" / "teacher_student"
+    records = ledger.read_records(folder)
+    assert len(records) == 2 * 3 * 2
+    errors = {record.job: record.result for record in records}
+    for job, found in errors.items():
+        aim = 1e-5 if "method=gd" in job else 0.3
+        assert found["fits"] == (found["train"] <= aim)
+    row = next(line.split() for line in said.splitlines() if line.split()[:3] == ["4", "3", "4"])
+    points = json.loads((folder / "results.json").read_text())["points"]
+    wanted = {"measurements": 4, "teacher_rank": 3, "student_dim": 4, "method": "gd"}
+    point = next(item for item in points if item["point"] == wanted)
+    assert row[7] == f"{point['metrics']['test']['mean']:.2g}"
+    assert (folder / "test.png").read_bytes().startswith(b"\x89PNG")
+
+    code, again = within(tmp_path, *TEACHER)
+    assert code == 0 and "12 of them are done already" in again
+    assert ledger.read_records(folder) == records
+    code, other = within(tmp_path, *TEACHER, "--gd", "--tolerance", "0.5")
+    assert code == 2 and "tolerance: 0.3 before, 0.5 now" in other
+
+
+def test_pmssm(tmp_path: Path):
+    said = example(tmp_path, *PMSSM)
+    folder = tmp_path / "checkpoints" / "pmssm"
+    records = {record.job: record.result for record in ledger.read_records(folder)}
+    assert sorted(records) == ["mlp", "plr"]
+    for result in records.values():
+        assert f"{result['rmse']:.4f}" in said and f"{result['parameters']:,}" in said
+        assert result["curve"][-1] == [12, result["rmse"]]
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    code, again = within(tmp_path, *PMSSM)
+    assert code == 0 and "finished already: plr, mlp" in again
+    assert {item.job: item.result for item in ledger.read_records(folder)} == records
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("teacher_student", "--teacher_ranks", "9"), "--teacher_ranks 9: a matrix of --size 8"),
+        (("teacher_student", "--teacher_ranks", "8", "--student_dims", "4"), "needs a point"),
+        (("pmssm", "--models", "ft", "cnn"), "--models cnn: there are only ft, plr, mlp"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], words: str):
+    code, said = within(tmp_path, *arguments)
+    assert code == 2 and words in said.splitlines()[-1]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.soak
+def test_ctrl_c(tmp_path: Path):
+    flags = ("--gnc", "--guesses", "4000000", "--tolerance", "1e-9", "--num_seeds", "1")
+    command = [sys.executable, str(ROOT / "examples" / "teacher_student.py"), *flags]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    state = tmp_path / "checkpoints" / "teacher_student" / "state.json"
+    deadline = time.monotonic() + 60
+    while not state.exists() or '"step"' not in state.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=30)[0].decode()
+    assert running.returncode == 130 and "the same command goes on" in output
