@@ -12,7 +12,7 @@ import pytest
 
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool
-from gpt2.experiments.process import Engine
+from gpt2.experiments.process import Engine, WorkerProcess
 
 SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
 
@@ -295,6 +295,30 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path):
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class Shaky(WorkerProcess):
+    """On a machine that is lost when the process is killed."""
+
+    host = "there"
+
+    @property
+    def machine_is_lost(self) -> bool:
+        return True
+
+
+def test_lost_machines_cost_no_retries(tmp_path: Path):
+    """Without a report in between, a job may lose five of them."""
+    source = Given(
+        *(job(n, "dies", trace=str(tmp_path / n), times=t) for n, t in (("a", 5), ("b", 6)))
+    )
+    engine = Engine(SLOTS[:1], Shaky, is_fixed=False)
+    limits = Limits(retries=0)
+    Pool(engine, source, lambda _: None, log_of=lambda *_: tmp_path / "log", limits=limits).run()
+    assert [event.attempt for event in source.of("finished")] == [6]
+    (failed,) = source.of("failed")
+    assert failed.job and failed.job.name == "b" and failed.attempt == 6
+    assert {event.host for event in source.of("started")} == {"there"}
 
 
 def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):

@@ -117,6 +117,7 @@ def test_interrupted_sweep_goes_on(tmp_path: Path):
     assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
 
 
+@pytest.mark.soak
 def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
     options = {"max_steps": 16, "eval_interval": 16}
     folder = tmp_path / "sweep"

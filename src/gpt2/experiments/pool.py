@@ -33,7 +33,7 @@ DEATH_S = 15.0
 BAD_SLOT = 3
 """workers lost in a row, while the other slots lose none, that take a slot out of service"""
 LOST_MACHINES = 5
-"""more attempts for a job whose machines are lost"""
+"""machines that a job may lose without a report in between"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class _Waiting:
 
     job: Job
     attempt: int = 1
+    losses: int = 0
+    """attempts that were lost with their worker, which `Limits.retries` allows"""
+    machines: int = 0
+    """machines that were lost, since it last made progress"""
     died_on: int | None = None
     """the slot where its worker was lost: another one may be better"""
 
@@ -64,6 +68,9 @@ class _Task:
 
     job: Job
     attempt: int
+    losses: int
+    machines: int
+    """both as in _Waiting"""
     began: float
     """monotonic, as all times here"""
     heard: float
@@ -241,7 +248,8 @@ class Pool:
                     f"cannot start a worker for {job.name}: {error}; the same command goes on"
                 ) from error
         now = time.monotonic()
-        seat.task, seat.verdict = _Task(job, chosen.attempt, began=now, heard=now), ""
+        counts = chosen.attempt, chosen.losses, chosen.machines
+        seat.task, seat.verdict = _Task(job, *counts, began=now, heard=now), ""
         seat.worker.send(asdict(job))
         self._tell_start(seat)
 
@@ -279,7 +287,7 @@ class Pool:
         if "begun" in message:
             task.has_begun = True
         elif "report" in message:
-            seat.progressed = task.heard
+            seat.progressed, task.machines = task.heard, 0
             answer = self._tell(seat, task, "reported", metrics=message["report"])
             hired.send("stop" if self._stopping else answer)
         else:
@@ -311,14 +319,17 @@ class Pool:
     def _on_loss(self, seat: _Seat, task: _Task, reason: str, traceback: str = "") -> None:
         """The job's worker is lost: the job begins again from its own checkpoint, or has failed."""
         assert seat.worker is not None
-        retries = self._limits.retries
+        losses, machines = task.losses, task.machines
         if seat.worker.machine_is_lost:
-            retries = max(retries, LOST_MACHINES)
-        if task.attempt > retries:
+            machines += 1
+        else:
+            losses += 1
+        if losses > self._limits.retries or machines > LOST_MACHINES:
             self._tell(seat, task, "failed", reason=reason, traceback=traceback)
         else:
             self._tell(seat, task, "retried", reason=reason, traceback=traceback)
-            self._waiting.append(_Waiting(task.job, task.attempt + 1, died_on=seat.slot.index))
+            again = _Waiting(task.job, task.attempt + 1, losses, machines, seat.slot.index)
+            self._waiting.append(again)
         self._blame(seat)
 
     def _on_death(self, seat: _Seat) -> None:
@@ -338,7 +349,10 @@ class Pool:
         for seat in self._seats:
             if seat.worker is None:
                 continue
-            if seat.killed and now > seat.killed + DEATH_S:
+            if seat.killed and now > seat.killed + DEATH_S and self._may_be_back(seat):
+                seat.killed = now
+                seat.worker.kill()
+            elif seat.killed and now > seat.killed + DEATH_S:
                 self._close(seat, f"process {seat.worker.pid} there cannot be killed")
                 self._on_death(seat)
             elif seat.deadline and now > seat.deadline:
@@ -349,6 +363,11 @@ class Pool:
                     seat.verdict = f"no report for {timeout:g} s (--job_timeout)"
                     seat.worker.signal(worker.SHOW_STACK)
                     seat.deadline = now + STACK_S
+
+    def _may_be_back(self, seat: _Seat) -> bool:
+        """Whether a worker that does not die may be one of a machine that cannot be reached: its
+        job waits until that is back or lost, or else two workers would have it at a time."""
+        return not self._engine.is_fixed and not self._stopping
 
     def _blame(self, seat: _Seat) -> None:
         """A slot that loses one worker after another is bad, if no other slot does the same."""
