@@ -283,3 +283,5 @@ def test_ranks_share_the_cores_unless_somebody_says_how_many_threads(monkeypatch
     for given, threads in (("", 4), ("1", 4), ("2", 2), ("no number", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert distributed._threads(3) == threads
+    monkeypatch.setenv(distributed.THREADS, "1")
+    assert distributed._threads(3) == 1, "not torchrun's 1, but that of a slot"

@@ -295,6 +295,19 @@ def test_a_rank_dies_with_its_host(monkeypatch: pytest.MonkeyPatch):
     assert started[0].returncode == -signal.SIGKILL and b"in report" in stack
 
 
+def test_two_ranks_train_as_one_process_does(data_root: Path, tmp_path: Path):
+    source = Given(job_of(data_root, tmp_path, max_steps=10))
+    assert pool_of(source, tmp_path).run() == 0
+    (ended,) = source.of("finished")
+    assert ended.result["step"] == 10
+    assert [event.metrics for event in source.of("reported") if "val_loss" in event.metrics]
+    alone = small_config(data_root, tmp_path / "alone", dropout=0.0, max_steps=10)
+    assert train.run(alone).train_loss == pytest.approx(ended.result["train_loss"], rel=1e-4)
+    assert losses(alone.watch.log_dir / "log.txt") == pytest.approx(
+        losses(tmp_path / "exp" / "a" / "log.txt"), rel=1e-4
+    )
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kills", [1, 2])
 def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path, kills: int):
