@@ -61,7 +61,7 @@ def test_parameters_may_have_any_name(tmp_path: Path):
     """One that is called as the function is in the files neither hides that nor is hidden."""
     api.sweep(functools.partial(jobs.named, target=1, grid=1), [{}], 1, **place(tmp_path))
     for function, changed in ((jobs.named, {"grid": 2}), (jobs.also_named, {"grid": 1})):
-        with pytest.raises(api.ConfigError, match="before, .* now"):
+        with pytest.raises(api.ConfigError, match=r"before, .* now"):
             api.sweep(functools.partial(function, target=1, **changed), [{}], 1, **place(tmp_path))
 
 

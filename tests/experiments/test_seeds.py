@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gpt2 import checkpoint, cli_experiments, train
+from gpt2 import checkpoint, cli_experiments, config, train
 from gpt2.experiments import ledger
+from gpt2.experiments.seeds_training import Training
 from support import ROOT, run_command, small_config, small_flags
 
 SCRIPT = ROOT / "src" / "main_multi_gpu.py"
@@ -91,6 +92,13 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli_experiments.parse_beside_run(cli_experiments.SeedsCommand, ["--n_layr", "3"])
     assert "--n_layer" in capsys.readouterr().err
+
+
+def test_batches_of_any_size_are_judged_by_the_same_rows(data_root: Path, tmp_path: Path):
+    run = small_config(data_root, tmp_path)
+    for size in (64, 128, 512):
+        job = Training(run).job("a", {"total_batch_size": size, "seed": 0}, tmp_path)
+        assert config.of_stored(job.kwargs["run"]).eval_rows == run.eval_rows
 
 
 @pytest.mark.soak
