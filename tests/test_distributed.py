@@ -141,6 +141,7 @@ def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path,
         assert (shared[name] - gradient).abs().max() < 1e-10, name
 
 
+@pytest.mark.soak
 def test_three_ranks_resume_bit_identically(data_root: Path, three_ranks: Path):
     whole, parts = three_ranks / "whole", three_ranks / "parts"
     again = small_flags(data_root, parts, **SIX_UPDATES, max_steps=6, resume="latest")
@@ -282,3 +283,5 @@ def test_ranks_share_the_cores_unless_somebody_says_how_many_threads(monkeypatch
     for given, threads in (("", 4), ("1", 4), ("2", 2), ("no number", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert distributed._threads(3) == threads
+    monkeypatch.setenv(distributed.THREADS, "1")
+    assert distributed._threads(3) == 1, "not torchrun's 1, but that of a slot"

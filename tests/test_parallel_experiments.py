@@ -152,6 +152,7 @@ def wait_for(folder: Path, text: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.soak
 def test_the_next_takes_the_place_that_it_had_before(data_root: Path, tmp_path: Path):
     """Two places, in which two experiments fail, and a third that trained in one of them before."""
     out = tmp_path / "out of all"

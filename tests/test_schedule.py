@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,19 @@ def test_cosine_falls_from_the_peak_to_the_floor():
     assert lr_at(35, SCHEDULE) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     rates = [lr_at(step, SCHEDULE) for step in range(10, 130)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_wsd_stays_at_the_peak_and_falls_linearly_at_the_end():
+    wsd = replace(SCHEDULE, shape="wsd", cooldown=0.4)
+    assert lr_at(9, wsd) == lr_at(10, wsd) == lr_at(66, wsd) == 1.0
+    assert lr_at(88, wsd) == pytest.approx(0.55)
+    assert lr_at(109, wsd) == pytest.approx(0.1 + 0.9 / 44)
+    assert lr_at(110, wsd) == 0.1
+
+
+def test_a_cooldown_longer_than_the_rest_begins_behind_the_warm_up():
+    wsd = replace(SCHEDULE, shape="wsd", cooldown=1.0)
+    assert lr_at(10, wsd) == 1.0 and lr_at(60, wsd) == pytest.approx(0.55)
 
 
 def test_floor_after_the_decay():

@@ -61,15 +61,20 @@ def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("architecture", "steps"),
-    [("gpt2", 20), *((name, 4) for name in ARCHITECTURES if name != "gpt2")],
+    ("architecture", "optimizer", "steps"),
+    [
+        ("gpt2", "adamw", 20),
+        ("gpt2", "muon", 4),
+        *((name, "adamw", 4) for name in ARCHITECTURES if name != "gpt2"),
+    ],
 )
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
-    architecture: str, steps: int, data_root: Path, tmp_path: Path
+    architecture: str, optimizer: str, steps: int, data_root: Path, tmp_path: Path
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {
         "architecture": architecture,
+        "optimizer": optimizer,
         "decay_steps": steps,
         "eval_interval": steps // 4,
         "checkpoint_interval": steps // 2,

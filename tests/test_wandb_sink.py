@@ -98,6 +98,7 @@ def test_what_the_user_can_mend_is_said(monkeypatch):
         sink(monkeypatch, FakeWandB(failure=unknown))
 
 
+@pytest.mark.soak
 def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
     """The real package: no curve is told twice, nothing is left behind or printed."""
     pytest.importorskip("wandb")

@@ -36,8 +36,8 @@ class SearchCommand:
     startup_trials: int = 5
     """trials that have finished before any is pruned"""
     storage: str | None = None
-    """data base that several machines share, as in postgresql://user:password@host/name; default is
-    optuna_study.db in --checkpoint_dir"""
+    """data base that several machines share, as in postgresql+psycopg://user:password@host/name;
+    default is optuna_study.db in --checkpoint_dir"""
     study_name: str = "search"
     """name of the study in that data base"""
     keep_checkpoints: bool = False
@@ -94,7 +94,11 @@ def _read_space(path: Path | None, run: RunConfig) -> Space:
     if path is None:
         return spaces.default(run)
     try:
-        return spaces.parse(path.read_text(), run, str(path))
+        return spaces.parse(path.read_text("utf-8-sig"), run, str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--space {path} is no text in UTF-8: {error}; save it as that"
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"cannot read --space {path}: {error.strerror}; --print_space > {path} makes one"

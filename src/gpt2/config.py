@@ -19,7 +19,7 @@ from gpt2.errors import ConfigError
 from gpt2.limits import nearest_multiples, require, suggestion
 from gpt2.limits import require_at_least as require_at_least
 from gpt2.naming import ExperimentConfig
-from gpt2.schedule import Schedule
+from gpt2.schedule import Schedule, Shape
 from gpt2.shape import ModelConfig as ModelConfig
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
@@ -56,16 +56,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning rate and its schedule (Brown et al. 2020, appendix B)."""
+    """The optimiser, its learning rate and its schedule (Brown et al. 2020, appendix B)."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon trains the hidden matrices with Muon, and everything else with AdamW"""
     learning_rate: float = 6e-4
     """peak learning rate"""
     min_lr_ratio: float = 0.1
     """final learning rate as a share of the peak"""
     warmup_steps: int = 715
     """steps of linear warm-up"""
+    schedule: Shape = "cosine"
+    """how the learning rate falls: cosine, or wsd, constant until a linear cooldown"""
     decay_steps: int | None = None
-    """step at which the cosine decay ends; None is the end of the run"""
+    """step at which the decay ends; None is the end of the run"""
+    cooldown: float = 0.2
+    """wsd: share of the steps in which it falls, the last ones"""
     weight_decay: float = 0.1
     """decay of the matrices; biases and layer norms are never decayed"""
     beta1: float = 0.9
@@ -80,6 +86,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
         require_at_least(self, 1, "decay_steps", "max_bad_steps")
+        require(0 < self.cooldown <= 1, f"cooldown={self.cooldown} must be more than 0, at most 1")
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be more than 0")
         require(
             self.grad_clip is None or self.grad_clip > 0,
@@ -130,6 +137,8 @@ class EvalConfig:
     """steps between validations; also before the first step and after the last"""
     eval_batches: int = 20
     """validation rows, counted in batches of total_batch_size tokens"""
+    eval_rows: int | None = None
+    """validation rows themselves, of block_size tokens; None counts them by --eval_batches"""
     hellaswag_interval: int | None = 250
     """steps between HellaSwag evaluations; also after the last step"""
     hellaswag_limit: int | None = None
@@ -142,8 +151,8 @@ class EvalConfig:
     """what the samples continue"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "eval_interval", "eval_batches", "sample_interval")
-        require_at_least(self, 1, "hellaswag_interval", "hellaswag_limit")
+        require_at_least(self, 1, "eval_interval", "eval_batches", "eval_rows")
+        require_at_least(self, 1, "sample_interval", "hellaswag_interval", "hellaswag_limit")
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ class RunConfig:
     @property
     def eval_rows(self) -> int:
         """Rows of one validation, before the split's own size limits them."""
-        return self.evaluation.eval_batches * self.rows_per_step
+        return self.evaluation.eval_rows or self.evaluation.eval_batches * self.rows_per_step
 
     def grad_accum_steps(self, world_size: int, mini_batch_size: int) -> int:
         """Micro-batches per step of the rank with the largest share of the rows."""
@@ -239,6 +248,8 @@ class RunConfig:
             floor=optim.learning_rate * optim.min_lr_ratio,
             warmup_steps=optim.warmup_steps,
             decay_steps=optim.decay_steps or total_steps,
+            shape=optim.schedule,
+            cooldown=optim.cooldown,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,18 +268,19 @@ FIXED_BY_CHECKPOINT = (
     *(f"model.{part.name}" for part in fields(ModelConfig) if part.name != "dropout"),
     "data.total_batch_size",
     "data.shuffle",
+    "optim.optimizer",
     "machine.seed",
 )
 # What the course of training depends on: free to change at a resume, but never silently.
 NOTED_AT_RESUME = (
     "model.dropout",
-    *(f"optim.{part.name}" for part in fields(OptimConfig)),
+    *(f"optim.{part.name}" for part in fields(OptimConfig) if part.name != "optimizer"),
     "machine.dtype",
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )
 # What checkpoints meant before they said so.
-UNSAID = {"model": {"architecture": "gpt2"}}
+UNSAID = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:

@@ -34,6 +34,7 @@ from gpt2.failures import TORCHRUN_IS_GONE, Watch, is_under_torchrun
 
 T = TypeVar("T")
 CONNECT_S = 30
+THREADS = "GPT2_THREADS_OF_A_RANK"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, TORCHRUN_IS_GONE)
 PATIENCE = timedelta(hours=1)
@@ -360,10 +361,10 @@ def _device(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> t
 
 
 def _threads(local_size: int) -> int:
-    """Threads of a rank on the CPU: its share of the cores, unless OMP_NUM_THREADS says more than
-    1, which torchrun sets by itself."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 1:
+    """Threads of a rank on the CPU: its share of the cores, unless THREADS says it, or
+    OMP_NUM_THREADS something else than 1, which torchrun sets by itself."""
+    given = os.environ.get(THREADS) or os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and (THREADS in os.environ or int(given) > 1):
         return int(given)
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 

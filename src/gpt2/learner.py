@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -197,13 +197,11 @@ def _memory_for(rows: int, block_size: int) -> Iterator[None]:
         ) from error
 
 
-def _unmapped(state: checkpoint.State) -> checkpoint.State:
+def _unmapped(state: Any) -> Any:
     """An optimiser's state in memory: on the CPU it would be used where it lies, in the file."""
-    moments = {
-        number: {name: value.clone() for name, value in part.items()}
-        for number, part in state["state"].items()
-    }
-    return {**state, "state": moments}
+    if isinstance(state, dict):
+        return {name: _unmapped(part) for name, part in state.items()}
+    return state.clone() if isinstance(state, torch.Tensor) else state
 
 
 def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:

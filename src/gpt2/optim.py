@@ -1,49 +1,102 @@
 """The optimiser and its parameter groups."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from gpt2.config import OptimConfig
+from gpt2.model.base import LanguageModel
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, without the wrappers that load torch.compile's machinery: two seconds of work for
-    each process, at the first update, for an optimiser that is never compiled."""
+class _Uncompiled:
+    """torch's optimiser without the wrappers that load torch.compile's machinery: two seconds of
+    work for each process, at the first update, for an optimiser that is never compiled."""
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
     state_dict = inspect.unwrap(Optimizer.state_dict)
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-def build(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused; matrices and embeddings decay, vectors do not."""
-    parameters = [part for part in model.parameters() if part.requires_grad]
+class Muon(_Uncompiled, torch.optim.Muon):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
+
+
+class Together:
+    """Several optimisers of different weights as one, with one state."""
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self._parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self._parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(part).__name__: part.state_dict() for part in self._parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part in self._parts:
+            part.load_state_dict(state[type(part).__name__])
+
+
+def build(model: LanguageModel, config: OptimConfig) -> AdamW | Together:
+    """AdamW (Loshchilov & Hutter 2019), fused; matrices and embeddings decay, vectors do not.
+
+    With `optimizer` muon, Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) trains the
+    matrices between embedding and head. Its updates are scaled to the size of AdamW's, so that both
+    have the same learning rate and decay (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+    """
+    hidden = [] if config.optimizer == "adamw" else list(model.hidden_matrices())
+    taken = {id(part) for part in hidden}
+    others = [part for part in model.parameters() if part.requires_grad and id(part) not in taken]
     groups = [
         {
-            "params": [part for part in parameters if part.dim() >= 2],
+            "params": [part for part in others if part.dim() >= 2],
             "weight_decay": config.weight_decay,
         },
-        {"params": [part for part in parameters if part.dim() < 2], "weight_decay": 0.0},
+        {"params": [part for part in others if part.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW(
+    adamw = AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )
+    if not hidden:
+        return adamw
+    muon = Muon(
+        hidden,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together([muon, adamw])
 
 
-def set_options(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+def set_options(optimizer: AdamW | Together, config: OptimConfig) -> None:
     """Sets what a loaded state would bring along from another configuration."""
-    decayed, _ = optimizer.param_groups
-    decayed["weight_decay"] = config.weight_decay
     for group in optimizer.param_groups:
-        group["betas"] = (config.beta1, config.beta2)
+        if any(part.dim() >= 2 for part in group["params"]):
+            group["weight_decay"] = config.weight_decay
+        if "betas" in group:
+            group["betas"] = (config.beta1, config.beta2)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: AdamW | Together, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 

@@ -2,32 +2,42 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+Shape = Literal["cosine", "wsd"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then cosine decay from `peak` to `floor`, constant afterwards."""
+    """Linear warm-up to `peak`, decay to `floor`, constant afterwards."""
 
     peak: float
     floor: float
     warmup_steps: int
     decay_steps: int
+    """step at which the decay has ended"""
+    shape: Shape = "cosine"
+    cooldown: float = 0.2
+    """share of `decay_steps`, its last part, in which wsd falls"""
 
 
 def lr_at(step: int, schedule: Schedule) -> float:
     """Learning rate of the update that follows `step` finished updates.
 
     The cosine is that of SGDR without restarts (Loshchilov & Hutter 2017, eq. 5); it starts where
-    the warm-up ends and reaches `floor` at `decay_steps`.
+    the warm-up ends. `wsd` is warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395, section 4)
+    with a linear decay (Hägele et al. 2024, arXiv:2405.18392, section 3).
     """
     if step < schedule.warmup_steps:
         return schedule.peak * (step + 1) / schedule.warmup_steps
     if step >= schedule.decay_steps:
         return schedule.floor
-    progress = (step - schedule.warmup_steps) / (schedule.decay_steps - schedule.warmup_steps)
-    return schedule.floor + 0.5 * (1 + math.cos(math.pi * progress)) * (
-        schedule.peak - schedule.floor
-    )
+    begin = schedule.warmup_steps
+    if schedule.shape == "wsd":
+        begin = max(begin, schedule.decay_steps - round(schedule.cooldown * schedule.decay_steps))
+    progress = max(0.0, (step - begin) / (schedule.decay_steps - begin))
+    left = 1 - progress if schedule.shape == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.floor + left * (schedule.peak - schedule.floor)
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -162,3 +162,11 @@ def scored(report: Any, folder: str, trace: str, number: int, pause: float) -> d
 def counts_for_seed(report: Any, seed: int, until: int, pause: float, trace: str) -> dict[str, int]:
     """`counts` as a sweep calls it."""
     return {"value": counts(report, until, pause, trace)}
+
+
+def named(seed: int, target: int, grid: int) -> int:
+    return target + grid
+
+
+def also_named(seed: int, target: int, grid: int) -> int:
+    return target - grid

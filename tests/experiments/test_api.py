@@ -57,6 +57,14 @@ def test_a_function_is_swept_and_what_is_known_never_runs_again(tmp_path: Path, 
     assert not begun(trace)
 
 
+def test_parameters_may_have_any_name(tmp_path: Path):
+    """One that is called as the function is in the files neither hides that nor is hidden."""
+    api.sweep(functools.partial(jobs.named, target=1, grid=1), [{}], 1, **place(tmp_path))
+    for function, changed in ((jobs.named, {"grid": 2}), (jobs.also_named, {"grid": 1})):
+        with pytest.raises(api.ConfigError, match=r"before, .* now"):
+            api.sweep(functools.partial(function, target=1, **changed), [{}], 1, **place(tmp_path))
+
+
 def test_values_of_a_partial_decide_over_results(tmp_path: Path):
     def sweep(pause: float) -> api.Swept:
         return api.sweep(functools.partial(jobs.square, pause=pause), [{}], 3, **place(tmp_path))

@@ -100,6 +100,7 @@ def test_a_machine_that_is_lost_costs_no_job(nodes: Nodes, tmp_path: Path):
     assert re.search(r"lost: .* its machine is lost; it runs again", log.read_text())
 
 
+@pytest.mark.soak
 def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, tmp_path: Path):
     command = [*sweep(nodes, tmp_path, "pause=0.1"), "--num_seeds", "3"]
     owner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -113,6 +114,7 @@ def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, 
     assert "finished: 3 of 3 done" in said and len(results(tmp_path)) == 3
 
 
+@pytest.mark.soak
 def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
     owner = subprocess.Popen([*sweep(nodes, tmp_path, "pause=60"), "--num_seeds", "2"], cwd=ROOT)
     pids = started(tmp_path, 2)
@@ -149,6 +151,7 @@ def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):
         ({}, 12, {"num_gpus": 1.0, "num_cpus": 0.0}),
         ({"max_gpus": 2}, 2, {"num_gpus": 1.0, "num_cpus": 0.0}),
         ({"count": 24}, 24, {"num_gpus": 0.5, "num_cpus": 0.0}),
+        ({"count": 13}, 13, {"num_gpus": 0.5, "num_cpus": 0.0}),
         ({"ddp": 4}, 3, {"num_gpus": 4.0, "num_cpus": 0.0}),
         ({"device": "cpu"}, 6, {"num_cpus": 10.6666}),
         ({"device": "cpu", "count": 2}, 2, {"num_cpus": 32.0}),
@@ -164,6 +167,20 @@ def test_what_a_slot_of_a_cluster_holds(options: dict[str, Any], count: int, dem
 def test_more_gpus_for_a_training_than_a_machine_has():
     with pytest.raises(ConfigError, match="--ddp 8: no machine"):
         cluster.share_out([{"GPU": 4.0, "CPU": 8.0}] * 2, None, "auto", None, ddp=8)
+
+
+def test_a_cluster_without_cores_and_too_few_gpus():
+    with pytest.raises(ConfigError, match="no cores"):
+        cluster.share_out([{"CPU": 0.0}], None, "auto", None, 1)
+    with pytest.raises(ConfigError, match="--max_gpus 2 is less"):
+        cluster.share_out([{"GPU": 8.0, "CPU": 8.0}], None, "auto", 2, 4)
+
+
+def test_threads_are_those_of_the_machines_with_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    machines = [{"GPU": 8.0, "CPU": 16.0}, {"CPU": 128.0}]
+    (place, *_), _ = cluster.share_out(machines, None, "auto", None, 1)
+    assert place.environment == {"OMP_NUM_THREADS": "2"}
 
 
 def test_fair_shares():

@@ -12,7 +12,7 @@ import pytest
 
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool
-from gpt2.experiments.process import Engine
+from gpt2.experiments.process import Engine, WorkerProcess
 
 SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
 
@@ -72,6 +72,21 @@ def test_every_job_runs_once_and_workers_are_reused(tmp_path: Path):
     )
     assert len({line.split()[-1] for line in lines}) <= 2
     assert not any(is_alive(event.pid) for event in source.heard)
+
+
+def test_a_source_that_takes_its_time_makes_nobody_late(tmp_path: Path):
+    """A data base may be away for minutes; who waits for an answer meanwhile does not hang."""
+    waited = []
+
+    def slow(event: Event) -> Answer:
+        if event.kind == "reported" and not waited:
+            waited.append(time.sleep(2.5))
+        return "go"
+
+    jobs = [job(name, "counts", until=4, pause=0.3) for name in "ab"]
+    source = Given(*jobs, answer=slow)
+    run(source, tmp_path, retries=0, job_timeout=2.0)
+    assert source.results() == {"a": 4, "b": 4}
 
 
 def test_worker_sees_its_slot_and_logs_with_its_pid(tmp_path: Path):
@@ -280,6 +295,30 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path):
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class Shaky(WorkerProcess):
+    """On a machine that is lost when the process is killed."""
+
+    host = "there"
+
+    @property
+    def machine_is_lost(self) -> bool:
+        return True
+
+
+def test_lost_machines_cost_no_retries(tmp_path: Path):
+    """Without a report in between, a job may lose five of them."""
+    source = Given(
+        *(job(n, "dies", trace=str(tmp_path / n), times=t) for n, t in (("a", 5), ("b", 6)))
+    )
+    engine = Engine(SLOTS[:1], Shaky, is_fixed=False)
+    limits = Limits(retries=0)
+    Pool(engine, source, lambda _: None, log_of=lambda *_: tmp_path / "log", limits=limits).run()
+    assert [event.attempt for event in source.of("finished")] == [6]
+    (failed,) = source.of("failed")
+    assert failed.job and failed.job.name == "b" and failed.attempt == 6
+    assert {event.host for event in source.of("started")} == {"there"}
 
 
 def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):

@@ -19,7 +19,6 @@ import torch
 
 from experiments.test_pool import Given, is_alive
 from gpt2 import checkpoint, failures, train
-from gpt2.cli_experiments import PoolOptions
 from gpt2.errors import ConfigError, Diverged
 from gpt2.experiments import rank, ranks, training, trial
 from gpt2.experiments.models import Comparison
@@ -235,8 +234,6 @@ def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path
     two, one = Search(run, space, ranks=2), Search(run, space)
     assert two.about() == one.about(), "a search goes on with another number of GPUs"
     assert Sweep(task).about() == Sweep(Training(run)).about()
-    with pytest.raises(ConfigError, match="--ddp 2 needs --engine local"):
-        PoolOptions(ddp=2, engine="ray")
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         training.require_data(run, ranks=9)
 
@@ -298,7 +295,21 @@ def test_a_rank_dies_with_its_host(monkeypatch: pytest.MonkeyPatch):
     assert started[0].returncode == -signal.SIGKILL and b"in report" in stack
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_two_ranks_train_as_one_process_does(data_root: Path, tmp_path: Path):
+    source = Given(job_of(data_root, tmp_path, max_steps=10))
+    assert pool_of(source, tmp_path).run() == 0
+    (ended,) = source.of("finished")
+    assert ended.result["step"] == 10
+    assert [event.metrics for event in source.of("reported") if "val_loss" in event.metrics]
+    alone = small_config(data_root, tmp_path / "alone", dropout=0.0, max_steps=10)
+    assert train.run(alone).train_loss == pytest.approx(ended.result["train_loss"], rel=1e-4)
+    assert losses(alone.watch.log_dir / "log.txt") == pytest.approx(
+        losses(tmp_path / "exp" / "a" / "log.txt"), rel=1e-4
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kills", [1, 2])
 def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path, kills: int):
     """A rank is killed, then the worker that hosts the next attempt; the last one ends as one
     under torchrun that nobody disturbs, and nearly as a training of one process."""

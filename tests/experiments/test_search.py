@@ -219,7 +219,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     require_files(folder, done.stdout)
 
     for arguments, expected, words in (
-        ([], 0, "2 of them are done already"),
+        ([], 0, "  - done already: 2\n"),
         (["--n_layer", "3"], 2, "n_layer: 2 before, 3 now"),
         (["--space", str(changed(space_file))], 2, "0.001 to 0.1, log before, 0.001 to 1, log now"),
         (["--eval_interval", "None"], 2, "a search compares validation losses"),

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gpt2 import checkpoint, cli_experiments, train
+from gpt2 import checkpoint, cli_experiments, config, train
 from gpt2.experiments import ledger
+from gpt2.experiments.seeds_training import Training
 from support import ROOT, run_command, small_config, small_flags
 
 SCRIPT = ROOT / "src" / "main_multi_gpu.py"
@@ -93,6 +94,13 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
     assert "--n_layer" in capsys.readouterr().err
 
 
+def test_batches_of_any_size_are_judged_by_the_same_rows(data_root: Path, tmp_path: Path):
+    run = small_config(data_root, tmp_path)
+    for size in (64, 128, 512):
+        job = Training(run).job("a", {"total_batch_size": size, "seed": 0}, tmp_path)
+        assert config.of_stored(job.kwargs["run"]).eval_rows == run.eval_rows
+
+
 @pytest.mark.soak
 def test_interrupted_sweep_goes_on(tmp_path: Path):
     environment = os.environ | {
@@ -117,6 +125,7 @@ def test_interrupted_sweep_goes_on(tmp_path: Path):
     assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
 
 
+@pytest.mark.soak
 def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
     options = {"max_steps": 16, "eval_interval": 16}
     folder = tmp_path / "sweep"

@@ -1,10 +1,11 @@
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2 import config
+from gpt2 import cli_search, config
 from gpt2.errors import ConfigError
 from gpt2.experiments import space
 
@@ -74,6 +75,56 @@ def test_validations_are_at_the_same_tokens():
     assert space.fitted(RUN, searched, {"max_steps": 12}).data.max_steps == 12
 
 
+@given(
+    rows=st.integers(1, 40),
+    eval_batches=st.integers(1, 20),
+    interval=st.integers(1, 40),
+    data=st.data(),
+)
+def test_all_trials_are_judged_by_the_same_rows_at_the_same_tokens(
+    rows: int, eval_batches: int, interval: int, data: st.DataObject
+):
+    asked = {"total_batch_size": rows * 128, "eval_batches": eval_batches}
+    run = config.overlay(RUN, {**asked, "eval_interval": interval})
+    found = {item.name: item for item in space.default(run)}
+    drawn = {name: data.draw(st.sampled_from(found[name].choices)) for name in ("n_head", "n_embd")}
+    for batch in found["total_batch_size"].choices:
+        trial = space.fitted(run, tuple(found.values()), drawn | {"total_batch_size": batch})
+        assert trial.eval_rows == run.eval_rows == eval_batches * rows
+        every = trial.evaluation.eval_interval
+        assert every and every * batch == interval * rows * 128
+
+
+@given(batch=st.integers(128, 8000), block_size=st.sampled_from([32, 64, 128]))
+def test_rows_of_validation_for_odd_batches(batch: int, block_size: int):
+    text = "[total_batch_size]\nlow = 128\nhigh = 8000\n[block_size]\nchoices = [32, 64, 128]"
+    found = space.parse(text, RUN, "space.toml")
+    trial = space.fitted(RUN, found, {"total_batch_size": batch, "block_size": block_size})
+    assert trial.eval_rows == RUN.eval_rows * 128 // block_size
+    tokens = (trial.evaluation.eval_interval or 0) * trial.data.total_batch_size
+    assert abs(tokens / (100 * 1024) - 1) <= space.UNEVEN
+
+
+@pytest.mark.parametrize(
+    ("interval", "text", "words"),
+    [
+        (5, "choices = [512, 2048]", "nearest: 4 or 6"),
+        (1, "choices = [512, 2048]", "nearest: 2"),
+        (100, "choices = [1024, 1536, 3584]", "nearest: 84 or 105"),
+        (19, "low = 512\nhigh = 2048", "needed are 20 or more"),
+    ],
+)
+def test_validations_at_other_tokens_are_refused(interval: int, text: str, words: str):
+    run = config.overlay(RUN, {"eval_interval": interval})
+    with pytest.raises(ConfigError, match=words):
+        space.parse(f"[total_batch_size]\n{text}", run, "space.toml")
+
+
+def test_a_batch_that_is_never_used_is_not_asked_about():
+    text = "[total_batch_size]\nchoices = [1000, 1024]"
+    assert space.parse(text, RUN, "space.toml")
+
+
 @pytest.mark.parametrize("name", list(config.PRESETS))
 def test_the_default_space_of_every_preset_fits(name: str):
     run = config.preset(name)
@@ -104,6 +155,7 @@ def test_the_default_space_of_every_preset_fits(name: str):
         ("[n_embd]\nchoices = [32, 33]", "nothing in the space fits to n_embd=33"),
         ("[n_head]\nchoices = [3, 5]", "n_embd=64 is not a multiple of n_head=3"),
         ("[n_head]\nchoices = [2, 3]", "n_head=3 fits to no n_embd of the space"),
+        ("[learning_rate]\nchoices = [1e-3, inf]", "learning_rate: inf is no finite number"),
         ("", "it names no option"),
         ("[n_layer", "space.toml: "),
     ],
@@ -119,3 +171,17 @@ def test_differences_of_two_spaces():
     now = space.described(space.parse("[n_layer]\nlow = 2\nhigh = 4", RUN, ""))
     assert space.differences(before, now) == ["n_layer: 2 to 3 before, 2 to 4 now"]
     assert space.differences({}, now) == ["n_layer: not searched before, 2 to 4 now"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is no text in UTF-8")],
+)
+def test_a_file_of_another_editor(tmp_path: Path, content: bytes, words: str):
+    path = tmp_path / "space.toml"
+    path.write_bytes(content)
+    if words:
+        with pytest.raises(ConfigError, match=f"--space {path} {words}"):
+            cli_search._read_space(path, RUN)
+    else:
+        assert cli_search._read_space(path, RUN)[0].choices == (2,)

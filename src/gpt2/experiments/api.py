@@ -160,7 +160,10 @@ def together(
         kind="jobs",
         heading=f"Side by side: {', '.join(calls)}",
         jobs=[Job(name, call.target, call.kwargs) for name, call in calls.items()],
-        values={name: {"target": call.target, **call.kwargs} for name, call in calls.items()},
+        # The colon keeps it apart from any parameter.
+        values={
+            name: {"module:function": call.target, **call.kwargs} for name, call in calls.items()
+        },
         folder=folder,
         log_dir=log_dir,
     )

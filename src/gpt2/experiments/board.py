@@ -168,6 +168,11 @@ class Board:
         """There are more jobs than were known."""
         self.picture = replace(self.picture, total=total)
 
+    def recount(self, done: int) -> None:
+        """So many of the jobs are done in all: others have done some, too."""
+        now = self.picture
+        self.picture = replace(now, before=max(0, done - now.finished - now.pruned))
+
     def end(self) -> None:
         """The pool has ended: nobody works any more."""
         now = self.picture

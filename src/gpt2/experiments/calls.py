@@ -47,7 +47,10 @@ class Call:
 
     def require(self, names: Iterable[str]) -> None:
         """Raises ConfigError if the function cannot be called with these, too."""
-        parameters = inspect.signature(self.function).parameters
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except ValueError as error:
+            raise ConfigError(f"{self.target}: {error}; wrap it in a function") from error
         given = [*names]
         filled = dict.fromkeys([*self.kwargs, *given, *({"report"} & set(parameters))])
         try:

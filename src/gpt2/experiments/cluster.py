@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import signal
 import socket
@@ -143,11 +144,15 @@ class Mailbox:
 
     async def next_order(self, number: int) -> dict[str, Any]:
         """The next thing that the owner says; nothing when the worker has ended."""
-        return await self._orders.setdefault(number, asyncio.Queue()).get()
+        order = await self._orders.setdefault(number, asyncio.Queue()).get()
+        if not order:
+            self._orders.pop(number, None)
+        return order
 
     async def close(self, number: int) -> None:
         """Worker `number` has ended."""
-        self._orders.setdefault(number, asyncio.Queue()).put_nowait({})
+        if number in self._orders:
+            self._orders[number].put_nowait({})
 
 
 class Cluster:
@@ -166,6 +171,8 @@ class Cluster:
         )
         self._numbers = itertools.count()
         self._workers: dict[int, RemoteWorker] = {}
+        self._has_run = False
+        """whether some machine has run a worker: it is not the experiment that none can"""
         self._lost = ""
         """why the cluster as a whole is lost"""
         self._over = threading.Event()
@@ -204,21 +211,40 @@ class Cluster:
                 if ready != [asked]:
                     self.mailbox.ring.remote()
                 for number, message in ray.get(asked):
+                    self._has_run = True
                     if number in self._workers:
                         self._workers[number].hear(message)
-                asked = self.mailbox.news.remote()
-                for (
-                    worker
-                ) in ending:  # what they said last was there before the news were asked for
-                    worker.end(**_how_ended(worker.task))
+                for worker in ending:
+                    worker.end(**self._how_ended(worker.task))
                     del self._workers[worker.number]
                 left = [task for task, worker in tasks.items() if worker not in ending]
                 ended, _ = ray.wait(left, num_returns=len(left), timeout=0) if left else ([], [])
                 ending = [tasks[task] for task in ended]
-        except RayError as error:
+                for worker in ending:  # it may have died, and not said so
+                    self.mailbox.close.remote(worker.number)
+                # After the look for ends: these news hold the last words of who has ended.
+                asked = self.mailbox.news.remote()
+        except Exception as error:  # whatever it is, nobody would hear a worker any more
             self._lost = f"the Ray cluster is lost: {_first_line(error)}"
             for worker in self._workers.values():
                 worker.end(self._lost, is_lost=True)
+
+    def _how_ended(self, task: Any) -> dict[str, Any]:
+        """How a guard that has ended did so, as `RemoteWorker.end` takes it."""
+        try:
+            return {"how": ray.get(task)}
+        except TaskCancelledError:
+            return {"how": "it was ended before it began"}
+        except LOST:
+            return {"how": "its machine is lost", "is_lost": True}
+        except RayTaskError as error:
+            cause = error.cause
+            words = _first_line(cause or error)
+            if not isinstance(cause, UserError):
+                words = f"a machine of the Ray cluster cannot run a worker: {words}"
+            return {"how": words, "is_refused": not self._has_run}
+        except RayError as error:
+            return {"how": f"its process was ended by Ray: {_first_line(error)}"}
 
 
 class RemoteWorker:
@@ -232,7 +258,9 @@ class RemoteWorker:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
         self._heard: deque[dict[str, Any]] = deque()
         self._how = ""
-        self._is_refused = False
+        self._is_refused = self._is_killed = False
+        self._ending = threading.Lock()
+        """the bell must not be gone when it is rung for the last time"""
 
     @property
     def handles(self) -> list[int]:
@@ -249,9 +277,10 @@ class RemoteWorker:
 
     def end(self, how: str, *, is_lost: bool = False, is_refused: bool = False) -> None:
         """Takes note that it has ended; called by the thread that listens."""
-        self.machine_is_lost, self._is_refused = is_lost, is_refused
-        self._how = how
-        os.eventfd_write(self._bell, 1)
+        with self._ending:
+            self.machine_is_lost, self._is_refused = is_lost, is_refused
+            self._how = how
+            os.eventfd_write(self._bell, 1)
 
     def receive(self) -> list[dict[str, Any]]:
         with contextlib.suppress(BlockingIOError):
@@ -278,17 +307,17 @@ class RemoteWorker:
 
     def kill(self) -> None:
         self._order({"kill": True})
-        if not self.pid:
-            ray.cancel(self.task)
+        if self._is_killed or not self.pid:
+            ray.cancel(self.task, force=self._is_killed)
+        self._is_killed = True
 
     def bury(self) -> str:
         """Says how it ended. Raises TrainingError if its machine cannot run any worker."""
-        if not self.has_ended:
-            ray.cancel(self.task, force=True)
         if self._is_refused:
             self._is_refused = False
             raise TrainingError(f"{self._how}; the same command goes on")
-        os.close(self._bell)
+        with self._ending:
+            os.close(self._bell)
         return self._how
 
     def _order(self, order: dict[str, Any]) -> None:
@@ -319,7 +348,7 @@ def guard(mailbox: Any, number: int, slot: Slot, log: Path, home: Home) -> str:
 
 def _obey(mailbox: Any, number: int, hired: WorkerProcess) -> None:
     """Does to the worker what the owner says, until the guard ends."""
-    with contextlib.suppress(RayError):
+    try:
         while order := _done(mailbox.next_order.remote(number)):
             if "send" in order:
                 hired.send(order["send"])
@@ -329,6 +358,8 @@ def _obey(mailbox: Any, number: int, hired: WorkerProcess) -> None:
                 hired.dismiss()
             else:
                 hired.kill()
+    except RayError:  # it would wait for answers for ever
+        hired.kill()
 
 
 def _done(reference: Any) -> Any:
@@ -336,28 +367,8 @@ def _done(reference: Any) -> Any:
     return reference.future().result()
 
 
-def _how_ended(task: Any) -> dict[str, Any]:
-    """How a guard that has ended did so, as `RemoteWorker.end` takes it."""
-    try:
-        return {"how": ray.get(task)}
-    except TaskCancelledError:
-        return {"how": "it was ended before it began"}
-    except RayTaskError as error:
-        cause = error.cause
-        words = (
-            str(cause)
-            if isinstance(cause, UserError)
-            else f"a machine of the Ray cluster cannot run a worker: {_first_line(cause or error)}"
-        )
-        return {"how": words, "is_refused": True}
-    except LOST:
-        return {"how": "its machine is lost", "is_lost": True}
-    except RayError as error:
-        return {"how": f"its process was ended by Ray: {_first_line(error)}"}
-
-
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _require_answer(address: str) -> None:
@@ -400,13 +411,19 @@ def share_out(
         groups = sum(int(of_machine) // ddp for of_machine in gpus)
         if not groups:
             raise ConfigError(f"--ddp {ddp}: no machine of the cluster has so many GPUs")
-        at_most = max(1, max_gpus // ddp) if max_gpus else groups
-        count = count or min(groups, at_most)
-        share = min(1.0, slots.fair_share(gpus, count)) if ddp == 1 else float(ddp)
+        if max_gpus and max_gpus < ddp:
+            raise ConfigError(f"--max_gpus {max_gpus} is less than the GPUs of --ddp {ddp}")
+        count = count or min(groups, (max_gpus or groups * ddp) // ddp)
+        share = float(ddp)
+        if ddp == 1 and count > groups:  # a part of a GPU lies on one of them
+            share = slots.rounded(1 / math.ceil(count / groups))
         demand = {"num_gpus": share, "num_cpus": 0.0}
-        threads = sum(cores) / count
+        with_gpus = [machine for machine in machines if machine.get("GPU", 0.0) >= share]
+        threads = min(machine.get("CPU", 1.0) * share / machine["GPU"] for machine in with_gpus)
     else:
         shares = sum(min(slots.CPU_SHARES, int(of_machine)) for of_machine in cores)
+        if not shares:
+            raise ConfigError("the Ray cluster has no cores for jobs yet; let a machine join first")
         count = count or min(shares, max_gpus or shares)
         demand = {"num_cpus": slots.fair_share(cores, count)}
         threads = demand["num_cpus"]

@@ -33,7 +33,7 @@ DEATH_S = 15.0
 BAD_SLOT = 3
 """workers lost in a row, while the other slots lose none, that take a slot out of service"""
 LOST_MACHINES = 5
-"""more attempts for a job whose machines are lost"""
+"""machines that a job may lose without a report in between"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class _Waiting:
 
     job: Job
     attempt: int = 1
+    losses: int = 0
+    """attempts that were lost with their worker, which `Limits.retries` allows"""
+    machines: int = 0
+    """machines that were lost, since it last made progress"""
     died_on: int | None = None
     """the slot where its worker was lost: another one may be better"""
 
@@ -64,6 +68,9 @@ class _Task:
 
     job: Job
     attempt: int
+    losses: int
+    machines: int
+    """both as in _Waiting"""
     began: float
     """monotonic, as all times here"""
     heard: float
@@ -131,7 +138,13 @@ class Pool:
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits
         self._waiting: list[_Waiting] = []
         self._stopping = False
+        self._stop = StopRequest()
         self._told = time.monotonic()
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has come; a source that waits for something gives up then."""
+        return self._stop.number != 0
 
     def run(self) -> int:
         """The number of the signal that stopped it, or 0 when every job has ended.
@@ -139,7 +152,7 @@ class Pool:
         The first Ctrl+C asks every job to stop, which trainings do by saving; a second one, or the
         end of the time for that, kills them. They save, too, if the source raises an error.
         """
-        with StopRequest() as stop:
+        with self._stop as stop:
             try:
                 while not self._is_done():
                     self._take_in()
@@ -204,7 +217,7 @@ class Pool:
 
         if item := taken(lambda item: item.died_on != here):
             return item
-        while job := self._source.next():
+        while job := self._asked():
             item = _Waiting(job)
             if may_run(item):
                 return item
@@ -213,6 +226,12 @@ class Pool:
             other.in_service and other.is_free for other in self._seats if other is not seat
         )
         return taken(lambda item: item.job.slot == here or not free_elsewhere)
+
+    def _asked(self) -> Job | None:
+        began = time.monotonic()
+        job = self._source.next()
+        self._excuse(began)
+        return job
 
     def _begin(self, seat: _Seat, chosen: _Waiting) -> None:
         """Gives the slot the job; if its worker must end before that, the job waits for it."""
@@ -229,7 +248,8 @@ class Pool:
                     f"cannot start a worker for {job.name}: {error}; the same command goes on"
                 ) from error
         now = time.monotonic()
-        seat.task, seat.verdict = _Task(job, chosen.attempt, began=now, heard=now), ""
+        counts = chosen.attempt, chosen.losses, chosen.machines
+        seat.task, seat.verdict = _Task(job, *counts, began=now, heard=now), ""
         seat.worker.send(asdict(job))
         self._tell_start(seat)
 
@@ -267,7 +287,7 @@ class Pool:
         if "begun" in message:
             task.has_begun = True
         elif "report" in message:
-            seat.progressed = task.heard
+            seat.progressed, task.machines = task.heard, 0
             answer = self._tell(seat, task, "reported", metrics=message["report"])
             hired.send("stop" if self._stopping else answer)
         else:
@@ -299,14 +319,17 @@ class Pool:
     def _on_loss(self, seat: _Seat, task: _Task, reason: str, traceback: str = "") -> None:
         """The job's worker is lost: the job begins again from its own checkpoint, or has failed."""
         assert seat.worker is not None
-        retries = self._limits.retries
+        losses, machines = task.losses, task.machines
         if seat.worker.machine_is_lost:
-            retries = max(retries, LOST_MACHINES)
-        if task.attempt > retries:
+            machines += 1
+        else:
+            losses += 1
+        if losses > self._limits.retries or machines > LOST_MACHINES:
             self._tell(seat, task, "failed", reason=reason, traceback=traceback)
         else:
             self._tell(seat, task, "retried", reason=reason, traceback=traceback)
-            self._waiting.append(_Waiting(task.job, task.attempt + 1, died_on=seat.slot.index))
+            again = _Waiting(task.job, task.attempt + 1, losses, machines, seat.slot.index)
+            self._waiting.append(again)
         self._blame(seat)
 
     def _on_death(self, seat: _Seat) -> None:
@@ -326,7 +349,10 @@ class Pool:
         for seat in self._seats:
             if seat.worker is None:
                 continue
-            if seat.killed and now > seat.killed + DEATH_S:
+            if seat.killed and now > seat.killed + DEATH_S and self._may_be_back(seat):
+                seat.killed = now
+                seat.worker.kill()
+            elif seat.killed and now > seat.killed + DEATH_S:
                 self._close(seat, f"process {seat.worker.pid} there cannot be killed")
                 self._on_death(seat)
             elif seat.deadline and now > seat.deadline:
@@ -337,6 +363,11 @@ class Pool:
                     seat.verdict = f"no report for {timeout:g} s (--job_timeout)"
                     seat.worker.signal(worker.SHOW_STACK)
                     seat.deadline = now + STACK_S
+
+    def _may_be_back(self, seat: _Seat) -> bool:
+        """Whether a worker that does not die may be one of a machine that cannot be reached: its
+        job waits until that is back or lost, or else two workers would have it at a time."""
+        return not self._engine.is_fixed and not self._stopping
 
     def _blame(self, seat: _Seat) -> None:
         """A slot that loses one worker after another is bad, if no other slot does the same."""
@@ -393,8 +424,16 @@ class Pool:
         )
         self._told = time.monotonic()
         answer = self._source.event(event)
+        self._excuse(self._told)
         self._show(event)
         return answer
+
+    def _excuse(self, since: float) -> None:
+        """The source has taken its time: nobody's report was read meanwhile."""
+        waited_s = time.monotonic() - since
+        for seat in self._seats:
+            if seat.task:
+                seat.task.heard += waited_s
 
     def _show(self, event: Event) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone ends no experiment

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Self
 
-from gpt2.distributed import StopRequest
+from gpt2.distributed import THREADS, StopRequest
 from gpt2.experiments.plan import Answer, Lost, Stopped
 
 RANK = "gpt2.experiments.rank"
@@ -78,7 +78,9 @@ class _Host:
         self._listener.bind(f"\0{address}")
         self._listener.listen(count)
         self._torchrun = subprocess.Popen(
-            command(count, address), stdin=subprocess.DEVNULL, env=os.environ | _same_modules()
+            command(count, address),
+            stdin=subprocess.DEVNULL,
+            env=os.environ | _same_modules() | _same_threads(),
         )
         self._death = os.pidfd_open(self._torchrun.pid)
 
@@ -209,3 +211,9 @@ def _same_modules() -> dict[str, str]:
     """Variables with which a Python process finds the modules that this one does, and no others
     that lie in the current folder."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+
+
+def _same_threads() -> dict[str, str]:
+    """The threads of each rank: what the slot says."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return {THREADS: given} if given else {}

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from gpt2 import atomic, plot
 from gpt2.estimate import duration
+from gpt2.experiments import members
 from gpt2.experiments import trial as trials
 from gpt2.tables import figure, table
 
@@ -49,8 +52,15 @@ class Row:
     losses: Mapping[int, float]
     """validations by their step"""
     took_s: float | None
-    folder: Path
+    """of its steps, which a stop does not prolong"""
+    folder: str
+    """where it is; on another machine with that one's name"""
     reason: str = ""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is one of those that were asked for."""
+        return self.state in ("COMPLETE", "PRUNED")
 
     @property
     def outcome(self) -> str:
@@ -71,12 +81,31 @@ def rows(study: Study, folder: Path) -> list[Row]:
             item.value if item.state == TrialState.COMPLETE else lowest(item),
             used(item),
             dict(sorted(item.intermediate_values.items())),
-            item.duration.total_seconds() if item.duration else None,
-            folder / trials.name_of(item.number),
+            _took_s(item),
+            _folder(study, item, folder),
             item.user_attrs.get("reason", ""),
         )
         for item in study.get_trials(deepcopy=False)
     ]
+
+
+def _took_s(item: FrozenTrial) -> float | None:
+    took_s: float | None = item.user_attrs.get("result", {}).get("train_s")
+    if took_s is None and item.duration is not None:
+        return item.duration.total_seconds()
+    return took_s
+
+
+def _folder(study: Study, item: FrozenTrial, folder: Path) -> str:
+    owner = item.user_attrs.get(members.OWNER)
+    if owner in (None, members.id_of(folder)):
+        return str(folder / trials.name_of(item.number))
+    return members.place_of(study, item)
+
+
+def names_of(found: Sequence[Row]) -> list[str]:
+    """The options that any of the trials has a value for."""
+    return list(dict.fromkeys(name for row in found for name in row.values))
 
 
 def lowest(item: FrozenTrial) -> float | None:
@@ -89,18 +118,24 @@ def top(found: Sequence[Row], count: int = BEST) -> list[Row]:
     return sorted(finished, key=lambda row: (row.value, row.number))[:count]
 
 
-def listing(found: Sequence[Row]) -> Table:
-    """The best trials, with the values that they had."""
-    shown = top(found)
-    names = list(found[0].values)
+def listing(found: Sequence[Row], out: Console) -> Table:
+    """The best trials, with the values that they had: a column for each, or one for all of them
+    where the console is too narrow."""
+    names = names_of(found)
     ended = {word: sum(row.state == word for row in found) for word in ("COMPLETE", "PRUNED")}
     title = f"The best of {ended['COMPLETE']} finished and {ended['PRUNED']} pruned trials"
     built = table(title, "job", "val loss", *names, "time")
-    for row in shown:
+    narrow = table(title, "job", "val loss", "time", "values")
+    narrow.columns[-1].no_wrap, narrow.columns[-1].justify = False, "left"
+    for row in top(found):
         took = "-" if row.took_s is None else duration(row.took_s)
         values = [cell(row.values.get(name)) for name in names]
-        built.add_row(trials.name_of(row.number), f"{row.value:.4f}", *values, took)
-    return built
+        beginning = (trials.name_of(row.number), f"{row.value:.4f}")
+        built.add_row(*beginning, *values, took)
+        pairs = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+        narrow.add_row(*beginning, took, " ".join(pairs))
+    needed = Measurement.get(out, out.options.update(width=10_000), built).maximum
+    return built if needed <= out.width else narrow
 
 
 def cell(value: Any) -> str:
@@ -121,8 +156,10 @@ def write(found: Sequence[Row], folder: Path, command: str | None) -> list[Path]
     written = [target / TOP]
     if any(row.losses for row in found):
         plot.write(lambda: draw_comparison(found), target / COMPARISON)
+        written.append(target / COMPARISON)
+    if any(row.value is not None and row.values for row in found):
         plot.write(lambda: draw_relationships(found), target / RELATIONSHIPS)
-        written += [target / COMPARISON, target / RELATIONSHIPS]
+        written.append(target / RELATIONSHIPS)
     pictures = [path for path in written if path.suffix == ".png"]
     atomic.write_text(target / PAGE, page(found, folder.name, command, pictures))
     return [*written, target / PAGE]
@@ -130,7 +167,7 @@ def write(found: Sequence[Row], folder: Path, command: str | None) -> list[Path]
 
 def _write_csv(found: Sequence[Row], path: Path) -> None:
     text = io.StringIO()
-    names = list(found[0].values) if found else []
+    names = names_of(found)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "trial", "val_loss", *names, "seconds", "folder"])
     for rank, row in enumerate(found, 1):
@@ -198,7 +235,7 @@ def draw_relationships(found: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     shown = [row for row in found if row.value is not None]
-    names = list(shown[0].values)
+    names = names_of(shown)
     columns = min(WIDE, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.4 * columns, 0.5 + 2.9 * lines), layout="constrained")
@@ -206,7 +243,7 @@ def draw_relationships(found: Sequence[Row]) -> Figure:
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     for name, axes in zip(names, grid, strict=False):
-        _draw_relationship(axes, name, shown)
+        _draw_relationship(axes, name, [row for row in shown if name in row.values])
     for row in range(lines):
         grid[row * columns].set_ylabel("validation loss")
     _explain(figure, shown)
@@ -243,7 +280,7 @@ def page(found: Sequence[Row], title: str, command: str | None, pictures: Sequen
         f'{base64.b64encode(path.read_bytes()).decode()}">'
         for path in pictures
     )
-    names = list(found[0].values) if found else []
+    names = names_of(found)
     head = "".join(f"<th>{html.escape(name)}" for name in ("trial", "state", "val loss", *names))
     order = [*top(found, len(found)), *(row for row in found if row.state != "COMPLETE")]
     body = "\n".join(f"<tr>{_cells(row, names)}" for row in order)

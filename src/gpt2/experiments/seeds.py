@@ -81,7 +81,7 @@ class Function:
 
     def fixed(self, swept: Collection[str]) -> dict[str, Any]:
         own = {name: value for name, value in self.call.kwargs.items() if name not in swept}
-        return {"target": self.call.target, **own}
+        return {"target": self.call.target} | ({"values": own} if own else {})
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
         return Job(name, self.call.target, {**self.call.kwargs, **values}, own_process=False)

@@ -41,8 +41,12 @@ class Training:
         return {"target": "training"} | {name: is_ for name, is_ in decisive if name not in swept}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
-        run_config = config.overlay(self.run, values)
+        run_config = config.overlay(self.run, self._judged_alike(values) | values)
         return training.job(name, run_config, folder, ranks=self.ranks, keep_last=2)
+
+    def _judged_alike(self, values: Point) -> dict[str, Any]:
+        """Points with batches of other sizes validate on the same rows."""
+        return {"eval_rows": self.run.eval_rows} if "total_batch_size" in values else {}
 
     def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
         training.require_data(self.run, self.ranks)

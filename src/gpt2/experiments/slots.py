@@ -89,7 +89,12 @@ def fair_share(capacities: Sequence[float], count: int) -> float:
         for share in shares
         if share > 0 and sum(int(capacity / share + 1e-9) for capacity in capacities) >= count
     )
-    return math.floor(max(fitting, default=0.0) * 1e4) / 1e4  # Ray counts in ten thousandths
+    return rounded(max(fitting, default=0.0))
+
+
+def rounded(share: float) -> float:
+    """Ray counts in ten thousandths."""
+    return math.floor(share * 1e4) / 1e4
 
 
 def _threads(cores: int, processes: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Union, get_args, get_origin
 from gpt2 import config
 from gpt2.config import FIXED_BY_CHECKPOINT, NOTED_AT_RESUME, RunConfig
 from gpt2.errors import ConfigError
-from gpt2.limits import require, suggestion
+from gpt2.limits import nearest_multiples, require, suggestion
 
 Values = dict[str, Any]
 WORDS = ("low", "high", "log", "step", "choices")
@@ -35,6 +35,9 @@ SHAPE = ("architecture", "n_embd", "block_size", "window")
 """what the number of heads, and of rows in a batch, must fit to"""
 MOST_SHAPES = 5000
 """combinations that are tried before a search begins"""
+UNEVEN = 0.05
+"""share by which a validation's tokens may differ where batches are a range: no number of steps is
+whole for all of them"""
 
 DEFAULT = """\
 [learning_rate]
@@ -116,6 +119,7 @@ def parse(text: str, run: RunConfig, source: str) -> Space:
         for name in names:
             require(names.count(name) == 1, f"{name} stands there twice")
         _require_shapes_that_fit(found, run)
+        _require_even_validations(found, run)
         return found
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -124,7 +128,8 @@ def parse(text: str, run: RunConfig, source: str) -> Space:
 def default(run: RunConfig) -> Space:
     """A space around `run`: rates, decay, warm-up, beta2, batch size, layers, heads and width.
 
-    Each width is a multiple of each number of heads, and each batch of whole rows.
+    Each width is a multiple of each number of heads, and each batch of whole rows; a batch whose
+    validations would be at other numbers of tokens is left out.
     """
     return parse(default_text(run), run, "the default space")
 
@@ -132,14 +137,16 @@ def default(run: RunConfig) -> Space:
 def default_text(run: RunConfig) -> str:
     """The same as a TOML document."""
     rows, layers, heads = run.rows_per_step, run.model.n_layer, run.model.n_head
+    interval = run.evaluation.eval_interval or 0
+    batches = [2 * rows, rows, *[rows // 2] * (rows % 2 == 0)]
     numbers = [heads // 2, heads] if heads % 2 == 0 else [heads]
     unit = 2 * heads  # an even width for every head
     around = {run.model.n_embd * share // 4 // unit * unit for share in (2, 3, 4, 5)}
     return DEFAULT.format(
         warmup=max(2, min(2 * run.optim.warmup_steps, (run.data.max_steps or 10**9) // 2)),
-        batches=[
-            count * run.model.block_size for count in sorted({max(1, rows // 2), rows, 2 * rows})
-        ],
+        batches=sorted(
+            count * run.model.block_size for count in batches if interval * rows % count == 0
+        ),
         layers=(max(1, layers // 2), layers + max(1, layers // 3)),
         heads=numbers,
         widths=sorted({max(unit, width) for width in around}),
@@ -168,12 +175,15 @@ def fitted(run: RunConfig, space: Space, values: Mapping[str, Any]) -> RunConfig
 
 def same_tokens(run: RunConfig, changed: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`changed` with as many steps as give it the tokens of `run`, and with its validations at the
-    same numbers of tokens, so that trainings with batches of different sizes can be compared."""
+    same numbers of tokens and of the same rows, so that trainings with batches of different sizes
+    can be compared. Rows of another length are as many as have the same tokens."""
     share = run.data.total_batch_size / changed.data.total_batch_size
     steps, interval = run.data.max_steps, run.evaluation.eval_interval
+    eval_tokens = run.eval_rows * run.model.block_size
     scaled = {
         "max_steps": steps and max(1, round(steps * share)),
         "eval_interval": interval and max(1, round(interval * share)),
+        "eval_rows": max(1, round(eval_tokens / changed.model.block_size)),
     }
     return config.overlay(
         changed, {name: value for name, value in scaled.items() if name not in values}
@@ -235,6 +245,8 @@ def _choice(name: str, table: Mapping[str, Any], run: RunConfig) -> Dimension:
     plain = [None if value in ("None", "none") else value for value in choices]
     require(len(set(map(str, plain))) == len(plain), f"{name}: a choice stands there twice")
     for value in plain:
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        require(is_finite, f"{name}: {value} is no finite number; None is off")
         _require_value(name, value, run)
     return Dimension(name, choices=tuple(plain))
 
@@ -319,6 +331,37 @@ def _require_use_of_heads(space: Space, run: RunConfig) -> None:
             any(_fits(run, draw) for draw in draws),
             f"n_head={heads} fits to no n_embd of the space; leave it out, or add a multiple",
         )
+
+
+def _require_even_validations(space: Space, run: RunConfig) -> None:
+    """Raises ConfigError if validations of trials with batches of other sizes cannot be at the same
+    numbers of tokens."""
+    dimension = next((item for item in space if item.name == "total_batch_size"), None)
+    interval, usual = run.evaluation.eval_interval, run.data.total_batch_size
+    if dimension is None or interval is None:
+        return
+    if dimension.choices:
+        blocks = next((item.values() for item in space if item.name == "block_size"), None)
+        used = [
+            batch
+            for batch in dimension.choices
+            if any(batch % block == 0 for block in blocks or (run.model.block_size,))
+        ]
+        unit = math.lcm(*(batch // math.gcd(batch, usual) for batch in used))
+        require(
+            interval % unit == 0,
+            f"eval_interval={interval} is no whole number of steps for each total_batch_size: "
+            f"validations would not be at the same tokens; nearest: "
+            f"{nearest_multiples(interval, unit)}",
+        )
+        return
+    assert dimension.high is not None
+    least = math.ceil(dimension.high / usual / (2 * UNEVEN))
+    require(
+        interval >= least,
+        f"eval_interval={interval} is too small for total_batch_size={int(dimension.high)}: "
+        f"validations would not be at the same tokens; needed are {least} or more",
+    )
 
 
 def _first(dimension: Dimension) -> Any:

@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from gpt2 import checkpoint, config, metrics, train
+from gpt2 import checkpoint, config, lock, metrics, train
 from gpt2.config import RunConfig
 from gpt2.distributed import World, env_rank
 from gpt2.errors import ConfigError
 from gpt2.experiments.plan import Answer, Job, Stopped
 from gpt2.experiments.ranks import on_ranks
+from gpt2.failures import is_under_torchrun
 from gpt2.start import open_data, require_enough_rows
 from gpt2.train import Report
 
 TARGET = "gpt2.experiments.training:run"
 REPORT_EVERY_S = 0.5
+LOCK_OF_THE_DEAD_S, LOOK_EVERY_S = 150.0, 2.0
+"""twice what an NFS server grants by default (`nfsv4leasetime`), and some more"""
 DECISIVE = (
     *config.FIXED_BY_CHECKPOINT,
     *config.NOTED_AT_RESUME,
@@ -28,6 +31,7 @@ DECISIVE = (
     "data.data_root",
     "evaluation.eval_interval",
     "evaluation.eval_batches",
+    "evaluation.eval_rows",
 )
 
 
@@ -71,6 +75,8 @@ def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -
     """
     if ranks > 1:
         return on_ranks(report, {"run": run, "run_name": run_name}, ranks)
+    if not is_under_torchrun():  # its host has waited
+        _wait_for_folder(report, config.of_stored(run).checkpoint.checkpoint_dir)
     run_config = _continued(config.of_stored(run))
     result = train.run(run_config, _Seldom(report), run_name)
     if result.state == "stopped":
@@ -87,6 +93,16 @@ def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -
         "train_s": sum(item.elapsed_s for item in logged.steps.values()),
         "peak_memory_gb": _peak_memory_bytes() / 1e9,
     }
+
+
+def _wait_for_folder(report: Report, folder: Path) -> None:
+    """Waits while another process has the folder: a shared disk keeps the lock of a machine that is
+    lost for a while. Who still has it then is named by the training itself."""
+    deadline = time.monotonic() + LOCK_OF_THE_DEAD_S
+    while lock.is_held(folder) and time.monotonic() < deadline:
+        if report() != "go":
+            raise Stopped
+        time.sleep(LOOK_EVERY_S)
 
 
 def _continued(run_config: RunConfig) -> RunConfig:

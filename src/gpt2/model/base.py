@@ -5,6 +5,7 @@ Shape suffixes: B batch, T time, D width (n_embd), V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,13 @@ class LanguageModel(nn.Module, ABC):
         `positions_T` is (T) or (B, T). Each token sees those before it in its row; with a cache,
         also those in there; with a mask, (B, T, T), those of its row for which its line is true.
         """
+
+    def hidden_matrices(self) -> Iterator[nn.Parameter]:
+        """The matrices between embedding and head: what takes features to features."""
+        embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
+        for part in self.parameters():
+            if part.dim() == 2 and id(part) not in embeddings:
+                yield part
 
     @abstractmethod
     def empty_cache(self, batch_size: int) -> Cache:
