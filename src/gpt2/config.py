@@ -183,6 +183,8 @@ class MachineConfig:
     """seconds that a rank waits for the others before it says that one hangs, and ends"""
     deterministic: bool = False
     """bit-identical runs on CUDA too, at some cost in speed"""
+    fast: bool = True
+    """--no_fast: the output head by plain operations of torch, to compare with"""
     keep_freed_memory: bool = True
     """on CPU, glibc keeps freed buffers for the next step instead of unmapping them"""
 
@@ -276,6 +278,7 @@ NOTED_AT_RESUME = (
     "model.dropout",
     *(f"optim.{part.name}" for part in fields(OptimConfig) if part.name != "optimizer"),
     "machine.dtype",
+    "machine.fast",
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config import ModelConfig
+from gpt2.model.head import summed_cross_entropy
 
 INITIAL_STD = 0.02
 RESIDUAL_WRITERS = ("attention.out.weight", "mlp.down.weight")
@@ -40,6 +41,8 @@ class LanguageModel(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.fast_head = False
+        """whether loss and gradients of the head are computed together: float32 on the CPU only"""
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -49,6 +52,9 @@ class LanguageModel(nn.Module, ABC):
 
     def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """The same, of the features of the tokens."""
+        if self.fast_head and torch.is_grad_enabled():
+            features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
+            return summed_cross_entropy(features_ND, self.token_embedding.weight, targets_N)
         logits_BTV = self.unembed(features_BTD)
         if logits_BTV.dtype is torch.bfloat16:
             logits_BTV = logits_BTV.float()

@@ -1,0 +1,59 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2 import distributed, train
+from gpt2.learner import Learner
+from gpt2.model import head
+from gpt2.model.head import summed_cross_entropy
+from support import losses, small_config
+
+
+def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(features_ND, weight_VD), targets_N, reduction="sum")
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_loss_and_gradients_are_those_of_the_plain_way(
+    size: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where one token has all the probability, and the right one none."""
+    monkeypatch.setattr(head, "TOKENS_AT_ONCE", 7)
+    torch.manual_seed(0)
+    targets_N = torch.randint(101, (tokens,))
+    found = []
+    for loss_of in (plain, summed_cross_entropy):
+        torch.manual_seed(1)
+        features_ND = (size * torch.randn(tokens, 16)).requires_grad_()
+        weight_VD = torch.randn(101, 16).requires_grad_()
+        loss = loss_of(features_ND, weight_VD, targets_N)
+        (loss * 0.25).backward()
+        found.append((loss.detach(), features_ND.grad, weight_VD.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=1e-5 * size)
+
+
+def test_a_run_learns_the_same_with_it(data_root, tmp_path):
+    fast, slow = (
+        small_config(data_root, tmp_path / name, fast=name == "a", dtype="float32") for name in "ab"
+    )
+    train.run(fast)
+    train.run(slow)
+    ours, plain_ones = (losses(run.watch.log_dir / "log.txt") for run in (fast, slow))
+    assert ours == pytest.approx(plain_ones, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"fast": False}, False),
+        ({"dtype": "bfloat16"}, False),
+    ],
+)
+def test_where_it_is_used(data_root, tmp_path, options: dict[str, object], expected: bool):
+    run = small_config(data_root, tmp_path, **{"dtype": "float32"} | options)
+    with distributed.join(run.machine) as world:
+        assert Learner(run, world).model.fast_head is expected
