@@ -69,6 +69,7 @@ FLOORS = [
             "cli_model",
             "cli_parse",
             "cli_search",
+            "cli_train",
             "cli_watch",
         },
     ),

@@ -1,12 +1,13 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gpt2 import cli, cli_model, cli_watch, config, status, train
+from gpt2 import cli, cli_model, cli_train, cli_watch, config, status, train
 from support import SMALL_RUN, run_command, small_config, small_flags, train_command
 
 
@@ -18,30 +19,44 @@ def call(monkeypatch, function, *arguments: str) -> int:
 def test_preset_then_file_then_flags(tmp_path: Path):
     file = tmp_path / "run.toml"
     file.write_text("n_layer = 6\nn_head = 2\nlearning_rate = 1e-3\n")
-    run = cli.parse_train(["--config", str(file), "--preset", "demo", "--n_head", "8"]).run
+    run = cli_train.parse_train(["--config", str(file), "--preset", "demo", "--n_head", "8"]).run
     assert (run.model.n_layer, run.model.n_head) == (6, 8)
     assert (run.optim.learning_rate, run.model.n_embd) == (1e-3, 64)
     assert run.preset == "demo"
 
 
 def test_out_dir_holds_all_three_folders_and_flags_win():
-    run = cli.parse_train(["--preset", "demo", "--out-dir", "x", "--log_dir", "y"]).run
+    run = cli_train.parse_train(["--preset", "demo", "--out-dir", "x", "--log_dir", "y"]).run
     assert run.checkpoint.checkpoint_dir == Path("x/checkpoints")
     assert (run.watch.runs_dir, run.watch.log_dir) == (Path("x/runs"), Path("y"))
 
 
+def test_help_and_steps_load_nothing_heavy():
+    """What takes seconds is imported where it is used."""
+    help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2 import cli; cli.main()"
+    step = "import sys; from gpt2 import train"
+    optional = "datasets tensorboard wandb optuna matplotlib scipy ray transformers torch._dynamo"
+    for program, heavy in ((help_, f"torch numpy tyro {optional}"), (step, optional)):
+        check = f"assert not {set(heavy.split())} & set(sys.modules)"
+        subprocess.run(
+            [sys.executable, "-c", f"{program}; {check}"], check=True, stdout=subprocess.DEVNULL
+        )
+
+
 def test_hyphens_and_underscores_are_the_same():
-    one = cli.parse_train(
+    one = cli_train.parse_train(
         ["--use_tensorboard", "--mini_batch_size", "2", "--eval_interval", "None"]
     )
-    other = cli.parse_train(["--use-tensorboard", "--mini-batch-size=2", "--eval-interval", "None"])
+    other = cli_train.parse_train(
+        ["--use-tensorboard", "--mini-batch-size=2", "--eval-interval", "None"]
+    )
     assert one == other
     assert one.run.watch.use_tensorboard
     assert one.run.evaluation.eval_interval is None
 
 
 def test_flags_of_the_small_run_give_the_small_config(tmp_path: Path):
-    run = cli.parse_train(small_flags(tmp_path / "data", tmp_path)).run
+    run = cli_train.parse_train(small_flags(tmp_path / "data", tmp_path)).run
     assert run == small_config(tmp_path / "data", tmp_path)
     assert set(SMALL_RUN) <= {name for name in config._field_table()}
 
@@ -55,7 +70,7 @@ def test_flags_of_the_small_run_give_the_small_config(tmp_path: Path):
     ],
 )
 def test_user_errors_exit_with_2_and_one_line(monkeypatch, capsys, flags, message):
-    assert call(monkeypatch, cli.train_main, *flags) == 2
+    assert call(monkeypatch, cli_train.train_main, *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -64,7 +79,7 @@ def test_user_errors_exit_with_2_and_one_line(monkeypatch, capsys, flags, messag
 
 def test_unknown_flag_suggests(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
-        call(monkeypatch, cli.train_main, "--lerning_rate", "1")
+        call(monkeypatch, cli_train.train_main, "--lerning_rate", "1")
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert "--lerning_rate" in error
@@ -73,9 +88,9 @@ def test_unknown_flag_suggests(monkeypatch, capsys):
 
 def test_other_ranks_are_silent(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert call(monkeypatch, cli.train_main, "--preset", "gpt3") == 2
+    assert call(monkeypatch, cli_train.train_main, "--preset", "gpt3") == 2
     with pytest.raises(SystemExit):
-        call(monkeypatch, cli.train_main, "--lerning_rate", "1")
+        call(monkeypatch, cli_train.train_main, "--lerning_rate", "1")
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
@@ -85,7 +100,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "run", interrupted)
-    assert call(monkeypatch, cli.train_main) == 130
+    assert call(monkeypatch, cli_train.train_main) == 130
 
 
 def test_gpt2_names_its_commands(monkeypatch, capsys):
@@ -127,7 +142,8 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
     folder = str(tmp_path / "checkpoints")
     assert f"gpt2 generate --checkpoint_dir {folder} --checkpoint best --prompt def" in done.stdout
 
-    assert call(monkeypatch, cli.train_main, "--out_dir", str(tmp_path), "--list_checkpoints") == 0
+    flags = ("--out_dir", str(tmp_path), "--list_checkpoints")
+    assert call(monkeypatch, cli_train.train_main, *flags) == 0
     listing = capsys.readouterr().out
     assert listing.index("step_000002.pt") < listing.index("step_000004.pt")
 

@@ -90,7 +90,7 @@ def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path,
 
 SEVERAL_RUNS = """
 import json, os, sys, torch
-from gpt2 import cli, model, optim, train
+from gpt2 import cli_train, model, optim, train
 build, clip = model.build, optim.clip
 def keep(net, largest_norm):
     if os.environ.get("RANK", "0") == "0":
@@ -99,7 +99,7 @@ def keep(net, largest_norm):
 for path, flags in json.loads(sys.argv[1]):
     model.build = (lambda shape: build(shape).double()) if path else build
     optim.clip = keep if path else clip
-    train.run(cli.parse_train(flags).run)
+    train.run(cli_train.parse_train(flags).run)
 """
 """Of each pair, a run with these flags; in float64, if the gradient of its update is to be kept."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import checkpoint, cli, config, named, train
+from gpt2 import checkpoint, cli_train, config, named, train
 from gpt2.errors import CheckpointError
 from support import losses, small_config, small_flags, train_command
 
@@ -156,7 +156,7 @@ def test_checkpoints_of_a_name_are_listed(data_root: Path, tmp_path: Path, monke
     def listed(*flags: str) -> list[str]:
         monkeypatch.chdir(tmp_path)  # for short paths
         monkeypatch.setattr(sys, "argv", ["x", *flags])
-        assert cli.train_main() == 0
+        assert cli_train.train_main() == 0
         words = capsys.readouterr().out.split()
         return [Path(word).parent.name for word in words if word.endswith(".pt")]
 
@@ -168,7 +168,7 @@ def test_checkpoints_of_a_name_are_listed(data_root: Path, tmp_path: Path, monke
 def test_what_to_type_next_names_the_gpu_again(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     arguments = ["--experiment_name", "exp"]
-    run = named.resolve(cli.parse_train(arguments).run)
-    text = cli.next_commands(run, arguments, world_size=1, step=5, visible_gpus="2")
+    run = named.resolve(cli_train.parse_train(arguments).run)
+    text = cli_train.next_commands(run, arguments, world_size=1, step=5, visible_gpus="2")
     assert "CUDA_VISIBLE_DEVICES=2 python src/train_improved.py --experiment_name exp" in text
     assert "gpt2 generate --checkpoint_dir checkpoints/exp_gpu_2 --checkpoint best" in text

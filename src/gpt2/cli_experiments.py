@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from gpt2 import cli
+from gpt2 import cli_train
 from gpt2.cli_parse import guarded, parse, parse_known
 from gpt2.config import MachineConfig, require_at_least
 from gpt2.errors import ConfigError
@@ -220,14 +220,14 @@ def models_main() -> int:
     return guarded(body)
 
 
-def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, cli.TrainCommand]:
+def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, cli_train.TrainCommand]:
     """The command, and the training that the other arguments say; the command's flags come first,
     where both have one of the same name."""
     command, others = parse_known(kind, arguments)
-    return command, cli.parse_train(others)
+    return command, cli_train.parse_train(others)
 
 
-def folder_of(train: cli.TrainCommand, name: str) -> Path:
+def folder_of(train: cli_train.TrainCommand, name: str) -> Path:
     """Where an experiment is kept, unless its own flag says otherwise."""
     return (train.out_dir or Path()) / "checkpoints" / name
 

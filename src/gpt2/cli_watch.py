@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from gpt2 import cli, config
+from gpt2 import cli_train, config
 from gpt2.cli_parse import guarded, parse
 from gpt2.config import RunConfig
 from gpt2.errors import CheckpointError, ConfigError
@@ -143,7 +143,7 @@ def doctor_main() -> int:
 
     def body() -> int:
         arguments = sys.argv[1:]
-        default = DoctorCommand(run=cli.before_flags(arguments))
+        default = DoctorCommand(run=cli_train.before_flags(arguments))
         command = parse(DoctorCommand, arguments, default=default)
         from gpt2 import doctor, named
 

@@ -20,7 +20,7 @@ import torch
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from gpt2 import cli, config, model
+from gpt2 import cli, cli_train, config, model
 from gpt2.errors import ConfigError
 from gpt2.experiments import ledger, search, space, studies, trial
 from gpt2.experiments.ledger import Ledger
@@ -269,7 +269,7 @@ def require_files(folder: Path, said: str) -> None:
     assert json.loads((overall / "config.json").read_text()) == about
     typed = shlex.split((overall / "train.sh").read_text().splitlines()[-1])
     assert typed[:2] == ["gpt2", "train"] and "  " + shlex.join(typed) in said
-    full = cli.parse_train(typed[2:]).run
+    full = cli_train.parse_train(typed[2:]).run
     assert full.model == config.of_stored(about).model
     assert full.optim == config.of_stored(about).optim
     assert full.data.max_steps == config.preset("demo").data.max_steps

@@ -166,7 +166,7 @@ def take_terminal() -> None:
 SLOW = f"""
 import importlib, sys, time
 sys.path.insert(0, {str(ROOT / "src")!r})
-from gpt2 import cli
+from gpt2 import cli_train
 room = importlib.import_module({{room!r}})
 function, calls = room.{{name}}, []
 def slow(*arguments, **options):
@@ -176,7 +176,7 @@ def slow(*arguments, **options):
         time.sleep({{pause_s}})
     return function(*arguments, **options)
 room.{{name}} = slow
-sys.exit(cli.train_main())
+sys.exit(cli_train.train_main())
 """
 
 

@@ -36,7 +36,7 @@ def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
 FAILING = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "src")!r})
-from gpt2 import cli, learner
+from gpt2 import cli_train, learner
 learn, calls = learner.Learner.learn, []
 def fail(self, *arguments):
     calls.append(1)
@@ -44,7 +44,7 @@ def fail(self, *arguments):
         raise ZeroDivisionError("the reason")
     return learn(self, *arguments)
 learner.Learner.learn = fail
-sys.exit(cli.train_main())
+sys.exit(cli_train.train_main())
 """
 
 
@@ -131,7 +131,7 @@ def test_a_slow_disk_is_waited_for(data_root: Path, tmp_path: Path):
 NAN_ON_ONE_RANK = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "src")!r})
-from gpt2 import cli
+from gpt2 import cli_train
 from gpt2.model.gpt2 import GPT2
 forward, calls = GPT2.forward, []
 def poisoned(self, *arguments):
@@ -141,7 +141,7 @@ def poisoned(self, *arguments):
     return loss * float("nan") if rank == 1 and self.training and len(calls) == 30 else loss
 import torch
 GPT2.forward = poisoned
-sys.exit(cli.train_main())
+sys.exit(cli_train.train_main())
 """
 
 

@@ -1,4 +1,4 @@
-"""The loss of the output head and its gradients in one pass over the logits, for float32 on the CPU.
+"""Loss and gradients of the output head in one pass over the logits, for float32 on the CPU.
 
 The plain way writes the logits of all tokens, their log-softmax and its gradient to memory, three
 times N · V numbers, and reads them again. Here some tokens at a time share a buffer: their logits
