@@ -160,9 +160,9 @@ def together(
         kind="jobs",
         heading=f"Side by side: {', '.join(calls)}",
         jobs=[Job(name, call.target, call.kwargs) for name, call in calls.items()],
-        # The colon keeps it apart from any parameter.
         values={
-            name: {"module:function": call.target, **call.kwargs} for name, call in calls.items()
+            name: {plan.unlike("target", call.kwargs): call.target, **call.kwargs}
+            for name, call in calls.items()
         },
         folder=folder,
         log_dir=log_dir,

@@ -6,7 +6,7 @@ jobs and is told what became of them: an ask/tell interface.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -131,6 +131,11 @@ def point_name(point: Mapping[str, Any]) -> str:
 def job_name(point: Mapping[str, Any], seed: int) -> str:
     """`learning_rate=0.001,seed=3`: the name of one seed of a point."""
     return point_name({**point, "seed": seed})
+
+
+def unlike(key: str, names: Container[str]) -> str:
+    """`key`, or, where somebody's parameter is called so, what none can be called."""
+    return f"the {key}" if key in names else key
 
 
 def model_slots(models: int, slots: int) -> list[int | None]:

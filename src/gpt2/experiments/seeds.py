@@ -81,7 +81,7 @@ class Function:
 
     def fixed(self, swept: Collection[str]) -> dict[str, Any]:
         own = {name: value for name, value in self.call.kwargs.items() if name not in swept}
-        return {"target": self.call.target} | ({"values": own} if own else {})
+        return {plan.unlike("target", own): self.call.target, **own}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
         return Job(name, self.call.target, {**self.call.kwargs, **values}, own_process=False)
@@ -131,7 +131,7 @@ class Sweep:
     def about(self) -> About:
         """What all jobs have in common; seeds and values may be added later."""
         fixed = self.task.fixed({"seed", *self.points[0]})
-        fixed["grid"] = " ".join(self.points[0]) or "no grid"
+        fixed[plan.unlike("grid", fixed)] = " ".join(self.points[0]) or "no grid"
         return About("seeds", fixed, total=len(self.points) * len(self.seeds))
 
     def planned(self) -> dict[str, Point]:
