@@ -42,6 +42,9 @@ def memory(data_root: Path):
 @pytest.fixture
 def downloads(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were fetched, one after another."""
+    for thread in threading.enumerate():  # of the test before
+        if thread.name == "fetch":
+            thread.join(10)
     names: list[str] = []
     get_file = MemoryFileSystem.get_file
 

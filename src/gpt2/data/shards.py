@@ -232,7 +232,9 @@ class ShardSet:
             oldest.add_done_callback(_let_go)
         future = self._maps[shard] = Future()
         # A daemon: an exit must not wait for a download.
-        threading.Thread(target=self._fetch, args=(shard, future), daemon=True).start()
+        threading.Thread(
+            target=self._fetch, args=(shard, future), name="fetch", daemon=True
+        ).start()
 
     def _fetch(self, shard: int, future: "Future[_Mapped]") -> None:
         try:
