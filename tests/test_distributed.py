@@ -117,24 +117,13 @@ ONE_UPDATE = {"max_steps": 1, "dropout": 0.0, "eval_interval": None}
 SIX_UPDATES = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
 
 
-@pytest.fixture(scope="module")
-def three_ranks(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shares of 3, 3 and 2 rows, in micro-batches of 2 and 1, and sums of three gradients, whose
-    order matters: one update, six, and three of six."""
-    out = tmp_path_factory.mktemp("three_ranks")
-    runs: list[tuple[Path | None, list[str]]] = [
-        (out / "gradient.pt", small_flags(data_root, out / "one", **ONE_UPDATE)),
-        (None, small_flags(data_root, out / "whole", **SIX_UPDATES, max_steps=6)),
-        (None, small_flags(data_root, out / "parts", **SIX_UPDATES, max_steps=3)),
-    ]
-    run_each(runs, out, ranks=3)
-    return out
-
-
-def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path, three_ranks: Path):
-    flags = small_flags(data_root, tmp_path, **ONE_UPDATE)
-    run_each([(tmp_path / "gradient.pt", flags)], tmp_path, ranks=None)
-    alone, shared = (torch.load(folder / "gradient.pt") for folder in (tmp_path, three_ranks))
+def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path):
+    """Shares of 3, 3 and 2 rows, in micro-batches of 2 and 1."""
+    kept = {ranks: tmp_path / f"{ranks}.pt" for ranks in (None, 3)}
+    for ranks, path in kept.items():
+        flags = small_flags(data_root, tmp_path / f"on_{ranks}", **ONE_UPDATE)
+        run_each([(path, flags)], tmp_path, ranks)
+    alone, shared = map(torch.load, kept.values())
     assert all(part.dtype == torch.float64 for part in alone.values())
     for name, gradient in alone.items():
         assert gradient.abs().max() > 0
@@ -142,8 +131,14 @@ def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path,
 
 
 @pytest.mark.soak
-def test_three_ranks_resume_bit_identically(data_root: Path, three_ranks: Path):
-    whole, parts = three_ranks / "whole", three_ranks / "parts"
+def test_three_ranks_resume_bit_identically(data_root: Path, tmp_path: Path):
+    """Sums of three gradients, whose order matters."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    runs: list[tuple[Path | None, list[str]]] = [
+        (None, small_flags(data_root, whole, **SIX_UPDATES, max_steps=6)),
+        (None, small_flags(data_root, parts, **SIX_UPDATES, max_steps=3)),
+    ]
+    run_each(runs, tmp_path, ranks=3)
     again = small_flags(data_root, parts, **SIX_UPDATES, max_steps=6, resume="latest")
     run_command(train_command(again, ranks=3))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")

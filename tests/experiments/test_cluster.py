@@ -127,15 +127,13 @@ def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
         time.sleep(0.05)
 
 
-def test_no_cluster_at_the_address(tmp_path: Path):
-    command = [*GPT2, "seeds", "--target", "experiments.jobs:leaves_something"]
-    command += ["--engine", "ray", "--ray_address"]
-    for address, words in (
-        ("ray://head:10001", "log in there"),
-        ("localhost:1", "ray start --head"),
-    ):
-        done = run_command([*command, address], expect=2)
-        assert done.stderr.count("\n") == 1 and words in done.stderr
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("ray://head:10001", "log in there"), ("localhost:1", "ray start --head")],
+)
+def test_no_cluster_at_the_address(tmp_path: Path, address: str, words: str):
+    with pytest.raises(ConfigError, match=words), cluster.joined(address, tmp_path, 1, "cpu"):
+        pass
 
 
 def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):

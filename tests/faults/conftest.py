@@ -5,12 +5,12 @@ import pytest
 from faults.harness import TABLE
 from support import run_command, small_flags, train_command
 
-FLAGS = {"max_steps": 80, "checkpoint_interval": 4, "decay_steps": 80, "eval_interval": 20}
+FLAGS = {"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_interval": 12}
 
 
 @pytest.fixture(scope="session")
 def reference(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 steps on 2 ranks, with dropout, never stopped."""
+    """48 steps on 2 ranks, with dropout, never stopped."""
     out = tmp_path_factory.mktemp("reference")
     run_command(train_command(small_flags(data_root, out, **FLAGS), ranks=2))
     return out
