@@ -74,7 +74,7 @@ def draw(curves: dict[str, dict[int, float]], goal: float, path: Path) -> None:
         steps = [step for step in sorted(curve) if step > 0]
         axes.plot(steps, [curve[step] for step in steps], label=name)
     axes.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="step", ylabel="validation loss, mean of three seeds", yscale="log")
+    axes.set(xlabel="step", ylabel="validation loss, mean of three seeds")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
