@@ -1,6 +1,7 @@
 """A Ray cluster of a head and two machines, all of them processes here."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -55,6 +56,12 @@ def nodes() -> Iterator[Nodes]:
     running.end()
 
 
+@pytest.fixture(autouse=True)
+def tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a test starts: the functions of its sweeps are in experiments.jobs."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
 def sweep(nodes: Nodes, out: Path, *more: str) -> list[str]:
     """`gpt2 seeds` of a function that counts; it leaves a line for every start."""
     flags = ["--checkpoint_dir", f"{out}/sweep", "--log_dir", f"{out}/logs", "--grid"]
@@ -63,11 +70,11 @@ def sweep(nodes: Nodes, out: Path, *more: str) -> list[str]:
     return [*GPT2, *target, *flags, "--engine", "ray", "--ray_address", nodes.address]
 
 
-def started(out: Path, count: int) -> list[int]:
+def started(owner: "subprocess.Popen[Any]", out: Path, count: int) -> list[int]:
     """The processes of the first `count` jobs, as soon as these run."""
     deadline = time.monotonic() + 60
     while not (out / "trace").exists() or len((out / "trace").read_text().split()) < 2 * count:
-        assert time.monotonic() < deadline
+        assert owner.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     lines = (out / "trace").read_text().splitlines()
     return [int(line.split()[1]) for line in lines if line.startswith("counts")]
@@ -83,7 +90,7 @@ def test_a_machine_that_is_lost_costs_no_job(nodes: Nodes, tmp_path: Path):
     """Its job runs elsewhere, though nothing may be retried; machines that come later are used."""
     command = sweep(nodes, tmp_path, "pause=0.1")
     owner = subprocess.Popen([*command, "--num_seeds", "7", "--retries", "0"], cwd=ROOT)
-    pids = started(tmp_path, 2)
+    pids = started(owner, tmp_path, 2)
     nodes.ask("kill 0")
     deadline = time.monotonic() + 10
     while all(map(is_alive, pids)):
@@ -104,7 +111,7 @@ def test_a_machine_that_is_lost_costs_no_job(nodes: Nodes, tmp_path: Path):
 def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, tmp_path: Path):
     command = [*sweep(nodes, tmp_path, "pause=0.1"), "--num_seeds", "3"]
     owner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    pids = started(tmp_path, 2)
+    pids = started(owner, tmp_path, 2)
     owner.send_signal(signal.SIGINT)
     said, _ = owner.communicate(timeout=60)
     assert owner.returncode == 130 and "the same command goes on" in said
@@ -117,7 +124,7 @@ def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, 
 @pytest.mark.soak
 def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
     owner = subprocess.Popen([*sweep(nodes, tmp_path, "pause=60"), "--num_seeds", "2"], cwd=ROOT)
-    pids = started(tmp_path, 2)
+    pids = started(owner, tmp_path, 2)
     assert all(map(is_alive, pids))
     owner.kill()
     owner.wait()
