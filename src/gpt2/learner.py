@@ -59,8 +59,7 @@ class Learner:
         compiled = machine.compile == "on" or (
             machine.compile == "auto" and world.device.type == "cuda"
         )
-        on_cpu = world.device.type == "cpu" and self.dtype is torch.float32
-        self.model.fast_head = machine.fast and on_cpu and not compiled
+        self.model.fast_head = machine.fast and world.device.type == "cpu" and not compiled
         self.local_net: nn.Module = self.model
         if compiled:
             self.local_net = cast(nn.Module, torch.compile(self.model))

@@ -35,6 +35,28 @@ def test_loss_and_gradients_are_those_of_the_plain_way(
         torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("size", [0.02, 0.1])
+def test_in_bfloat16_it_is_as_near_to_float32_as_in_the_plain_way(size: float):
+    torch.manual_seed(0)
+    weight_VD = (size * torch.randn(20000, 64)).requires_grad_()
+    features_ND = torch.randn(64, 64).requires_grad_()
+    logits_NV = features_ND.detach() @ weight_VD.detach().T
+    targets_N = torch.distributions.Categorical(logits=logits_NV).sample()
+    found = []
+    for loss_of, in_bfloat16 in ((plain, False), (summed_cross_entropy, True)):
+        features_ND.grad = weight_VD.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = loss_of(features_ND, weight_VD, targets_N)
+        loss.backward()
+        assert features_ND.grad is not None and weight_VD.grad is not None
+        found.append((loss.detach(), features_ND.grad, weight_VD.grad))
+    (loss, *gradients), (near, *near_gradients) = found
+    assert abs(near / loss - 1) < 2e-5
+    for exact, gradient in zip(gradients, near_gradients, strict=True):
+        assert gradient.dtype is torch.float32
+        assert (gradient - exact).norm() < 0.005 * exact.norm()
+
+
 def test_a_run_learns_the_same_with_it(data_root, tmp_path):
     fast, slow = (
         small_config(data_root, tmp_path / name, fast=name == "a", dtype="float32") for name in "ab"
@@ -50,7 +72,7 @@ def test_a_run_learns_the_same_with_it(data_root, tmp_path):
     [
         ({}, True),
         ({"fast": False}, False),
-        ({"dtype": "bfloat16"}, False),
+        ({"dtype": "bfloat16"}, True),
     ],
 )
 def test_where_it_is_used(data_root, tmp_path, options: dict[str, object], expected: bool):

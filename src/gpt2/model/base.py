@@ -42,7 +42,7 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.fast_head = False
-        """whether loss and gradients of the head are computed together: float32 on the CPU only"""
+        """whether loss and gradients of the head are computed together: on the CPU only"""
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
