@@ -296,7 +296,8 @@ def bench(size: Size, data_dir: Path | None, world: World) -> dict[str, object]:
         for part in measured(run, batch, world, size.effort):
             say(part.name)
             parts.append(part)
-        print(f"\nhead and update: {fastest.batch} rows, by events of the device\n")
+        clock = "CUDA events" if device.type == "cuda" else "the clock; events need CUDA"
+        print(f"\nhead and update: {fastest.batch} rows, by {clock}\n")
         print(parts_table(parts), end="\n\n", flush=True)
         # Last, as what the profiler leaves behind could slow what follows.
         kernels = attention(size, min(size.batches), world, data_dir)
