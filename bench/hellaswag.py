@@ -19,31 +19,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import harness
+import plain
 import torch
-import torch.nn.functional as F
 
-from gpt2 import config, distributed, tokenizer
+from gpt2 import config, distributed
 from gpt2.distributed import World
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.hellaswag import Choice, Task
 from gpt2.model.gpt2 import GPT2
-
-
-@torch.no_grad()
-def plain_losses(net: GPT2, task: Task, device: torch.device) -> list[float]:
-    """One task: four rows of text and ending, padded, and the logits of all their tokens."""
-    endings = task.question.endings
-    rows = [(*task.question.context, *ending) for ending in endings]
-    longest, begin = max(map(len, rows)), len(task.question.context) - 1
-    tokens_BT = torch.tensor([(*row, *[0] * (longest - len(row))) for row in rows], device=device)
-    logits_BTV = net.logits(tokens_BT[:, :-1])[..., : tokenizer.VOCAB_SIZE]
-    losses_BT = F.cross_entropy(
-        logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none"
-    ).view(len(rows), -1)
-    return [
-        float(losses_T[begin : begin + len(ending)].sum())
-        for losses_T, ending in zip(losses_BT, endings, strict=True)
-    ]
 
 
 def packed_losses(net: GPT2, tasks: list[Task], world: World, bfloat16: bool) -> list[list[float]]:
@@ -68,7 +51,7 @@ def compare_speed(net: GPT2, path: Path, world: World, rounds: int, with_lm_eval
     tasks = hellaswag.load(path, style="harness")
     ways: dict[str, Callable[[], list[list[float]]]] = {
         "packed": lambda: packed_losses(net, tasks, world, bfloat16=False),
-        "plain loop": lambda: [plain_losses(net, task, world.device) for task in tasks],
+        "plain loop": lambda: [plain.ending_losses(net, task.question) for task in tasks],
     }
     if with_lm_eval:
         harness.prepare(net, path, path.parent)

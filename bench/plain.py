@@ -1,7 +1,8 @@
 """GPT-2 and its training step as a plain PyTorch loop has them, for comparison; not a bench itself.
 
 In the manner of nanoGPT: one compiled module, autocast, mean cross entropy over all logits, fused
-AdamW, clipping, and the loss read at every step.
+AdamW, clipping, and the loss read at every step. And HellaSwag one task at a time, as replications
+of GPT-2 compute it.
 """
 
 import itertools
@@ -13,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2 import tokenizer
 from gpt2.config import ModelConfig
+from gpt2.evaluation.choices import Question
+from gpt2.model.base import LanguageModel
 
 Step = Callable[[Tensor, Tensor], float]
 """one update on tokens and targets, (B, T) each; the loss before it"""
@@ -60,13 +64,17 @@ class GPT2(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
+def adamw(net: nn.Module, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        net.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None
+    )
+
+
 def updates(
     net: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, fused: bool
 ) -> Step:
     """The training step of a plain loop."""
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None
-    )
+    optimizer = adamw(net, fused)
     device = next(net.parameters()).device
 
     def step(tokens: Tensor, targets: Tensor) -> float:
@@ -81,9 +89,34 @@ def updates(
     return step
 
 
-def plain(config: ModelConfig, device: torch.device, dtype: torch.dtype, fused: bool) -> Step:
+def plain(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    fused: bool,
+    compiled: bool = True,
+) -> Step:
     net = GPT2(config).to(device)
-    return updates(net, torch.compile(net), dtype, fused)
+    return updates(net, torch.compile(net) if compiled else net, dtype, fused)
+
+
+@torch.no_grad()
+def ending_losses(net: LanguageModel, question: Question) -> list[float]:
+    """One task: four rows of text and ending, padded, and the logits of all their tokens."""
+    rows = [(*question.context, *ending) for ending in question.endings]
+    longest, begin = max(map(len, rows)), len(question.context) - 1
+    tokens_BT = torch.tensor(
+        [(*row, *[0] * (longest - len(row))) for row in rows],
+        device=net.token_embedding.weight.device,
+    )
+    logits_BTV = net.logits(tokens_BT[:, :-1])[..., : tokenizer.VOCAB_SIZE]
+    losses_BT = F.cross_entropy(
+        logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none"
+    ).view(len(rows), -1)
+    return [
+        float(losses_T[begin : begin + len(ending)].sum())
+        for losses_T, ending in zip(losses_BT, question.endings, strict=True)
+    ]
 
 
 def hugging_face(config: ModelConfig, device: torch.device) -> nn.Module:

@@ -1,0 +1,60 @@
+"""A batch that is too large for the memory of the GPU."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2 import train
+from gpt2.errors import TrainingError
+from support import losses, small_config
+
+# Float32 logits of a row take 50 MB, of all 32 rows 1.6 GB; the model itself 3 MB.
+WIDE: dict[str, object] = {
+    "block_size": 256,
+    "total_batch_size": 32 * 256,
+    "mini_batch_size": 32,
+    "dtype": "float32",
+    "compile": "off",
+    "dropout": 0.0,
+    "eval_interval": None,
+    "max_steps": 2,
+}
+ROOM_BYTES = 700e6
+
+
+@pytest.fixture
+def little_memory(device: str) -> Iterator[None]:
+    """So much of the GPU and no more for this process."""
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM_BYTES) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_out_of_memory_names_what_fits(device: str, data_root: Path, tmp_path: Path):
+    message = (
+        r"32 rows of block_size=256 at once do not fit into the memory; use --mini_batch_size 16 "
+        r"\(the total batch stays\), or --auto_mini_batch"
+    )
+    with pytest.raises(TrainingError, match=message):
+        train.run(small_config(data_root, tmp_path, **WIDE, device=device))
+
+
+def test_auto_mini_batch_finds_what_fits(
+    device: str, data_root: Path, tmp_path: Path, capsys, request: pytest.FixtureRequest
+):
+    train.run(small_config(data_root, tmp_path / "2", **{**WIDE, "mini_batch_size": 2}))
+    request.getfixturevalue("little_memory")
+    config = small_config(data_root, tmp_path / "auto", **WIDE, auto_mini_batch=True)
+    assert train.run(config).state == "finished"
+    found = re.search(r"--auto_mini_batch: (\d+) rows at once", capsys.readouterr().out)
+    assert found is not None
+    assert 1 <= int(found[1]) < 32
+    one, other = (losses(tmp_path / name / "logs/log.txt") for name in ("auto", "2"))
+    assert one == pytest.approx(other, abs=1e-4)

@@ -1,0 +1,97 @@
+"""A run that was stopped goes on as if nothing had happened, its dropout on the GPU included."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2 import checkpoint
+from gpt2.distributed import World
+from gpt2.learner import Learner
+from support import loss_lines, run_command, small_config, small_flags, train_command
+
+# Large enough for several blocks of each kernel, which add up in any order unless told not to.
+LARGER: dict[str, object] = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 128,
+    "block_size": 256,
+    "dropout": 0.1,
+    "total_batch_size": 2048,
+    "mini_batch_size": 4,
+    "eval_interval": 4,
+    "decay_steps": 8,
+    "checkpoint_interval": 4,
+}
+
+
+@pytest.mark.timeout(600)  # each of three processes compiles
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_deterministic_run_resumes_bit_identically(
+    device: str, compiled: str, data_root: Path, tmp_path: Path
+):
+    """In processes of their own: cuBLAS reads its setting once, before its first product."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, last in ((whole, 8), (parts, 4), (parts, 8)):
+        options = {**LARGER, "device": device, "compile": compiled, "max_steps": last}
+        flags = small_flags(data_root, out, **options, resume="latest")
+        run_command(train_command([*flags, "--deterministic"]))
+    lines = loss_lines(whole / "logs/log.txt")
+    assert len(lines) == 8 + 3  # steps, and validations before, between and after them
+    assert loss_lines(parts / "logs/log.txt") == lines
+    one, other = (
+        checkpoint.load(out / "checkpoints" / "step_000008.pt", warn=print)
+        for out in (whole, parts)
+    )
+    assert one["model"].keys() == other["model"].keys()
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][name]), name
+    assert torch.equal(one["rng"][0]["torch"], other["rng"][0]["torch"])
+    if device == "cuda":
+        assert torch.equal(one["rng"][0]["cuda"], other["rng"][0]["cuda"])
+
+
+def draws(device: str) -> list[object]:
+    """One number of every random stream."""
+    of_torch = [torch.rand((), device=where).item() for where in ("cpu", device)]
+    return [random.random(), np.random.random(), *of_torch]
+
+
+def test_random_streams_come_back_from_a_file(device: str, tmp_path: Path):
+    torch.rand(7, device=device)  # not at the beginning of the stream
+    path, place = tmp_path / "state.pt", torch.device(device, 0)
+    torch.save(checkpoint.rng_state(place), path)
+    first, second = draws(device), draws(device)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    # As `checkpoint.load` brings it: on the host, plain values and tensors only.
+    checkpoint.set_rng_state(torch.load(path, map_location="cpu", weights_only=True), place)
+    assert [draws(device), draws(device)] == [first, second]
+
+
+def test_dropout_goes_on_where_it_was(device: str, data_root: Path, tmp_path: Path):
+    config = small_config(
+        data_root, tmp_path, device=device, dtype="float32", compile="off", dropout=0.5
+    )
+    world = World(0, 1, torch.device(device, 0))
+    drawn = torch.randint(50257, (8, config.model.block_size + 1))
+    batch = (drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
+
+    def losses(learner: Learner) -> list[float]:
+        return [learner.learn([batch], 1e-2).loss for _ in range(3)]
+
+    learner = Learner(config, world)
+    losses(learner)
+    path = tmp_path / "state.pt"
+    torch.save({**learner.state(), "rng": [checkpoint.rng_state(world.device)]}, path)
+    expected = losses(learner)
+
+    learner = Learner(config, world)
+    learner.restore(torch.load(path, map_location="cpu"), step=3)
+    resumed = losses(learner)
+    learner.restore(torch.load(path, map_location="cpu"), step=3)
+    torch.rand(1, device=device)  # the stream is one draw further
+    other = losses(learner)
+    assert resumed == pytest.approx(expected, rel=1e-4)
+    assert other != pytest.approx(expected, rel=1e-3), "dropout does not matter here"
