@@ -90,6 +90,19 @@ def test_table_and_picture_of_ones_own(tmp_path: Path):
     assert "value: [1.66" in said(given) and (tmp_path / "kept" / "value.png").exists()
 
 
+def test_a_function_that_returns_no_number_has_failed(tmp_path: Path):
+    given = place(tmp_path) | {"engine": api.Engine(slots.of_cores(1, threads="1"))}
+    swept = api.sweep(jobs.odd, [{}], 6, metric="loss", **given)
+    states = [record.state for record in swept.records]
+    assert swept.exit_code == 1 and states == ["finished"] * 3 + ["failed"] * 3
+    assert swept.records[1].result == {"value": None}
+    words = "experiments.jobs:odd returned {}; needed are numbers by name"
+    for seed, returned in ((3, "'hello'"), (4, "None"), (5, "{'value': None}")):
+        assert f"FAILED seed={seed}: {words.format(returned)}" in said(given)
+    assert "No result has loss; --metric may be one of value" in said(given)
+    assert f"Results: {tmp_path}/kept/results.json\n" in said(given)
+
+
 def test_jobs_side_by_side_the_third_on_the_second_slot(tmp_path: Path, trace: Path):
     functions = {
         "first": functools.partial(jobs.counts, until=9, pause=0.2),

@@ -39,6 +39,8 @@ class Job:
     """a fresh process for this job alone; short jobs share one, which saves its start"""
     slot: int | None = None
     """the slot that it waits for; None is whichever is free first"""
+    wants_numbers: bool = False
+    """whether it has failed if what it returns has no number"""
 
 
 @dataclass(frozen=True)

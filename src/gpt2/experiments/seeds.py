@@ -84,7 +84,8 @@ class Function:
         return {plan.unlike("target", own): self.call.target, **own}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
-        return Job(name, self.call.target, {**self.call.kwargs, **values}, own_process=False)
+        kwargs = {**self.call.kwargs, **values}
+        return Job(name, self.call.target, kwargs, own_process=False, wants_numbers=True)
 
     def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
         pass
@@ -249,17 +250,19 @@ def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
 
 def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     """The table, what failed, and the picture."""
-    summaries = source.summaries()
+    summaries, records = source.summaries(), source.records()
+    results = f"Results: {sweep.folder / ledgers.RESULTS}"
     if any(item.values for item in summaries):
         out.print(sweep.listing(summaries, sweep.metric))
-    elif known := sorted({name for item in summaries for name in item.metrics}):
-        out.print(f"No result has {sweep.metric}; --metric may be one of {', '.join(known)}")
-    for record in source.failures():
-        out.print(f"FAILED {record.job}: {record.reason}", style="red")
-    if any(item.values for item in summaries):
         picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
         try:
             plot.write(lambda: sweep.draw(summaries, sweep.metric), picture)
+            results += f", picture: {picture}"
         except ConfigError as error:
-            out.print(f"WARNING: no picture: {error}")
-        out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
+            results += f"; no picture: {error}"
+    elif lack := summary.lack(records, sweep.metric):
+        out.print(lack)
+    for record in source.failures():
+        out.print(f"FAILED {record.job}: {record.reason}", style="red")
+    if records:
+        out.print(results)

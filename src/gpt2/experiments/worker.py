@@ -156,6 +156,8 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         result = function(**kwargs)
         if report.answer == "stop":
             raise Stopped
+        if job.wants_numbers:
+            _require_numbers(job.target, result)
         outcome = {"pruned" if report.answer == "prune" else "finished": _plain(result)}
         size = len(json.dumps(outcome))  # what has no plain form fails here, as the job's mistake
         if size > MAX_RESULT_BYTES:
@@ -183,6 +185,16 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         }
     finally:
         report.is_over = True
+
+
+def _require_numbers(target: str, result: Any) -> None:
+    """Raises UserError unless the result is a number, or has one by name; here NaN is one, too."""
+    named = result if isinstance(result, dict) else {"value": result}
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in named.values()]
+    if not any(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise UserError(
+            f"{target} returned {result!r:.80}; needed are numbers by name, as in {{'value': 1.5}}"
+        )
 
 
 def _has_no_memory(error: BaseException) -> bool:
