@@ -59,7 +59,9 @@ def test_a_function_is_swept_and_what_is_known_never_runs_again(tmp_path: Path, 
 
 def test_parameters_may_have_any_name(tmp_path: Path):
     """One that is called as the function is in the files neither hides that nor is hidden."""
-    api.sweep(functools.partial(jobs.named, target=1, grid=1), [{}], 1, **place(tmp_path))
+    swept = functools.partial(jobs.named, target=1, grid=1)
+    api.sweep(swept, [{}], 1, **(given := place(tmp_path)))
+    assert "Sweep of experiments.jobs:named: 1 seed (0), 1 job\n" in said(given)
     for function, changed in ((jobs.named, {"grid": 2}), (jobs.also_named, {"grid": 1})):
         with pytest.raises(api.ConfigError, match=r"before, .* now"):
             api.sweep(functools.partial(function, target=1, **changed), [{}], 1, **place(tmp_path))
@@ -148,7 +150,8 @@ def inner() -> Callable[[int], int]:
         (jobs.measured, {"seed": [1]}, "the seeds of a sweep"),
         (jobs.measured, [{"rate": 1}, {}], "a value for each of the same names"),
         (jobs.measured, [], "needs a point and a seed"),
-        (jobs.measured, [{"rate": 1}] * 2, "not a name of its own"),
+        (jobs.measured, [{"rate": 1}] * 2, "the point rate=1 is there twice"),
+        (jobs.measured, {"rate": ["x" * 200]}, "is longer than 200 characters"),
         ("experiments.jobs:measure", [{}], "there is no function"),
     ],
 )

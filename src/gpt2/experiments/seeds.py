@@ -121,13 +121,19 @@ class Sweep:
 
     def _require_names(self) -> None:
         """Raises ConfigError if points cannot be told apart by the names of their jobs."""
-        names = [plan.point_name(point) for point in self.points]
-        for name in names:
-            if names.count(name) > 1 or len(name) > LONGEST_NAME:
+        named: dict[str, Point] = {}
+        for point in self.points:
+            name = plan.point_name(point)
+            if len(name) > LONGEST_NAME:
                 raise ConfigError(
-                    f"grid: a point would be called {name:.80}, which is not a name of its own "
-                    f"of {LONGEST_NAME} characters at most; use other values"
+                    f"grid: a point would be called {name:.80}…, which is longer than "
+                    f"{LONGEST_NAME} characters; use other values"
                 )
+            if named.get(name) == point:
+                raise ConfigError(f"grid: the point {name or 'without values'} is there twice")
+            if name in named:
+                raise ConfigError(f"grid: two points would be called {name}; use other values")
+            named[name] = point
 
     def about(self) -> About:
         """What all jobs have in common; seeds and values may be added later."""
@@ -240,7 +246,9 @@ def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
 def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
     total = len(sweep.points) * len(sweep.seeds)
     grid = f"{counted(len(sweep.points), 'point')} of a grid, " if [*sweep.points] != [{}] else ""
-    seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
+    first, last = sweep.seeds[0], sweep.seeds[-1]
+    which = f"{first}" if first == last else f"{first} to {last}"
+    seeds = f"{counted(len(sweep.seeds), 'seed')} ({which})"
     out.print(f"Sweep of {sweep.task.name}: {grid}{seeds}, {counted(total, 'job')}")
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")

@@ -125,13 +125,13 @@ class Reporter:
 def find(target: str) -> Callable[..., Any]:
     """The function `module:function`; raises UserError if there is none."""
     module, _, name = target.partition(":")
+    needed = "needed is module:function, importable from this folder"
+    if not module or not name:
+        raise UserError(f"there is no function {target}; {needed}")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"there is no function {target} ({error}); needed is module:function, importable from "
-            "this folder"
-        ) from error
+        raise UserError(f"there is no function {target} ({error}); {needed}") from error
     if not callable(function):
         raise UserError(f"{target} is no function")
     return function
