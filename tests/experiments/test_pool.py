@@ -334,6 +334,17 @@ def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):
     assert not any(is_alive(event.pid) for event in source.heard)
 
 
+def test_stop_while_workers_start_is_none_to_explain(tmp_path: Path):
+    def stops(event: Event) -> Answer:
+        if event.kind == "started":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "go"
+
+    source = Given(job("a", "hangs"), job("b", "hangs"), answer=stops)
+    assert run(source, tmp_path) == signal.SIGTERM
+    assert [event.reason for event in source.of("stopped")] == ["", ""]
+
+
 def test_stop_kills_what_does_not_end(tmp_path: Path):
     source = Given(job("a", "hangs"))
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
