@@ -107,6 +107,11 @@ class Reporter:
         self.is_over = False
         """whether the job has ended; a thread may go on"""
 
+    @property
+    def must_stop(self) -> bool:
+        """Whether the owner has asked for that: what it needs may have taken long to load."""
+        return self._stop.is_set
+
     def begin(self) -> None:
         """What a job needs is loaded: from here on it may hang."""
         _send(self._channel, {"begun": os.getpid()})
@@ -148,6 +153,8 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
     print(f"job {job.name}: {job.target}", flush=True)
     try:
         function = find(job.target)
+        if report.must_stop:
+            raise Stopped
         report.begin()
         _keep_modules(job.target)
         kwargs = dict(job.kwargs)
