@@ -67,7 +67,7 @@ class Command:
         if unknown := set(self.models) - set(MODELS):
             raise api.ConfigError(f"--models {min(unknown)}: there are only {', '.join(MODELS)}")
         if not self.models or len(set(self.models)) < len(self.models):
-            raise api.ConfigError(f"--models {' '.join(self.models)}: needed are different models")
+            raise api.ConfigError(f"--models {self.models}: give one model or more, each once")
         for name in ("steps", "batch_size", "train_rows", "learning_rate"):
             if (value := getattr(self, name)) <= 0:
                 raise api.ConfigError(f"{name}={value} must be more than 0")

@@ -67,7 +67,7 @@ class Command:
         for flag in lists:
             values = getattr(self, flag)
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"--{flag} {' '.join(map(str, values))}: give different numbers")
+                raise ConfigError(f"--{flag} {values}: give one number or more, each once")
         for flag in (*lists, "num_seeds", "guesses", "tolerance"):
             if not (value := np.min(getattr(self, flag))) > 0:
                 raise ConfigError(f"--{flag} {value} must be more than 0")

@@ -317,7 +317,9 @@ def experiments_main() -> int:
 def _list(arguments: Sequence[str]) -> int:
     command = parse(ListCommand, arguments)
     if command.folder != ListCommand.folder and not command.folder.is_dir():
-        raise ConfigError(f"there is no folder {command.folder}; without one, checkpoints is meant")
+        raise ConfigError(
+            f"there is no folder {command.folder}; the default is {ListCommand.folder}"
+        )
     from gpt2.experiments import listing
 
     if command.json:
