@@ -46,8 +46,7 @@ RANGES = {
 WIDTH, HEADS, LAYERS, MLP_WIDTH = 32, 4, 2, 128
 FREQUENCIES, SPREAD = 16, 0.5
 EVAL_EVERY, REPORT_EVERY = 50, 10
-TEST_ROWS, SHOWN = 4_000, 150
-"""and how many of them are in the picture"""
+TEST_ROWS, SHOWN = 4_000, 150  # and how many of them are in the picture
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class Command:
     def __post_init__(self) -> None:
         if unknown := set(self.models) - set(MODELS):
             raise api.ConfigError(f"--models {min(unknown)}: there are only {', '.join(MODELS)}")
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise api.ConfigError(f"--models {self.models}: give one model or more, each once")
         for name in ("steps", "batch_size", "train_rows", "learning_rate"):
             if (value := getattr(self, name)) <= 0:
                 raise api.ConfigError(f"{name}={value} must be more than 0")
@@ -190,7 +191,8 @@ def train(
             began = time.perf_counter()
         if step % REPORT_EVERY == 0 and report(**facts) != "go":
             raise api.Stopped  # it begins again with the same command
-    rmse = curve[-1][1]
+    if not math.isfinite(rmse := curve[-1][1]):
+        raise api.UserError("its test error is not finite; use a smaller --learning_rate")
     return {
         "parameters": sum(part.numel() for part in net.parameters()),
         "r2": 1 - rmse**2 / truth.var(correction=0).item(),

@@ -5,9 +5,8 @@ least that rank. Both methods know the same linear measurements <A_i, teacher>, 
 all that these leave open. The problem, and what guess and check means, are those of Alexander,
 Slutzky, Ran-Milo and Cohen, "Do Neural Networks Need Gradient Descent to Generalize?"
 (arXiv:2506.03931): students are drawn at random, each with weights of its own, until one fits the
-measurements. Sizes, prior and tolerance are ours, for minutes on a CPU.
-
-The same command again goes on, or shows what is known; --help lists the flags.
+measurements. Sizes, prior and tolerance are ours, for minutes on a CPU. The same command again goes
+on, or shows what is known; --help lists the flags.
 """
 
 import itertools
@@ -31,12 +30,10 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 METHODS = {"gd": "gradient descent", "gnc": "guess and check"}
-AT_ONCE = 5_000
-"""guesses between two reports"""
+AT_ONCE = 5_000  # guesses between two reports
 GD_STEPS, GD_AIM, GD_START = 10_000, 1e-5, 0.01
 """steps at most; training error that ends it; size of the first weights: small finds low ranks"""
-UNCHECKED = 2.0
-"""expected test error of a guess that nobody has checked"""
+UNCHECKED = 2.0  # expected test error of a guess that nobody has checked
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,14 @@ class Command:
     log_dir: Path = Path("logs")
 
     def __post_init__(self) -> None:
-        wanted = (*self.teacher_ranks, *self.student_dims, *self.measurements, self.num_seeds)
-        if min(*wanted, self.guesses, self.tolerance) <= 0:
-            raise ConfigError("ranks, dimensions and numbers must be more than 0")
+        lists = ("teacher_ranks", "student_dims", "measurements")
+        for flag in lists:
+            values = getattr(self, flag)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"--{flag} {values}: give one number or more, each once")
+        for flag in (*lists, "num_seeds", "guesses", "tolerance"):
+            if not (value := np.min(getattr(self, flag))) > 0:
+                raise ConfigError(f"--{flag} {value} must be more than 0")
         for flag, most in (("teacher_ranks", self.size), ("measurements", self.size**2 - 1)):
             if (value := max(getattr(self, flag))) > most:
                 raise ConfigError(f"--{flag} {value}: a matrix of --size {self.size} allows {most}")
@@ -195,13 +197,11 @@ def draw(points: Sequence[PointSummary], metric: str) -> "Figure":
         _draw_panel(panels[row][column], here)
         panels[row][column].set_title(f"rank {ranks[column]}, {amounts[row]} measurements")
     for axes in panels[-1]:
-        axes.set_xticks(dims)
-        axes.set_xlabel("inner dimension of the student")
+        axes.set(xticks=dims, xlabel="inner dimension of the student")
     for axes in panels[:, 0]:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylabel(f"relative {metric} error")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return figure
 
 
@@ -216,15 +216,16 @@ def _draw_panel(axes: "Axes", points: Sequence[PointSummary]) -> None:
         for dim, item in zip(dims, found, strict=True):
             errors = [*item.values.values()]
             axes.scatter([dim] * len(errors), errors, s=14, color=color, alpha=0.4, linewidths=0)
-        axes.plot(
-            dims, [item.metrics["test"].mean for item in found], "o-", color=color, label=name
-        )
+        means = [item.metrics["test"].mean for item in found]
+        axes.plot(dims, means, "o-", color=color, label=name)
 
 
 def run() -> int:
     command = parse(Command, sys.argv[1:])
     asked = [name for name in METHODS if getattr(command, name)] or [*METHODS]
     pairs = [*itertools.product(command.teacher_ranks, command.student_dims)]
+    if max(command.student_dims) < min(command.teacher_ranks):
+        raise ConfigError("every student is narrower than its teacher; use larger --student_dims")
     if narrow := [f"{dim} for rank {rank}" for rank, dim in pairs if dim < rank]:
         print(f"Left out, as narrower than the teacher: student dim {', '.join(narrow)}")
     points = [
@@ -232,9 +233,8 @@ def run() -> int:
         for amount, (rank, dim), method in itertools.product(command.measurements, pairs, asked)
         if dim >= rank
     ]
-    fixed = {name: getattr(command, name) for name in ("size", "guesses", "tolerance")}
     return sweep(
-        partial(recover, **fixed),
+        partial(recover, size=command.size, guesses=command.guesses, tolerance=command.tolerance),
         points,
         command.num_seeds,
         folder=command.checkpoint_dir,

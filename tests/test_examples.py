@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpt2.cli_parse import guarded
+from gpt2.errors import UserError
 from gpt2.experiments import ledger
 from support import ROOT, run_command
 
@@ -31,18 +33,23 @@ def example(tmp_path: Path, name: str, *flags: str) -> str:
     return run_command(command, tmp_path, PYTHONPATH=os.pathsep.join(sys.path)).stdout
 
 
-def within(tmp_path: Path, name: str, *flags: str) -> tuple[int, str]:
-    """The exit code of an example within this process, and what it says: where no job runs."""
+def loaded(name: str, patch: pytest.MonkeyPatch) -> Any:
+    """The module of an example."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
+    patch.setitem(sys.modules, name, module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+def within(tmp_path: Path, name: str, *flags: str) -> tuple[int, str]:
+    """The exit code of an example within this process, and what it says: where no job runs."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setattr(sys, "argv", [name, *flags])
-        patch.setitem(sys.modules, name, module := importlib.util.module_from_spec(spec))
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            spec.loader.exec_module(module)
-            return guarded(module.run), said.getvalue()
+            return guarded(loaded(name, patch).run), said.getvalue()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -95,11 +102,26 @@ def test_pmssm(tmp_path: Path):
     assert {item.job: item.result for item in ledger.read_records(folder)} == records
 
 
+def test_pmssm_fails_where_its_error_is_not_finite(monkeypatch: pytest.MonkeyPatch):
+    sizes = {"steps": 3, "batch_size": 8, "train_rows": 16}
+    pmssm = loaded("pmssm", monkeypatch)
+    with pytest.raises(UserError, match="not finite; use a smaller --learning_rate"):
+        pmssm.train(lambda **_: "go", "mlp", **sizes, learning_rate=1e30, seed=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("teacher_student", "--teacher_ranks", "9"), "--teacher_ranks 9: a matrix of --size 8"),
-        (("teacher_student", "--teacher_ranks", "8", "--student_dims", "4"), "needs a point"),
+        (("teacher_student", "--teacher_ranks", "8", "--student_dims", "4"), "use larger --stud"),
+        (("teacher_student", "--teacher_ranks"), "--teacher_ranks (): give one number or more"),
+        (
+            ("teacher_student", "--student_dims", "4", "4"),
+            "(4, 4): give one number or more, each once",
+        ),
+        (("teacher_student", "--tolerance", "-1"), "--tolerance -1.0 must be more than 0"),
+        (("teacher_student", "--measurements", "4", "0"), "--measurements 0 must be more than 0"),
+        (("pmssm", "--models", "mlp", "mlp"), "('mlp', 'mlp'): give one model or more"),
         (("pmssm", "--models", "ft", "cnn"), "--models cnn: there are only ft, plr, mlp"),
     ],
 )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gpt2.experiments.process import Engine
 
 T = TypeVar("T")
+FOR_FUNCTIONS = ("device", "out_dir", "list_checkpoints")
+"""options of `gpt2 train` that a function has a use for, too"""
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,8 @@ def seeds_main() -> int:
         pool, device = command.pool, train.run.machine.device
         task: seeds.Task = Training(train.run, command.keep_checkpoints, pool.ddp)
         if command.target is not None:
-            if pool.ddp > 1:
-                raise ConfigError(f"--ddp {pool.ddp} is for trainings; leave it out with --target")
+            if flag := _of_a_training(sys.argv[1:]):
+                raise ConfigError(f"{flag} is for trainings; leave it out with --target")
             sys.path.insert(0, os.getcwd())  # where it is looked for
             task = seeds.Function(Call.of(command.target))
         sweep = seeds.Sweep(
@@ -163,6 +165,18 @@ def seeds_main() -> int:
             return seeds.run(sweep, engine, pool.limits(), console()).exit_code
 
     return guarded(body)
+
+
+def _of_a_training(arguments: Sequence[str]) -> str | None:
+    """The first flag of `gpt2 seeds` that means nothing to a function."""
+    command, others = parse_known(SeedsCommand, arguments)
+    if command.pool.ddp > 1:
+        return f"--ddp {command.pool.ddp}"
+    if not command.keep_checkpoints:
+        return "--no_keep_checkpoints"
+    flags = (item.partition("=")[0].replace("-", "_") for item in others if item[:2] == "--")
+    names = (flag.removeprefix("__") for flag in flags)
+    return next((f"--{name}" for name in names if name not in FOR_FUNCTIONS), None)
 
 
 @dataclass(frozen=True)
@@ -302,6 +316,10 @@ def experiments_main() -> int:
 
 def _list(arguments: Sequence[str]) -> int:
     command = parse(ListCommand, arguments)
+    if command.folder != ListCommand.folder and not command.folder.is_dir():
+        raise ConfigError(
+            f"there is no folder {command.folder}; the default is {ListCommand.folder}"
+        )
     from gpt2.experiments import listing
 
     if command.json:

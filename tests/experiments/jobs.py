@@ -159,6 +159,12 @@ def scored(report: Any, folder: str, trace: str, number: int, pause: float) -> d
     return {"tokens": 1}
 
 
+def odd(seed: int) -> object:
+    """Numbers that are none, and things that are no numbers."""
+    nan = float("nan")
+    return [nan, {"value": nan}, {"value": 1, "note": "x"}, "hello", None, {"value": None}][seed]
+
+
 def counts_for_seed(report: Any, seed: int, until: int, pause: float, trace: str) -> dict[str, int]:
     """`counts` as a sweep calls it."""
     return {"value": counts(report, until, pause, trace)}

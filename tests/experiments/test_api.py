@@ -59,7 +59,9 @@ def test_a_function_is_swept_and_what_is_known_never_runs_again(tmp_path: Path, 
 
 def test_parameters_may_have_any_name(tmp_path: Path):
     """One that is called as the function is in the files neither hides that nor is hidden."""
-    api.sweep(functools.partial(jobs.named, target=1, grid=1), [{}], 1, **place(tmp_path))
+    swept = functools.partial(jobs.named, target=1, grid=1)
+    api.sweep(swept, [{}], 1, **(given := place(tmp_path)))
+    assert "Sweep of experiments.jobs:named: 1 seed (0), 1 job\n" in said(given)
     for function, changed in ((jobs.named, {"grid": 2}), (jobs.also_named, {"grid": 1})):
         with pytest.raises(api.ConfigError, match=r"before, .* now"):
             api.sweep(functools.partial(function, target=1, **changed), [{}], 1, **place(tmp_path))
@@ -88,6 +90,19 @@ def test_table_and_picture_of_ones_own(tmp_path: Path):
     given = place(tmp_path)
     api.sweep(jobs.square, {"pause": [0.0, 0.01]}, 3, listing=listing, draw=draw, **given)
     assert "value: [1.66" in said(given) and (tmp_path / "kept" / "value.png").exists()
+
+
+def test_a_function_that_returns_no_number_has_failed(tmp_path: Path):
+    given = place(tmp_path) | {"engine": api.Engine(slots.of_cores(1, threads="1"))}
+    swept = api.sweep(jobs.odd, [{}], 6, metric="loss", **given)
+    states = [record.state for record in swept.records]
+    assert swept.exit_code == 1 and states == ["finished"] * 3 + ["failed"] * 3
+    assert swept.records[1].result == {"value": None}
+    words = "experiments.jobs:odd returned {}; needed are numbers by name"
+    for seed, returned in ((3, "'hello'"), (4, "None"), (5, "{'value': None}")):
+        assert f"FAILED seed={seed}: {words.format(returned)}" in said(given)
+    assert "No result has loss; --metric may be one of value" in said(given)
+    assert f"Results: {tmp_path}/kept/results.json\n" in said(given)
 
 
 def test_jobs_side_by_side_the_third_on_the_second_slot(tmp_path: Path, trace: Path):
@@ -135,7 +150,8 @@ def inner() -> Callable[[int], int]:
         (jobs.measured, {"seed": [1]}, "the seeds of a sweep"),
         (jobs.measured, [{"rate": 1}, {}], "a value for each of the same names"),
         (jobs.measured, [], "needs a point and a seed"),
-        (jobs.measured, [{"rate": 1}] * 2, "not a name of its own"),
+        (jobs.measured, [{"rate": 1}] * 2, "the point rate=1 is there twice"),
+        (jobs.measured, {"rate": ["x" * 200]}, "is longer than 200 characters"),
         ("experiments.jobs:measure", [{}], "there is no function"),
     ],
 )

@@ -90,6 +90,15 @@ def concluded(played: Played, width: int = 300) -> str:
     return out.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_there_is_no_summary_of_nothing(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    assert "Summary" not in concluded(played)
+    assert not (tmp_path / "search" / report.FOLDER).exists()
+    played.validates(job, 9.0)
+    assert report.COMPARISON in concluded(played), "it has a curve"
+
+
 def test_exit_code_1_has_a_reason(tmp_path: Path):
     address = f"sqlite:///{tmp_path}/shared.db"
     played = Played(tmp_path / "search", storage=address, n_trials=1)

@@ -118,12 +118,22 @@ def test_show_of_what_is_none_says_what_there_is(tmp_path: Path, monkeypatch, ca
     (tmp_path / "alone").mkdir()
     status.write(tmp_path / "alone", PLAN, "finished", 500)
     assert call(monkeypatch, "show", tmp_path / "god") == 2
-    wanted = f"error: no experiment in {tmp_path}/god; there are {tmp_path}/good\n"
+    there = f"{tmp_path}/alone, {tmp_path}/good"
+    wanted = f"error: no experiment or training in {tmp_path}/god; there are {there}\n"
     assert capsys.readouterr().err == wanted
     assert call(monkeypatch, "show", tmp_path / "alone") == 0
     assert "run: finished\n  step 500 of 1,000" in capsys.readouterr().out
     assert call(monkeypatch, "lst") == 2
     assert "did you mean list" in capsys.readouterr().err
+
+
+def test_list_of_a_folder_that_is_none(tmp_path: Path, monkeypatch, capsys):
+    """The default one need not be there yet."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "list", "nodir") == 2
+    assert capsys.readouterr().err.startswith("error: there is no folder nodir; ")
+    assert call(monkeypatch, "list") == 0
+    assert capsys.readouterr().out == "No experiments in checkpoints\n"
 
 
 def test_long_experiments_list_at_once_and_show_their_end(tmp_path: Path):

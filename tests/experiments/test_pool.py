@@ -1,15 +1,19 @@
+import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gpt2.experiments import worker
 from gpt2.experiments.plan import Answer, Event, Job, Slot
 from gpt2.experiments.pool import Limits, Pool
 from gpt2.experiments.process import Engine, WorkerProcess
@@ -332,6 +336,26 @@ def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):
     assert time.monotonic() - begun < 6
     assert len(source.of("stopped")) == 2 and [item.name for item in source.jobs] == ["later"]
     assert not any(is_alive(event.pid) for event in source.heard)
+
+
+def test_stop_while_workers_start_is_none_to_explain(tmp_path: Path):
+    def stops(event: Event) -> Answer:
+        if event.kind == "started":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "go"
+
+    jobs = (job(name, "counts", until=10_000, pause=0.01) for name in "ab")
+    source = Given(*jobs, answer=stops)
+    assert run(source, tmp_path) == signal.SIGTERM
+    assert [event.reason for event in source.of("stopped")] == ["", ""]
+
+
+def test_a_job_that_is_stopped_while_it_loads_does_not_begin():
+    told: Any = SimpleNamespace(is_set=True)
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        report = worker.Reporter(mine, io.StringIO(), told)
+        assert worker._run(job("a", "rises"), report) == {"stopped": None}
 
 
 def test_stop_kills_what_does_not_end(tmp_path: Path):

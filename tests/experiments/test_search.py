@@ -19,6 +19,7 @@ import pytest
 import torch
 from optuna.study import Study
 from optuna.trial import TrialState
+from rich.console import Console
 
 from gpt2 import cli, cli_train, config, model
 from gpt2.errors import ConfigError
@@ -75,6 +76,15 @@ def trial_of(study: Study, job: Job) -> Any:
 @pytest.fixture
 def played(tmp_path: Path) -> Played:
     return Played(tmp_path / "search", startup_trials=2, patience=3)
+
+
+def test_a_search_says_if_it_has_few_combinations(tmp_path: Path):
+    heads = space.parse("[n_head]\nchoices = [1, 2]", RUN, "space")
+    for count, is_said in ((2, False), (3, True)):
+        out = Console(file=io.StringIO(), width=160)
+        search._introduce(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
+        words = "  - these are only 2 combinations: trials will be alike\n"
+        assert (words in out.file.getvalue()) == is_said  # type: ignore[attr-defined]
 
 
 def test_patience_finishes_a_trial_with_its_best_value(played: Played):

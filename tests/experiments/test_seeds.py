@@ -56,10 +56,33 @@ def test_sweep_keeps_results_and_goes_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--learning_rate=1e-3", "--learning_rate"),
+        ("--n-layer 2", "--n_layer"),
+        ("--preset demo", "--preset"),
+        ("--ddp 2", "--ddp 2"),
+        ("--no_keep_checkpoints", "--no_keep_checkpoints"),
+    ],
+)
+def test_a_function_has_no_options_of_a_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, named: str
+):
+    target = ["--target", "experiments.jobs:measured"]
+    monkeypatch.setattr(sys, "argv", ["gpt2 seeds", *target, *given.split()])
+    assert cli_experiments.seeds_main() == 2
+    assert f"error: {named} is for trainings; leave it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--target", "os:no_such"], "there is no function os:no_such"),
-        (["--target", "os:getcwd"], "os:getcwd cannot be called with seed"),
+        (["--target", "os"], "there is no function os; needed is module:function"),
+        (
+            ["--target", "os:getcwd", "--device", "cpu", "--out-dir", "x"],
+            "os:getcwd cannot be called with seed",
+        ),
         (["--grid", "learning_rat=1,2"], "did you mean learning_rate"),
         (["--grid", "n_layer=2.5,x"], "n_layer=2.5 does not fit"),
         (["--grid", "seed=1,2"], "the seeds of a sweep are given by --num_seeds"),
@@ -67,8 +90,9 @@ def test_sweep_keeps_results_and_goes_on(tmp_path: Path):
         (["--experiment_name", "a"], "are for one run"),
         (
             ["--target", "experiments.jobs:measured", "--grid", "rate=x/y,x_y"],
-            "not a name of its own",
+            "two points would be called rate=x_y; use other values",
         ),
+        (["--resume", "latest"], "--resume latest is for one run; an experiment goes on by itself"),
         (["--num_seeds", "0"], "num_seeds=0 is too small"),
         (["--data_root", "nowhere"], "nowhere"),
     ],

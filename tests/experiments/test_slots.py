@@ -58,6 +58,10 @@ def test_ddp_gives_each_slot_several_gpus(monkeypatch: pytest.MonkeyPatch):
     assert seen(count=3) == shared, "in turn"
     assert seen(gpus=["7", "2", "1"], max_gpus=2) == {"gpu7-2": ("7,2", "16")}
     assert seen(device="cpu") == {"cpu0": ("8",), "cpu1": ("8",)}
+    said.clear()
+    assert len(seen(device="cpu", count=16)) == 16 and not said
+    assert len(seen(device="cpu", count=17)) == 17
+    assert said == ["32 cores for 17 × --ddp 2: ranks share cores"]
     with pytest.raises(ConfigError, match=r"needs 2 GPUs, and there is 1 GPU \(5\); use --ddp 1"):
         seen(gpus=["5"])
     with pytest.raises(ConfigError, match=r"there are 5 GPUs \(0, 1, 2, 5, 7\); use --ddp 5"):

@@ -1,3 +1,4 @@
+import math
 import tomllib
 from pathlib import Path
 
@@ -31,6 +32,14 @@ high = 4000
 [grad_clip]
 choices = [1.0, "None"]
 """
+
+
+@pytest.mark.parametrize(
+    ("heads", "more", "count"), [("[1, 2]", "", 6), ("[2]", "[beta2]\nlow=0.5\nhigh=0.6", math.inf)]
+)
+def test_combinations_are_counted(heads: str, more: str, count: float):
+    text = f"[n_layer]\nlow = 2\nhigh = 6\nstep = 2\n[n_head]\nchoices = {heads}\n{more}"
+    assert space.combinations(space.parse(text, RUN, "space.toml")) == count
 
 
 def test_a_space_is_read():

@@ -39,6 +39,22 @@ def test_points_keep_their_own_seeds():
     assert (second.finished, second.failed, second.values) == (2, 1, {0: 7.0})
 
 
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ([{"loss": None}, {"loss": None}], "No result has a finite loss"),
+        ([{"loss": None}, {"rmse": 1.0}], "No result has a finite loss; --metric may be one of"),
+        ([{"b": 1.0, "a": 2}, 3.0], "No result has loss; --metric may be one of a, b, value"),
+        ([], ""),
+    ],
+)
+def test_nothing_to_compare_has_a_reason(results: list[object], words: str):
+    """None is what is kept of NaN."""
+    records = [record(seed, result) for seed, result in enumerate(results)]
+    said = summary.lack([*records, record(9, None, state="failed")], "loss")
+    assert said.startswith(words) and bool(said) == bool(words)
+
+
 def test_table_has_a_row_per_point():
     records = [record(seed, seed * 0.01) for seed in range(3)]
     summaries = summary.summarise([{"rate": 0.1}, {"rate": 0.2}], records, "value")

@@ -95,11 +95,12 @@ def sweep(
     """Calls `function(seed=…, **point)` with every seed of every point, and compares `metric`.
 
     `points` are a grid, as {"width": [4, 8]}, or a list of its points where not all combinations
-    are wanted. The function returns numbers by name, or one, which is then called `value`; the
-    processes that call it are reused. More seeds and points may be added to what `folder` holds;
-    what a `partial` gives the function may not change. `listing` and `draw` make another table and
-    picture of the points, and are called if at least one result has the metric; a point may have
-    none. It runs on all slots of this machine, unless `engine` has others.
+    are wanted. The function returns numbers by name, or one, which is then called `value`; one that
+    is not finite is kept as None. The processes that call it are reused. More seeds and points may
+    be added to what `folder` holds; what a `partial` gives the function may not change. `listing`
+    and `draw` make another table and picture of the points, and are called if at least one result
+    has the metric; a point may have none. It runs on all slots of this machine, unless `engine` has
+    others.
 
     Raises UserError, before anything runs, for a function that cannot be called so, and if `folder`
     holds another experiment or belongs to a process that lives.

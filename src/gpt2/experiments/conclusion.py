@@ -27,9 +27,10 @@ def conclude(search: Search, study: Study, source: Trials, number: int, out: Con
     found: best.Best | None = None
     try:
         found = source.patiently(lambda: best.keep(study, search.folder))
-        written = report.write(rows, search.folder, found.command if found else None)
-        names = ", ".join(path.name for path in written)
-        out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
+        if any(row.has_something for row in rows):
+            written = report.write(rows, search.folder, found.command if found else None)
+            names = ", ".join(path.name for path in written)
+            out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
     except (OSError, ValueError) as error:
         out.print(f"WARNING: not everything could be written: {error}")
     if found and found.command:

@@ -89,14 +89,16 @@ def _state(folder: Path, picture: Picture | None) -> str:
 
 
 def require(folder: Path) -> Experiment:
-    """The experiment in `folder`; raises CheckpointError, naming those that there are."""
+    """The experiment in `folder`; raises CheckpointError, naming what there is to show."""
     if found := find(folder):
         return found
     root = next((at for at in (folder, folder.parent) if at.is_dir() and at != Path()), None)
-    names = [str(path) for path in _folders(root or Path("checkpoints"))]
+    root = root or Path("checkpoints")
+    found_there = [*_folders(root), *(run.folder for run in trainings(root))]
+    names = [str(path) for path in sorted(found_there)]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     there = f"there are {', '.join(names[:NAMED])}{more}" if names else "nor anywhere near it"
-    raise CheckpointError(f"no experiment in {folder}; {there}")
+    raise CheckpointError(f"no experiment or training in {folder}; {there}")
 
 
 def below(root: Path) -> list[Experiment]:

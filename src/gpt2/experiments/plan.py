@@ -39,6 +39,8 @@ class Job:
     """a fresh process for this job alone; short jobs share one, which saves its start"""
     slot: int | None = None
     """the slot that it waits for; None is whichever is free first"""
+    wants_numbers: bool = False
+    """whether it has failed if what it returns has no number"""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
         values = [_value(text.strip()) for text in texts.split(",")]
         if not name.isidentifier() or "" in values:
             raise ConfigError(f"--grid {item}: needed is NAME=VALUE,VALUE, as in n_layer=2,4")
-        if name in grid or any(values.count(value) > 1 for value in values):
-            raise ConfigError(f"--grid {item}: a name or a value is given twice")
+        if name in grid:
+            raise ConfigError(f"--grid {item}: {name} is there twice")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(f"--grid {item}: {twice[0]} is there twice")
         grid[name] = values
     return grid
 

@@ -338,7 +338,8 @@ class Pool:
         task, seat.task = seat.task, None
         how = seat.worker.bury() if seat.worker.has_ended else "its process cannot be killed"
         if task and self._stopping:
-            self._tell(seat, task, "stopped", reason=seat.verdict or how)
+            why = how if task.has_begun else ""  # one that still loads dies of the signal, as meant
+            self._tell(seat, task, "stopped", reason=seat.verdict or why)
         elif task:
             self._on_loss(seat, task, seat.verdict or how)
         seat.worker = seat.deadline = seat.killed = None

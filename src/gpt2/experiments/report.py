@@ -63,6 +63,11 @@ class Row:
         return self.state in ("COMPLETE", "PRUNED")
 
     @property
+    def has_something(self) -> bool:
+        """Whether there is something to say of it: it has ended, or has a validation."""
+        return self.is_counted or self.state == "FAIL" or bool(self.losses)
+
+    @property
     def outcome(self) -> str:
         return {"COMPLETE": "finished", "FAIL": "failed"}.get(self.state, self.state.lower())
 

@@ -424,5 +424,7 @@ def _introduce(search: Search, places: Sequence[Slot], done: int, out: Console) 
         out.print(f"  - done already: {min(done, search.n_trials)}")
     for name, values in spaces.described(search.space).items():
         out.print(f"  - {name}: {values}")
+    if (count := spaces.combinations(search.space)) < search.n_trials:
+        out.print(f"  - these are only {counted(int(count), 'combination')}: trials will be alike")
     out.print(f"  - trials {search.folder}/trial_*, study {studies.where(search)}")
     out.print(f"  - logs {search.log_dir}/worker_{places[0].name}_*.log, one for each slot")

@@ -84,7 +84,8 @@ class Function:
         return {plan.unlike("target", own): self.call.target, **own}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
-        return Job(name, self.call.target, {**self.call.kwargs, **values}, own_process=False)
+        kwargs = {**self.call.kwargs, **values}
+        return Job(name, self.call.target, kwargs, own_process=False, wants_numbers=True)
 
     def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
         pass
@@ -120,13 +121,19 @@ class Sweep:
 
     def _require_names(self) -> None:
         """Raises ConfigError if points cannot be told apart by the names of their jobs."""
-        names = [plan.point_name(point) for point in self.points]
-        for name in names:
-            if names.count(name) > 1 or len(name) > LONGEST_NAME:
+        named: dict[str, Point] = {}
+        for point in self.points:
+            name = plan.point_name(point)
+            if len(name) > LONGEST_NAME:
                 raise ConfigError(
-                    f"grid: a point would be called {name:.80}, which is not a name of its own "
-                    f"of {LONGEST_NAME} characters at most; use other values"
+                    f"grid: a point would be called {name:.80}…, which is longer than "
+                    f"{LONGEST_NAME} characters; use other values"
                 )
+            if named.get(name) == point:
+                raise ConfigError(f"grid: the point {name or 'without values'} is there twice")
+            if name in named:
+                raise ConfigError(f"grid: two points would be called {name}; use other values")
+            named[name] = point
 
     def about(self) -> About:
         """What all jobs have in common; seeds and values may be added later."""
@@ -239,7 +246,9 @@ def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
 def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
     total = len(sweep.points) * len(sweep.seeds)
     grid = f"{counted(len(sweep.points), 'point')} of a grid, " if [*sweep.points] != [{}] else ""
-    seeds = f"{counted(len(sweep.seeds), 'seed')} ({sweep.seeds[0]} to {sweep.seeds[-1]})"
+    first, last = sweep.seeds[0], sweep.seeds[-1]
+    which = f"{first}" if first == last else f"{first} to {last}"
+    seeds = f"{counted(len(sweep.seeds), 'seed')} ({which})"
     out.print(f"Sweep of {sweep.task.name}: {grid}{seeds}, {counted(total, 'job')}")
     if done:
         out.print(f"  - {done} of them are done already, in {sweep.folder}")
@@ -249,17 +258,19 @@ def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
 
 def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     """The table, what failed, and the picture."""
-    summaries = source.summaries()
+    summaries, records = source.summaries(), source.records()
+    results = f"Results: {sweep.folder / ledgers.RESULTS}"
     if any(item.values for item in summaries):
         out.print(sweep.listing(summaries, sweep.metric))
-    elif known := sorted({name for item in summaries for name in item.metrics}):
-        out.print(f"No result has {sweep.metric}; --metric may be one of {', '.join(known)}")
-    for record in source.failures():
-        out.print(f"FAILED {record.job}: {record.reason}", style="red")
-    if any(item.values for item in summaries):
         picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
         try:
             plot.write(lambda: sweep.draw(summaries, sweep.metric), picture)
+            results += f", picture: {picture}"
         except ConfigError as error:
-            out.print(f"WARNING: no picture: {error}")
-        out.print(f"Results: {sweep.folder / ledgers.RESULTS}, picture: {picture}")
+            results += f"; no picture: {error}"
+    elif lack := summary.lack(records, sweep.metric):
+        out.print(lack)
+    for record in source.failures():
+        out.print(f"FAILED {record.job}: {record.reason}", style="red")
+    if records:
+        out.print(results)

@@ -25,7 +25,8 @@ def of_machine(
     (physical ids), of these the first `max_gpus`; and without a GPU two.
 
     More slots than there are groups of GPUs share these in turn. `say` is told which GPUs are left
-    over. Raises ConfigError for a GPU that is not there, and if there are less than `ddp`.
+    over, and if ranks share CPU cores. Raises ConfigError for a GPU that is not there, and if there
+    are less than `ddp`.
     """
     visible = [] if device == "cpu" else _visible_gpus(os.environ)
     if gpus is not None:
@@ -44,6 +45,8 @@ def of_machine(
         count = count or len(groups)
         return of_gpus(groups, count, _threads(cores, count * ddp))
     count = count or min(CPU_SHARES, max_gpus or CPU_SHARES)
+    if ddp > 1 and count * ddp > cores:
+        say(f"{counted(cores, 'core')} for {count} × --ddp {ddp}: ranks share cores")
     return of_cores(count, _threads(cores, count * ddp))
 
 

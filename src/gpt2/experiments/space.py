@@ -195,6 +195,12 @@ def described(space: Space) -> dict[str, str]:
     return {dimension.name: str(dimension) for dimension in space}
 
 
+def combinations(space: Space) -> float:
+    """How many there are at most; infinitely many with a range of numbers that are not whole."""
+    values = (item.values() for item in space)
+    return math.prod(math.inf if each is None else len(each) for each in values)
+
+
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What is other in a space, a line for each option."""
     return [

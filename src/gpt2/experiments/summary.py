@@ -72,6 +72,18 @@ def numbers(result: Any) -> dict[str, float]:
     }
 
 
+def lack(records: Iterable[Record], metric: str) -> str:
+    """Why there is nothing to compare though jobs have finished; empty if none has."""
+    results = [record.result for record in records if record.state != "failed"]
+    if not results:
+        return ""
+    named = [result if isinstance(result, Mapping) else {"value": result} for result in results]
+    what = f"a finite {metric}" if any(metric in names for names in named) else metric
+    known = sorted({name for result in results for name in numbers(result)})
+    others = f"; --metric may be one of {', '.join(known)}" if known else ""
+    return f"No result has {what}{others}"
+
+
 def summarise(
     points: Sequence[Point], records: Iterable[Record], metric: str
 ) -> list[PointSummary]:

@@ -180,7 +180,7 @@ def saved_time(parallel_s: float, one_by_one_s: float, shared: bool, noun: str) 
 
     `shared` says that the jobs shared cores or a GPU, which each would have had alone.
     """
-    saved_s = one_by_one_s - parallel_s
+    saved_s = round(one_by_one_s) - round(parallel_s)  # as both are shown
     what = "nothing saved"
     if saved_s > 0:
         what = f"{duration(saved_s)} saved ({saved_s / one_by_one_s:.0%})".replace("%", " %")
@@ -206,9 +206,12 @@ def _introduce(group: Group, waiting: Sequence[str], places: Sequence[Slot], dia
     diary.say(group.heading)
     if done := [name for name in group.names if name not in waiting]:
         diary.say(f"  - finished already: {', '.join(done)}")
-    where = ", ".join(slot.name for slot in places)
-    if len(places) > 1 and waiting:
-        diary.say(f"  - {min(len(places), len(waiting))} at a time, on {where}")
-    elif len(waiting) > 1:
+    used = places[: len(waiting)]  # the first ones, as `Group.placed` gives them
+    where = ", ".join(slot.name for slot in used)
+    if len(used) > 1:
+        diary.say(f"  - {len(used)} at a time, on {where}")
+    elif len(waiting) == 1:
+        diary.say(f"  - on {where}")
+    elif waiting:
         diary.say(f"  - one after another, on {where}")
     diary.say(f"  - results {group.folder}, logs {group.log('*')}")

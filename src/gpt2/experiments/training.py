@@ -46,7 +46,7 @@ def require_fresh_start(run_config: RunConfig) -> None:
             "--gpus says where they train"
         )
     settings = run_config.checkpoint
-    if settings.resume not in (None, "latest") or settings.init_from == "resume":
+    if settings.resume_from is not None:
         raise ConfigError(
             f"--resume {settings.resume_from} is for one run; an experiment goes on by itself when "
             "the same command is given again"

@@ -107,6 +107,11 @@ class Reporter:
         self.is_over = False
         """whether the job has ended; a thread may go on"""
 
+    @property
+    def must_stop(self) -> bool:
+        """Whether the owner has asked for that: what it needs may have taken long to load."""
+        return self._stop.is_set
+
     def begin(self) -> None:
         """What a job needs is loaded: from here on it may hang."""
         _send(self._channel, {"begun": os.getpid()})
@@ -125,13 +130,13 @@ class Reporter:
 def find(target: str) -> Callable[..., Any]:
     """The function `module:function`; raises UserError if there is none."""
     module, _, name = target.partition(":")
+    needed = "needed is module:function, importable from this folder"
+    if not module or not name:
+        raise UserError(f"there is no function {target}; {needed}")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"there is no function {target} ({error}); needed is module:function, importable from "
-            "this folder"
-        ) from error
+        raise UserError(f"there is no function {target} ({error}); {needed}") from error
     if not callable(function):
         raise UserError(f"{target} is no function")
     return function
@@ -148,6 +153,8 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
     print(f"job {job.name}: {job.target}", flush=True)
     try:
         function = find(job.target)
+        if report.must_stop:
+            raise Stopped
         report.begin()
         _keep_modules(job.target)
         kwargs = dict(job.kwargs)
@@ -156,6 +163,8 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         result = function(**kwargs)
         if report.answer == "stop":
             raise Stopped
+        if job.wants_numbers:
+            _require_numbers(job.target, result)
         outcome = {"pruned" if report.answer == "prune" else "finished": _plain(result)}
         size = len(json.dumps(outcome))  # what has no plain form fails here, as the job's mistake
         if size > MAX_RESULT_BYTES:
@@ -183,6 +192,16 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         }
     finally:
         report.is_over = True
+
+
+def _require_numbers(target: str, result: Any) -> None:
+    """Raises UserError unless the result is a number, or has one by name; here NaN is one, too."""
+    named = result if isinstance(result, dict) else {"value": result}
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in named.values()]
+    if not any(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise UserError(
+            f"{target} returned {result!r:.80}; needed are numbers by name, as in {{'value': 1.5}}"
+        )
 
 
 def _has_no_memory(error: BaseException) -> bool:
