@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint, distributed, model, optim
+from gpt2.compiled import compiled
 from gpt2.config import RunConfig
 from gpt2.data import order
 from gpt2.data.loader import MicroBatch
@@ -56,13 +57,12 @@ class Learner:
             self.model.load_state_dict(weights)
             weights.clear()  # a copy on the host must not stay for ten days
         self.optimizer = optim.build(self.model, run_config.optim)
-        compiled = machine.compile == "on" or (
-            machine.compile == "auto" and world.device.type == "cuda"
-        )
-        self.model.fast_head = machine.fast and world.device.type == "cpu" and not compiled
+        on_cuda = world.device.type == "cuda"
+        is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
+        self.model.fast_head = machine.fast and not on_cuda and not is_compiled
         self.local_net: nn.Module = self.model
-        if compiled:
-            self.local_net = cast(nn.Module, torch.compile(self.model))
+        if is_compiled:
+            self.local_net = compiled(self.model)
         self.mini_batch_size = run_config.data.mini_batch_size
         if run_config.data.auto_mini_batch:
             self._fit_mini_batch()
@@ -70,10 +70,10 @@ class Learner:
         if world.size > 1:
             self.net = DistributedDataParallel(
                 self.local_net,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
+                device_ids=[world.device] if on_cuda else None,
                 gradient_as_bucket_view=True,
             )
-            self._settle_buckets(compiled)
+            self._settle_buckets(is_compiled)
         _seed_streams(machine.seed, world.rank)
 
     def learn(self, micros: Sequence[MicroBatch], learning_rate: float) -> Update:
@@ -162,7 +162,7 @@ class Learner:
             torch.cuda.empty_cache()
         return not self.world.highest(failed)
 
-    def _settle_buckets(self, compiled: bool) -> None:
+    def _settle_buckets(self, is_compiled: bool) -> None:
         """One backward whose gradients are thrown away.
 
         After its first backward, DDP lays its buckets out anew, which changes the order in which
@@ -170,7 +170,7 @@ class Learner:
         would differ in the last bit from the same step of a run that was never stopped.
         """
         share = len(order.share(self.config.rows_per_step, self.world.rank, self.world.size))
-        rows = min(self.mini_batch_size, share) if compiled else 1  # compile for the real shape
+        rows = min(self.mini_batch_size, share) if is_compiled else 1  # for the real shape
         shape = (rows, self.config.model.block_size)
         tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
         with _memory_for(*shape):

@@ -1,0 +1,27 @@
+"""torch.compile, whose kernels stay for the next run."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+KERNELS = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    """`net`, which its first call compiles, unless an earlier process has compiled the same.
+
+    torch keeps the kernels below /tmp, which a restart of the machine empties; here they stay in
+    the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says.
+    """
+    if KERNELS not in os.environ:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = caches / "gpt2-from-scratch" / "kernels"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ[KERNELS] = str(folder)
+    return cast(nn.Module, torch.compile(net))
