@@ -2,34 +2,29 @@
 
 The same model, batch and tokens: (i) a plain loop with torch.compile and autocast in the manner of
 nanoGPT, (ii) transformers' GPT-2, compiled, in that loop, (iii) transformers.Trainer. Each as
-shipped (bfloat16, AdamW as it comes, malloc as it comes), and tuned: the type that is fastest on
-this machine, fused AdamW, and our setting of malloc. Each has a process of its own; they take
-turns, so that a noisy machine is noisy for all. A step is all of it: forward, backward, clipping,
-update, and the loss read.
+shipped (AdamW and malloc as they come), and tuned (fused AdamW, and our setting of malloc), and all
+in the type that is fastest on this machine: bfloat16, or float32 where the hardware has no products
+of bfloat16. Each has a process of its own; they take turns. A step is all of it: forward, backward,
+clipping, update, and the loss read.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import plain
 import torch
 from torch import Tensor
+from turns import Contender, Timed, ratio, serve, take_turns
 
 from gpt2 import config, distributed, estimate, optim
 from gpt2.config import RunConfig
 from gpt2.learner import Learner
 
-Timed = Callable[[int], list[float]]
-"""seconds of each of so many steps"""
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "mini_batch_size": 8},
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "mini_batch_size": 4},
@@ -47,6 +42,10 @@ def run_config(shape: str, device: torch.device) -> RunConfig:
     rows, length = values["mini_batch_size"], values["block_size"]
     values["total_batch_size"] = rows * length  # type: ignore[operator]
     return config.overlay(config.preset("gpt2-124m"), values | {"device": device.type})
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if distributed.has_fast_bfloat16(device) else torch.float32
 
 
 def tokens_of(run: RunConfig) -> Tensor:
@@ -69,79 +68,26 @@ def timed(step: Callable[[Tensor, Tensor], object], rows_BT: Tensor) -> Timed:
     return run
 
 
-def contender(name: str, shape: str, folder: str) -> Timed:
+def prepare(name: str, shape: str, folder: str) -> Timed:
     """What times the steps of a contender, which is ready to begin."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = run_config(shape, device)
     rows_BT = tokens_of(run)
     which, _, how = name.partition(":")
-    if which != "ours" and how == "shipped":
-        dtype, fused = torch.bfloat16, which == "plain"  # nanoGPT fuses its AdamW on a GPU
-        fused = fused and device.type == "cuda"
-    else:
+    dtype = fastest_dtype(device)
+    fused = which == "plain" and device.type == "cuda"  # there nanoGPT does it
+    if how != "shipped":
+        fused = True
         with distributed.join(run.machine) as world:  # sets malloc
-            learner = Learner(run, world)
-        if which == "ours":
-            return timed(lambda *batch: learner.learn([batch], 6e-4), rows_BT)
-        dtype, fused = learner.dtype, True
-        del learner
+            if which == "ours":
+                learner = Learner(run, world)
+                return timed(lambda *batch: learner.learn([batch], 6e-4), rows_BT)
     torch.manual_seed(0)
     if which == "trainer":
         theirs = plain.trainer(run.model, device, dtype, fused, folder)
         return lambda steps: theirs(rows_BT[:, :-1], steps)
     build = plain.plain if which == "plain" else plain.transformers_loop
     return timed(build(run.model, device, dtype, fused), rows_BT)
-
-
-def serve(name: str, shape: str) -> None:
-    """The process of a contender: a number of steps comes in, seconds and peak memory go out."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # Trainer talks
-    with tempfile.TemporaryDirectory() as folder:
-        steps = contender(name, shape, folder)
-        for line in sys.stdin:
-            times = steps(int(line))
-            answers.write(json.dumps({"times": times, "peak_gb": peak_gb()}) + "\n")
-
-
-def peak_gb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
-
-
-@dataclass
-class Rival:
-    """A contender's process, and what it has said."""
-
-    name: str
-    process: subprocess.Popen[str]
-    rounds: list[float]
-    """median seconds of a step in each round"""
-    peak_gb: float = 0.0
-
-    @classmethod
-    def start(cls, name: str, shape: str) -> "Rival":
-        command = [sys.executable, __file__, "--serve", name, "--shapes", shape]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        return cls(name, process, [])
-
-    def run(self, steps: int) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"{self.name} has failed; python {__file__} --serve {self.name}")
-        answer = json.loads(line)
-        self.peak_gb = answer["peak_gb"]
-        return statistics.median(answer["times"])
 
 
 def breakdown(shape: str, steps: int) -> dict[str, float]:
@@ -179,36 +125,31 @@ def breakdown(shape: str, steps: int) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in parts.items()}
 
 
-def compare(shape: str, contenders: list[str], rounds: int, steps: int) -> None:
+def compare(shape: str, names: list[str], rounds: int, steps: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = run_config(shape, device)
-    fast = distributed.has_fast_bfloat16(device)
-    dtype = torch.bfloat16 if fast else torch.float32
-    batch_tokens = run.data.total_batch_size
-    rivals = []
-    for name in contenders:
-        rivals.append(rival := Rival.start(name, shape))
-        rival.run(3)  # compiles; one after another, as compilers take all cores
+    run, dtype = run_config(shape, device), fastest_dtype(device)
+    contenders = []
+    for name in names:
+        command = [sys.executable, __file__, "--serve", name, "--shapes", shape]
+        contenders.append(contender := Contender.start(name, command))
+        contender.run(3)  # compiles; one after another, as compilers take all cores
     rates = []
-    for _ in range(rounds):
-        for rival in rivals:
-            rival.rounds.append(rival.run(steps))
-        rates.append(distributed.measured_flops(device, dtype))
-    for rival in rivals:
-        rival.process.communicate()
-    ours = next(rival for rival in rivals if rival.name == "ours")
-    flops = estimate.flops_per_token(run.model) * batch_tokens
-    peak = statistics.median(rates)
+    for _ in take_turns(contenders, rounds, steps):
+        rates += [distributed.measured_flops(device, dtype) for _ in range(5)]
+    for contender in contenders:
+        contender.end()
+    ours = next(contender for contender in contenders if contender.name == "ours")
+    tokens, peak = run.data.total_batch_size, statistics.median(rates)
+    flops = estimate.flops_per_token(run.model) * tokens
     print(f"\n{shape}: {run.data.mini_batch_size} x {run.model.block_size} tokens, {device.type}")
     print(f"matrix products of {dtype}: {peak / 1e9:,.0f} GFLOP/s")
-    for rival in rivals:
-        seconds = statistics.median(rival.rounds)
-        ratios = [theirs / mine for theirs, mine in zip(rival.rounds, ours.rounds, strict=True)]
+    for contender in contenders:
+        seconds = statistics.median(contender.rounds)
         print(
-            f"{rival.name:22} {1000 * seconds:8.0f} ms  {batch_tokens / seconds:9,.0f} tokens/s  "
-            f"MFU {100 * flops / seconds / peak:3.0f} %  {rival.peak_gb:5.2f} GB  "
-            f"ours is {statistics.median(ratios):.2f} times as fast "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{contender.name:22} {1000 * seconds:8.0f} ms  {tokens / seconds:9,.0f} tokens/s  "
+            f"MFU {100 * flops / seconds / peak:3.0f} %  {contender.peak_gb:5.2f} GB  "
+            f"ours is {ratio(ours, contender)} times as fast",
+            flush=True,
         )
     parts = breakdown(shape, steps)
     print("ours: " + ", ".join(f"{name} {value:.0f} ms" for name, value in parts.items()))
@@ -224,7 +165,8 @@ def main() -> None:
     options = parser.parse_args()
     for shape in options.shapes:
         if options.serve:
-            serve(options.serve, shape)
+            with tempfile.TemporaryDirectory() as folder:
+                serve(partial(prepare, options.serve, shape, folder))
         else:
             compare(shape, options.contenders, options.rounds, options.steps)
 
