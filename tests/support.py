@@ -24,6 +24,8 @@ SMALL_RUN: dict[str, object] = {
     "total_batch_size": 128,
     "mini_batch_size": 2,
     "max_steps": 20,
+    "optimizer": "adamw",
+    "learning_rate": 6e-3,
     "warmup_steps": 5,
     "eval_interval": 5,
     "eval_batches": 2,

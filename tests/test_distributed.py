@@ -91,14 +91,14 @@ def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path,
 SEVERAL_RUNS = """
 import json, os, sys, torch
 from gpt2 import cli_train, model, optim, train
-build, clip = model.build, optim.clip
-def keep(net, largest_norm):
+build, gradient_norm = model.build, optim.gradient_norm
+def keep(net):
     if os.environ.get("RANK", "0") == "0":
         torch.save({name: part.grad for name, part in net.named_parameters()}, path)
-    return clip(net, largest_norm)
+    return gradient_norm(net)
 for path, flags in json.loads(sys.argv[1]):
     model.build = (lambda shape: build(shape).double()) if path else build
-    optim.clip = keep if path else clip
+    optim.gradient_norm = keep if path else gradient_norm
     train.run(cli_train.parse_train(flags).run)
 """
 """Of each pair, a run with these flags; in float64, if the gradient of its update is to be kept."""

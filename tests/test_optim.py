@@ -1,12 +1,15 @@
+import copy
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from gpt2 import model, optim
 from gpt2.config import ModelConfig, OptimConfig
+from gpt2.model.base import LanguageModel
 
 SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 
@@ -26,13 +29,43 @@ def test_learning_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(1.0, 1.0), (100.0, 5.0), (None, 5.0)])
-def test_clip_scales_to_the_limit_and_returns_the_norm_before(limit, expected):
-    layer = torch.nn.Linear(1, 1)
-    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
-    assert float(optim.clip(layer, limit)) == pytest.approx(5.0)
-    norm = (layer.weight.grad.square().sum() + layer.bias.grad.square().sum()).sqrt()
-    assert float(norm) == pytest.approx(expected, rel=1e-4)
+def with_gradients(optimizer: str, seed: int = 0) -> tuple[LanguageModel, Any]:
+    torch.manual_seed(seed)
+    net = model.build(SHAPE)
+    for part in net.parameters():
+        part.grad = torch.randn_like(part)
+    return net, optim.build(net, OptimConfig(optimizer=optimizer))
+
+
+@pytest.mark.parametrize("limit", [1.0, 1e9, None])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_is_a_step_with_clipped_gradients(optimizer: str, limit: float | None):
+    (net, ours), (other, theirs) = with_gradients(optimizer), with_gradients(optimizer)
+    for _ in range(2):  # the second one shows what the first has left
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), limit or float("inf"))
+        assert float(norm) > 10
+        for part in theirs.parts if isinstance(theirs, optim.Together) else [theirs]:
+            part.step()
+        assert float(optim.gradient_norm(net)) == pytest.approx(float(norm))
+        ours.update(optim.gradient_norm(net), limit, torch.tensor(True))
+        for one, two in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+            one.grad, two.grad = torch.full_like(one, 0.1), torch.full_like(two, 0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_that_is_no_good_changes_nothing(optimizer: str):
+    net, ours = with_gradients(optimizer)
+    ours.update(optim.gradient_norm(net), 1.0, torch.tensor(True))
+    parts = ours.parts if isinstance(ours, optim.Together) else [ours]
+
+    def all_that_changes() -> list[Any]:
+        return [net.state_dict(), *(part.state_dict()["state"] for part in parts)]
+
+    before = copy.deepcopy(all_that_changes())
+    next(net.parameters()).grad[0, 0] = float("nan")
+    ours.update(optim.gradient_norm(net), 1.0, torch.tensor(False))
+    torch.testing.assert_close(all_that_changes(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "modern", "mlp"])
@@ -60,7 +93,7 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw():
     optimizer = optim.build(net, OptimConfig(optimizer="muon", learning_rate=1.0, weight_decay=0.0))
     for part in net.parameters():
         part.grad = torch.randn_like(part)
-    optimizer.step()
+    optimizer.update(optim.gradient_norm(net), None, torch.tensor(True))
     change = net.blocks[0].mlp.up.weight.detach() - before
     sizes = torch.linalg.svdvals(change)
     assert float(sizes.max() / sizes.min()) < 2.5, "those of the gradient differ by more"
@@ -75,7 +108,8 @@ def test_an_update_loads_no_compiler(optimizer: str):
         "net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))\n"
         "optimizer = optim.build(net, OptimConfig(optimizer=sys.argv[1]))\n"
         "net(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()\n"
-        "optimizer.step()\noptimizer.zero_grad(set_to_none=True)\n"
+        "optimizer.update(optim.gradient_norm(net), 1.0, torch.tensor(True))\n"
+        "optimizer.zero_grad(set_to_none=True)\n"
         "optimizer.load_state_dict(optimizer.state_dict())\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )

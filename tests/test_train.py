@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt2 import checkpoint, status, train
 from gpt2.data import prepare
+from gpt2.distributed import World
 from gpt2.errors import CheckpointError, ConfigError, DataError
 from gpt2.shape import ARCHITECTURES
 from support import SMALL_CORPUS, loss_lines, losses, small_config
@@ -84,6 +85,30 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     train.run(small_config(data_root, parts, **options, max_steps=steps, resume="latest"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
     one, other = load(whole, steps), load(parts, steps)
+    for same in ("model", "optimizer", "rng", "progress"):
+        assert_same(one[same], other[same])
+
+
+def test_a_host_that_is_ahead_of_the_device_does_the_same(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It hears of an update while the device is at the next one, but for the last before others
+    look at the model; so a stop comes an update later."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(small_config(data_root, whole))
+    heard: list[int] = []
+
+    def stop_at_7(**metrics: float) -> train.Answer:
+        heard.append(int(metrics["step"]))
+        return "stop" if metrics["step"] == 7 else "go"
+
+    monkeypatch.setattr(World, "queues_work", True)
+    result = train.run(small_config(data_root, parts), report=stop_at_7)
+    assert (result.state, result.step) == ("stopped", 8)
+    assert heard == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]  # of 0 and 5 the validation, too
+    train.run(small_config(data_root, parts, resume="latest"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = load(whole, 20), load(parts, 20)
     for same in ("model", "optimizer", "rng", "progress"):
         assert_same(one[same], other[same])
 

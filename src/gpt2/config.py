@@ -390,17 +390,17 @@ PRESETS: dict[str, RunConfig] = {
             data_root="data/python_stdlib",
             total_batch_size=1024,
             mini_batch_size=8,
-            max_steps=500,
+            max_steps=350,
         ),
-        optim=OptimConfig(learning_rate=6e-3, warmup_steps=40),
+        optim=OptimConfig(optimizer="muon", learning_rate=0.024, warmup_steps=40),
         checkpoint=CheckpointConfig(
             checkpoint_dir=Path("checkpoints/demo"), checkpoint_interval=100, keep_last=3
         ),
         evaluation=EvalConfig(
-            eval_interval=100,
+            eval_interval=50,
             eval_batches=16,
             hellaswag_interval=None,  # it asks about English, which the demo never sees
-            sample_interval=250,
+            sample_interval=175,
             sample_prompt="def",
         ),
     ),

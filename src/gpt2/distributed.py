@@ -61,6 +61,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def queues_work(self) -> bool:
+        """Whether the host is ahead of the device, and waits for what it reads."""
+        return self.device.type == "cuda"
+
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors on this rank's device; the host does not wait where they are pinned."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
@@ -296,6 +301,26 @@ class DeviceTimer:
         """Seconds between the first mark and the last; on CUDA both must have passed."""
         first, last = self._marks[0], self._marks[-1]
         return float(first.elapsed_time(last)) / 1000 if self._on_cuda else last - first
+
+
+class HostCopy:
+    """Numbers of the device on their way to the host, which goes on meanwhile."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._arrived: Any = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers, as soon as they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[float] = self._numbers.tolist()
+        return values
 
 
 def gpu_usage(device: torch.device) -> dict[str, float]:

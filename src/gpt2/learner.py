@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint, distributed, model, optim
@@ -36,6 +36,26 @@ class Update:
     """whether the weights changed: not if loss or gradient is no finite number"""
     rank_s: list[float]
     """seconds that each rank worked before it waited for the others"""
+
+
+class Underway:
+    """An update that the device may still be at."""
+
+    def __init__(self, world: World, numbers: Tensor, timer: distributed.DeviceTimer) -> None:
+        """`numbers` are loss and gradient norm, (2) of float64 on the device. They are copied as
+        soon as they are there, not behind what is queued later."""
+        self._world, self._timer = world, timer
+        self._numbers = distributed.HostCopy(numbers)
+
+    def result(self) -> Update:
+        """Waits for it. To be asked for by all ranks at the same time."""
+        loss, grad_norm = self._numbers.read()
+        return Update(
+            loss,
+            grad_norm,
+            applied=math.isfinite(loss) and math.isfinite(grad_norm),
+            rank_s=self._world.gather(self._timer.elapsed_s()),
+        )
 
 
 class Learner:
@@ -81,11 +101,15 @@ class Learner:
 
         Raises TrainingError if a micro-batch does not fit into the memory.
         """
+        return self.begin(micros, learning_rate).result()
+
+    def begin(self, micros: Sequence[MicroBatch], learning_rate: float) -> Underway:
+        """The same, but does not wait until the device has done it."""
         rows, block_size = micros[0][0].shape
         with _memory_for(rows, block_size):
-            return self._update(micros, learning_rate)
+            return self._begin(micros, learning_rate)
 
-    def _update(self, micros: Sequence[MicroBatch], learning_rate: float) -> Update:
+    def _begin(self, micros: Sequence[MicroBatch], learning_rate: float) -> Underway:
         world, batch_tokens = self.world, self.config.data.total_batch_size
         timer = distributed.DeviceTimer(world.device)
         optim.set_learning_rate(self.optimizer, learning_rate)
@@ -100,13 +124,14 @@ class Learner:
                 # DDP averages over ranks; the loss is the mean over the global batch.
                 (loss * (world.size / batch_tokens)).backward()
             loss_sum += loss.detach()
-        grad_norm = float(optim.clip(self.model, self.config.optim.grad_clip))
-        loss = float(world.sum(loss_sum)) / batch_tokens
+        norm = optim.gradient_norm(self.model)
         # Sums over all ranks, so that all ranks decide alike.
-        if applied := math.isfinite(loss) and math.isfinite(grad_norm):
-            self.optimizer.step()
+        numbers = torch.stack([world.sum(loss_sum) / batch_tokens, norm.double()])
+        underway = Underway(world, numbers, timer)
+        is_good = numbers.isfinite().all()
+        self.optimizer.update(norm, self.config.optim.grad_clip, is_good)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(loss, grad_norm, applied, rank_s=world.gather(timer.elapsed_s()))
+        return underway
 
     def state(self) -> checkpoint.State:
         """What a checkpoint keeps of it, beside the random streams."""

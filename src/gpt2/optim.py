@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2.config import OptimConfig
@@ -25,6 +25,16 @@ class _Uncompiled:
 class AdamW(_Uncompiled, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
+    def update(self, norm: Tensor, largest_norm: float | None, is_good: Tensor) -> None:
+        """Steps with gradients, whose norm is given, scaled down to `largest_norm`; leaves all as
+        it is unless `is_good`. Its kernel does both on the way, as for a GradScaler: there is no
+        pass over the gradients for that, and the host does not wait for the device."""
+        self.found_inf = is_good.logical_not().float()
+        self.grad_scale = None
+        if largest_norm is not None:
+            self.grad_scale = (norm / largest_norm).clamp(min=1).float()
+        self.step()
+
 
 class Muon(_Uncompiled, torch.optim.Muon):
     step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
@@ -34,25 +44,30 @@ class Together:
     """Several optimisers of different weights as one, with one state."""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self._parts for group in part.param_groups]
+        return [group for part in self.parts for group in part.param_groups]
 
-    def step(self) -> None:
-        for part in self._parts:
-            part.step()
+    def update(self, norm: Tensor, largest_norm: float | None, is_good: Tensor) -> None:
+        """As AdamW's. Muon knows neither a scale nor a step that is left out: the host waits."""
+        if is_good:
+            if largest_norm is not None:
+                weights = [part for group in self.param_groups for part in group["params"]]
+                torch.nn.utils.clip_grads_with_norm_(weights, largest_norm, norm)
+            for part in self.parts:
+                part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self._parts:
+        for part in self.parts:
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return {type(part).__name__: part.state_dict() for part in self._parts}
+        return {type(part).__name__: part.state_dict() for part in self.parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part in self._parts:
+        for part in self.parts:
             part.load_state_dict(state[type(part).__name__])
 
 
@@ -101,7 +116,8 @@ def set_learning_rate(optimizer: AdamW | Together, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip(model: nn.Module, largest_norm: float | None) -> torch.Tensor:
-    """Scales the gradient down to `largest_norm`; returns its global L2 norm before."""
-    limit = float("inf") if largest_norm is None else largest_norm
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The global L2 norm of the gradients, a scalar on their device."""
+    return torch.nn.utils.get_total_norm(
+        [part.grad for part in model.parameters() if part.grad is not None]
+    )

@@ -4,17 +4,16 @@ Steps are counted in finished updates: at step N, N updates are done and the nex
 portion N of the data. What is due at N (validation, samples, a checkpoint) happens between them.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpt2 import checkpoint, distributed, estimate, named, sinks, status
+from gpt2 import checkpoint, distributed, estimate, introduction, named, sinks
 from gpt2.config import RunConfig
 from gpt2.data.loader import Loader
 from gpt2.data.order import Order
@@ -23,19 +22,19 @@ from gpt2.distributed import StopRequest, World
 from gpt2.errors import Diverged
 from gpt2.failures import TORCHRUN_IS_GONE
 from gpt2.judge import Judge, Stopped
-from gpt2.learner import Learner
+from gpt2.learner import Learner, Underway
 from gpt2.metrics import Metrics, Sink, StepRecord
 from gpt2.progress import Progress, Result
 from gpt2.saving import Saver
 from gpt2.schedule import is_due, lr_at
 from gpt2.start import Start, claimed_folder, open_data, require_enough_rows
-from gpt2.tables import counted
+from gpt2.status import Heartbeat, State
 
 Answer = Literal["go", "prune", "stop"]
 Report = Callable[..., Answer]
 # Answers of `report` share a number line with signals, so that all ranks agree on one number.
 STOP, PRUNE = 1001, 1002
-BEAT_EVERY_S, DATA_SLICE_S = 15, 1.0
+DATA_SLICE_S = 1.0
 
 
 def always_go(**_metrics: float) -> Answer:
@@ -67,18 +66,29 @@ def _train(run_config: RunConfig, run_name: str, world: World, report: Report) -
             try:
                 result = training.loop(report, stop)
             except KeyboardInterrupt:  # the second one: leave at once
-                training.write_status("stopped", "interrupted")
+                training.tell("stopped", "interrupted")
                 raise
             except Diverged as error:
-                training.write_status("stopped", str(error))
+                training.tell("stopped", str(error))
                 training.close()
                 raise
             except BaseException as error:
-                training.write_status("failed", world.reason(error))
+                training.tell("failed", world.reason(error))
                 training.close()
                 raise
             training.close()
             return result
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An update that was begun."""
+
+    step: int
+    """how many were done before it"""
+    learning_rate: float
+    started: float
+    underway: Underway
 
 
 class Training:
@@ -113,8 +123,8 @@ class Training:
         self.progress = Progress()
         if start.state is not None:
             self._restore(start.state)
-        folder = run_config.checkpoint.checkpoint_dir.resolve()
-        here = start.path is not None and start.path.resolve().parent == folder
+        checkpoints = run_config.checkpoint.checkpoint_dir.resolve()
+        here = start.path is not None and start.path.resolve().parent == checkpoints
         resumed_step = start.step if here else None
         self.saver = Saver(
             world, run_config.checkpoint, self._say, start.path, resumed_step, self.link
@@ -122,43 +132,68 @@ class Training:
         if world.watch is not None:
             world.watch.is_writing = lambda: self.saver.is_busy
         self.first_step = self.progress.step
-        self.older = world.on_main(lambda: checkpoint.list_checkpoints(folder))
+        self.older = world.on_main(lambda: checkpoint.list_checkpoints(checkpoints))
         self.metrics = self._open_metrics()
-        self.write_status("running")
-        self._introduce(data)
+        folder = run_config.checkpoint.checkpoint_dir if world.is_main else None
+        self.status = Heartbeat(folder, introduction.plan(self))
+        self.tell("running")
+        for line in introduction.lines(self, data):
+            self._say(line)
         self.loader = self._loader()
+        self.begun: Begun | None = None
+        """the update of which nothing was heard yet"""
+        self.heard = 0.0
+        """when something was heard of the update before"""
 
     def loop(self, report: Report, stop: StopRequest) -> Result:
         """Trains until the last step or until somebody says stop."""
-        while self.progress.step < self.total_steps:
-            if reason := self.world.highest(stop.number):
+        while not self._is_done(report, stop):
+            if reason := self._reason_to_stop(report, stop):
                 return self._stopped(reason)
             if self._judge_if_due(report, stop):
                 continue
             self._save_if_due()
             self._announce_epoch()
-            if reason := self._stop_before_data(stop):
+            if reason := self._stop_before_data(report, stop):
                 return self._stopped(reason)
-            record = self._train_step()
-            self.metrics.step(record)
-            self._ask_about(record, report, stop)
-            self._go_back_if_bad(record)
+            self._begin_step(report, stop)
             self.saver.report()
-            self._beat()
+            self.status.beat(self.progress.step)
         if self._judge_if_due(report, stop, last=True):
             return self._stopped(self.world.highest(stop.number))
         return self._finished()
 
-    def _stop_before_data(self, stop: StopRequest) -> int:
+    def _is_done(self, report: Report, stop: StopRequest) -> bool:
+        """Whether the last step is done. Updates of which nothing was heard yet are waited for
+        where something is due between them and the next one."""
+        step, settings = self.progress.step, self.config.evaluation
+        intervals = (
+            settings.eval_interval,
+            settings.hellaswag_interval,
+            settings.sample_interval,
+            self.config.checkpoint.checkpoint_interval,
+        )
+        is_last = step >= self.total_steps
+        if is_last or any(is_due(step, every) for every in intervals) or self._epochs_done():
+            self._end_step(report, stop)
+        return self.progress.step >= self.total_steps  # or it went back
+
+    def _reason_to_stop(self, report: Report, stop: StopRequest) -> int:
+        """A signal, or what `report` has answered, on any rank."""
+        if reason := self.world.highest(stop.number):
+            self._end_step(report, stop)
+        return reason
+
+    def _stop_before_data(self, report: Report, stop: StopRequest) -> int:
         """Waits until every rank has the batches of the next step; why to stop, if that comes
         first. A shard that is long in coming keeps no rank waiting in a collective."""
         while True:
             ready = self.loader.is_ready(within_s=DATA_SLICE_S)
-            if reason := self.world.highest(stop.number):
+            if reason := self._reason_to_stop(report, stop):
                 return reason
             if not self.world.highest(not ready):
                 return 0
-            self._beat()
+            self.status.beat(self.progress.step)
 
     def close(self) -> None:
         """Lets what is being written reach the disk, and ends the threads."""
@@ -184,19 +219,41 @@ class Training:
         first, count = self.progress.left_out or (self.total_steps, 0)
         return step if step < first else step + count
 
-    def _train_step(self) -> StepRecord:
-        """One update on portion `progress.step` of the data."""
+    def _begin_step(self, report: Report, stop: StopRequest) -> None:
+        """One update on portion `progress.step` of the data. What it was like is heard while the
+        device is at the next one, where the host is ahead of it; else at once."""
         started, step = time.perf_counter(), self.progress.step
         rate = lr_at(step, self.schedule)
-        update = self.learner.learn(self.loader.next_step(), rate)
-        elapsed_s = time.perf_counter() - started
+        underway = self.learner.begin(self.loader.next_step(), rate)
+        self._end_step(report, stop)
+        if self.progress.step == step:  # it did not go back
+            self.begun = Begun(step, rate, started, underway)
+            self.progress.step = step + 1
+            if not self.world.queues_work:
+                self._end_step(report, stop)
+
+    def _end_step(self, report: Report, stop: StopRequest) -> None:
+        """Hears of the update that was begun, if there is one, and tells of it."""
+        if self.begun is None:
+            return
+        begun, self.begun = self.begun, None
+        record = self._record(begun)
+        self.metrics.step(record)
+        self._ask_about(record, report, stop)
+        self._go_back_if_bad(record)
+
+    def _record(self, begun: Begun) -> StepRecord:
+        update, step = begun.underway.result(), begun.step
+        now = time.perf_counter()
+        elapsed_s = now - max(begun.started, self.heard)
+        self.heard = now
         tokens_per_s = self.config.data.total_batch_size / elapsed_s
-        self.progress.step, self.progress.train_loss = step + 1, update.loss
+        self.progress.train_loss = update.loss
         return StepRecord(
             step=step + 1,
             epoch=self.order.epoch_at(self._portion(step)),
             loss=update.loss,
-            learning_rate=rate,
+            learning_rate=begun.learning_rate,
             grad_norm=update.grad_norm,
             applied=update.applied,
             elapsed_s=elapsed_s,
@@ -289,7 +346,7 @@ class Training:
         progress, step, epoch = self.progress, self.progress.step, self._epoch()
 
         def asked() -> int:  # before every batch
-            if self._beat():
+            if self.status.beat(self.progress.step):
                 self._ask(report, stop, step=step)
             return stop.number
 
@@ -324,21 +381,27 @@ class Training:
         )
 
     def _announce_epoch(self) -> None:
-        step = self.progress.step
-        if step == 0:
-            return
-        before, now = (self.order.epoch_at(self._portion(at)) for at in (step - 1, step))
-        for epoch in range(before, now):
+        for epoch in self._epochs_done():
             self._say(f"Completed Epoch {epoch}")
-            if step < self.total_steps:
+            if self.progress.step < self.total_steps:
                 if self.order.shuffle != "none":
                     count = len(self.train_shards.shards)
                     self._say(f"Shuffled {count} training shards for new epoch")
                 self._say(f"Starting Epoch {epoch + 1}")
 
+    def _epochs_done(self) -> range:
+        """The epochs that the last update has ended."""
+        if self.progress.step == 0:
+            return range(0)
+        return range(self._epoch(), self.next_epoch())
+
     def _epoch(self) -> int:
         """The epoch of the last update (of the first one, before it)."""
         return self.order.epoch_at(self._portion(max(0, self.progress.step - 1)))
+
+    def next_epoch(self) -> int:
+        """The epoch of the next update."""
+        return self.order.epoch_at(self._portion(self.progress.step))
 
     def _save_if_due(self) -> None:
         progress = self.progress
@@ -377,13 +440,13 @@ class Training:
 
     def _stopped(self, reason: int) -> Result:
         if reason == PRUNE:
-            self.write_status("stopped", "pruned")
+            self.tell("stopped", "pruned")
             return self._result("pruned")
         self.saver.finish(self._facts(), self._state)
         names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
         by = names.get(reason, f"by signal {reason}")
         self._say(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
-        self.write_status("failed" if reason == TORCHRUN_IS_GONE else "stopped", by)
+        self.tell("failed" if reason == TORCHRUN_IS_GONE else "stopped", by)
         return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def _finished(self) -> Result:
@@ -395,7 +458,7 @@ class Training:
         else:
             self._announce_epoch()
         self.saver.finish(self._facts(), self._state)
-        self.write_status("finished")
+        self.tell("finished")
         return self._result("finished")
 
     def _result(
@@ -427,71 +490,9 @@ class Training:
         )
         return Metrics(found)
 
-    def _introduce(self, data: Catalog) -> None:
-        """What is about to train, on what, and where it is kept."""
-        run_config, world, say = self.config, self.world, self._say
-        for warning in self.judge.warnings:
-            say(f"WARNING: {warning}")
-        if self.start.state is not None:
-            say(f"Loading checkpoint from: {self.start.path}")
-            say("Resuming from:")
-            say(f"  - Step: {self.progress.step}")
-            say(f"  - Epoch: {self.order.epoch_at(self._portion(self.progress.step))}")
-            for note in self.start.notes(run_config, world):
-                say(f"  - {note}")
-        weights = sum(part.numel() for part in self.learner.model.parameters())
-        accumulation = run_config.grad_accum_steps(world.size, self.learner.mini_batch_size)
-        kind = str(self.learner.dtype).removeprefix("torch.")
-        where = f"{world.size} × {world.device.type}, {kind}"
-        say(f"Run {self.run_name}: {weights / 1e6:.1f} M parameters on {where}")
-        shards = counted(len(self.train_shards.shards), "shard")
-        say(
-            f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in {shards}, "
-            f"{data.tokens('val'):,} for validation"
-        )
-        if data.storage.path is None:
-            say(f"  - {data.cache}")
-        say(
-            f"Plan: {self.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
-            f"(gradient accumulation {accumulation}), "
-            f"{self.total_steps * run_config.rows_per_step / self.order.rows_per_epoch:.2f} epochs"
-        )
-        if run_config.data.auto_mini_batch:
-            say(f"  - --auto_mini_batch: {self.learner.mini_batch_size} rows at once")
-        folder = run_config.checkpoint.checkpoint_dir
-        kept = [f"checkpoints {folder}", *sinks.places(run_config, self.run_name)]
-        say("Kept in: " + ", ".join(kept))
-        if self.link is not None:
-            say(f"Checkpoint will be saved as {self.link}")
-
     def _say(self, text: str) -> None:
         self.metrics.message(text)
 
-    def _beat(self) -> bool:
-        """Keeps the status current, so that a dead run can be told from a living one; whether that
-        was due."""
-        late = time.monotonic() - self.status_written > BEAT_EVERY_S
-        if late:
-            self.write_status("running")
-        return late
-
-    def write_status(self, state: status.State, reason: str | None = None) -> None:
-        self.status_written = time.monotonic()
-        if not self.world.is_main:
-            return
-        run_config = self.config
-        plan = status.Plan(
-            run_name=self.run_name,
-            preset=run_config.preset,
-            total_steps=self.total_steps,
-            rows_per_step=run_config.rows_per_step,
-            rows_per_epoch=self.order.rows_per_epoch,
-            block_size=run_config.model.block_size,
-            checkpoint_interval=run_config.checkpoint.checkpoint_interval,
-            world_size=self.world.size,
-            device=self.world.device.type,
-            log_file=str(sinks.log_file(run_config).resolve()),
-        )
-        folder = run_config.checkpoint.checkpoint_dir
-        with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report
-            status.write(folder, plan, state, self.progress.step, reason)
+    def tell(self, state: State, reason: str | None = None) -> None:
+        """Writes to `status.json` how the run is."""
+        self.status.write(state, self.progress.step, reason)

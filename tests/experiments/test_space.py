@@ -134,6 +134,12 @@ def test_a_batch_that_is_never_used_is_not_asked_about():
     assert space.parse(text, RUN, "space.toml")
 
 
+def test_rates_of_the_default_space_are_those_of_the_optimizer():
+    for optimizer, highest in (("adamw", 1e-2), ("muon", 4e-2)):
+        (rates, *_) = space.default(config.overlay(RUN, {"optimizer": optimizer}))
+        assert (rates.name, rates.high) == ("learning_rate", highest)
+
+
 @pytest.mark.parametrize("name", list(config.PRESETS))
 def test_the_default_space_of_every_preset_fits(name: str):
     run = config.preset(name)

@@ -9,6 +9,7 @@ import torch
 from faults.harness import trial
 from gpt2 import checkpoint, judge, monitor, optim, train
 from gpt2.data.loader import Loader
+from gpt2.distributed import World
 from gpt2.errors import TrainingError
 from gpt2.model.gpt2 import GPT2
 from support import losses, small_config
@@ -20,15 +21,15 @@ def poison(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
     def at(*updates: int) -> None:
-        clip = optim.clip
+        gradient_norm = optim.gradient_norm
 
-        def poisoned(net: torch.nn.Module, largest_norm: float | None) -> torch.Tensor:
+        def poisoned(net: torch.nn.Module) -> torch.Tensor:
             calls.append(len(calls) + 1)
             if calls[-1] in updates:
                 next(iter(net.parameters())).grad[0, 0] = float("nan")
-            return clip(net, largest_norm)
+            return gradient_norm(net)
 
-        monkeypatch.setattr(optim, "clip", poisoned)
+        monkeypatch.setattr(optim, "gradient_norm", poisoned)
 
     return at
 
@@ -65,10 +66,13 @@ def record_portions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return portions
 
 
+@pytest.mark.parametrize("is_ahead", [False, True])
 @trial("NaN until it goes back")
 def test_many_bad_updates_go_back_and_leave_the_data_out(
-    data_root: Path, tmp_path: Path, poison, capsys, monkeypatch
+    data_root: Path, tmp_path: Path, poison, capsys, monkeypatch, is_ahead: bool
 ):
+    """Also where the host has begun another update meanwhile."""
+    monkeypatch.setattr(World, "queues_work", is_ahead)
     poison(13, 14, 15)
     portions = record_portions(monkeypatch)
     changes = {"max_bad_steps": 3, "dropout": 0.0, "eval_interval": None}

@@ -1,13 +1,17 @@
+import itertools
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2 import distributed, train
+from gpt2 import config, distributed, train
 from gpt2.learner import Learner
 from gpt2.model import head
 from gpt2.model.head import summed_cross_entropy
-from support import losses, small_config
+from support import losses, run_command, small_config
 
 
 def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -65,6 +69,27 @@ def test_a_run_learns_the_same_with_it(data_root, tmp_path):
     train.run(slow)
     ours, plain_ones = (losses(run.watch.log_dir / "log.txt") for run in (fast, slow))
     assert ours == pytest.approx(plain_ones, rel=2e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_the_demo_learns_the_same_with_it(tmp_path: Path):
+    """300 steps on the standard library, three seeds. They are not bit-identical: the sums are
+    taken in another order."""
+    text = tmp_path / "stdlib"
+    prepare = ["data", "python-stdlib", "--out", str(text), "--max_tokens", "2_000_000"]
+    run_command([sys.executable, "-m", "gpt2", *prepare])
+    found: dict[bool, dict[int, float]] = {True: {}, False: {}}
+    for fast, seed in itertools.product(found, range(3)):
+        values: dict[str, object] = {"data_root": text, "seed": seed, "fast": fast}
+        values |= {"max_steps": 300, "sample_interval": None, "device": "cpu"}
+        folders = {f"{name}_dir": tmp_path / f"{fast}{seed}" for name in ("checkpoint", "log")}
+        result = train.run(config.overlay(config.preset("demo"), values | folders))
+        assert result.val_loss is not None and result.val_loss < 4.2
+        found[fast][seed] = result.val_loss
+    print(found)
+    for seed in range(3):
+        assert abs(found[True][seed] - found[False][seed]) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ whole for all of them"""
 
 DEFAULT = """\
 [learning_rate]
-low = 1e-4
-high = 1e-2
+low = {rates[0]}
+high = {rates[1]}
 log = true
 
 [weight_decay]
@@ -143,6 +143,7 @@ def default_text(run: RunConfig) -> str:
     unit = 2 * heads  # an even width for every head
     around = {run.model.n_embd * share // 4 // unit * unit for share in (2, 3, 4, 5)}
     return DEFAULT.format(
+        rates=("1e-4", "1e-2") if run.optim.optimizer == "adamw" else ("4e-4", "4e-2"),
         warmup=max(2, min(2 * run.optim.warmup_steps, (run.data.max_steps or 10**9) // 2)),
         batches=sorted(
             count * run.model.block_size for count in batches if interval * rows % count == 0
