@@ -62,7 +62,7 @@ with tokenizer_or_none():
     from gpt2.data.storage import Storage
     from gpt2.distributed import World
     from gpt2.errors import TrainingError, is_out_of_memory
-    from gpt2.learner import Learner
+    from gpt2.learner import Learner, Underway
 
 T = TypeVar("T")
 Step = Callable[[Tensor, Tensor], object]
@@ -142,8 +142,16 @@ def run_of(size: Size, batch: int, device: torch.device) -> RunConfig:
 
 
 def our_step(run: RunConfig, world: World, compiled: bool) -> Step:
+    """As the training loop has it: what an update was like is heard when the next one has begun."""
     learner = Learner(config.overlay(run, {"compile": "on" if compiled else "off"}), world)
-    return lambda inputs, targets: learner.learn([(inputs, targets)], LEARNING_RATE)
+    begun: list[Underway] = []
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        begun.append(learner.begin([(inputs, targets)], LEARNING_RATE))
+        if len(begun) > learner.runs_ahead:
+            begun.pop(0).result()
+
+    return step
 
 
 def plain_step(run: RunConfig, world: World, compiled: bool) -> Step:

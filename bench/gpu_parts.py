@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gpt2 import checkpoint, distributed, model, tokenizer
+from gpt2 import checkpoint, model, optim, tokenizer
 from gpt2.config import CheckpointConfig, RunConfig
 from gpt2.data.loader import MicroBatch
-from gpt2.distributed import World
+from gpt2.distributed import Moment, World
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question
 from gpt2.learner import Learner
@@ -95,13 +95,13 @@ def free(device: torch.device) -> None:
 
 def device_ms(work: Callable[[], object], repeats: int, device: torch.device) -> float:
     """By events of the device: the median of several calls."""
-    timers = []
+    moments = []
     for _ in range(repeats):
-        timers.append(timer := distributed.DeviceTimer(device))
+        before = Moment(device)
         work()
-        timer.lap()
+        moments.append((before, Moment(device)))
     wait(device)
-    return 1000 * statistics.median(timer.elapsed_s() for timer in timers)
+    return 1000 * statistics.median(after.since(before) for before, after in moments)
 
 
 def head(learner: Learner, net: plain.GPT2, batch: MicroBatch, effort: Effort) -> Part:
@@ -131,15 +131,23 @@ def head(learner: Learner, net: plain.GPT2, batch: MicroBatch, effort: Effort) -
 
 
 def optimizer(learner: Learner, net: plain.GPT2, effort: Effort) -> Part:
-    """The update alone."""
-    device = learner.world.device
+    """The update alone, clipping included."""
+    device, adamw = learner.world.device, plain.adamw(net, fused=True)
     for part in (*learner.model.parameters(), *net.parameters()):
         part.grad = torch.full_like(part, 1e-3)
+
+    def our_update() -> None:
+        norm = optim.gradient_norm(learner.model)
+        learner.optimizer.update(norm, 1.0, norm.isfinite())
+
+    def plain_update() -> None:
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        adamw.step()
+
     ours, theirs = (
-        partial(device_ms, way.step, effort.steps, device)
-        for way in (learner.optimizer, plain.adamw(net, fused=True))
+        partial(device_ms, update, effort.steps, device) for update in (our_update, plain_update)
     )
-    return in_turn("update of the weights", "ms", effort.rounds, ours, theirs)
+    return in_turn("clipping and update", "ms", effort.rounds, ours, theirs)
 
 
 def questions(count: int) -> list[Question]:

@@ -229,11 +229,12 @@ def test_measured_peak_is_a_plausible_rate():
     assert 1e8 < distributed.peak_flops(world, torch.float32) < 1e14
 
 
-def test_device_timer():
-    timer = distributed.DeviceTimer(torch.device("cpu"))
+def test_time_between_moments():
+    first = distributed.Moment(torch.device("cpu"))
     time.sleep(0.02)
-    timer.lap()
-    assert 0.02 <= timer.elapsed_s() < 1
+    second = distributed.Moment(torch.device("cpu"))
+    second.wait()
+    assert 0.02 <= second.since(first) < 1
 
 
 def test_deterministic(monkeypatch: pytest.MonkeyPatch):

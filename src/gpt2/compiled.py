@@ -18,10 +18,10 @@ def compiled(net: nn.Module) -> nn.Module:
     the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says.
     """
     if KERNELS not in os.environ:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = caches / "gpt2-from-scratch" / "kernels"
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # there is no home, or none to write to
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = caches / "gpt2-from-scratch" / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            os.environ[KERNELS] = str(folder)
+            if os.access(folder, os.W_OK):
+                os.environ[KERNELS] = str(folder)
     return cast(nn.Module, torch.compile(net))

@@ -70,6 +70,13 @@ class World:
         """The tensors on this rank's device; the host does not wait where they are pinned."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """The tensor on the host, where it is as soon as a `Moment` after this has passed."""
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""
         if self.size > 1:
@@ -281,46 +288,25 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class DeviceTimer:
-    """Time that the device needed from its creation to `lap`, without stopping the host."""
+class Moment:
+    """When the device gets to this point of its work; the host goes on meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-        self.lap()
+        self._event: Any = None
+        self._time_s = time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
 
-    def lap(self) -> None:
-        if self._on_cuda:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
 
-    def elapsed_s(self) -> float:
-        """Seconds between the first mark and the last; on CUDA both must have passed."""
-        first, last = self._marks[0], self._marks[-1]
-        return float(first.elapsed_time(last)) / 1000 if self._on_cuda else last - first
-
-
-class HostCopy:
-    """Numbers of the device on their way to the host, which goes on meanwhile."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._arrived: Any = None
-        self._numbers = numbers
-        if numbers.is_cuda:
-            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """The numbers, as soon as they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values: list[float] = self._numbers.tolist()
-        return values
+    def since(self, earlier: "Moment") -> float:
+        """Seconds between them; both must have passed."""
+        if self._event is not None:
+            return float(earlier._event.elapsed_time(self._event)) / 1000
+        return self._time_s - earlier._time_s
 
 
 def gpu_usage(device: torch.device) -> dict[str, float]:

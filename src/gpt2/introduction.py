@@ -1,65 +1,64 @@
 """What a run says of itself before its first step: what trains, on what, and where it is kept."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from gpt2 import sinks
-from gpt2.data.shards import Catalog
+from gpt2.config import RunConfig
+from gpt2.data.order import Order
+from gpt2.data.shards import Catalog, ShardSet
+from gpt2.distributed import World
+from gpt2.learner import Learner
 from gpt2.status import Plan
 from gpt2.tables import counted
 
-if TYPE_CHECKING:
-    from gpt2.train import Training
 
-
-def plan(training: "Training") -> Plan:
-    run_config = training.config
-    return Plan(
-        run_name=training.run_name,
-        preset=run_config.preset,
-        total_steps=training.total_steps,
-        rows_per_step=run_config.rows_per_step,
-        rows_per_epoch=training.order.rows_per_epoch,
-        block_size=run_config.model.block_size,
-        checkpoint_interval=run_config.checkpoint.checkpoint_interval,
-        world_size=training.world.size,
-        device=training.world.device.type,
-        log_file=str(sinks.log_file(run_config).resolve()),
-    )
-
-
-def lines(training: "Training", data: Catalog) -> Iterator[str]:
-    run_config, world, learner = training.config, training.world, training.learner
-    for warning in training.judge.warnings:
-        yield f"WARNING: {warning}"
-    if training.start.state is not None:
-        yield f"Loading checkpoint from: {training.start.path}"
-        yield "Resuming from:"
-        yield f"  - Step: {training.progress.step}"
-        yield f"  - Epoch: {training.next_epoch()}"
-        for note in training.start.notes(run_config, world):
-            yield f"  - {note}"
+def of_model(run_name: str, learner: Learner, world: World) -> str:
     weights = sum(part.numel() for part in learner.model.parameters())
     kind = str(learner.dtype).removeprefix("torch.")
     where = f"{world.size} × {world.device.type}, {kind}"
-    yield f"Run {training.run_name}: {weights / 1e6:.1f} M parameters on {where}"
-    shards = counted(len(training.train_shards.shards), "shard")
-    yield (
-        f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in {shards}, "
-        f"{data.tokens('val'):,} for validation"
+    return f"Run {run_name}: {weights / 1e6:.1f} M parameters on {where}"
+
+
+def of_data(data: Catalog, shards: ShardSet) -> list[str]:
+    line = (
+        f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
+        f"{counted(len(shards.shards), 'shard')}, {data.tokens('val'):,} for validation"
     )
-    if data.storage.path is None:
-        yield f"  - {data.cache}"
-    accumulation = run_config.grad_accum_steps(world.size, learner.mini_batch_size)
-    epochs = training.total_steps * run_config.rows_per_step / training.order.rows_per_epoch
-    yield (
-        f"Plan: {training.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
-        f"(gradient accumulation {accumulation}), {epochs:.2f} epochs"
+    return [line] if data.storage.path is not None else [line, f"  - {data.cache}"]
+
+
+def of_plan(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
+    accumulation = run_config.grad_accum_steps(plan.world_size, mini_batch_size)
+    line = (
+        f"Plan: {plan.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
+        f"(gradient accumulation {accumulation}), "
+        f"{plan.total_steps * plan.rows_per_step / plan.rows_per_epoch:.2f} epochs"
     )
-    if run_config.data.auto_mini_batch:
-        yield f"  - --auto_mini_batch: {learner.mini_batch_size} rows at once"
+    if not run_config.data.auto_mini_batch:
+        return [line]
+    return [line, f"  - --auto_mini_batch: {mini_batch_size} rows at once"]
+
+
+def of_places(run_config: RunConfig, run_name: str, link: Path | None) -> list[str]:
     folder = run_config.checkpoint.checkpoint_dir
-    kept = [f"checkpoints {folder}", *sinks.places(run_config, training.run_name)]
-    yield "Kept in: " + ", ".join(kept)
-    if training.link is not None:
-        yield f"Checkpoint will be saved as {training.link}"
+    kept = [f"checkpoints {folder}", *sinks.places(run_config, run_name)]
+    line = "Kept in: " + ", ".join(kept)
+    return [line] if link is None else [line, f"Checkpoint will be saved as {link}"]
+
+
+def plan_of(
+    run_config: RunConfig, run_name: str, total_steps: int, order: Order, world: World
+) -> Plan:
+    """What `status.json` says of it."""
+    return Plan(
+        run_name=run_name,
+        preset=run_config.preset,
+        total_steps=total_steps,
+        rows_per_step=run_config.rows_per_step,
+        rows_per_epoch=order.rows_per_epoch,
+        block_size=run_config.model.block_size,
+        checkpoint_interval=run_config.checkpoint.checkpoint_interval,
+        world_size=world.size,
+        device=world.device.type,
+        log_file=str(sinks.log_file(run_config).resolve()),
+    )

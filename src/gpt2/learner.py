@@ -20,7 +20,7 @@ from gpt2.compiled import compiled
 from gpt2.config import RunConfig
 from gpt2.data import order
 from gpt2.data.loader import MicroBatch
-from gpt2.distributed import World
+from gpt2.distributed import Moment, World
 from gpt2.errors import TrainingError, is_out_of_memory
 from gpt2.model.base import LanguageModel
 
@@ -34,6 +34,7 @@ class Update:
     grad_norm: float
     applied: bool
     """whether the weights changed: not if loss or gradient is no finite number"""
+    elapsed_s: float
     rank_s: list[float]
     """seconds that each rank worked before it waited for the others"""
 
@@ -41,20 +42,24 @@ class Update:
 class Underway:
     """An update that the device may still be at."""
 
-    def __init__(self, world: World, numbers: Tensor, timer: distributed.DeviceTimer) -> None:
-        """`numbers` are loss and gradient norm, (2) of float64 on the device. They are copied as
-        soon as they are there, not behind what is queued later."""
-        self._world, self._timer = world, timer
-        self._numbers = distributed.HostCopy(numbers)
+    def __init__(self, world: World, numbers: Tensor, begun: Moment, worked: Moment) -> None:
+        """`numbers` are loss and gradient norm, (2). They are copied as soon as they are there, not
+        behind what is queued later. `worked` is when this rank begins to wait for the others."""
+        self._world, self._begun, self._worked = world, begun, worked
+        self._numbers = world.to_host(numbers)
+        self.done = Moment(world.device)
 
-    def result(self) -> Update:
-        """Waits for it. To be asked for by all ranks at the same time."""
-        loss, grad_norm = self._numbers.read()
+    def result(self, after: "Underway | None" = None) -> Update:
+        """Waits for it. To be asked for by all ranks at the same time, and in order; `after` is the
+        one before if this one was begun before that was done."""
+        self.done.wait()
+        loss, grad_norm = self._numbers.tolist()
         return Update(
             loss,
             grad_norm,
             applied=math.isfinite(loss) and math.isfinite(grad_norm),
-            rank_s=self._world.gather(self._timer.elapsed_s()),
+            elapsed_s=self.done.since(after.done if after else self._begun),
+            rank_s=self._world.gather(self._worked.since(self._begun)),
         )
 
 
@@ -103,6 +108,11 @@ class Learner:
         """
         return self.begin(micros, learning_rate).result()
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next update may be begun while the device is at this one."""
+        return self.world.queues_work and not self.optimizer.waits
+
     def begin(self, micros: Sequence[MicroBatch], learning_rate: float) -> Underway:
         """The same, but does not wait until the device has done it."""
         rows, block_size = micros[0][0].shape
@@ -111,7 +121,7 @@ class Learner:
 
     def _begin(self, micros: Sequence[MicroBatch], learning_rate: float) -> Underway:
         world, batch_tokens = self.world, self.config.data.total_batch_size
-        timer = distributed.DeviceTimer(world.device)
+        begun = worked = Moment(world.device)
         optim.set_learning_rate(self.optimizer, learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         for number, micro in enumerate(micros, 1):
@@ -120,18 +130,17 @@ class Learner:
                 with self.autocast:
                     loss = self.net(tokens_BT, targets_BT)
                 if last:
-                    timer.lap()
+                    worked = Moment(world.device)
                 # DDP averages over ranks; the loss is the mean over the global batch.
                 (loss * (world.size / batch_tokens)).backward()
             loss_sum += loss.detach()
         norm = optim.gradient_norm(self.model)
         # Sums over all ranks, so that all ranks decide alike.
         numbers = torch.stack([world.sum(loss_sum) / batch_tokens, norm.double()])
-        underway = Underway(world, numbers, timer)
         is_good = numbers.isfinite().all()
         self.optimizer.update(norm, self.config.optim.grad_clip, is_good)
         self.optimizer.zero_grad(set_to_none=True)
-        return underway
+        return Underway(world, numbers, begun, worked)
 
     def state(self) -> checkpoint.State:
         """What a checkpoint keeps of it, beside the random streams."""

@@ -24,16 +24,19 @@ class _Uncompiled:
 
 class AdamW(_Uncompiled, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    waits = False
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def update(self, norm: Tensor, largest_norm: float | None, is_good: Tensor) -> None:
         """Steps with gradients, whose norm is given, scaled down to `largest_norm`; leaves all as
         it is unless `is_good`. Its kernel does both on the way, as for a GradScaler: there is no
         pass over the gradients for that, and the host does not wait for the device."""
         self.found_inf = is_good.logical_not().float()
-        self.grad_scale = None
         if largest_norm is not None:
             self.grad_scale = (norm / largest_norm).clamp(min=1).float()
         self.step()
+        self.found_inf = self.grad_scale = None
 
 
 class Muon(_Uncompiled, torch.optim.Muon):
@@ -42,6 +45,9 @@ class Muon(_Uncompiled, torch.optim.Muon):
 
 class Together:
     """Several optimisers of different weights as one, with one state."""
+
+    waits = True
+    """whether an update waits for the device"""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = parts

@@ -80,6 +80,14 @@ class Start:
         preset = "" if made_with == run_config.preset else f"it was made with --preset {made_with}"
         _refuse_contradictions(self.path, rows, preset)
 
+    def lines(self, run_config: RunConfig, world: World, epoch: int) -> list[str]:
+        """Where a run goes on from; nothing for one that begins."""
+        if self.state is None:
+            return []
+        where = [f"Step: {self.step}", f"Epoch: {epoch}", *self.notes(run_config, world)]
+        head = [f"Loading checkpoint from: {self.path}", "Resuming from:"]
+        return [*head, *(f"  - {line}" for line in where)]
+
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """What is not as it was when the checkpoint was written, though it may differ."""
         assert self.state is not None

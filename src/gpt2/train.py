@@ -1,13 +1,12 @@
 """One training run: assembles data, learner, checkpoints and metrics; holds the loop.
 
-Steps are counted in finished updates: at step N, N updates are done and the next one trains on
+At step N, N updates are done (on a GPU, the last may be under way) and the next one trains on
 portion N of the data. What is due at N (validation, samples, a checkpoint) happens between them.
 """
 
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from gpt2.distributed import StopRequest, World
 from gpt2.errors import Diverged
 from gpt2.failures import TORCHRUN_IS_GONE
 from gpt2.judge import Judge, Stopped
-from gpt2.learner import Learner, Underway
+from gpt2.learner import Learner, Underway, Update
 from gpt2.metrics import Metrics, Sink, StepRecord
 from gpt2.progress import Progress, Result
 from gpt2.saving import Saver
@@ -47,8 +46,9 @@ def run(run_config: RunConfig, report: Report = always_go, run_name: str | None 
 
     `report` is called on rank 0: with step, total_steps, loss and tokens_per_s after each update,
     with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
-    and returns, "prune" returns at once. `run_name` is what its logs call a new run, by default its
-    preset (or experiment) and time. Raises UserError for what the user can mend.
+    and returns, "prune" only returns; on a GPU, after the update that was begun meanwhile.
+    `run_name` is what its logs call a new run, by default its preset (or experiment) and time.
+    Raises UserError for what the user can mend.
     """
     with distributed.join(run_config.machine, run_config.experiment.gpu_id) as world:
         resolved = world.on_main(lambda: named.resolve(run_config))
@@ -60,11 +60,11 @@ def _train(run_config: RunConfig, run_name: str, world: World, report: Report) -
     world.on_main(lambda: named.require_possible(run_config))
     data = open_data(run_config, world)
     with claimed_folder(run_config, world):
-        start = Start.find(run_config, world)
-        training = Training(run_config, run_name, world, data, start)
-        with StopRequest() as stop:  # until the last checkpoint is on the disk
+        start, stop = Start.find(run_config, world), StopRequest()
+        training = Training(run_config, run_name, world, data, start, report, stop)
+        with stop:  # until the last checkpoint is on the disk
             try:
-                result = training.loop(report, stop)
+                result = training.loop()
             except KeyboardInterrupt:  # the second one: leave at once
                 training.tell("stopped", "interrupted")
                 raise
@@ -82,13 +82,13 @@ def _train(run_config: RunConfig, run_name: str, world: World, report: Report) -
 
 @dataclass(frozen=True)
 class Begun:
-    """An update that was begun."""
+    """The update that leads to `step`, of which nothing was heard yet."""
 
     step: int
-    """how many were done before it"""
     learning_rate: float
-    started: float
     underway: Underway
+    after: Underway | None
+    """the one before, if the device was at that when this one was begun"""
 
 
 class Training:
@@ -98,9 +98,17 @@ class Training:
     """
 
     def __init__(
-        self, run_config: RunConfig, run_name: str, world: World, data: Catalog, start: Start
+        self,
+        run_config: RunConfig,
+        run_name: str,
+        world: World,
+        data: Catalog,
+        start: Start,
+        report: Report,
+        stop: StopRequest,
     ) -> None:
         self.config, self.world, self.start = run_config, world, start
+        self.report, self.stop = report, stop
         self.run_name, self.link = run_name, named.link(run_config)
         block_size = run_config.model.block_size
         self.train_shards = ShardSet(data, "train", block_size)
@@ -134,65 +142,53 @@ class Training:
         self.first_step = self.progress.step
         self.older = world.on_main(lambda: checkpoint.list_checkpoints(checkpoints))
         self.metrics = self._open_metrics()
-        folder = run_config.checkpoint.checkpoint_dir if world.is_main else None
-        self.status = Heartbeat(folder, introduction.plan(self))
-        self.tell("running")
-        for line in introduction.lines(self, data):
-            self._say(line)
         self.loader = self._loader()
         self.begun: Begun | None = None
         """the update of which nothing was heard yet"""
-        self.heard = 0.0
-        """when something was heard of the update before"""
+        plan = introduction.plan_of(run_config, run_name, self.total_steps, self.order, world)
+        self.status = Heartbeat(checkpoints if world.is_main else None, plan)
+        self.tell("running")
+        for line in (
+            *(f"WARNING: {warning}" for warning in self.judge.warnings),
+            *start.lines(run_config, world, self._next_epoch()),
+            introduction.of_model(self.run_name, self.learner, world),
+            *introduction.of_data(data, self.train_shards),
+            *introduction.of_plan(plan, run_config, self.learner.mini_batch_size),
+            *introduction.of_places(run_config, self.run_name, self.link),
+        ):
+            self._say(line)
 
-    def loop(self, report: Report, stop: StopRequest) -> Result:
+    def loop(self) -> Result:
         """Trains until the last step or until somebody says stop."""
-        while not self._is_done(report, stop):
-            if reason := self._reason_to_stop(report, stop):
+        while True:
+            self._catch_up_if_due()
+            if self.progress.step >= self.total_steps:
+                break
+            if reason := self.world.highest(self.stop.number):
                 return self._stopped(reason)
-            if self._judge_if_due(report, stop):
+            if self._judge_if_due():
                 continue
             self._save_if_due()
             self._announce_epoch()
-            if reason := self._stop_before_data(report, stop):
+            if reason := self._stop_before_data():
                 return self._stopped(reason)
-            self._begin_step(report, stop)
+            self._train_step()
             self.saver.report()
             self.status.beat(self.progress.step)
-        if self._judge_if_due(report, stop, last=True):
-            return self._stopped(self.world.highest(stop.number))
+        if self._judge_if_due(last=True):
+            return self._stopped(self.world.highest(self.stop.number))
         return self._finished()
 
-    def _is_done(self, report: Report, stop: StopRequest) -> bool:
-        """Whether the last step is done. Updates of which nothing was heard yet are waited for
-        where something is due between them and the next one."""
-        step, settings = self.progress.step, self.config.evaluation
-        intervals = (
-            settings.eval_interval,
-            settings.hellaswag_interval,
-            settings.sample_interval,
-            self.config.checkpoint.checkpoint_interval,
-        )
-        is_last = step >= self.total_steps
-        if is_last or any(is_due(step, every) for every in intervals) or self._epochs_done():
-            self._end_step(report, stop)
-        return self.progress.step >= self.total_steps  # or it went back
-
-    def _reason_to_stop(self, report: Report, stop: StopRequest) -> int:
-        """A signal, or what `report` has answered, on any rank."""
-        if reason := self.world.highest(stop.number):
-            self._end_step(report, stop)
-        return reason
-
-    def _stop_before_data(self, report: Report, stop: StopRequest) -> int:
+    def _stop_before_data(self) -> int:
         """Waits until every rank has the batches of the next step; why to stop, if that comes
         first. A shard that is long in coming keeps no rank waiting in a collective."""
         while True:
             ready = self.loader.is_ready(within_s=DATA_SLICE_S)
-            if reason := self._reason_to_stop(report, stop):
+            if reason := self.world.highest(self.stop.number):
                 return reason
             if not self.world.highest(not ready):
                 return 0
+            self._catch_up()
             self.status.beat(self.progress.step)
 
     def close(self) -> None:
@@ -219,49 +215,64 @@ class Training:
         first, count = self.progress.left_out or (self.total_steps, 0)
         return step if step < first else step + count
 
-    def _begin_step(self, report: Report, stop: StopRequest) -> None:
-        """One update on portion `progress.step` of the data. What it was like is heard while the
-        device is at the next one, where the host is ahead of it; else at once."""
-        started, step = time.perf_counter(), self.progress.step
+    def _train_step(self) -> None:
+        """One update on portion `progress.step` of the data. A GPU is not waited for: what the
+        update was like is heard when the next one has begun."""
+        step, before = self.progress.step, self.begun
         rate = lr_at(step, self.schedule)
         underway = self.learner.begin(self.loader.next_step(), rate)
-        self._end_step(report, stop)
-        if self.progress.step == step:  # it did not go back
-            self.begun = Begun(step, rate, started, underway)
-            self.progress.step = step + 1
-            if not self.world.queues_work:
-                self._end_step(report, stop)
+        self._catch_up()
+        if self.progress.step != step:  # it went back
+            return
+        self.begun = Begun(step + 1, rate, underway, before.underway if before else None)
+        self.progress.step = step + 1
+        if not self.learner.runs_ahead:
+            self._catch_up()
 
-    def _end_step(self, report: Report, stop: StopRequest) -> None:
-        """Hears of the update that was begun, if there is one, and tells of it."""
+    def _catch_up_if_due(self) -> None:
+        """Before others look at the model, or tell something, all is heard of its last update."""
+        step, settings = self.progress.step, self.config.evaluation
+        intervals = (
+            settings.eval_interval,
+            settings.hellaswag_interval,
+            settings.sample_interval,
+            self.config.checkpoint.checkpoint_interval,
+        )
+        is_due_now = any(is_due(step, every) for every in intervals)
+        if is_due_now or self._epochs_done() or step >= self.total_steps:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Hears of the update that was begun last, unless that is done, and tells of it."""
         if self.begun is None:
             return
         begun, self.begun = self.begun, None
-        record = self._record(begun)
+        record = self._record(begun, begun.underway.result(begun.after))
+        self.progress.train_loss = record.loss
         self.metrics.step(record)
-        self._ask_about(record, report, stop)
+        self._ask(
+            step=record.step,
+            total_steps=self.total_steps,
+            loss=record.loss,
+            tokens_per_s=record.tokens_per_s,
+        )
         self._go_back_if_bad(record)
 
-    def _record(self, begun: Begun) -> StepRecord:
-        update, step = begun.underway.result(), begun.step
-        now = time.perf_counter()
-        elapsed_s = now - max(begun.started, self.heard)
-        self.heard = now
-        tokens_per_s = self.config.data.total_batch_size / elapsed_s
-        self.progress.train_loss = update.loss
+    def _record(self, begun: Begun, update: Update) -> StepRecord:
+        tokens_per_s = self.config.data.total_batch_size / update.elapsed_s
         return StepRecord(
-            step=step + 1,
-            epoch=self.order.epoch_at(self._portion(step)),
+            step=begun.step,
+            epoch=self.order.epoch_at(self._portion(begun.step - 1)),
             loss=update.loss,
             learning_rate=begun.learning_rate,
             grad_norm=update.grad_norm,
             applied=update.applied,
-            elapsed_s=elapsed_s,
+            elapsed_s=update.elapsed_s,
             tokens_per_s=tokens_per_s,
             mfu=estimate.mfu(tokens_per_s, self.config.model, self.peak_flops),
             rank_s=update.rank_s,
             gpu=distributed.gpu_usage(self.world.device),
-            steps_left=self.total_steps - step - 1,
+            steps_left=self.total_steps - begun.step,
         )
 
     def _go_back_if_bad(self, record: StepRecord) -> None:
@@ -328,13 +339,13 @@ class Training:
         began = self.start.path if self.first_step <= step else None
         return good.path if good else began
 
-    def _judge_if_due(self, report: Report, stop: StopRequest, last: bool = False) -> bool:
+    def _judge_if_due(self, last: bool = False) -> bool:
         """Judges the model as it is at this step, unless that is done already; whether a stop came
         in between."""
         if self.progress.judged_step == self.progress.step:
             return False
         try:
-            self._judge(report, stop, last)
+            self._judge(last)
         except Stopped:
             return True
         self.progress.judged_step = self.progress.step
@@ -342,13 +353,13 @@ class Training:
             self.saver.goes_on_from(None)  # the checkpoint of this step knows more from here on
         return False
 
-    def _judge(self, report: Report, stop: StopRequest, last: bool) -> None:
+    def _judge(self, last: bool) -> None:
         progress, step, epoch = self.progress, self.progress.step, self._epoch()
 
         def asked() -> int:  # before every batch
             if self.status.beat(self.progress.step):
-                self._ask(report, stop, step=step)
-            return stop.number
+                self._ask(step=step)
+            return self.stop.number
 
         if progress.validated_step != step:
             loss = self.judge.validation_loss(step, asked, last)
@@ -358,27 +369,17 @@ class Training:
                     best = progress.best_val_loss
                     progress.best_val_loss = loss if best is None else min(loss, best)
                 self.metrics.validation(step, epoch, loss)
-                self._ask(report, stop, step=step, val_loss=loss)
+                self._ask(step=step, val_loss=loss)
         if score := self.judge.hellaswag(step, asked, last):
             progress.hellaswag = score.acc_norm
             self.metrics.hellaswag(step, epoch, score.acc, score.acc_norm, score.tasks)
-            self._ask(report, stop, step=step, hellaswag=score.acc_norm)
+            self._ask(step=step, hellaswag=score.acc_norm)
         if texts := self.judge.samples(step, last):
             self.metrics.samples(step, texts)
 
-    def _ask(self, report: Report, stop: StopRequest, **metrics: float) -> None:
+    def _ask(self, **metrics: float) -> None:
         if self.world.is_main:
-            stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[report(**metrics)])
-
-    def _ask_about(self, record: StepRecord, report: Report, stop: StopRequest) -> None:
-        self._ask(
-            report,
-            stop,
-            step=record.step,
-            total_steps=self.total_steps,
-            loss=record.loss,
-            tokens_per_s=record.tokens_per_s,
-        )
+            self.stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[self.report(**metrics)])
 
     def _announce_epoch(self) -> None:
         for epoch in self._epochs_done():
@@ -393,13 +394,13 @@ class Training:
         """The epochs that the last update has ended."""
         if self.progress.step == 0:
             return range(0)
-        return range(self._epoch(), self.next_epoch())
+        return range(self._epoch(), self._next_epoch())
 
     def _epoch(self) -> int:
         """The epoch of the last update (of the first one, before it)."""
         return self.order.epoch_at(self._portion(max(0, self.progress.step - 1)))
 
-    def next_epoch(self) -> int:
+    def _next_epoch(self) -> int:
         """The epoch of the next update."""
         return self.order.epoch_at(self._portion(self.progress.step))
 
@@ -439,6 +440,7 @@ class Training:
         }
 
     def _stopped(self, reason: int) -> Result:
+        self._catch_up()
         if reason == PRUNE:
             self.tell("stopped", "pruned")
             return self._result("pruned")

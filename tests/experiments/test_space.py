@@ -10,7 +10,7 @@ from gpt2 import cli_search, config
 from gpt2.errors import ConfigError
 from gpt2.experiments import space
 
-RUN = config.preset("demo")
+RUN = config.overlay(config.preset("demo"), {"max_steps": 500, "eval_interval": 100})
 MIXED = """
 [optim.learning_rate]
 low = 1e-4

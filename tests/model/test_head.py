@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2 import config, distributed, train
+from gpt2 import config, distributed, model, train
 from gpt2.learner import Learner
 from gpt2.model import head
 from gpt2.model.head import summed_cross_entropy
+from gpt2.shape import ARCHITECTURES
 from support import losses, run_command, small_config
 
 
@@ -69,6 +70,26 @@ def test_a_run_learns_the_same_with_it(data_root, tmp_path):
     train.run(slow)
     ours, plain_ones = (losses(run.watch.log_dir / "log.txt") for run in (fast, slow))
     assert ours == pytest.approx(plain_ones, rel=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_its_gradients_in_bfloat16(architecture: str):
+    """Whatever type its features have under autocast."""
+    torch.manual_seed(0)
+    sizes: dict[str, object] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+    run = config.overlay(config.preset("demo"), {**sizes, "architecture": architecture})
+    net = model.build(run.model)
+    tokens_BT = torch.randint(50257, (2, 16))
+    found = []
+    for net.fast_head in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(tokens_BT, tokens_BT.flip(1))
+        loss.backward()
+        found.append([part.grad.clone() for part in net.parameters()])
+    for plain_one, ours in zip(*found, strict=True):
+        assert ours.dtype is torch.float32
+        assert (ours - plain_one).norm() < 0.02 * plain_one.norm()
 
 
 @pytest.mark.soak

@@ -4,7 +4,7 @@ The plain way writes the logits of all tokens, their log-softmax and its gradien
 times N · V numbers, and reads them again. Here some tokens at a time share a buffer: their logits
 become what the softmax sums up, in place, of which the loss and both gradients are taken. Its
 denominator, and the 1 that the gradient subtracts at the target, are applied to what has the width
-of the model: that costs less, and with logits of bfloat16 nothing of it is rounded to eight bits.
+of the model: that costs less, and the 1 is not rounded to the eight bits of a bfloat16.
 
 Shape suffixes: N tokens, D width, V vocabulary.
 """
@@ -23,8 +23,8 @@ TOKENS_AT_ONCE = 1024
 def summed_cross_entropy(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """`cross_entropy(features_ND @ weight_VD.T, targets_N, reduction="sum")`, a scalar.
 
-    Under autocast the matrix products have its type. The gradients are computed with the loss: only
-    for what is differentiated, and once.
+    Of one token at least. Under autocast the matrix products have its type. The gradients are
+    computed with the loss: only for what is differentiated, and once.
     """
     dtype = features_ND.dtype
     if torch.is_autocast_enabled("cpu"):
@@ -40,7 +40,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype
     ) -> Tensor:
         loss = weight_VD.new_zeros(())
-        gradient_ND, gradient_VD = torch.empty_like(features_ND), torch.empty_like(weight_VD)
+        gradient_ND = torch.empty_like(features_ND, dtype=weight_VD.dtype)
+        gradient_VD = torch.empty_like(weight_VD)
         matrix_VD = weight_VD.to(dtype)
         buffer_NV = matrix_VD.new_empty(min(TOKENS_AT_ONCE, len(features_ND)), len(weight_VD))
         for begin in range(0, len(features_ND), TOKENS_AT_ONCE):
@@ -61,8 +62,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             else:
                 gradient_VD += work_NV.T @ scaled_ND
         gradient_ND -= weight_VD[targets_N]
-        gradient_VD.index_add_(0, targets_N, features_ND, alpha=-1)
-        ctx.gradients = gradient_ND, gradient_VD
+        gradient_VD.index_add_(0, targets_N, features_ND.to(weight_VD.dtype), alpha=-1)
+        ctx.gradients = gradient_ND.to(features_ND.dtype), gradient_VD
         return loss
 
     @staticmethod

@@ -1,0 +1,76 @@
+"""Ways to the loss of the head and its gradients: python bench/head.py
+
+For the two shapes of train.py, in turn: torch's plain operations, these compiled, torch's
+`linear_cross_entropy` (2.13) as it comes and in chunks, and `gpt2.model.head`, which a training
+takes on the CPU.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from train import SHAPES
+
+from gpt2 import config, distributed
+from gpt2.model.head import summed_cross_entropy
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(features_ND, weight_VD), targets_N, reduction="sum")
+
+
+def ways() -> dict[str, Loss]:
+    found: dict[str, Loss] = {"ours": summed_cross_entropy, "plain": plain}
+    found["plain, compiled"] = torch.compile(plain)
+    if linear := getattr(F, "linear_cross_entropy", None):
+        chunks = torch.nn.LinearCrossEntropyOptions()
+        found["linear_cross_entropy"] = lambda *tensors: linear(*tensors, reduction="sum")
+        found["the same, in chunks"] = lambda *tensors: linear(
+            *tensors, reduction="sum", options=chunks
+        )
+    return found
+
+
+def milliseconds(loss_of: Loss, features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> float:
+    features_ND.grad = weight_VD.grad = None
+    started = time.perf_counter()
+    loss_of(features_ND, weight_VD, targets_N).backward()
+    return 1000 * (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    with distributed.join(config.MachineConfig(device="cpu")):  # sets malloc
+        for name, shape in SHAPES.items():
+            tokens, vocabulary = shape["mini_batch_size"] * shape["block_size"], 50304
+            features_ND = torch.randn(tokens, shape["n_embd"]).requires_grad_()
+            weight_VD = (0.02 * torch.randn(vocabulary, shape["n_embd"])).requires_grad_()
+            inputs = features_ND, weight_VD, torch.randint(vocabulary, (tokens,))
+            known = ways()
+            times: dict[str, list[float]] = {way: [] for way in known}
+            for _ in range(options.rounds + 1):
+                for way, loss_of in known.items():
+                    times[way].append(milliseconds(loss_of, *inputs))
+            print(f"{name}: {tokens} tokens of {shape['n_embd']}")
+            for way, (_, *rounds) in times.items():  # the first ones compile
+                ratios = [
+                    other / ours for other, ours in zip(rounds, times["ours"][1:], strict=True)
+                ]
+                print(
+                    f"  {way:22} {statistics.median(rounds):6.0f} ms, "
+                    f"ours is {statistics.median(ratios):.2f} times as fast "
+                    f"({min(ratios):.2f} to {max(ratios):.2f})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
