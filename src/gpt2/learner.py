@@ -93,6 +93,7 @@ class Learner:
             self._fit_mini_batch()
         self.net = self.local_net
         if world.size > 1:
+            # No static_graph: after no_sync it exchanges nothing (pytorch pull request 187732).
             self.net = DistributedDataParallel(
                 self.local_net,
                 device_ids=[world.device] if on_cuda else None,
