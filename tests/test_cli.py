@@ -31,6 +31,20 @@ def test_out_dir_holds_all_three_folders_and_flags_win():
     assert (run.watch.runs_dir, run.watch.log_dir) == (Path("x/runs"), Path("y"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "bias", "fast"),
+    [
+        (["--no_bias", "--fast"], False, True),
+        (["--bias", "False", "--fast", "True"], False, True),
+        (["--bias=true", "--fast=false"], True, False),
+        (["--sample-prompt", "False", "--fast", "false"], True, False),
+    ],
+)
+def test_a_switch_may_have_its_value(flags: list[str], bias: bool, fast: bool):
+    run = cli_train.parse_train(flags).run
+    assert (run.model.bias, run.machine.fast) == (bias, fast)
+
+
 def test_help_and_steps_load_nothing_heavy():
     """What takes seconds is imported where it is used."""
     help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2 import cli; cli.main()"

@@ -1,11 +1,12 @@
 """What every command needs: its flags parsed, its errors as one line, its exit code."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -16,11 +17,16 @@ R = TypeVar("R")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
+TRUTH = {"true": "", "false": "no_"}
+
+
 def parse(
     kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
 ) -> T:
     """The command that `arguments` say. An error of ours is raised; tyro prints its own, and help,
     if this process may speak, and exits."""
+
+    arguments = _as_switches(kind, arguments)
 
     def parse(aloud: bool) -> T:
         return tyro.cli(
@@ -37,6 +43,7 @@ def parse(
 
 def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     """The same, and the arguments that are none of this command's."""
+    arguments = _as_switches(kind, arguments)
 
     def parse(aloud: bool) -> tuple[T, list[str]]:
         return tyro.cli(
@@ -49,6 +56,36 @@ def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
         )
 
     return _our_errors_first(parse)
+
+
+def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """`--fast False` as `--no_fast`: switches are typed with their value, too."""
+    switches, written = _switches(kind), []
+    for argument in arguments:
+        before = written[-1] if written else ""
+        if argument.lower() in TRUTH and _name(before) in switches:
+            written[-1] = f"--{TRUTH[argument.lower()]}{_name(before)}"
+            continue
+        flag, _, value = argument.partition("=")
+        if value.lower() in TRUTH and _name(flag) in switches:
+            argument = f"--{TRUTH[value.lower()]}{_name(flag)}"
+        written.append(argument)
+    return written
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+
+
+def _switches(kind: type[Any]) -> set[str]:
+    """Names of the options that are on or off, in all parts of a command."""
+    found: set[str] = set()
+    for name, hint in get_type_hints(kind).items():
+        if hint is bool:
+            found.add(name)
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= _switches(hint)
+    return found
 
 
 def _our_errors_first(parse: Callable[[bool], R], speak: bool = True) -> R:
