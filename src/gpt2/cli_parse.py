@@ -60,7 +60,8 @@ def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
 
 def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     """`--fast False` as `--no_fast`: switches are typed with their value, too."""
-    switches, written = _switches(kind), []
+    switches = _switches(kind)
+    written: list[str] = []
     for argument in arguments:
         before = written[-1] if written else ""
         if argument.lower() in TRUTH and _name(before) in switches:
