@@ -15,13 +15,13 @@ def run(report: Any, **work: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    learn = Learner.learn
+    begin = Learner.begin
     steps = iter(range(8))
 
     def breaks(self: Learner, *given: Any) -> Any:
         if distributed.env_rank()[0] == 1 and next(steps) == 7:
             raise RuntimeError("CUDA error: the bug")
-        return learn(self, *given)
+        return begin(self, *given)
 
-    Learner.learn = breaks  # type: ignore[method-assign]
+    Learner.begin = breaks  # type: ignore[method-assign]
     sys.exit(rank.main(sys.argv[1]))

@@ -37,13 +37,13 @@ FAILING = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "src")!r})
 from gpt2 import cli_train, learner
-learn, calls = learner.Learner.learn, []
+begin, calls = learner.Learner.begin, []
 def fail(self, *arguments):
     calls.append(1)
     if self.world.rank == 1 and len(calls) == 5:
         raise ZeroDivisionError("the reason")
-    return learn(self, *arguments)
-learner.Learner.learn = fail
+    return begin(self, *arguments)
+learner.Learner.begin = fail
 sys.exit(cli_train.train_main())
 """
 
@@ -165,8 +165,8 @@ def test_one_rank_without_memory_says_what_to_do(data_root: Path, tmp_path: Path
     error = 'torch.OutOfMemoryError("CUDA out of memory")'
     script.write_text(
         FAILING.replace('ZeroDivisionError("the reason")', error)
-        .replace("learner.Learner.learn = fail", "learner.Learner._update = fail")
-        .replace("learn, calls = learner.Learner.learn", "learn, calls = learner.Learner._update")
+        .replace("learner.Learner.begin = fail", "learner.Learner._begin = fail")
+        .replace("begin, calls = learner.Learner.begin", "begin, calls = learner.Learner._begin")
         .replace("import sys\n", "import sys, torch\n", 1)
     )
     run = Run(data_root, tmp_path / "run", script=script, **ENDLESS)
