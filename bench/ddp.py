@@ -69,7 +69,7 @@ def compare(accumulation: int, rounds: int, steps: int) -> None:
     seconds = [statistics.median(contender.rounds) for contender in (two, one)]
     print(
         f"accumulation {accumulation}: two ranks {seconds[0]:.2f} s, one rank {seconds[1]:.2f} s, "
-        f"speed of two ranks to that of one {ratio(two, one)}",
+        f"speed of two ranks to that of one {ratio(two.rounds, one.rounds)}",
         flush=True,
     )
 

@@ -49,10 +49,10 @@ with tokenizer_or_none():
         is_flash,
         measured,
         parts_table,
-        spread,
         table,
         wait,
     )
+    from turns import spread
 
     from gpt2 import config, distributed, estimate, tokenizer
     from gpt2.config import RunConfig

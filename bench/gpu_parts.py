@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from turns import spread
 
 from gpt2 import checkpoint, model, optim, tokenizer
 from gpt2.config import CheckpointConfig, RunConfig
@@ -238,10 +239,6 @@ def is_flash(names: list[str], device: torch.device) -> str:
     if not names:
         return "not known, no kernel of attention was seen"
     return "yes" if any("flash" in name.lower() for name in names) else "no"
-
-
-def spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

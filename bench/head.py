@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from train import SHAPES
+from turns import ratio
 
 from gpt2 import config, distributed
 from gpt2.model.head import summed_cross_entropy
@@ -61,13 +62,9 @@ def main() -> None:
                     times[way].append(milliseconds(loss_of, *inputs))
             print(f"{name}: {tokens} tokens of {shape['n_embd']}")
             for way, (_, *rounds) in times.items():  # the first ones compile
-                ratios = [
-                    other / ours for other, ours in zip(rounds, times["ours"][1:], strict=True)
-                ]
                 print(
                     f"  {way:22} {statistics.median(rounds):6.0f} ms, "
-                    f"ours is {statistics.median(ratios):.2f} times as fast "
-                    f"({min(ratios):.2f} to {max(ratios):.2f})",
+                    f"ours is {ratio(times['ours'][1:], rounds)} times as fast",
                     flush=True,
                 )
 

@@ -1,9 +1,9 @@
 """How many steps Muon needs for the loss of AdamW: `python bench/optimizers.py`.
 
 The demo model on the standard library: AdamW in 500 steps, Muon in 70 % of them, with a schedule
-that ends there. Each has the learning rates of a small grid, the two best of them have
-three seeds, and the one with the lowest mean counts. The sweeps are those of `gpt2 seeds`: the same
-command goes on.
+that ends there. Each has the learning rates of a small grid, the two best of them have three seeds,
+and the one with the lowest mean counts. The sweeps are those of `gpt2 seeds`: the same command goes
+on.
 """
 
 import argparse

@@ -8,12 +8,13 @@ first time, and when a run before has left its kernels. And `gpt2 --help`.
 import argparse
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from turns import spread
 
 GPT2 = (sys.executable, "-m", "gpt2")
 STEP = re.compile(r"step 1 \| .*?dt: ([\d.]+)ms")
@@ -45,10 +46,6 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def shown(times: list[float]) -> str:
-    return f"{statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,8 +57,8 @@ def main() -> None:
         for number in range(options.rounds):
             begun.append(first_step(folder / f"{number}", *flags)[0])
             helped.append(seconds([*GPT2, "--help"]))
-        print(f"until the first update begins: {shown(begun)}")
-        print(f"gpt2 --help: {shown(helped)}", flush=True)
+        print(f"until the first update begins: {spread(begun)} s")
+        print(f"gpt2 --help: {spread(helped)} s", flush=True)
         times = [
             first_step(folder / name, *flags, "--compile", "on", kernels=folder / "kernels")
             for name in ("first", "second")

@@ -149,7 +149,7 @@ def compare(shape: str, names: list[str], rounds: int, steps: int) -> None:
         print(
             f"{contender.name:22} {1000 * seconds:8.0f} ms  {tokens / seconds:9,.0f} tokens/s  "
             f"MFU {100 * flops / seconds / peak:3.0f} %  {contender.peak_gb:5.2f} GB  "
-            f"ours is {ratio(ours, contender)} times as fast",
+            f"ours is {ratio(ours.rounds, contender.rounds)} times as fast",
             flush=True,
         )
     parts = breakdown(shape, steps)

@@ -61,10 +61,14 @@ def take_turns(contenders: Sequence[Contender], rounds: int, steps: int) -> Iter
         yield number
 
 
-def ratio(one: Contender, other: Contender) -> str:
-    """How many times as fast `one` is: the median of all rounds, and the extremes."""
-    ratios = [theirs / mine for mine, theirs in zip(one.rounds, other.rounds, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def spread(numbers: Sequence[float]) -> str:
+    """The median, and the extremes."""
+    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """How many times as fast ours is, by the seconds of each round."""
+    return spread([other / mine for mine, other in zip(ours, theirs, strict=True)])
 
 
 def serve(prepare: Callable[[], Timed]) -> None:

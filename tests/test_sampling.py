@@ -24,5 +24,6 @@ def test_what_cannot_be_drawn_is_refused(name: str, value: float):
 
 
 def test_none_is_off_and_the_limits_themselves_work():
-    Sampling(temperature=0, top_k=None, top_p=None)
-    Sampling(top_k=1, top_p=1.0)
+    off, limits = Sampling(temperature=0, top_k=None, top_p=None), Sampling(top_k=1, top_p=1.0)
+    assert (off.temperature, off.top_k, off.top_p) == (0, None, None)
+    assert (limits.top_k, limits.top_p) == (1, 1.0)

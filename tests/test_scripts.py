@@ -47,7 +47,8 @@ def test_outside_the_environment_the_way_in_is_named(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", SHIMS[1:])
 def test_a_worker_that_imports_the_script_imports_nothing_else(name: str):
     as_worker = f"import runpy; runpy.run_path({str(ROOT / name)!r}, run_name='__mp_main__')"
-    run_command([sys.executable, "-S", "-c", as_worker], PYTHONPATH="")
+    done = run_command([sys.executable, "-S", "-c", as_worker], PYTHONPATH="")  # no packages
+    assert done.stdout == done.stderr == ""
 
 
 def test_help_of_tensorboard_script():

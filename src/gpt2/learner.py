@@ -109,16 +109,16 @@ class Learner:
         """
         return self.begin(micros, learning_rate).result()
 
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether the next update may be begun while the device is at this one."""
-        return self.world.queues_work and not self.optimizer.waits
-
     def begin(self, micros: Sequence[MicroBatch], learning_rate: float) -> Underway:
         """The same, but does not wait until the device has done it."""
         rows, block_size = micros[0][0].shape
         with _memory_for(rows, block_size):
             return self._begin(micros, learning_rate)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next update may be begun while the device is at this one."""
+        return self.world.queues_work and not self.optimizer.waits
 
     def _begin(self, micros: Sequence[MicroBatch], learning_rate: float) -> Underway:
         world, batch_tokens = self.world, self.config.data.total_batch_size
