@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt2 import checkpoint, status, train
+from gpt2 import checkpoint, metrics, status, train
 from gpt2.data import prepare
 from gpt2.distributed import World
 from gpt2.errors import CheckpointError, ConfigError, DataError
@@ -139,6 +139,16 @@ def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root,
         "  - Step: 15",
         "  - Epoch: 0",
     ]
+
+
+def test_a_run_keeps_its_name_when_it_goes_on(data_root: Path, tmp_path: Path):
+    """Or a forecast would look for its steps under another."""
+    train.run(small_config(data_root, tmp_path, max_steps=4), run_name="first")
+    train.run(small_config(data_root, tmp_path, max_steps=6, resume="latest"), run_name="second")
+    plan = status.read(tmp_path / "checkpoints").plan
+    assert plan.run_name == "first"
+    steps = metrics.read_steps(Path(plan.log_file), plan.run_name)
+    assert [line.step for line in steps] == [5, 6]  # of its last process
 
 
 def test_report_steers(data_root: Path, tmp_path: Path):

@@ -145,7 +145,7 @@ class Training:
         self.loader = self._loader()
         self.begun: Begun | None = None
         """the update of which nothing was heard yet"""
-        plan = introduction.plan_of(run_config, run_name, self.total_steps, self.order, world)
+        plan = introduction.plan_of(run_config, self.run_name, self.total_steps, self.order, world)
         self.status = Heartbeat(checkpoints if world.is_main else None, plan)
         self.tell("running")
         for line in (
