@@ -47,7 +47,7 @@ with tokenizer_or_none():
         attention_kernels,
         free,
         is_flash,
-        measured,
+        measurements,
         parts_table,
         table,
         wait,
@@ -109,6 +109,21 @@ class Training:
 
 Pair = tuple[Training, Training]
 """ours, and the plain loop's"""
+
+
+@dataclass
+class Findings:
+    """All that was measured."""
+
+    device: str
+    torch: str
+    block_size: int
+    flops_per_token: float
+    matrix_flops: list[float] = field(default_factory=list)
+    """FLOP/s of matrix products, between the rounds of all trainings"""
+    training: list[Pair] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    attention: dict[str, list[str]] = field(default_factory=dict)
 
 
 def batches_of(run: RunConfig, data_dir: Path | None, device: torch.device) -> list[MicroBatch]:
@@ -275,53 +290,62 @@ def targets(pairs: list[Pair], flops_per_token: float, peak: float) -> str:
     )
 
 
-def bench(size: Size, data_dir: Path | None, world: World) -> dict[str, object]:
-    """Measures and prints; what it returns is for a file."""
+def bench(size: Size, data_dir: Path | None, world: World) -> Iterator[Findings]:
+    """Measures and prints; yields what is known whenever that is more."""
     device, cases = world.device, list(itertools.product(size.batches, (True, False)))
     run = run_of(size, size.batches[0], device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     flops = estimate.flops_per_token(run.model)
-    pairs, rates = [], []
+    found = Findings(name, torch.__version__, run.model.block_size, flops)
     for number, (rows, compiled) in enumerate(cases, 1):
         say(f"training, {number} of {len(cases)}: {rows} rows")
-        pair, seen = train(size, rows, compiled, world, data_dir)
-        pairs.append(pair)
-        rates += seen
-    peak = statistics.median(rates)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    tera = [f"{rate / 1e12:,.3g}" for rate in (peak, min(rates), max(rates))]
-    print(f"{name}, torch {torch.__version__}; rows of {run.model.block_size} tokens; the measured")
+        pair, rates = train(size, rows, compiled, world, data_dir)
+        for each in pair:
+            rate = f"{each.rate:,.0f} tokens/s" if each.tokens_per_s else "does not fit"
+            say(f"  {each.by}, {'compiled' if compiled else 'not compiled'}: {rate}")
+        found.training.append(pair)
+        found.matrix_flops += rates
+        yield found
+    peak = statistics.median(found.matrix_flops)
+    tera = [
+        f"{rate / 1e12:,.3g}" for rate in (peak, min(found.matrix_flops), max(found.matrix_flops))
+    ]
+    print(f"{name}, torch {found.torch}; rows of {found.block_size} tokens; the measured")
     print(
         f"{run.machine.dtype} rate is {tera[0]} TFLOP/s ({tera[1]} to {tera[2]}): MFU is of that\n"
     )
-    print(training_table(pairs, flops, peak), targets(pairs, flops, peak), sep="\n\n", flush=True)
-    parts: list[Part] = []
-    kernels: dict[str, list[str]] = {}
-    if fastest := best(pairs, "ours"):
-        run = config.overlay(run_of(size, fastest.batch, device), {"compile": "on"})
-        batch = batches_of(run, data_dir, device)[0]
-        torch.compiler.reset()
-        free(device)
-        for part in measured(run, batch, world, size.effort):
-            say(part.name)
-            parts.append(part)
+    print(training_table(found.training, flops, peak), end="\n\n")
+    print(targets(found.training, flops, peak), flush=True)
+    if fastest := best(found.training, "ours"):
+        for part in beside_training(fastest, size, data_dir, world):
+            found.parts.append(part)
+            yield found
         clock = "CUDA events" if device.type == "cuda" else "the clock; events need CUDA"
         print(f"\nhead and update: {fastest.batch} rows, by {clock}\n")
-        print(parts_table(parts), end="\n\n", flush=True)
+        print(parts_table(found.parts), end="\n\n", flush=True)
         # Last, as what the profiler leaves behind could slow what follows.
-        kernels = attention(size, min(size.batches), world, data_dir)
-        for how, names in kernels.items():
+        found.attention = attention(size, min(size.batches), world, data_dir)
+        for how, names in found.attention.items():
             print(f"flash attention, {how}: {is_flash(names, device)}")
             print(*(f"  {name:.90}" for name in names), sep="\n")
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "block_size": run.model.block_size,
-        "flops_per_token": flops,
-        "matrix_flops": rates,
-        "training": [asdict(each) for pair in pairs for each in pair],
-        "parts": [asdict(part) for part in parts],
-        "attention": kernels,
-    }
+        yield found
+
+
+def beside_training(
+    fastest: Training, size: Size, data_dir: Path | None, world: World
+) -> Iterator[Part]:
+    """What fits into the memory of it."""
+    run = config.overlay(run_of(size, fastest.batch, world.device), {"compile": "on"})
+    batch = batches_of(run, data_dir, world.device)[0]
+    torch.compiler.reset()
+    free(world.device)
+    for measure in measurements(run, batch, world, size.effort):
+        if part := if_it_fits(measure):
+            say(part.name)
+            yield part
+        else:
+            say("does not fit")
+        free(world.device)
 
 
 def say(text: str) -> None:
@@ -344,9 +368,9 @@ def main() -> None:
     effort = replace(size.effort, rounds=rounds, steps=steps)
     size = replace(size, batches=options.batches or size.batches, effort=effort)
     with distributed.join(config.MachineConfig()) as world:
-        found = bench(size, options.data_dir, world)
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        for found in bench(size, options.data_dir, world):
+            if options.json is not None:  # whatever comes next, this is kept
+                options.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
 
 
 if __name__ == "__main__":

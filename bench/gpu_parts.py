@@ -60,16 +60,18 @@ class Part:
         return [mine / other if rates else other / mine for mine, other in pairs]
 
 
-def measured(run: RunConfig, batch: MicroBatch, world: World, effort: Effort) -> Iterator[Part]:
-    """All of them; head and update for this batch."""
+def measurements(
+    run: RunConfig, batch: MicroBatch, world: World, effort: Effort
+) -> Iterator[Callable[[], Part]]:
+    """What measures each of them; head and update for this batch."""
     learner = Learner(run, world)
     net = plain.GPT2(run.model).to(world.device)
-    yield head(learner, net, batch, effort)
-    yield optimizer(learner, net, effort)
+    yield partial(head, learner, net, batch, effort)
+    yield partial(optimizer, learner, net, effort)
     del net
-    yield hellaswag(learner, effort)
-    yield generation(run, effort, world.device)
-    yield checkpoints(learner, effort.rounds)
+    yield partial(hellaswag, learner, effort)
+    yield partial(generation, run, effort, world.device)
+    yield partial(checkpoints, learner, effort.rounds)
 
 
 def in_turn(

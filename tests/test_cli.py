@@ -45,6 +45,12 @@ def test_a_switch_may_have_its_value(flags: list[str], bias: bool, fast: bool):
     assert (run.model.bias, run.machine.fast) == (bias, fast)
 
 
+@pytest.mark.parametrize("flags", [["--fast=True", "False"], ["--fast", "True", "False"]])
+def test_a_switch_has_one_value(flags: list[str]):
+    with pytest.raises(SystemExit):
+        cli_train.parse_train(flags)
+
+
 def test_help_and_steps_load_nothing_heavy():
     """What takes seconds is imported where it is used."""
     help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2 import cli; cli.main()"

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt2 import checkpoint, metrics, status, train
 from gpt2.data import prepare
+from gpt2.data.loader import Loader, MicroBatch
 from gpt2.distributed import World
 from gpt2.errors import CheckpointError, ConfigError, DataError
 from gpt2.shape import ARCHITECTURES
@@ -89,21 +90,25 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
         assert_same(one[same], other[same])
 
 
+def stop_at_7(**metrics: float) -> train.Answer:
+    return "stop" if metrics["step"] == 7 else "go"
+
+
 def test_a_host_that_is_ahead_of_the_device_does_the_same(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """It hears of an update while the device is at the next one, but for the last before others
-    look at the model; so a stop comes an update later."""
+    look at the model; so a stop comes an update later, if they are short."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(small_config(data_root, whole))
     heard: list[int] = []
 
-    def stop_at_7(**metrics: float) -> train.Answer:
+    def listen(**metrics: float) -> train.Answer:
         heard.append(int(metrics["step"]))
-        return "stop" if metrics["step"] == 7 else "go"
+        return stop_at_7(**metrics)
 
     monkeypatch.setattr(World, "queues_work", True)
-    result = train.run(small_config(data_root, parts), report=stop_at_7)
+    result = train.run(small_config(data_root, parts), report=listen)
     assert (result.state, result.step) == ("stopped", 8)
     assert heard == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]  # of 0 and 5 the validation, too
     train.run(small_config(data_root, parts, resume="latest"))
@@ -111,6 +116,32 @@ def test_a_host_that_is_ahead_of_the_device_does_the_same(
     one, other = load(whole, 20), load(parts, 20)
     for same in ("model", "optimizer", "rng", "progress"):
         assert_same(one[same], other[same])
+
+
+def test_a_stop_waits_for_one_long_update_only(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(World, "queues_work", True)
+    monkeypatch.setattr(train, "SHORT_S", 0.0)
+    assert train.run(small_config(data_root, tmp_path), report=stop_at_7).step == 7
+
+
+def test_what_is_known_of_the_update_before_an_error_is_told(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = Loader.next_step
+
+    def damaged_at_the_8th(loader: Loader) -> list[MicroBatch]:
+        if (tmp_path / "logs/log.txt").read_text().count("| loss:") == 6:
+            raise DataError("a shard is damaged")
+        return whole(loader)
+
+    monkeypatch.setattr(World, "queues_work", True)
+    monkeypatch.setattr(Loader, "next_step", damaged_at_the_8th)
+    with pytest.raises(DataError):
+        train.run(small_config(data_root, tmp_path))
+    assert list(losses(tmp_path / "logs" / "log.txt")) == [1, 2, 3, 4, 5, 6, 7]
+    assert status.read(tmp_path / "checkpoints").step == 7
 
 
 def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root, tmp_path, capsys):

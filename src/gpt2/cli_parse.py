@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,8 +63,7 @@ def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     """`--fast False` as `--no_fast`: switches are typed with their value, too."""
     switches = _switches(kind)
     written: list[str] = []
-    for argument in arguments:
-        before = written[-1] if written else ""
+    for before, argument in itertools.pairwise(("", *arguments)):
         if argument.lower() in TRUTH and _name(before) in switches:
             written[-1] = f"--{TRUTH[argument.lower()]}{_name(before)}"
             continue

@@ -1,7 +1,9 @@
 """torch.compile, whose kernels stay for the next run."""
 
 import contextlib
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import cast
 
@@ -15,13 +17,22 @@ def compiled(net: nn.Module) -> nn.Module:
     """`net`, which its first call compiles, unless an earlier process has compiled the same.
 
     torch keeps the kernels below /tmp, which a restart of the machine empties; here they stay in
-    the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says.
+    the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says. Machines with other processors
+    may share that folder: each kind has its own part.
     """
     if KERNELS not in os.environ:
         with contextlib.suppress(OSError, RuntimeError):  # there is no home, or none to write to
             caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            folder = caches / "gpt2-from-scratch" / "kernels"
+            folder = caches / "gpt2-from-scratch" / "kernels" / _processor()
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 os.environ[KERNELS] = str(folder)
     return cast(nn.Module, torch.compile(net))
+
+
+def _processor() -> str:
+    """A word for this processor's instructions: kernels for the CPU may use all of them."""
+    known = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", known, re.MULTILINE)
+    names = sorted(found[1].split()) if found else []
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]

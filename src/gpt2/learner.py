@@ -47,18 +47,17 @@ class Underway:
         behind what is queued later. `worked` is when this rank begins to wait for the others."""
         self._world, self._begun, self._worked = world, begun, worked
         self._numbers = world.to_host(numbers)
-        self.done = Moment(world.device)
+        self._done = Moment(world.device)
 
-    def result(self, after: "Underway | None" = None) -> Update:
-        """Waits for it. To be asked for by all ranks at the same time, and in order; `after` is the
-        one before if this one was begun before that was done."""
-        self.done.wait()
+    def result(self) -> Update:
+        """Waits for it. To be asked for by all ranks at the same time, and in order."""
+        self._done.wait()
         loss, grad_norm = self._numbers.tolist()
         return Update(
             loss,
             grad_norm,
             applied=math.isfinite(loss) and math.isfinite(grad_norm),
-            elapsed_s=self.done.since(after.done if after else self._begun),
+            elapsed_s=self._done.since(self._begun),
             rank_s=self._world.gather(self._worked.since(self._begun)),
         )
 

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+End = Literal["finished", "stopped", "pruned"]
+
 
 @dataclass(frozen=True)
 class Result:
     """How a run ended."""
 
-    state: Literal["finished", "stopped", "pruned"]
+    state: End
     step: int
     train_loss: float | None
     val_loss: float | None
@@ -36,3 +38,15 @@ class Progress:
     bad_in_a_row: int = 0
     left_out: tuple[int, int] | None = None
     """the portions of data that are never trained on: the first one and how many"""
+
+    def result(self, state: End, exit_code: int = 0) -> Result:
+        """That of a run which ends here."""
+        return Result(
+            state,
+            self.step,
+            self.train_loss,
+            self.val_loss,
+            self.best_val_loss,
+            self.hellaswag,
+            exit_code,
+        )

@@ -18,7 +18,7 @@ from gpt2.data.loader import Loader
 from gpt2.data.order import Order
 from gpt2.data.shards import Catalog, ShardSet
 from gpt2.distributed import StopRequest, World
-from gpt2.errors import Diverged
+from gpt2.errors import Diverged, UserError
 from gpt2.failures import TORCHRUN_IS_GONE
 from gpt2.judge import Judge, Stopped
 from gpt2.learner import Learner, Underway, Update
@@ -34,6 +34,9 @@ Report = Callable[..., Answer]
 # Answers of `report` share a number line with signals, so that all ranks agree on one number.
 STOP, PRUNE = 1001, 1002
 DATA_SLICE_S = 1.0
+SHORT_S = 1.0
+"""An update of less is begun before all is heard of the one before. Longer ones hide what the host
+does by themselves, and a stop would have to wait for two of them."""
 
 
 def always_go(**_metrics: float) -> Answer:
@@ -87,8 +90,6 @@ class Begun:
     step: int
     learning_rate: float
     underway: Underway
-    after: Underway | None
-    """the one before, if the device was at that when this one was begun"""
 
 
 class Training:
@@ -145,6 +146,7 @@ class Training:
         self.loader = self._loader()
         self.begun: Begun | None = None
         """the update of which nothing was heard yet"""
+        self.runs_ahead = False
         plan = introduction.plan_of(run_config, self.run_name, self.total_steps, self.order, world)
         self.status = Heartbeat(checkpoints if world.is_main else None, plan)
         self.tell("running")
@@ -216,17 +218,21 @@ class Training:
         return step if step < first else step + count
 
     def _train_step(self) -> None:
-        """One update on portion `progress.step` of the data. A GPU is not waited for: what the
-        update was like is heard when the next one has begun."""
-        step, before = self.progress.step, self.begun
+        """One update on portion `progress.step` of the data. A GPU is not waited for if they are
+        short: what the update was like is heard when the next one has begun."""
+        step = self.progress.step
         rate = lr_at(step, self.schedule)
-        underway = self.learner.begin(self.loader.next_step(), rate)
+        try:
+            underway = self.learner.begin(self.loader.next_step(), rate)
+        except UserError:
+            self._catch_up()  # of the one before something is to be told, too
+            raise
         self._catch_up()
         if self.progress.step != step:  # it went back
             return
-        self.begun = Begun(step + 1, rate, underway, before.underway if before else None)
+        self.begun = Begun(step + 1, rate, underway)
         self.progress.step = step + 1
-        if not self.learner.runs_ahead:
+        if not self.runs_ahead:
             self._catch_up()
 
     def _catch_up_if_due(self) -> None:
@@ -247,7 +253,9 @@ class Training:
         if self.begun is None:
             return
         begun, self.begun = self.begun, None
-        record = self._record(begun, begun.underway.result(begun.after))
+        update = begun.underway.result()
+        self.runs_ahead = self.learner.runs_ahead and max(update.rank_s) < SHORT_S
+        record = self._record(begun, update)
         self.progress.train_loss = record.loss
         self.metrics.step(record)
         self._ask(
@@ -443,13 +451,13 @@ class Training:
         self._catch_up()
         if reason == PRUNE:
             self.tell("stopped", "pruned")
-            return self._result("pruned")
+            return self.progress.result("pruned")
         self.saver.finish(self._facts(), self._state)
         names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
         by = names.get(reason, f"by signal {reason}")
         self._say(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
         self.tell("failed" if reason == TORCHRUN_IS_GONE else "stopped", by)
-        return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
+        return self.progress.result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def _finished(self) -> Result:
         if self.progress.step == self.start.step:
@@ -461,21 +469,7 @@ class Training:
             self._announce_epoch()
         self.saver.finish(self._facts(), self._state)
         self.tell("finished")
-        return self._result("finished")
-
-    def _result(
-        self, state: Literal["finished", "stopped", "pruned"], exit_code: int = 0
-    ) -> Result:
-        done = self.progress
-        return Result(
-            state,
-            done.step,
-            done.train_loss,
-            done.val_loss,
-            done.best_val_loss,
-            done.hellaswag,
-            exit_code,
-        )
+        return self.progress.result("finished")
 
     def _restore(self, state: checkpoint.State) -> None:
         self.progress = Progress(**state["progress"])
