@@ -12,14 +12,30 @@ from gpt2.status import Plan
 from gpt2.tables import counted
 
 
-def of_model(run_name: str, learner: Learner, world: World) -> str:
+def lines(
+    run_config: RunConfig,
+    plan: Plan,
+    data: Catalog,
+    shards: ShardSet,
+    learner: Learner,
+    link: Path | None,
+) -> list[str]:
+    return [
+        _of_model(plan, learner),
+        *_of_data(data, shards),
+        *_of_plan(plan, run_config, learner.mini_batch_size),
+        *_of_places(run_config, plan.run_name, link),
+    ]
+
+
+def _of_model(plan: Plan, learner: Learner) -> str:
     weights = sum(part.numel() for part in learner.model.parameters())
     kind = str(learner.dtype).removeprefix("torch.")
-    where = f"{world.size} × {world.device.type}, {kind}"
-    return f"Run {run_name}: {weights / 1e6:.1f} M parameters on {where}"
+    where = f"{plan.world_size} × {plan.device}, {kind}"
+    return f"Run {plan.run_name}: {weights / 1e6:.1f} M parameters on {where}"
 
 
-def of_data(data: Catalog, shards: ShardSet) -> list[str]:
+def _of_data(data: Catalog, shards: ShardSet) -> list[str]:
     line = (
         f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
         f"{counted(len(shards.shards), 'shard')}, {data.tokens('val'):,} for validation"
@@ -27,7 +43,7 @@ def of_data(data: Catalog, shards: ShardSet) -> list[str]:
     return [line] if data.storage.path is not None else [line, f"  - {data.cache}"]
 
 
-def of_plan(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
+def _of_plan(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
     accumulation = run_config.grad_accum_steps(plan.world_size, mini_batch_size)
     line = (
         f"Plan: {plan.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
@@ -39,7 +55,7 @@ def of_plan(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str
     return [line, f"  - --auto_mini_batch: {mini_batch_size} rows at once"]
 
 
-def of_places(run_config: RunConfig, run_name: str, link: Path | None) -> list[str]:
+def _of_places(run_config: RunConfig, run_name: str, link: Path | None) -> list[str]:
     folder = run_config.checkpoint.checkpoint_dir
     kept = [f"checkpoints {folder}", *sinks.places(run_config, run_name)]
     line = "Kept in: " + ", ".join(kept)

@@ -153,10 +153,7 @@ class Training:
         for line in (
             *(f"WARNING: {warning}" for warning in self.judge.warnings),
             *start.lines(run_config, world, self._next_epoch()),
-            introduction.of_model(self.run_name, self.learner, world),
-            *introduction.of_data(data, self.train_shards),
-            *introduction.of_plan(plan, run_config, self.learner.mini_batch_size),
-            *introduction.of_places(run_config, self.run_name, self.link),
+            *introduction.lines(run_config, plan, data, self.train_shards, self.learner, self.link),
         ):
             self._say(line)
 
