@@ -88,6 +88,7 @@ def test_teacher_student(tmp_path: Path):
     assert code == 2 and "tolerance: 0.3 before, 0.5 now" in other
 
 
+@pytest.mark.soak
 def test_pmssm(tmp_path: Path):
     said = example(tmp_path, *PMSSM)
     folder = tmp_path / "checkpoints" / "pmssm"

@@ -333,7 +333,7 @@ def peak_flops(world: World, dtype: torch.dtype) -> float:
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of large matrix products, by a measurement of a moment."""
-    side, repeats = (8192 if device.type == "cuda" else 1024), 8
+    side, repeats = (8192, 8) if device.type == "cuda" else (1024, 3)
     # Random numbers: of equal ones a GPU needs less power, so that its clock is higher.
     own = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(side, side, generator=own, device=device).to(dtype)

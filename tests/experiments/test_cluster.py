@@ -86,6 +86,7 @@ def results(out: Path) -> dict[int, dict[str, object]]:
     return {line["values"]["seed"]: line for line in lines}
 
 
+@pytest.mark.soak
 def test_a_machine_that_is_lost_costs_no_job(nodes: Nodes, tmp_path: Path):
     """Its job runs elsewhere, though nothing may be retried; machines that come later are used."""
     command = sweep(nodes, tmp_path, "pause=0.1")
