@@ -14,7 +14,16 @@ from gpt2 import checkpoint, distributed, start, train
 from gpt2.config import MachineConfig
 from gpt2.distributed import World
 from gpt2.errors import ConfigError
-from support import ROOT, loss_lines, losses, run_command, small_config, small_flags, train_command
+from support import (
+    ROOT,
+    loss_lines,
+    losses,
+    run_command,
+    small_config,
+    small_flags,
+    train_command,
+    write_tasks,
+)
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -74,8 +83,15 @@ def test_shards_far_away_give_the_same_run(data_root: Path, tmp_path: Path, unin
 
 
 def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path, capsys):
-    """1 → 2 → 1 gives the losses of a run on one process."""
-    flags = {"dropout": 0.0, "decay_steps": 12, "checkpoint_interval": 4}
+    """1 → 2 → 1 gives the losses of a run on one process, and two ranks the same HellaSwag."""
+    tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # of three lengths
+    flags = {
+        "dropout": 0.0,
+        "decay_steps": 12,
+        "checkpoint_interval": 4,
+        "hellaswag_interval": 8,
+        "hellaswag_path": tasks,
+    }
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     train.run(small_config(data_root, alone, **flags, max_steps=12))
     for ranks, last in ((None, 4), (2, 8), (None, 12)):
@@ -85,6 +101,9 @@ def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path,
         else:
             run_command(train_command(small_flags(data_root, moved, **more), ranks=ranks))
     assert "Ranks: 2 before, 1 from here; the data is the same" in capsys.readouterr().out
+    logs = [(out / "logs/log.txt").read_text().splitlines() for out in (moved, alone)]
+    scores = [[line for line in log if "step 8 " in line and "hellaswag:" in line] for log in logs]
+    assert len(scores[1]) == 1 and scores[0] == scores[1]
     assert losses(moved / "logs/log.txt") == pytest.approx(losses(alone / "logs/log.txt"), abs=1e-4)
 
 

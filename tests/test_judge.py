@@ -15,7 +15,7 @@ from gpt2.errors import DataError
 from gpt2.evaluation import hellaswag
 from gpt2.judge import Judge
 from gpt2.learner import Learner
-from support import run_command, small_config, small_flags, train_command, write_tasks
+from support import small_config, write_tasks
 
 LINE = r"step (\d+) \| epoch 0 \| hellaswag: (0\.\d{4}) acc_norm \| (0\.\d{4}) acc \| 5 tasks"
 
@@ -44,22 +44,6 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     line = board.Scalars("hellaswag/gpt2_124m")
     assert [point.value for point in line] == pytest.approx([0.2955] * 3)
     assert "loss/gpt2_124m" not in board.Tags()["scalars"]  # this is no FineWeb
-
-
-def test_hellaswag_does_not_depend_on_the_number_of_ranks(data_root: Path, tmp_path: Path):
-    tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # of three lengths
-    flags = {"hellaswag_interval": 5, "hellaswag_path": tasks, "max_steps": 5, "dropout": 0.0}
-    found = []
-    for ranks in (None, 2):
-        out = tmp_path / str(ranks)
-        if ranks is None:
-            train.run(small_config(data_root, out, **flags))
-        else:
-            run_command(train_command(small_flags(data_root, out, **flags), ranks))
-        lines = (out / "logs/log.txt").read_text().splitlines()
-        found.append([line for line in lines if "hellaswag:" in line])
-    assert len(found[0]) == 1
-    assert found[0] == found[1]
 
 
 def test_training_goes_on_where_there_is_no_hellaswag(

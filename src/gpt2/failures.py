@@ -97,12 +97,13 @@ class Watch:
         return f"rank {first.rank}: {first.reason}" if first else _in_words(error)
 
     def _ask(self, question: "Callable[[Store], bytes]") -> "Failure | None":
+        if (store := self._store) is None:
+            return None
         answers: queue.SimpleQueue[Failure] = queue.SimpleQueue()
 
         def ask() -> None:
             with contextlib.suppress(Exception):  # the store died with torchrun, or its machine
-                if self._store:
-                    answers.put(Failure(**json.loads(question(self._store))))
+                answers.put(Failure(**json.loads(question(store))))
 
         threading.Thread(target=ask, daemon=True).start()
         try:
