@@ -23,6 +23,7 @@ from faults.harness import (
 
 ENDLESS = FLAGS | {"max_steps": 100_000}
 CTRL_C = b"\x03"
+EVAL, SAVE = FLAGS["eval_interval"], FLAGS["checkpoint_interval"]
 
 
 @pytest.mark.parametrize(
@@ -44,9 +45,9 @@ def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signa
 
 MOMENTS = {  # where, in which call, and the steps that a kill there may leave
     "reading the data": ("gpt2.train", "open_data", 1, {0}),
-    "validating": ("gpt2.evaluation.loss", "evaluating", 2, {12, 16}),
-    "writing a checkpoint": ("gpt2.integrity", "HashingWriter", 2, {4}),
-    "between a checkpoint and its mark": ("gpt2.integrity", "sign", 2, {4}),
+    "validating": ("gpt2.evaluation.loss", "evaluating", 2, {EVAL - SAVE, EVAL - 2 * SAVE}),
+    "writing a checkpoint": ("gpt2.integrity", "HashingWriter", 2, {SAVE}),
+    "between a checkpoint and its mark": ("gpt2.integrity", "sign", 2, {SAVE}),
 }
 
 
