@@ -16,7 +16,7 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
     from gpt2.experiments.process import Engine
     from gpt2.tables import console
 
-    def job(number: int, _run: object, folder: Path, _values: object) -> Job:
+    def job(number: int, _run: object, folder: Path, _values: object, _ranks: int) -> Job:
         name = trial.name_of(number)
         (folder / name).mkdir(exist_ok=True)
         kwargs: dict[str, Any] = {"folder": str(folder / name), "trace": str(out / "trace")}
@@ -24,7 +24,7 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
         return Job(name, "experiments.jobs:scored", kwargs)
 
     trial.job = job  # type: ignore[assignment]
-    training.require_data = lambda _: None
+    training.require_data = lambda *_: None
     run = config.overlay(config.preset("demo"), {"eval_interval": 1})
     asked = search.Search(
         run,
