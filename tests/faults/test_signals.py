@@ -26,9 +26,8 @@ CTRL_C = b"\x03"
 EVAL, SAVE = FLAGS["eval_interval"], FLAGS["checkpoint_interval"]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signal.Signals):
     """torchrun dies of SIGUSR1 unless told to hand it on; its ranks save nevertheless."""
     run = Run(data_root, tmp_path / "run", **ENDLESS)
