@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 try:
-    from gpt2.cli_watch import estimate_main
+    from gpt2.cli.estimate import estimate_main
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
     sys.exit(2)

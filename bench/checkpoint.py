@@ -14,9 +14,13 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint, config, distributed, model, optim
-from gpt2.config import CheckpointConfig
-from gpt2.saving import HostCopy, Saver
+from gpt2 import model
+from gpt2.checkpoint import metadata, store
+from gpt2.checkpoint.async_save import HostCopy, Saver
+from gpt2.config import presets
+from gpt2.config.run import CheckpointConfig
+from gpt2.distributed import world as distributed
+from gpt2.optim import build
 
 ROUNDS = 5
 
@@ -28,11 +32,11 @@ def resident_gb(what: str) -> float:
     return int(found[1]) * 1024 / 1e9
 
 
-def trained_state() -> checkpoint.State:
+def trained_state() -> metadata.State:
     """Weights and moments of GPT-2 124M after one update."""
-    preset = config.preset("gpt2-124m")
+    preset = presets.preset("gpt2-124m")
     net = model.build(preset.model)
-    optimizer = optim.build(net, preset.optim)
+    optimizer = build.build(net, preset.optim)
     for part in net.parameters():
         part.grad = torch.randn_like(part)
     optimizer.step()
@@ -40,8 +44,8 @@ def trained_state() -> checkpoint.State:
     return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def facts(step: int) -> checkpoint.Facts:
-    return checkpoint.Facts(step, 0, 0, 3.0, None, 1, "bench", "0")
+def facts(step: int) -> metadata.Facts:
+    return metadata.Facts(step, 0, 0, 3.0, None, 1, "bench", "0")
 
 
 def main() -> None:
@@ -55,7 +59,7 @@ def main() -> None:
         blocked, whole, synchronous = [], [], []
         for number in range(ROUNDS):
             started = time.perf_counter()
-            path = checkpoint.save(folder, {**state, "rng": []}, facts(2 * number + 1), keep_last=2)
+            path = store.save(folder, {**state, "rng": []}, facts(2 * number + 1), keep_last=2)
             synchronous.append(time.perf_counter() - started)
             before = resident_gb("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -77,12 +81,12 @@ def main() -> None:
         print(
             f"Saving blocks for {share:.0%} of a synchronous save (the first: {blocked[0]:.2f} s)"
         )
-        newest = checkpoint.find(folder, "latest", print)
+        newest = store.find(folder, "latest", print)
         assert newest is not None
         loaded, copied = [], []
         for _ in range(ROUNDS):
             started = time.perf_counter()
-            mapped = checkpoint.load(newest, warn=print)
+            mapped = store.load(newest, warn=print)
             loaded.append(size_gb / (time.perf_counter() - started))
             HostCopy().of(mapped)
             copied.append(size_gb / (time.perf_counter() - started))

@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from gpt2 import tokenizer
-from gpt2.data import corpora, prepare
+from gpt2.data import corpora, prepare, tokenizer
 from gpt2.data.corpora import Corpus, Document
-from gpt2.data.order import Order
+from gpt2.data.remote import Storage
+from gpt2.data.sampler import Order
 from gpt2.data.shards import ShardSet, catalog
-from gpt2.data.storage import Storage
 
 ROUNDS, COPIES = 5, 8
 
@@ -116,11 +115,12 @@ def waiting(folder: Path) -> None:
     """How long a training step waits for its batch."""
     import torch  # not above: the tokenising processes import this file too
 
-    from gpt2 import config, model
+    from gpt2 import model
+    from gpt2.config import presets
     from gpt2.data.loader import Loader
 
     torch.set_num_threads(1)
-    run = config.preset("demo")
+    run = presets.preset("demo")
     shards = ShardSet(catalog(Storage(str(folder))), "train", run.model.block_size)
     line = Order(shards.rows_per_shard, run.rows_per_step, seed=1)
     net = model.build(run.model)

@@ -12,12 +12,15 @@ import sys
 import time
 
 import torch
-from train import LEARNING_RATE, SHAPES
 from turns import Contender, Timed, ratio, serve, take_turns
 
-from gpt2 import config, distributed
-from gpt2.distributed import World
-from gpt2.learner import Learner
+from gpt2.config import options as options_module
+from gpt2.config import presets
+from gpt2.config import run as run_module
+from gpt2.distributed import rendezvous
+from gpt2.distributed.world import World
+from gpt2.train.learner import Learner
+from train import LEARNING_RATE, SHAPES
 
 RANKS = 2
 
@@ -27,7 +30,7 @@ def timed(accumulation: int, world: World) -> Timed:
     shape = SHAPES["small"]
     rows, length = shape["mini_batch_size"], shape["block_size"]
     values = {"total_batch_size": RANKS * accumulation * rows * length, "device": "cpu"}
-    learner = Learner(config.overlay(config.preset("gpt2-124m"), shape | values), world)
+    learner = Learner(options_module.overlay(presets.preset("gpt2-124m"), shape | values), world)
     torch.manual_seed(world.rank)
     count = RANKS * accumulation // world.size
     drawn = torch.randint(50257, (count, rows, length + 1))
@@ -45,7 +48,7 @@ def timed(accumulation: int, world: World) -> Timed:
 
 
 def serve_rank(accumulation: int) -> None:
-    with distributed.join(config.MachineConfig(device="cpu")) as world:
+    with rendezvous.join(run_module.MachineConfig(device="cpu")) as world:
         if world.is_main:
             serve(lambda: timed(accumulation, world))
             world.highest(0)  # that was all

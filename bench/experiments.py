@@ -12,12 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpt2.experiments import ledger, slots
-from gpt2.experiments.calls import Call
-from gpt2.experiments.plan import Event
-from gpt2.experiments.pool import Pool, worker_logs
-from gpt2.experiments.process import Engine
-from gpt2.experiments.seeds import Function, Seeds, Sweep
+from gpt2.experiments import results
+from gpt2.experiments.pool import slots
+from gpt2.experiments.pool.function_call import Call
+from gpt2.experiments.pool.job import Event
+from gpt2.experiments.pool.process import Engine
+from gpt2.experiments.pool.scheduler import Pool, worker_logs
+from gpt2.experiments.sweep.sweep import Function, Seeds, Sweep
 
 WORKERS = 2
 
@@ -38,7 +39,7 @@ def ours(jobs: int, folder: Path) -> float:
     def note(event: Event) -> None:
         times.append(time.perf_counter())
 
-    with ledger.opened(sweep.folder, sweep.about()) as book:
+    with results.opened(sweep.folder, sweep.about()) as book:
         engine = Engine(slots.of_cores(WORKERS, threads="1"))
         Pool(engine, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
         assert len(book.of("finished")) == jobs

@@ -14,10 +14,12 @@ import time
 import torch
 from torch import Tensor
 
-from gpt2 import config, model, tokenizer
-from gpt2.generate import generate
+from gpt2 import model
+from gpt2.config import presets
+from gpt2.data import tokenizer
+from gpt2.inference.generate import generate
+from gpt2.inference.sampling import Sampling
 from gpt2.model.gpt2 import GPT2
-from gpt2.sampling import Sampling
 
 
 @torch.inference_mode()
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
-    net = model.build(config.preset("gpt2-124m").model).to(options.device).eval()
+    net = model.build(presets.preset("gpt2-124m").model).to(options.device).eval()
     round_of(net, tokens=8, every=4)  # the first calls are slow
     rates = []
     for _ in range(options.rounds):

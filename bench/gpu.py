@@ -54,15 +54,21 @@ with tokenizer_or_none():
     )
     from turns import spread
 
-    from gpt2 import config, distributed, estimate, tokenizer
-    from gpt2.config import RunConfig
+    from gpt2.base.errors import TrainingError, is_out_of_memory
+    from gpt2.config import flops as estimate
+    from gpt2.config import options as options_module
+    from gpt2.config import presets
+    from gpt2.config import run as run_module
+    from gpt2.config.run import RunConfig
+    from gpt2.data import tokenizer
     from gpt2.data.loader import MicroBatch
-    from gpt2.data.order import Order
+    from gpt2.data.remote import Storage
+    from gpt2.data.sampler import Order
     from gpt2.data.shards import ShardSet, catalog
-    from gpt2.data.storage import Storage
-    from gpt2.distributed import World
-    from gpt2.errors import TrainingError, is_out_of_memory
-    from gpt2.learner import Learner, Underway
+    from gpt2.distributed import device as device_module
+    from gpt2.distributed import rendezvous
+    from gpt2.distributed.world import World
+    from gpt2.train.learner import Learner, Underway
 
 T = TypeVar("T")
 Step = Callable[[Tensor, Tensor], object]
@@ -145,7 +151,7 @@ def batches_of(run: RunConfig, data_dir: Path | None, device: torch.device) -> l
 
 
 def run_of(size: Size, batch: int, device: torch.device) -> RunConfig:
-    preset = config.preset("gpt2-124m")
+    preset = presets.preset("gpt2-124m")
     length = size.shape.get("block_size", preset.model.block_size)
     rest = {
         "mini_batch_size": batch,
@@ -153,12 +159,12 @@ def run_of(size: Size, batch: int, device: torch.device) -> RunConfig:
         "device": device.type,
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
     }
-    return config.overlay(preset, {**size.shape, **rest})
+    return options_module.overlay(preset, {**size.shape, **rest})
 
 
 def our_step(run: RunConfig, world: World, compiled: bool) -> Step:
     """As the training loop has it: what an update was like is heard when the next one has begun."""
-    learner = Learner(config.overlay(run, {"compile": "on" if compiled else "off"}), world)
+    learner = Learner(options_module.overlay(run, {"compile": "on" if compiled else "off"}), world)
     begun: list[Underway] = []
 
     def step(inputs: Tensor, targets: Tensor) -> None:
@@ -235,7 +241,7 @@ def train(
             else:
                 result.tokens_per_s.append(run.data.total_batch_size / seconds)
         free(device)
-        rates.append(distributed.measured_flops(device, getattr(torch, run.machine.dtype)))
+        rates.append(device_module.measured_flops(device, getattr(torch, run.machine.dtype)))
     return pair, rates
 
 
@@ -335,7 +341,7 @@ def beside_training(
     fastest: Training, size: Size, data_dir: Path | None, world: World
 ) -> Iterator[Part]:
     """What fits into the memory of it."""
-    run = config.overlay(run_of(size, fastest.batch, world.device), {"compile": "on"})
+    run = options_module.overlay(run_of(size, fastest.batch, world.device), {"compile": "on"})
     batch = batches_of(run, data_dir, world.device)[0]
     torch.compiler.reset()
     free(world.device)
@@ -367,7 +373,7 @@ def main() -> None:
     rounds, steps = options.rounds or size.effort.rounds, options.steps or size.effort.steps
     effort = replace(size.effort, rounds=rounds, steps=steps)
     size = replace(size, batches=options.batches or size.batches, effort=effort)
-    with distributed.join(config.MachineConfig()) as world:
+    with rendezvous.join(run_module.MachineConfig()) as world:
         for found in bench(size, options.data_dir, world):
             if options.json is not None:  # whatever comes next, this is kept
                 options.json.write_text(json.dumps(asdict(found), indent=2) + "\n")

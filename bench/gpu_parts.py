@@ -22,14 +22,18 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from turns import spread
 
-from gpt2 import checkpoint, model, optim, tokenizer
-from gpt2.config import CheckpointConfig, RunConfig
+from gpt2 import model
+from gpt2.checkpoint import metadata
+from gpt2.checkpoint.async_save import Saver
+from gpt2.config.run import CheckpointConfig, RunConfig
+from gpt2.data import tokenizer
 from gpt2.data.loader import MicroBatch
-from gpt2.distributed import Moment, World
+from gpt2.distributed.device import Moment
+from gpt2.distributed.world import World
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question
-from gpt2.learner import Learner
-from gpt2.saving import Saver
+from gpt2.optim import build
+from gpt2.train.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def optimizer(learner: Learner, net: plain.GPT2, effort: Effort) -> Part:
         part.grad = torch.full_like(part, 1e-3)
 
     def our_update() -> None:
-        norm = optim.gradient_norm(learner.model)
+        norm = build.gradient_norm(learner.model)
         learner.optimizer.update(norm, 1.0, norm.isfinite())
 
     def plain_update() -> None:
@@ -205,7 +209,7 @@ def checkpoints(learner: Learner, rounds: int) -> Part:
         saver = Saver(learner.world, settings, said.append, None, None)
 
         def begin() -> float:
-            facts = checkpoint.Facts(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
+            facts = metadata.Facts(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
             wait(device)
             started = time.perf_counter()
             saver.begin(facts, learner.state)

@@ -14,8 +14,11 @@ from typing import IO, Any
 
 import torch
 
-from gpt2 import checkpoint, config, interchange, model
-from gpt2.config import ModelConfig
+from gpt2 import model
+from gpt2.checkpoint import store
+from gpt2.config import presets
+from gpt2.config.run import ModelConfig
+from gpt2.inference import interchange
 from gpt2.model.gpt2 import GPT2
 
 TASK = "hellaswag_of_a_file"
@@ -38,9 +41,9 @@ class Answer:
 def load_model(which: str, block_size: int | None = None) -> GPT2:
     """The model of a checkpoint, of an exported folder, or a preset's with random weights; with a
     shorter context, if `block_size` is given."""
-    if which in config.PRESETS:
+    if which in presets.PRESETS:
         torch.manual_seed(0)
-        shape = config.preset(which).model
+        shape = presets.preset(which).model
         weights = model.build(shape).state_dict()
     elif Path(which).is_dir():
         values = json.loads(Path(which, "config.json").read_text())
@@ -48,7 +51,7 @@ def load_model(which: str, block_size: int | None = None) -> GPT2:
         shape = ModelConfig(**{ours: values[theirs] for theirs, ours in names})
         weights = interchange.load(f"hf:{which}", shape, trust=False, warn=print)
     else:
-        state = checkpoint.load(Path(which).resolve(), warn=print)  # the sidecar is not linked
+        state = store.load(Path(which).resolve(), warn=print)  # the sidecar is not linked
         shape, weights = ModelConfig(**state["config"]["model"]), state["model"]
     shape = replace(shape, block_size=block_size or shape.block_size)
     net = model.build(shape)

@@ -1,8 +1,8 @@
 """Ways to the loss of the head and its gradients: python bench/head.py
 
 For the two shapes of train.py, in turn: torch's plain operations, these compiled, torch's
-`linear_cross_entropy` (2.13) as it comes and in chunks, and `gpt2.model.head`, which a training
-takes on the CPU. And the three matrix products alone, which none of them can do without.
+`linear_cross_entropy` (2.13) as it comes and in chunks, and `gpt2.model.cross_entropy`, which
+training uses on the CPU. And the three matrix products alone, which none of them can do without.
 """
 
 import argparse
@@ -14,11 +14,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from train import SHAPES
 from turns import ratio
 
-from gpt2 import config, distributed
-from gpt2.model.head import summed_cross_entropy
+from gpt2.config import run
+from gpt2.distributed import rendezvous
+from gpt2.model.cross_entropy import summed_cross_entropy
+from train import SHAPES
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Way = Callable[[Tensor, Tensor, Tensor], object]
@@ -62,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    with distributed.join(config.MachineConfig(device="cpu")):  # sets malloc
+    with rendezvous.join(run.MachineConfig(device="cpu")):  # sets malloc
         for name, shape in SHAPES.items():
             tokens, vocabulary = shape["mini_batch_size"] * shape["block_size"], 50304
             features_ND = torch.randn(tokens, shape["n_embd"]).requires_grad_()

@@ -22,8 +22,9 @@ import harness
 import plain
 import torch
 
-from gpt2 import config, distributed
-from gpt2.distributed import World
+from gpt2.config import run
+from gpt2.distributed import rendezvous
+from gpt2.distributed.world import World
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.hellaswag import Choice, Task
 from gpt2.model.gpt2 import GPT2
@@ -103,8 +104,8 @@ def main() -> None:
     parser.add_argument("--lm_eval", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
     arguments = parser.parse_args()
-    machine = config.MachineConfig()
-    with TemporaryDirectory() as root, distributed.join(machine) as world:
+    machine = run.MachineConfig()
+    with TemporaryDirectory() as root, rendezvous.join(machine) as world:
         path = harness.spread(arguments.path, arguments.tasks, Path(root))
         net = harness.load_model(arguments.model).to(world.device)
         print(f"{arguments.tasks} tasks, {arguments.model}, {world.device}", end=", ")

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import harness
 import torch
 
-from gpt2 import distributed
+from gpt2.distributed import world
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.hellaswag import Choice, Score
 
@@ -31,7 +31,7 @@ def main() -> int:
     arguments = parser.parse_args()
     net = harness.load_model(arguments.model, arguments.block_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    alone = distributed.World(0, 1, device)
+    alone = world.World(0, 1, device)
     with TemporaryDirectory() as root, contextlib.redirect_stdout(sys.stderr):
         path = harness.spread(arguments.path, arguments.tasks, Path(root))
         tasks = hellaswag.load(path, style="harness")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from gpt2 import metrics
+from gpt2.metrics import log_reader
 
 SHARE = 0.7
 SEEDS = 3
@@ -64,7 +64,7 @@ class Arm:
         logs = [
             self.folder / f"learning_rate={rate},seed={seed}" / "log.txt" for seed in range(SEEDS)
         ]
-        runs = [metrics.read_runs(log)[-1].val_losses for log in logs]
+        runs = [log_reader.read_runs(log)[-1].val_losses for log in logs]
         return {step: statistics.mean(run[step] for run in runs) for step in runs[0]}
 
 

@@ -21,9 +21,14 @@ import torch
 from torch import Tensor
 from turns import Contender, Timed, ratio, serve, take_turns
 
-from gpt2 import config, distributed, estimate, optim
-from gpt2.config import RunConfig
-from gpt2.learner import Learner
+from gpt2.config import flops as estimate
+from gpt2.config import options as options_module
+from gpt2.config import presets
+from gpt2.config.run import RunConfig
+from gpt2.distributed import device as device_module
+from gpt2.distributed import rendezvous
+from gpt2.optim import build as optim
+from gpt2.train.learner import Learner
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "mini_batch_size": 8},
@@ -42,11 +47,11 @@ def run_config(shape: str, device: torch.device) -> RunConfig:
         values |= ON_A_GPU
     rows, length = values["mini_batch_size"], values["block_size"]
     values["total_batch_size"] = rows * length  # type: ignore[operator]
-    return config.overlay(config.preset("gpt2-124m"), values | {"device": device.type})
+    return options_module.overlay(presets.preset("gpt2-124m"), values | {"device": device.type})
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if distributed.has_fast_bfloat16(device) else torch.float32
+    return torch.bfloat16 if device_module.has_fast_bfloat16(device) else torch.float32
 
 
 def tokens_of(run: RunConfig) -> Tensor:
@@ -79,7 +84,7 @@ def prepare(name: str, shape: str, folder: str) -> Timed:
     fused = which == "plain" and device.type == "cuda"  # there nanoGPT does it
     if how != "shipped":
         fused = True
-        with distributed.join(run.machine) as world:  # sets malloc
+        with rendezvous.join(run.machine) as world:  # sets malloc
             if which == "ours":
                 learner = Learner(run, world)
                 return timed(lambda *batch: learner.learn([batch], LEARNING_RATE), rows_BT)
@@ -106,7 +111,7 @@ def breakdown(shape: str, steps: int) -> dict[str, float]:
         parts.setdefault(name, []).append(1000 * (now - since))
         return now
 
-    with distributed.join(run.machine) as world:
+    with rendezvous.join(run.machine) as world:
         learner = Learner(run, world)
         model, positions_T = learner.model, torch.arange(run.model.block_size, device=device)
         for _ in range(steps + 1):
@@ -136,7 +141,7 @@ def compare(shape: str, names: list[str], rounds: int, steps: int) -> None:
         contender.run(3)  # compiles; one after another, as compilers take all cores
     rates = []
     for _ in take_turns(contenders, rounds, steps):
-        rates += [distributed.measured_flops(device, dtype) for _ in range(5)]
+        rates += [device_module.measured_flops(device, dtype) for _ in range(5)]
     for contender in contenders:
         contender.end()
     ours = next(contender for contender in contenders if contender.name == "ours")

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import TransformerEncoder, TransformerEncoderLayer, functional
 
-from gpt2.cli_parse import guarded, parse
+from gpt2.cli.parse import guarded, parse
 from gpt2.experiments import api
 
 # B rows, P parameters, T tokens, D width of a token, F frequencies

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from gpt2.cli_parse import guarded, parse
+from gpt2.cli.parse import guarded, parse
 from gpt2.experiments.api import ConfigError, PointSummary, Report, sweep, table
 
 if TYPE_CHECKING:

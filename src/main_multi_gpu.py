@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":  # workers import this file, too
     try:
-        from gpt2.cli_experiments import seeds_main
+        from gpt2.cli.seeds import seeds_main
     except ModuleNotFoundError as missing:
         print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from gpt2.cli_train import train_main
+    from gpt2.cli.train import train_main
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
     sys.exit(2)

@@ -10,8 +10,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2 import config
-from gpt2.config import RunConfig
+from gpt2.config import options, presets
+from gpt2.config.run import RunConfig
 from gpt2.data.corpora import Corpus, Document
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +69,8 @@ def small_config(data_root: Path, out: Path, /, **changes: object) -> RunConfig:
     """A run of seconds that keeps everything under `out`."""
     folders = {"checkpoint_dir": out / "checkpoints", "runs_dir": out / "runs"}
     folders["log_dir"] = out / "logs"
-    return config.overlay(
-        config.preset("demo"), {**SMALL_RUN, **folders, "data_root": data_root, **changes}
+    return options.overlay(
+        presets.preset("demo"), {**SMALL_RUN, **folders, "data_root": data_root, **changes}
     )
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from gpt2.cli_parse import guarded
-from gpt2.errors import UserError
-from gpt2.experiments import ledger
+from gpt2.base.errors import UserError
+from gpt2.cli.parse import guarded
+from gpt2.experiments import results
 from support import ROOT, run_command
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PUBLIC = {"gpt2.cli_parse", "gpt2.experiments.api"}
+PUBLIC = {"gpt2.cli.parse", "gpt2.experiments.api"}
 TEACHER = (
     *("teacher_student", "--teacher_ranks", "1", "3", "--student-dims", "2", "4", "--num_seeds"),
     *("2", "--measurements", "4", "--size", "4", "--guesses", "2000"),
@@ -68,7 +68,7 @@ def test_teacher_student(tmp_path: Path):
     said = example(tmp_path, *TEACHER)
     assert "Left out, as narrower than the teacher: student dim 2 for rank 3" in said
     folder = tmp_path / "checkpoints" / "teacher_student"
-    records = ledger.read_records(folder)
+    records = results.read_records(folder)
     assert len(records) == 2 * 3 * 2
     errors = {record.job: record.result for record in records}
     for job, found in errors.items():
@@ -83,7 +83,7 @@ def test_teacher_student(tmp_path: Path):
 
     code, again = within(tmp_path, *TEACHER)
     assert code == 0 and "12 of them are done already" in again
-    assert ledger.read_records(folder) == records
+    assert results.read_records(folder) == records
     code, other = within(tmp_path, *TEACHER, "--gd", "--tolerance", "0.5")
     assert code == 2 and "tolerance: 0.3 before, 0.5 now" in other
 
@@ -92,7 +92,7 @@ def test_teacher_student(tmp_path: Path):
 def test_pmssm(tmp_path: Path):
     said = example(tmp_path, *PMSSM)
     folder = tmp_path / "checkpoints" / "pmssm"
-    records = {record.job: record.result for record in ledger.read_records(folder)}
+    records = {record.job: record.result for record in results.read_records(folder)}
     assert sorted(records) == ["mlp", "plr"]
     for result in records.values():
         assert f"{result['rmse']:.4f}" in said and f"{result['parameters']:,}" in said
@@ -100,7 +100,7 @@ def test_pmssm(tmp_path: Path):
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     code, again = within(tmp_path, *PMSSM)
     assert code == 0 and "finished already: plr, mlp" in again
-    assert {item.job: item.result for item in ledger.read_records(folder)} == records
+    assert {item.job: item.result for item in results.read_records(folder)} == records
 
 
 def test_pmssm_fails_where_its_error_is_not_finite(monkeypatch: pytest.MonkeyPatch):

@@ -3,23 +3,26 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import (
-    cli,
-    cli_data,
-    cli_evaluate,
-    cli_experiments,
-    cli_model,
-    cli_search,
-    cli_watch,
-    config,
+from gpt2.cli import (
+    data,
+    evaluate,
+    export,
+    generate,
+    loading,
+    main,
+    plot,
+    pool_options,
+    search,
+    seeds,
 )
-from gpt2.sampling import Sampling
+from gpt2.config import options as config
+from gpt2.inference.sampling import Sampling
 from support import ROOT
 
 README = (ROOT / "README.md").read_text()
 FIELDS = {*config._field_table(), "config", "out_dir", "list_checkpoints"}
-GENERATE = {*cli_model.GenerateCommand.__dataclass_fields__, *Sampling.__dataclass_fields__}
-GENERATE |= set(cli_model.Source.__dataclass_fields__)
+GENERATE = {*generate.GenerateCommand.__dataclass_fields__, *Sampling.__dataclass_fields__}
+GENERATE |= set(loading.Source.__dataclass_fields__)
 GENERATE -= {"sampling", "source"}  # parts, not flags
 
 
@@ -35,19 +38,19 @@ def test_the_table_of_options_is_complete_and_true(section: str, options: set[st
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"gpt2 ([a-z]+)", README))))
 def test_commands_exist(name: str):
-    assert name in cli.COMMANDS
+    assert name in main.COMMANDS
 
 
 def test_options_in_commands_exist():
     known = FIELDS | GENERATE
-    known |= set(cli_model.ExportCommand.__dataclass_fields__)
-    known |= {*cli_data.Options.__dataclass_fields__, *cli_data.Hub.__dataclass_fields__}
-    known |= set(cli_watch.PlotCommand.__dataclass_fields__)
-    known |= set(cli_evaluate.EvaluateCommand.__dataclass_fields__)
+    known |= set(export.ExportCommand.__dataclass_fields__)
+    known |= {*data.Options.__dataclass_fields__, *data.Hub.__dataclass_fields__}
+    known |= set(plot.PlotCommand.__dataclass_fields__)
+    known |= set(evaluate.EvaluateCommand.__dataclass_fields__)
     known |= {"module", "standalone", "nproc_per_node", "port", "help", "no_bias"}
-    known |= set(cli_search.SearchCommand.__dataclass_fields__)
-    known |= set(cli_experiments.SeedsCommand.__dataclass_fields__)
-    known |= set(cli_experiments.PoolOptions.__dataclass_fields__)  # and of the script's
+    known |= set(search.SearchCommand.__dataclass_fields__)
+    known |= set(seeds.SeedsCommand.__dataclass_fields__)
+    known |= set(pool_options.PoolOptions.__dataclass_fields__)  # and of the script's
     known |= {"local", "outfile"}  # of `hf download` and llama.cpp
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from gpt2.cli import main
+from gpt2.cli.main import main
 
 sys.exit(main())

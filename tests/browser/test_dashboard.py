@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from experiments.test_search import Played
-from gpt2.experiments import studies
+from experiments.search.test_run import Played
+from gpt2.experiments.search import study
 
 pytestmark = pytest.mark.browser
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -39,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [str(SERVER), studies.url(folder), "--port", str(port)],
+        [str(SERVER), study.url(folder), "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gpt2 import train
+from gpt2.train import trainer
 from support import ROOT, small_config, write_tasks
 
 pytestmark = pytest.mark.browser
@@ -43,7 +43,7 @@ def page(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     out = tmp_path_factory.mktemp("run")
     flags = {"max_steps": 60, "eval_interval": 5, "hellaswag_interval": 10, "sample_interval": 20}
     tasks = write_tasks(out / "tasks.jsonl")
-    train.run(small_config(data_root, out, **flags, hellaswag_path=tasks, use_tensorboard=True))
+    trainer.run(small_config(data_root, out, **flags, hellaswag_path=tasks, use_tensorboard=True))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2 import distributed, train
-from gpt2.errors import TrainingError
+from gpt2.base.errors import TrainingError
+from gpt2.distributed import world
+from gpt2.train import trainer
 from support import losses, small_config
 
 # Float32 logits of a row take 50 MB, of all 32 rows 1.6 GB; the model itself 3 MB.
@@ -28,7 +29,7 @@ ROOM_BYTES = 700e6
 @pytest.fixture
 def little_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So much of the GPU and no more for this process."""
-    monkeypatch.setattr(distributed, "peak_flops", lambda *_: 1e12)  # measuring it takes more
+    monkeypatch.setattr(world, "peak_flops", lambda *_: 1e12)  # measuring it takes more
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM_BYTES) / total)
@@ -44,16 +45,16 @@ def test_out_of_memory_names_what_fits(device: str, data_root: Path, tmp_path: P
         r"\(the total batch stays\), or --auto_mini_batch"
     )
     with pytest.raises(TrainingError, match=message):
-        train.run(small_config(data_root, tmp_path, **WIDE, device=device))
+        trainer.run(small_config(data_root, tmp_path, **WIDE, device=device))
 
 
 def test_auto_mini_batch_finds_what_fits(
     device: str, data_root: Path, tmp_path: Path, capsys, request: pytest.FixtureRequest
 ):
-    train.run(small_config(data_root, tmp_path / "2", **{**WIDE, "mini_batch_size": 2}))
+    trainer.run(small_config(data_root, tmp_path / "2", **{**WIDE, "mini_batch_size": 2}))
     request.getfixturevalue("little_memory")
     config = small_config(data_root, tmp_path / "auto", **WIDE, auto_mini_batch=True)
-    assert train.run(config).state == "finished"
+    assert trainer.run(config).state == "finished"
     found = re.search(r"--auto_mini_batch: (\d+) rows at once", capsys.readouterr().out)
     assert found is not None
     assert 1 <= int(found[1]) < 32

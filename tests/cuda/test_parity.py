@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.distributed import World
-from gpt2.learner import Learner
+from gpt2.distributed.world import World
+from gpt2.train.learner import Learner
 from support import small_config
 
 ROWS, LENGTH = 4, 128

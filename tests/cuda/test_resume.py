@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import checkpoint
-from gpt2.distributed import World
-from gpt2.learner import Learner
+from gpt2.checkpoint import random_state, store
+from gpt2.distributed.world import World
+from gpt2.train.learner import Learner
 from support import loss_lines, run_command, small_config, small_flags, train_command
 
 # Large enough for several blocks of each kernel, which add up in any order unless told not to.
@@ -44,8 +44,7 @@ def test_deterministic_run_resumes_bit_identically(
     assert len(lines) == 8 + 3  # steps, and validations before, between and after them
     assert loss_lines(parts / "logs/log.txt") == lines
     one, other = (
-        checkpoint.load(out / "checkpoints" / "step_000008.pt", warn=print)
-        for out in (whole, parts)
+        store.load(out / "checkpoints" / "step_000008.pt", warn=print) for out in (whole, parts)
     )
     assert one["model"].keys() == other["model"].keys()
     for name, weight in one["model"].items():
@@ -64,11 +63,11 @@ def draws(device: str) -> list[object]:
 def test_random_streams_come_back_from_a_file(device: str, tmp_path: Path):
     torch.rand(7, device=device)  # not at the beginning of the stream
     path, place = tmp_path / "state.pt", torch.device(device, 0)
-    torch.save(checkpoint.rng_state(place), path)
+    torch.save(random_state.rng_state(place), path)
     first, second = draws(device), draws(device)
     assert all(one != other for one, other in zip(first, second, strict=True))
     # As `checkpoint.load` brings it: on the host, plain values and tensors only.
-    checkpoint.set_rng_state(torch.load(path, map_location="cpu", weights_only=True), place)
+    random_state.set_rng_state(torch.load(path, map_location="cpu", weights_only=True), place)
     assert [draws(device), draws(device)] == [first, second]
 
 
@@ -86,7 +85,7 @@ def test_dropout_goes_on_where_it_was(device: str, data_root: Path, tmp_path: Pa
     learner = Learner(config, world)
     losses(learner)
     path = tmp_path / "state.pt"
-    torch.save({**learner.state(), "rng": [checkpoint.rng_state(world.device)]}, path)
+    torch.save({**learner.state(), "rng": [random_state.rng_state(world.device)]}, path)
     expected = losses(learner)
 
     learner = Learner(config, world)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2 import optim
-from gpt2.distributed import World
-from gpt2.learner import Learner
+from gpt2.distributed.world import World
+from gpt2.optim import build
+from gpt2.train.learner import Learner
 from support import small_config
 
 
@@ -28,13 +28,13 @@ def test_an_update_without_a_finite_gradient_is_left_out(
     learner = learner_on(device, tmp_path, optimizer=optimizer)
     assert learner.learn([batch(learner)], 1e-2).applied
     before = {name: part.clone() for name, part in learner.model.state_dict().items()}
-    whole = optim.gradient_norm
+    whole = build.gradient_norm
 
     def poisoned(net: torch.nn.Module) -> torch.Tensor:
         next(iter(net.parameters())).grad[0, 0] = float("nan")
         return whole(net)
 
-    monkeypatch.setattr(optim, "gradient_norm", poisoned)
+    monkeypatch.setattr(build, "gradient_norm", poisoned)
     assert not learner.learn([batch(learner)], 1e-2).applied
     monkeypatch.undo()
     for name, part in learner.model.state_dict().items():

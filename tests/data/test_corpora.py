@@ -8,8 +8,8 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
+from gpt2.base.errors import DataError
 from gpt2.data import corpora
-from gpt2.errors import DataError
 
 
 def test_standard_library_is_its_sources_in_sorted_order(tmp_path: Path, monkeypatch):

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.data import order
+from gpt2.data import sampler
 from gpt2.data.loader import Loader
-from gpt2.data.order import Order
+from gpt2.data.remote import Storage
+from gpt2.data.sampler import Order
 from gpt2.data.shards import ShardSet, catalog
-from gpt2.data.storage import Storage
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_batches_are_those_of_the_order(shards: ShardSet, world_size: int):
         ) as loader:
             for step in range(5, 12):
                 micros = loader.next_step()
-                rows = list(order.micro_batches(line.rows(step, rank, world_size), 2))
+                rows = list(sampler.micro_batches(line.rows(step, rank, world_size), 2))
                 assert len(micros) == len(rows)
                 for (tokens_BT, targets_BT), part in zip(micros, rows, strict=True):
                     inputs, targets = shards.read(part)

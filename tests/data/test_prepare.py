@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import support
-from gpt2 import tokenizer
-from gpt2.data import prepare
+from gpt2.base.errors import DataError
+from gpt2.data import prepare, tokenizer
 from gpt2.data.corpora import Corpus, Document
-from gpt2.errors import DataError
 
 
 def shard_tokens(folder: Path) -> list[int]:
@@ -279,7 +278,7 @@ SIZES = ["--shard_tokens", "150000", "--max_tokens", "8000000"]
 
 
 def data_command(folder: Path, *options: str) -> list[str]:
-    start = "import sys; from gpt2.cli import main; sys.exit(main())"
+    start = "import sys; from gpt2.cli.main import main; sys.exit(main())"
     corpus = ["data", "python-stdlib", "--out", str(folder), *SIZES]
     return [sys.executable, "-c", start, *corpus, *options]
 
@@ -349,7 +348,7 @@ def test_full_disk_is_one_clear_error_and_finished_shards_stay(tmp_path: Path, n
     limit = 200_000  # bytes of a file: the small validation shard fits, the next one does not
     start = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "import sys; from gpt2.cli import main; sys.exit(main())"
+        "import sys; from gpt2.cli.main import main; sys.exit(main())"
     )
     command = data_command(tmp_path / "data", "--val_tokens", "50000")
     failed = support.run_command([command[0], "-c", start, *command[3:]], expect=2)

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.data import order, shards
-from gpt2.data.order import Order
+from gpt2.base.errors import DataError
+from gpt2.data import sampler, shards
+from gpt2.data.remote import Storage
+from gpt2.data.sampler import Order
 from gpt2.data.shards import Catalog, Manifest, ShardSet, catalog
-from gpt2.data.storage import Storage
-from gpt2.errors import DataError
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_two_epochs_of_tokens_are_those_of_a_brute_force_reading(data_root: Path
     seen: list[list[int]] = []
     for step in range(steps):
         for rank in range(world_size):
-            for micro in order.micro_batches(line.rows(step, rank, world_size), 2):
+            for micro in sampler.micro_batches(line.rows(step, rank, world_size), 2):
                 inputs, targets = shards.read(micro)
                 assert inputs.shape == targets.shape == (len(micro), 32)
                 assert np.array_equal(inputs[:, 1:], targets[:, :-1])

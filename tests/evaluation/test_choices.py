@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2 import distributed, model, tokenizer
-from gpt2.config import ModelConfig
+from gpt2 import model
+from gpt2.config.model import ARCHITECTURES
+from gpt2.config.run import ModelConfig
+from gpt2.data import tokenizer
+from gpt2.distributed import world as distributed
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question, ending_losses
 from gpt2.model.base import LanguageModel
 from gpt2.model.gpt2 import GPT2
-from gpt2.shape import ARCHITECTURES
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, window=7)
 ALONE = distributed.World(0, 1, torch.device("cpu"))

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2 import distributed, model, tokenizer
-from gpt2.config import ModelConfig
-from gpt2.errors import DataError
+from gpt2 import model
+from gpt2.base.errors import DataError
+from gpt2.config.run import ModelConfig
+from gpt2.data import tokenizer
+from gpt2.distributed import world
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.choices import Question
 from gpt2.evaluation.hellaswag import Choice, Score, Task
@@ -141,7 +143,7 @@ def test_score():
 def test_evaluate(path: Path, monkeypatch: pytest.MonkeyPatch):
     tasks = hellaswag.load(path)
     net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    alone = distributed.World(0, 1, torch.device("cpu"))
+    alone = world.World(0, 1, torch.device("cpu"))
     full = torch.autocast("cpu", enabled=False)
     losses = choices.ending_losses(net, [task.question for task in tasks], alone, full)
     assert losses is not None

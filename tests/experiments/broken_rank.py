@@ -3,15 +3,15 @@
 import sys
 from typing import Any
 
-from gpt2 import distributed
-from gpt2.experiments import rank, ranks, training
-from gpt2.learner import Learner
+from gpt2.distributed import rendezvous
+from gpt2.experiments.training import ddp_host, ddp_rank, training_job
+from gpt2.train.learner import Learner
 
 
 def run(report: Any, **work: Any) -> dict[str, Any]:
     """The job: a training whose ranks are this file."""
-    ranks.RANK = "experiments.broken_rank"
-    return training.run(report, **work)
+    ddp_host.RANK = "experiments.broken_rank"
+    return training_job.run(report, **work)
 
 
 if __name__ == "__main__":
@@ -19,9 +19,9 @@ if __name__ == "__main__":
     steps = iter(range(8))
 
     def breaks(self: Learner, *given: Any) -> Any:
-        if distributed.env_rank()[0] == 1 and next(steps) == 7:
+        if rendezvous.env_rank()[0] == 1 and next(steps) == 7:
             raise RuntimeError("CUDA error: the bug")
         return begin(self, *given)
 
     Learner.begin = breaks  # type: ignore[method-assign]
-    sys.exit(rank.main(sys.argv[1]))
+    sys.exit(ddp_rank.main(sys.argv[1]))

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpt2.errors import ConfigError
-from gpt2.experiments.plan import Lost
+from gpt2.base.errors import ConfigError
+from gpt2.experiments.pool.job import Lost
 
 
 def note(trace: str, word: str, pid: int | None = None) -> None:

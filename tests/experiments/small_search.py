@@ -9,12 +9,18 @@ SPACE = "[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true\n[n_layer]\nlow = 
 
 
 def main(out: Path, count: int, pause: float, storage: str | None = None) -> int:
-    from gpt2 import config  # seconds to import, and workers import this file, too
-    from gpt2.experiments import search, slots, space, training, trial
-    from gpt2.experiments.plan import Job
-    from gpt2.experiments.pool import Limits
-    from gpt2.experiments.process import Engine
-    from gpt2.tables import console
+    from gpt2.base.text import console
+    from gpt2.config import (
+        options,
+        presets,  # seconds to import, and workers import this file, too
+    )
+    from gpt2.experiments.pool import slots
+    from gpt2.experiments.pool.job import Job
+    from gpt2.experiments.pool.process import Engine
+    from gpt2.experiments.pool.scheduler import Limits
+    from gpt2.experiments.search import run as run_module
+    from gpt2.experiments.search import space, spec, trial
+    from gpt2.experiments.training import training_job
 
     def job(number: int, _run: object, folder: Path, _values: object, _ranks: int) -> Job:
         name = trial.name_of(number)
@@ -24,9 +30,9 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
         return Job(name, "experiments.jobs:scored", kwargs)
 
     trial.job = job  # type: ignore[assignment]
-    training.require_data = lambda *_: None
-    run = config.overlay(config.preset("demo"), {"eval_interval": 1})
-    asked = search.Search(
+    training_job.require_data = lambda *_: None
+    run = options.overlay(presets.preset("demo"), {"eval_interval": 1})
+    asked = spec.Search(
         run,
         space.parse(SPACE, run, "space"),
         count,
@@ -34,7 +40,7 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
         log_dir=out / "logs",
         storage=storage,
     )
-    return search.run(asked, Engine(slots.of_cores(2, "1")), Limits(retries=99), console())
+    return run_module.run(asked, Engine(slots.of_cores(2, "1")), Limits(retries=99), console())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from experiments import jobs
-from gpt2.experiments import api, ledger, slots
+from gpt2.experiments import api, results
+from gpt2.experiments.pool import slots
 
 ENGINE = api.Engine(slots.of_cores(2, threads="1"))
 
@@ -197,7 +198,7 @@ def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_plans_need_no_torch():
-    code = "import sys, gpt2.experiments.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpt2.experiments.pool.job; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -205,4 +206,4 @@ def test_results_of_another_kind_are_not_mixed(tmp_path: Path):
     api.together({"one": functools.partial(jobs.square, seed=2)}, **place(tmp_path))
     with pytest.raises(api.ConfigError, match="kind: jobs before, seeds now"):
         api.sweep(jobs.square, [{}], 1, **place(tmp_path))
-    assert [record.result for record in ledger.read_records(tmp_path / "kept")] == [4]
+    assert [record.result for record in results.read_records(tmp_path / "kept")] == [4]

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from gpt2 import checkpoint, monitor
+from gpt2.checkpoint import store
+from gpt2.inspection import runs
 from support import ROOT, loss_lines, losses, small_flags, train_command
 
 
@@ -111,12 +112,12 @@ class Run:
 
     def kept(self) -> int:
         """The step from which a start now would continue."""
-        newest = checkpoint.find(self.out / "checkpoints", "latest", print)
+        newest = store.find(self.out / "checkpoints", "latest", print)
         return int(newest.stem.removeprefix("step_")) if newest else 0
 
     def state(self) -> str:
         """What `gpt2 status` says of it."""
-        found = monitor.newest_run(self.out / "checkpoints")
+        found = runs.newest_run(self.out / "checkpoints")
         return found.state if found else "none"
 
     def ranks(self) -> list[int]:
@@ -204,9 +205,7 @@ def starts_of(run: Path) -> list[list[str]]:
 
 def has_weights_of(run: Path, reference: Path) -> bool:
     """Whether weights and moments after the last step are bit for bit the same."""
-    states = [
-        checkpoint.load(out / "checkpoints/latest.pt", warn=print) for out in (run, reference)
-    ]
+    states = [store.load(out / "checkpoints/latest.pt", warn=print) for out in (run, reference)]
     left, right = (tree_leaves([state["model"], state["optimizer"]]) for state in states)
     return len(left) == len(right) and all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from faults.harness import trial
-from gpt2 import checkpoint, lock, train
-from gpt2.errors import CheckpointError
+from gpt2.base import folder_lock
+from gpt2.base.errors import CheckpointError
+from gpt2.checkpoint import store
+from gpt2.train import trainer
 from support import ROOT, small_config, small_flags, train_command
 
 
@@ -23,7 +25,7 @@ from support import ROOT, small_config, small_flags, train_command
 def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of steps 10, 15 and 20."""
     out = tmp_path_factory.mktemp("finished")
-    train.run(small_config(data_root, out, checkpoint_interval=5))
+    trainer.run(small_config(data_root, out, checkpoint_interval=5))
     return out / "checkpoints"
 
 
@@ -64,7 +66,7 @@ def test_damaged_checkpoint_is_set_aside(
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     damage(folder)
     before = (folder / "step_000020.pt").read_bytes()
-    result = train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
+    result = trainer.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
     assert result.step == 22
     text = capfd.readouterr()
     assert "  - Step: 15\n" in text.out
@@ -79,7 +81,7 @@ def test_looking_at_a_folder_renames_nothing(finished: Path, tmp_path: Path):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     flip_a_bit(folder)
     before = sorted(os.listdir(folder))
-    assert checkpoint.find(folder, "latest", print) == folder / "step_000015.pt"
+    assert store.find(folder, "latest", print) == folder / "step_000015.pt"
     assert sorted(os.listdir(folder)) == before
 
 
@@ -88,7 +90,7 @@ def test_dangling_link(data_root: Path, tmp_path: Path, finished: Path, capfd):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     for name in ("step_000020.pt", "step_000020.json"):
         (folder / name).unlink()
-    train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
+    trainer.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
     text = capfd.readouterr()
     assert "latest.pt points to step_000020.pt, which is not there" in text.err
     assert "  - Step: 15\n" in text.out
@@ -101,7 +103,7 @@ def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Pat
         path.write_bytes(b"")
     before = sorted(os.listdir(folder))
     with pytest.raises(CheckpointError, match=r"all 3 checkpoints in .* are damaged"):
-        train.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
+        trainer.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
     assert set(before) <= set(os.listdir(folder))
 
 
@@ -109,7 +111,7 @@ def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Pat
 def test_full_disk(data_root: Path, tmp_path: Path):
     """As RLIMIT_FSIZE gives it: training goes on, the last save fails and says so."""
     flags = {"checkpoint_interval": 5, "eval_interval": None}
-    train.run(small_config(data_root, tmp_path, **flags, max_steps=5))
+    trainer.run(small_config(data_root, tmp_path, **flags, max_steps=5))
     before = (tmp_path / "checkpoints/step_000005.pt").read_bytes()
     command = train_command(
         small_flags(data_root, tmp_path, **flags, max_steps=20, resume="latest")
@@ -130,13 +132,11 @@ def test_full_disk(data_root: Path, tmp_path: Path):
     assert "error: cannot save" in done.stderr
     assert "step_000020.pt" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [item.facts.step for item in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [
-        5
-    ]
+    assert [item.facts.step for item in store.list_checkpoints(tmp_path / "checkpoints")] == [5]
     assert (tmp_path / "checkpoints/step_000005.pt").read_bytes() == before
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     again = small_config(data_root, tmp_path, **flags, max_steps=20, resume="latest")
-    assert train.run(again).step == 20  # there is room again
+    assert trainer.run(again).step == 20  # there is room again
 
 
 @pytest.mark.soak
@@ -156,7 +156,7 @@ def test_a_disk_that_is_full_for_a_while(data_root: Path, tmp_path: Path):
     assert text.count("WARNING: training goes on without this checkpoint: cannot save") > 4
     assert text.count("WARNING: LogFile cannot write") == 1
     assert text.count("WARNING: TensorBoard cannot write") <= 1  # its writer has a buffer
-    kept = checkpoint.list_checkpoints(tmp_path / "kept/checkpoints")
+    kept = store.list_checkpoints(tmp_path / "kept/checkpoints")
     assert [item.facts.step for item in kept][-1] == 120
     assert not list((tmp_path / "kept/checkpoints").glob("*.tmp"))
 
@@ -181,16 +181,16 @@ exit $code
 def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
     seen = []
 
-    def second(**_: float) -> train.Answer:
+    def second(**_: float) -> trainer.Answer:
         with pytest.raises(CheckpointError) as caught:
-            train.run(small_config(data_root, tmp_path, resume="latest"))
+            trainer.run(small_config(data_root, tmp_path, resume="latest"))
         seen.append(str(caught.value))
         return "stop"
 
-    train.run(small_config(data_root, tmp_path), second)
+    trainer.run(small_config(data_root, tmp_path), second)
     assert f": process {os.getpid()} on {os.uname().nodename}, since 20" in seen[0]
     assert "; stop it first, or keep this run elsewhere with --out_dir NAME" in seen[0]
-    assert not lock.is_held(tmp_path / "checkpoints")
+    assert not folder_lock.is_held(tmp_path / "checkpoints")
 
 
 @trial("lock of a dead process")
@@ -203,12 +203,12 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT / "src")
-    before = lock.owner(tmp_path)
+    before = folder_lock.owner(tmp_path)
     assert before is not None
-    assert not lock.is_held(tmp_path)
-    with lock.held(tmp_path):
-        assert lock.is_held(tmp_path)
-        assert lock.owner(tmp_path).pid == os.getpid() != before.pid
+    assert not folder_lock.is_held(tmp_path)
+    with folder_lock.held(tmp_path):
+        assert folder_lock.is_held(tmp_path)
+        assert folder_lock.owner(tmp_path).pid == os.getpid() != before.pid
 
 
 @pytest.mark.soak
@@ -217,7 +217,7 @@ def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
 ):
     """While a checkpoint is being written, the weights move on; the file has those of its step."""
     slow, quick = tmp_path / "slow", tmp_path / "quick"
-    train.run(small_config(data_root, quick))
+    trainer.run(small_config(data_root, quick))
     save, steps = torch.save, []
 
     def slow_save(state: dict[str, object], file: object) -> None:
@@ -225,16 +225,16 @@ def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
             pass
         save(state, file)
 
-    def count(**metrics: float) -> train.Answer:
+    def count(**metrics: float) -> trainer.Answer:
         if "loss" in metrics:
             steps.append(metrics["step"])
         return "go"
 
     monkeypatch.setattr(torch, "save", slow_save)
-    train.run(small_config(data_root, slow), count)
+    trainer.run(small_config(data_root, slow), count)
     for step in (10, 20):
         one, other = (
-            checkpoint.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+            store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
             for out in (slow, quick)
         )
         for part in ("model", "optimizer"):

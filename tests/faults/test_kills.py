@@ -16,7 +16,7 @@ from faults.harness import (
     starts_of,
     trial,
 )
-from gpt2 import checkpoint
+from gpt2.checkpoint import store
 from support import ROOT
 
 VICTIMS = ("rank", "torchrun", "all")
@@ -95,9 +95,9 @@ def kill_while_saving(folder: Path, after_s: float) -> tuple[list[int], int, lis
     said += process.communicate()[0]
     steps = [int(line.split()[1]) for line in said.splitlines() if line.startswith("saved")]
     warnings: list[str] = []
-    newest = checkpoint.find(folder, "latest", warnings.append)
+    newest = store.find(folder, "latest", warnings.append)
     assert newest is not None, said
-    step = int(checkpoint.load(newest, warn=warnings.append)["model"][0])
+    step = int(store.load(newest, warn=warnings.append)["model"][0])
     assert newest.name == f"step_{step:06d}.pt"
     return steps, step, warnings
 
@@ -108,7 +108,7 @@ def test_killed_while_saving(tmp_path: Path):
             saved, loaded, warnings = kill_while_saving(tmp_path, after_s)
             assert loaded in (saved[-1], saved[-1] + 1)  # it may be saved and not yet said
             assert warnings == []
-    checkpoint.sweep(tmp_path)
+    store.sweep(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -124,5 +124,5 @@ def test_soak_killed_while_saving(tmp_path: Path):
             assert warnings == []
         strays += bool(list(tmp_path.glob("*.tmp")))
     assert strays > 10  # or the kills came at other moments than those that this is about
-    checkpoint.sweep(tmp_path)
+    store.sweep(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))

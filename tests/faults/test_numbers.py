@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from faults.harness import trial
-from gpt2 import checkpoint, judge, monitor, optim, train
+from gpt2.base.errors import TrainingError
+from gpt2.checkpoint import store
 from gpt2.data.loader import Loader
-from gpt2.distributed import World
-from gpt2.errors import TrainingError
+from gpt2.distributed.world import World
+from gpt2.inspection import runs
 from gpt2.model.gpt2 import GPT2
+from gpt2.optim import build
+from gpt2.train import evaluator, trainer
 from support import losses, small_config
 
 
@@ -21,7 +24,7 @@ def poison(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
     def at(*updates: int) -> None:
-        gradient_norm = optim.gradient_norm
+        gradient_norm = build.gradient_norm
 
         def poisoned(net: torch.nn.Module) -> torch.Tensor:
             calls.append(len(calls) + 1)
@@ -29,19 +32,19 @@ def poison(monkeypatch: pytest.MonkeyPatch):
                 next(iter(net.parameters())).grad[0, 0] = float("nan")
             return gradient_norm(net)
 
-        monkeypatch.setattr(optim, "gradient_norm", poisoned)
+        monkeypatch.setattr(build, "gradient_norm", poisoned)
 
     return at
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)["model"]
+    return store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)["model"]
 
 
 @trial("NaN in a gradient")
 def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsys):
     poison(7, 8, 10)
-    result = train.run(small_config(data_root, tmp_path))
+    result = trainer.run(small_config(data_root, tmp_path))
     assert (result.state, result.step) == ("finished", 20)
     out = capsys.readouterr().out
     assert "WARNING: step 7: loss 10." in out
@@ -62,7 +65,7 @@ def record_portions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         portions.append(list(steps))
         return Loader(shards, line, portions[-1], **options)
 
-    monkeypatch.setattr(train, "Loader", recording)
+    monkeypatch.setattr(trainer, "Loader", recording)
     return portions
 
 
@@ -76,22 +79,22 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     poison(13, 14, 15)
     portions = record_portions(monkeypatch)
     changes = {"max_bad_steps": 3, "dropout": 0.0, "eval_interval": None}
-    train.run(small_config(data_root, tmp_path / "bad", **changes))
+    trainer.run(small_config(data_root, tmp_path / "bad", **changes))
     out = capsys.readouterr().out
     assert "WARNING: back to step 10 " in out
     assert "the data of steps 13 to 15 is left out from here on" in out
     bad = losses(tmp_path / "bad/logs/log.txt")
     assert list(bad) == list(range(1, 21))
-    train.run(small_config(data_root, tmp_path / "good", **changes, checkpoint_interval=12))
+    trainer.run(small_config(data_root, tmp_path / "good", **changes, checkpoint_interval=12))
     good = losses(tmp_path / "good/logs/log.txt")
     assert [bad[step] for step in range(1, 13)] == [good[step] for step in range(1, 13)]
     assert bad[13] != good[13]
-    state = checkpoint.load(tmp_path / "bad/checkpoints/step_000020.pt", warn=print)
+    state = store.load(tmp_path / "bad/checkpoints/step_000020.pt", warn=print)
     assert state["progress"]["left_out"] == (12, 3)
     assert state["progress"]["bad_steps"] == 3
 
     resumed = tmp_path / "bad/checkpoints/step_000020.pt"
-    train.run(
+    trainer.run(
         small_config(data_root, tmp_path / "more", **changes, resume=str(resumed), max_steps=22)
     )
 
@@ -102,10 +105,10 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
 def test_it_never_goes_forward_to_a_way_that_was_left(
     data_root: Path, tmp_path: Path, poison, capsys
 ):
-    train.run(small_config(data_root, tmp_path, checkpoint_interval=5))
+    trainer.run(small_config(data_root, tmp_path, checkpoint_interval=5))
     poison(2, 3)  # steps 12 and 13 of a run that leaves 15 and 20 behind
     changes = {"max_bad_steps": 2, "checkpoint_interval": 50}
-    train.run(small_config(data_root, tmp_path, **changes, resume="10", max_steps=21))
+    trainer.run(small_config(data_root, tmp_path, **changes, resume="10", max_steps=21))
     assert "WARNING: back to step 10 " in capsys.readouterr().out
 
 
@@ -114,13 +117,13 @@ def test_a_stop_among_bad_updates_is_not_where_it_goes_back_to(
 ):
     poison(12, 13, 14)
 
-    def stop_at_13(**metrics: float) -> train.Answer:
+    def stop_at_13(**metrics: float) -> trainer.Answer:
         return "stop" if metrics["step"] == 13 else "go"
 
     config = small_config(data_root, tmp_path, max_bad_steps=3)
-    train.run(config, stop_at_13)
+    trainer.run(config, stop_at_13)
     assert (tmp_path / "checkpoints/step_000013.pt").exists()
-    result = train.run(small_config(data_root, tmp_path, max_bad_steps=3, resume="latest"))
+    result = trainer.run(small_config(data_root, tmp_path, max_bad_steps=3, resume="latest"))
     assert (result.state, result.step) == ("finished", 20)
     out = capsys.readouterr().out
     assert "WARNING: back to step 10 " in out
@@ -130,20 +133,20 @@ def test_a_stop_among_bad_updates_is_not_where_it_goes_back_to(
 def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
     poison(13, 14, 18, 19)
     with pytest.raises(TrainingError, match=r"2 updates in a row, up to step \d+, had no finite"):
-        train.run(small_config(data_root, tmp_path, max_bad_steps=2))
-    assert monitor.newest_run(tmp_path / "checkpoints").state == "stopped"  # for good
+        trainer.run(small_config(data_root, tmp_path, max_bad_steps=2))
+    assert runs.newest_run(tmp_path / "checkpoints").state == "stopped"  # for good
 
 
 def test_without_a_checkpoint_it_says_so(data_root: Path, tmp_path: Path, poison):
     poison(3, 4)
     with pytest.raises(TrainingError, match="no checkpoint to go back to; use a lower --learning"):
-        train.run(small_config(data_root, tmp_path, max_bad_steps=2))
+        trainer.run(small_config(data_root, tmp_path, max_bad_steps=2))
 
 
 def test_a_bad_validation_is_never_the_best(data_root: Path, tmp_path: Path, monkeypatch):
     values = iter([5.0, float("nan"), 4.0, float("inf"), 6.0])
-    monkeypatch.setattr(judge, "validation_loss", lambda *_, **__: next(values))
-    result = train.run(small_config(data_root, tmp_path, checkpoint_interval=5))
+    monkeypatch.setattr(evaluator, "validation_loss", lambda *_, **__: next(values))
+    result = trainer.run(small_config(data_root, tmp_path, checkpoint_interval=5))
     assert result.best_val_loss == 4.0
     assert (tmp_path / "checkpoints/best.pt").resolve().name == "step_000010.pt"
 
@@ -181,14 +184,14 @@ def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypa
         r"\(the total batch stays\), or --auto_mini_batch"
     )
     with pytest.raises(TrainingError, match=message):
-        train.run(small_config(data_root, tmp_path, mini_batch_size=64, eval_interval=None))
+        trainer.run(small_config(data_root, tmp_path, mini_batch_size=64, eval_interval=None))
 
 
 def test_auto_mini_batch_finds_what_fits(data_root: Path, tmp_path: Path, monkeypatch, capsys):
-    train.run(small_config(data_root, tmp_path / "2", mini_batch_size=2, dropout=0.0))
+    trainer.run(small_config(data_root, tmp_path / "2", mini_batch_size=2, dropout=0.0))
     limit_memory(monkeypatch, rows=3)
     changes = {"mini_batch_size": 64, "auto_mini_batch": True, "dropout": 0.0}
-    train.run(small_config(data_root, tmp_path / "auto", **changes))
+    trainer.run(small_config(data_root, tmp_path / "auto", **changes))
     assert "--auto_mini_batch: 2 rows at once" in capsys.readouterr().out
     one, other = (losses(tmp_path / name / "logs/log.txt") for name in ("auto", "2"))
     assert one == pytest.approx(other, abs=1e-5)
@@ -197,4 +200,4 @@ def test_auto_mini_batch_finds_what_fits(data_root: Path, tmp_path: Path, monkey
 def test_auto_mini_batch_gives_up_at_one_row(data_root: Path, tmp_path: Path, monkeypatch):
     limit_memory(monkeypatch, rows=0)
     with pytest.raises(TrainingError, match="a single row of block_size=16 does not fit"):
-        train.run(small_config(data_root, tmp_path, auto_mini_batch=True))
+        trainer.run(small_config(data_root, tmp_path, auto_mini_batch=True))

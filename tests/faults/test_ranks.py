@@ -12,7 +12,8 @@ import torch
 
 from faults.conftest import FLAGS
 from faults.harness import Run, is_part_of, last_step, slow_script, starts_of, trial
-from gpt2 import checkpoint, status, train
+from gpt2.checkpoint import store
+from gpt2.train import status, trainer
 from support import ROOT, losses, run_command, small_config, small_flags, train_command
 
 ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
@@ -107,8 +108,8 @@ def test_a_restart_knows_whether_it_has_saved(
 ):
     """Until there is a new checkpoint, it begins where it was told to."""
     earlier = tmp_path / ("earlier" if elsewhere else "run")
-    train.run(small_config(data_root, earlier, **FLAGS | {"max_steps": 12}))
-    script = slow_script(tmp_path, "gpt2.train", "lr_at", call)
+    trainer.run(small_config(data_root, earlier, **FLAGS | {"max_steps": 12}))
+    script = slow_script(tmp_path, "gpt2.train.trainer", "lr_at", call)
     flags = FLAGS | {"resume": earlier / "checkpoints/step_000004.pt", "max_steps": 14}
     run = Run(data_root, tmp_path / "run", ["--max-restarts=3"], script=script, **flags)
     run.wait_for("now in lr_at")
@@ -120,7 +121,7 @@ def test_a_restart_knows_whether_it_has_saved(
 @pytest.mark.soak
 @trial("a save slower than --collective_timeout")
 def test_a_slow_disk_is_waited_for(data_root: Path, tmp_path: Path):
-    script = slow_script(tmp_path, "gpt2.integrity", "HashingWriter", pause_s=12)
+    script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=12)
     flags = FLAGS | {"max_steps": 12, "collective_timeout": 5}
     run = Run(data_root, tmp_path / "run", script=script, **flags)
     assert run.end() == 0, run.text()
@@ -154,7 +155,7 @@ def test_a_bad_loss_of_one_rank_is_left_out_by_all(data_root: Path, tmp_path: Pa
     run = Run(data_root, tmp_path / "run", script=script, **flags)
     assert run.end() == 0, run.text()
     assert run.text().count("no update (1 in a row, 1 in all)") == 1
-    state = checkpoint.load(run.out / "checkpoints/latest.pt", warn=print)
+    state = store.load(run.out / "checkpoints/latest.pt", warn=print)
     assert all(torch.isfinite(part).all() for part in state["model"].values())
 
 
@@ -228,7 +229,7 @@ def test_two_nodes_one_killed(data_root: Path, tmp_path: Path, reference: Path, 
     assert other.agent.wait(90) != 0
     nodes[killed].agent.wait(10)
     other.end()
-    newest = checkpoint.find(tmp_path / "run/checkpoints", "latest", print)
+    newest = store.find(tmp_path / "run/checkpoints", "latest", print)
     kept = int(newest.stem.removeprefix("step_"))
     port = free_port()
     for run in start():

@@ -43,10 +43,10 @@ def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signa
 
 
 MOMENTS = {  # where, in which call, and the steps that a kill there may leave
-    "reading the data": ("gpt2.train", "open_data", 1, {0}),
+    "reading the data": ("gpt2.train.trainer", "open_data", 1, {0}),
     "validating": ("gpt2.evaluation.loss", "evaluating", 2, {EVAL - SAVE, EVAL - 2 * SAVE}),
-    "writing a checkpoint": ("gpt2.integrity", "HashingWriter", 2, {SAVE}),
-    "between a checkpoint and its mark": ("gpt2.integrity", "sign", 2, {SAVE}),
+    "writing a checkpoint": ("gpt2.checkpoint.integrity", "HashingWriter", 2, {SAVE}),
+    "between a checkpoint and its mark": ("gpt2.checkpoint.integrity", "sign", 2, {SAVE}),
 }
 
 
@@ -107,7 +107,7 @@ def test_ctrl_c_twice_leaves_at_once(
 ):
     """Here during a save that would take a minute."""
     ours, theirs = terminal
-    script = slow_script(tmp_path, "gpt2.integrity", "HashingWriter", pause_s=60)
+    script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=60)
     flags = ENDLESS | {"checkpoint_interval": 1000}
     run = Run(data_root, tmp_path / "run", script=script, terminal=theirs.fileno(), **flags)
     run.wait_for("step 6 |")

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2 import model, optim
-from gpt2.config import ModelConfig, OptimConfig
+from gpt2 import model
+from gpt2.config.model import ARCHITECTURES
+from gpt2.config.run import ModelConfig, OptimConfig
 from gpt2.model.base import LanguageModel
-from gpt2.shape import ARCHITECTURES
+from gpt2.optim import build as optim
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, window=5)
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt2 import model
-from gpt2.config import ModelConfig
-from gpt2.errors import ConfigError
+from gpt2.base.errors import ConfigError
+from gpt2.config.run import ModelConfig
 from gpt2.model.mlp import MLP
 
 WINDOW = 4

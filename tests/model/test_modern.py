@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gpt2 import model
-from gpt2.config import ModelConfig
-from gpt2.errors import ConfigError
+from gpt2.base.errors import ConfigError
+from gpt2.config.run import ModelConfig
 from gpt2.model import modern
 from gpt2.model.modern import Modern
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.data.storage import Storage, words
-from gpt2.errors import DataError
+from gpt2.base.errors import DataError
+from gpt2.data.remote import Storage, words
 
 # Waiting between attempts. The run waits with its data and can be stopped meanwhile, so that there
 # is no reason to give up soon: a network may be gone for an hour of ten days.

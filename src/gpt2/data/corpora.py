@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2.errors import DataError
+from gpt2.base.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2.errors import DataError
+from gpt2.base.errors import DataError
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 DTYPE = np.dtype("<u2")

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gpt2.data import order
-from gpt2.data.order import Order
+from gpt2.data import sampler
+from gpt2.data.sampler import Order
 from gpt2.data.shards import ShardSet
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -79,7 +79,7 @@ class Loader:
         try:
             for step in steps:
                 rows = self._line.rows(step, self._rank, self._world_size)
-                micros = order.micro_batches(rows, self._mini_batch_size)
+                micros = sampler.micro_batches(rows, self._mini_batch_size)
                 if not self._put([self._micro_batch(part) for part in micros]):
                     return
                 self._shards.expect(self._line.shard_after(step))
@@ -96,7 +96,7 @@ class Loader:
                 continue
         return False
 
-    def _micro_batch(self, rows: order.Rows) -> MicroBatch:
+    def _micro_batch(self, rows: sampler.Rows) -> MicroBatch:
         inputs, targets = self._shards.read(rows, stop=self._closed)
         return self._tensor(inputs), self._tensor(targets)
 

@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gpt2
-from gpt2 import atomic, tokenizer
-from gpt2.data import shards
+from gpt2.base import atomic_files
+from gpt2.base.errors import DataError
+from gpt2.data import shards, tokenizer
 from gpt2.data.corpora import Corpus, Document
 from gpt2.data.formats import DTYPE
+from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split
-from gpt2.data.storage import Storage
-from gpt2.errors import DataError
 
 Tokens = npt.NDArray[np.uint16]
 BATCH_CHARACTERS = 500_000  # text that a worker gets at once: large against its hand-over
@@ -276,7 +276,7 @@ class _Journal:
             _require_same(self._folder, self._recipe, begun_with, "was begun")
         else:
             self.record([], Position())
-        atomic.sweep(self._folder, mine=lambda name: name.startswith(self._recipe.corpus))
+        atomic_files.sweep(self._folder, mine=lambda name: name.startswith(self._recipe.corpus))
         return done, position
 
     def record(self, done: list[Shard], position: Position) -> None:
@@ -287,7 +287,7 @@ class _Journal:
             "offset": position.offset,
             "shards": [asdict(shard) for shard in done],
         }
-        atomic.write_text(self._folder / PROGRESS, json.dumps(values, indent=1) + "\n")
+        atomic_files.write_text(self._folder / PROGRESS, json.dumps(values, indent=1) + "\n")
 
 
 def _finished(folder: Path, recipe: Recipe) -> Manifest:
@@ -382,7 +382,7 @@ class _ShardWriter:
         split: Split = "train" if self.shards else "val"
         path = self._folder / f"{self._recipe.corpus}_{split}_{len(self.shards):06d}.npy"
         tokens = np.concatenate(self._parts)
-        with atomic.writing(path) as file:
+        with atomic_files.writing(path) as file:
             np.save(file, tokens, allow_pickle=False)
         with path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()

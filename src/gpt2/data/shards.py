@@ -15,13 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpt2 import atomic, tokenizer
-from gpt2.data import corpora, formats
+from gpt2.base import atomic_files
+from gpt2.base.errors import DataError
+from gpt2.data import corpora, formats, tokenizer
 from gpt2.data.cache import Cache
 from gpt2.data.formats import DTYPE, HEAD_BYTES, Tokens
-from gpt2.data.order import Rows
-from gpt2.data.storage import Storage
-from gpt2.errors import DataError
+from gpt2.data.remote import Storage
+from gpt2.data.sampler import Rows
 
 Split = Literal["train", "val"]
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -71,7 +71,7 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     def write(self, folder: Path) -> None:
-        atomic.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+        atomic_files.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, storage: Storage) -> "Manifest":

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gpt2 import tokenizer
-from gpt2.distributed import World
+from gpt2.data import tokenizer
+from gpt2.distributed.world import World
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 

@@ -27,13 +27,14 @@ from urllib.parse import urlsplit
 
 import torch
 
-from gpt2 import atomic, tokenizer
-from gpt2.distributed import World
-from gpt2.errors import DataError
+from gpt2.base import atomic_files
+from gpt2.base.errors import DataError
+from gpt2.data import tokenizer
+from gpt2.distributed.world import World
 from gpt2.evaluation import choices
+from gpt2.evaluation.baselines import Style
 from gpt2.evaluation.choices import Question
 from gpt2.model.base import LanguageModel
-from gpt2.published import Style
 
 REPO = "Rowan/hellaswag"
 FOLDER = Path("data/hellaswag")
@@ -216,7 +217,9 @@ def _download(folder: Path) -> Iterator[dict[str, Any]]:
         ) from error
     with contextlib.suppress(OSError):  # it is loaded again the next time
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(folder / NAMES[0], "".join(json.dumps(item) + "\n" for item in items))
+        atomic_files.write_text(
+            folder / NAMES[0], "".join(json.dumps(item) + "\n" for item in items)
+        )
     yield from items
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.data import order
-from gpt2.data.order import Rows
+from gpt2.data import sampler
+from gpt2.data.sampler import Rows
 from gpt2.data.shards import ShardSet
-from gpt2.distributed import World
+from gpt2.distributed.world import World
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 
@@ -35,9 +35,9 @@ def validation_loss(
     `net(tokens_BT, targets_BT)` gives the summed loss. The result is the same on every rank; it is
     None if `stop()` was not 0 on some rank before the end.
     """
-    mine = order.share(len(rows), world.rank, world.size)
+    mine = sampler.share(len(rows), world.rank, world.size)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    micros = order.micro_batches(rows[mine.start : mine.stop], mini_batch_size)
+    micros = sampler.micro_batches(rows[mine.start : mine.stop], mini_batch_size)
     largest_share = -(-len(rows) // world.size)
     with evaluating(net), autocast:
         for _ in range(-(-largest_share // mini_batch_size)):  # as many rounds on every rank

@@ -19,22 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
-from gpt2 import plot
-from gpt2.errors import ConfigError, UserError
-from gpt2.estimate import duration
-from gpt2.experiments import ledger as ledgers
-from gpt2.experiments import plan, seeds, summary
-from gpt2.experiments import together as groups
-from gpt2.experiments.calls import Call, plain
-from gpt2.experiments.ledger import Ledger, Record
-from gpt2.experiments.plan import Answer, Event, Job, Point, Slot, Source, Stopped
-from gpt2.experiments.pool import Limits, Pool
-from gpt2.experiments.process import Engine
-from gpt2.experiments.seeds import Drawing, Listing, Swept
-from gpt2.experiments.slots import of_machine
-from gpt2.experiments.summary import PointSummary, Statistics
-from gpt2.experiments.together import Ended, Group, Say
-from gpt2.tables import console, figure, table
+from gpt2.base.errors import ConfigError, UserError
+from gpt2.base.text import console, figure, table
+from gpt2.config.flops import duration
+from gpt2.experiments import grid as plan
+from gpt2.experiments import results as ledgers
+from gpt2.experiments.compare import job_group
+from gpt2.experiments.compare.job_group import Ended, Group, Say
+from gpt2.experiments.grid import Point
+from gpt2.experiments.pool.function_call import Call, plain
+from gpt2.experiments.pool.job import Answer, Event, Job, Slot, Source, Stopped
+from gpt2.experiments.pool.process import Engine
+from gpt2.experiments.pool.scheduler import Limits, Pool
+from gpt2.experiments.pool.slots import of_machine
+from gpt2.experiments.results import Ledger, Record
+from gpt2.experiments.sweep import statistics
+from gpt2.experiments.sweep import sweep as seeds
+from gpt2.experiments.sweep.statistics import PointSummary, Statistics
+from gpt2.experiments.sweep.sweep import Drawing, Listing, Swept
+from gpt2.inspection import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,8 +88,8 @@ def sweep(
     folder: Path,
     metric: str = "value",
     first_seed: int = 0,
-    listing: Listing = summary.listing,
-    draw: Drawing = summary.draw,
+    listing: Listing = statistics.listing,
+    draw: Drawing = statistics.draw,
     engine: Engine | None = None,
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
@@ -121,7 +124,7 @@ def sweep(
 
 def results(records: Records) -> RenderableType:
     """The table of the numbers that jobs have returned."""
-    found = {name: summary.numbers(record.result) for name, record in records.items()}
+    found = {name: statistics.numbers(record.result) for name, record in records.items()}
     columns = list(dict.fromkeys(name for numbers in found.values() for name in numbers))
     built = table("Results", "job", "state", *columns, "time")
     for name, record in records.items():
@@ -185,5 +188,5 @@ def together(
             return f"; no picture: {error}"
         return f", picture: {folder / PICTURE}"
 
-    engine = engine or Engine(of_machine(max_gpus=groups.AT_ONCE))
-    return groups.run(group, engine, limits, out or console(), conclude)
+    engine = engine or Engine(of_machine(max_gpus=job_group.AT_ONCE))
+    return job_group.run(group, engine, limits, out or console(), conclude)

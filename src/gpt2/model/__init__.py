@@ -1,4 +1,4 @@
-"""Models. A new one is one file here, and its entry in the table of `gpt2.shape`."""
+"""Models. A new one is one file here, and its entry in the table of `gpt2.config.model`."""
 
 import importlib
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gpt2.config import ModelConfig
+from gpt2.config.model import ARCHITECTURES
+from gpt2.config.run import ModelConfig
 from gpt2.model.base import LanguageModel
-from gpt2.shape import ARCHITECTURES
 
 
 def build(config: ModelConfig) -> LanguageModel:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.config import ModelConfig
-from gpt2.model.head import summed_cross_entropy
+from gpt2.config.run import ModelConfig
+from gpt2.model.cross_entropy import summed_cross_entropy
 
 INITIAL_STD = 0.02
 RESIDUAL_WRITERS = ("attention.out.weight", "mlp.down.weight")

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.config import ModelConfig
+from gpt2.config.run import ModelConfig
 from gpt2.model.base import Context, LanguageModel
-from gpt2.model.parts import FeedForward, KeyValueCache, attend, split_heads
+from gpt2.model.layers import FeedForward, KeyValueCache, attend, split_heads
 
 SLOWEST = 10_000.0
 """tokens per radian of the slowest pair, about (Su et al. 2021, section 3.2.2)"""

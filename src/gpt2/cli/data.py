@@ -1,0 +1,249 @@
+"""`gpt2 data`: prepare a corpus, verify shards, look into them."""
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.progress import track
+from rich.table import Table
+
+from gpt2.base.errors import ConfigError, DataError
+from gpt2.base.text import console, counted, table
+from gpt2.base.validation import suggestion
+from gpt2.cli.parse import guarded, parse
+from gpt2.config.run import require_at_least
+from gpt2.data import corpora, prepare, shards, tokenizer
+from gpt2.data.corpora import Corpus
+from gpt2.data.remote import Storage
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to cut it into shards, and where to put them."""
+
+    out: Path | None = None
+    """folder of the shards; default data/NAME"""
+    shard_tokens: int | None = None
+    """tokens per shard; default is the corpus's own"""
+    val_tokens: int | None = None
+    """tokens of the first shard, which is for validation; default is one shard of a corpus by
+    name, else 10 million, or a tenth of a small corpus"""
+    max_tokens: int | None = None
+    """stop after this many tokens"""
+    workers: int | None = None
+    """tokenising processes; default all cores"""
+    overwrite: bool = False
+    """start anew, whatever is there of this corpus"""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 2, "shard_tokens", "val_tokens")
+        require_at_least(self, 1, "max_tokens", "workers")
+
+
+@dataclass(frozen=True)
+class Named:
+    """Prepare a corpus of the table."""
+
+    output: Options = Options()
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Prepare any data set of the Hugging Face hub, or of a local folder."""
+
+    repo: tyro.conf.Positional[str]
+    """data set, as in `datasets.load_dataset`"""
+    hf_name: str | None = None
+    """its configuration"""
+    split: str = "train"
+    """its split"""
+    text_field: str = "text"
+    """the field that holds the text"""
+    streaming: bool = True
+    """read it as it comes instead of downloading it first"""
+    output: Options = Options()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Prepare .txt, .jsonl or .parquet files, also .gz and .zst."""
+
+    patterns: tyro.conf.Positional[tuple[str, ...]]
+    """files or globs, in quotes: 'texts/**/*.txt'"""
+    text_field: str = "text"
+    """the field that holds the text, in .jsonl and .parquet"""
+    output: Options = Options()
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check the size and the SHA-256 of every shard."""
+
+    root: tyro.conf.Positional[str]
+    """folder or URL with a manifest.json"""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print the table of shards and the text at the beginning of one."""
+
+    root: tyro.conf.Positional[str]
+    """folder, glob or URL of shards"""
+    shard: int | None = None
+    """number of the shard in the table; default is the first training shard"""
+    tokens: int = 100
+    """how many tokens to decode"""
+
+
+def data_main() -> int:
+    """`gpt2 data …`."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    sys.argv[0] += f" {name}"
+
+    def body() -> int:
+        if name in ACTIONS:
+            return ACTIONS[name](rest)
+        corpus = corpora.find(name)
+        if corpus is None:
+            known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
+            raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data -h")
+        return _prepare(corpus, parse(Named, rest).output)
+
+    return guarded(body, interrupted="Interrupted; the same command goes on where it was")
+
+
+def _hub(arguments: list[str]) -> int:
+    command = parse(Hub, arguments)
+    corpus = corpora.hub(
+        _slug(command.repo.rstrip("/").rpartition("/")[2]),
+        command.repo,
+        command.hf_name,
+        split=command.split,
+        text_field=command.text_field,
+        streaming=command.streaming,
+        val_tokens=corpora.VAL_TOKENS,
+    )
+    return _prepare(corpus, command.output)
+
+
+def _files(arguments: list[str]) -> int:
+    command = parse(Files, arguments)
+    if not command.patterns:
+        raise ConfigError("no files given; type gpt2 data files 'texts/*.txt'")
+    folder = command.output.out or Path(command.patterns[0]).absolute().parent
+    name = _slug(re.sub(r"[*?\[\]]", "", folder.name)) or "files"
+    corpus = corpora.local_files(name, list(command.patterns), text_field=command.text_field)
+    return _prepare(corpus, command.output)
+
+
+def _prepare(corpus: Corpus, options: Options) -> int:
+    folder = options.out or Path("data") / corpus.name
+    started = time.perf_counter()
+    manifest = prepare.prepare(
+        corpus,
+        folder,
+        shard_tokens=options.shard_tokens,
+        val_tokens=options.val_tokens,
+        max_tokens=options.max_tokens,
+        workers=options.workers,
+        overwrite=options.overwrite,
+        command=_typed_command(),
+    )
+    elapsed_s = time.perf_counter() - started
+    out = console()
+    out.print(_split_table(shards.catalog(Storage(str(folder)))))
+    out.print(
+        f"{counted(manifest.documents, 'document')}, {manifest.empty_documents:,} of them empty, "
+        f"{manifest.replaced_documents:,} with bytes that are no UTF-8 (now U+FFFD); "
+        f"{elapsed_s:.0f} s"
+    )
+    out.print(f"Train on it with --data_root {folder}")
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    storage = Storage(parse(Verify, arguments).root)
+    manifest = shards.Manifest.read(storage)
+    wrong = [
+        f"{storage.full(shard.file)}: {reason}"
+        for shard in track(manifest.shards, "Verifying", console=console())
+        if (reason := shards.verify(storage, shard))
+    ]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(manifest.shards)} shards are not as the manifest says, or "
+            f"cannot be read{shards.way_out(storage)}" + "".join(f"\n  {line}" for line in wrong)
+        )
+    print(f"{storage}: all {len(manifest.shards)} shards are as the manifest says")
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    command = parse(Show, arguments)
+    storage = Storage(command.root)
+    catalog = shards.catalog(storage)
+    out = console()
+    listing = table(f"Shards in {storage.root}", "shard", "split", "tokens", "size", "file")
+    for number, shard in enumerate(catalog.shards):
+        size = f"{shard.bytes / 1e6:,.1f} MB"
+        listing.add_row(f"{number}", shard.split, f"{shard.tokens:,}", size, shard.file)
+    out.print(listing)
+    first = next((n for n, item in enumerate(catalog.shards) if item.split == "train"), 0)
+    number = first if command.shard is None else command.shard
+    if not 0 <= number < len(catalog.shards):
+        raise ConfigError(f"shard={number} is not in the table; there are {len(catalog.shards)}")
+    tokens = shards.first_tokens(storage, catalog.shards[number], command.tokens)
+    print(f"Shard {number} begins with:\n{tokenizer.decode(tokens)}")
+    return 0
+
+
+def _split_table(catalog: shards.Catalog) -> Table:
+    listing = table(f"Shards in {catalog.storage}", "split", "shards", "tokens", "size")
+    splits: tuple[shards.Split, ...] = ("train", "val")
+    for split in splits:
+        size = sum(shard.bytes for shard in catalog.of(split))
+        tokens = f"{catalog.tokens(split):,}"
+        listing.add_row(split, f"{len(catalog.of(split))}", tokens, f"{size / 1e6:,.1f} MB")
+    return listing
+
+
+ACTIONS: dict[str, Callable[[list[str]], int]] = {
+    "hf": _hub,
+    "files": _files,
+    "verify": _verify,
+    "show": _show,
+}
+
+
+def _usage() -> str:
+    rows = [(_typed(corpus.name), corpus.source) for corpus in corpora.CORPORA.values()]
+    rows += [
+        ("hf REPO", "any data set of the Hugging Face hub"),
+        ("files GLOB…", ".txt, .jsonl or .parquet files, also .gz and .zst"),
+        ("verify DIR", "check the size and the SHA-256 of every shard"),
+        ("show DIR", "the table of shards, and the text at the beginning of one"),
+    ]
+    listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)
+    return f"usage: gpt2 data WHAT [OPTIONS]\n\n{listing}\n\n`gpt2 data WHAT --help` lists options"
+
+
+def _typed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _typed_command() -> str:
+    """The command of this process, to be typed again; --overwrite would not go on."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
+    return shlex.join(["gpt2", "data", *arguments])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text.lower()).strip("_")

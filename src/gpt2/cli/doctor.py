@@ -1,0 +1,44 @@
+"""`gpt2 doctor`: checks this machine and all that a run needs."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2.base.text import console
+from gpt2.cli import train
+from gpt2.cli.parse import guarded, parse
+from gpt2.config import run as run_module
+from gpt2.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Check this machine, and all that a run with these options needs. Exit code: 1 if something
+    keeps the run from its end."""
+
+    run: RunConfig
+    nproc_per_node: int | None = None
+    """ranks, as torchrun is told; default is one per GPU"""
+    config: Path | None = None
+    """TOML file with options, by name or in a table per part"""
+    out_dir: Path | None = None
+    """keep checkpoints, runs and logs under this folder"""
+
+    def __post_init__(self) -> None:
+        run_module.require_at_least(self, 1, "nproc_per_node")
+
+
+def doctor_main() -> int:
+    """`gpt2 doctor`."""
+
+    def body() -> int:
+        arguments = sys.argv[1:]
+        default = DoctorCommand(run=train.before_flags(arguments))
+        command = parse(DoctorCommand, arguments, default=default)
+        from gpt2.inspection import doctor
+        from gpt2.train import experiment_folder
+
+        findings = doctor.examine(experiment_folder.resolve(command.run), command.nproc_per_node)
+        return 1 if doctor.print_findings(findings, console()) else 0
+
+    return guarded(body)

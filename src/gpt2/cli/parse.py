@@ -1,0 +1,152 @@
+"""What every command needs: its flags parsed, its errors as one line, its exit code."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+from gpt2.base.errors import UserError, is_out_of_memory
+
+T = TypeVar("T")
+R = TypeVar("R")
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+TRUTH = {"true": "", "false": "no_"}
+
+
+def parse(
+    kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
+) -> T:
+    """The command that `arguments` say. An error of ours is raised; tyro prints its own, and help,
+    if this process may speak, and exits."""
+
+    arguments = _as_switches(kind, arguments)
+
+    def parse(aloud: bool) -> T:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            default=tyro.MISSING_NONPROP if default is None else default,
+            use_underscores=True,
+            console_outputs=aloud,
+            config=[tyro.conf.OmitArgPrefixes],
+        )
+
+    return _our_errors_first(parse, speak)
+
+
+def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """The same, and the arguments that are none of this command's."""
+    arguments = _as_switches(kind, arguments)
+
+    def parse(aloud: bool) -> tuple[T, list[str]]:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            return_unknown_args=True,
+            use_underscores=True,
+            console_outputs=aloud,
+            config=[tyro.conf.OmitArgPrefixes],
+        )
+
+    return _our_errors_first(parse)
+
+
+def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """`--fast False` as `--no_fast`: switches are typed with their value, too."""
+    switches = _switches(kind)
+    written: list[str] = []
+    for before, argument in itertools.pairwise(("", *arguments)):
+        if argument.lower() in TRUTH and _name(before) in switches:
+            written[-1] = f"--{TRUTH[argument.lower()]}{_name(before)}"
+            continue
+        flag, _, value = argument.partition("=")
+        if value.lower() in TRUTH and _name(flag) in switches:
+            argument = f"--{TRUTH[value.lower()]}{_name(flag)}"
+        written.append(argument)
+    return written
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+
+
+def _switches(kind: type[Any]) -> set[str]:
+    """Names of the options that are on or off, in all parts of a command."""
+    found: set[str] = set()
+    for name, hint in get_type_hints(kind).items():
+        if hint is bool:
+            found.add(name)
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= _switches(hint)
+    return found
+
+
+def _our_errors_first(parse: Callable[[bool], R], speak: bool = True) -> R:
+    """What `parse(aloud)` gives; aloud only where what it says is not an error of ours."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parse(False)
+    except SystemExit as stop:
+        if ours := _user_error_behind(stop):
+            raise ours from None
+        if not speak:
+            raise
+    return parse(True)
+
+
+def _user_error_behind(error: BaseException) -> UserError | None:
+    """The UserError that tyro caught while it built the command, if there was one."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, UserError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
+
+
+def guarded(
+    body: Callable[[], int],
+    speak: bool = True,
+    tell: Callable[[str], None] | None = None,
+    interrupted: str = "",
+) -> int:
+    """The exit code of `body`; what a user can mend is one line, from the process that speaks.
+
+    `tell` takes it from every process; `interrupted` is said after Ctrl+C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
+    try:
+        code = body()
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        if tell:
+            tell(f"error: {error}")
+        if speak if error.aloud is None else error.aloud:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if speak:
+            print(
+                f"error: the memory does not suffice ({str(error).splitlines()[0]:.120}); use "
+                "smaller numbers at once",
+                file=sys.stderr,
+                flush=True,
+            )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `… | head` has seen enough; nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE

@@ -1,0 +1,69 @@
+"""The complete configurations that `--preset` names."""
+
+from pathlib import Path
+
+from gpt2.base.errors import ConfigError
+from gpt2.base.validation import require_at_least as require_at_least
+from gpt2.base.validation import suggestion
+from gpt2.config.model import ModelConfig as ModelConfig
+from gpt2.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    PresetName,
+    RunConfig,
+)
+
+
+def preset(name: str) -> RunConfig:
+    """The preset of that name; raises ConfigError with the nearest names if there is none."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f"preset={name} is unknown{suggestion(name, list(PRESETS))}; "
+            f"there are {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def _gpt2(
+    name: PresetName, n_layer: int, n_head: int, n_embd: int, rate: float, rows: int
+) -> RunConfig:
+    """Shapes from Radford et al. 2019, table 2; rates from Brown et al. 2020, table 2.1."""
+    return RunConfig(
+        preset=name,
+        model=ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
+        data=DataConfig(mini_batch_size=rows),
+        optim=OptimConfig(learning_rate=rate),
+    )
+
+
+PRESETS: dict[str, RunConfig] = {
+    "gpt2-124m": _gpt2("gpt2-124m", 12, 12, 768, 6e-4, 64),
+    "gpt2-350m": _gpt2("gpt2-350m", 24, 16, 1024, 3e-4, 32),
+    "gpt2-774m": _gpt2("gpt2-774m", 36, 20, 1280, 2.5e-4, 16),
+    "gpt2-1558m": _gpt2("gpt2-1558m", 48, 25, 1600, 2e-4, 8),
+    # Three minutes on two CPU cores, on text that is on every machine; folders of its own, so that
+    # the real run that follows finds its own empty.
+    "demo": RunConfig(
+        preset="demo",
+        model=ModelConfig(n_layer=4, n_head=2, n_embd=64, block_size=128),
+        data=DataConfig(
+            data_root="data/python_stdlib",
+            total_batch_size=1024,
+            mini_batch_size=8,
+            max_steps=350,
+        ),
+        optim=OptimConfig(optimizer="muon", learning_rate=0.024, warmup_steps=40),
+        checkpoint=CheckpointConfig(
+            checkpoint_dir=Path("checkpoints/demo"), checkpoint_interval=100, keep_last=3
+        ),
+        evaluation=EvalConfig(
+            eval_interval=50,
+            eval_batches=16,
+            hellaswag_interval=None,  # it asks about English, which the demo never sees
+            sample_interval=175,
+            sample_prompt="def",
+        ),
+    ),
+}

@@ -1,0 +1,98 @@
+"""GPT-2's byte-pair encoding: tiktoken on ranks that ship with the package, no network."""
+
+import base64
+import codecs
+import hashlib
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+
+import tiktoken
+
+from gpt2.base.errors import DataError
+
+NAME = "gpt2"
+VOCAB_SIZE = 50257
+END_OF_TEXT = 50256
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+# How text is cut before merging (Radford et al. 2019, section 2.2; the pattern is part of the
+# published encoder, as the ranks are).
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@cache
+def ranks() -> dict[bytes, int]:
+    """The bytes of each token but <|endoftext|>, and its id, which is also its rank in merging.
+
+    Raises DataError if the rank table is not the published one.
+    """
+    table = resources.files("gpt2.data").joinpath("gpt2.tiktoken").read_bytes()
+    digest = hashlib.sha256(table).hexdigest()
+    if digest != RANKS_SHA256:
+        raise DataError(
+            f"the tokeniser's rank table gpt2.tiktoken has SHA-256 {digest[:12]}…, "
+            f"needed {RANKS_SHA256[:12]}…; reinstall the package: pip install --force-reinstall ."
+        )
+    pairs = (line.split() for line in table.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+@cache
+def load() -> tiktoken.Encoding:
+    """The encoding, built once per process; raises DataError as `ranks` does."""
+    return tiktoken.Encoding(
+        name=NAME,
+        pat_str=PATTERN,
+        mergeable_ranks=ranks(),
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def merges() -> list[tuple[bytes, bytes]]:
+    """The two parts that merge into each token of several bytes, by rank (Sennrich et al. 2016).
+
+    Ranks alone do not say them; merging a token's bytes as far as lower ranks go does.
+    """
+    known = ranks()
+    return [_parts(token, known) for token in sorted(known, key=known.__getitem__) if token[1:]]
+
+
+def _parts(token: bytes, known: dict[bytes, int]) -> tuple[bytes, bytes]:
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        rated = [known.get(first + second, VOCAB_SIZE) for first, second in pairwise(parts)]
+        at = rated.index(min(rated))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of `text`; the text of a special token is encoded as ordinary text."""
+    return load().encode_ordinary(text)
+
+
+def decode(tokens: list[int]) -> str:
+    """Text of `tokens`; ids of the padded vocabulary (50257 and above) decode to nothing."""
+    return load().decode([token for token in tokens if token < VOCAB_SIZE])
+
+
+class Decoder:
+    """The text of tokens that come one by one; together the same as `decode` of them all.
+
+    A token may end within a character: it is given out when its last byte has come, and bytes that
+    no character begins with as U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The characters that end with `token`."""
+        known = token < VOCAB_SIZE
+        return self._characters.decode(load().decode_single_token_bytes(token) if known else b"")
+
+    def end(self) -> str:
+        """What remains after the last token."""
+        return self._characters.decode(b"", final=True)

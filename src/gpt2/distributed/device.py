@@ -1,0 +1,140 @@
+"""The device that a rank computes on: chosen, set up, timed and measured."""
+
+import contextlib
+import ctypes
+import os
+import time
+from typing import Any
+
+import torch
+
+from gpt2.base.errors import ConfigError
+from gpt2.config import experiment_name, flops
+from gpt2.distributed.world import World
+
+THREADS = "GPT2_THREADS_OF_A_RANK"
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def visible_gpus() -> str | None:
+    """The GPUs that whoever started this process lets it see; None if nothing was said."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def gpu_id(wanted: str) -> str:
+    """The id of the GPU that this process computes on if it is told no other; `cpu` without one."""
+    visible = visible_gpus()
+    if visible is not None:
+        return experiment_name.first_visible(visible)
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return experiment_name.CPU
+    return str(torch.cuda.current_device())
+
+
+class Moment:
+    """When the device gets to this point of its work; the host goes on meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = None
+        self._time_s = time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, earlier: "Moment") -> float:
+        """Seconds between them; both must have passed."""
+        if self._event is not None:
+            return float(earlier._event.elapsed_time(self._event)) / 1000
+        return self._time_s - earlier._time_s
+
+
+def gpu_usage(device: torch.device) -> dict[str, float]:
+    """Memory (GB) and, where NVIDIA's library is installed, utilisation (%) of a CUDA device."""
+    if device.type != "cuda":
+        return {}
+    usage = {
+        "memory_gb": torch.cuda.memory_allocated(device) / 1e9,
+        "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+    }
+    with contextlib.suppress(Exception):  # the library is missing, or refuses (MIG, WSL)
+        usage["utilisation_percent"] = float(torch.cuda.utilization(device))
+    return usage
+
+
+def peak_flops(world: World, dtype: torch.dtype) -> float:
+    """FLOP/s of all devices together: the makers' figure, or a short measurement of `dtype` matrix
+    products where the device is not in the table."""
+    known = None
+    if world.device.type == "cuda":
+        known = flops.known_peak_flops(torch.cuda.get_device_name(world.device))
+    return sum(world.gather(known or measured_flops(world.device, dtype)))
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large matrix products, by a measurement of a moment."""
+    side, repeats = (8192, 8) if device.type == "cuda" else (1024, 3)
+    # Random numbers: of equal ones a GPU needs less power, so that its clock is higher.
+    own = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(side, side, generator=own, device=device).to(dtype)
+    float((matrix @ matrix)[0, 0])  # warm-up, and reading an element waits for the device
+    started = time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    float(product[0, 0])
+    return repeats * 2 * side**3 / (time.perf_counter() - started)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices; elsewhere that is emulated and slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> torch.device:
+    if gpu == experiment_name.CPU:
+        if wanted == "cuda":
+            raise ConfigError("device=cuda and gpu_id=cpu contradict each other; give one of them")
+        wanted = "cpu"
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
+    gpus = torch.cuda.device_count()
+    if local_size > gpus:
+        raise ConfigError(
+            f"{local_size} ranks on a machine with {gpus} GPU{'s'[: gpus > 1]}; "
+            f"use --nproc_per_node={gpus}, or --device cpu"
+        )
+    if gpu is not None and local_size == 1:
+        return torch.device("cuda", experiment_name.gpu_index(gpu, visible_gpus(), gpus))
+    return torch.device("cuda", local_rank)
+
+
+def threads(local_size: int) -> int:
+    """Threads of a rank on the CPU: its share of the cores, unless THREADS says it, or
+    OMP_NUM_THREADS something else than 1, which torchrun sets by itself."""
+    given = os.environ.get(THREADS) or os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and (THREADS in os.environ or int(given) > 1):
+        return int(given)
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def keep_freed_memory() -> None:
+    """Stops glibc from giving freed buffers back to the kernel, which would have to clear and map
+    them again for every large tensor. Elsewhere (musl, macOS) there is nothing to set."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(option, value)
+
+
+def make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

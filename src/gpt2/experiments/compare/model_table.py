@@ -1,0 +1,206 @@
+"""What trainings on the same data say side by side: a table and curves.
+
+The curves come from the trainings' own `log.txt`.
+"""
+
+from __future__ import annotations  # matplotlib is imported where something is drawn
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from gpt2.base import atomic_files
+from gpt2.base.text import table
+from gpt2.config.flops import duration
+from gpt2.inspection import plot
+from gpt2.inspection.plot import Curve, Numbers
+from gpt2.metrics import log_reader
+from gpt2.metrics.log_reader import LoggedRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FAINT, GREY = 0.4, "#666666"
+SMOOTHED, STEEP = 0.04, 0.15
+"""as in `plot`, but for curves that are to be compared where they end"""
+TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"))
+TIME_UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+ENOUGH = 2
+"""an axis reaches at least so many of its units"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a model."""
+
+    model: str
+    parameters: int
+    state: str
+    """finished or failed"""
+    train_loss: float | None = None
+    """of the last step"""
+    val_loss: float | None = None
+    hellaswag: float | None = None
+    """acc_norm"""
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    """median over the steps"""
+    peak_memory_gb: float | None = None
+    train_s: float | None = None
+    """all steps together, whatever lay between them"""
+
+    @classmethod
+    def of(cls, model: str, parameters: int, state: str, result: Mapping[str, Any] | None) -> Row:
+        """`result` is what the training returned, if it has finished."""
+        known = {item.name for item in fields(cls)} & set(result or {})
+        return cls(model, parameters, state, **{name: (result or {})[name] for name in known})
+
+
+def best(rows: Sequence[Row]) -> Row | None:
+    """The row with the lowest validation loss, or training loss where none was validated."""
+    for loss in ("val_loss", "train_loss"):
+        if judged := [row for row in rows if getattr(row, loss) is not None]:
+            return min(judged, key=attrgetter(loss))
+    return None
+
+
+def listing(rows: Sequence[Row]) -> Table:
+    """The table of models; the best loss is bold and has a star."""
+    columns = ("train loss", "val loss", "tokens/s", "peak memory", "time")
+    built = table("Models", "model", "parameters", *columns)
+    winner = best(rows) if len(rows) > 1 else None
+    for row in rows:
+        by_val = row is winner and row.val_loss is not None
+        built.add_row(
+            row.model,
+            f"{row.parameters / 1e6:.1f} M",
+            _loss(row.train_loss, marked=row is winner and not by_val),
+            _loss(row.val_loss, marked=by_val),
+            "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+            "-" if row.peak_memory_gb is None else f"{row.peak_memory_gb:.2f} GB",
+            row.state if row.train_s is None else duration(row.train_s),
+        )
+    return built
+
+
+def _loss(value: float | None, marked: bool) -> Text:
+    if value is None:
+        return Text("-  ")
+    return Text(f"{value:.4f} *", style="bold green") if marked else Text(f"{value:.4f}  ")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """The table, with all digits, for other tools."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [item.name for item in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    atomic_files.write_text(path, text.getvalue())
+
+
+def draw(runs: Mapping[str, LoggedRun], batch_tokens: int) -> Figure:
+    """Losses of each model against tokens and against the time of its steps."""
+    from matplotlib.figure import Figure  # not pyplot: no window is ever opened
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    tokens_axes, time_axes = figure.subplots(1, 2, sharey=True)
+    colors = dict(zip(runs, plot.distinct_colors(len(runs)), strict=True))
+    over_tokens = _draw_panel(
+        tokens_axes, runs, colors, TOKEN_UNITS, lambda _, steps: steps * float(batch_tokens)
+    )
+    _draw_panel(time_axes, runs, colors, TIME_UNITS, seconds_at)
+    if shown := plot.loss_range(over_tokens, STEEP):
+        tokens_axes.set_ylim(*shown)
+    tokens_axes.set_title("loss against tokens", loc="left")
+    time_axes.set_title("loss against training time", loc="left")
+    tokens_axes.set_ylabel("loss")
+    _explain(figure, runs, colors)
+    return figure
+
+
+def seconds_at(run: LoggedRun, steps: Numbers) -> Numbers:
+    """How long a run had trained at each of `steps`: the time of all steps up to there."""
+    known = [run.first_step, *run.steps]
+    passed = np.cumsum([0.0, *(item.elapsed_s for item in run.steps.values())])
+    seconds: Numbers = np.interp(steps, known, passed)
+    return seconds
+
+
+def _draw_panel(
+    axes: Axes,
+    runs: Mapping[str, LoggedRun],
+    colors: Mapping[str, str],
+    units: Sequence[tuple[float, str]],
+    along: Callable[[LoggedRun, Numbers], Numbers],
+) -> list[Curve]:
+    """Smoothed training losses lightly, validation losses above them, over `along(run, steps)`."""
+
+    def curve(name: str, losses: Mapping[int, float]) -> Curve:
+        places = along(runs[name], np.array(list(losses), float))
+        return Curve(name, colors[name], places, np.array([*losses.values()]))
+
+    trained = [curve(name, _train_losses(run)) for name, run in runs.items()]
+    judged = [curve(name, run.val_losses) for name, run in runs.items() if run.val_losses]
+    unit, word = _unit(max(item.steps[-1] for item in [*trained, *judged]), units)
+    for item in trained:
+        axes.plot(item.steps / unit, item.values, color=item.color, alpha=FAINT, linewidth=1.1)
+    few = max((len(item.values) for item in judged), default=0) <= plot.MARKED
+    for item in judged:
+        marker = "o" if few else None
+        axes.plot(item.steps / unit, item.values, color=item.color, marker=marker, markersize=3.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(word)
+    axes.xaxis.set_major_formatter("{x:g}")
+    return [*trained, *judged]
+
+
+def _unit(reach: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest unit that the axis holds at least twice."""
+    small = "seconds" if units is TIME_UNITS else "tokens"
+    return next((item for item in units if reach >= ENOUGH * item[0]), (1, small))
+
+
+def _explain(figure: Figure, runs: Mapping[str, LoggedRun], colors: Mapping[str, str]) -> None:
+    """A legend with each model's last loss, and with what is drawn how."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colors[name], linewidth=2.5) for name in runs]
+    labels = [f"{name}: {_last_loss(run):.3f}" for name, run in runs.items()]
+    if any(run.val_losses for run in runs.values()):
+        handles.append(Line2D([], [], marker="o", markersize=3.5, color=GREY))
+        labels.append("validation")
+    handles.append(Line2D([], [], alpha=FAINT, linewidth=1.1, color=GREY))
+    labels.append("training")
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+
+
+def _last_loss(run: LoggedRun) -> float:
+    if run.val_losses:
+        return list(run.val_losses.values())[-1]
+    return list(_train_losses(run).values())[-1]
+
+
+def _train_losses(run: LoggedRun) -> dict[int, float]:
+    """The loss at each step, smoothed."""
+    losses = np.array([item.loss for item in run.steps.values()])
+    return dict(zip(run.steps, plot.smoothed(losses, SMOOTHED).tolist(), strict=True))
+
+
+def logged(folder: Path, names: Sequence[str]) -> dict[str, LoggedRun]:
+    """The newest run of each training in `folder` that has trained at all."""
+    found = {}
+    for name in names:
+        log = folder / name / "log.txt"
+        runs = [run for run in log_reader.read_runs(log) if run.steps] if log.is_file() else []
+        if runs:
+            found[name] = runs[-1]
+    return found

@@ -1,0 +1,65 @@
+"""Grids of values: parsed, multiplied out, and the names of their points. Pure."""
+
+import itertools
+import re
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from gpt2.base.errors import ConfigError
+
+Point = dict[str, Any]
+"""one value for each field of a grid"""
+
+
+def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
+    """`learning_rate=1e-3,3e-4 n_layer=2,4` as lists of values: numbers, True, False, None, words.
+
+    Raises ConfigError for an item without a name or value, and for a name or value given twice.
+    """
+    grid: dict[str, list[Any]] = {}
+    for item in items:
+        name, _, texts = item.partition("=")
+        name = name.strip().replace("-", "_")
+        values = [_value(text.strip()) for text in texts.split(",")]
+        if not name.isidentifier() or "" in values:
+            raise ConfigError(f"--grid {item}: needed is NAME=VALUE,VALUE, as in n_layer=2,4")
+        if name in grid:
+            raise ConfigError(f"--grid {item}: {name} is there twice")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(f"--grid {item}: {twice[0]} is there twice")
+        grid[name] = values
+    return grid
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Every combination of one value for each name; a single empty point for an empty grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """`learning_rate=0.001,n_layer=2`, safe as the name of a file; empty for the empty point."""
+    text = ",".join(f"{name}={value}" for name, value in point.items())
+    return re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
+
+
+def job_name(point: Mapping[str, Any], seed: int) -> str:
+    """`learning_rate=0.001,seed=3`: the name of one seed of a point."""
+    return point_name({**point, "seed": seed})
+
+
+def unlike(key: str, names: Container[str]) -> str:
+    """`key`, or, where somebody's parameter is called so, what none can be called."""
+    return f"the {key}" if key in names else key
+
+
+def _value(text: str) -> Any:
+    """A number, True, False or None where the text is one; else the text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,89 @@
+"""Calls of other people's functions: as Python has them, and as a worker finds them."""
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt2.base.errors import ConfigError
+from gpt2.experiments.pool import worker
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function, and what it is called with each time."""
+
+    target: str
+    """`module:function`, as a worker imports it"""
+    function: Callable[..., Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, function: Callable[..., Any] | str) -> "Call":
+        """Of a function, of `functools.partial` of one, or of `module:function`.
+
+        Raises ConfigError for what a process of its own could not import: a lambda, a method, a
+        function within another one.
+        """
+        if isinstance(function, str):
+            return cls(function, worker.find(function))
+        kwargs: dict[str, Any] = {}
+        while isinstance(function, functools.partial):
+            if function.args:
+                raise ConfigError(f"{function}: a partial needs its values by name")
+            kwargs = {**function.keywords, **kwargs}
+            function = function.func
+        name = getattr(function, "__qualname__", "")
+        if not name.isidentifier():
+            raise ConfigError(
+                f"{name or function} cannot be found by another process; needed is a function at "
+                "the top of a module"
+            )
+        return cls(f"{_module(function)}:{name}", function, plain(kwargs))
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises ConfigError if the function cannot be called with these, too."""
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except ValueError as error:
+            raise ConfigError(f"{self.target}: {error}; wrap it in a function") from error
+        given = [*names]
+        filled = dict.fromkeys([*self.kwargs, *given, *({"report"} & set(parameters))])
+        try:
+            inspect.signature(self.function).bind(**filled)
+        except TypeError as error:
+            raise ConfigError(
+                f"{self.target} cannot be called with {', '.join(given) or 'nothing'}: {error}"
+            ) from error
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as another process gets them; raises ConfigError for what JSON cannot hold."""
+    found = {}
+    for name, value in values.items():
+        try:
+            found[name] = json.loads(json.dumps(value))
+        except TypeError as error:
+            raise ConfigError(
+                f"{name}: {error}; needed are numbers, texts, lists of them"
+            ) from error
+    return found
+
+
+def _module(function: Callable[..., Any]) -> str:
+    """The module of a function by the name that a worker imports it by; a script's is its file's:
+    its folder is where Python looks first."""
+    if function.__module__ != "__main__":
+        return function.__module__
+    main = sys.modules["__main__"]
+    if spec := getattr(main, "__spec__", None):  # python -m package.module
+        return str(spec.name)
+    if file := getattr(main, "__file__", None):
+        return Path(file).stem
+    raise ConfigError(
+        f"{function.__qualname__} must stand in a file, for other processes to import"
+    )

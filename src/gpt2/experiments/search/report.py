@@ -1,0 +1,315 @@
+"""What a search has found: a table, two pictures, the five best as a file, and a page of all."""
+
+from __future__ import annotations  # matplotlib is imported where something is drawn
+
+import base64
+import csv
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from gpt2.base import atomic_files
+from gpt2.base.text import figure, table
+from gpt2.config.flops import duration
+from gpt2.experiments.search import ownership, trial
+from gpt2.inspection import plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FOLDER = "summary"
+COMPARISON, RELATIONSHIPS = "all_trials_comparison.png", "hyperparameter_relationships.png"
+TOP, PAGE = "top5_trials.csv", "report.html"
+BEST = 5
+USED = "used_"
+GREY, BLUE, RED = "#9a9a9a", "#1f77b4", "#d62728"
+STRETCHED = 20
+"""values of which the largest is so many times the smallest stand on a logarithmic axis"""
+WIDE = 4
+"""plots of relationships in a row"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial."""
+
+    number: int
+    state: str
+    value: float | None
+    """its lowest validation loss"""
+    values: Mapping[str, Any]
+    losses: Mapping[int, float]
+    """validations by their step"""
+    took_s: float | None
+    """of its steps, which a stop does not prolong"""
+    folder: str
+    """where it is; on another machine with that one's name"""
+    reason: str = ""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is one of those that were asked for."""
+        return self.state in ("COMPLETE", "PRUNED")
+
+    @property
+    def has_something(self) -> bool:
+        """Whether there is something to say of it: it has ended, or has a validation."""
+        return self.is_counted or self.state == "FAIL" or bool(self.losses)
+
+    @property
+    def outcome(self) -> str:
+        return {"COMPLETE": "finished", "FAIL": "failed"}.get(self.state, self.state.lower())
+
+
+def used(item: FrozenTrial) -> dict[str, Any]:
+    """The values that a trial trained with: those that it drew, or what was used in their place."""
+    return {name: item.user_attrs.get(USED + name, value) for name, value in item.params.items()}
+
+
+def rows(study: Study, folder: Path) -> list[Row]:
+    """The trials of a study, in their order."""
+    return [
+        Row(
+            item.number,
+            item.state.name,
+            item.value if item.state == TrialState.COMPLETE else lowest(item),
+            used(item),
+            dict(sorted(item.intermediate_values.items())),
+            _took_s(item),
+            _folder(study, item, folder),
+            item.user_attrs.get("reason", ""),
+        )
+        for item in study.get_trials(deepcopy=False)
+    ]
+
+
+def _took_s(item: FrozenTrial) -> float | None:
+    took_s: float | None = item.user_attrs.get("result", {}).get("train_s")
+    if took_s is None and item.duration is not None:
+        return item.duration.total_seconds()
+    return took_s
+
+
+def _folder(study: Study, item: FrozenTrial, folder: Path) -> str:
+    owner = item.user_attrs.get(ownership.OWNER)
+    if owner in (None, ownership.id_of(folder)):
+        return str(folder / trial.name_of(item.number))
+    return ownership.place_of(study, item)
+
+
+def names_of(found: Sequence[Row]) -> list[str]:
+    """The options that any of the trials has a value for."""
+    return list(dict.fromkeys(name for row in found for name in row.values))
+
+
+def lowest(item: FrozenTrial) -> float | None:
+    return min(item.intermediate_values.values(), default=None)
+
+
+def top(found: Sequence[Row], count: int = BEST) -> list[Row]:
+    """The best of those that have finished."""
+    finished = [row for row in found if row.state == "COMPLETE" and row.value is not None]
+    return sorted(finished, key=lambda row: (row.value, row.number))[:count]
+
+
+def listing(found: Sequence[Row], out: Console) -> Table:
+    """The best trials, with the values that they had: a column for each, or one for all of them
+    where the console is too narrow."""
+    names = names_of(found)
+    ended = {word: sum(row.state == word for row in found) for word in ("COMPLETE", "PRUNED")}
+    title = f"The best of {ended['COMPLETE']} finished and {ended['PRUNED']} pruned trials"
+    built = table(title, "job", "val loss", *names, "time")
+    narrow = table(title, "job", "val loss", "time", "values")
+    narrow.columns[-1].no_wrap, narrow.columns[-1].justify = False, "left"
+    for row in top(found):
+        took = "-" if row.took_s is None else duration(row.took_s)
+        values = [cell(row.values.get(name)) for name in names]
+        beginning = (trial.name_of(row.number), f"{row.value:.4f}")
+        built.add_row(*beginning, *values, took)
+        pairs = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+        narrow.add_row(*beginning, took, " ".join(pairs))
+    needed = Measurement.get(out, out.options.update(width=10_000), built).maximum
+    return built if needed <= out.width else narrow
+
+
+def cell(value: Any) -> str:
+    """A value as tables show it."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return figure(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def write(found: Sequence[Row], folder: Path, command: str | None) -> list[Path]:
+    """Writes the summary of the trials; the files that there are now.
+
+    Raises ConfigError or OSError if one cannot be written.
+    """
+    target = folder / FOLDER
+    target.mkdir(exist_ok=True)
+    _write_csv(top(found), target / TOP)
+    written = [target / TOP]
+    if any(row.losses for row in found):
+        plot.write(lambda: draw_comparison(found), target / COMPARISON)
+        written.append(target / COMPARISON)
+    if any(row.value is not None and row.values for row in found):
+        plot.write(lambda: draw_relationships(found), target / RELATIONSHIPS)
+        written.append(target / RELATIONSHIPS)
+    pictures = [path for path in written if path.suffix == ".png"]
+    atomic_files.write_text(target / PAGE, page(found, folder.name, command, pictures))
+    return [*written, target / PAGE]
+
+
+def _write_csv(found: Sequence[Row], path: Path) -> None:
+    text = io.StringIO()
+    names = names_of(found)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "trial", "val_loss", *names, "seconds", "folder"])
+    for rank, row in enumerate(found, 1):
+        values = [row.values.get(name) for name in names]
+        writer.writerow([rank, row.number, row.value, *values, row.took_s, row.folder])
+    atomic_files.write_text(path, text.getvalue())
+
+
+def draw_comparison(found: Sequence[Row]) -> Figure:
+    """The validation curves of all trials, and the best so far over the trials."""
+    from matplotlib.figure import Figure  # not pyplot: no window is ever opened
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    curves, course = figure.subplots(1, 2)
+    best = {row.number for row in top(found, 1)}
+    for row in sorted(found, key=lambda row: row.number in best):
+        color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
+        faint = 1.0 if row.number in best else 0.55
+        marker = "o" if len(row.losses) <= plot.MARKED else None
+        style: dict[str, Any] = {"color": color, "alpha": faint, "marker": marker}
+        curves.plot(list(row.losses), list(row.losses.values()), markersize=3, **style)
+    curves.set_title("validation loss of each trial", loc="left")
+    curves.set_xlabel("step")
+    _draw_course(course, found)
+    _explain(figure, found)
+    return figure
+
+
+def _draw_course(axes: Axes, found: Sequence[Row]) -> None:
+    """The loss of each trial by its number, and the lowest one until then."""
+    from matplotlib.ticker import MaxNLocator
+
+    ended = [row for row in found if row.value is not None]
+    for state, color in (("PRUNED", GREY), ("COMPLETE", BLUE)):
+        shown = {row.number: row.value or math.nan for row in ended if row.state == state}
+        axes.scatter(list(shown), list(shown.values()), s=22, color=color)
+    lowest, line = math.inf, []
+    finished = [row for row in ended if row.state == "COMPLETE"]
+    for row in finished:
+        lowest = min(lowest, row.value or math.inf)
+        line.append(lowest)
+    if finished:
+        numbers = [*(row.number for row in finished), ended[-1].number]
+        axes.step(numbers, [*line, lowest], where="post", color=RED)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("lowest validation loss over the trials", loc="left")
+    axes.set_xlabel("trial")
+
+
+def _explain(figure: Figure, found: Sequence[Row]) -> None:
+    from matplotlib.lines import Line2D
+
+    counts = {state: sum(row.state == state for row in found) for state in ("COMPLETE", "PRUNED")}
+    names = {
+        "best": RED,
+        f"finished ({counts['COMPLETE']})": BLUE,
+        f"pruned ({counts['PRUNED']})": GREY,
+    }
+    handles = [Line2D([], [], color=color, linewidth=2.5) for color in names.values()]
+    figure.legend(handles, list(names), loc="outside upper left", ncols=len(names))
+
+
+def draw_relationships(found: Sequence[Row]) -> Figure:
+    """Validation loss against each searched value."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in found if row.value is not None]
+    names = names_of(shown)
+    columns = min(WIDE, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.5 + 2.9 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    for name, axes in zip(names, grid, strict=False):
+        _draw_relationship(axes, name, [row for row in shown if name in row.values])
+    for row in range(lines):
+        grid[row * columns].set_ylabel("validation loss")
+    _explain(figure, shown)
+    return figure
+
+
+def _draw_relationship(axes: Axes, name: str, shown: Sequence[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    best = {row.number for row in top(shown, 1)}
+    values = [row.values.get(name) for row in shown]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    are_numbers = len(numbers) == len(values) and not any(isinstance(v, bool) for v in values)
+    labels = sorted({str(value) for value in values})
+    for row, value in zip(shown, values, strict=True):
+        place: Any = value if are_numbers else labels.index(str(value))
+        color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
+        order = 3 if row.number in best else 2
+        loss = row.value or math.nan
+        axes.scatter([place], [loss], s=24, color=color, alpha=0.8, zorder=order)
+    if not are_numbers:
+        axes.set_xticks(range(len(labels)), labels)
+    elif min(numbers) > 0 and max(numbers) > STRETCHED * min(numbers):
+        axes.set_xscale("log")
+    elif all(isinstance(value, int) for value in numbers):
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_title(name, loc="left")
+
+
+def page(found: Sequence[Row], title: str, command: str | None, pictures: Sequence[Path]) -> str:
+    """A page of its own: the pictures are within."""
+    images = "\n".join(
+        f'<img alt="{path.stem}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in pictures
+    )
+    names = names_of(found)
+    head = "".join(f"<th>{html.escape(name)}" for name in ("trial", "state", "val loss", *names))
+    order = [*top(found, len(found)), *(row for row in found if row.state != "COMPLETE")]
+    body = "\n".join(f"<tr>{_cells(row, names)}" for row in order)
+    shown = f"<h2>The best one in full</h2><pre>{html.escape(command)}</pre>" if command else ""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }}
+img {{ max-width: 100%; }} pre {{ background: #f3f3f3; padding: 1em; white-space: pre-wrap; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .2em .8em; text-align: right; }}
+tr:nth-child(even) {{ background: #f6f6f6; }}
+</style>
+<h1>Search {html.escape(title)}</h1>
+{shown}
+{images}
+<h2>All trials</h2>
+<table><tr>{head}
+{body}
+</table>
+</html>
+"""
+
+
+def _cells(row: Row, names: Sequence[str]) -> str:
+    value = "-" if row.value is None else f"{row.value:.4f}"
+    texts = [str(row.number), row.outcome, value, *(cell(row.values.get(name)) for name in names)]
+    return "".join(f"<td>{html.escape(text)}" for text in texts)

@@ -1,0 +1,175 @@
+"""What the results of many seeds say together: mean, spread and interval, as a table and a plot."""
+
+from __future__ import annotations  # matplotlib is imported where something is drawn
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from gpt2.base.text import table
+from gpt2.experiments.grid import Point
+from gpt2.experiments.results import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A metric over the seeds of one point of a grid."""
+
+    count: int
+    """seeds that have it, as a finite number"""
+    mean: float
+    std: float | None
+    """of the sample, with count - 1; None of a single value"""
+    low: float | None
+    high: float | None
+    """the 95 % interval of the mean (Student's t)"""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Statistics | None:
+        """None of no values."""
+        if not values:
+            return None
+        count, mean = len(values), statistics.fmean(values)
+        if count == 1:
+            return cls(count, mean, None, None, None)
+        from scipy import stats  # half a second
+
+        std = statistics.stdev(values)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * std / math.sqrt(count)
+        return cls(count, mean, std, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class PointSummary:
+    """What became of the seeds of one point."""
+
+    point: Point
+    finished: int
+    failed: int
+    values: dict[int, float]
+    """seed -> the chosen metric"""
+    metrics: dict[str, Statistics] = field(default_factory=dict)
+    """of every number that the jobs returned"""
+
+
+def numbers(result: Any) -> dict[str, float]:
+    """The numbers in what a job returned, by name; a number alone is called `value`."""
+    named = result if isinstance(result, Mapping) else {"value": result}
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def lack(records: Iterable[Record], metric: str) -> str:
+    """Why there is nothing to compare though jobs have finished; empty if none has."""
+    results = [record.result for record in records if record.state != "failed"]
+    if not results:
+        return ""
+    named = [result if isinstance(result, Mapping) else {"value": result} for result in results]
+    what = f"a finite {metric}" if any(metric in names for names in named) else metric
+    known = sorted({name for result in results for name in numbers(result)})
+    others = f"; --metric may be one of {', '.join(known)}" if known else ""
+    return f"No result has {what}{others}"
+
+
+def summarise(
+    points: Sequence[Point], records: Iterable[Record], metric: str
+) -> list[PointSummary]:
+    """The points with what their seeds gave; `values` of a record are a point and a seed."""
+    by_point: dict[str, list[Record]] = {str(point): [] for point in points}
+    for record in records:
+        point = {name: value for name, value in record.values.items() if name != "seed"}
+        by_point.setdefault(str(point), []).append(record)
+    return [_summarise(point, by_point[str(point)], metric) for point in points]
+
+
+def _summarise(point: Point, records: list[Record], metric: str) -> PointSummary:
+    finished = [record for record in records if record.state != "failed"]
+    found = {record.values["seed"]: numbers(record.result) for record in finished}
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    collected = {
+        name: Statistics.of([values[name] for values in found.values() if name in values])
+        for name in names
+    }
+    return PointSummary(
+        point,
+        len(finished),
+        len(records) - len(finished),
+        {seed: values[metric] for seed, values in sorted(found.items()) if metric in values},
+        {name: item for name, item in collected.items() if item is not None},
+    )
+
+
+def listing(summaries: Sequence[PointSummary], metric: str) -> Table:
+    """The table of points: a column for each name of the grid, and the metric over the seeds."""
+    names = list(summaries[0].point)
+    built = table(f"{metric} over seeds", *names, "seeds", "failed", "mean", "std", "95 % interval")
+    for item in summaries:
+        built.add_row(
+            *(str(item.point[name]) for name in names),
+            _seeds_cell(item, metric),
+            f"{item.failed or '-'}",
+            *_cells(item.metrics.get(metric)),
+        )
+    return built
+
+
+def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
+    """A line per point: its seeds as dots, their mean with its interval above them."""
+    from matplotlib.figure import Figure  # not pyplot: no window is ever opened
+
+    shown = [item for item in summaries if item.values]
+    figure = Figure(figsize=(9, 1.4 + 0.42 * max(2, len(shown))), layout="constrained")
+    axes = figure.add_subplot()
+    for row, item in enumerate(shown):
+        _draw_point(axes, row, item, metric)
+    labels = ["\n".join(_label(item.point)) for item in shown]
+    axes.set_yticks(range(len(shown)), labels)
+    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first point above
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{metric}: mean with its 95 % interval, and each seed")
+    axes.set_title(f"{metric} over {max(len(item.values) for item in shown)} seeds", loc="left")
+    return figure
+
+
+def _draw_point(axes: Axes, row: int, item: PointSummary, metric: str) -> None:
+    values, color = list(item.values.values()), f"C{row % 10}"
+    axes.scatter(values, [row + 0.16] * len(values), s=14, color=color, alpha=0.45, linewidths=0)
+    found = item.metrics[metric]
+    if found.low is not None and found.high is not None:
+        axes.plot([found.low, found.high], [row - 0.1] * 2, color=color, linewidth=2.4)
+    axes.plot([found.mean], [row - 0.1], "D", color=color, markersize=6)
+
+
+def _label(point: Point) -> list[str]:
+    return [f"{name} {value}" for name, value in point.items()] or ["all seeds"]
+
+
+def _seeds_cell(item: PointSummary, metric: str) -> str:
+    """Seeds that have finished; and of them, if not all, those with a finite number."""
+    count = item.metrics[metric].count if metric in item.metrics else 0
+    return f"{item.finished}" if count == item.finished else f"{count} of {item.finished}"
+
+
+def _cells(found: Statistics | None) -> tuple[str, str, str]:
+    """Mean, deviation and interval, with as many decimals as the deviation deserves."""
+    if found is None:
+        return "-", "-", "-"
+    if found.std is None or found.low is None or found.high is None:
+        return f"{found.mean:.5g}", "-", "-"
+    exponent = math.floor(math.log10(found.std)) if found.std > 0 else -3
+    digits = min(max(0, 2 - exponent), 9)
+    interval = f"{found.low:.{digits}f} to {found.high:.{digits}f}"
+    return f"{found.mean:.{digits}f}", f"{found.std:.{digits}f}", interval

@@ -1,0 +1,162 @@
+"""A training as a job: the function that a worker calls, and its keyword arguments."""
+
+import resource
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2.base import folder_lock
+from gpt2.base.errors import ConfigError
+from gpt2.checkpoint import store
+from gpt2.config import options
+from gpt2.config.run import RunConfig
+from gpt2.distributed.rendezvous import env_rank
+from gpt2.distributed.watchdog import is_under_torchrun
+from gpt2.distributed.world import World
+from gpt2.experiments.pool.job import Answer, Job, Stopped
+from gpt2.experiments.training.ddp_host import on_ranks
+from gpt2.metrics import log_reader
+from gpt2.train import trainer
+from gpt2.train.setup import open_data, require_enough_rows
+from gpt2.train.trainer import Report
+
+TARGET = "gpt2.experiments.training.training_job:run"
+REPORT_EVERY_S = 0.5
+LOCK_OF_THE_DEAD_S, LOOK_EVERY_S = 150.0, 2.0
+"""twice what an NFS server grants by default (`nfsv4leasetime`), and some more"""
+DECISIVE = (
+    *options.FIXED_BY_CHECKPOINT,
+    *options.NOTED_AT_RESUME,
+    "checkpoint.init_from",
+    "data.data_root",
+    "evaluation.eval_interval",
+    "evaluation.eval_batches",
+    "evaluation.eval_rows",
+)
+
+
+def require_fresh_start(run_config: RunConfig) -> None:
+    """Raises ConfigError if the options name a checkpoint to continue: each training of an
+    experiment goes on from its own."""
+    name = run_config.experiment
+    if name.name is not None or name.gpu_id is not None:
+        raise ConfigError(
+            "--experiment_name, --wandb_run_name and --gpu_id are for one run; each training of an "
+            "experiment is called after its job, --checkpoint_dir keeps experiments apart, and "
+            "--gpus says where they train"
+        )
+    settings = run_config.checkpoint
+    if settings.resume_from is not None:
+        raise ConfigError(
+            f"--resume {settings.resume_from} is for one run; an experiment goes on by itself when "
+            "the same command is given again"
+        )
+
+
+def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **changes: Any) -> Job:
+    """The training of `run_config`, on `ranks` GPUs, that keeps everything in `folder`, and goes on
+    where it was."""
+    of_its_own = {
+        "checkpoint_dir": folder,
+        "log_dir": folder,
+        "runs_dir": run_config.watch.runs_dir / folder.parent.name / folder.name,
+        "resume": None,
+        **changes,
+    }
+    run_name = f"{folder.parent.name}_{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+    mine = options.overlay(run_config, of_its_own).to_dict()
+    return Job(name, TARGET, {"run": mine, "run_name": run_name, "ranks": ranks})
+
+
+def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -> dict[str, Any]:
+    """Trains as the stored configuration says; what the comparison of trainings needs to know.
+
+    Raises Stopped if it was stopped, after saving, and Lost if one of several ranks has died.
+    """
+    if ranks > 1:
+        return on_ranks(report, {"run": run, "run_name": run_name}, ranks)
+    if not is_under_torchrun():  # its host has waited
+        _wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
+    run_config = _continued(options.of_stored(run))
+    result = trainer.run(run_config, _Seldom(report), run_name)
+    if result.state == "stopped":
+        raise Stopped
+    if env_rank()[0] > 0:  # rank 0 writes the log, and tells what became of it
+        return {}
+    facts = asdict(result)
+    del facts["exit_code"], facts["state"]
+    logged = log_reader.read_runs(run_config.watch.log_dir / "log.txt")[-1]
+    speeds = [item.tokens_per_s for item in logged.steps.values()]
+    return facts | {
+        "tokens": result.step * run_config.data.total_batch_size,
+        "tokens_per_s": statistics.median(speeds) if speeds else None,
+        "train_s": sum(item.elapsed_s for item in logged.steps.values()),
+        "peak_memory_gb": _peak_memory_bytes() / 1e9,
+    }
+
+
+def _wait_for_folder(report: Report, folder: Path) -> None:
+    """Waits while another process has the folder: a shared disk keeps the lock of a machine that is
+    lost for a while. Who still has it then is named by the training itself."""
+    deadline = time.monotonic() + LOCK_OF_THE_DEAD_S
+    while folder_lock.is_held(folder) and time.monotonic() < deadline:
+        if report() != "go":
+            raise Stopped
+        time.sleep(LOOK_EVERY_S)
+
+
+def _continued(run_config: RunConfig) -> RunConfig:
+    """The same, from its own newest checkpoint if it has any."""
+    if not store.list_checkpoints(run_config.checkpoint.checkpoint_dir):
+        return run_config
+    return options.overlay(run_config, {"resume": "latest", "init_from": "scratch"})
+
+
+def require_data(run_config: RunConfig, ranks: int = 1) -> None:
+    """Prepares the data if that is still to be done, once for all trainings; raises DataError if
+    there is none, and ConfigError if a step has too little of it for so many ranks."""
+    cpu = torch.device("cpu")
+    require_enough_rows(run_config, World(0, ranks, cpu))
+    open_data(run_config, World(0, 1, cpu))
+
+
+class _Seldom:
+    """Hands on every validation, with the number of all steps if that is known; but steps only so
+    often that the training does not wait."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._told = report, 0.0
+        self._known: dict[str, float] = {}
+
+    def __call__(self, **metrics: float) -> Answer:
+        now = time.monotonic()
+        if "total_steps" in metrics:
+            self._known = {"total_steps": metrics["total_steps"]}
+        if "loss" in metrics and now < self._told + REPORT_EVERY_S:
+            return "go"
+        self._told = now
+        return self._report(**self._known | metrics)
+
+
+def _peak_memory_bytes() -> int:
+    """The most that the training had: of the GPU, or of the host where it used none."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return allocated
+    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def decisive(run_config: RunConfig) -> dict[str, Any]:
+    """What the result of a training depends on, by the names of its flags: not folders, intervals
+    of checkpoints, or the machine."""
+    plain = run_config.to_dict()
+    parts = (name.split(".") for name in DECISIVE)
+    return {name: plain[part][name] for part, name in parts}

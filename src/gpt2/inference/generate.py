@@ -1,0 +1,132 @@
+"""Sampling from a model with a cache.
+
+Shape suffixes: B samples, T time, V vocabulary, K the likeliest tokens, likeliest first.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from gpt2.data import tokenizer
+from gpt2.inference.sampling import Sampling
+from gpt2.model import evaluating
+from gpt2.model.base import LanguageModel
+
+# What a run shows of itself: the model's own distribution, but for its long tail.
+IN_TRAINING = Sampling(num_samples=3, max_new_tokens=64, temperature=1.0, top_k=50)
+COLDEST = 1e-5
+"""lower temperatures are 0: logits divided by them overflow"""
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    prompt: list[int],
+    sampling: Sampling,
+    generator: torch.Generator,
+    warn: Callable[[str], None] | None = None,
+) -> Generator[Tensor, None, None]:
+    """Continues `prompt` (token ids; empty means the start of a document): at each of
+    `max_new_tokens` steps the next token of every sample, (B,), also after an <|endoftext|>.
+
+    Past the context the newer half of it is read again, from position 0, and the older half is
+    forgotten. `warn` is told once when that happens, and of a prompt that is longer than the
+    context. `generator` belongs to the model's device, so that no other random stream moves.
+    """
+    device, context = model.token_embedding.weight.device, model.config.block_size
+    kept, forgets = context // 2 or 1, False
+    if warn and len(prompt) > context:
+        warn(f"the prompt has {len(prompt)} tokens; the model sees only the last {context}")
+    start = (prompt or [tokenizer.END_OF_TEXT])[-context:]
+    pending_BT = torch.tensor([start], device=device)  # all samples begin with the same row
+    seen = [pending_BT.expand(sampling.num_samples, -1)]
+    cache = model.empty_cache(sampling.num_samples)
+    with evaluating(model):
+        for _ in range(sampling.max_new_tokens):
+            if cache.length + pending_BT.size(1) > context:
+                if warn and not forgets:
+                    warn(
+                        f"past the context of {context} tokens: from here on only the last "
+                        f"{kept} to {context} tokens are seen"
+                    )
+                forgets, cache.length = True, 0
+                pending_BT = torch.cat(seen, dim=1)[:, -kept:]
+                seen = [pending_BT]
+            logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.VOCAB_SIZE]
+            pending_BT = _pick(logits_BV.expand(sampling.num_samples, -1), sampling, generator)
+            seen.append(pending_BT)
+            yield pending_BT[:, 0]
+
+
+def stream_text(
+    model: LanguageModel,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    seed: int,
+    warn: Callable[[str], None] | None = None,
+) -> Iterator[list[str]]:
+    """What each sample's text grows by, step by step; at first it is `prompt`.
+
+    A text ends before <|endoftext|>. A character whose bytes several tokens share comes with the
+    last of them. `warn` as for `generate`.
+    """
+    generator = torch.Generator(model.token_embedding.weight.device).manual_seed(seed)
+    texts = [tokenizer.Decoder() for _ in range(sampling.num_samples)]
+    growing = set(range(sampling.num_samples))
+    yield [prompt for _ in texts]
+    with closing(generate(model, tokenizer.encode(prompt), sampling, generator, warn)) as steps:
+        for tokens_B in steps:
+            tokens = tokens_B.tolist()
+            growing -= {row for row in growing if tokens[row] == tokenizer.END_OF_TEXT}
+            yield [
+                text.add(tokens[row]) if row in growing else "" for row, text in enumerate(texts)
+            ]
+            if not growing:
+                break
+    yield [text.end() for text in texts]
+
+
+def generate_text(
+    model: LanguageModel,
+    prompt: str,
+    sampling: Sampling = IN_TRAINING,
+    *,
+    seed: int = 0,
+    warn: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The texts of `stream_text`, whole; a function of the weights, `sampling` and `seed`."""
+    pieces = stream_text(model, prompt, sampling, seed=seed, warn=warn)
+    return ["".join(text) for text in zip(*pieces, strict=True)]
+
+
+def _pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each sample, (B, 1).
+
+    Temperature, then top_k, then top_p, as in transformers: top_p is the share of what would be
+    drawn from otherwise. (llama.cpp has the temperature last; there the same top_p keeps more
+    tokens than here where the temperature is below 1, and fewer above.)
+    """
+    top_k, top_p = sampling.top_k, sampling.top_p
+    if sampling.temperature < COLDEST:
+        return logits_BV.argmax(dim=1, keepdim=True)
+    if top_k is not None:
+        likeliest_BK = logits_BV.topk(min(top_k, logits_BV.size(1))).values
+        logits_BV = logits_BV.masked_fill(logits_BV < likeliest_BK[:, -1:], float("-inf"))
+    probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=1)
+    if top_p is not None and top_p < 1:
+        probabilities_BV = _nucleus(probabilities_BV, top_p, top_k)
+    return torch.multinomial(probabilities_BV, num_samples=1, generator=generator)
+
+
+def _nucleus(probabilities_BV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """`probabilities_BV` within the smallest set whose mass is at least `top_p`, and 0 outside
+    (Holtzman et al. 2020, section 3.1). Not more than `top_k` of them are above 0 (ties aside)."""
+    size = probabilities_BV.size(1)
+    sorted_BK, tokens_BK = probabilities_BV.topk(min(top_k or size, size))  # a sort of all is slow
+    # In float64: a float32 sum of 50,000 shares is off by more than the smallest of them.
+    likelier_BK = sorted_BK.cumsum(dim=1, dtype=torch.float64) - sorted_BK
+    kept_BK = sorted_BK.where(likelier_BK < top_p, 0)
+    return torch.zeros_like(probabilities_BV).scatter(1, tokens_BK, kept_BK)

@@ -1,0 +1,491 @@
+"""To and from other people's tools: GPT-2 as Hugging Face's transformers and as nanoGPT keep it.
+
+Both name the tensors alike; Hugging Face keeps linear layers as (in, out) matrices, as OpenAI did.
+Neither format has a digest: what is read is checked for names, shapes and architecture alone.
+
+Shape suffixes: D width (n_embd), V vocabulary, T positions.
+"""
+
+import functools
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, processors
+from torch import Tensor
+
+from gpt2 import model
+from gpt2.base import atomic_files
+from gpt2.base.errors import CheckpointError
+from gpt2.checkpoint import store
+from gpt2.config import presets
+from gpt2.config.run import ModelConfig
+from gpt2.data import tokenizer
+
+Format = Literal["hf", "nanogpt"]
+DType = Literal["float32", "bfloat16", "float16"]
+Weights = dict[str, Tensor]
+Warn = Callable[[str], None]
+
+# Ours -> theirs; the numbers of the blocks lie between.
+OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
+IN_BLOCK = {
+    "attention_norm": "ln_1",
+    "attention.query_key_value": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
+PREFIXES = ("_orig_mod.", "transformer.")  # of torch.compile; of the model around its head
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # what must agree; padding need not
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some keep among the weights
+
+# What config.json may say: other values are another architecture. The first is the default.
+HUGGING_FACE_ALLOWS: dict[str, tuple[object, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+# The defaults of their classes are those of ModelConfig.
+HUGGING_FACE_SHAPE = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_positions": "block_size",
+    "vocab_size": "vocab_size",
+}
+HUGGING_FACE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+NANOGPT_FILE = "ckpt.pt"
+NANOGPT_ARGUMENTS = (*SHAPE, "vocab_size", "dropout")  # all that its GPTConfig takes
+END_OF_TEXT = "<|endoftext|>"
+GELU_NOTE = (
+    "nanoGPT computes the exact GELU (since June 2023), GPT-2 its tanh form: the same weights give "
+    "logits that differ in the third decimal"
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, as an export needs it."""
+
+    shape: ModelConfig
+    weights: Weights
+    step: int
+    best_val_loss: float | None
+
+
+def is_foreign(init_from: str) -> bool:
+    """Whether `--init_from` names weights of another tool: hf:PATH or nanogpt:PATH."""
+    return init_from.startswith(("hf:", "nanogpt:"))
+
+
+def load(source: str, wanted: ModelConfig, *, trust: bool, warn: Warn) -> Weights:
+    """The weights of `hf:FOLDER` or `nanogpt:FILE` for a model of the shape `wanted`.
+
+    They are still mapped from the file where they can be, in the file's own type. Raises
+    CheckpointError if they are not there, not a GPT-2, or of another shape, field by field.
+    """
+    if wanted.architecture != "gpt2":
+        raise CheckpointError(
+            f"{source} is a GPT-2, which --architecture {wanted.architecture} cannot start with; "
+            "use --architecture gpt2, or leave --init_from out"
+        )
+    shape, theirs = _open(source, trust, warn)
+    _refuse_other_shapes(source, shape, wanted)
+    if shape.block_size > wanted.block_size:
+        warn(
+            f"{source}: the first {wanted.block_size} of its {shape.block_size} positions are used"
+        )
+    return fit(_as_ours(source, shape, theirs), wanted)
+
+
+def read(source: str, *, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
+    """The shape and the weights that `hf:FOLDER` or `nanogpt:FILE` has.
+
+    Raises CheckpointError if they are not there or not a GPT-2.
+    """
+    shape, theirs = _open(source, trust, warn)
+    return shape, _as_ours(source, shape, theirs)
+
+
+def export(trained: Trained, form: Format, folder: Path, dtype: DType, overwrite: bool) -> None:
+    """Writes `folder`, whole or not at all.
+
+    Raises CheckpointError if the model is no GPT-2, if something else is there, or if the disk does
+    not take it.
+    """
+    if trained.shape.architecture != "gpt2":
+        raise CheckpointError(
+            f"a model of --architecture {trained.shape.architecture} cannot be exported: these "
+            "formats are GPT-2's; `gpt2 generate` and `gpt2 evaluate` take its checkpoint as it is"
+        )
+    _require_replaceable(folder, overwrite)
+    try:
+        with atomic_files.writing_folder(folder) as temporary:
+            if form == "hf":
+                _write_hugging_face(temporary, trained, dtype)
+            else:
+                _write_nanogpt(temporary, trained, dtype)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error}; make room, or choose another folder"
+        ) from error
+
+
+def their_name(name: str) -> str:
+    """`blocks.3.mlp.up.weight` -> `h.3.mlp.c_fc.weight`."""
+    layer, _, kind = name.rpartition(".")
+    if not layer.startswith("blocks."):
+        return f"{OUTER[layer]}.{kind}"
+    _, number, part = layer.split(".", maxsplit=2)
+    return f"h.{number}.{IN_BLOCK[part]}.{kind}"
+
+
+def to_theirs(ours: Weights, shape: ModelConfig, *, transposed: bool) -> Weights:
+    """Our weights under the names of both tools, without the padding of the vocabulary.
+
+    `transposed` gives linear layers as (in, out), and zeros for biases that the model has not: the
+    GPT-2 of transformers always has them.
+    """
+    exported = replace(shape, bias=shape.bias or transposed, vocab_size=tokenizer.VOCAB_SIZE)
+    theirs = {}
+    for name, like in _expected(exported).items():
+        tensor = ours[name] if name in ours else torch.zeros(like.shape)
+        if name == EMBEDDING:
+            tensor = tensor[: tokenizer.VOCAB_SIZE]
+        theirs[f"transformer.{their_name(name)}"] = (
+            tensor.T if transposed and _is_linear(name) else tensor
+        )
+    return theirs
+
+
+def from_theirs(theirs: Weights, shape: ModelConfig, source: str, *, transposed: bool) -> Weights:
+    """Their weights under our names, checked against `shape`.
+
+    Raises CheckpointError for a missing tensor, one of another shape, or one that GPT-2 has not.
+    """
+    left = {_bare(name): tensor for name, tensor in theirs.items() if not name.endswith(MASKS)}
+    head, embedding = left.pop(HEAD, None), left.get(their_name(EMBEDDING))
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{source}: {HEAD} is not the embedding; GPT-2 has one matrix for both"
+        )
+    ours = {}
+    for name, like in _expected(shape).items():
+        tensor = left.pop(their_name(name), None)
+        if tensor is None:
+            raise CheckpointError(f"{source} has no {their_name(name)}: it is no whole GPT-2")
+        if transposed and _is_linear(name) and tensor.dim() == 2:
+            tensor = tensor.T
+        if tensor.shape != like.shape:
+            raise CheckpointError(
+                f"{source}: {their_name(name)} is {tuple(tensor.shape)}, not {tuple(like.shape)}"
+            )
+        ours[name] = tensor
+    if left:
+        raise CheckpointError(f"{source} has {min(left)}, which GPT-2 has not")
+    return ours
+
+
+def fit(weights: Weights, wanted: ModelConfig) -> Weights:
+    """`weights` with as many rows in the vocabulary and as many positions as `wanted` has.
+
+    A new row is the mean of the 50257: its logit is the mean of theirs, so by Jensen's inequality
+    it is at most as likely as the average token, and all padding to 50304 raises the loss by less
+    than 0.001. (Rows of zeros would have the logit 0, and GPT-2's own logits are about -100.)
+    """
+    rows_VD, positions_TD = weights[EMBEDDING], weights["position_embedding.weight"]
+    missing = wanted.vocab_size - rows_VD.size(0)
+    if missing > 0:
+        rows_VD = rows_VD.float()
+        mean_D = rows_VD[: tokenizer.VOCAB_SIZE].mean(dim=0)
+        rows_VD = torch.cat([rows_VD, mean_D.expand(missing, -1)])
+    return weights | {
+        EMBEDDING: rows_VD[: wanted.vocab_size],
+        "position_embedding.weight": positions_TD[: wanted.block_size],
+    }
+
+
+def build_tokenizer() -> tokenizers.Tokenizer:
+    """GPT-2's encoding for the `tokenizers` library: the same ids as `gpt2.data.tokenizer`, and
+    <|endoftext|> in a text is the special token."""
+    letters = _byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocab = {spell(token): number for token, number in tokenizer.ranks().items()}
+    vocab[END_OF_TEXT] = tokenizer.END_OF_TEXT
+    merges = [(spell(first), spell(second)) for first, second in tokenizer.merges()]
+    built = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    # ByteLevel has GPT-2's pattern built in.
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.post_processor = processors.ByteLevel(trim_offsets=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens([END_OF_TEXT])
+    return built
+
+
+def _open(source: str, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
+    """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under its own names."""
+    kind, _, path = source.partition(":")
+    if kind == "hf":
+        return _read_hugging_face(Path(path))
+    warn(f"{source}: {GELU_NOTE}")
+    return _read_nanogpt(Path(path), trust)
+
+
+def _as_ours(source: str, shape: ModelConfig, theirs: Weights) -> Weights:
+    return from_theirs(theirs, shape, source, transposed=source.startswith("hf:"))
+
+
+def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no config.json in {folder}; hf: takes a folder such as this gives: "
+            f"hf download openai-community/gpt2 --local-dir {shlex.quote(str(folder))}"
+        )
+    values = _read_json(folder / "config.json")
+    for name, allowed in HUGGING_FACE_ALLOWS.items():
+        if (given := values.get(name, allowed[0])) not in allowed:
+            raise CheckpointError(
+                f"{folder}/config.json: {name} is {given!r}; this GPT-2 has {allowed[0]!r}"
+            )
+    shape = _shape(
+        f"{folder}/config.json",
+        {ours: values[theirs] for theirs, ours in HUGGING_FACE_SHAPE.items() if theirs in values},
+    )
+    if values.get("n_inner") not in (None, 4 * shape.n_embd):
+        raise CheckpointError(
+            f"{folder}/config.json: n_inner is {values['n_inner']}; "
+            f"this GPT-2 has 4 × n_embd = {4 * shape.n_embd}"
+        )
+    return shape, _read_safetensors(folder)
+
+
+def _read_safetensors(folder: Path) -> Weights:
+    """All tensors of a folder: model.safetensors, or the parts that its index lists."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if not single.exists() and index.exists():
+        parts = _read_json(index).get("weight_map")
+        if not isinstance(parts, dict):
+            raise CheckpointError(f"{index} has no weight_map")
+        files = [folder / str(name) for name in sorted(set(parts.values()))]
+    weights: Weights = {}
+    for file in files:
+        try:
+            weights |= safetensors.torch.load_file(file)
+        except FileNotFoundError:
+            raise CheckpointError(f"no {file}{_way_to_convert(folder)}") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return weights
+
+
+def _way_to_convert(folder: Path) -> str:
+    if not list(folder.glob("pytorch_model*.bin")):
+        return ""
+    program = "import sys, transformers as t; f = sys.argv[1]; "
+    program += "t.GPT2LMHeadModel.from_pretrained(f).save_pretrained(f)"
+    name = shlex.quote(str(folder))
+    return f'; pytorch_model.bin is a pickle, which this converts: python -c "{program}" {name}'
+
+
+def _read_nanogpt(path: Path, trust: bool) -> tuple[ModelConfig, Weights]:
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}; nanogpt: takes the path of a {NANOGPT_FILE}")
+    state = store.unpickle(path, trust=trust)
+    match state:
+        case {"model": dict(weights), "model_args": dict(arguments)}:
+            pass
+        case _:
+            raise CheckpointError(
+                f"{path} is no checkpoint of nanoGPT: it has no model and model_args; "
+                "one of ours is given without nanogpt:"
+            )
+    if unknown := sorted(set(arguments) - set(NANOGPT_ARGUMENTS)):
+        raise CheckpointError(
+            f"{path}: model_args has {', '.join(unknown)}, which nanoGPT's GPT-2 has not"
+        )
+    shape = {name: value for name, value in arguments.items() if name != "dropout"}
+    return _shape(str(path), shape), weights
+
+
+def _shape(source: str, values: dict[str, Any]) -> ModelConfig:
+    for name, value in values.items():
+        if not isinstance(value, int):
+            raise CheckpointError(f"{source}: {name} is {value!r}, which is no number")
+    if values.get("vocab_size", tokenizer.VOCAB_SIZE) < tokenizer.VOCAB_SIZE:
+        raise CheckpointError(
+            f"{source}: vocab_size is {values['vocab_size']}, less than the "
+            f"{tokenizer.VOCAB_SIZE} of GPT-2's tokeniser; it was trained with another one"
+        )
+    return ModelConfig(**values)
+
+
+def _refuse_other_shapes(source: str, there: ModelConfig, wanted: ModelConfig) -> None:
+    """Raises CheckpointError, with all fields that differ and the flags that agree."""
+    rows = {
+        name: pair for name, pair in _differences(there, wanted).items() if name != "block_size"
+    }
+    if there.block_size < wanted.block_size:  # of a longer table the first positions are used
+        rows["block_size"] = (there.block_size, wanted.block_size)
+    if not rows:
+        return
+    listed = "\n".join(f"  {name}: {old} there, {new} here" for name, (old, new) in rows.items())
+    flags = " ".join(_flag(name, old) for name, (old, _) in rows.items())
+    same = [
+        name for name, preset in presets.PRESETS.items() if not _differences(there, preset.model)
+    ]
+    preset = f" (its size is that of --preset {same[0]})" if same else ""
+    raise CheckpointError(
+        f"{source} does not fit these flags{preset}:\n{listed}\nits own values: {flags}"
+    )
+
+
+def _differences(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[int, int]]:
+    pairs = {name: (getattr(one, name), getattr(other, name)) for name in SHAPE}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flag(name: str, value: int) -> str:
+    if name == "bias":
+        return "--bias" if value else "--no_bias"
+    return f"--{name} {value}"
+
+
+def _write_hugging_face(folder: Path, trained: Trained, dtype: DType) -> None:
+    shape = trained.shape
+    ends = {"bos_token_id": tokenizer.END_OF_TEXT, "eos_token_id": tokenizer.END_OF_TEXT}
+    cut = replace(shape, vocab_size=tokenizer.VOCAB_SIZE)
+    described = {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_ctx": shape.block_size,  # what llama.cpp's converter reads
+        "n_inner": None,
+        "torch_dtype": dtype,
+        **{theirs: getattr(cut, ours) for theirs, ours in HUGGING_FACE_SHAPE.items()},
+        **{name: allowed[0] for name, allowed in HUGGING_FACE_ALLOWS.items()},
+        **{f"{place}_pdrop": shape.dropout for place in ("attn", "embd", "resid")},
+        **ends,
+    }
+    tokens = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")}
+    tokenizer_described = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": shape.block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,  # decoding gives the text back
+        **tokens,
+    }
+    built = build_tokenizer()
+    built.save(str(folder / "tokenizer.json"))
+    built.model.save(str(folder))  # vocab.json and merges.txt, for older readers
+    _write_json(folder / "config.json", described)
+    _write_json(folder / "generation_config.json", ends)
+    _write_json(folder / "tokenizer_config.json", tokenizer_described)
+    weights = to_theirs(trained.weights, shape, transposed=True)
+    safetensors.torch.save_file(
+        _as_saved(weights, dtype), folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    # safetensors makes a file that this user alone may read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def _write_nanogpt(folder: Path, trained: Trained, dtype: DType) -> None:
+    """What nanoGPT's train.py saves, but for the optimiser; sample.py does not ask for that."""
+    theirs = to_theirs(trained.weights, trained.shape, transposed=False)
+    theirs = _as_saved(theirs, dtype)
+    theirs[HEAD] = theirs[f"transformer.{their_name(EMBEDDING)}"]  # the same storage, written once
+    cut = replace(trained.shape, vocab_size=tokenizer.VOCAB_SIZE)
+    best = trained.best_val_loss
+    state = {
+        "model": theirs,
+        "model_args": {name: getattr(cut, name) for name in NANOGPT_ARGUMENTS},
+        "iter_num": trained.step,
+        "best_val_loss": 1e9 if best is None else best,  # nanoGPT's word for none
+        "config": {},
+    }
+    torch.save(state, folder / NANOGPT_FILE)
+
+
+def _as_saved(weights: Weights, dtype: DType) -> Weights:
+    """Compact tensors of that type: a view would be saved with all that it is a view of."""
+    return {
+        name: tensor.to(getattr(torch, dtype)).clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
+
+
+def _require_replaceable(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder")
+    there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if others := [name for name in there if name not in (*HUGGING_FACE_FILES, NANOGPT_FILE)]:
+        raise CheckpointError(
+            f"{folder} holds {others[0]}, which no export wrote; choose another folder"
+        )
+    if there and not overwrite:
+        raise CheckpointError(f"{folder} holds an export already; add --overwrite to replace it")
+
+
+@functools.cache
+def _expected(shape: ModelConfig) -> Weights:
+    """Our names and shapes, without memory."""
+    with torch.device("meta"):
+        return model.build(shape).state_dict()
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith(".weight") and (".attention." in name or ".mlp." in name)
+
+
+def _bare(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in Hugging Face's files: its own in Latin-1 if that can
+    be seen, else one from U+0100 on (the published encoder's `bytes_to_unicode`)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {
+        byte: chr(0x100 + number) for number, byte in enumerate(others)
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,174 @@
+"""The forecast of the end of a run."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gpt2.base.errors import DataError
+from gpt2.base.text import table
+from gpt2.config import flops
+from gpt2.config.flops import duration
+from gpt2.config.run import RunConfig
+from gpt2.data.remote import Storage
+from gpt2.data.sampler import Order
+from gpt2.data.shards import catalog
+from gpt2.inspection.runs import Run
+from gpt2.metrics import log_reader, records
+
+ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
+ASSUMED_TOKENS, ASSUMED_SHARDS = 9_900_000_000, 99
+DEVICE_COUNTS = (1, 2, 4, 8)
+SHOWN_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Where a run is and how fast it goes."""
+
+    order: Order
+    step: int
+    total_steps: int
+    step_s: float
+    tokens_per_s: float
+    devices: int
+    checkpoint_interval: int | None
+
+    @property
+    def left_s(self) -> float:
+        return (self.total_steps - self.step) * self.step_s
+
+
+def print_run_forecast(found: Run, out: Console) -> None:
+    """Progress, speed, time left, milestones and the same on other numbers of devices."""
+    run, plan = found.status, found.status.plan
+    steps = log_reader.read_steps(Path(plan.log_file), plan.run_name)
+    step = max(run.step, steps[-1].step if steps else 0)
+    devices = f"{plan.world_size} × {plan.device}"
+    age = duration(time.time() - run.time)
+    reason = f" ({run.reason})" if run.reason else ""
+    out.print(f"Run {plan.run_name} on {devices}: {found.state}{reason}, status written {age} ago")
+    tokens = step * plan.rows_per_step * plan.block_size
+    out.print(
+        f"Progress: step {step:,} of {plan.total_steps:,} ({step / plan.total_steps:.1%}), "
+        f"epoch {step * plan.rows_per_step / plan.rows_per_epoch:.2f}, {tokens:,} tokens"
+    )
+    recent = steps[-records.RECENT_STEPS :]
+    if not recent:
+        out.print("No step is logged yet: ask again when the first lines are in the log")
+        return
+    forecast = Forecast(
+        order=Order((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
+        step=step,
+        total_steps=plan.total_steps,
+        step_s=statistics.median(item.elapsed_s for item in recent),
+        tokens_per_s=statistics.median(item.tokens_per_s for item in recent),
+        devices=plan.world_size,
+        checkpoint_interval=plan.checkpoint_interval,
+    )
+    out.print(
+        f"Recent: {forecast.step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
+        f"(median of {len(recent)} steps; validation and saving come on top)"
+    )
+    _print_forecast(forecast, plan.device, out)
+
+
+def print_assumed_forecast(
+    config: RunConfig, tokens_per_s: float | None, gpus: int, out: Console
+) -> None:
+    """The forecast of a run that has not begun, and what it assumes."""
+    try:
+        data = catalog(Storage(config.data.data_root))
+        tokens, shards = data.tokens("train"), len(data.of("train"))
+        source = f"the data in {config.data.data_root}"
+    except DataError:
+        tokens, shards = ASSUMED_TOKENS, ASSUMED_SHARDS
+        source = "99 shards of 100 M tokens, as FineWeb-Edu sample-10BT gives"
+    if tokens_per_s is None:
+        peak = flops.PEAK_FLOPS[ASSUMED_GPU] * gpus
+        tokens_per_s = ASSUMED_MFU * peak / flops.flops_per_token(config.model)
+        speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
+    else:
+        speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
+    order = Order(
+        tuple([(tokens // shards - 1) // config.model.block_size] * shards),
+        config.rows_per_step,
+        config.machine.seed,
+    )
+    out.print(f"An estimate for --preset {config.preset}. Assumed:")
+    out.print(f"  data   {tokens:,} training tokens: {source}")
+    out.print(f"  speed  {speed} (--tokens_per_sec sets it)")
+    forecast = Forecast(
+        order=order,
+        step=0,
+        total_steps=config.total_steps(order.rows_per_epoch),
+        step_s=config.data.total_batch_size / tokens_per_s,
+        tokens_per_s=tokens_per_s,
+        devices=gpus,
+        checkpoint_interval=config.checkpoint.checkpoint_interval,
+    )
+    _print_forecast(forecast, "gpu", out)
+
+
+def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
+    if forecast.step >= forecast.total_steps:
+        out.print("The last step is reached.")
+    else:
+        out.print(f"Left: {duration(forecast.left_s)}, finish {_date(forecast.left_s)}")
+        out.print(_milestones(forecast))
+    out.print(_scaling(forecast, device))
+
+
+def _milestones(forecast: Forecast) -> Table:
+    listing = table("Milestones", "step", "what", "in", "date")
+    for step, what in _milestone_rows(forecast):
+        left_s = (step - forecast.step) * forecast.step_s
+        listing.add_row(f"{step:,}", what, duration(left_s), _date(left_s))
+    return listing
+
+
+def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
+    order, now, end = forecast.order, forecast.step, forecast.total_steps
+    rows = []
+    every = forecast.checkpoint_interval
+    if every and (following := (now // every + 1) * every) < end:
+        rows.append((following, "next checkpoint"))
+    epoch = order.epoch_at(now) + 1
+    boundaries = []
+    while (step := order.first_step_of(epoch)) < end:
+        boundaries.append((step, f"epoch {epoch} begins, with its shuffle"))
+        epoch += 1
+    rows += boundaries[:SHOWN_EPOCHS]
+    if (hidden := len(boundaries) - SHOWN_EPOCHS) > 0:
+        rows.append((boundaries[-1][0], f"… the last of {hidden} further epochs"))
+    return [*sorted(rows), (end, "end of the run")]
+
+
+def _scaling(forecast: Forecast, device: str) -> Table:
+    listing = table(
+        f"On other numbers of {device}s (estimate: linear from {forecast.devices})",
+        f"{device}s",
+        "tokens/s",
+        "whole run",
+        "left",
+        "finish",
+    )
+    for count in DEVICE_COUNTS:
+        factor = forecast.devices / count
+        left_s = max(0.0, forecast.left_s) * factor
+        listing.add_row(
+            f"{count}{' (this run)' if count == forecast.devices else ''}",
+            f"{forecast.tokens_per_s / factor:,.0f}",
+            duration(forecast.total_steps * forecast.step_s * factor),
+            duration(left_s),
+            _date(left_s) if left_s else "-",
+        )
+    return listing
+
+
+def _date(left_s: float) -> str:
+    return f"{datetime.now() + timedelta(seconds=left_s):%a %Y-%m-%d %H:%M}"

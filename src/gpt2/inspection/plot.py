@@ -1,0 +1,340 @@
+"""The curves of runs as a picture, from their `log.txt` alone."""
+
+from __future__ import annotations  # matplotlib is imported where something is drawn
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2.base.errors import ConfigError, DataError
+from gpt2.evaluation import baselines
+from gpt2.metrics import log_reader
+from gpt2.metrics.log_reader import LoggedRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = (".png", ".svg", ".pdf")
+STEEP = 0.05
+"""share of a run, at its beginning, whose losses may lie outside of the picture"""
+NOISE = (0.001, 0.995)
+"""quantiles of the losses after that which lie in it"""
+SMOOTHED = 0.01
+"""half the width of the window that smooths a curve, as a share of the curve"""
+MARKED = 60
+"""measurements of a curve that are shown as points, too"""
+HAND_PICKED = 10
+"""runs that can have a colour each from a list; more share a scale of colours"""
+GPT2_124M_HELLASWAG = baselines.HELLASWAG["completion"][1]
+"""acc_norm of the published GPT-2 124M"""
+GUESSING_HELLASWAG = 0.25
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.titlesize": 12,
+    "font.size": 9.5,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "text.parse_math": False,  # a name may hold dollars
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity of one run over its steps."""
+
+    label: str
+    color: str
+    steps: Numbers
+    values: Numbers
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity of all runs."""
+
+    title: str
+    of: Callable[[LoggedRun], dict[int, float]]
+    draw: Callable[[Axes, list[Curve]], None]
+
+
+def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
+    """The runs in each of `given` (the `last` so many) that trained at all, under names that tell
+    them apart.
+
+    Each is a log file, a folder with one, such as an --out_dir, or the folder of an experiment.
+    Where there are several, a run is called after its place. Raises DataError if one has nothing to
+    show.
+    """
+    found = []
+    places = [place for item in given for place in _places(item)]
+    for place in places:
+        runs = [run for run in _read_log(place) if run.steps or run.val_losses]
+        if not runs:
+            raise DataError(f"{place} has no step of a run yet; a run writes its log as it trains")
+        runs = runs[-last:] if last else runs
+        if len(places) > 1:
+            for run in runs:
+                run.name = str(place) if len(runs) == 1 else f"{place} {run.name}"
+        found += runs
+    return found
+
+
+def _places(given: Path) -> list[Path]:
+    """The folders of an experiment's trainings, where `given` is one that holds them."""
+    if _log_of(given) or not given.is_dir():
+        return [given]
+    return sorted(path.parent for path in given.glob("*/log.txt")) or [given]
+
+
+def _log_of(place: Path) -> Path | None:
+    paths = (place, place / "logs" / "log.txt", place / "log.txt")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read_log(place: Path) -> list[LoggedRun]:
+    if path := _log_of(place):
+        try:
+            return log_reader.read_runs(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    raise DataError(
+        f"no log at {place}; needed: a log.txt, or a folder with logs/log.txt, such as the "
+        "--out_dir of a run"
+    )
+
+
+def save(runs: Sequence[LoggedRun], path: Path) -> None:
+    """Draws the curves of `runs` into a file; its name says of which kind.
+
+    Raises ConfigError for another kind, and for a file that cannot be written.
+    """
+    write(lambda: draw(runs), path)
+
+
+def write(draw: Callable[[], Figure], path: Path) -> None:
+    """What `draw` makes, in the style of all our pictures, as a file; errors as of `save`."""
+    if path.suffix.lower() not in KINDS:
+        raise ConfigError(f"{path} is no picture that can be drawn; use {', '.join(KINDS)}")
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = draw()
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror or error}; choose another file with -o"
+            ) from error
+
+
+def draw(runs: Sequence[LoggedRun]) -> Figure:
+    """The picture: a panel for each quantity that some run has, two in a row."""
+    from matplotlib.figure import Figure  # not pyplot: no window is ever opened
+
+    colors = distinct_colors(len(runs))
+    panels = []
+    for panel in PANELS:
+        curves = [
+            Curve(run.name, color, np.array(list(values), float), np.array([*values.values()]))
+            for run, color in zip(runs, colors, strict=True)
+            if (values := panel.of(run))
+        ]
+        if curves:
+            panels.append((panel, curves))
+    drawn = np.concatenate([curve.steps for _, curves in panels for curve in curves])
+    reach = (drawn.min(), drawn.max())
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 0.8 + 2.9 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 2)
+    wide = len(panels) % 2  # of an odd number, the first stands alone in its row
+    for place, (panel, curves) in enumerate(panels, start=wide):
+        axes = figure.add_subplot(grid[0, :] if wide and place == 1 else grid[divmod(place, 2)])
+        axes.set_title(panel.title, loc="left")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        panel.draw(axes, curves)
+        axes.set_xlim(*_widened(*reach))
+        if place // 2 == rows - 1:
+            axes.set_xlabel("step")
+    _name(figure, runs, colors)
+    return figure
+
+
+def summary(run: LoggedRun) -> str:
+    """`name: step 19,073, loss 3.2812, val loss 3.2901`: where a run is."""
+    last = max([*run.steps, *run.val_losses])
+    parts = [f"step {last:,}"]
+    if run.steps:
+        final = np.array([item.loss for item in run.steps.values()])
+        parts.append(f"loss {smoothed(final)[-1]:.4f}")
+    if run.val_losses:
+        parts.append(f"val loss {list(run.val_losses.values())[-1]:.4f}")
+    if run.hellaswag:
+        parts.append(f"HellaSwag {list(run.hellaswag.values())[-1]:.4f}")
+    return f"{run.name}: {', '.join(parts)}"
+
+
+def smoothed(values: Numbers, share: float = SMOOTHED) -> Numbers:
+    """The mean of a window around each value, without those that are no number.
+
+    The window, half of which is `share` of the curve in the end, grows with the distance from the
+    beginning, where losses fall steeply: there it would show a curve that never was.
+    """
+    count = len(values)
+    places = np.arange(count)
+    half = np.minimum(places // 10, math.ceil(share * count))
+    starts, ends = places - half, np.minimum(count, places + half + 1)
+    good = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(good)])
+    found = counts[ends] - counts[starts]
+    means = (sums[ends] - sums[starts]) / np.maximum(found, 1)
+    return np.where(found > 0, means, np.nan)
+
+
+def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, float] | None:
+    """What of the losses to show: all but the `steep` beginning, and the ends of the noise.
+
+    A run that diverges leaves the picture where it is worse than runs are at first, and one that
+    ended long before the others has no say.
+    """
+    first = min(curve.steps[0] for curve in curves)
+    steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
+    values = np.concatenate([curve.values[curve.steps >= steep_until] for curve in curves])
+    begun_at = np.array([curve.values[0] for curve in curves])
+    values, begun_at = values[np.isfinite(values)], begun_at[np.isfinite(begun_at)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, NOISE)
+    if len(begun_at):
+        high = min(high, np.median(begun_at))
+    return _widened(float(low), float(high), 0.05)
+
+
+def _widened(low: float, high: float, share: float = 0.01) -> tuple[float, float]:
+    margin = share * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _draw_loss(axes: Axes, curves: list[Curve]) -> None:
+    _draw_noisy(axes, curves)
+    if shown := loss_range(curves):
+        axes.set_ylim(*shown)
+
+
+def _draw_validation(axes: Axes, curves: list[Curve]) -> None:
+    _draw_measured(axes, curves)
+    if shown := loss_range(curves):
+        axes.set_ylim(*shown)
+
+
+def _draw_hellaswag(axes: Axes, curves: list[Curve]) -> None:
+    _draw_measured(axes, curves)
+    for value, name, dashes in (
+        (GPT2_124M_HELLASWAG, f"GPT-2 124M: {GPT2_124M_HELLASWAG}", "--"),
+        (GUESSING_HELLASWAG, "guessing", ":"),
+    ):
+        axes.axhline(value, color="#888888", linestyle=dashes, linewidth=1.1)
+        axes.annotate(
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            color="#666666",
+            fontsize=8.5,
+        )
+
+
+def _draw_rate(axes: Axes, curves: list[Curve]) -> None:
+    for curve in curves:
+        axes.plot(curve.steps, curve.values, color=curve.color)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_speed(axes: Axes, curves: list[Curve]) -> None:
+    _draw_noisy(axes, curves)
+    fast = max(float(np.nanmax(smoothed(curve.values))) for curve in curves)
+    axes.set_ylim(0, 1.15 * fast or 1)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _draw_noisy(axes: Axes, curves: list[Curve]) -> None:
+    """Each curve as it is, lightly, and smoothed; without the light one where nothing is smooth."""
+    for curve in curves:
+        line = smoothed(curve.values)
+        if not np.array_equal(line, curve.values, equal_nan=True):
+            axes.plot(
+                curve.steps,
+                curve.values,
+                color=curve.color,
+                alpha=0.25,
+                linewidth=0.7,
+                zorder=1.9,  # below the smooth curves of all runs
+                rasterized=True,  # in .svg and .pdf: a hundred thousand points as one picture
+            )
+        axes.plot(curve.steps, line, color=curve.color)
+
+
+def _draw_measured(axes: Axes, curves: list[Curve]) -> None:
+    marker = "o" if max(len(curve.values) for curve in curves) <= MARKED else None
+    for curve in curves:
+        axes.plot(curve.steps, curve.values, color=curve.color, marker=marker, markersize=3.5)
+
+
+def _name(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
+    """One run is the title, several are a legend."""
+    from matplotlib.lines import Line2D
+
+    if len(runs) == 1:
+        figure.suptitle(summary(runs[0]), x=0.012, ha="left")
+        return
+    handles = [Line2D([], [], color=color, linewidth=2.5) for color in colors]
+    longest = max(len(run.name) for run in runs)
+    columns = max(1, min(len(runs), 120 // (longest + 8)))
+    labels = [run.name for run in runs]
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def distinct_colors(count: int) -> list[str]:
+    """A colour for each of `count` curves."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if count <= HAND_PICKED:
+        return [to_hex(color) for color in colormaps["tab10"](range(count))]
+    return [to_hex(color) for color in colormaps["viridis"](np.linspace(0, 0.95, count))]
+
+
+PANELS = (
+    Panel("loss", lambda run: {at: item.loss for at, item in run.steps.items()}, _draw_loss),
+    Panel("validation loss", lambda run: run.val_losses, _draw_validation),
+    Panel("HellaSwag (acc_norm)", lambda run: run.hellaswag, _draw_hellaswag),
+    Panel(
+        "learning rate",
+        lambda run: {at: item.learning_rate for at, item in run.steps.items()},
+        _draw_rate,
+    ),
+    Panel(
+        "tokens/s",
+        lambda run: {at: item.tokens_per_s for at, item in run.steps.items()},
+        _draw_speed,
+    ),
+)

@@ -1,0 +1,105 @@
+"""What several architectures are made of.
+
+Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.config.run import ModelConfig
+from gpt2.model.base import Cache, Context
+
+
+class FeedForward(nn.Module):
+    """Each token by itself, through four times the width."""
+
+    def __init__(
+        self, config: ModelConfig, activation: Callable[[Tensor], Tensor], bias: bool
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = self.dropout(self.down(self.activation(self.up(x_BTD))))
+        return out_BTD
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form (Hendrycks & Gimpel 2016, section 2), which GPT-2 was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+@dataclass
+class KeyValueCache(Cache):
+    """Keys and values of the tokens so far, one (B, H, T, K) buffer per layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch_size: int, like: Tensor) -> "KeyValueCache":
+        """Of the type and on the device of `like`."""
+        width = config.n_embd // config.n_head
+        shape = (batch_size, config.n_head, config.block_size, width)
+        return cls(
+            length=0,
+            keys=[like.new_empty(shape) for _ in range(config.n_layer)],
+            values=[like.new_empty(shape) for _ in range(config.n_layer)],
+        )
+
+    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values behind the old ones; returns all of as many rows."""
+        rows, end = k_BHTK.size(0), self.length + k_BHTK.size(2)
+        self.keys[layer][:, :, self.length : end] = k_BHTK
+        self.values[layer][:, :, self.length : end] = v_BHTK
+        return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
+
+    def causal_mask(self, new: int) -> Tensor | None:
+        """(new, length + new): each new token sees all before it and itself. None where the
+        kernels need no mask for that, and are faster: for a beginning, and for a single token."""
+        if self.length == 0 or new == 1:
+            return None
+        mask = torch.ones(new, self.length + new, dtype=torch.bool, device=self.keys[0].device)
+        return mask.tril(self.length)
+
+
+def attend(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    layer: int,
+    context: Context,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention, (B, T, D), through scaled_dot_product_attention: flash kernels on CUDA."""
+    mask = None
+    if isinstance(context, KeyValueCache):
+        k_BHTK, v_BHTK = context.extend(layer, k_BHTK, v_BHTK)
+        mask = context.causal_mask(q_BHTK.size(2))
+    elif isinstance(context, Tensor):
+        mask = context.unsqueeze(1)
+    y_BHTK = F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BHTK,
+        v_BHTK,
+        attn_mask=mask,
+        dropout_p=dropout,
+        # Without a mask: all tokens at once, or one that sees all the others.
+        is_causal=mask is None and q_BHTK.size(2) == k_BHTK.size(2),
+    )
+    return y_BHTK.transpose(1, 2).flatten(2)
+
+
+def split_heads(qkv_BTD: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (B, H, T, K) each, of their joint product, (B, T, 3 · D)."""
+    q_BHTK, k_BHTK, v_BHTK = (
+        part.view(*part.shape[:2], n_head, -1).transpose(1, 2) for part in qkv_BTD.chunk(3, dim=2)
+    )
+    return q_BHTK, k_BHTK, v_BHTK

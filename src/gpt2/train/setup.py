@@ -1,0 +1,81 @@
+"""What a run needs before its first step: data, and a checkpoint folder of its own."""
+
+import contextlib
+from collections.abc import Iterator
+
+from gpt2.base import folder_lock
+from gpt2.base.errors import ConfigError, DataError
+from gpt2.checkpoint import store
+from gpt2.config.run import RunConfig
+from gpt2.data import corpora, prepare
+from gpt2.data.cache import Cache
+from gpt2.data.corpora import Corpus
+from gpt2.data.remote import Storage
+from gpt2.data.shards import MANIFEST, Catalog, catalog
+from gpt2.distributed.world import World
+
+
+def open_data(run_config: RunConfig, world: World) -> Catalog:
+    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
+    storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
+
+    def find() -> Catalog:
+        if corpus := to_prepare(storage):
+            assert storage.path is not None
+            prepare.prepare(corpus, storage.path, wait=True)
+        return catalog(storage, cache)
+
+    data = world.on_main(find)
+    require_known_ids(run_config, data)
+    return data
+
+
+def cache_of(run_config: RunConfig) -> Cache:
+    """Where the run keeps copies of far shards."""
+    settings = run_config.data
+    limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
+    return Cache(settings.cache_dir, limit_bytes)
+
+
+def to_prepare(storage: Storage) -> Corpus | None:
+    """The embedded corpus that a run prepares by itself, because it is not there yet."""
+    folder = storage.path
+    corpus = corpora.find(folder.name) if folder else None
+    missing = folder and corpus and corpus.embedded and not (folder / MANIFEST).exists()
+    return corpus if missing else None
+
+
+def require_known_ids(run_config: RunConfig, data: Catalog) -> None:
+    """Raises DataError if the data has token ids that the model has not."""
+    if data.vocab_size > run_config.model.vocab_size:
+        raise DataError(
+            f"{data.storage} has token ids up to {data.vocab_size - 1}, the model only "
+            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
+        )
+
+
+@contextlib.contextmanager
+def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
+    """The checkpoint folder is this run's alone; what a killed one left unfinished is gone."""
+    folder = run_config.checkpoint.checkpoint_dir
+
+    with contextlib.ExitStack() as claim:
+
+        def claim_it() -> None:
+            store.require_writable(folder)
+            claim.enter_context(folder_lock.held(folder))
+            store.sweep(folder)
+
+        world.on_main(claim_it)
+        yield
+
+
+def require_enough_rows(run_config: RunConfig, world: World) -> None:
+    """Raises ConfigError if a step has fewer rows than there are ranks."""
+    rows = run_config.rows_per_step
+    if rows < world.size:
+        raise ConfigError(
+            f"total_batch_size={run_config.data.total_batch_size} has {rows} row{'s'[: rows > 1]} "
+            f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
+            f"use --total_batch_size {world.size * run_config.model.block_size} or more"
+        )

@@ -1,0 +1,74 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from gpt2.base import atomic_files
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path):
+    path = tmp_path / "a.bin"
+    with atomic_files.writing(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path):
+    path = tmp_path / "a.bin"
+    atomic_files.write_text(path, "old")
+    with pytest.raises(KeyError), atomic_files.writing(path) as file:
+        file.write(b"half of the n")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_data_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            events.append(
+                "folder" if Path(f"/proc/self/fd/{handle}").resolve().is_dir() else "data"
+            ),
+            fsync(handle),
+        ),
+    )
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("name"), replace(*names)))
+    atomic_files.write_text(tmp_path / "a", "text")
+    assert events == ["data", "name", "folder"]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path):
+    """A new one, one in the place of another, one that fails, and what a killed writer left."""
+    path = tmp_path / "a"
+    (tmp_path / ".a.tmp").mkdir()
+    (tmp_path / ".a.tmp" / "half").touch()
+    for name in ("one", "two"):
+        with atomic_files.writing_folder(path) as folder:
+            (folder / name).write_text(name)
+            assert not (path / name).exists()
+        assert [file.name for file in path.iterdir()] == [name]
+    with pytest.raises(KeyError), atomic_files.writing_folder(path) as folder:
+        (folder / "three").touch()
+        raise KeyError
+    assert [file.name for file in path.iterdir()] == ["two"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_point_replaces_a_link(tmp_path: Path):
+    link = tmp_path / "latest"
+    atomic_files.point(link, "one")
+    atomic_files.point(link, "two")
+    assert os.readlink(link) == "two"
+    assert os.listdir(tmp_path) == ["latest"]
+
+
+def test_sweep_removes_only_our_temporary_files(tmp_path: Path):
+    for name in ("step_1.pt.tmp", "other.tmp", "step_1.pt"):
+        (tmp_path / name).touch()
+    atomic_files.sweep(tmp_path, mine=lambda name: name.startswith("step_"))
+    assert sorted(os.listdir(tmp_path)) == ["other.tmp", "step_1.pt"]

@@ -1,0 +1,94 @@
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.base.errors import CheckpointError
+from gpt2.checkpoint import metadata, store
+from gpt2.checkpoint.async_save import BackgroundWriter, HostCopy, Saver
+from gpt2.config.run import CheckpointConfig
+from gpt2.distributed import world
+
+WORLD = world.World(0, 1, torch.device("cpu"))
+
+
+def facts(step: int) -> metadata.Facts:
+    return metadata.Facts(step, 0, 0, 1.0, None, 1, "run", "0")
+
+
+def test_a_copy_is_apart_from_its_original_and_reuses_its_memory():
+    weight = torch.arange(6.0).reshape(2, 3)
+    state = {"a": {"w": weight, "tied": weight}, "list": [weight.t(), (1, "x")], "n": 5}
+    copy = HostCopy()
+    first = copy.of(state)
+    weight += 1
+    assert torch.equal(first["a"]["w"], torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(first["list"][0], torch.arange(6.0).reshape(2, 3).t())
+    assert (first["list"][1], first["n"]) == ((1, "x"), 5)
+    assert first["a"]["w"].data_ptr() == first["a"]["tied"].data_ptr()
+    addresses = (first["a"]["w"].data_ptr(), first["list"][0].data_ptr())
+    second = copy.of(state)
+    assert (second["a"]["w"].data_ptr(), second["list"][0].data_ptr()) == addresses
+    assert torch.equal(second["a"]["w"], weight)
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path):
+    weight = torch.zeros(1000)
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), print, None, None)
+    saver.begin(facts(1), lambda: {"a": weight, "b": weight})
+    saver.wait()
+    assert (tmp_path / "step_000001.pt").stat().st_size < 2 * weight.nbytes + 20_000
+
+
+def test_the_next_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch):
+    said: list[str] = []
+    may_end = threading.Event()
+    save = store.save
+
+    def slow(*arguments: object, **options: object) -> Path:
+        assert may_end.wait(10)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(store, "save", slow)
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), said.append, None, None)
+    weight = torch.full((10,), 1.0)
+    saver.begin(facts(1), lambda: {"w": weight})
+    weight.fill_(2)
+    threading.Timer(0.2, may_end.set).start()
+    saver.begin(facts(2), lambda: {"w": weight})
+    assert said[0] == "Waiting: the former checkpoint is still being written"
+    assert len(said) == 2  # and the first is saved
+    saver.wait()
+    states = [store.load(tmp_path / f"step_00000{n}.pt", warn=print) for n in (1, 2)]
+    assert [float(state["w"][0]) for state in states] == [1.0, 2.0]
+
+
+def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch):
+    said: list[str] = []
+    save = store.save
+
+    def full(*_: object, **__: object) -> Path:
+        raise CheckpointError("cannot save: no space")
+
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), said.append, None, None)
+    monkeypatch.setattr(store, "save", full)
+    saver.begin(facts(1), lambda: {})
+    with pytest.raises(CheckpointError, match="no space"):
+        saver.finish(facts(1), lambda: {})
+    assert said == [
+        "WARNING: training goes on without this checkpoint: cannot save: no space",
+    ]
+    monkeypatch.setattr(store, "save", save)
+    saver.finish(facts(1), lambda: {})
+    assert said[1:] == [f"Saved checkpoint: {tmp_path / 'step_000001.pt'}"]
+    saver.finish(facts(1), lambda: {})  # there is one
+    assert len(said) == 2
+
+
+def test_what_is_no_checkpoint_error_is_raised():
+    writer = BackgroundWriter()
+    writer.begin({}, lambda state: 1 / 0)
+    writer.wait()
+    with pytest.raises(ZeroDivisionError):
+        list(writer.outcomes())

@@ -1,0 +1,381 @@
+import hashlib
+import hmac
+import json
+import os
+import pickle
+import random
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.base.errors import CheckpointError
+from gpt2.checkpoint import metadata, random_state, store
+
+CPU = torch.device("cpu")
+
+
+def facts(step: int, val_loss: float | None = None) -> metadata.Facts:
+    return metadata.Facts(
+        step=step,
+        epoch=0,
+        tokens=step * 10,
+        train_loss=2.0,
+        val_loss=val_loss,
+        world_size=1,
+        run_name="run",
+        config_digest="0",
+    )
+
+
+def save(folder: Path, step: int, val_loss: float | None = None, keep_last: int = 10, **options):
+    state = {"model": {"weight": torch.full((300,), float(step))}, "step": step}
+    return store.save(folder, state, facts(step, val_loss), keep_last=keep_last, **options)
+
+
+class Warnings(list[str]):
+    def __call__(self, text: str) -> None:
+        self.append(text)
+
+
+@pytest.fixture
+def warn() -> Warnings:
+    return Warnings()
+
+
+class Malicious:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+def test_round_trip(tmp_path: Path, warn: Warnings):
+    path = save(tmp_path, 250)
+    assert path == tmp_path / "step_000250.pt"
+    state = store.load(path, warn=warn)
+    assert state["step"] == 250
+    assert torch.equal(state["model"]["weight"], torch.full((300,), 250.0))
+    assert not warn
+    assert {item.name for item in tmp_path.iterdir()} == {
+        "step_000250.pt",
+        "step_000250.json",
+        "latest.pt",
+    }
+
+
+def test_sidecar_describes_the_file(tmp_path: Path):
+    path = save(tmp_path, 3, val_loss=1.5)
+    values = json.loads(path.with_suffix(".json").read_text())
+    assert values["sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest()]
+    assert values["bytes"] == path.stat().st_size
+    assert (values["step"], values["val_loss"], values["world_size"]) == (3, 1.5, 1)
+    assert values["torch_version"] == torch.__version__
+
+
+def test_latest_and_best_are_relative_links(tmp_path: Path):
+    for step, val_loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, float("nan"))]:
+        save(tmp_path, step, val_loss)
+    assert os.readlink(tmp_path / "latest.pt") == "step_000005.pt"
+    assert os.readlink(tmp_path / "best.pt") == "step_000002.pt"
+
+
+def test_the_commit_mark_is_written_after_the_file_and_before_the_links(tmp_path, monkeypatch):
+    names = []
+    replace = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: (names.append(paths[1].name), replace(*paths))
+    )
+    save(tmp_path, 1, val_loss=1.0)
+    assert [name for name in names if name != "key"] == [
+        "step_000001.pt",
+        "step_000001.json",
+        "latest.pt",
+        "best.pt",
+    ]
+
+
+def test_rolling_keeps_the_newest_the_best_and_the_one_resumed_from(tmp_path: Path):
+    first = save(tmp_path, 1)
+    for step in range(2, 9):
+        save(tmp_path, step, val_loss=1.0 if step == 3 else 2.0, keep_last=2, resumed_from=first)
+    kept = sorted(path.name for path in tmp_path.glob("step_*"))
+    expected = [f"step_00000{step}.{kind}" for step in (1, 3, 7, 8) for kind in ("json", "pt")]
+    assert kept == expected
+
+
+def test_the_newest_two_are_always_kept(tmp_path: Path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=1)
+    assert [item.facts.step for item in store.list_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_newest_is_what_was_saved_last_not_the_highest_step(tmp_path: Path, warn: Warnings):
+    """After resuming an older step, the abandoned future must not win."""
+    for step in (100, 200, 150):
+        save(tmp_path, step)
+    assert [item.facts.step for item in store.list_checkpoints(tmp_path)] == [100, 200, 150]
+    assert store.find(tmp_path, "latest", warn) == tmp_path / "step_000150.pt"
+
+
+def test_a_clock_that_jumps_back_costs_nothing(tmp_path: Path, warn: Warnings, monkeypatch):
+    for step in range(1, 4):
+        save(tmp_path, step, keep_last=3)
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+    save(tmp_path, 4, keep_last=3)
+    assert [item.facts.step for item in store.list_checkpoints(tmp_path)] == [2, 3, 4]
+    assert store.find(tmp_path, "latest", warn).name == "step_000004.pt"
+
+
+def change_sidecar(path: Path, **changes: object) -> None:
+    mark = path.with_suffix(".json")
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | changes))
+
+
+def test_a_field_of_a_later_version_is_ignored(tmp_path: Path, warn: Warnings):
+    change_sidecar(save(tmp_path, 1), invented_later=1)
+    assert store.find(tmp_path, "latest", warn).name == "step_000001.pt"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"time": "x"}, {"val_loss": "x"}, {"sha256": 1}, {"step": None}]
+)
+def test_unreadable_sidecars_are_no_fresh_start(tmp_path: Path, warn: Warnings, changes):
+    change_sidecar(save(tmp_path, 1), **changes)
+    assert store.list_checkpoints(tmp_path) == []
+    with pytest.raises(CheckpointError, match="damaged or of another version"):
+        store.find(tmp_path, "latest", warn)
+
+
+def test_find(tmp_path: Path, warn: Warnings):
+    assert store.find(tmp_path, "latest", warn) is None
+    for step, val_loss in [(10, 1.0), (20, 2.0)]:
+        save(tmp_path, step, val_loss)
+    assert store.find(tmp_path, "latest", warn).name == "step_000020.pt"
+    assert store.find(tmp_path, "best", warn).name == "step_000010.pt"
+    assert store.find(tmp_path, "10", warn).name == "step_000010.pt"
+    link = str(tmp_path / "latest.pt")
+    assert store.find(Path("elsewhere"), link, warn) == tmp_path / "step_000020.pt"
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("best", "no checkpoint in .* has a validation loss"),
+        ("30", r"no checkpoint of step 30; steps: 10"),
+        ("nowhere.pt", "no checkpoint at nowhere.pt; use latest, best, a step or a path"),
+    ],
+)
+def test_what_is_not_there(tmp_path: Path, warn: Warnings, which: str, message: str):
+    save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=message):
+        store.find(tmp_path, which, warn)
+
+
+def test_a_file_without_its_commit_mark_does_not_count(tmp_path: Path, warn: Warnings):
+    save(tmp_path, 10)
+    save(tmp_path, 20).with_suffix(".json").unlink()
+    assert store.find(tmp_path, "latest", warn).name == "step_000010.pt"
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(("damage", "reason"), [(flip_a_bit, "SHA-256"), (truncate, "bytes, its")])
+def test_latest_falls_back_to_the_newest_good_one(tmp_path, warn, damage, reason):
+    save(tmp_path, 10)
+    damage(save(tmp_path, 20))
+    assert store.find(tmp_path, "latest", warn).name == "step_000010.pt"
+    assert len(warn) == 1
+    assert "step_000020.pt" in warn[0]
+    assert reason in warn[0]
+    with pytest.raises(CheckpointError, match=reason):
+        store.load(tmp_path / "step_000020.pt", warn=warn)
+
+
+def test_all_damaged_is_no_fresh_start(tmp_path: Path, warn: Warnings):
+    flip_a_bit(save(tmp_path, 10))
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged or"):
+        store.find(tmp_path, "latest", warn)
+
+
+def test_a_failed_save_leaves_the_earlier_ones(tmp_path: Path, warn: Warnings, monkeypatch):
+    save(tmp_path, 10)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*earlier checkpoints are intact"):
+            save(tmp_path, 20)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "latest.pt",
+        "step_000010.json",
+        "step_000010.pt",
+    ]
+    assert store.load(store.find(tmp_path, "latest", warn), warn=warn)["step"] == 10
+
+
+# Trust
+
+
+def write_malicious(path: Path, trace: Path) -> None:
+    torch.save({"schema": 1, "evil": Malicious(trace)}, path)
+
+
+def write_sidecar_by_hand(path: Path, signature: str | None) -> None:
+    """All that somebody without this user's key can put beside a file."""
+    values = json.loads(save(path.parent / "other", 5).with_suffix(".json").read_text())
+    values["bytes"] = path.stat().st_size
+    values["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    values["hmac"] = signature or values["hmac"]
+    path.with_suffix(".json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[Path, Path]:
+    """(malicious checkpoint, the trace that it leaves when it is unpickled)."""
+    (tmp_path / "other").mkdir()
+    path, trace = tmp_path / "step_000005.pt", tmp_path / "trace"
+    write_malicious(path, trace)
+    return path, trace
+
+
+def assert_refused(path: Path, trace: Path, warn: Warnings) -> None:
+    with pytest.raises(CheckpointError, match=r"is refused: .*--trust_checkpoint"):
+        store.load(path, warn=warn)
+    assert not trace.exists()
+
+
+def test_malicious_pickle_alone_does_not_run(planted, warn: Warnings):
+    path, trace = planted
+    assert store.find(path.parent, "latest", warn) is None
+    assert_refused(store.find(path.parent, str(path), warn), trace, warn)
+    assert "without its .json, which is passed over" in warn[0]
+    assert "loaded unverified" in warn[1]
+
+
+@pytest.mark.parametrize("signature", [None, "", "0" * 64])
+def test_malicious_pickle_with_a_sidecar_made_by_hand_does_not_run(planted, warn, signature):
+    path, trace = planted
+    write_sidecar_by_hand(path, signature)
+    assert_refused(store.find(path.parent, "latest", warn), trace, warn)
+
+
+@pytest.mark.parametrize("signature", [5, "é"])
+def test_odd_signatures_are_no_signatures(tmp_path: Path, warn: Warnings, signature):
+    path = save(tmp_path, 1)
+    change_sidecar(path, hmac=signature)
+    assert store.load(path, warn=warn)["step"] == 1
+
+
+def test_an_empty_key_proves_nothing(planted, warn: Warnings, tmp_path: Path, monkeypatch):
+    """As a power cut may leave it: anybody can sign with it."""
+    path, trace = planted
+    write_sidecar_by_hand(path, None)
+    digest = json.loads(path.with_suffix(".json").read_text())["sha256"]
+    change_sidecar(path, hmac=hmac.new(b"", digest.encode(), "sha256").hexdigest())
+    key = tmp_path / "home" / "gpt2-from-scratch" / "key"
+    key.parent.mkdir(parents=True)
+    key.touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    assert_refused(path, trace, warn)
+
+
+def test_trust_unpickles_it(planted, warn: Warnings):
+    path, trace = planted
+    store.load(path, trust=True, warn=warn)
+    assert trace.exists()
+
+
+def test_own_file_loads_with_full_unpickling_and_a_foreign_one_without(tmp_path, warn, monkeypatch):
+    path = save(tmp_path, 1)
+    asked = []
+    load = torch.load
+
+    def spy(*arguments, **options):
+        asked.append(options["weights_only"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    store.load(path, warn=warn)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another_user"))
+    assert store.load(path, warn=warn)["step"] == 1
+    assert asked == [False, True]
+
+
+def test_no_home_to_keep_a_key_in(tmp_path: Path, warn: Warnings, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    assert store.load(save(tmp_path, 1), warn=warn)["step"] == 1
+
+
+def test_key_is_this_users_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    save(tmp_path, 1)
+    key = tmp_path / "home" / "gpt2-from-scratch" / "key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    before = key.read_bytes()
+    save(tmp_path, 2)
+    assert key.read_bytes() == before
+    assert os.listdir(key.parent) == ["key"]
+
+
+def test_something_else_is_no_checkpoint(tmp_path: Path, warn: Warnings):
+    for name, content in [("text.pt", b"no archive"), ("empty.pt", b"")]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            store.load(tmp_path / name, warn=warn)
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt is no checkpoint of gpt2-from-scratch"):
+        store.load(tmp_path / "other.pt", warn=warn)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"schema": 1}))
+    with pytest.raises(CheckpointError, match=r"plain\.pt"):
+        store.load(tmp_path / "plain.pt", warn=warn)
+
+
+def test_the_folder_is_made_and_swept(tmp_path: Path):
+    folder = tmp_path / "a" / "b"
+    store.require_writable(folder)
+    assert os.listdir(folder) == []
+    (folder / "step_000001.pt.tmp").touch()
+    store.sweep(folder)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("name", ["file/checkpoints", "/proc/checkpoints"])
+def test_folder_that_cannot_be_written(tmp_path: Path, name: str):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write to the checkpoint folder"):
+        store.require_writable(tmp_path / name)
+
+
+def test_random_streams_continue(tmp_path: Path, warn: Warnings):
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.normal(), torch.randn(1).item()]
+
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    draw()  # leaves a half-used pair of Gaussians behind
+    state = {"rng": random_state.rng_state(CPU)}
+    path = store.save(tmp_path, state, facts(1), keep_last=2)
+    expected = [draw() for _ in range(3)]
+    for moved in (path, Path(shutil.copy(path, tmp_path / "moved.pt"))):  # trusted, and not
+        random_state.set_rng_state(store.load(moved, warn=warn)["rng"], CPU)
+        assert [draw() for _ in range(3)] == expected

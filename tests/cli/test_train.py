@@ -1,0 +1,274 @@
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2.cli import estimate, generate, main
+from gpt2.cli import status as status_module
+from gpt2.cli import train as cli_train
+from gpt2.config import options as config
+from gpt2.train import status, trainer
+from support import SMALL_RUN, run_command, small_config, small_flags, train_command
+
+
+def call(monkeypatch, function, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpt2", *arguments])
+    return function()
+
+
+def test_preset_then_file_then_flags(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text("n_layer = 6\nn_head = 2\nlearning_rate = 1e-3\n")
+    run = cli_train.parse_train(["--config", str(file), "--preset", "demo", "--n_head", "8"]).run
+    assert (run.model.n_layer, run.model.n_head) == (6, 8)
+    assert (run.optim.learning_rate, run.model.n_embd) == (1e-3, 64)
+    assert run.preset == "demo"
+
+
+def test_out_dir_holds_all_three_folders_and_flags_win():
+    run = cli_train.parse_train(["--preset", "demo", "--out-dir", "x", "--log_dir", "y"]).run
+    assert run.checkpoint.checkpoint_dir == Path("x/checkpoints")
+    assert (run.watch.runs_dir, run.watch.log_dir) == (Path("x/runs"), Path("y"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "bias", "fast"),
+    [
+        (["--no_bias", "--fast"], False, True),
+        (["--bias", "False", "--fast", "True"], False, True),
+        (["--bias=true", "--fast=false"], True, False),
+        (["--sample-prompt", "False", "--fast", "false"], True, False),
+    ],
+)
+def test_a_switch_may_have_its_value(flags: list[str], bias: bool, fast: bool):
+    run = cli_train.parse_train(flags).run
+    assert (run.model.bias, run.machine.fast) == (bias, fast)
+
+
+@pytest.mark.parametrize("flags", [["--fast=True", "False"], ["--fast", "True", "False"]])
+def test_a_switch_has_one_value(flags: list[str]):
+    with pytest.raises(SystemExit):
+        cli_train.parse_train(flags)
+
+
+def test_help_and_steps_load_nothing_heavy():
+    """What takes seconds is imported where it is used."""
+    help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2 import cli; cli.main()"
+    step = "import sys; from gpt2 import train"
+    optional = "datasets tensorboard wandb optuna matplotlib scipy ray transformers torch._dynamo"
+    for program, heavy in ((help_, f"torch numpy tyro {optional}"), (step, optional)):
+        check = f"assert not {set(heavy.split())} & set(sys.modules)"
+        subprocess.run(
+            [sys.executable, "-c", f"{program}; {check}"], check=True, stdout=subprocess.DEVNULL
+        )
+
+
+def test_hyphens_and_underscores_are_the_same():
+    one = cli_train.parse_train(
+        ["--use_tensorboard", "--mini_batch_size", "2", "--eval_interval", "None"]
+    )
+    other = cli_train.parse_train(
+        ["--use-tensorboard", "--mini-batch-size=2", "--eval-interval", "None"]
+    )
+    assert one == other
+    assert one.run.watch.use_tensorboard
+    assert one.run.evaluation.eval_interval is None
+
+
+def test_flags_of_the_small_run_give_the_small_config(tmp_path: Path):
+    run = cli_train.parse_train(small_flags(tmp_path / "data", tmp_path)).run
+    assert run == small_config(tmp_path / "data", tmp_path)
+    assert set(SMALL_RUN) <= {name for name in config._field_table()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "gpt3"], "preset=gpt3 is unknown"),
+        (["--config", "nowhere.toml"], "cannot read --config nowhere.toml"),
+        (["--total_batch_size", "500000"], "nearest: 499712 or 500736"),
+    ],
+)
+def test_user_errors_exit_with_2_and_one_line(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, cli_train.train_main, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_unknown_flag_suggests(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, cli_train.train_main, "--lerning_rate", "1")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "--lerning_rate" in error
+    assert "--learning_rate" in error
+
+
+def test_other_ranks_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert call(monkeypatch, cli_train.train_main, "--preset", "gpt3") == 2
+    with pytest.raises(SystemExit):
+        call(monkeypatch, cli_train.train_main, "--lerning_rate", "1")
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "run", interrupted)
+    assert call(monkeypatch, cli_train.train_main) == 130
+
+
+def test_gpt2_names_its_commands(monkeypatch, capsys):
+    assert call(monkeypatch, main.main) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in main.COMMANDS)
+    assert call(monkeypatch, main.main, "generat") == 2
+    assert "did you mean generate" in capsys.readouterr().err
+    assert call(monkeypatch, main.main, "--version") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_samples", "0"], "num_samples=0 is too small; it must be 1 or more"),
+        (["--top_p", "95"], "top_p=95.0 must be more than 0 and at most 1; None is off"),
+        (["--top_k", "None", "--seed", str(2**64)], f"seed={2**64} is too large"),
+        (["--interactive", "--prompt", "-"], "both read standard input; leave one of them out"),
+    ],
+)
+def test_generate_flags_are_checked(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, generate.generate_main, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
+    """Data, training without torchrun, the list, the forecast and samples, as they are typed."""
+    data = tmp_path / "data" / "python_stdlib"
+    limits = ("--shard_tokens", "20000", "--max_tokens", "60000", "--workers", "1")
+    assert call(monkeypatch, main.main, "data", "python-stdlib", "--out", str(data), *limits) == 0
+    printed = capsys.readouterr().out.split("\n")
+    assert any(line.split()[:3] == ["train", "2", "40,000"] for line in printed)
+    assert any(line.split()[:3] == ["val", "1", "20,000"] for line in printed)
+    flags = small_flags(data, tmp_path, max_steps=4, checkpoint_interval=2)
+    done = run_command(train_command(flags))
+    assert "--resume latest --max_steps 8" in done.stdout
+    folder = str(tmp_path / "checkpoints")
+    assert f"gpt2 generate --checkpoint_dir {folder} --checkpoint best --prompt def" in done.stdout
+
+    flags = ("--out_dir", str(tmp_path), "--list_checkpoints")
+    assert call(monkeypatch, cli_train.train_main, *flags) == 0
+    listing = capsys.readouterr().out
+    assert listing.index("step_000002.pt") < listing.index("step_000004.pt")
+
+    assert call(monkeypatch, estimate.estimate_main, "--checkpoint_dir", folder) == 0
+    assert "step 4 of 4 (100.0%)" in capsys.readouterr().out
+
+    options = ("--checkpoint_dir", folder, "--prompt", "import", "--max_new_tokens", "5")
+    assert call(monkeypatch, generate.generate_main, *options, "--num_samples", "3") == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\nimport") == 3
+    assert "step_000004.pt (step 4)" in printed.err
+
+    options = ("--checkpoint_dir", folder, "--prompt", "-", "--temperature", "0", "--stream")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"import\n")))
+    assert call(monkeypatch, generate.generate_main, *options, "--max_new_tokens", "5") == 0
+    assert capsys.readouterr().out.startswith("import")
+
+
+def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tmp_path: Path):
+    folder = ("--checkpoint_dir", str(tmp_path))
+    assert call(monkeypatch, generate.generate_main, *folder) == 2
+    assert "train a model first" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "step_000001.json").touch()
+    assert call(monkeypatch, generate.generate_main, *folder) == 2
+    assert f"use --checkpoint_dir {tmp_path / 'demo'}" in capsys.readouterr().err
+
+
+def test_data_is_verified_and_shown(tmp_path: Path, data_root: Path, monkeypatch, capsys):
+    assert call(monkeypatch, main.main, "data", "verify", str(data_root)) == 0
+    assert "shards are as the manifest says" in capsys.readouterr().out
+    assert call(monkeypatch, main.main, "data", "show", str(data_root), "--shard", "0") == 0
+    printed = capsys.readouterr().out
+    assert "small_val_000000.npy" in printed
+    assert "Shard 0 begins with:\n<|endoftext|># Copyright 2007 Google" in printed
+    assert call(monkeypatch, main.main, "data", "show", str(data_root), "--shard", "99") == 2
+    capsys.readouterr()
+
+    broken = Path(shutil.copytree(data_root, tmp_path / "small"))
+    with (broken / "small_train_000001.npy").open("ab") as file:
+        file.write(b"x")
+    assert call(monkeypatch, main.main, "data", "verify", str(broken)) == 2
+    error = capsys.readouterr().err
+    assert "error: 1 of " in error
+    assert "small_train_000001.npy: 16129 bytes instead of 16128" in error
+
+
+def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 500)
+    out = tmp_path / "data" / "mine"
+    pattern = str(tmp_path / "*.txt")
+    flags = ("files", pattern, "--out", str(out), "--shard_tokens", "400", "--workers", "1")
+    assert call(monkeypatch, main.main, "data", *flags) == 0
+    assert f"Train on it with --data_root {out}" in capsys.readouterr().out
+    assert (out / "mine_val_000000.npy").exists()
+    assert call(monkeypatch, main.main, "data", "show", str(out), "--shard", "0") == 0
+    assert "one one one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["fineweb-ed"], "unknown corpus fineweb-ed; did you mean fineweb-edu"),
+        (["python-stdlib", "--shard_tokens", "1"], "shard_tokens=1 is too small"),
+        (["files", "nowhere/*.txt"], "no file matches nowhere/*.txt"),
+        (["files"], "no files given"),
+        (["verify", "nowhere"], "no training data in nowhere"),
+    ],
+)
+def test_wrong_data_commands_are_one_line(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, main.main, "data", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("finished", 0), ("stopped", 3), ("failed", 4), ("running", 4)]
+)
+def test_status_as_an_exit_code(monkeypatch, capsys, tmp_path: Path, state: str, code: int):
+    """A reason may hold brackets, as gloo's do."""
+    plan = status.Plan("run", "demo", 10, 1, 1, 1, None, 1, "cpu", "log.txt")
+    status.write(tmp_path, plan, state, 5, "[/gloo/pair.cc:5] lost")
+    assert call(monkeypatch, status_module.status_main, "--checkpoint_dir", str(tmp_path)) == code
+    assert "[/gloo/pair.cc:5] lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["--streaming", "--no_streaming"])
+def test_a_local_data_set_through_the_hub_command(monkeypatch, capsys, tmp_path: Path, how: str):
+    """The loading code of the hub, on a folder; a tenth of a small corpus is for validation."""
+    (tmp_path / "set").mkdir()
+    lines = [json.dumps({"body": f"text number {number}"}) + "\n" for number in range(100)]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(lines))
+    flags = ("--text_field", "body", how, "--out", str(tmp_path / "out"), "--workers", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert call(monkeypatch, main.main, "data", "hf", str(tmp_path / "set"), *flags) == 0
+    printed = capsys.readouterr().out
+    assert "100 documents, 0 of them empty" in printed
+    train, val = (
+        next(int(line.split()[2]) for line in printed.splitlines() if line.split()[:1] == [split])
+        for split in ("train", "val")
+    )
+    assert val == (train + val) // 10

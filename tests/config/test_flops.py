@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt2 import model
+from gpt2.config import flops, options, presets
+from gpt2.config.flops import duration
+from gpt2.config.model import ARCHITECTURES
+from gpt2.config.run import ModelConfig, OptimConfig
+from gpt2.optim import build
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_layer": 3, "n_embd": 8, "block_size": 16, "window": 5},
+        {"n_layer": 1, "n_embd": 12, "block_size": 9, "window": 1},
+    ],
+)
+def test_parameter_count_is_that_of_the_model(architecture, bias: bool, sizes: dict[str, int]):
+    shape = ModelConfig(architecture=architecture, n_head=2, bias=bias, **sizes)
+    with torch.device("meta"):
+        built = model.build(shape)
+    assert flops.parameter_count(shape) == sum(part.numel() for part in built.parameters())
+
+
+def test_gpt2_has_124_million_parameters():
+    shape = options.overlay(presets.preset("gpt2-124m"), {"vocab_size": 50257}).model
+    assert flops.parameter_count(shape) == 124_439_808
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoint_is_as_large_as_its_state(architecture: str, tmp_path: Path):
+    shape = ModelConfig(architecture=architecture, n_layer=1, n_head=2, n_embd=16, block_size=16)
+    built = model.build(shape)
+    optimizer = build.build(built, OptimConfig())
+    built(*torch.zeros(2, 1, 8, dtype=torch.long)).backward()
+    optimizer.step()
+    torch.save([built.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    size = (tmp_path / "state.pt").stat().st_size
+    assert size == pytest.approx(flops.state_bytes(shape), rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flops_per_token_counts_matrix_products(architecture: str):
+    """Forward matrix products of a real pass, as torch counts them, times three."""
+    shape = ModelConfig(
+        architecture=architecture, n_layer=2, n_head=2, n_embd=64, block_size=64, bias=False
+    )
+    net = model.build(shape)
+    tokens_BT = torch.zeros(1, 64, dtype=torch.long)
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not see into the fused kernel
+    with plain, FlopCounterMode(display=False) as counter:
+        net.logits(tokens_BT)
+    forward = counter.get_total_flops() / 64
+    # The formula also counts the vectors (norms) as if they were multiplied.
+    assert flops.flops_per_token(shape) == pytest.approx(3 * forward, rel=1e-3)
+
+
+def test_mfu():
+    shape = ModelConfig()
+    speed = 0.5 * 312e12 / flops.flops_per_token(shape)
+    assert flops.mfu(speed, shape, 312e12) == pytest.approx(0.5)
+
+
+def test_known_peaks_go_by_the_longest_name():
+    assert flops.known_peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert flops.known_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.known_peak_flops("NVIDIA L40S") == 362e12
+    assert flops.known_peak_flops("NVIDIA L4") == 121e12
+    assert flops.known_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert flops.known_peak_flops("NVIDIA RTX A1000") is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.6, "1m 00s"),
+        (250, "4m 10s"),
+        (11100, "3h 05m"),
+        (766800, "8d 21h"),
+        (-3, "0s"),
+    ],
+)
+def test_duration(seconds: float, text: str):
+    assert duration(seconds) == text

@@ -1,0 +1,132 @@
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from gpt2.base.errors import ConfigError
+from gpt2.config import options, presets
+from gpt2.config.options import overlay
+from gpt2.config.run import DataConfig, ModelConfig, RunConfig
+
+
+def test_default_is_gpt2_124m():
+    run = RunConfig()
+    assert run == presets.preset("gpt2-124m")
+    assert (run.model.n_layer, run.model.n_head, run.model.n_embd) == (12, 12, 768)
+    assert (run.model.vocab_size, run.model.block_size) == (50304, 1024)
+    assert run.data.total_batch_size == 524288
+    assert run.rows_per_step == 512
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 8), (2, 4), (3, 3), (8, 1)])
+def test_gradient_accumulation_follows_from_the_world(ranks: int, steps: int):
+    assert RunConfig().grad_accum_steps(ranks, 64) == steps
+
+
+def test_total_steps_see_every_row():
+    run = overlay(RunConfig(), {"epochs": 2})
+    assert run.total_steps(rows_per_epoch=512) == 2
+    assert run.total_steps(rows_per_epoch=513) == 3
+    assert overlay(run, {"max_steps": 7}).total_steps(rows_per_epoch=513) == 7
+
+
+def test_overlay_takes_flat_and_qualified_names():
+    run = overlay(RunConfig(), {"optim.learning_rate": 3e-4, "n-layer": 6, "data": {"epochs": 1}})
+    assert (run.optim.learning_rate, run.model.n_layer, run.data.epochs) == (3e-4, 6, 1)
+    assert RunConfig().model.n_layer == 12
+
+
+def test_overlay_fits_values_to_their_fields():
+    run = overlay(
+        RunConfig(), {"learning_rate": 1, "data_root": "elsewhere", "eval_interval": "None"}
+    )
+    assert run.optim.learning_rate == 1.0
+    assert run.data.data_root == "elsewhere"
+    assert run.evaluation.eval_interval is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lerning_rate": 1.0}, "unknown option lerning_rate; did you mean learning_rate"),
+        ({"model.learning_rate": 1.0}, "unknown option model.learning_rate"),
+        ({"n_layer": "six"}, "n_layer='six' does not fit; needed: int"),
+        ({"n_layer": True}, "n_layer=True does not fit"),
+        ({"dtype": "float16"}, "needed: .*'bfloat16'"),
+        ({"n_layer": 0}, "n_layer=0 is too small"),
+        ({"n_head": 5}, "n_embd=768 is not a multiple of n_head=5; nearest: 765 or 770"),
+        ({"architecture": "gpt3"}, "did you mean gpt2.*; there are gpt2, modern, mlp"),
+        ({"vocab_size": 50000}, "smaller than the tokeniser's 50257"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"beta1": 1.0}, "beta1=1.0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"grad_clip": 0.0}, "None for no clipping"),
+        ({"device": "gpu"}, "choose auto, cpu or cuda"),
+        ({"resume": "latest", "init_from": "x.pt"}, "give one of them"),
+    ],
+)
+def test_bad_values_say_what_is_needed(values: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        overlay(RunConfig(), values)
+
+
+def test_batch_that_does_not_divide_names_the_nearest():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(data=DataConfig(total_batch_size=500000))
+    assert str(caught.value) == (
+        "total_batch_size=500000 is not a multiple of block_size=1024; nearest: 499712 or 500736"
+    )
+
+
+def test_toml_overlays_the_preset_and_errors_name_the_file():
+    run = options.from_toml(RunConfig(), "n_layer = 3\n[optim]\nlearning_rate = 1e-3\n", "a.toml")
+    assert (run.model.n_layer, run.optim.learning_rate) == (3, 1e-3)
+    with pytest.raises(ConfigError, match=r"a\.toml: unknown option n_layers"):
+        options.from_toml(RunConfig(), "n_layers = 3", "a.toml")
+    with pytest.raises(ConfigError, match=r"a\.toml: preset stands on the command line"):
+        options.from_toml(RunConfig(), 'preset = "demo"', "a.toml")
+    with pytest.raises(ConfigError, match=r"a\.toml: "):
+        options.from_toml(RunConfig(), "n_layer = ", "a.toml")
+
+
+def test_unknown_preset_suggests():
+    with pytest.raises(ConfigError, match="did you mean gpt2-124m"):
+        presets.preset("gpt2-125m")
+
+
+def test_nobody_mutates_a_config():
+    with pytest.raises(FrozenInstanceError):
+        RunConfig().model.n_layer = 3  # type: ignore[misc]
+
+
+def test_plain_form_survives_json():
+    plain = RunConfig().to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert ModelConfig(**plain["model"]) == ModelConfig()
+
+
+def test_changed_lists_what_a_checkpoint_fixes():
+    stored = RunConfig().to_dict()
+    run = overlay(RunConfig(), {"n_layer": 6, "mini_batch_size": 1, "epochs": 9, "dropout": 0.1})
+    assert options.changed(stored, run, options.FIXED_BY_CHECKPOINT) == [("n_layer", 12, 6)]
+    assert options.changed(stored, run, options.NOTED_AT_RESUME) == [
+        ("dropout", 0.0, 0.1),
+        ("epochs", 5, 9),
+    ]
+
+
+def test_a_checkpoint_that_names_no_architecture_is_a_gpt2():
+    stored = RunConfig().to_dict()
+    del stored["model"]["architecture"], stored["model"]["window"]
+    assert options.of_stored(stored).model.architecture == "gpt2"
+    same, other = (overlay(RunConfig(), {"architecture": name}) for name in ("gpt2", "modern"))
+    assert options.changed(stored, same, options.FIXED_BY_CHECKPOINT) == []
+    assert options.changed(stored, other, options.FIXED_BY_CHECKPOINT) == [
+        ("architecture", "gpt2", "modern")
+    ]
+
+
+def test_resume_from():
+    assert RunConfig().checkpoint.resume_from is None
+    assert overlay(RunConfig(), {"init_from": "resume"}).checkpoint.resume_from == "latest"
+    assert overlay(RunConfig(), {"resume": "250"}).checkpoint.resume_from == "250"

@@ -1,0 +1,305 @@
+"""Several ranks, as real processes under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.base.errors import ConfigError
+from gpt2.checkpoint import store
+from gpt2.config.run import MachineConfig
+from gpt2.distributed import device, rendezvous, signals
+from gpt2.distributed import world as world_module
+from gpt2.distributed.world import World
+from gpt2.train import setup, trainer
+from support import (
+    ROOT,
+    loss_lines,
+    losses,
+    run_command,
+    small_config,
+    small_flags,
+    train_command,
+    write_tasks,
+)
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    state = store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+    return state["model"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps on 2 ranks, with dropout."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    run_command(train_command(small_flags(data_root, out), ranks=2))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGINT, 4), pytest.param(signal.SIGTERM, 12, marks=pytest.mark.soak)],
+)
+def test_stopped_by_a_signal_and_resumed_is_bit_identical(
+    data_root: Path, tmp_path: Path, uninterrupted: Path, number: signal.Signals, after: int
+):
+    command = train_command(small_flags(data_root, tmp_path), ranks=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as started:
+        for line in started.stdout:
+            if line.startswith(f"step {after} "):
+                started.send_signal(number)
+                break
+        rest = started.stdout.read()
+    assert started.returncode != 0
+    assert f"Stopped by signal {int(number)} at step" in rest
+    stopped_at = max(losses(tmp_path / "logs/log.txt"))
+    assert after <= stopped_at < 20
+    assert (tmp_path / "checkpoints" / f"step_{stopped_at:06d}.json").exists()
+
+    resumed = run_command([*command, "--resume", "latest"])
+    assert f"  - Step: {stopped_at}\n" in resumed.stdout
+    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(uninterrupted / "logs/log.txt")
+    one, other = weights(tmp_path, 20), weights(uninterrupted, 20)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.soak
+def test_shards_far_away_give_the_same_run(data_root: Path, tmp_path: Path, uninterrupted: Path):
+    flags = small_flags(data_root, tmp_path, data_root=f"file://{data_root}")
+    cache = tmp_path / "cache"
+    done = run_command(train_command([*flags, "--cache_dir", str(cache)], ranks=2))
+    assert f"copies in {cache}, up to 50 GB" in done.stdout
+    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(uninterrupted / "logs/log.txt")
+    copies = [path.stat().st_size for path in cache.glob("*") if path.is_file()]
+    shards = [path.stat().st_size for path in data_root.glob("*.npy")]
+    assert set(copies) <= set(shards)
+    assert 2 <= len(copies) <= len(shards)  # no shard was copied once per rank
+
+
+def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path, capsys):
+    """1 → 2 → 1 gives the losses of a run on one process, and two ranks the same HellaSwag."""
+    tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # of three lengths
+    flags = {
+        "dropout": 0.0,
+        "decay_steps": 12,
+        "checkpoint_interval": 4,
+        "hellaswag_interval": 8,
+        "hellaswag_path": tasks,
+    }
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    trainer.run(small_config(data_root, alone, **flags, max_steps=12))
+    for ranks, last in ((None, 4), (2, 8), (None, 12)):
+        more = {**flags, "max_steps": last, "resume": "latest"}
+        if ranks is None:
+            trainer.run(small_config(data_root, moved, **more))
+        else:
+            run_command(train_command(small_flags(data_root, moved, **more), ranks=ranks))
+    assert "Ranks: 2 before, 1 from here; the data is the same" in capsys.readouterr().out
+    logs = [(out / "logs/log.txt").read_text().splitlines() for out in (moved, alone)]
+    scores = [[line for line in log if "step 8 " in line and "hellaswag:" in line] for log in logs]
+    assert len(scores[1]) == 1 and scores[0] == scores[1]
+    assert losses(moved / "logs/log.txt") == pytest.approx(losses(alone / "logs/log.txt"), abs=1e-4)
+
+
+SEVERAL_RUNS = """
+import json, os, sys, torch
+from gpt2 import cli_train, model, optim, train
+build, gradient_norm = model.build, optim.gradient_norm
+def keep(net):
+    if os.environ.get("RANK", "0") == "0":
+        torch.save({name: part.grad for name, part in net.named_parameters()}, path)
+    return gradient_norm(net)
+for path, flags in json.loads(sys.argv[1]):
+    model.build = (lambda shape: build(shape).double()) if path else build
+    optim.gradient_norm = keep if path else gradient_norm
+    train.run(cli_train.parse_train(flags).run)
+"""
+"""Of each pair, a run with these flags; in float64, if the gradient of its update is to be kept."""
+
+
+def run_each(runs: list[tuple[Path | None, list[str]]], folder: Path, ranks: int | None) -> None:
+    """One run after another in the same processes, whose start is what takes long."""
+    script = folder / "several_runs.py"
+    script.write_text(SEVERAL_RUNS)
+    given = json.dumps([(str(path) if path else None, flags) for path, flags in runs])
+    command = train_command([given], ranks=ranks, script=script)
+    run_command(command, PYTHONPATH=str(ROOT / "src"))
+
+
+ONE_UPDATE = {"max_steps": 1, "dropout": 0.0, "eval_interval": None}
+SIX_UPDATES = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
+
+
+def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path):
+    """Shares of 3, 3 and 2 rows, in micro-batches of 2 and 1."""
+    kept = {ranks: tmp_path / f"{ranks}.pt" for ranks in (None, 3)}
+    for ranks, path in kept.items():
+        flags = small_flags(data_root, tmp_path / f"on_{ranks}", **ONE_UPDATE)
+        run_each([(path, flags)], tmp_path, ranks)
+    alone, shared = map(torch.load, kept.values())
+    assert all(part.dtype == torch.float64 for part in alone.values())
+    for name, gradient in alone.items():
+        assert gradient.abs().max() > 0
+        assert (shared[name] - gradient).abs().max() < 1e-10, name
+
+
+@pytest.mark.soak
+def test_three_ranks_resume_bit_identically(data_root: Path, tmp_path: Path):
+    """Sums of three gradients, whose order matters."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    runs: list[tuple[Path | None, list[str]]] = [
+        (None, small_flags(data_root, whole, **SIX_UPDATES, max_steps=6)),
+        (None, small_flags(data_root, parts, **SIX_UPDATES, max_steps=3)),
+    ]
+    run_each(runs, tmp_path, ranks=3)
+    again = small_flags(data_root, parts, **SIX_UPDATES, max_steps=6, resume="latest")
+    run_command(train_command(again, ranks=3))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = weights(parts, 6), weights(whole, 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path):
+    flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
+    failed = run_command(train_command(flags, ranks=2), expect=None)
+    assert failed.returncode != 0
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: no training data in /nowhere/fineweb_edu; make it with: "
+        "gpt2 data fineweb-edu --out /nowhere/fineweb_edu"
+    ]
+    assert "exitcode  : 2" in failed.stderr
+    root_cause = failed.stderr.partition("Root Cause")[2]
+    assert "traceback : error: no training data in /nowhere/fineweb_edu; make it" in root_cause
+    assert "train.py" not in failed.stderr  # no traceback of ours
+
+
+def test_ranks_without_a_row_are_refused(data_root: Path, tmp_path: Path):
+    few_rows = small_config(data_root, tmp_path, total_batch_size=16)
+    message = "total_batch_size=16 has 1 row of block_size=16, too few for 2 ranks; use"
+    with pytest.raises(ConfigError, match=message):
+        setup.require_enough_rows(few_rows, World(0, 2, torch.device("cpu")))
+
+
+def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from gpt2 import distributed\n"
+        "from gpt2.config.run import MachineConfig\n"
+        "from gpt2.base.errors import DataError\n"
+        "def fail(): raise DataError('no data')\n"
+        "with distributed.join(MachineConfig()) as world:\n"
+        "    assert world.on_main(lambda: world.rank) == 0\n"
+        "    assert world.gather(world.rank) == [0.0, 1.0]\n"
+        "    assert world.highest(world.rank) == 1\n"
+        "    assert world.gather_objects(str(world.rank)) == ([] if world.rank else ['0', '1'])\n"
+        "    try: world.on_main(fail)\n"
+        "    except DataError as error: os.write(1, f'rank {world.rank}: {error}\\n'.encode())\n"
+    )
+    command = train_command([], ranks=2, script=script)
+    done = run_command(command, PYTHONPATH=str(ROOT / "src"))
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0: no data", "rank 1: no data"]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_more_ranks_than_gpus(monkeypatch, wanted: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    expected = r"4 ranks on a machine with 2 GPUs; use --nproc_per_node=2, or --device cpu"
+    with pytest.raises(ConfigError, match=expected), rendezvous.join(MachineConfig(device=wanted)):
+        pass
+
+
+def test_stop_request_remembers_signals_and_leaves_at_the_second_ctrl_c(monkeypatch):
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with signals.StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)  # ignored before, as under nohup
+            assert stop.number == 0
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # from torchrun too
+            signal.raise_signal(signal.SIGINT)
+            assert stop.number == signal.SIGTERM  # the first
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        with signals.StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)  # the second Ctrl+C, as torchrun says it
+            assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+
+
+def test_measured_peak_is_a_plausible_rate():
+    world = world_module.World(0, 1, torch.device("cpu"))
+    assert 1e8 < device.peak_flops(world, torch.float32) < 1e14
+
+
+def test_time_between_moments():
+    first = device.Moment(torch.device("cpu"))
+    time.sleep(0.02)
+    second = device.Moment(torch.device("cpu"))
+    second.wait()
+    assert 0.02 <= second.since(first) < 1
+
+
+def test_deterministic(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with rendezvous.join(MachineConfig(device="cpu", deterministic=True)):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_the_id_of_the_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.gpu_id("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert (device.gpu_id("auto"), device.gpu_id("cpu")) == ("1", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert (device.gpu_id("auto"), device.gpu_id("cpu")) == ("3", "3")
+
+
+def test_a_run_on_a_chosen_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with rendezvous.join(MachineConfig(), gpu="2") as world:
+        assert chosen == [world.device] == [torch.device("cuda", 2)]
+    with rendezvous.join(MachineConfig(), gpu="cpu") as world:
+        assert world.device.type == "cpu"
+    for machine, gpu in [(MachineConfig(device="cuda"), "cpu"), (MachineConfig(), "4")]:
+        with pytest.raises(ConfigError, match=f"gpu_id={gpu}"), rendezvous.join(machine, gpu):
+            pass
+
+
+def test_ranks_share_the_cores_unless_somebody_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for given, threads in (("", 4), ("1", 4), ("2", 2), ("no number", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert device._threads(3) == threads
+    monkeypatch.setenv(device.THREADS, "1")
+    assert device._threads(3) == 1, "not torchrun's 1, but that of a slot"

@@ -1,0 +1,74 @@
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gpt2.experiments.compare import model_table
+from gpt2.experiments.compare.model_table import Row
+from gpt2.metrics.log_reader import LoggedRun, LoggedStep
+
+RESULT = {"train_loss": 3.5, "val_loss": 3.6, "tokens_per_s": 1234.5, "train_s": 190.0, "step": 9}
+
+
+def logged(first: int = 0, steps: int = 40, validated: bool = True) -> LoggedRun:
+    run = LoggedRun("run", first)
+    for step in range(first + 1, first + steps + 1):
+        run.steps[step] = LoggedStep(step, 9.0 / step, 1e-3, 0.5, 500.0)
+        if validated and step % 10 == 0:
+            run.val_losses[step] = 9.0 / step
+    return run
+
+
+def shown(rows: list[Row]) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(model_table.listing(rows))
+    return console.file.getvalue()
+
+
+def test_the_table_marks_the_best_and_shows_what_failed():
+    rows = [
+        Row.of("gpt2", 124_439_808, "finished", RESULT),
+        Row.of("modern", 124e6, "finished", RESULT | {"val_loss": 3.4, "train_loss": 3.9}),
+        Row.of("mlp", 60e6, "failed", None),
+    ]
+    assert model_table.best(rows) is rows[1]
+    _, _, _, _, gpt2, modern, mlp, *_ = shown(rows).splitlines()
+    assert gpt2.split() == ["gpt2", "124.4", "M", "3.5000", "3.6000", "1,234", "-", "3m", "10s"]
+    assert "3.9000   3.4000 *" in modern
+    assert mlp.split() == ["mlp", "60.0", "M", "-", "-", "-", "-", "failed"]
+
+
+def test_without_validation_the_training_loss_decides():
+    rows = [
+        Row.of(name, 1, "finished", {"train_loss": loss}) for name, loss in (("a", 2), ("b", 1))
+    ]
+    assert model_table.best(rows) is rows[1]
+    assert "1.0000 *" in shown(rows)
+    assert model_table.best([Row.of("a", 1, "failed", None)]) is None
+
+
+def test_the_file_has_all_digits(tmp_path: Path):
+    model_table.write_csv([Row.of("gpt2", 5, "finished", RESULT)], tmp_path / "rows.csv")
+    (row,) = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
+    assert row["tokens_per_s"] == "1234.5" and row["hellaswag"] == "" and "step" not in row
+
+
+def test_time_is_that_of_the_steps():
+    run = logged(steps=4)
+    assert list(model_table.seconds_at(run, np.array([0.0, 1, 4]))) == [0, 0.5, 2]
+    late = logged(first=100, steps=4)  # the log before it is lost
+    assert list(model_table.seconds_at(late, np.array([100.0, 102]))) == [0, 1]
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_both_panels_have_every_model(validated: bool):
+    runs = {"a $x$": logged(validated=validated), "b": logged(steps=9, validated=validated)}
+    figure = model_table.draw(runs, batch_tokens=1_000_000)
+    tokens, time = figure.axes
+    assert tokens.get_xlabel() == "million tokens" and time.get_xlabel() == "seconds"
+    ends = {float(max(line.get_xdata())) for line in time.lines}
+    assert {20.0, 4.5} <= ends
+    assert {40.0, 9.0} <= {float(max(line.get_xdata())) for line in tokens.lines}

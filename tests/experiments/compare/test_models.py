@@ -1,0 +1,198 @@
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from gpt2.cli import main
+from gpt2.cli.pool_options import PoolOptions
+from gpt2.experiments.compare import models
+from gpt2.experiments.compare.models import Comparison
+from gpt2.experiments.pool import slots
+from gpt2.experiments.pool.process import Engine
+from gpt2.experiments.pool.scheduler import Limits
+from gpt2.experiments.pool.slots import model_slots
+from gpt2.experiments.results import Record, read_records
+from gpt2.train import trainer
+from support import loss_lines, small_config, small_flags
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `gpt2 models` did with a small run of each architecture."""
+
+    arguments: list[str]
+    out: Path
+    said: str
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "checkpoints" / "models"
+
+    @property
+    def records(self) -> dict[str, Record]:
+        return {record.job: record for record in read_records(self.folder)}
+
+
+@pytest.fixture(scope="module")
+def compared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
+    out = tmp_path_factory.mktemp("compared")
+    arguments = small_flags(data_root, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config_home"))
+        code, said = call(arguments)
+        assert code == 0, said
+        yield Compared(arguments, out, said)
+
+
+def call(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of `gpt2 models`, and what it said."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gpt2", "models", *arguments])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return main.main(), said.getvalue()
+
+
+def time_of(record: Record) -> tuple[float, float]:
+    return record.time - record.elapsed_s, record.time
+
+
+def test_slots_of_models():
+    assert model_slots(3, 2) == [0, 1, 1]
+    assert model_slots(5, 2) == [0, 1, 1, None, None]
+    assert model_slots(3, 1) == [0, 0, None]
+    assert model_slots(2, 4) == [0, 1]
+
+
+def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gpt2.experiments.pool.slots._visible_gpus", lambda _: ["0", "1", "2", "3"])
+
+    def names(**given: Any) -> list[str]:
+        pool = PoolOptions(given.get("gpus"), given.get("slots"), given.get("ddp", 1))
+        room = models.at_once(
+            given.get("models", 3),
+            pool.slots,
+            pool.gpus is not None,
+            given.get("parallel", True),
+            pool.ddp,
+        )
+        with pool.opened(Path(), given.get("device", "auto"), *room) as engine:
+            return [slot.name for slot in engine.slots]
+
+    assert names() == ["gpu0", "gpu1"]
+    assert names(gpus="1,2,3") == ["gpu1", "gpu2", "gpu3"]
+    assert names(gpus="2,3", parallel=False) == ["gpu2"]
+    assert names(slots=3) == ["gpu0", "gpu1", "gpu2"]
+    assert names(models=1) == ["gpu0"]
+    assert names(device="cpu") == ["cpu0", "cpu1"]
+    assert names(ddp=2) == ["gpu0-1", "gpu2-3"] and names(ddp=2, models=1) == ["gpu0-1"]
+
+
+def test_two_train_at_once_and_the_third_follows_on_the_second_slot(compared: Compared):
+    gpt2, modern, mlp = (compared.records[name] for name in ("gpt2", "modern", "mlp"))
+    assert (gpt2.slot, modern.slot, mlp.slot) == ("cpu0", "cpu1", "cpu1")
+    begun, ended = zip(time_of(gpt2), time_of(modern), strict=True)
+    assert max(begun) < min(ended)
+    assert time_of(modern)[1] <= time_of(mlp)[0]
+    pids = set()
+    for name in compared.records:
+        (log,) = (compared.out / "logs").glob(f"{name}_*.log")
+        assert re.fullmatch(rf"{name}_\d{{8}}_\d{{6}}\.log", log.name)
+        pids |= set(re.findall(rf" (\d+) \| job {name}:", log.read_text()))
+    assert len(pids) == 3 and str(os.getpid()) not in pids
+
+
+def test_the_end_tells_all_and_keeps_it(compared: Compared):
+    rows = json.loads((compared.folder / "results.json").read_text())["summary"]
+    assert [row["model"] for row in rows] == ["gpt2", "modern", "mlp"]
+    for row in rows:
+        assert row["state"] == "finished" and row["tokens"] == 20 * 128
+        assert row["parameters"] > 800_000 and row["peak_memory_gb"] > 0.05
+        assert f"{row['val_loss']:.4f}" in compared.said
+    lowest = min(row["val_loss"] for row in rows)
+    assert re.search(rf"{lowest:.4f} \*", compared.said)
+    assert re.search(r"In parallel .* saved.*\nThe trainings shared", compared.said)
+    (log,) = (compared.out / "logs").glob("training_*.log")
+    assert log.read_text().splitlines()[0] == compared.said.splitlines()[0]
+    table = list(csv.DictReader((compared.folder / "comparison.csv").read_text().splitlines()))
+    assert [float(row["val_loss"]) for row in table] == [row["val_loss"] for row in rows]
+    assert (compared.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_does_nothing_again(compared: Compared):
+    before = compared.records
+    code, said = call(compared.arguments)
+    assert code == 0 and "finished already: gpt2, modern, mlp" in said
+    assert compared.records == before
+    assert "In parallel" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            ["--n_layer", "3", "--seed", "7"],
+            "  n_layer: 2 before, 3 now\n  seed: 1337 before, 7 now",
+        ),
+        (["--models", "gpt2,moderm"], "no moderm; did you mean modern?"),
+        (["--models", "gpt2,gpt2"], "needed are different names"),
+        (["--resume", "best"], "--resume best is for one run"),
+        (["--architecture", "mlp"], "--architecture is what is compared"),
+        (["--n_head", "16"], "modern: n_embd=16 is not a multiple of 2 × n_head=32"),
+        (["--data_root", "nowhere"], "nowhere"),
+        (["--slots", "0"], "slots=0 is too small"),
+        (["--gpus", "7"], "no GPU 7"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    compared: Compared, more: list[str], words: str
+):
+    logs = sorted((compared.out / "logs").iterdir())
+    code, said = call([*compared.arguments, *more])
+    assert code == 2 and words in said
+    assert sorted((compared.out / "logs").iterdir()) == logs
+
+
+@pytest.mark.soak
+def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_path: Path):
+    """One after another: `killed` dies once and goes on from its checkpoint behind the others."""
+    run = small_config(data_root, tmp_path, max_steps=24)
+    stand_ins = {"killed": {"n_layer": 2}, "bad": {"data_root": str(tmp_path / "nowhere")}}
+    asked = Comparison(run, stand_ins, tmp_path / "models", tmp_path / "logs")
+    threading.Thread(target=kill_after_saving, args=(asked.folder / "killed",), daemon=True).start()
+    out = Console(file=io.StringIO(), width=160)
+    assert models.run(asked, Engine(slots.of_machine(1, device="cpu")), Limits(), out) == 1
+    said = out.file.getvalue()
+    assert "one after another, on cpu0" in said
+    assert "SIGKILL" in said
+    assert re.search(rf"FAILED bad: .*nowhere.*{asked.log_dir}/bad_", said)
+    killed, bad = (
+        next(item for item in read_records(asked.folder) if item.job == name) for name in stand_ins
+    )
+    assert (killed.state, killed.attempt, bad.state) == ("finished", 2, "failed")
+    assert "from step 0" not in (asked.folder / "killed" / "log.txt").read_text().split("# run")[-1]
+    undisturbed = trainer.run(small_config(data_root, tmp_path / "alone", max_steps=24))
+    assert killed.result["train_loss"] == undisturbed.train_loss
+    assert killed.result["val_loss"] == undisturbed.val_loss
+    assert loss_lines(asked.folder / "killed" / "log.txt") == loss_lines(
+        tmp_path / "alone" / "logs" / "log.txt"
+    )
+
+
+def kill_after_saving(folder: Path) -> None:
+    while not (folder / "step_000010.json").exists():
+        time.sleep(0.005)
+    os.kill(json.loads((folder / "status.json").read_text())["pid"], signal.SIGKILL)

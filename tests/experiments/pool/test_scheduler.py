@@ -1,0 +1,376 @@
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpt2.experiments.pool import worker
+from gpt2.experiments.pool.job import Answer, Event, Job, Slot
+from gpt2.experiments.pool.process import Engine, WorkerProcess
+from gpt2.experiments.pool.scheduler import Limits, Pool
+
+SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
+
+
+class Given:
+    """A source of given jobs that remembers what it heard."""
+
+    def __init__(self, *jobs: Job, answer: Callable[[Event], Answer] = lambda _: "go") -> None:
+        self.jobs = list(jobs)
+        self.heard: list[Event] = []
+        self._answer = answer
+
+    def next(self) -> Job | None:
+        return self.jobs.pop(0) if self.jobs else None
+
+    def event(self, event: Event) -> Answer:
+        self.heard.append(event)
+        return self._answer(event)
+
+    def of(self, kind: str) -> list[Event]:
+        return [event for event in self.heard if event.kind == kind]
+
+    def results(self) -> dict[str, Any]:
+        return {event.job.name: event.result for event in self.of("finished") if event.job}
+
+
+def job(name: str, function: str, own_process: bool = False, **kwargs: Any) -> Job:
+    return Job(name, f"experiments.jobs:{function}", kwargs, own_process)
+
+
+def run(source: Given, tmp_path: Path, slots: list[Slot] = SLOTS, **limits: Any) -> int:
+    pool = Pool(
+        Engine(slots),
+        source,
+        lambda event: None,
+        log_of=lambda slot, _: tmp_path / f"{slot.name}.log",
+        limits=Limits(**limits),
+    )
+    return pool.run()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_every_job_runs_once_and_workers_are_reused(tmp_path: Path):
+    trace = str(tmp_path / "trace")
+    source = Given(*(job(f"{seed}", "square", seed=seed, trace=trace) for seed in range(20)))
+    assert run(source, tmp_path) == 0
+    assert source.results() == {f"{seed}": seed * seed for seed in range(20)}
+    lines = (tmp_path / "trace").read_text().splitlines()
+    assert sorted(line.rpartition(" ")[0] for line in lines) == sorted(
+        f"square {seed}" for seed in range(20)
+    )
+    assert len({line.split()[-1] for line in lines}) <= 2
+    assert not any(is_alive(event.pid) for event in source.heard)
+
+
+def test_a_source_that_takes_its_time_makes_nobody_late(tmp_path: Path):
+    """A data base may be away for minutes; who waits for an answer meanwhile does not hang."""
+    waited = []
+
+    def slow(event: Event) -> Answer:
+        if event.kind == "reported" and not waited:
+            waited.append(time.sleep(2.5))
+        return "go"
+
+    jobs = [job(name, "counts", until=4, pause=0.3) for name in "ab"]
+    source = Given(*jobs, answer=slow)
+    run(source, tmp_path, retries=0, job_timeout=2.0)
+    assert source.results() == {"a": 4, "b": 4}
+
+
+def test_worker_sees_its_slot_and_logs_with_its_pid(tmp_path: Path):
+    source = Given(
+        *(job(f"{n}", "environment", own_process=True, variable="SLOT") for n in range(4))
+    )
+    run(source, tmp_path)
+    assert {result["value"] for result in source.results().values()} == {"0", "1"}
+    pids = {result["pid"] for result in source.results().values()}
+    assert len(pids) == 4, "a fresh process each"
+    for result in source.results().values():
+        assert result["session"] == result["pid"]
+        log = (tmp_path / f"cpu{result['value']}.log").read_text()
+        assert f" {result['pid']} | printed\n" in log and f" {result['pid']} | by a job\n" in log
+        assert "by a child" in log
+    assert "SLOT" not in os.environ
+
+
+def test_job_that_raises_fails_alone(tmp_path: Path):
+    source = Given(job("bad", "rises"), job("mistaken", "misused"), job("good", "square", seed=3))
+    run(source, tmp_path)
+    failed = {event.job.name: event for event in source.of("failed") if event.job}
+    assert failed["bad"].reason == "RuntimeError: the job's own mistake"
+    assert "jobs.py" in failed["bad"].traceback and "rises" in failed["bad"].traceback
+    assert failed["mistaken"].reason == "seed=-1 is too small"
+    assert source.results() == {"good": 9}
+    assert "the job's own mistake" in "".join(p.read_text() for p in tmp_path.glob("*.log"))
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("experiments.jobs:no_such", "no_such"),
+        ("no_such_module:run", "no_such_module"),
+        ("experiments.jobs:returns_a_thing", "not JSON serializable"),
+    ],
+)
+def test_job_that_cannot_be_one_fails_with_the_reason(tmp_path: Path, target: str, words: str):
+    source = Given(Job("bad", target, {}, own_process=False))
+    run(source, tmp_path)
+    assert words in source.of("failed")[0].reason
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_job_whose_worker_dies_runs_again(tmp_path: Path, number: int):
+    trace = str(tmp_path / "trace")
+    source = Given(
+        job("a", "dies", trace=trace, times=1, number=number), job("b", "square", seed=2)
+    )
+    run(source, tmp_path)
+    assert source.results() == {"a": "lived", "b": 4}
+    (retried,) = source.of("retried")
+    assert signal.Signals(number).name in retried.reason
+    assert [event.attempt for event in source.of("finished") if event.job.name == "a"] == [2]
+
+
+def test_job_whose_worker_dies_too_often_has_failed(tmp_path: Path):
+    trace = str(tmp_path / "trace")
+    source = Given(job("a", "dies", trace=trace, times=5), job("b", "square", seed=2))
+    run(source, tmp_path, retries=2)
+    assert source.results() == {"b": 4}
+    assert len(source.of("retried")) == 2 and len(source.of("failed")) == 1
+    assert "SIGKILL" in source.of("failed")[0].reason
+
+
+def test_job_that_loses_one_of_its_processes_runs_again(tmp_path: Path):
+    source = Given(job("a", "loses", own_process=True, trace=str(tmp_path / "trace")))
+    run(source, tmp_path)
+    assert source.results() == {"a": "lived"}
+    assert [event.reason for event in source.of("retried")] == ["rank 1 died"]
+
+
+def test_grandchild_neither_hides_a_death_nor_survives_it(tmp_path: Path):
+    trace = str(tmp_path / "trace")
+    source = Given(job("a", "dies_with_child", trace=trace))
+    run(source, tmp_path, retries=0)
+    assert len(source.of("failed")) == 1
+    (child,) = (int(line.split()[1]) for line in (tmp_path / "trace").read_text().splitlines())
+    deadline = time.monotonic() + 5
+    while is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_job_that_hangs_is_ended_and_its_log_says_where(tmp_path: Path):
+    source = Given(job("a", "hangs"), job("b", "counts", until=8, pause=0.2))
+    run(source, tmp_path, retries=0, job_timeout=1.0)
+    assert source.of("failed")[0].reason == "no report for 1 s (--job_timeout)"
+    assert source.results() == {"b": 8}, "it reports, and so does not hang"
+    assert "in hangs" in "".join(path.read_text() for path in tmp_path.glob("*.log"))
+
+
+def test_out_of_memory_gets_a_fresh_process(tmp_path: Path):
+    trace = str(tmp_path / "trace")
+    source = Given(job("before", "square", seed=1), job("a", "full", trace=trace))
+    run(source, tmp_path, slots=SLOTS[:1])
+    assert source.of("retried")[0].reason.startswith("out of memory: MemoryError")
+    assert source.results()["a"] != source.of("retried")[0].pid
+
+
+def test_answers_reach_the_job(tmp_path: Path):
+    def prune(event: Event) -> Answer:
+        return "prune" if event.metrics.get("number") == 3 else "go"
+
+    source = Given(job("a", "counts", until=9), answer=prune)
+    run(source, tmp_path)
+    assert [event.result for event in source.of("pruned")] == [3]
+    assert [event.metrics["number"] for event in source.of("reported")] == [0, 1, 2, 3]
+
+
+def test_job_waits_for_its_slot(tmp_path: Path):
+    jobs = [job(f"{n}", "square", seed=n, pause=0.8 * (n == 1)) for n in range(3)]
+    pinned = Job("pinned", "experiments.jobs:square", {"seed": 5}, False, slot=1)
+    source = Given(*jobs[:2], pinned, jobs[2])
+    run(source, tmp_path)
+    where = {event.job.name: event.slot.index for event in source.of("finished") if event.job}
+    assert where["pinned"] == 1 and where["2"] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"), [("CUDA error: unspecified launch failure", [0]), ("a bug", [])]
+)
+def test_bad_slot_is_taken_out_of_service(tmp_path: Path, error: str, lost: list[int]):
+    """A GPU that gives errors is; one that meets three jobs with a bug is not."""
+    source = Given(*(job(f"{n}", "bad_on", slot="0", seed=n, error=error) for n in range(20)))
+    seen: list[Event] = []
+    pool = Pool(Engine(SLOTS), source, seen.append, log_of=lambda *_: tmp_path / "log")
+    pool.run()
+    assert [event.slot.index for event in seen if event.kind == "slot_lost"] == lost
+    assert len(source.of("failed")) >= 3 and len(source.heard) == 40
+    if lost:
+        after = seen[[event.kind for event in seen].index("slot_lost") + 1 :]
+        assert {event.slot.index for event in after} == {1}, "it gets no more jobs"
+
+
+def test_a_worker_that_was_told_to_stop_gets_no_more_jobs(tmp_path: Path):
+    source = Given(
+        job("a", "counts", until=400, pause=0.01),
+        *(job(f"{n}", "square", seed=n) for n in range(3)),
+    )
+
+    def tell(event: Event) -> Answer:
+        if event.kind == "reported" and event.metrics["number"] == 2 and event.attempt == 1:
+            os.kill(event.pid, signal.SIGTERM)
+        return "go" if event.attempt == 1 else "prune"
+
+    source._answer = tell
+    run(source, tmp_path, slots=SLOTS[:1])
+    assert [event.reason for event in source.of("retried")] == ["somebody else asked it to stop"]
+    assert len(source.of("finished")) == 3 and not source.of("failed")
+
+
+def test_jobs_stop_and_save_when_the_source_raises(tmp_path: Path):
+    def breaks(event: Event) -> Answer:
+        if event.kind == "finished":
+            raise OSError("database is locked")
+        return "go"
+
+    trace = str(tmp_path / "trace")
+    source = Given(
+        job("long", "counts", until=10_000, pause=0.01, trace=trace),
+        job("short", "counts", until=20, pause=0.05),
+        answer=breaks,
+    )
+    with pytest.raises(OSError, match="database is locked"):
+        run(source, tmp_path)
+    assert {event.kind for event in source.heard} == {"started", "reported", "finished"}
+    assert Path(trace).read_text().splitlines()[-1].startswith("stops "), "it was not killed"
+    assert not any(is_alive(event.pid) for event in source.heard)
+
+
+def test_results_that_are_too_large_fail_alone(tmp_path: Path):
+    source = Given(
+        job("small", "returns_much", size=3_000_000), job("large", "returns_much", size=20_000_000)
+    )
+    run(source, tmp_path)
+    assert len(source.results()["small"]) == 3_000_000
+    assert source.of("failed")[0].reason.startswith("its result has 20 MB, more than 16; write it")
+
+
+def test_what_a_job_leaves_is_gone_before_the_next(tmp_path: Path):
+    source = Given(*(job(f"{n}", "leaves_something", seed=n) for n in range(6)))
+    run(source, tmp_path, slots=SLOTS[:1])
+    assert set(source.results().values()) <= {1, 2}
+
+
+def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path):
+    """Neither its workers nor what these have started."""
+    trace = tmp_path / "trace"
+    program = (
+        "import sys, pathlib\nfrom experiments.test_pool import *\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "source = Given(job('a', 'waits_with_child', trace=str(folder / 'trace')))\n"
+        "run(source, folder)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    owner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    deadline = time.monotonic() + 30
+    while not trace.exists() or trace.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pids = [int(line.split()[1]) for line in trace.read_text().splitlines()]
+    assert all(map(is_alive, pids))
+    owner.kill()
+    owner.wait()
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Shaky(WorkerProcess):
+    """On a machine that is lost when the process is killed."""
+
+    host = "there"
+
+    @property
+    def machine_is_lost(self) -> bool:
+        return True
+
+
+def test_lost_machines_cost_no_retries(tmp_path: Path):
+    """Without a report in between, a job may lose five of them."""
+    source = Given(
+        *(job(n, "dies", trace=str(tmp_path / n), times=t) for n, t in (("a", 5), ("b", 6)))
+    )
+    engine = Engine(SLOTS[:1], Shaky, is_fixed=False)
+    limits = Limits(retries=0)
+    Pool(engine, source, lambda _: None, log_of=lambda *_: tmp_path / "log", limits=limits).run()
+    assert [event.attempt for event in source.of("finished")] == [6]
+    (failed,) = source.of("failed")
+    assert failed.job and failed.job.name == "b" and failed.attempt == 6
+    assert {event.host for event in source.of("started")} == {"there"}
+
+
+def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):
+    source = Given(
+        *(job(f"{n}", "counts", until=10_000, pause=0.01) for n in range(2)),
+        job("later", "square", seed=1),
+    )
+    begun = time.monotonic()
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert run(source, tmp_path) == signal.SIGINT
+    assert time.monotonic() - begun < 6
+    assert len(source.of("stopped")) == 2 and [item.name for item in source.jobs] == ["later"]
+    assert not any(is_alive(event.pid) for event in source.heard)
+
+
+def test_stop_while_workers_start_is_none_to_explain(tmp_path: Path):
+    def stops(event: Event) -> Answer:
+        if event.kind == "started":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "go"
+
+    jobs = (job(name, "counts", until=10_000, pause=0.01) for name in "ab")
+    source = Given(*jobs, answer=stops)
+    assert run(source, tmp_path) == signal.SIGTERM
+    assert [event.reason for event in source.of("stopped")] == ["", ""]
+
+
+def test_a_job_that_is_stopped_while_it_loads_does_not_begin():
+    told: Any = SimpleNamespace(is_set=True)
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        report = worker.Reporter(mine, io.StringIO(), told)
+        assert worker._run(job("a", "rises"), report) == {"stopped": None}
+
+
+def test_stop_kills_what_does_not_end(tmp_path: Path):
+    source = Given(job("a", "hangs"))
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run(source, tmp_path, grace=0.5) == signal.SIGTERM
+    assert source.of("stopped")[0].reason == "it did not end within 0.5 s (--grace)"
+    assert not any(is_alive(event.pid) for event in source.heard)
+
+
+def test_second_interrupt_kills_at_once(tmp_path: Path):
+    source = Given(job("a", "hangs"))
+    for seconds in (1.5, 2.0):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    assert run(source, tmp_path) == signal.SIGINT
+    assert time.monotonic() - begun < 5
+    assert not any(is_alive(event.pid) for event in source.heard)

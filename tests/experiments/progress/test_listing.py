@@ -1,0 +1,160 @@
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments.progress.test_state import SLOTS, event
+from gpt2.cli import experiments
+from gpt2.experiments import results as ledger
+from gpt2.experiments.progress import listing, state
+from gpt2.experiments.progress.state import Board
+from gpt2.experiments.results import About, Record
+from gpt2.train import status
+from inspection.test_runs import PLAN
+
+TRACEBACK = "Traceback (most recent call last):\n  in f\nValueError: no [b]"
+
+
+@contextmanager
+def experiment(
+    folder: Path, results: list[Any], total: int = 10, kind: str = "seeds"
+) -> Iterator[Board]:
+    """An experiment whose owner is this process while the block runs; a result that is None is a
+    job that has failed."""
+    folder.mkdir(parents=True)
+    on = Board(kind, total, SLOTS)
+    with ledger.opened(folder, About(kind, {}, total)) as kept:
+        for seed, result in enumerate(results):
+            name, facts = f"seed={seed}", {"result": result}
+            if result is None:
+                facts = {"reason": "ValueError: no [b]", "traceback": TRACEBACK}
+            ended = event("failed" if result is None else "finished", 0, name, at=61.0, **facts)
+            on.take(ended)
+            kept.add(Record.of(ended, {"seed": seed, "lr": 0.1}))
+        state.write(folder, on.picture)
+        yield on
+
+
+def end(folder: Path, on: Board) -> None:
+    on.end()
+    state.write(folder, on.picture)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpt2 experiments", *map(str, arguments)])
+    return experiments.experiments_main()
+
+
+def line_with(text: str, word: str) -> str:
+    return next(line for line in text.splitlines() if word in line)
+
+
+def test_list_has_every_experiment_and_every_other_training(tmp_path: Path, monkeypatch, capsys):
+    with experiment(tmp_path / "done", [1, 2], total=2) as on:
+        end(tmp_path / "done", on)
+    with experiment(tmp_path / "killed", [1]):
+        pass
+    for part in ("done/seed=0", "alone_gpu_2"):
+        (tmp_path / part).mkdir()
+        status.write(tmp_path / part, PLAN, "finished", 500)
+    with experiment(tmp_path / "here/live", [1, None, 3], kind="models"):
+        assert call(monkeypatch, "list", tmp_path) == 0
+        assert call(monkeypatch, "list", tmp_path, "--json") == 0
+    printed = capsys.readouterr().out
+    assert line_with(printed, "/done ").split()[1:5] == ["finished", "2", "of", "2"]
+    assert " dead " in line_with(printed, "/killed ")
+    live = line_with(printed, "/live ").split()
+    assert live[1:6] == ["running", "2", "of", "10", "1"] and "models" in live
+    assert "step 500 of 1,000" in line_with(printed, "/alone_gpu_2 ")
+    assert "seed=0" not in printed
+    facts = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert {item["folder"]: item["state"] for item in facts} == {
+        str(tmp_path / "done"): "finished",
+        str(tmp_path / "here/live"): "running",
+        str(tmp_path / "killed"): "dead",
+    }
+
+
+def test_show_has_jobs_with_results_slots_and_failures(tmp_path: Path, monkeypatch, capsys):
+    folder = tmp_path / "live"
+    results = [{"val_loss": 3.25, "tokens": 10**9, "note": "x"}, None, {"val_loss": 3.125}]
+    with experiment(folder, results) as on:
+        on.take(event("started", 1, "seed=3", log=f"{folder}/worker.log"))
+        on.take(event("reported", 1, "seed=3", metrics={"step": 7, "val_loss": 3.5}))
+        state.write(folder, on.picture)
+        assert call(monkeypatch, "show", folder) == 0
+        assert call(monkeypatch, "show", folder, "--json") == 0
+    printed, facts = capsys.readouterr().out.split("\n{")
+    assert f"{folder}: seeds, running" in printed
+    assert "2 of 10 done, 1 failed, 1 running" in printed and f"{folder}/worker.log" in printed
+    assert line_with(printed, "  seed=0 ").split() == [
+        *("seed=0", "finished", "1m", "01s", "1", "0.1000", "3.2500", "1,000,000,000", "gpu0")
+    ]
+    assert "failed" in line_with(printed, "  seed=1 ")
+    assert "running" in printed.rpartition("seed=3")[2] and "3.5000" in printed
+    assert "seed=1: ValueError: no [b]" in printed and "Traceback" not in printed
+    facts = json.loads("{" + facts)
+    assert facts["jobs"][1]["traceback"] == TRACEBACK and facts["now"]["places"][1]["pid"] == 7
+
+
+def test_failures_are_shown_with_their_tracebacks(tmp_path: Path, monkeypatch, capsys):
+    with experiment(tmp_path / "a", [1, None, None]):
+        pass
+    assert call(monkeypatch, "show", tmp_path / "a", "--failed", "--last", "1") == 0
+    printed = capsys.readouterr().out
+    assert "seed=2, " in printed and "seed=1" not in printed
+    assert "  Traceback (most recent call last):\n    in f\n" in printed
+
+
+def test_show_of_what_is_none_says_what_there_is(tmp_path: Path, monkeypatch, capsys):
+    with experiment(tmp_path / "good", [1]):
+        pass
+    (tmp_path / "alone").mkdir()
+    status.write(tmp_path / "alone", PLAN, "finished", 500)
+    assert call(monkeypatch, "show", tmp_path / "god") == 2
+    there = f"{tmp_path}/alone, {tmp_path}/good"
+    wanted = f"error: no experiment or training in {tmp_path}/god; there are {there}\n"
+    assert capsys.readouterr().err == wanted
+    assert call(monkeypatch, "show", tmp_path / "alone") == 0
+    assert "run: finished\n  step 500 of 1,000" in capsys.readouterr().out
+    assert call(monkeypatch, "lst") == 2
+    assert "did you mean list" in capsys.readouterr().err
+
+
+def test_list_of_a_folder_that_is_none(tmp_path: Path, monkeypatch, capsys):
+    """The default one need not be there yet."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "list", "nodir") == 2
+    assert capsys.readouterr().err.startswith("error: there is no folder nodir; ")
+    assert call(monkeypatch, "list") == 0
+    assert capsys.readouterr().out == "No experiments in checkpoints\n"
+
+
+def test_long_experiments_list_at_once_and_show_their_end(tmp_path: Path):
+    folder = tmp_path / "long"
+    with experiment(folder, [1], total=10_000):
+        pass
+    result = {"val_loss": 3.1, "step": 100}
+    lines = [
+        json.dumps(asdict(Record(f"seed={n}", "finished", {"seed": n}, result)))
+        for n in range(10_000)
+    ]
+    (folder / ledger.LINES).write_text("\n".join(lines) + "\n")
+    out = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
+    began = time.perf_counter()
+    listing.print_list(tmp_path, out)
+    listing.print_experiment(listing.require(folder), out, last=5)
+    assert time.perf_counter() - began < 2
+    assert isinstance(out.file, io.StringIO)
+    text = out.file.getvalue()
+    assert "10,000 of 10,000" in text and "the last 5 of 10,000" in text
+    assert "seed=9995 " in text and "seed=9994 " not in text
+    assert max(map(len, text.splitlines()[:5])) <= 80

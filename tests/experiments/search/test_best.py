@@ -1,0 +1,176 @@
+"""What a search leaves for people: the best trial, its command, tables and files."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments.search.test_run import RUN, Played
+from gpt2.config import options, presets
+from gpt2.config import run as run_module
+from gpt2.experiments.pool.job import Job
+from gpt2.experiments.search import best, ownership, report, space, summary, trial
+
+
+def trained(folder: Path, job: Job, **parameters: Any) -> None:
+    """The files of a trial that has ended."""
+    mine = folder / job.name
+    mine.mkdir()
+    (mine / trial.WEIGHTS).write_text(job.name)
+    about = {"trial": int(job.name[-3:]), "parameters": parameters, **RUN.to_dict()}
+    (mine / trial.CONFIG).write_text(json.dumps(about))
+
+
+def flags(run: run_module.RunConfig, *searched: str) -> list[str]:
+    return shlex.split(best.command_of(run, Path("out dir"), searched))
+
+
+def test_the_command_of_the_best_trial():
+    short = {"max_steps": 7, "decay_steps": 7, "init_from": "hf:gpt2", "cache_dir": "x"}
+    run = options.overlay(presets.preset("demo"), short)
+    assert flags(run)[4:] == ["--out_dir", "out dir", "--init_from", "hf:gpt2"]
+    searched = flags(run, "max_steps", "decay_steps")
+    assert searched[6:10] == ["--max_steps", "7", "--decay_steps", "7"]
+
+
+def test_best_overall_is_of_the_best_trial_or_not_there(tmp_path: Path):
+    one, two = (
+        Played(tmp_path / name, storage=f"sqlite:///{tmp_path}/shared.db")
+        for name in ("one", "two")
+    )
+    first, second = one.next(), two.next()
+    trained(tmp_path / "one", first)
+    trained(tmp_path / "two", second)
+    one.finishes(first, 5.0)
+    overall = tmp_path / "one" / best.FOLDER
+    assert (overall / trial.WEIGHTS).read_text() == "trial_000"
+    (overall / "training").mkdir()
+    two.finishes(second, 4.0)
+    found = best.keep(one.study, tmp_path / "one")
+    assert found and found.trial.number == 1 and found.command is None
+    assert [path.name for path in overall.iterdir()] == ["training"], "begun by hand: it stays"
+    assert ownership.place_of(one.study, found.trial).endswith(
+        ":" + str(tmp_path / "two/trial_001")
+    )
+    rows = report.rows(one.study, tmp_path / "one")
+    assert rows[0].folder == str(tmp_path / "one/trial_000")
+    assert rows[1].folder.endswith(":" + str(tmp_path / "two/trial_001"))
+    said = concluded(one)
+    assert f"{tmp_path}/two/trial_001" in said and "training in full" not in said
+
+
+def test_what_is_kept_outlives_the_trial(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    trained(tmp_path / "search", job)
+    played.finishes(job, 5.0)
+    shutil.rmtree(tmp_path / "search" / job.name)
+    found = best.keep(played.study, tmp_path / "search")
+    assert found and found.command and found.command.startswith("gpt2 train --preset demo")
+    shutil.rmtree(tmp_path / "search" / best.FOLDER)
+    assert "trial_000, whose files are gone" in concluded(played)
+
+
+def test_a_best_trial_that_cannot_be_kept_ends_nothing(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    trained(tmp_path / "search", job)
+    (tmp_path / "search" / best.FOLDER).write_text("in the way")
+    played.finishes(job, 5.0)
+    assert played.states == ["COMPLETE"]
+    assert "WARNING: not everything could be written: " in concluded(played)
+
+
+def concluded(played: Played, width: int = 300) -> str:
+    out = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
+    summary.conclude(played.source._search, played.study, played.source, 0, out)
+    return out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_there_is_no_summary_of_nothing(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    assert "Summary" not in concluded(played)
+    assert not (tmp_path / "search" / report.FOLDER).exists()
+    played.validates(job, 9.0)
+    assert report.COMPARISON in concluded(played), "it has a curve"
+
+
+def test_exit_code_1_has_a_reason(tmp_path: Path):
+    address = f"sqlite:///{tmp_path}/shared.db"
+    played = Played(tmp_path / "search", storage=address, n_trials=1)
+    played.study.ask()
+    assert "Ended: 1 trial without an owner" in concluded(played)
+    other = Played(tmp_path / "other", n_trials=2)
+    other.finishes(other.next(), 5.0)
+    assert "Ended: 1 trial left; the same command goes on" in concluded(other)
+
+
+def test_a_trial_that_ends_elsewhere_at_the_last_moment_counts(tmp_path: Path):
+    address = f"sqlite:///{tmp_path}/shared.db"
+    one, two = (Played(tmp_path / n, storage=address, n_trials=2) for n in ("one", "two"))
+    one.finishes(one.next(), 5.0)
+    job, write = two.next(), report.write
+
+    def slow(*args: Any) -> Any:
+        two.finishes(job, 4.0)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", slow)
+        out = Console(file=io.StringIO(), width=200)
+        asked = one.source._search
+        assert summary.conclude(asked, one.study, one.source, 0, out) == 0
+    assert "Ended elsewhere meanwhile: 1 more trial" in out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def rows_of_the_default_space() -> list[report.Row]:
+    values = {item.name: (item.choices or (item.low,))[0] for item in space.default(RUN)}
+    return [
+        report.Row(n, "COMPLETE", 5.0803 + n, values, {10: 5.0}, 60.0, "folder") for n in range(6)
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_table_keeps_job_and_loss_whole(width: int):
+    out = Console(file=io.StringIO(), width=width)
+    out.print(report.listing(rows_of_the_default_space(), out))
+    said = out.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in said.splitlines()) and "…" not in said
+    assert "trial_000" in said and "5.0803" in said and "1m 00s" in said
+    assert "weight_decay" in said and ("n_layer=2" in said) == (width < 200)
+
+
+def test_trials_without_values_are_shown_too(tmp_path: Path):
+    """Enqueued or told by hand."""
+    played = Played(tmp_path / "search")
+    played.study.tell(played.study.ask().number, 1.0)
+    assert len(report.write(report.rows(played.study, tmp_path), tmp_path, None)) == 2
+    played.finishes(played.next(), 5.0)
+    rows = report.rows(played.study, tmp_path / "search")
+    written = report.write(rows, tmp_path / "search", None)
+    assert len(written) == 4
+    top = list(csv.DictReader(written[0].read_text().splitlines()))
+    assert [bool(row["learning_rate"]) for row in top] == [False, True]
+
+
+def test_the_time_of_a_trial_is_that_of_its_steps(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    played.validates(job, 5.0)
+    played.tell(job, "finished", result={"train_s": 77.0})
+    assert report.rows(played.study, tmp_path)[0].took_s == 77.0
+
+
+def test_the_dashboard_command_can_be_typed(tmp_path: Path):
+    played = Played(tmp_path / "a $b {x}")
+    line = concluded(played, width=40).splitlines()
+    command = next(item for item in line if "optuna-dashboard" in item).split(": ", 1)[1]
+    assert shlex.split(command)[0] == "optuna-dashboard"
+    assert len(shlex.split(command)) == 2

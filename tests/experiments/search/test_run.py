@@ -1,0 +1,354 @@
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.study import Study
+from optuna.trial import TrialState
+from rich.console import Console
+
+from gpt2 import model
+from gpt2.base.errors import ConfigError
+from gpt2.cli import main, train
+from gpt2.config import options as options_module
+from gpt2.config import presets
+from gpt2.config.model import ModelConfig
+from gpt2.experiments import results
+from gpt2.experiments.pool.job import Answer, Event, Job, Slot
+from gpt2.experiments.results import Ledger
+from gpt2.experiments.search import run as run_module
+from gpt2.experiments.search import space, trial, trials
+from gpt2.experiments.search import study as studies
+from gpt2.experiments.search.spec import Search
+from gpt2.experiments.search.trials import Trials
+from support import ROOT, loss_lines, run_command, small_flags
+
+SLOT = Slot(0, "cpu0", {})
+RUN = options_module.overlay(presets.preset("demo"), {"eval_interval": 10})
+SPACE = space.parse("[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true", RUN, "space")
+
+
+class Played:
+    """A search whose trainings are played by the test: no processes."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        asked = Search(RUN, SPACE, **{"folder": folder, "n_trials": 4, **options})
+        self.study = studies.opened(asked)
+        self.ledger = Ledger(folder, asked.about())
+        self.source = Trials(self.study, asked, self.ledger)
+
+    def next(self) -> Job:
+        job = self.source.next()
+        assert job is not None
+        return job
+
+    def tell(self, job: Job, kind: Any, **facts: Any) -> Answer:
+        return self.source.event(Event(kind, SLOT, job, **facts))
+
+    def validates(self, job: Job, *losses: float | None) -> list[Answer]:
+        known = trial_of(self.study, job).intermediate_values
+        steps = range(max(known, default=0) + 10, 10000, 10)
+        return [
+            self.tell(job, "reported", metrics={"step": step, "val_loss": loss, "total_steps": 500})
+            for step, loss in zip(steps, losses, strict=False)
+        ]
+
+    def finishes(self, job: Job, *losses: float) -> None:
+        assert set(self.validates(job, *losses)) == {"go"}
+        self.tell(job, "finished", result={"tokens": 5})
+
+    @property
+    def states(self) -> list[str]:
+        return [item.state.name for item in self.study.get_trials()]
+
+
+def trial_of(study: Study, job: Job) -> Any:
+    return study.get_trials()[int(job.name.removeprefix("trial_"))]
+
+
+@pytest.fixture
+def played(tmp_path: Path) -> Played:
+    return Played(tmp_path / "search", startup_trials=2, patience=3)
+
+
+def test_a_search_says_if_it_has_few_combinations(tmp_path: Path):
+    heads = space.parse("[n_head]\nchoices = [1, 2]", RUN, "space")
+    for count, is_said in ((2, False), (3, True)):
+        out = Console(file=io.StringIO(), width=160)
+        run_module._introduce(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
+        words = "  - these are only 2 combinations: trials will be alike\n"
+        assert (words in out.file.getvalue()) == is_said  # type: ignore[attr-defined]
+
+
+def test_patience_finishes_a_trial_with_its_best_value(played: Played):
+    job = played.next()
+    played.tell(job, "reported", metrics={"step": 0, "val_loss": 1.0})
+    answers = played.validates(job, 9.0, 8.0, 8.5, 8.0, 8.1)
+    assert answers == ["go", "go", "go", "go", "prune"], "step 0 does not count: nothing is learnt"
+    assert played.tell(job, "reported", metrics={"step": 51, "loss": 3.0}) == "prune"
+    event = Event("pruned", SLOT, job, result={"tokens": 5})
+    played.source.event(event)
+    assert played.source.shown(event).kind == "finished"
+    ended = trial_of(played.study, job)
+    assert (ended.state, ended.value) == (TrialState.COMPLETE, 8.0)
+    record = played.ledger.records["trial_000"]
+    assert record.state == "finished" and record.result == {"val_loss": 8.0, "tokens": 5}
+
+
+def test_worse_than_the_median_is_pruned_but_not_at_the_end(played: Played):
+    for best in (5.0, 6.0):
+        played.finishes(played.next(), 9.0, best)
+    job = played.next()
+    assert played.validates(job, 9.5) == ["prune"]
+    played.tell(job, "pruned", result={})
+    last = played.next()
+    metrics = {"step": 500, "val_loss": 9.9, "total_steps": 500}
+    assert played.tell(last, "reported", metrics=metrics) == "go"
+    played.tell(last, "finished", result={})
+    assert played.states == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert played.source.next() is None
+
+
+def test_a_trial_that_diverges_counts_as_pruned(played: Played):
+    """Infinity would be COMPLETE, and FAILED would teach the sampler nothing."""
+    first, second = played.next(), played.next()
+    assert played.validates(first, 9.0, None) == ["go", "prune"]  # null is what JSON makes of NaN
+    played.tell(first, "pruned", result={})
+    played.tell(second, "finished", result={"diverged": "5 updates in a row"})
+    assert played.states == ["PRUNED", "PRUNED"]
+    assert played.ledger.records["trial_001"].reason == "5 updates in a row"
+
+
+def test_failed_trials_are_replaced_until_it_is_not_their_fault(played: Played):
+    played.tell(played.next(), "failed", reason="a broken cable")
+    played.finishes(played.next(), 5.0)
+    for _ in range(trials.FAILURES):
+        assert not played.source.is_broken
+        played.tell(played.next(), "failed", reason="no memory")
+    assert played.source.is_broken and played.source.next() is None
+    assert played.source.done == 1
+
+
+def test_what_a_killed_owner_left_is_taken_up_again(played: Played, tmp_path: Path):
+    done, running = played.next(), played.next()
+    played.finishes(done, 5.0)
+    played.validates(running, 9.0, 8.0)
+    asked = played.study.ask()  # killed before it had any values
+    played.study.tell(played.study.ask().number, 3.0)  # killed before the ledger had it
+    drawn = trial_of(played.study, running).params
+    del played.ledger.records["trial_000"]
+
+    again = Played(tmp_path / "search", n_trials=5, patience=3)
+    again.source.catch_up()
+    assert sorted(again.ledger.records) == ["trial_000", "trial_003"]
+    jobs = [again.next(), again.next()]
+    assert [job.name for job in jobs] == [running.name, f"trial_{asked.number:03d}"]
+    assert jobs[0].kwargs["run"]["optim"]["learning_rate"] == drawn["learning_rate"]
+    assert jobs[0].kwargs["run"] == running.kwargs["run"], "the same training in the same folder"
+    assert trial_of(again.study, jobs[1]).params["learning_rate"] > 0
+    report = {"step": 20, "val_loss": 7.0, "total_steps": 500}
+    assert again.tell(jobs[0], "reported", metrics=report) == "go"
+    assert trial_of(again.study, running).intermediate_values == {10: 9.0, 20: 8.0}, "known"
+    assert again.validates(jobs[0], 8.5, 8.5, 8.5) == ["go", "go", "prune"], "patience is kept"
+    third = again.next()
+    assert third.name == "trial_004" and again.source.next() is None
+    values = {item.params["learning_rate"] for item in again.study.get_trials() if item.params}
+    assert len(values) == 4, "the sampler does not repeat itself"
+
+    # Killed when the answer was given: it is given again, at the first report.
+    resumed = Played(tmp_path / "search", n_trials=5, patience=3)
+    job = resumed.next()
+    assert resumed.tell(job, "reported", metrics={"step": 51, "loss": 3.0}) == "prune"
+    fewer = Played(tmp_path / "search", n_trials=2)
+    assert fewer.source.next() is None, "less are wanted now than had begun"
+
+
+def test_several_machines_share_a_study(tmp_path: Path):
+    """Each owner has a folder of its own; together they ask for n, and take up only their own."""
+    address = f"sqlite:///{tmp_path}/shared.db"
+    one, two = (Played(tmp_path / name, storage=address, n_trials=3) for name in ("one", "two"))
+    first, second = one.next(), two.next()
+    asked, one.study.ask = one.study.ask, lambda: (two.next(), asked())[1]  # at the same moment
+    assert one.source.next() is None
+    assert one.states == ["RUNNING", "RUNNING", "RUNNING", "FAIL"]
+    again = Played(tmp_path / "one", storage=address, n_trials=3)
+    assert again.next().name == first.name and again.source.next() is None
+    assert second.name == "trial_001"
+    with pytest.raises(ConfigError, match="n_layer: not searched before, 2, 3 now"):
+        other = space.parse("[n_layer]\nchoices = [2, 3]", RUN, "space")
+        studies.opened(replace(again.source._search, space=other))
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "space.toml"
+    path.write_text(
+        "[learning_rate]\nlow = 1e-3\nhigh = 1e-1\nlog = true\n"
+        "[n_head]\nchoices = [1, 2, 4]\n[n_embd]\nchoices = [8, 10]\n[bias]\nchoices = [true]\n"
+    )
+    return path
+
+
+def flags_of(data_root: Path, out: Path, space_file: Path, count: int) -> list[str]:
+    options = {"max_steps": 4, "eval_interval": 2, "warmup_steps": 1, "mini_batch_size": 8}
+    own = ["--space", str(space_file), "--n_trials", str(count), "--no_prune"]
+    return [*small_flags(data_root, out, **options), *own]
+
+
+def command(flags: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "src" / "parallel_search.py"), *flags]
+
+
+def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: Path):
+    """One trial, killed in the middle; then exactly two."""
+    folder = tmp_path / "checkpoints" / "search"
+    running = subprocess.Popen(
+        command(flags_of(data_root, tmp_path, space_file, 1)), stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 100
+    while not (folder / "trial_000" / "step_000002.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.kill()
+    running.communicate()
+    done = run_command(command(flags_of(data_root, tmp_path, space_file, 2)))
+    assert [(item.number, item.state.name) for item in trials_in(folder)] == [
+        (0, "COMPLETE"),
+        (1, "COMPLETE"),
+    ]
+    log = (folder / "trial_000" / "log.txt").read_text()
+    assert "  - Step: 2\n" in log or "  - Step: 4\n" in log, "it went on where it was"
+    assert len(loss_lines(folder / "trial_000" / "log.txt")) == 4 + 3
+    require_files(folder, done.stdout)
+
+    for arguments, expected, words in (
+        ([], 0, "  - done already: 2\n"),
+        (["--n_layer", "3"], 2, "n_layer: 2 before, 3 now"),
+        (["--space", str(changed(space_file))], 2, "0.001 to 0.1, log before, 0.001 to 1, log now"),
+        (["--eval_interval", "None"], 2, "a search compares validation losses"),
+        (["--space", "nowhere.toml"], 2, "--print_space > nowhere.toml makes one"),
+    ):
+        code, said = call([*flags_of(data_root, tmp_path, space_file, 2), *arguments])
+        assert code == expected and words in said and "begins" not in said
+
+
+def changed(space_file: Path) -> Path:
+    other = space_file.with_name("other.toml")
+    other.write_text(space_file.read_text().replace("1e-1", "1"))
+    return other
+
+
+def call(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of `gpt2 search`, and what it said."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gpt2", "search", *arguments])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return main.main(), said.getvalue()
+
+
+def trials_in(folder: Path) -> list[Any]:
+    address = f"sqlite:///{folder / 'optuna_study.db'}"
+    return optuna.load_study(study_name="search", storage=address).get_trials()
+
+
+def require_files(folder: Path, said: str) -> None:
+    """What people look for after a search."""
+    best = min(trials_in(folder), key=lambda item: item.value)
+    mine = folder / trial.name_of(best.number)
+    assert sorted(path.name for path in folder.glob("*/*.pth*")) == ["best_model.pth"] * 3
+    assert not list(folder.glob("trial_*/step_*")), "checkpoints of finished trials are dropped"
+    about = json.loads((mine / "config.json").read_text())
+    assert about["trial"] == best.number
+    assert about["model"]["n_embd"] % about["model"]["n_head"] == 0
+    rows = list(csv.DictReader((mine / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]
+    losses = [float(row["val_loss"]) for row in rows[1:] if row["val_loss"]]
+    assert min(losses) == pytest.approx(best.value, abs=1e-5)
+
+    overall = folder / "best_overall"
+    net = model.build(ModelConfig(**about["model"]))
+    net.load_state_dict(torch.load(overall / "best_model.pth", weights_only=True))
+    assert json.loads((overall / "config.json").read_text()) == about
+    typed = shlex.split((overall / "train.sh").read_text().splitlines()[-1])
+    assert typed[:2] == ["gpt2", "train"] and "  " + shlex.join(typed) in said
+    full = train.parse_train(typed[2:]).run
+    assert full.model == options_module.of_stored(about).model
+    assert full.optim == options_module.of_stored(about).optim
+    assert full.data.max_steps == presets.preset("demo").data.max_steps
+
+    summary = folder / "summary"
+    for name in ("all_trials_comparison.png", "hyperparameter_relationships.png"):
+        assert (summary / name).read_bytes().startswith(b"\x89PNG")
+    top = list(csv.DictReader((summary / "top5_trials.csv").read_text().splitlines()))
+    assert len(top) == 2 and float(top[0]["val_loss"]) == best.value
+    assert (summary / "report.html").read_text().count("data:image/png;base64,") == 2
+    assert re.search(
+        r"cpu0 begins trial_\d+: process \d+, log \S+/worker_cpu0_\d{8}_\d{6}.log", said
+    )
+
+
+def small_search(out: Path, count: int, pause: float = 0.05) -> subprocess.Popen[bytes]:
+    script = [str(Path(__file__).with_name("small_search.py")), str(out), str(count), str(pause)]
+    with (out / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, *script],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def killed_search(out: Path, count: int, chosen: random.Random, kills: int) -> None:
+    """Kills owners at random instants, then lets one end; every trial is there once."""
+    out.mkdir(exist_ok=True)
+    for kill in range(kills):
+        running, lines = small_search(out, count), starts(out)
+        deadline = time.monotonic() + 60
+        while len(starts(out)) == len(lines) and running.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chosen.uniform(0, 1.5))
+        running.send_signal(signal.SIGINT if kill % 4 == 3 else signal.SIGKILL)
+        running.wait(30)
+    last = small_search(out, count)
+    assert last.wait(200) == 0, (out / "output.txt").read_text()
+    found = trials_in(out / "search")
+    assert [item.number for item in found] == list(range(count))
+    assert {item.state for item in found} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    for item in found:
+        mine = [int(line.split()[2]) for line in starts(out) if line.split()[1] == str(item.number)]
+        assert mine == sorted(mine), "a trial goes on where it was"
+        if item.state == TrialState.COMPLETE:
+            assert sorted(item.intermediate_values) == [1, 2, 3, 4, 5, 6]
+    records = results.read_records(out / "search")
+    assert sorted({record.job for record in records}) == [trial.name_of(n) for n in range(count)]
+    drawn = [tuple(item.params.values()) for item in found]
+    assert len(set(drawn)) == count
+
+
+def starts(out: Path) -> list[str]:
+    trace = out / "trace"
+    return trace.read_text().splitlines() if trace.exists() else []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(5))
+def test_60_kills(tmp_path: Path, number: int):
+    killed_search(tmp_path, 16, random.Random(number), kills=12)

@@ -1,0 +1,203 @@
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.base.errors import ConfigError
+from gpt2.cli import search
+from gpt2.config import options, presets
+from gpt2.experiments.search import space
+
+RUN = options.overlay(presets.preset("demo"), {"max_steps": 500, "eval_interval": 100})
+MIXED = """
+[optim.learning_rate]
+low = 1e-4
+high = 1e-2
+log = true
+[n_layer]
+low = 2
+high = 7
+step = 2
+[n_head]
+choices = [2, 3, 8]
+[n_embd]
+low = 48
+high = 96
+step = 8
+[total_batch_size]
+low = 512
+high = 4000
+[grad_clip]
+choices = [1.0, "None"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("heads", "more", "count"), [("[1, 2]", "", 6), ("[2]", "[beta2]\nlow=0.5\nhigh=0.6", math.inf)]
+)
+def test_combinations_are_counted(heads: str, more: str, count: float):
+    text = f"[n_layer]\nlow = 2\nhigh = 6\nstep = 2\n[n_head]\nchoices = {heads}\n{more}"
+    assert space.combinations(space.parse(text, RUN, "space.toml")) == count
+
+
+def test_a_space_is_read():
+    found = {item.name: item for item in space.parse(MIXED, RUN, "space.toml")}
+    assert found["learning_rate"].log and not found["learning_rate"].is_whole
+    assert list(found["n_layer"].values() or ()) == [2, 4, 6]
+    assert found["grad_clip"].choices == (1.0, None)
+    assert str(found["learning_rate"]) == "0.0001 to 0.01, log"
+
+
+@given(
+    heads=st.sampled_from([2, 3, 8]),
+    width=st.sampled_from(range(48, 97, 8)),
+    batch=st.integers(512, 4000),
+    modern=st.booleans(),
+)
+def test_every_draw_gives_a_model_of_values_of_the_space(
+    heads: int, width: int, batch: int, modern: bool
+):
+    run = options.overlay(RUN, {"architecture": "modern" if modern else "gpt2"})
+    drawn = {"n_head": heads, "n_embd": width, "total_batch_size": batch}
+    found = space.fitted(run, space.parse(MIXED, run, "space.toml"), drawn)
+    assert found.model.n_head in (2, 3, 8) and found.model.n_embd == width
+    assert abs(found.data.total_batch_size - batch) <= RUN.model.block_size
+    tokens = found.data.total_batch_size * (found.data.max_steps or 0)
+    assert abs(tokens / (500 * 1024) - 1) < 0.01, "all trials see as many tokens"
+    if width % heads == 0 and not modern:
+        assert found.model.n_head == heads, "what fits is not changed"
+
+
+def test_a_width_of_a_range_moves_to_the_nearest_that_fits():
+    found = space.parse("[n_embd]\nlow = 31\nhigh = 64", RUN, "space.toml")
+    assert space.fitted(RUN, found, {"n_embd": 31}).model.n_embd == 32
+    assert space.fitted(RUN, found, {"n_embd": 63}).model.n_embd in (62, 64)
+
+
+def test_validations_are_at_the_same_tokens():
+    drawn = {"total_batch_size": 2048}
+    found = space.fitted(RUN, space.default(RUN), drawn)
+    assert (found.data.max_steps, found.evaluation.eval_interval) == (250, 50)
+    searched = space.parse("[max_steps]\nlow = 10\nhigh = 20", RUN, "space.toml")
+    assert space.fitted(RUN, searched, {"max_steps": 12}).data.max_steps == 12
+
+
+@given(
+    rows=st.integers(1, 40),
+    eval_batches=st.integers(1, 20),
+    interval=st.integers(1, 40),
+    data=st.data(),
+)
+def test_all_trials_are_judged_by_the_same_rows_at_the_same_tokens(
+    rows: int, eval_batches: int, interval: int, data: st.DataObject
+):
+    asked = {"total_batch_size": rows * 128, "eval_batches": eval_batches}
+    run = options.overlay(RUN, {**asked, "eval_interval": interval})
+    found = {item.name: item for item in space.default(run)}
+    drawn = {name: data.draw(st.sampled_from(found[name].choices)) for name in ("n_head", "n_embd")}
+    for batch in found["total_batch_size"].choices:
+        trial = space.fitted(run, tuple(found.values()), drawn | {"total_batch_size": batch})
+        assert trial.eval_rows == run.eval_rows == eval_batches * rows
+        every = trial.evaluation.eval_interval
+        assert every and every * batch == interval * rows * 128
+
+
+@given(batch=st.integers(128, 8000), block_size=st.sampled_from([32, 64, 128]))
+def test_rows_of_validation_for_odd_batches(batch: int, block_size: int):
+    text = "[total_batch_size]\nlow = 128\nhigh = 8000\n[block_size]\nchoices = [32, 64, 128]"
+    found = space.parse(text, RUN, "space.toml")
+    trial = space.fitted(RUN, found, {"total_batch_size": batch, "block_size": block_size})
+    assert trial.eval_rows == RUN.eval_rows * 128 // block_size
+    tokens = (trial.evaluation.eval_interval or 0) * trial.data.total_batch_size
+    assert abs(tokens / (100 * 1024) - 1) <= space.UNEVEN
+
+
+@pytest.mark.parametrize(
+    ("interval", "text", "words"),
+    [
+        (5, "choices = [512, 2048]", "nearest: 4 or 6"),
+        (1, "choices = [512, 2048]", "nearest: 2"),
+        (100, "choices = [1024, 1536, 3584]", "nearest: 84 or 105"),
+        (19, "low = 512\nhigh = 2048", "needed are 20 or more"),
+    ],
+)
+def test_validations_at_other_tokens_are_refused(interval: int, text: str, words: str):
+    run = options.overlay(RUN, {"eval_interval": interval})
+    with pytest.raises(ConfigError, match=words):
+        space.parse(f"[total_batch_size]\n{text}", run, "space.toml")
+
+
+def test_a_batch_that_is_never_used_is_not_asked_about():
+    text = "[total_batch_size]\nchoices = [1000, 1024]"
+    assert space.parse(text, RUN, "space.toml")
+
+
+def test_rates_of_the_default_space_are_those_of_the_optimizer():
+    for optimizer, highest in (("adamw", 1e-2), ("muon", 4e-2)):
+        (rates, *_) = space.default(options.overlay(RUN, {"optimizer": optimizer}))
+        assert (rates.name, rates.high) == ("learning_rate", highest)
+
+
+@pytest.mark.parametrize("name", list(presets.PRESETS))
+def test_the_default_space_of_every_preset_fits(name: str):
+    run = presets.preset(name)
+    found = space.default(run)
+    assert len(found) == 8
+    assert set(tomllib.loads(space.default_text(run))) == {item.name for item in found}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[learning_rat]\nlow = 1\nhigh = 2", "learning_rat; did you mean learning_rate"),
+        ("[model.learning_rate]\nlow = 1\nhigh = 2", "unknown option model.learning_rate"),
+        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2", "unknown word hig; did you mean high"),
+        ("[learning_rate]\nlow = 1e-3", "needed are low and high, or choices"),
+        ("[learning_rate]\nlow = 2e-3\nhigh = 1e-3", "low=0.002 must be less than high=0.001"),
+        ("[learning_rate]\nlow = 0\nhigh = 1", "learning_rate=0.0 must be more"),
+        ("[weight_decay]\nlow = 0\nhigh = 1\nlog = true", "low=0 must be more than 0 with log"),
+        ("[learning_rate]\nlow = inf\nhigh = 1", "needed is a finite number"),
+        ("[beta2]\nlow = 0.9\nhigh = 1.5", "beta2=1.5 must be at least 0 and less than 1"),
+        ("[n_layer]\nlow = 1.5\nhigh = 3", "low=1.5; needed is a whole number"),
+        ("[n_layer]\nchoices = [2, 'x']", "n_layer='x' does not fit"),
+        ("[n_layer]\nchoices = [2, 2]", "a choice stands there twice"),
+        ("[n_layer]\nchoices = [2]\nlow = 3", "choices stand alone"),
+        ("[shuffle]\nlow = 1\nhigh = 3", "shuffle has no range"),
+        ("n_layer = 3", "needed is a table"),
+        ("[checkpoint_dir]\nchoices = ['a', 'b']", "checkpoint_dir cannot be searched"),
+        ("[n_embd]\nchoices = [32, 33]", "nothing in the space fits to n_embd=33"),
+        ("[n_head]\nchoices = [3, 5]", "n_embd=64 is not a multiple of n_head=3"),
+        ("[n_head]\nchoices = [2, 3]", "n_head=3 fits to no n_embd of the space"),
+        ("[learning_rate]\nchoices = [1e-3, inf]", "learning_rate: inf is no finite number"),
+        ("", "it names no option"),
+        ("[n_layer", "space.toml: "),
+    ],
+)
+def test_mistakes_are_named(text: str, words: str):
+    with pytest.raises(ConfigError) as caught:
+        space.parse(text, RUN, "space.toml")
+    assert words in str(caught.value) and str(caught.value).startswith("space.toml: ")
+
+
+def test_differences_of_two_spaces():
+    before = space.described(space.parse("[n_layer]\nlow = 2\nhigh = 3", RUN, ""))
+    now = space.described(space.parse("[n_layer]\nlow = 2\nhigh = 4", RUN, ""))
+    assert space.differences(before, now) == ["n_layer: 2 to 3 before, 2 to 4 now"]
+    assert space.differences({}, now) == ["n_layer: not searched before, 2 to 4 now"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is no text in UTF-8")],
+)
+def test_a_file_of_another_editor(tmp_path: Path, content: bytes, words: str):
+    path = tmp_path / "space.toml"
+    path.write_bytes(content)
+    if words:
+        with pytest.raises(ConfigError, match=f"--space {path} {words}"):
+            search._read_space(path, RUN)
+    else:
+        assert search._read_space(path, RUN)[0].choices == (2,)

@@ -1,0 +1,280 @@
+"""What happens to a study besides the search: it is another one, it is away, others write to it."""
+
+import json
+import socket
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+from experiments.search.test_run import SLOT, Played, trial_of
+from gpt2.base.errors import ConfigError, TrainingError
+from gpt2.experiments.pool.job import Event, Job
+from gpt2.experiments.search import ownership, study, trials
+
+
+def trained(played: Played, job: Job) -> Path:
+    """The folder of a trial that has begun."""
+    folder = Path(job.kwargs["run"]["checkpoint"]["checkpoint_dir"])
+    folder.mkdir()
+    (folder / "step_000010.json").write_text("")
+    return folder
+
+
+def shared(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/shared.db"
+
+
+@pytest.mark.parametrize("how", ["deleted", "name", "storage"])
+def test_trials_of_another_study_are_never_continued(tmp_path: Path, how: str):
+    folder = tmp_path / "search"
+    played = Played(folder)
+    trained(played, played.next())
+    options: dict[str, Any] = {
+        "name": {"study_name": "b"},
+        "storage": {"storage": shared(tmp_path)},
+    }
+    if how == "deleted":
+        study.path(folder).unlink()
+    with pytest.raises(ConfigError, match=r"trial_000; trials of this one would go on from their"):
+        Played(folder, **options.get(how, {}))
+    if how != "deleted":
+        assert Played(folder).next().name == "trial_000", "its own study goes on"
+
+
+def test_results_of_another_study_do_not_count(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    played.tell(played.next(), "failed", reason="a broken cable")
+    study.path(tmp_path / "search").unlink()
+    with pytest.raises(ConfigError, match=r"not in the study search in .*trial_000"):
+        Played(tmp_path / "search")
+
+
+def test_a_folder_that_went_to_another_study_before_its_first_trial(tmp_path: Path):
+    folder = tmp_path / "search"
+    Played(folder, storage=shared(tmp_path)).next()  # killed before the training began
+    other = Played(folder, storage=shared(tmp_path), study_name="b")
+    trained(other, other.next())
+    with pytest.raises(ConfigError, match="trial_000"):
+        Played(folder, storage=shared(tmp_path))
+
+
+def test_a_new_trial_never_meets_an_old_folder(tmp_path: Path):
+    """Somebody has put it there since the search began."""
+    played = Played(tmp_path / "search")
+    (tmp_path / "search" / "trial_000").mkdir()
+    (tmp_path / "search" / "trial_000" / "latest.pt").write_text("")
+    assert played.next().name == "trial_001"
+    assert "is there already" in played.ledger.records["trial_000"].reason
+
+
+def test_a_renamed_machine_and_a_moved_folder_keep_their_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    played = Played(tmp_path / "here", storage=shared(tmp_path))
+    job = played.next()
+    trained(played, job)
+    monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = Played(tmp_path / "there", storage=shared(tmp_path))
+    assert again.next().name == job.name
+    place = ownership.place_of(again.study, trial_of(again.study, job))
+    assert place == f"renamed:{tmp_path}/there/trial_000"
+
+
+class Cable:
+    """Between a search and the storage of its study; it can be pulled out."""
+
+    def __init__(self, played: Played) -> None:
+        self._storage = played.study._storage
+        played.study._storage = self  # type: ignore[assignment]
+        self.failures = 0
+        self.deleted = False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._storage, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.failures:
+                self.failures -= 1
+                cause = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+                raise StorageInternalError("commit") from cause
+            return found(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(study, "LONGEST_PAUSE_S", 0.002)
+
+
+def test_a_data_base_that_is_away_is_waited_for(tmp_path: Path, short_pauses: None):
+    played, said = Played(tmp_path / "search", n_trials=2), []
+    played.source.patiently.say = said.append
+    cable = Cable(played)
+    for number in range(2):
+        cable.failures = 3
+        job = played.next()
+        for step in (10, 20):
+            cable.failures = 2
+            metrics = {"step": step, "val_loss": 9.0 - step, "total_steps": 500}
+            assert played.tell(job, "reported", metrics=metrics) == "go"
+        cable.failures = 4
+        played.tell(job, "finished", result={})
+        assert played.source.done == number + 1
+    assert played.states == ["COMPLETE", "COMPLETE"], "nothing was told or asked for twice"
+    assert "server closed the connection; asked again for 5 minutes" in said[0]
+    assert said[1] == "The study answers again"
+
+
+def test_an_outage_ends_the_search_at_last_or_when_it_is_to_stop(
+    tmp_path: Path, short_pauses: None, monkeypatch: pytest.MonkeyPatch
+):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    cable, metrics = Cable(played), {"step": 10, "val_loss": 9.0}
+    cable.failures = 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "OUTAGE_S", 0.05)
+        with pytest.raises(TrainingError, match=r"server closed .*; the same command goes on"):
+            played.tell(job, "reported", metrics=metrics)
+    played.source.patiently.is_stopping = lambda: cable.failures < 10**9 - 10
+    with pytest.raises(TrainingError, match="the same command goes on"):
+        played.tell(job, "reported", metrics=metrics)
+
+
+def test_a_trial_that_is_ended_in_the_study_ends_here(tmp_path: Path):
+    played, said = Played(tmp_path / "search", n_trials=2), []
+    played.source.patiently.say = said.append
+    first, second = played.next(), played.next()
+    played.validates(first, 9.0)
+    played.study.tell(0, state=TrialState.FAIL)
+    assert played.validates(first, 8.0, 7.0) == ["prune", "prune"]
+    event = Event("pruned", SLOT, first, result={})
+    played.source.event(event)
+    assert played.source.shown(event).kind == "failed"
+    played.study.tell(1, 3.0)
+    played.tell(second, "finished", result={})
+    assert said == [f"trial_00{n} was ended in the study by somebody else" for n in range(2)]
+    records = played.ledger.records
+    assert records["trial_000"].state == "failed" and records["trial_001"].state == "finished"
+    assert played.next().name == "trial_002", "the failed one is replaced"
+
+
+def test_a_study_that_is_deleted_ends_the_search_in_words(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    job = played.next()
+    optuna.delete_study(study_name="search", storage=study.url(tmp_path / "search"))
+    with pytest.raises(TrainingError, match="the study search was deleted while it ran"):
+        played.tell(job, "reported", metrics={"step": 10, "val_loss": 9.0})
+
+
+def test_an_enqueued_trial_with_bad_values_has_failed(tmp_path: Path):
+    played, said = Played(tmp_path / "search", n_trials=1), []
+    played.source.patiently.say = said.append
+    for _ in range(trials.FAILURES):
+        played.study.enqueue_trial({"learning_rate": -1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert played.next().name == f"trial_{trials.FAILURES:03d}", "others are not to blame"
+    assert said[0].startswith("FAILED trial_000: its values cannot be: ")
+    assert played.ledger.records["trial_000"].state == "failed"
+    assert Played(tmp_path / "search", n_trials=1).next().name == "trial_005"
+
+
+def test_a_trial_that_nobody_owns_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    played = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)
+    left = played.study.ask()  # killed before it had said whose it is
+    assert played.source.next() is None and played.source.ownerless == 1
+    assert played.source.elsewhere == 0
+    again = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)
+    now = time.time()
+    # Local time of another zone: it seems to have begun in an hour.
+    monkeypatch.setattr(time, "time", lambda: now - timedelta(hours=1).total_seconds())
+    assert again.next().name == "trial_001"
+    assert trial_of(again.study, Job("trial_000", "", {})).state == TrialState.FAIL
+    assert left.number == 0
+
+
+def test_an_idle_slot_does_not_ask_without_end(tmp_path: Path):
+    played = Played(tmp_path / "search", n_trials=1)
+    job = played.next()
+    assert played.source.next() is None
+    reads = 0
+    get_trials = played.study.get_trials
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return get_trials(*args, **kwargs)
+
+    played.study.get_trials = counted  # type: ignore[method-assign]
+    assert [played.source.next() for _ in range(20)] == [None] * 20 and reads == 0
+    played.tell(job, "failed", reason="a broken cable")
+    assert played.next().name == "trial_001", "at once, after an event"
+
+
+def test_checkpoints_that_a_killed_owner_left_are_dropped(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    folders = [trained(played, job := played.next())]
+    played.finishes(job, 5.0)
+    kept = Played(tmp_path / "search", keep_checkpoints=True)
+    folders.append(trained(kept, job := kept.next()))
+    kept.finishes(job, 5.0)
+    (folders[0] / "step_000010.json").write_text("")  # as if it had been killed before
+    Played(tmp_path / "search").source.catch_up()
+    deadline = time.monotonic() + 5
+    while list(folders[0].iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert list(folders[1].iterdir()), "these were to be kept"
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "per%20cent", "h#sh", "ünï", "{x}", "a&b=1"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str):
+    Played(tmp_path / name).next()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert study.path(tmp_path / name).exists()
+    assert optuna.load_study(study_name="search", storage=study.url(tmp_path / name)).trials
+
+
+def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path):
+    """A question mark, before SQLAlchemy 2.1."""
+    try:
+        Played(tmp_path / "q?mark")
+    except ConfigError as error:
+        assert "choose another --checkpoint_dir" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["q?mark"]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("postgres://user:secret@host/name", r"postgres://user:…@host/name: .*postgresql\+psycopg"),
+        ("nonsense", r"nonsense: .*needed is an address such as postgresql\+psycopg://"),
+        ("mysql+nothing://host/name", "needed is an address"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path, address: str, words: str):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=words):
+        Played(tmp_path / "search", storage=address)
+    assert time.monotonic() < began + study.PAUSE_S
+
+
+def test_the_id_is_in_the_folder(tmp_path: Path):
+    Played(tmp_path / "search")
+    about = json.loads((tmp_path / "search" / "study.json").read_text())
+    assert about["id"] == ownership.id_of(tmp_path / "search")
+    assert ownership.id_of(tmp_path) == ""

@@ -1,0 +1,187 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2.checkpoint import store
+from gpt2.cli import pool_options, seeds
+from gpt2.config import options as config
+from gpt2.experiments import results as ledger
+from gpt2.experiments.sweep.training_sweep import Training
+from gpt2.train import trainer
+from support import ROOT, run_command, small_config, small_flags
+
+SCRIPT = ROOT / "src" / "main_multi_gpu.py"
+
+
+def command(*flags: object) -> list[str]:
+    return [sys.executable, str(SCRIPT), *map(str, flags)]
+
+
+def sweep(tmp_path: Path, *flags: object, expect: int = 0, **environment: str) -> Any:
+    """A sweep of `jobs.measured` in a process of its own, in `tmp_path`."""
+    environment |= {"TRACE": str(tmp_path / "trace"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    target = ("--target", "experiments.jobs:measured")
+    return run_command(command(*target, *flags), cwd=tmp_path, expect=expect, **environment)
+
+
+def starts(tmp_path: Path) -> list[str]:
+    """`rate seed` of every start of a job."""
+    lines = (tmp_path / "trace").read_text().splitlines()
+    return [" ".join(line.split()[:2]) for line in lines]
+
+
+def test_sweep_keeps_results_and_goes_on(tmp_path: Path):
+    flags = ("--num_seeds", 5, "--grid", "rate=1.5,2")
+    failed = sweep(tmp_path, *flags, expect=1, FAIL="1")
+    assert "FAILED rate=1.5,seed=3: RuntimeError: three is bad" in failed.stdout
+    assert len(starts(tmp_path)) == 10
+    content = json.loads((tmp_path / "checkpoints/seeds/results.json").read_text())
+    assert content["failures"] == ["rate=1.5,seed=3", "rate=2,seed=3"]
+    assert content["points"][1]["values"] == {"0": 0, "1": 2, "2": 4, "4": 8}
+    assert content["results"][0]["result"]["nan"] is None
+    (tmp_path / "trace").unlink()
+
+    mended = sweep(tmp_path, "--num_seeds", 6, "--grid", "rate=1.5,2,4")
+    again = [start for start in starts(tmp_path) if start.split()[0] != "4"]
+    assert sorted(again) == ["1.5 3", "1.5 5", "2 3", "2 5"], "what is done does not run again"
+    assert len(starts(tmp_path)) == 4 + 6, "seeds and values may be added"
+    assert "8 of them are done already" in mended.stdout
+    table = [line.split() for line in mended.stdout.splitlines()]
+    assert ["1.5", "6", "-", "3.75", "2.81", "0.81", "to", "6.69"] in table
+    assert (tmp_path / "checkpoints/seeds/value.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--learning_rate=1e-3", "--learning_rate"),
+        ("--n-layer 2", "--n_layer"),
+        ("--preset demo", "--preset"),
+        ("--ddp 2", "--ddp 2"),
+        ("--no_keep_checkpoints", "--no_keep_checkpoints"),
+    ],
+)
+def test_a_function_has_no_options_of_a_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, named: str
+):
+    target = ["--target", "experiments.jobs:measured"]
+    monkeypatch.setattr(sys, "argv", ["gpt2 seeds", *target, *given.split()])
+    assert seeds.seeds_main() == 2
+    assert f"error: {named} is for trainings; leave it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--target", "os:no_such"], "there is no function os:no_such"),
+        (["--target", "os"], "there is no function os; needed is module:function"),
+        (
+            ["--target", "os:getcwd", "--device", "cpu", "--out-dir", "x"],
+            "os:getcwd cannot be called with seed",
+        ),
+        (["--grid", "learning_rat=1,2"], "did you mean learning_rate"),
+        (["--grid", "n_layer=2.5,x"], "n_layer=2.5 does not fit"),
+        (["--grid", "seed=1,2"], "the seeds of a sweep are given by --num_seeds"),
+        (["--seed", "7"], "the seeds of a sweep are given by --num_seeds"),
+        (["--experiment_name", "a"], "are for one run"),
+        (
+            ["--target", "experiments.jobs:measured", "--grid", "rate=x/y,x_y"],
+            "two points would be called rate=x_y; use other values",
+        ),
+        (["--resume", "latest"], "--resume latest is for one run; an experiment goes on by itself"),
+        (["--num_seeds", "0"], "num_seeds=0 is too small"),
+        (["--data_root", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpt2 seeds", *flags])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert seeds.seeds_main() == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "seeds" / "results.jsonl").exists()
+
+
+def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        pool_options.parse_beside_run(seeds.SeedsCommand, ["--n_layr", "3"])
+    assert "--n_layer" in capsys.readouterr().err
+
+
+def test_batches_of_any_size_are_judged_by_the_same_rows(data_root: Path, tmp_path: Path):
+    run = small_config(data_root, tmp_path)
+    for size in (64, 128, 512):
+        job = Training(run).job("a", {"total_batch_size": size, "seed": 0}, tmp_path)
+        assert config.of_stored(job.kwargs["run"]).eval_rows == run.eval_rows
+
+
+@pytest.mark.soak
+def test_interrupted_sweep_goes_on(tmp_path: Path):
+    environment = os.environ | {
+        "TRACE": str(tmp_path / "trace"),
+        "PAUSE": "0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    flags = command("--target", "experiments.jobs:measured", "--num_seeds", 30)
+    running = subprocess.Popen(flags, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    lines = tmp_path / "checkpoints" / "seeds" / "results.jsonl"
+    deadline = time.monotonic() + 60
+    while not lines.exists() or lines.read_bytes().count(b"\n") < 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=30)[0].decode()
+    assert running.returncode == 130 and "the same command goes on" in output
+    before = len(ledger.read_records(lines.parent))
+    assert 6 <= before < 30
+    sweep(tmp_path, "--num_seeds", 30)
+    assert len(ledger.read_records(lines.parent)) == 30
+    assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
+
+
+@pytest.mark.soak
+def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
+    options = {"max_steps": 16, "eval_interval": 16}
+    folder = tmp_path / "sweep"
+    flags = command(
+        *small_flags(data_root, tmp_path, **options),
+        *("--grid", "learning_rate=1e-3,3e-3", "--num_seeds", 1, "--checkpoint_dir", folder),
+    )
+    running = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE)
+    names = ["learning_rate=0.001,seed=0", "learning_rate=0.003,seed=0"]
+    logs = [folder / name / "log.txt" for name in names]
+    deadline = time.monotonic() + 60
+    while not all(log.exists() and "\nstep 3 " in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=30)
+    assert running.returncode == 130
+    stopped = [store.list_checkpoints(folder / name)[-1].facts.step for name in names]
+    assert not ledger.read_records(folder)
+
+    again = run_command(flags, cwd=tmp_path)
+    assert "val_loss over seeds" in again.stdout
+    for name, log, step in zip(names, logs, stopped, strict=True):
+        assert 3 <= step < 16 and f"Stopped by signal 15 at step {step};" in log.read_text()
+        assert f"  - Step: {step}\n" in log.read_text()
+        assert (folder / name / "latest.pt").exists()
+    results = {record.job: record.result for record in ledger.read_records(folder)}
+    alone = small_config(data_root, tmp_path / "alone", **options, learning_rate=3e-3, seed=0)
+    assert results[names[1]]["val_loss"] == trainer.run(alone).val_loss
+
+    other = run_command([*flags, "--n_layer", "1"], tmp_path, expect=2)
+    assert "n_layer: 2 before, 1 now" in other.stderr

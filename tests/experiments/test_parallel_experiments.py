@@ -1,0 +1,226 @@
+"""run_parallel_experiments.sh, with small trainings on CPU shares."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.harness import processes_of
+from gpt2.config import experiment_name
+from support import ROOT, run_command, small_flags
+
+SCRIPT = ROOT / "run_parallel_experiments.sh"
+SHORT = {"total_batch_size": 64, "eval_interval": None, "device": "cpu"}
+
+
+def environment() -> dict[str, str]:
+    """Where the script finds this Python, and no GPU."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Trains several named experiments side by side"),
+        (["a --seed 1", "b", "a --seed 2"], "two experiments have the name a"),
+        (["../a"], "'../a' must begin with a name of letters, digits, . _ and -"),
+        (["--learning_rate 1"], "unknown option --learning_rate 1; flags of all experiments come"),
+        (["a --sample_prompt 'b"], "has a quote that does not end"),
+        (["--slots", "0", "a"], "--slots 0 is no number of experiments"),
+        (["--gpus=0", "--slots=2", "a"], "--gpus and --slots contradict each other"),
+        (["--gpus"], "--gpus needs a value"),
+        (["--gpus", "0,-1", "a"], "--gpus '0,-1' must be as 0,2; --slots N is for the CPU"),
+        (["--gpus=", "a"], "--gpus '' must be as 0,2"),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str):
+    done = run_command([str(SCRIPT), *arguments], cwd=tmp_path, expect=2)
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """The script where `python` only tells what it was started with."""
+    return stood_in(tmp_path, python='echo "gpus=$CUDA_VISIBLE_DEVICES $*"')
+
+
+def stood_in(folder: Path, **commands: str) -> Path:
+    """The script in a place of its own, in which these commands, in bash, replace the real ones."""
+    bin_folder = folder / "with blank" / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    for name, command in commands.items():
+        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{command}\n")
+        (bin_folder / name).chmod(0o755)
+    return Path(shutil.copy(SCRIPT, folder / "with blank"))
+
+
+def instead(script: Path) -> dict[str, str]:
+    """The environment in which the commands beside the script come first."""
+    return {"PATH": f"{script.parent / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("visible", ["2", "0, 1", " 3 ,-1,4", "-1", "", "MIG-GPU-89/1/0"])
+def test_gpus_are_called_as_the_training_calls_them(stand_in: Path, tmp_path: Path, visible: str):
+    done = run_command([str(stand_in), "a", "b"], cwd=tmp_path, CUDA_VISIBLE_DEVICES=visible)
+    gpu_id = experiment_name.first_visible(visible)
+    (console,) = (tmp_path / "logs" / experiment_name.label("a", gpu_id)).glob("console_*.log")
+    shown = console.read_text().split()[0].removeprefix("gpus=")
+    assert experiment_name.first_visible(shown) == gpu_id
+    on = "1" if visible == "0, 1" else gpu_id
+    assert f"started   b on {'gpu ' if on != 'cpu' else ''}{on}, process" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        (["--log_dir", "kept", "--out_dir=out"], "kept"),
+        (["--out-dir", "first", "--out_dir", "out"], "out/logs"),
+    ],
+)
+def test_its_console_log_lies_beside_the_trainings(
+    stand_in: Path, tmp_path: Path, flags: list[str], folder: str
+):
+    for label in (f"{folder}/a_gpu_7", "own/b_gpu_5"):
+        (tmp_path / label).mkdir(parents=True)
+    experiments = ["a --x 'two  words'\n--y ''", "b --log_dir=own"]
+    done = run_command(
+        [str(stand_in), "--gpus", "5,7", *experiments, "--", *flags], cwd=tmp_path, expect=0
+    )
+    assert "started   b on gpu 5" in done.stdout
+    (console,) = (tmp_path / folder / "a_gpu_7").glob("console_*.log")
+    given = console.read_text()
+    assert given.endswith(f"{' '.join(flags)} --x two  words --y  --experiment_name a\n")
+    assert list((tmp_path / "own" / "b_gpu_5").glob("console_*.log"))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_after_a_stop_nothing_begins(tmp_path: Path):
+    """A stop that comes while the third of five is about to begin."""
+    mkdir = 'if [[ $2 == *c_gpu_* ]]; then kill -TERM "$PPID"; fi; exec /bin/mkdir "$@"'
+    script = stood_in(tmp_path, python="exec sleep 60", mkdir=mkdir)
+    done = run_command(
+        [str(script), "--slots=5", *"abcde"], cwd=tmp_path, expect=143, **instead(script)
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("started")] == ["a", "b"]
+    assert {line.split()[1] for line in lines if line.startswith("stopped")} == {"a", "b"}
+    assert "3 never began: c d e" in lines
+
+
+def test_one_without_a_log_ends_no_other(tmp_path: Path):
+    mkdir = '[[ $2 != *a_gpu_* ]] && exec /bin/mkdir "$@"'
+    script = stood_in(tmp_path, python="sleep 1; echo done", mkdir=mkdir)
+    done = run_command([str(script), "a", "b"], cwd=tmp_path, expect=1, **instead(script))
+    assert "failed    a after" in done.stdout
+    assert "finished  b after" in done.stdout
+    assert "1 ended early: a" in done.stdout
+    assert "a_gpu_cpu" in done.stderr
+
+
+def test_experiments_outlive_the_reader_but_not_the_script(tmp_path: Path):
+    """Nobody reads what the script says; then a signal ends it that it does not know."""
+    python = "trap 'echo told; exit 3' TERM; echo runs; for _ in {1..200}; do sleep 0.1; done"
+    script = stood_in(tmp_path, python=python)
+    with subprocess.Popen(
+        [str(script), "--slots=1", "a"], cwd=tmp_path, stdout=subprocess.PIPE
+    ) as started:
+        try:
+            started.stdout.readline()
+            started.stdout.close()
+            wait_for(tmp_path, "runs\n")
+            time.sleep(1)  # the script looks twice after its experiments
+            assert started.poll() is None
+            started.send_signal(signal.SIGUSR1)
+            wait_for(tmp_path, "runs\ntold\n")
+        finally:
+            started.terminate()
+
+
+def wait_for(folder: Path, text: str) -> None:
+    """Until that, and nothing else, is what an experiment in the folder has printed."""
+    deadline = time.monotonic() + 20
+    while [log.read_text() for log in folder.glob("logs/*/console_*.log")] != [text]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.soak
+def test_the_next_takes_the_place_that_it_had_before(data_root: Path, tmp_path: Path):
+    """Two places, in which two experiments fail, and a third that trained in one of them before."""
+    out = tmp_path / "out of all"
+    (out / "logs" / "last_gpu_7").mkdir(parents=True)
+    flags = small_flags(data_root, out, max_steps=2, **SHORT)
+    experiments = ["bad --n_head 3", "worse --n_head 5", "last --sample_prompt 'a b'"]
+    done = run_command(
+        [str(SCRIPT), "--gpus", "5,7", *experiments, "--", *flags],
+        cwd=tmp_path,
+        expect=1,
+        **environment(),
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("started   bad on gpu 5, process ")
+    assert lines[1].startswith("started   worse on gpu 7, process ")
+    failed = next(place for place, line in enumerate(lines) if line.startswith("failed    worse"))
+    assert lines[failed].endswith(" s, exit code 2")
+    assert lines[failed + 1].startswith("          error: n_embd=16 is not a multiple of n_head=5")
+    started = next(line for line in lines if line.startswith("started   last on gpu 7, process "))
+    assert lines.index(started) > failed
+    assert lines[-2] == "1 of 3 finished: last"
+    assert lines[-1] in ("2 ended early: bad worse", "2 ended early: worse bad")
+    link = out / "checkpoints" / "ckpt_exp_last_gpu_7.pt"
+    assert os.readlink(link) == "last_gpu_7/step_000002.pt"
+    (console,) = (out / "logs" / "last_gpu_7").glob("console_*.log")
+    assert f"Checkpoint will be saved as {link}\n" in console.read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)],
+    ids=["Ctrl+C", "SIGTERM"],
+)
+def test_a_stop_saves_all(data_root: Path, tmp_path: Path, number: signal.Signals, code: int):
+    """Ctrl+C goes to the whole group, as from a terminal; SIGTERM to the script alone."""
+    names = ["a", "b", "never"] if number == signal.SIGINT else ["a"]
+    flags = small_flags(data_root, tmp_path, max_steps=100_000, **SHORT)
+    slots = "2" if number == signal.SIGINT else "1"
+    printed = tmp_path / "printed.txt"
+    with printed.open("w") as output:
+        script = subprocess.Popen(
+            [str(SCRIPT), "--slots", slots, *names, "--", *flags],
+            cwd=tmp_path,
+            env=os.environ | environment(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # A shell may have started the tests with SIGINT ignored, which bash could not undo.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    running = names[: int(slots)]
+    logs = [tmp_path / "logs" / f"{name}_gpu_cpu" / "log.txt" for name in running]
+    deadline = time.monotonic() + 90
+    while not all(log.exists() and "step 3 |" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline, printed.read_text()
+        assert script.poll() is None, printed.read_text()
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(script.pid, number)
+    else:
+        script.send_signal(number)
+    assert script.wait(60) == code, printed.read_text()
+    assert processes_of(f"\0{tmp_path}\0") == []
+    for name, log in zip(running, logs, strict=True):
+        link = tmp_path / "checkpoints" / f"ckpt_exp_{name}_gpu_cpu.pt"
+        step = int(link.resolve(strict=True).stem.removeprefix("step_"))
+        assert f"Stopped by signal 15 at step {step}; --resume latest goes on" in log.read_text()
+    said = printed.read_text()
+    assert said.count("\nstopped   ") == len(running)
+    assert f"\n0 of {len(names)} finished\n" in said
+    assert ("1 never began: never" in said) == ("never" in names)

@@ -1,0 +1,81 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2.base.errors import CheckpointError, ConfigError
+from gpt2.experiments import results
+from gpt2.experiments.results import About, Record
+
+ABOUT = About("seeds", {"target": "a:b", "grid": "rate"}, total=3)
+
+
+def test_results_outlive_their_owner(tmp_path: Path):
+    with results.opened(tmp_path, ABOUT) as first:
+        first.add(Record("a", "finished", {"seed": 0}, {"loss": 1.5}))
+        first.add(Record("b", "failed", {"seed": 1}, reason="why", traceback="where"))
+        first.add(Record("c", "pruned", {"seed": 2}))
+        first.save(metric="loss")
+    with results.opened(tmp_path, ABOUT) as second:
+        assert [second.is_done(job) for job in "abcd"] == [True, False, True, False]
+        assert second.records["a"].result == {"loss": 1.5}
+        second.add(Record("b", "finished", {"seed": 1}, {"loss": 1.0}))
+        assert second.is_done("b") and not second.of("failed")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["metric"] == "loss" and content["kind"] == "seeds"
+    assert [row["job"] for row in content["results"]] == ["a", "b", "c"]
+
+
+def test_torn_line_is_cut_before_the_next_one(tmp_path: Path):
+    with results.opened(tmp_path, ABOUT) as first:
+        first.add(Record("a", "finished", {}))
+    with (tmp_path / results.LINES).open("a") as file:
+        file.write('{"job": "b", "sta')
+    with results.opened(tmp_path, ABOUT) as second:
+        assert set(second.records) == {"a"}
+        second.add(Record("c", "finished", {}))
+    assert [record.job for record in results.read_records(tmp_path)] == ["a", "c"]
+
+
+def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, room = os.write, 0
+
+    def write(handle: int, data: bytes) -> int:
+        if not room:
+            real(handle, data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data)
+
+    with results.opened(tmp_path, ABOUT) as book:
+        monkeypatch.setattr(os, "write", write)
+        book.add(Record("a", "finished", {}))
+        book.add(Record("b", "finished", {}))
+        assert book.is_done("a")
+        room = 1
+        book.add(Record("c", "finished", {}))
+    assert [record.job for record in results.read_records(tmp_path)] == ["a", "b", "c"]
+
+
+def test_second_owner_is_refused_by_name(tmp_path: Path):
+    program = (
+        "import sys, pathlib\nfrom gpt2.experiments.results import About, opened\n"
+        "with opened(pathlib.Path(sys.argv[1]), About('seeds', {}, 1)):\n"
+        "    print('mine', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == b"mine\n"
+        refused = pytest.raises(CheckpointError, match=rf"another experiment.*process {owner.pid} ")
+        with refused, results.opened(tmp_path, ABOUT):
+            pass
+        owner.kill()
+        owner.wait()
+    with (
+        pytest.raises(ConfigError, match="target: None before, a:b now"),
+        results.opened(tmp_path, ABOUT),
+    ):
+        pass

@@ -1,0 +1,301 @@
+import io
+import shutil
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from gpt2.base import folder_lock
+from gpt2.checkpoint import metadata, store
+from gpt2.cli import main
+from gpt2.config import flops, options, presets
+from gpt2.config.run import RunConfig
+from gpt2.inspection import doctor, machine
+from gpt2.inspection.doctor import Finding, Need
+from gpt2.inspection.machine import Gpu, Torch
+from support import small_config, small_flags, write_tasks
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GB = 10**9
+H200 = Gpu("NVIDIA H200", 150 * GB, 149 * GB, (9, 0))
+FOR_CPU, FOR_CUDA = Torch("2.13.0+cpu", None, None), Torch("2.13.0", "13.0", "2.28.9")
+GPT2_124M = flops.state_bytes(presets.preset("gpt2-124m").model)
+
+
+def levels(findings) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [("3.11.7", "ok"), ("3.15.0b1", "ok"), ("3.10.2", "PROBLEM")]
+)
+def test_python_in_range(version: str, level: str):
+    assert doctor.judge_python(version, ">=3.11").level == level
+
+
+def test_packages_out_of_range_and_missing_ones_are_named_with_their_command():
+    needed = [Requirement(text) for text in ("torch>=2.9,<=2.13.0", "numpy<3", "tyro>=0.9")]
+    there = {"torch": "2.13.0+cpu", "numpy": "3.0.1", "tyro": None}
+    numpy, tyro, good = doctor.judge_packages(needed, there)
+    assert numpy == Finding(
+        "PROBLEM", "packages", "numpy 3.0.1, needed <3", "pip install 'numpy<3'"
+    )
+    assert tyro.fact == "tyro is missing, needed >=0.9"
+    assert good == Finding("ok", "packages", "torch 2.13.0+cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "build", "driver", "level", "said"),
+    [
+        ("auto", 2, FOR_CUDA, "580.65", "ok", "2 GPUs: torch 2.13.0 for CUDA 13.0, driver 580.65"),
+        ("auto", 0, FOR_CPU, None, "note", "there is no GPU"),
+        ("cpu", 0, FOR_CPU, "580.65", "ok", "CPU: torch 2.13.0+cpu for CPUs alone"),
+        ("auto", 0, FOR_CPU, "580.65", "PROBLEM", "install the torch for CUDA"),
+        ("auto", 0, FOR_CUDA, "580.65", "PROBLEM", "nvidia-smi tells"),
+        ("cuda", 0, FOR_CPU, None, "PROBLEM", "use --device cpu"),
+    ],
+)
+def test_no_gpu_is_a_note_and_an_idle_one_a_problem(wanted, gpus, build, driver, level, said):
+    found = doctor.judge_device(wanted, gpus, build, driver)
+    assert found.level == level
+    assert said in f"{found.fact}; {found.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "level", "said"),
+    [
+        (H200, "ok", "NVIDIA H200, 150.0 GB, 149.0 GB free"),
+        (replace(H200, free_bytes=100 * GB), "note", "another process has 50.0 GB"),
+        (replace(H200, free_bytes=GB), "PROBLEM", "another process has 149.0 GB"),
+        (Gpu("tiny", 2 * GB, 2 * GB, (8, 0)), "PROBLEM", "moments alone take 2.0 GB"),
+    ],
+)
+def test_the_model_fits_beside_others(gpu: Gpu, level: str, said: str):
+    (found,) = doctor.judge_gpus([gpu], state_bytes=int(1.51 * GB))
+    assert found.level == level
+    assert said in found.fact
+
+
+def test_gpus_of_several_kinds_are_noted():
+    assert levels(doctor.judge_gpus([H200, H200], GPT2_124M)) == ["ok", "ok"]
+    other = replace(H200, name="NVIDIA A100")
+    assert levels(doctor.judge_gpus([H200, other], GPT2_124M)) == ["ok", "ok", "note"]
+
+
+def test_nccl():
+    assert doctor.judge_nccl(FOR_CUDA) == Finding("ok", "NCCL", "2.28.9")
+    assert doctor.judge_nccl(FOR_CPU).level == "PROBLEM"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "device", "level", "said"),
+    [
+        ("auto", True, CUDA, "ok", "bfloat16"),
+        ("auto", False, CPU, "ok", "float32: this CPU has no fast bfloat16"),
+        ("auto", False, CUDA, "note", "float32: this GPU has no fast bfloat16"),
+        ("float32", True, CUDA, "note", "float32"),
+        ("bfloat16", False, CPU, "note", "bfloat16, which this CPU only emulates"),
+    ],
+)
+def test_precision(dtype, fast, device, level, said):
+    found = doctor.judge_precision(dtype, fast, device)
+    assert (found.level, found.fact) == (level, said)
+
+
+def test_a_batch_is_divided_among_the_ranks():
+    run = presets.preset("gpt2-124m")
+    even = doctor.judge_batch(run, 4, 4)
+    said = "4 ranks of 128 rows per step, 64 at once, gradient accumulation 2"
+    assert (even.level, even.fact) == ("ok", said)
+    uneven = doctor.judge_batch(run, 3, 3)
+    assert (uneven.level, uneven.fact[:36]) == ("note", "3 ranks of 170 or one row more per s")
+    assert doctor.judge_batch(run, 4, 2).remedy == "use --nproc_per_node=2"
+    few = options.overlay(run, {"total_batch_size": 2048})
+    assert "too few for 4 ranks" in doctor.judge_batch(few, 4, 4).fact
+
+
+def test_disks_hold_what_the_run_keeps(tmp_path: Path):
+    run = options.overlay(presets.preset("gpt2-124m"), {"checkpoint_dir": tmp_path})
+    (need,) = doctor.disk_needs(run, None)
+    assert need.what == "12 checkpoints of 1.5 GB"
+    assert need.bytes == 12 * GPT2_124M
+    facts = metadata.Facts(1, 0, 1, None, None, 1, "run", "0")
+    store.save(tmp_path, {"filler": [0] * 1000}, facts, keep_last=10)
+    has = (tmp_path / "step_000001.pt").stat().st_size
+    assert doctor.disk_needs(run, None)[0].bytes == 12 * GPT2_124M - has
+    assert doctor.judge_disk(need.bytes, [need]).level == "ok"
+    full = doctor.judge_disk(need.bytes, [need, Need("copies", tmp_path, 1, "lower --cache_gb")])
+    assert full.level == "PROBLEM"
+    assert full.remedy.endswith("choose another --checkpoint_dir; lower --cache_gb")
+
+
+def test_limits():
+    assert doctor.judge_open_files(4096, 100).level == "ok"
+    assert doctor.judge_open_files(None, 100).fact == "no limit, 1,224 needed"
+    assert doctor.judge_open_files(1024, 100).level == "PROBLEM"
+    assert doctor.judge_memory(2 * GB, GB, ranks_on_cpu=0).level == "ok"
+    assert doctor.judge_memory(2 * GB, GB, ranks_on_cpu=1).level == "PROBLEM"
+    assert doctor.judge_memory(None, GB, ranks_on_cpu=1).level == "note"
+    docker = 64 * 2**20
+    assert doctor.judge_shared_memory(docker, ranks_on_gpu=1).level == "ok"
+    assert doctor.judge_shared_memory(docker, ranks_on_gpu=2).remedy == "docker run --shm-size=1g"
+
+
+def test_name_and_clock():
+    assert doctor.judge_own_name("127.0.0.1", 4).level == "ok"
+    assert doctor.judge_own_name(None, 1).level == "note"
+    assert doctor.judge_own_name(None, 2).level == "PROBLEM"
+    assert doctor.judge_clock(now=2e9, newest=1e9).level == "ok"
+    assert doctor.judge_clock(now=0, newest=1e9).fact.startswith("1970-01-0")
+
+
+def test_folders(tmp_path: Path):
+    folders = {"log_dir": tmp_path / "not yet" / "logs", "runs_dir": Path("/proc/1/fd/runs")}
+    refused = {flag: machine.unwritable(folder) for flag, folder in folders.items()}
+    problem, good = doctor.judge_folders(folders, refused)
+    assert problem.remedy == "choose another with --runs_dir"
+    assert good.fact == f"can be written: {tmp_path}/not yet/logs"
+    assert list(tmp_path.iterdir()) == []  # nothing was made
+
+
+def test_data_is_opened_as_the_run_will(tmp_path: Path, data_root: Path):
+    run = small_config(data_root, tmp_path)
+    data, found = doctor.find_data(run)
+    assert found.level == "ok"
+    assert f"{data.tokens('train'):,} training tokens" in found.fact
+    assert found.fact.endswith("all in the manifest: 20 steps")
+    broken = Path(shutil.copytree(data_root, tmp_path / "small"))
+    (broken / "small_train_000001.npy").unlink()
+    data, found = doctor.find_data(small_config(broken, tmp_path))
+    assert (data, found.level) == (None, "PROBLEM")
+    assert "small_train_000001.npy is in the manifest, but it is missing" in found.fact
+    _, found = doctor.find_data(small_config(tmp_path / "python_stdlib", tmp_path))
+    assert found.fact.endswith("when the run starts")
+    _, found = doctor.find_data(small_config(tmp_path / "nothing", tmp_path))
+    assert "make it with: gpt2 data" in found.fact
+
+
+def test_far_data_is_reached_and_its_copies_need_room(tmp_path: Path, data_root: Path):
+    far = {"data_root": f"file://{data_root}", "cache_dir": tmp_path / "cache"}
+    run = options.overlay(small_config(data_root, tmp_path), far)
+    data, found = doctor.find_data(run)
+    assert found.level == "ok"
+    assert doctor.writable_folders(run)["cache_dir"] == tmp_path / "cache"
+    copies = doctor.disk_needs(run, data)[1]
+    assert copies.bytes == sum(shard.bytes for shard in data.shards)
+    _, found = doctor.find_data(options.overlay(run, {"data_root": "http://127.0.0.1:9/none"}))
+    assert found.level == "PROBLEM"
+
+
+def test_hellaswag(tmp_path: Path):
+    run = presets.preset("gpt2-124m")
+    assert doctor.find_hellaswag(run, tmp_path).level == "note"
+    path = write_tasks(tmp_path / "hellaswag_val.jsonl")
+    assert doctor.find_hellaswag(run, tmp_path) == Finding("ok", "HellaSwag", f"{path}: 6 tasks")
+    path.write_text("{")
+    assert doctor.find_hellaswag(run, tmp_path).level == "PROBLEM"
+    off = options.overlay(run, {"hellaswag_interval": None})
+    assert doctor.find_hellaswag(off, tmp_path).level == "ok"
+
+
+def state_of(run: RunConfig) -> dict:
+    return {"config": run.to_dict(), "data_fingerprint": "x", "progress": {"step": 7}}
+
+
+def test_the_beginning_is_checked(tmp_path: Path, data_root: Path):
+    run = small_config(data_root, tmp_path)
+    folder = run.checkpoint.checkpoint_dir
+    folder.mkdir()
+    (found,) = doctor.find_checkpoints(run, None)
+    assert found.fact == f"a new run: no checkpoint in {folder}"
+    facts = metadata.Facts(7, 0, 1, None, None, 1, "run", "0")
+    path = store.save(folder, state_of(run), facts, keep_last=10)
+    (found,) = doctor.find_checkpoints(run, None)
+    assert "continue it with --resume latest" in found.fact
+    resumed = options.overlay(run, {"resume": "latest"})
+    with folder_lock.held(folder):
+        running, found = doctor.find_checkpoints(resumed, None)
+    assert (running.level, running.what) == ("note", "running")
+    assert (found.level, found.fact) == ("ok", f"at step 7, with {path}, which is whole")
+    (found,) = doctor.find_checkpoints(options.overlay(resumed, {"n_embd": 32}), None)
+    assert "n_embd: 16 in the checkpoint, 32 now" in found.fact
+    path.write_bytes(b"x")
+    *warnings, found = doctor.find_checkpoints(resumed, None)
+    assert levels(warnings) == ["note"]
+    assert found.level == "PROBLEM"
+    assert path.exists()  # looked at, not set aside
+
+
+def test_without_an_address(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    assert machine.own_address() is None
+
+
+def test_memory_within_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = machine.memory_bytes()
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\n")
+    assert machine.memory_bytes() == 150_000 < whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory_bytes() > 150_000
+
+
+@pytest.mark.parametrize(
+    ("line", "group", "limit", "used"),
+    [
+        ("0::/user/run.scope", "user", "memory.max", "memory.current"),
+        ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_memory_of_a_job(tmp_path: Path, monkeypatch, line: str, group: str, limit: str, used: str):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "groups")
+    (tmp_path / "groups").write_text(f"3:cpu:/x\n{line}\n")
+    (tmp_path / group).mkdir(parents=True)
+    for name, text in {limit: "900000", used: "500000", "memory.stat": "inactive_file 0"}.items():
+        (tmp_path / group / name).write_text(f"{text}\n")
+    assert machine.memory_bytes() == 400_000
+
+
+def test_weights_to_begin_with_are_looked_at(data_root: Path, tmp_path: Path):
+    for source in ("hf:/nowhere", "/nowhere.pt"):
+        run = small_config(data_root, tmp_path, init_from=source)
+        assert [found.level for found in doctor.find_checkpoints(run, None)] == ["PROBLEM"]
+
+
+def test_problems_are_red_on_a_terminal_and_counted():
+    findings = [Finding("ok", "a", "b"), Finding("PROBLEM", "c", "[d]", "type e")]
+    plain = Console(file=io.StringIO(), width=9)
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    assert doctor.print_findings(findings, plain) == 1
+    said = "ok       a             b\nPROBLEM  c             [d]; type e\n\n1 problem found\n"
+    assert plain.file.getvalue() == said
+    doctor.print_findings(findings, screen)
+    assert "\x1b[1;31m" in screen.file.getvalue()
+
+
+def test_the_command_takes_the_options_of_the_run(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def call(*flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpt2", "doctor", *flags])
+        return main.main()
+
+    flags = ("--device", "cpu", "--nproc_per_node=2", "--use_tensorboard")
+    assert call(*small_flags(data_root, tmp_path), *flags) == 0
+    printed = capsys.readouterr().out
+    assert "2 ranks of 4 rows per step, 2 at once, gradient accumulation 2" in printed
+    assert f"can be written: {tmp_path}/checkpoints, {tmp_path}/logs, {tmp_path}/runs" in printed
+    assert printed.endswith("No problem found\n")
+    assert list(tmp_path.iterdir()) == []
+    assert call(*small_flags(tmp_path / "none", tmp_path), *flags) == 1
+    assert "PROBLEM  data" in capsys.readouterr().out
+    assert call("--total_batch_size", "500000") == 2
+    assert "nearest: 499712 or 500736" in capsys.readouterr().err

@@ -1,0 +1,161 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2.base.errors import ConfigError, DataError
+from gpt2.cli import main
+from gpt2.inspection import plot
+from gpt2.inspection.plot import Curve
+from gpt2.metrics.log_file import LogFile
+from gpt2.metrics.records import StepRecord
+
+
+def write_log(path: Path, name: str, losses: list[float], first: int = 0, hellaswag: bool = False):
+    log = LogFile(path, name, first)
+    for step, loss in enumerate(losses, start=first + 1):
+        log.step(StepRecord(step, 0, loss, 1e-3, 1.0, 2.0, 500.0, 0.1, []), None)
+        if step % 10 == 0:
+            log.validation(step, 0, loss)
+            if hellaswag:
+                log.message(
+                    f"step {step} | epoch 0 | hellaswag: 0.27 acc_norm | 0.26 acc | 9 tasks"
+                )
+    log.close()
+
+
+def curve(values: list[float]) -> Curve:
+    return Curve("run", "red", np.arange(1.0, len(values) + 1), np.array(values))
+
+
+def titles(runs: list) -> list[str]:
+    return [axes.get_title(loc="left") for axes in plot.draw(runs).axes]
+
+
+def test_a_log_a_folder_and_an_out_dir_are_read(tmp_path: Path):
+    write_log(tmp_path / "logs" / "log.txt", "a", [3.0] * 20)
+    for place in (tmp_path, tmp_path / "logs", tmp_path / "logs" / "log.txt"):
+        (run,) = plot.read([place])
+        assert run.name == "a"
+        assert len(run.steps) == 20
+
+
+def test_runs_are_told_apart(tmp_path: Path):
+    """By their names in one log; by what was given for them where that is several."""
+    one, several = tmp_path / "one.txt", tmp_path / "several.txt"
+    write_log(one, "a", [3.0])
+    for name in ("a", "b", "began and ended"):
+        write_log(several, name, [3.0] if name in "ab" else [])
+    assert [run.name for run in plot.read([several])] == ["a", "b"]
+    both = [run.name for run in plot.read([one, several])]
+    assert both == [str(one), f"{several} a", f"{several} b"]
+    assert [run.name for run in plot.read([one, several], last=1)] == [str(one), str(several)]
+
+
+def test_the_folder_of_an_experiment_stands_for_its_trainings(tmp_path: Path):
+    for name in ("modern", "gpt2"):
+        write_log(tmp_path / "models" / name / "log.txt", "demo_20261121_130000", [3.0])
+    names = [run.name for run in plot.read([tmp_path / "models"])]
+    assert names == [f"{tmp_path}/models/gpt2", f"{tmp_path}/models/modern"]
+
+
+def test_what_has_nothing_to_show_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no log at .*nowhere; needed: a log\.txt"):
+        plot.read([tmp_path / "nowhere"])
+    write_log(tmp_path / "log.txt", "a", [])
+    with pytest.raises(DataError, match="has no step of a run yet"):
+        plot.read([tmp_path])
+
+
+def test_panels_without_data_are_left_out(tmp_path: Path):
+    write_log(tmp_path / "a.txt", "a", [3.0] * 5)
+    write_log(tmp_path / "b.txt", "b", [3.0] * 20, hellaswag=True)
+    assert titles(plot.read([tmp_path / "a.txt"])) == ["loss", "learning rate", "tokens/s"]
+    both = plot.read([tmp_path / "a.txt", tmp_path / "b.txt"])
+    assert titles(both) == [panel.title for panel in plot.PANELS]
+
+
+def test_one_run_is_the_title_and_several_are_a_legend(tmp_path: Path):
+    for name in ("_a $x$", "b"):
+        write_log(tmp_path / "log.txt", name, [3.0] * 10)
+    runs = plot.read([tmp_path])
+    figure = plot.draw(runs[:1])
+    assert figure.get_suptitle() == "_a $x$: step 10, loss 3.0000, val loss 3.0000"
+    assert not figure.legends
+    (legend,) = plot.draw(runs).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_a $x$", "b"]
+
+
+def test_more_runs_than_named_colors_still_differ():
+    assert len(set(plot.distinct_colors(25))) == 25
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")]
+)
+def test_the_ending_says_which_kind(tmp_path: Path, kind: str, head: bytes):
+    write_log(tmp_path / "log.txt", "a $1", [float("nan"), 1e9, float("inf"), 3.0] * 3)
+    path = tmp_path / f"curves.{kind}"
+    plot.save(plot.read([tmp_path]), path)
+    assert path.read_bytes().startswith(head)
+
+
+def test_pictures_that_cannot_be_are_refused(tmp_path: Path):
+    write_log(tmp_path / "log.txt", "a", [3.0])
+    runs = plot.read([tmp_path])
+    with pytest.raises(ConfigError, match=r"x\.gif is no picture .*use \.png, \.svg, \.pdf"):
+        plot.save(runs, tmp_path / "x.gif")
+    with pytest.raises(ConfigError, match="choose another file with -o"):
+        plot.save(runs, tmp_path / "no folder" / "x.png")
+
+
+def test_a_constant_stays_and_noise_shrinks():
+    assert plot.smoothed(np.full(1000, 2.0)) == pytest.approx(2.0)
+    noise = np.random.default_rng(0).normal(size=10_000)
+    assert plot.smoothed(noise)[1000:].std() < 0.1
+    assert plot.smoothed(np.array([5.0])) == pytest.approx(5.0)
+
+
+def test_smoothing_begins_with_the_values_themselves():
+    """A window there would show losses that the run left within its first steps."""
+    steep = 10 / np.arange(1, 1000)
+    assert plot.smoothed(steep)[:10] == pytest.approx(steep[:10])
+    assert plot.smoothed(steep) == pytest.approx(steep, rel=0.05)
+
+
+def test_numbers_that_are_none_do_not_spread():
+    values = np.full(1000, 2.0)
+    values[500] = np.nan
+    values[600] = np.inf
+    assert plot.smoothed(values) == pytest.approx(2.0)
+    assert np.isnan(plot.smoothed(np.full(3, np.nan))).all()
+
+
+def test_the_steep_beginning_is_outside_of_the_picture():
+    losses = [11.0 - 0.1 * step for step in range(40)] + [3.5 - 0.001 * i for i in range(960)]
+    low, high = plot.loss_range([curve(losses)])
+    assert (low, high) == pytest.approx((2.49, 3.54), abs=0.1)
+
+
+def test_neither_divergence_nor_an_aborted_run_sets_the_range():
+    good = curve([11.0, *[3.0] * 999])
+    diverged = curve([11.0, *[3.0] * 500, *[1e4] * 499])
+    assert plot.loss_range([good, diverged])[1] < 12
+    aborted = curve([11.0] * 20)
+    assert plot.loss_range([good, aborted])[1] < 3.5
+    assert plot.loss_range([curve([float("nan")] * 5)]) is None
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    write_log(tmp_path / "logs" / "log.txt", "a", [3.0] * 10)
+    monkeypatch.chdir(tmp_path)
+    for arguments, picture in ([], "curves.png"), ([".", "-o", "x.svg"], "x.svg"):
+        monkeypatch.setattr(sys, "argv", ["gpt2", "plot", *arguments])
+        assert main.main() == 0
+        said = f"a: step 10, loss 3.0000, val loss 3.0000\nDrawn: {picture}\n"
+        assert capsys.readouterr().out == said
+        assert Path(picture).exists()
+    monkeypatch.setattr(sys, "argv", ["gpt2", "plot", "nowhere"])
+    assert main.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1

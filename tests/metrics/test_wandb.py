@@ -1,0 +1,158 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from gpt2.base.errors import ConfigError
+from gpt2.config.experiment_name import ExperimentConfig
+from gpt2.metrics import console, log_reader, records
+from gpt2.metrics.records import Metrics
+from gpt2.metrics.wandb import WandB
+from metrics.test_records import RECORD
+from support import run_command, small_flags, train_command
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, object]]] = []
+        self.error: Exception | None = None
+        self.dir = "runs/wandb/offline-run/files"
+
+    def log(self, values: dict[str, object], step: int) -> None:
+        if self.error:
+            raise self.error
+        self.rows.append((step, values))
+
+    finish = log
+
+
+class FakeWandB(types.ModuleType):
+    """The part of W&B that a sink uses; `failure` is what it says of an attempt to go online."""
+
+    class UsageError(Exception):
+        pass
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__("wandb")
+        self.errors = types.SimpleNamespace(UsageError=self.UsageError)
+        self.failure, self.run = failure, FakeRun()
+        self.begun: list[dict[str, object]] = []
+        self.Settings, self.setup, self.teardown = dict, lambda settings: None, lambda: None
+
+    def init(self, **options: object) -> FakeRun:
+        self.begun.append(options)
+        if self.failure and options["mode"] != "offline":
+            raise self.failure
+        return self.run
+
+
+def sink(monkeypatch, module: object, told_step: int = 0, warn=print, **settings: str) -> WandB:
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = ExperimentConfig(use_wandb=True, **settings)
+    return WandB(config, Path("runs"), "exp_gpu_2_20260101_000000", {}, told_step, warn)
+
+
+def test_a_run_keeps_its_id_and_tells_no_step_twice(monkeypatch):
+    fake = FakeWandB()
+    logged = sink(monkeypatch, fake, told_step=5, experiment_name="exp", wandb_project="p")
+    begun = fake.begun[0]
+    assert (begun["id"], begun["resume"]) == ("exp_gpu_2_20260101_000000", "allow")
+    assert (begun["project"], begun["name"], begun["dir"]) == ("p", "exp", "runs")
+    for step in (4, 5, 6):
+        logged.step(records.StepRecord(**{**vars(RECORD), "step": step}), None)
+    logged.validation(5, 0, 3.0)
+    assert [step for step, _ in fake.run.rows] == [5, 6, 5]
+    assert fake.run.rows[-1][1] == {"loss/val": 3.0}
+
+
+def test_no_failure_ends_the_training(monkeypatch, capsys):
+    fake = FakeWandB()
+    told = Metrics([console.Console(), sink(monkeypatch, fake)])
+    fake.run.error = RuntimeError("the service is gone\nand more")
+    told.validation(1, 0, 3.0)
+    told.close()
+    assert "WARNING: WandB cannot write: RuntimeError: the service is gone\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_server_that_does_not_answer_is_left_for_later(monkeypatch):
+    said: list[str] = []
+    fake = FakeWandB(failure=OSError("no route\nto host"))
+    sink(monkeypatch, fake, warn=said.append).validation(1, 0, 3.0)
+    assert fake.run.rows == [(1, {"loss/val": 3.0})]
+    assert said == ["WARNING: W&B is offline (no route); later: wandb sync runs/wandb/offline-run"]
+
+
+def test_what_the_user_can_mend_is_said(monkeypatch):
+    with pytest.raises(ConfigError, match="pip install"):
+        sink(monkeypatch, None)
+    unknown = FakeWandB.UsageError("No API key configured.")
+    with pytest.raises(ConfigError, match="No API key configured; or WANDB_MODE=offline"):
+        sink(monkeypatch, FakeWandB(failure=unknown))
+
+
+@pytest.mark.soak
+def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
+    """The real package: no curve is told twice, nothing is left behind or printed."""
+    pytest.importorskip("wandb")
+    environment = {"WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
+    flags = {"use_wandb": True, "wandb_run_name": "exp", "total_batch_size": 64}
+    flags |= {"checkpoint_interval": 4, "eval_interval": 4, "eval_batches": 1, "device": "cpu"}
+    log = tmp_path / "logs" / "exp_gpu_cpu" / "log.txt"
+
+    def command(last: int, resume: str = "latest") -> list[str]:
+        given = small_flags(data_root, tmp_path, resume=resume, max_steps=last, **flags)
+        given.remove("True")  # a switch has no value
+        return train_command(given)
+
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    with subprocess.Popen(
+        command(100_000), env=os.environ | environment, cwd=tmp_path, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 60
+        name = ""
+        while not name or log_reader.furthest_step(log, name) < 15:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+            if log.exists() and (runs := log_reader.read_runs(log)):
+                name = runs[0].name
+        process.send_signal(signal.SIGKILL)
+    killed_at = log_reader.furthest_step(log, name)
+    while helpers := wandb_helpers(process.pid):
+        assert time.monotonic() < deadline + 30, helpers
+        time.sleep(0.1)
+
+    done = run_command(command(killed_at + 5), cwd=tmp_path, **environment)
+    assert "WARNING" not in done.stdout + done.stderr
+    assert "wandb:" not in done.stdout + done.stderr
+    assert not (tmp_path / "wandb").exists()
+    first, second = sorted((tmp_path / "runs" / "wandb").glob(f"offline-run-*-{name}/*.wandb"))
+    before, after = steps_told(first), steps_told(second)
+    assert len(before & after) <= 1
+    assert after == set(range(killed_at, killed_at + 6))
+
+
+def steps_told(file: Path) -> set[int]:
+    """The steps in a file of W&B: records of key and JSON, with these bytes between them."""
+    return {int(step) for step in re.findall(rb"_step\x82\x01.(\d+)", file.read_bytes(), re.S)}
+
+
+def wandb_helpers(pid: int) -> list[str]:
+    """The processes that W&B started for a training."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it has just ended
+            continue
+        if "wandb-core" in command and f"--pid {pid} " in command:
+            found.append(command)
+    return found

@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2 import model
+from gpt2.config import options as options_module
+from gpt2.config import presets
+from gpt2.config.model import ARCHITECTURES
+from gpt2.distributed import rendezvous
+from gpt2.model import cross_entropy
+from gpt2.model.cross_entropy import summed_cross_entropy
+from gpt2.train import trainer
+from gpt2.train.learner import Learner
+from support import losses, run_command, small_config
+
+
+def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(features_ND, weight_VD), targets_N, reduction="sum")
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_loss_and_gradients_are_those_of_the_plain_way(
+    size: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where one token has all the probability, and the right one none."""
+    monkeypatch.setattr(cross_entropy, "TOKENS_AT_ONCE", 7)
+    torch.manual_seed(0)
+    targets_N = torch.randint(101, (tokens,))
+    found = []
+    for loss_of in (plain, summed_cross_entropy):
+        torch.manual_seed(1)
+        features_ND = (size * torch.randn(tokens, 16)).requires_grad_()
+        weight_VD = torch.randn(101, 16).requires_grad_()
+        loss = loss_of(features_ND, weight_VD, targets_N)
+        (loss * 0.25).backward()
+        found.append((loss.detach(), features_ND.grad, weight_VD.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("size", [0.02, 0.1])
+def test_in_bfloat16_it_is_as_near_to_float32_as_in_the_plain_way(size: float):
+    torch.manual_seed(0)
+    weight_VD = (size * torch.randn(20000, 64)).requires_grad_()
+    features_ND = torch.randn(64, 64).requires_grad_()
+    logits_NV = features_ND.detach() @ weight_VD.detach().T
+    targets_N = torch.distributions.Categorical(logits=logits_NV).sample()
+    found = []
+    for loss_of, in_bfloat16 in ((plain, False), (summed_cross_entropy, True)):
+        features_ND.grad = weight_VD.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = loss_of(features_ND, weight_VD, targets_N)
+        loss.backward()
+        assert features_ND.grad is not None and weight_VD.grad is not None
+        found.append((loss.detach(), features_ND.grad, weight_VD.grad))
+    (loss, *gradients), (near, *near_gradients) = found
+    assert abs(near / loss - 1) < 2e-5
+    for exact, gradient in zip(gradients, near_gradients, strict=True):
+        assert gradient.dtype is torch.float32
+        assert (gradient - exact).norm() < 0.005 * exact.norm()
+
+
+def test_a_run_learns_the_same_with_it(data_root, tmp_path):
+    fast, slow = (
+        small_config(data_root, tmp_path / name, fast=name == "a", dtype="float32") for name in "ab"
+    )
+    trainer.run(fast)
+    trainer.run(slow)
+    ours, plain_ones = (losses(run.watch.log_dir / "log.txt") for run in (fast, slow))
+    assert ours == pytest.approx(plain_ones, rel=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_its_gradients_in_bfloat16(architecture: str):
+    """Whatever type its features have under autocast."""
+    torch.manual_seed(0)
+    sizes: dict[str, object] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+    run = options_module.overlay(presets.preset("demo"), {**sizes, "architecture": architecture})
+    net = model.build(run.model)
+    tokens_BT = torch.randint(50257, (2, 16))
+    found = []
+    for net.fast_head in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(tokens_BT, tokens_BT.flip(1))
+        loss.backward()
+        found.append([part.grad.clone() for part in net.parameters()])
+    for plain_one, ours in zip(*found, strict=True):
+        assert ours.dtype is torch.float32
+        assert (ours - plain_one).norm() < 0.02 * plain_one.norm()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_model_learns_as_well_with_it(tmp_path: Path):
+    """300 steps on the standard library, three seeds. The sums are taken in another order, so that
+    the last digits differ: of Muon, and at the highest rates of AdamW, these make more than that of
+    the loss."""
+    data = tmp_path / "stdlib"
+    gpt2 = [sys.executable, "-m", "gpt2"]
+    run_command([*gpt2, "data", "python-stdlib", "--out", str(data), "--max_tokens", "2000000"])
+    options = "--optimizer adamw --learning_rate 2e-3 --max_steps 300 --sample_interval None"
+    sweep = [*gpt2, "seeds", "--preset", "demo", "--data_root", str(data), *options.split()]
+    found = []
+    for fast in ("--fast", "--no_fast"):
+        out = tmp_path / fast.strip("-")
+        folders = ["--checkpoint_dir", str(out), "--log_dir", str(out / "logs")]
+        command = [*sweep, *folders, "--num_seeds", "3", "--slots", "3", "--device", "cpu", fast]
+        subprocess.run(command, check=True)
+        records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        losses = {line["values"]["seed"]: line["result"]["val_loss"] for line in records}
+        print(fast, losses)
+        found.append([losses[seed] for seed in range(3)])
+    for ours, plain_one in zip(*found, strict=True):
+        assert ours < 4.5 and abs(ours - plain_one) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"fast": False}, False),
+        ({"dtype": "bfloat16"}, True),
+    ],
+)
+def test_where_it_is_used(data_root, tmp_path, options: dict[str, object], expected: bool):
+    run = small_config(data_root, tmp_path, **{"dtype": "float32"} | options)
+    with rendezvous.join(run.machine) as world:
+        assert Learner(run, world).model.fast_head is expected

@@ -1,0 +1,117 @@
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2 import model
+from gpt2.config.run import ModelConfig, OptimConfig
+from gpt2.model.base import LanguageModel
+from gpt2.optim import build, combined
+
+SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    net = model.build(SHAPE)
+    decayed, plain = build.build(net, OptimConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(part.dim() >= 2 for part in decayed["params"])
+    assert all(part.dim() < 2 for part in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(net.parameters()))
+
+
+def test_learning_rate_reaches_every_group():
+    optimizer = build.build(model.build(SHAPE), OptimConfig())
+    build.set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def with_gradients(optimizer: str, seed: int = 0) -> tuple[LanguageModel, Any]:
+    torch.manual_seed(seed)
+    net = model.build(SHAPE)
+    for part in net.parameters():
+        part.grad = torch.randn_like(part)
+    return net, build.build(net, OptimConfig(optimizer=optimizer))
+
+
+@pytest.mark.parametrize("limit", [1.0, 1e9, None])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_is_a_step_with_clipped_gradients(optimizer: str, limit: float | None):
+    (net, ours), (other, theirs) = with_gradients(optimizer), with_gradients(optimizer)
+    for _ in range(2):  # the second one shows what the first has left
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), limit or float("inf"))
+        assert float(norm) > 10
+        for part in theirs.parts if isinstance(theirs, combined.Together) else [theirs]:
+            part.step()
+        assert float(build.gradient_norm(net)) == pytest.approx(float(norm))
+        ours.update(build.gradient_norm(net), limit, torch.tensor(True))
+        for one, two in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+            one.grad, two.grad = torch.full_like(one, 0.1), torch.full_like(two, 0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_that_is_no_good_changes_nothing(optimizer: str):
+    net, ours = with_gradients(optimizer)
+    ours.update(build.gradient_norm(net), 1.0, torch.tensor(True))
+    parts = ours.parts if isinstance(ours, combined.Together) else [ours]
+
+    def all_that_changes() -> list[Any]:
+        return [net.state_dict(), *(part.state_dict()["state"] for part in parts)]
+
+    before = copy.deepcopy(all_that_changes())
+    next(net.parameters()).grad[0, 0] = float("nan")
+    ours.update(build.gradient_norm(net), 1.0, torch.tensor(False))
+    torch.testing.assert_close(all_that_changes(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "mlp"])
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest(architecture: str):
+    net = model.build(replace(SHAPE, architecture=architecture, window=8))
+    optimizer = build.build(net, OptimConfig(optimizer="muon", weight_decay=0.3, beta2=0.9))
+    hidden, decayed, plain = optimizer.param_groups
+    names = {id(part): name for name, part in net.named_parameters()}
+    found = [[names[id(part)] for part in group["params"]] for group in (hidden, decayed, plain)]
+    assert sorted([name for group in found for name in group]) == sorted(names.values())
+    assert all("embedding" in name for name in found[1]) and found[1]
+    assert all(part.dim() == 2 for part in hidden["params"]) and len(found[0]) >= 3
+    assert hidden["weight_decay"] == decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0
+    build.set_options(optimizer, OptimConfig(weight_decay=0.5, beta1=0.8))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5, 0.0]
+    assert decayed["betas"] == (0.8, 0.95) and "betas" not in hidden
+
+
+def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw():
+    """Singular values are alike, and the root mean square is near 0.2 (Liu et al. 2025, section
+    2.2); five iterations leave both inexact."""
+    torch.manual_seed(0)
+    net = model.build(replace(SHAPE, n_embd=32))
+    before = net.blocks[0].mlp.up.weight.detach().clone()
+    optimizer = build.build(net, OptimConfig(optimizer="muon", learning_rate=1.0, weight_decay=0.0))
+    for part in net.parameters():
+        part.grad = torch.randn_like(part)
+    optimizer.update(build.gradient_norm(net), None, torch.tensor(True))
+    change = net.blocks[0].mlp.up.weight.detach() - before
+    sizes = torch.linalg.svdvals(change)
+    assert float(sizes.max() / sizes.min()) < 2.5, "those of the gradient differ by more"
+    assert float(change.square().mean().sqrt()) == pytest.approx(0.2, rel=0.25)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_loads_no_compiler(optimizer: str):
+    """It would cost every process two seconds."""
+    program = (
+        "import sys, torch\nfrom gpt2 import model, optim\nfrom gpt2.config.run import *\n"
+        "net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))\n"
+        "optimizer = optim.build(net, OptimConfig(optimizer=sys.argv[1]))\n"
+        "net(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()\n"
+        "optimizer.update(optim.gradient_norm(net), 1.0, torch.tensor(True))\n"
+        "optimizer.zero_grad(set_to_none=True)\n"
+        "optimizer.load_state_dict(optimizer.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program, optimizer], check=True)

@@ -1,0 +1,385 @@
+"""Whole runs in this process, a world of one; several ranks are in test_distributed.py."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt2.base.errors import CheckpointError, ConfigError, DataError
+from gpt2.checkpoint import metadata, store
+from gpt2.config.model import ARCHITECTURES
+from gpt2.data import prepare
+from gpt2.data.loader import Loader, MicroBatch
+from gpt2.distributed.world import World
+from gpt2.metrics import log_reader
+from gpt2.train import status, trainer
+from support import SMALL_CORPUS, loss_lines, losses, small_config
+
+
+def load(out: Path, step: int) -> metadata.State:
+    return store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+
+
+def assert_same(one: object, other: object) -> None:
+    """Bit-identical, through all nesting."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor)
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert isinstance(other, dict)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple)
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, capsys):
+    config = small_config(data_root, tmp_path, learning_rate=1e-2, max_steps=30)
+    result = trainer.run(config)
+    assert result.state == "finished"
+    assert (result.step, result.exit_code) == (30, 0)
+    log = losses(tmp_path / "logs" / "log.txt")
+    assert list(log) == list(range(1, 31))
+    assert 10.0 < log[1] < 11.5  # about ln(50304) before anything is learnt
+    assert log[30] < log[1] - 1
+    assert result.val_loss == result.best_val_loss < log[1] - 1
+    checkpoints = store.list_checkpoints(tmp_path / "checkpoints")
+    assert [item.facts.step for item in checkpoints] == [10, 20, 30]
+    assert all(item.facts.val_loss is not None for item in checkpoints)
+    assert checkpoints[-1].facts.train_loss == pytest.approx(log[30], abs=1e-6)
+    assert os.readlink(tmp_path / "checkpoints" / "best.pt") == "step_000030.pt"
+    written = status.read(tmp_path / "checkpoints")
+    assert (written.state, written.step, written.plan.total_steps) == ("finished", 30, 30)
+    assert "step 30 | epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("architecture", "optimizer", "steps"),
+    [
+        ("gpt2", "adamw", 20),
+        ("gpt2", "muon", 4),
+        *((name, "adamw", 4) for name in ARCHITECTURES if name != "gpt2"),
+    ],
+)
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
+    architecture: str, optimizer: str, steps: int, data_root: Path, tmp_path: Path
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {
+        "architecture": architecture,
+        "optimizer": optimizer,
+        "decay_steps": steps,
+        "eval_interval": steps // 4,
+        "checkpoint_interval": steps // 2,
+    }
+    trainer.run(small_config(data_root, whole, **options, max_steps=steps))
+    trainer.run(small_config(data_root, parts, **options, max_steps=steps // 2))
+    trainer.run(small_config(data_root, parts, **options, max_steps=steps, resume="latest"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = load(whole, steps), load(parts, steps)
+    for same in ("model", "optimizer", "rng", "progress"):
+        assert_same(one[same], other[same])
+
+
+def stop_at_7(**metrics: float) -> trainer.Answer:
+    return "stop" if metrics["step"] == 7 else "go"
+
+
+def test_a_host_that_is_ahead_of_the_device_does_the_same(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It hears of an update while the device is at the next one, but for the last before others
+    look at the model; so a stop comes an update later, if they are short."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.run(small_config(data_root, whole))
+    heard: list[int] = []
+
+    def listen(**metrics: float) -> trainer.Answer:
+        heard.append(int(metrics["step"]))
+        return stop_at_7(**metrics)
+
+    monkeypatch.setattr(World, "queues_work", True)
+    result = trainer.run(small_config(data_root, parts), report=listen)
+    assert (result.state, result.step) == ("stopped", 8)
+    assert heard == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]  # of 0 and 5 the validation, too
+    trainer.run(small_config(data_root, parts, resume="latest"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = load(whole, 20), load(parts, 20)
+    for same in ("model", "optimizer", "rng", "progress"):
+        assert_same(one[same], other[same])
+
+
+def test_a_stop_waits_for_one_long_update_only(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(World, "queues_work", True)
+    monkeypatch.setattr(trainer, "SHORT_S", 0.0)
+    assert trainer.run(small_config(data_root, tmp_path), report=stop_at_7).step == 7
+
+
+def test_what_is_known_of_the_update_before_an_error_is_told(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = Loader.next_step
+
+    def damaged_at_the_8th(loader: Loader) -> list[MicroBatch]:
+        if (tmp_path / "logs/log.txt").read_text().count("| loss:") == 6:
+            raise DataError("a shard is damaged")
+        return whole(loader)
+
+    monkeypatch.setattr(World, "queues_work", True)
+    monkeypatch.setattr(Loader, "next_step", damaged_at_the_8th)
+    with pytest.raises(DataError):
+        trainer.run(small_config(data_root, tmp_path))
+    assert list(losses(tmp_path / "logs" / "log.txt")) == [1, 2, 3, 4, 5, 6, 7]
+    assert status.read(tmp_path / "checkpoints").step == 7
+
+
+def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.run(small_config(data_root, whole))
+
+    def interrupt(**metrics: float) -> trainer.Answer:
+        if metrics["step"] == 15 and "loss" in metrics:  # 15 is due for validation
+            signal.raise_signal(signal.SIGTERM)
+        return "go"
+
+    before = signal.getsignal(signal.SIGTERM)
+    result = trainer.run(small_config(data_root, parts), report=interrupt)
+    assert (result.state, result.step, result.exit_code) == ("stopped", 15, 143)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert status.read(parts / "checkpoints").state == "stopped"
+    assert (parts / "checkpoints" / "step_000015.pt").exists()
+    capsys.readouterr()
+    trainer.run(small_config(data_root, parts, init_from="resume"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    lines = capsys.readouterr().out.splitlines()
+    loading = parts / "checkpoints" / "step_000015.pt"
+    assert lines[:4] == [
+        f"Loading checkpoint from: {loading}",
+        "Resuming from:",
+        "  - Step: 15",
+        "  - Epoch: 0",
+    ]
+
+
+def test_a_run_keeps_its_name_when_it_goes_on(data_root: Path, tmp_path: Path):
+    """Or a forecast would look for its steps under another."""
+    trainer.run(small_config(data_root, tmp_path, max_steps=4), run_name="first")
+    trainer.run(small_config(data_root, tmp_path, max_steps=6, resume="latest"), run_name="second")
+    plan = status.read(tmp_path / "checkpoints").plan
+    assert plan.run_name == "first"
+    steps = log_reader.read_steps(Path(plan.log_file), plan.run_name)
+    assert [line.step for line in steps] == [5, 6]  # of its last process
+
+
+def test_report_steers(data_root: Path, tmp_path: Path):
+    seen = []
+
+    def stop_at_7(**metrics: float) -> trainer.Answer:
+        seen.append(metrics)
+        return "stop" if metrics["step"] == 7 else "go"
+
+    stopped = trainer.run(small_config(data_root, tmp_path / "a"), report=stop_at_7)
+    assert (stopped.state, stopped.step, stopped.exit_code) == ("stopped", 7, 0)
+    assert (tmp_path / "a" / "checkpoints" / "step_000007.pt").exists()
+    assert [item["step"] for item in seen if "loss" in item] == list(range(1, 8))
+    assert [item["step"] for item in seen if "val_loss" in item] == [0, 5]
+
+    pruned = trainer.run(
+        small_config(data_root, tmp_path / "b"),
+        report=lambda **metrics: "prune" if metrics["step"] == 3 else "go",
+    )
+    assert (pruned.state, pruned.step) == ("pruned", 3)
+    assert store.list_checkpoints(tmp_path / "b" / "checkpoints") == []
+
+
+@pytest.fixture
+def short_epochs(tmp_path: Path) -> Path:
+    """Four training shards of three rows of 32 tokens."""
+    folder = tmp_path / "short"
+    prepare.prepare(SMALL_CORPUS, folder, workers=1, shard_tokens=100, max_tokens=500)
+    return folder
+
+
+LONG_ROWS = {"block_size": 32, "total_batch_size": 256}
+
+
+def test_epoch_boundaries_are_announced_once(short_epochs: Path, tmp_path: Path, capsys):
+    """The second of two steps of eight rows completes epoch 0's twelve; it is resumed there."""
+    trainer.run(small_config(short_epochs, tmp_path, **LONG_ROWS, eval_interval=None, max_steps=2))
+    first = capsys.readouterr().out
+    more = {**LONG_ROWS, "eval_interval": None, "max_steps": 3, "resume": "latest"}
+    trainer.run(small_config(short_epochs, tmp_path, **more))
+    second = capsys.readouterr().out
+    assert "Completed Epoch 0\n" in first
+    assert "Starting" not in first
+    assert (
+        "Completed Epoch 0\nShuffled 4 training shards for new epoch\nStarting Epoch 1\n"
+        "step 3 | epoch 1 |"
+    ) in second
+
+
+def test_epochs_end_the_run(short_epochs: Path, tmp_path: Path, capsys):
+    more = {**LONG_ROWS, "max_steps": None, "epochs": 2}
+    result = trainer.run(small_config(short_epochs, tmp_path, **more))
+    assert result.step == 3
+    assert "step 3 | epoch 1 |" in (printed := capsys.readouterr().out)
+    assert printed.count("Completed Epoch") == 2
+
+
+def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys):
+    trainer.run(small_config(data_root, tmp_path, max_steps=3))
+    before = (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns
+    result = trainer.run(small_config(data_root, tmp_path, max_steps=3, resume="latest"))
+    assert result.state == "finished"
+    assert "Nothing to do: step 3 of 3 is reached" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns == before
+
+
+def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, capsys):
+    result = trainer.run(small_config(data_root, tmp_path, max_steps=2, resume="latest"))
+    assert result.step == 2
+    assert "WARNING: no checkpoint in" in capsys.readouterr().err
+
+
+def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Path):
+    trainer.run(small_config(data_root, tmp_path, max_steps=2))
+    with pytest.raises(
+        CheckpointError, match=r"up to step_000002; continue it with --resume latest"
+    ):
+        trainer.run(small_config(data_root, tmp_path))
+
+
+def test_contradicting_flags_are_listed_with_both_values(data_root: Path, tmp_path: Path):
+    trainer.run(small_config(data_root, tmp_path, max_steps=2))
+    other = small_config(
+        data_root, tmp_path, resume="latest", n_layer=3, block_size=8, total_batch_size=256, seed=7
+    )
+    with pytest.raises(CheckpointError) as caught:
+        trainer.run(other)
+    for line in (
+        "  n_layer: 2 in the checkpoint, 3 now",
+        "  block_size: 16 in the checkpoint, 8 now",
+        "  total_batch_size: 128 in the checkpoint, 256 now",
+        "  seed: 1337 in the checkpoint, 7 now",
+    ):
+        assert line in str(caught.value).splitlines()
+    assert "mini_batch_size" not in str(caught.value)
+
+
+def test_other_training_data_is_a_contradiction(data_root: Path, tmp_path: Path):
+    trainer.run(small_config(data_root, tmp_path, max_steps=2))
+    other = Path(shutil.copytree(data_root, tmp_path / "other"))
+    values = json.loads((other / "manifest.json").read_text())
+    values["shards"][-1]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"training data: .* in the checkpoint, .* now"):
+        trainer.run(small_config(other, tmp_path, resume="latest"))
+
+
+def test_what_may_change_at_a_resume_is_noted_where_it_matters(data_root, tmp_path, capsys):
+    trainer.run(small_config(data_root, tmp_path, max_steps=2))
+    moved = Path(shutil.copytree(data_root, tmp_path / "moved"))
+    changes = {"mini_batch_size": 8, "checkpoint_interval": 3, "epochs": 9, "learning_rate": 1e-4}
+    result = trainer.run(small_config(moved, tmp_path, resume="2", max_steps=4, **changes))
+    assert result.step == 4
+    printed = capsys.readouterr().out
+    assert "  - learning_rate: 0.006 before, 0.0001 from here" in printed
+    assert "mini_batch_size" not in printed
+
+
+def test_changed_optimiser_options_take_effect_at_a_resume(data_root: Path, tmp_path: Path):
+    trainer.run(small_config(data_root, tmp_path, max_steps=2))
+    changes = {"weight_decay": 0.5, "beta2": 0.9}
+    trainer.run(small_config(data_root, tmp_path, max_steps=4, resume="latest", **changes))
+    decayed, plain = load(tmp_path, 4)["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
+    assert decayed["betas"] == plain["betas"] == (0.9, 0.9)
+
+
+def test_weights_of_another_run(data_root: Path, tmp_path: Path):
+    first = trainer.run(small_config(data_root, tmp_path / "a", learning_rate=1e-2))
+    source = str(tmp_path / "a" / "checkpoints" / "best.pt")
+    config = small_config(data_root, tmp_path / "b", init_from=source, eval_interval=1, max_steps=1)
+    before = []
+    trainer.run(config, report=lambda **metrics: before.append(metrics) or "go")
+    assert before[0] == {"step": 0, "val_loss": first.best_val_loss}
+    with pytest.raises(CheckpointError, match="n_embd: 16 in the checkpoint, 32 now"):
+        trainer.run(small_config(data_root, tmp_path / "c", init_from=source, n_embd=32))
+    other = small_config(data_root, tmp_path / "d", init_from=source, architecture="modern")
+    with pytest.raises(CheckpointError, match="architecture: gpt2 in the checkpoint, modern now"):
+        trainer.run(other)
+
+
+def test_shares_and_micro_batches_do_not_change_the_gradient(data_root: Path, tmp_path: Path):
+    """Eight rows in micro-batches of 8, and of 3, 3 and 2."""
+    logs = []
+    for mini_batch_size in (8, 3):
+        out = tmp_path / str(mini_batch_size)
+        trainer.run(small_config(data_root, out, mini_batch_size=mini_batch_size, dropout=0.0))
+        logs.append(losses(out / "logs" / "log.txt"))
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+
+
+def test_samples_do_not_touch_the_training_stream(data_root: Path, tmp_path: Path):
+    for name, interval in (("with", 3), ("without", None)):
+        trainer.run(small_config(data_root, tmp_path / name, sample_interval=interval, max_steps=6))
+    lines = [loss_lines(tmp_path / name / "logs" / "log.txt") for name in ("with", "without")]
+    assert lines[0] == lines[1]
+    assert "step 3 | sample 1:" in (tmp_path / "with" / "logs" / "log.txt").read_text()
+
+
+def test_tensorboard_curves_over_a_kill_and_a_resume(data_root: Path, tmp_path: Path):
+    class Killed(Exception):
+        pass
+
+    def kill(**metrics: float) -> trainer.Answer:
+        if metrics["step"] == 13:
+            raise Killed
+        return "go"
+
+    options = {"use_tensorboard": True, "sample_interval": 10}
+    with pytest.raises(Killed):
+        trainer.run(small_config(data_root, tmp_path, **options), report=kill)
+    written = status.read(tmp_path / "checkpoints")
+    assert (written.state, written.step) == ("failed", 13)
+    trainer.run(small_config(data_root, tmp_path, **options, resume="latest"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name in ("loss/train", "train/learning_rate", "speed/rank_0_ms", "speed/mfu"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 21)), name
+    assert [event.step for event in events.Scalars("loss/val")] == [0, 5, 10, 15, 20]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"block_size": 16384, "total_batch_size": 16384}, DataError, "too few for one row"),
+        ({"checkpoint_dir": Path("/proc/none")}, CheckpointError, "choose another with"),
+        ({"resume": "7"}, CheckpointError, "no checkpoint of step 7; steps: none"),
+        ({"resume": "best"}, CheckpointError, "use --resume latest"),
+        ({"device": "cuda"}, ConfigError, "torch sees no GPU"),
+        ({"init_from": "nowhere.pt"}, CheckpointError, "no checkpoint at nowhere.pt"),
+        ({"init_from": "latest"}, CheckpointError, "no checkpoint at latest; --init_from takes a"),
+        ({"log_dir": Path("/dev/null/x")}, ConfigError, "choose another folder with --log_dir"),
+    ],
+)
+def test_what_cannot_work_is_refused(data_root, tmp_path, monkeypatch, changes, error, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        trainer.run(small_config(data_root, tmp_path, **changes))
+    assert not (tmp_path / "logs").exists()
