@@ -1,179 +1,138 @@
-"""The floors of the house: a module imports from its own floor or below, never from above."""
+"""The house: a folder imports from lower floors only, files never import each other in a circle.
+
+`docs/ARCHITECTURE.md` draws it. Imports inside functions and under TYPE_CHECKING count.
+"""
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gpt2"
-FLOORS = [
-    (
-        "pure",
-        {
-            "errors",
-            "limits",
-            "shape",
-            "naming",
-            "config",
-            "tokenizer",
-            "published",
-            "schedule",
-            "data.order",
-            "estimate",
-            "sampling",
-            "experiments.plan",
-            "experiments.space",
-        },
-    ),
-    ("torch only", {"model", "optim"}),
-    (
-        "shell",
-        {
-            "atomic",
-            "data.storage",
-            "data.cache",
-            "data.formats",
-            "data.shards",
-            "data.prepare",
-            "data.corpora",
-            "data.loader",
-            "compiled",
-            "distributed",
-            "failures",
-            "integrity",
-            "lock",
-            "checkpoint",
-            "saving",
-            "status",
-            "metrics",
-            "wandb_sink",
-            "machine",
-            "monitor",
-            "plot",
-            "tables",
-            "evaluation",
-            "generate",
-            "interchange",
-        },
-    ),
-    (
-        "one run",
-        {
-            "doctor",
-            "introduction",
-            "judge",
-            "learner",
-            "named",
-            "progress",
-            "sinks",
-            "start",
-            "train",
-        },
-    ),
-    ("many runs", {"experiments"}),
-    (
-        "entries",
-        {
-            "__main__",
-            "cli",
-            "cli_data",
-            "cli_evaluate",
-            "cli_experiments",
-            "cli_generate",
-            "cli_model",
-            "cli_parse",
-            "cli_search",
-            "cli_train",
-            "cli_watch",
-        },
-    ),
-]
-NEEDED_IN_SHELL = {
-    "checkpoint": {"atomic", "integrity"},
-    "distributed": {"failures"},
-    "saving": {"checkpoint", "distributed"},
-    "status": {"atomic"},
-    "data.shards": {"atomic", "data.corpora", "data.storage", "data.cache", "data.formats"},
-    "data.cache": {"data.storage"},
-    "data.prepare": {"atomic", "data.shards", "data.corpora", "data.storage", "data.formats"},
-    "data.loader": {"data.shards"},
-    "evaluation": {"atomic", "distributed", "data.shards"},
-    "interchange": {"atomic", "checkpoint"},
-    "plot": {"metrics"},
-    "wandb_sink": {"metrics"},
-    "monitor": {"tables", "checkpoint", "lock", "status", "metrics", "data.shards", "data.storage"},
+# From the ground up. Folders on one floor do not import from each other.
+FLOORS = (
+    ("base",),
+    ("data",),
+    ("config",),
+    ("model", "distributed", "metrics"),
+    ("optim",),
+    ("checkpoint", "evaluation"),
+    ("inference",),
+    ("train",),
+    ("inspection",),
+    ("experiments",),
+    ("cli",),
+)
+# Inside experiments/: `grid` and `results` are files, the rest folders.
+EXPERIMENT_FLOORS = (
+    ("grid", "pool"),
+    ("results",),
+    ("progress", "training"),
+    ("sweep", "compare", "search"),
+    ("api",),
+)
+PURE_FOLDERS = ("config",)
+IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys", "datetime"}
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"}
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE)
+NAMES = {
+    ".".join(
+        part for part in path.relative_to(SOURCE).with_suffix("").parts if part != "__init__"
+    ): path
+    for path in FILES
 }
-IMPURE = {"os", "time", "socket", "subprocess", "signal", "random", "torch", "sys"}
 
 
-def room_of(module: str) -> str | None:
-    """The room of `gpt2.…`, longest name first: `evaluation.loss` lies in `evaluation`."""
-    parts = module.split(".")
-    for end in range(len(parts), 0, -1):
-        name = ".".join(parts[:end])
-        if any(name in rooms for _, rooms in FLOORS):
-            return name
-    return None
+def name_of(path: Path) -> str:
+    return next(name for name, other in NAMES.items() if other == path)
 
 
-def floor_of(room: str) -> int:
-    return next(level for level, (_, rooms) in enumerate(FLOORS) if room in rooms)
-
-
-def imports_of(path: Path) -> set[str]:
-    found = set()
+def modules_imported_by(path: Path) -> set[str]:
+    """Every module that a file names in an import, as `os` or as `gpt2.folder.file`."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            for alias in node.names:
+                dotted = f"{node.module}.{alias.name}"
+                found.add(dotted if dotted.removeprefix("gpt2.") in NAMES else node.module)
     return found
 
 
-MODULES = sorted(SOURCE.rglob("*.py"))
-MODULES = [
-    path for path in MODULES if path not in (SOURCE / "__init__.py", SOURCE / "data/__init__.py")
-]
+def own_imports(path: Path) -> Iterator[str]:
+    """The files of this package that a file imports: `folder.file`."""
+    for module in modules_imported_by(path):
+        if module.startswith("gpt2."):
+            yield module.removeprefix("gpt2.")
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+def floor_of(part: str, floors: tuple[tuple[str, ...], ...]) -> int:
+    return next(level for level, parts in enumerate(floors) if part in parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_module_keeps_to_its_floor(path: Path):
-    room = room_of(name_of(path))
-    assert room is not None, f"{path} has no floor: enter it in FLOORS"
-    imported = imports_of(path)
-    floor = floor_of(room)
-    if floor == 0:
-        assert not {name.split(".")[0] for name in imported} & IMPURE
-    for name in imported:
-        other = room_of(name.removeprefix("gpt2.")) if name.startswith("gpt2.") else None
-        if other is None or other == room:
-            continue
-        assert floor_of(other) <= floor, f"{room} imports {other}, which is above it"
-        if FLOORS[floor][0] == FLOORS[floor_of(other)][0] == "shell":
-            assert other in NEEDED_IN_SHELL.get(room, set()), f"does {room} need {other}?"
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_folder_imports_from_lower_floors_only(path: Path):
+    folder, *inner = name_of(path).split(".")
+    for imported in own_imports(path):
+        other, *other_inner = imported.split(".")
+        if other != folder:
+            assert floor_of(other, FLOORS) < floor_of(folder, FLOORS), f"{path} imports {imported}"
+        elif folder == "experiments" and inner and inner[0] != other_inner[0]:
+            own_floor = floor_of(inner[0], EXPERIMENT_FLOORS)
+            assert floor_of(other_inner[0], EXPERIMENT_FLOORS) < own_floor, (
+                f"{path} imports {imported}"
+            )
 
 
-def test_alarm_lengths():
-    for path in MODULES:
-        text = path.read_text()
-        assert text.count("\n") <= 500, f"{path} is too long"
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                assert length <= 60, f"{path}: {node.name} has {length} lines"
+def test_every_folder_has_a_floor():
+    folders = {path.relative_to(SOURCE).parts[0] for path in FILES}
+    assert folders == {folder for floor in FLOORS for folder in floor}
+    assert len(FLOORS) <= 12 and len(folders) + len(list(SOURCE.glob("*.py"))) <= 16
 
 
-def test_only_distributed_reads_the_variables_of_torchrun():
-    for path in MODULES:
-        if name_of(path) != "distributed":
+def test_no_files_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter({name: set(own_imports(path)) for name, path in NAMES.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_pure_reads_no_clock_file_or_environment(path: Path):
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    is_pure = name_of(path).split(".")[0] in PURE_FOLDERS
+    if is_pure or "Pure." in docstring.split("\n\n")[0]:
+        assert not {name.split(".")[0] for name in modules_imported_by(path)} & IMPURE
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_alarm_lengths(path: Path):
+    text = path.read_text()
+    assert text.count("\n") <= 500, f"{path} is too long"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_a_module_is_imported_by_its_own_name():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpt2"):
+                renamed = [alias.name for alias in node.names if alias.asname]
+                assert not renamed, f"{path}: {renamed} under another name"
+
+
+def test_one_file_reads_the_variables_of_torchrun():
+    for name, path in NAMES.items():
+        if name != "distributed.rendezvous":
             strings = {
                 node.value
                 for node in ast.walk(ast.parse(path.read_text()))
-                if isinstance(node, ast.Constant)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
             }
-            assert not strings & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+            assert not strings & TORCHRUN, f"{path} reads {strings & TORCHRUN}"

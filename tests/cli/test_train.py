@@ -57,8 +57,8 @@ def test_a_switch_has_one_value(flags: list[str]):
 
 def test_help_and_steps_load_nothing_heavy():
     """What takes seconds is imported where it is used."""
-    help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2 import cli; cli.main()"
-    step = "import sys; from gpt2 import train"
+    help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2.cli import main; main.main()"
+    step = "import sys; from gpt2.train import trainer"
     optional = "datasets tensorboard wandb optuna matplotlib scipy ray transformers torch._dynamo"
     for program, heavy in ((help_, f"torch numpy tyro {optional}"), (step, optional)):
         check = f"assert not {set(heavy.split())} & set(sys.modules)"

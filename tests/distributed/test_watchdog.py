@@ -10,8 +10,8 @@ def test_a_run_without_torchrun_outlives_its_shell():
     """Only under torchrun does the death of the parent end a rank."""
     script = (
         "import ctypes, os, sys\n"
-        "from gpt2 import failures\n"
-        "failures.end_with_torchrun()\n"
+        "from gpt2.distributed import watchdog\n"
+        "watchdog.end_with_torchrun()\n"
         "number = ctypes.c_int()\n"
         "ctypes.CDLL(None).prctl(2, ctypes.byref(number))\n"
         "print(number.value, 'torch' in sys.modules)\n"

@@ -194,11 +194,11 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os\n"
-        "from gpt2 import distributed\n"
+        "from gpt2.distributed import rendezvous\n"
         "from gpt2.config.run import MachineConfig\n"
         "from gpt2.base.errors import DataError\n"
         "def fail(): raise DataError('no data')\n"
-        "with distributed.join(MachineConfig()) as world:\n"
+        "with rendezvous.join(MachineConfig()) as world:\n"
         "    assert world.on_main(lambda: world.rank) == 0\n"
         "    assert world.gather(world.rank) == [0.0, 1.0]\n"
         "    assert world.highest(world.rank) == 1\n"

@@ -198,8 +198,8 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
     script = (
         "import os, sys, signal\n"
         "from pathlib import Path\n"
-        "from gpt2 import lock\n"
-        "with lock.held(Path(sys.argv[1])):\n"
+        "from gpt2.base import folder_lock\n"
+        "with folder_lock.held(Path(sys.argv[1])):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT / "src")

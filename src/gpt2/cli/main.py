@@ -10,21 +10,21 @@ from gpt2.base.validation import suggestion
 # A command's function lies in the module before the colon, which is imported for it alone.
 COMMANDS = {
     "train": (
-        "cli_train:train_main",
+        "train:train_main",
         "train a model, as `torchrun … src/train_improved.py` does",
     ),
-    "seeds": ("cli_experiments:seeds_main", "train with many seeds, at every point of a grid"),
-    "models": ("cli_experiments:models_main", "train several models at the same time"),
-    "search": ("cli_search:search_main", "search for the best options, with Optuna"),
-    "data": ("cli_data:data_main", "prepare a corpus as token shards"),
-    "generate": ("cli_model:generate_main", "continue a prompt with a trained model"),
-    "evaluate": ("cli_evaluate:evaluate_main", "measure a trained model: HellaSwag, loss"),
-    "export": ("cli_model:export_main", "write a trained model for other people's tools"),
-    "estimate": ("cli_watch:estimate_main", "how long training takes"),
-    "doctor": ("cli_watch:doctor_main", "check this machine, and all that a run needs"),
-    "plot": ("cli_watch:plot_main", "draw the curves of runs"),
-    "experiments": ("cli_experiments:experiments_main", "what many trainings together have done"),
-    "status": ("cli_watch:status_main", "what a run does, also as an exit code for scripts"),
+    "seeds": ("seeds:seeds_main", "train with many seeds, at every point of a grid"),
+    "models": ("models:models_main", "train several models at the same time"),
+    "search": ("search:search_main", "search for the best options, with Optuna"),
+    "data": ("data:data_main", "prepare a corpus as token shards"),
+    "generate": ("generate:generate_main", "continue a prompt with a trained model"),
+    "evaluate": ("evaluate:evaluate_main", "measure a trained model: HellaSwag, loss"),
+    "export": ("export:export_main", "write a trained model for other people's tools"),
+    "estimate": ("estimate:estimate_main", "how long training takes"),
+    "doctor": ("doctor:doctor_main", "check this machine, and all that a run needs"),
+    "plot": ("plot:plot_main", "draw the curves of runs"),
+    "experiments": ("experiments:experiments_main", "what many trainings together have done"),
+    "status": ("status:status_main", "what a run does, also as an exit code for scripts"),
 }
 
 
@@ -34,7 +34,7 @@ def main() -> int:
     if name in COMMANDS:
         sys.argv = [f"gpt2 {name}", *rest]
         module, function = COMMANDS[name][0].split(":")
-        code: int = getattr(importlib.import_module(f"gpt2.{module}"), function)()
+        code: int = getattr(importlib.import_module(f"gpt2.cli.{module}"), function)()
         return code
     if name == "--version":
         print(gpt2.__version__)

@@ -281,7 +281,7 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path):
     """Neither its workers nor what these have started."""
     trace = tmp_path / "trace"
     program = (
-        "import sys, pathlib\nfrom experiments.test_pool import *\n"
+        "import sys, pathlib\nfrom experiments.pool.test_scheduler import *\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "source = Given(job('a', 'waits_with_child', trace=str(folder / 'trace')))\n"
         "run(source, folder)\n"

@@ -103,8 +103,8 @@ def dying(after_s: float) -> Play:
 
 def test_what_a_dead_rank_has_started_does_not_hide_its_death(monkeypatch: pytest.MonkeyPatch):
     program = (
-        "import os, sys, time\nfrom gpt2.experiments import ranks\n"
-        "connection = ranks.connect(sys.argv[1])\n"
+        "import os, sys, time\nfrom gpt2.experiments.training import ddp_host\n"
+        "connection = ddp_host.connect(sys.argv[1])\n"
         "connection.recv()\n"
         "if (child := os.fork()) == 0:\n    time.sleep(60)\n"
         "connection.send(('here', child))\n"

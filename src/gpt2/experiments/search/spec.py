@@ -1,13 +1,14 @@
 """What a search is: its options, as the command line gives them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.config.run import RunConfig
 from gpt2.experiments.results import About
 from gpt2.experiments.search import space as spaces
-from gpt2.experiments.search import study as studies
 from gpt2.experiments.search.space import Space
 from gpt2.experiments.training import training_job
 
@@ -53,9 +54,21 @@ class Search:
 
     def differences(self, before: About) -> list[str]:
         """What another search had otherwise."""
-        return studies.differences(before.fixed, self.about().fixed)
+        return differences(before.fixed, self.about().fixed)
 
     @property
     def is_shared(self) -> bool:
         """Whether other machines may have trials of the study."""
         return self.storage is not None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two searches: the values of their spaces, and what all trials share."""
+    spaces_then, spaces_now = before.get("space", {}), now.get("space", {})
+    searched = {*spaces_then, *spaces_now}
+    rows = [
+        f"{name}: {before.get(name)} before, {now.get(name)} now"
+        for name in sorted({*before, *now} - {"space"} - searched)
+        if before.get(name) != now.get(name)
+    ]
+    return rows + spaces.differences(spaces_then, spaces_now)

@@ -7,10 +7,10 @@ import re
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -22,10 +22,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
 
 from gpt2.base.errors import ConfigError, TrainingError
-from gpt2.experiments.search import ownership, space
-
-if TYPE_CHECKING:
-    from gpt2.experiments.search.spec import Search
+from gpt2.experiments.search import ownership, spec
+from gpt2.experiments.search.spec import Search
 
 T = TypeVar("T")
 
@@ -72,7 +70,7 @@ def opened(search: Search) -> Study:
     study = _created(search)
     fixed = {name: value for name, value in search.about().fixed.items() if name != "data_root"}
     before = study.user_attrs.get(FIXED)
-    if before is not None and (rows := differences(before, fixed)):
+    if before is not None and (rows := spec.differences(before, fixed)):
         listed = "\n".join(f"  {row}" for row in rows)
         raise ConfigError(
             f"the study {search.study_name} is another search:\n{listed}\ngive the same values, "
@@ -199,18 +197,6 @@ def errors_explained(study: Study | None = None) -> Iterator[None]:
 
 def _exists(study: Study) -> bool:
     return study._study_id in {item._study_id for item in study._storage.get_all_studies()}
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is other in a search, the values of its space and what all trials have in common."""
-    spaces_then, spaces_now = before.get("space", {}), now.get("space", {})
-    searched = {*spaces_then, *spaces_now}
-    rows = [
-        f"{name}: {before.get(name)} before, {now.get(name)} now"
-        for name in sorted({*before, *now} - {"space"} - searched)
-        if before.get(name) != now.get(name)
-    ]
-    return rows + space.differences(spaces_then, spaces_now)
 
 
 def without_password(address: str) -> str:

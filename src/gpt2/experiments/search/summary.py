@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
 
 from optuna.study import Study
 from rich.console import Console
@@ -11,10 +10,8 @@ from rich.console import Console
 from gpt2.base.text import counted
 from gpt2.experiments.search import best, ownership, report, trial
 from gpt2.experiments.search import study as studies
-
-if TYPE_CHECKING:
-    from gpt2.experiments.search.spec import Search
-    from gpt2.experiments.search.trials import Trials
+from gpt2.experiments.search.spec import Search
+from gpt2.experiments.search.trials import Trials
 
 
 def conclude(search: Search, study: Study, source: Trials, number: int, out: Console) -> int:
