@@ -32,7 +32,7 @@ def resident_gb(what: str) -> float:
     return int(found[1]) * 1024 / 1e9
 
 
-def trained_state() -> metadata.State:
+def trained_state() -> metadata.CheckpointState:
     """Weights and moments of GPT-2 124M after one update."""
     preset = presets.preset("gpt2-124m")
     net = model.build(preset.model)
@@ -44,8 +44,8 @@ def trained_state() -> metadata.State:
     return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def facts(step: int) -> metadata.Facts:
-    return metadata.Facts(step, 0, 0, 3.0, None, 1, "bench", "0")
+def facts(step: int) -> metadata.TrainingMetadata:
+    return metadata.TrainingMetadata(step, 0, 0, 3.0, None, 1, "bench", "0")
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from rich.console import Console
 from gpt2.data import corpora, prepare, tokenizer
 from gpt2.data.corpora import Corpus, Document
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Order
-from gpt2.data.shards import ShardSet, catalog
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import TokenDataset, load_index
 
 ROUNDS, COPIES = 5, 8
 
@@ -87,16 +87,16 @@ def memory(folder: Path, copies: int) -> None:
             pass  # it ended between two looks
         time.sleep(0.1)
     main = peaks.pop(process.pid)
-    tokens = sum(shard.tokens for shard in catalog(Storage(str(folder))).shards)
+    tokens = sum(shard.tokens for shard in load_index(Storage(str(folder))).shards)
     workers = ", ".join(f"{peak:.0f}" for peak in sorted(peaks.values(), reverse=True))
     print(f"  {tokens / 1e6:.0f} M tokens: the process that writes {main:.0f} MB; others {workers}")
 
 
 def reading(folder: Path) -> None:
     """Batches from the page cache on one thread, shuffled rows included."""
-    shards = ShardSet(catalog(Storage(str(folder))), "train", block_size=1024)
+    shards = TokenDataset(load_index(Storage(str(folder))), "train", block_size=1024)
     for shuffle in ("shards", "rows"):
-        line = Order(shards.rows_per_shard, 64, seed=1, shuffle=shuffle)
+        line = Sampler(shards.rows_per_shard, 64, seed=1, shuffle=shuffle)
         rates = []
         for _ in range(ROUNDS):
             started = time.perf_counter()
@@ -121,8 +121,8 @@ def waiting(folder: Path) -> None:
 
     torch.set_num_threads(1)
     run = presets.preset("demo")
-    shards = ShardSet(catalog(Storage(str(folder))), "train", run.model.block_size)
-    line = Order(shards.rows_per_shard, run.rows_per_step, seed=1)
+    shards = TokenDataset(load_index(Storage(str(folder))), "train", run.model.block_size)
+    line = Sampler(shards.rows_per_shard, run.rows_per_step, seed=1)
     net = model.build(run.model)
     waited_s = total_s = 0.0
     with Loader(shards, line, range(40), mini_batch_size=run.data.mini_batch_size) as loader:

@@ -38,7 +38,7 @@ def timed(accumulation: int, world: World) -> Timed:
 
     def run(steps: int) -> list[float]:
         times = []
-        for _ in range(world.highest(steps)):
+        for _ in range(world.all_reduce_max(steps)):
             started = time.perf_counter()
             learner.learn(micros, LEARNING_RATE)
             times.append(time.perf_counter() - started)
@@ -49,9 +49,9 @@ def timed(accumulation: int, world: World) -> Timed:
 
 def serve_rank(accumulation: int) -> None:
     with rendezvous.join(run_module.MachineConfig(device="cpu")) as world:
-        if world.is_main:
+        if world.is_rank0:
             serve(lambda: timed(accumulation, world))
-            world.highest(0)  # that was all
+            world.all_reduce_max(0)  # that was all
         else:
             run = timed(accumulation, world)
             while run(0):

@@ -63,8 +63,8 @@ with tokenizer_or_none():
     from gpt2.data import tokenizer
     from gpt2.data.loader import MicroBatch
     from gpt2.data.remote import Storage
-    from gpt2.data.sampler import Order
-    from gpt2.data.shards import ShardSet, catalog
+    from gpt2.data.sampler import Sampler
+    from gpt2.data.shards import TokenDataset, load_index
     from gpt2.distributed import device as device_module
     from gpt2.distributed import rendezvous
     from gpt2.distributed.world import World
@@ -141,8 +141,8 @@ def batches_of(run: RunConfig, data_dir: Path | None, device: torch.device) -> l
         drawn = torch.randint(tokenizer.VOCAB_SIZE, shape, generator=generator)
         pairs = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in drawn]
     else:
-        shards = ShardSet(catalog(Storage(str(data_dir))), "train", length)
-        line = Order(shards.rows_per_shard, rows, seed=0)
+        shards = TokenDataset(load_index(Storage(str(data_dir))), "train", length)
+        line = Sampler(shards.rows_per_shard, rows, seed=0)
         read = [shards.read(line.rows(step)) for step in range(BATCHES)]
         pairs = [(torch.tensor(inputs), torch.tensor(targets)) for inputs, targets in read]
     if device.type == "cuda":

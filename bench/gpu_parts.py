@@ -209,7 +209,7 @@ def checkpoints(learner: Learner, rounds: int) -> Part:
         saver = Saver(learner.world, settings, said.append, None, None)
 
         def begin() -> float:
-            facts = metadata.Facts(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
+            facts = metadata.TrainingMetadata(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
             wait(device)
             started = time.perf_counter()
             saver.begin(facts, learner.state)

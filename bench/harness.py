@@ -17,7 +17,7 @@ import torch
 from gpt2 import model
 from gpt2.checkpoint import store
 from gpt2.config import presets
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.inference import interchange
 from gpt2.model.gpt2 import GPT2
 

@@ -13,8 +13,8 @@ from gpt2.distributed import world
 WORLD = world.World(0, 1, torch.device("cpu"))
 
 
-def facts(step: int) -> metadata.Facts:
-    return metadata.Facts(step, 0, 0, 1.0, None, 1, "run", "0")
+def facts(step: int) -> metadata.TrainingMetadata:
+    return metadata.TrainingMetadata(step, 0, 0, 1.0, None, 1, "run", "0")
 
 
 def test_a_copy_is_apart_from_its_original_and_reuses_its_memory():

@@ -19,8 +19,8 @@ from gpt2.checkpoint import metadata, random_state, store
 CPU = torch.device("cpu")
 
 
-def facts(step: int, val_loss: float | None = None) -> metadata.Facts:
-    return metadata.Facts(
+def facts(step: int, val_loss: float | None = None) -> metadata.TrainingMetadata:
+    return metadata.TrainingMetadata(
         step=step,
         epoch=0,
         tokens=step * 10,
@@ -114,14 +114,14 @@ def test_rolling_keeps_the_newest_the_best_and_the_one_resumed_from(tmp_path: Pa
 def test_the_newest_two_are_always_kept(tmp_path: Path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep_last=1)
-    assert [item.facts.step for item in store.list_checkpoints(tmp_path)] == [2, 3]
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [2, 3]
 
 
 def test_newest_is_what_was_saved_last_not_the_highest_step(tmp_path: Path, warn: Warnings):
     """After resuming an older step, the abandoned future must not win."""
     for step in (100, 200, 150):
         save(tmp_path, step)
-    assert [item.facts.step for item in store.list_checkpoints(tmp_path)] == [100, 200, 150]
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [100, 200, 150]
     assert store.find(tmp_path, "latest", warn) == tmp_path / "step_000150.pt"
 
 
@@ -130,7 +130,7 @@ def test_a_clock_that_jumps_back_costs_nothing(tmp_path: Path, warn: Warnings, m
         save(tmp_path, step, keep_last=3)
     monkeypatch.setattr(time, "time", lambda: 5.0)
     save(tmp_path, 4, keep_last=3)
-    assert [item.facts.step for item in store.list_checkpoints(tmp_path)] == [2, 3, 4]
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [2, 3, 4]
     assert store.find(tmp_path, "latest", warn).name == "step_000004.pt"
 
 

@@ -123,7 +123,7 @@ def test_a_model_that_diverged(trained: Path, tmp_path: Path, monkeypatch, capsy
     newest = store.list_checkpoints(folder)[-1]
     state = store.load(newest.path, warn=print)
     state["model"]["final_norm.bias"] = torch.full_like(state["model"]["final_norm.bias"], math.nan)
-    store.save(folder, state, newest.facts, keep_last=2)
+    store.save(folder, state, newest.training, keep_last=2)
     assert evaluate(tmp_path, monkeypatch, tmp_path / "results.json") == 2
     assert "has weights that are no finite numbers" in capsys.readouterr().err
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt2 import model
 from gpt2.config import flops, options, presets
 from gpt2.config.flops import duration
-from gpt2.config.model import ARCHITECTURES
-from gpt2.config.run import ModelConfig, OptimConfig
+from gpt2.config.model import ARCHITECTURES, ModelConfig
+from gpt2.config.run import OptimConfig
 from gpt2.optim import build
 
 

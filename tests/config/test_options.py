@@ -5,8 +5,9 @@ import pytest
 
 from gpt2.base.errors import ConfigError
 from gpt2.config import options, presets
+from gpt2.config.model import ModelConfig
 from gpt2.config.options import overlay
-from gpt2.config.run import DataConfig, ModelConfig, RunConfig
+from gpt2.config.run import DataConfig, RunConfig
 
 
 def test_default_is_gpt2_124m():

@@ -8,18 +8,18 @@ import torch
 from gpt2.data import sampler
 from gpt2.data.loader import Loader
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Order
-from gpt2.data.shards import ShardSet, catalog
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import TokenDataset, load_index
 
 
 @pytest.fixture
-def shards(data_root: Path) -> ShardSet:
-    return ShardSet(catalog(Storage(str(data_root))), "train", 32)
+def shards(data_root: Path) -> TokenDataset:
+    return TokenDataset(load_index(Storage(str(data_root))), "train", 32)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_batches_are_those_of_the_order(shards: ShardSet, world_size: int):
-    line = Order(shards.rows_per_shard, 8, seed=1)
+def test_batches_are_those_of_the_order(shards: TokenDataset, world_size: int):
+    line = Sampler(shards.rows_per_shard, 8, seed=1)
     for rank in range(world_size):
         with Loader(
             shards, line, range(5, 12), rank=rank, world_size=world_size, mini_batch_size=2
@@ -35,17 +35,17 @@ def test_batches_are_those_of_the_order(shards: ShardSet, world_size: int):
                     assert np.array_equal(targets_BT.numpy(), targets)
 
 
-def test_closing_early_leaves_no_thread(shards: ShardSet):
+def test_closing_early_leaves_no_thread(shards: TokenDataset):
     before = threading.active_count()
-    line = Order(shards.rows_per_shard, 8, seed=1)
+    line = Sampler(shards.rows_per_shard, 8, seed=1)
     loader = Loader(shards, line, range(10**9), mini_batch_size=8)
     loader.next_step()
     loader.close()
     assert threading.active_count() == before
 
 
-def test_an_error_of_the_thread_is_raised_where_the_batch_is_needed(shards: ShardSet):
-    line = Order((10**6,), 8, seed=1)  # more rows than there are
+def test_an_error_of_the_thread_is_raised_where_the_batch_is_needed(shards: TokenDataset):
+    line = Sampler((10**6,), 8, seed=1)  # more rows than there are
     loader = Loader(shards, line, range(10**5, 10**6), mini_batch_size=8)
     with loader, pytest.raises(ValueError, match="broadcast"):
         loader.next_step()

@@ -18,8 +18,8 @@ from gpt2.data import cache, remote, shards
 from gpt2.data.cache import Cache
 from gpt2.data.loader import Loader
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Order
-from gpt2.data.shards import Catalog, ShardSet, catalog
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 
 URL = "memory://bucket/corpora/small"
 
@@ -56,12 +56,12 @@ def downloads(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> list
     return names
 
 
-def far(tmp_path: Path, limit_bytes: int | None = None, url: str = URL) -> Catalog:
-    return catalog(Storage(url), Cache(tmp_path / "cache", limit_bytes))
+def far(tmp_path: Path, limit_bytes: int | None = None, url: str = URL) -> DatasetIndex:
+    return load_index(Storage(url), Cache(tmp_path / "cache", limit_bytes))
 
 
-def near(root: Path) -> Catalog:
-    return catalog(Storage(str(root)))
+def near(root: Path) -> DatasetIndex:
+    return load_index(Storage(str(root)))
 
 
 def copies(tmp_path: Path) -> list[Path]:
@@ -77,8 +77,8 @@ def copied_bytes(tmp_path: Path) -> int:
     return size
 
 
-def open_train(found: Catalog) -> ShardSet:
-    return ShardSet(found, "train", 32)
+def open_train(found: DatasetIndex) -> TokenDataset:
+    return TokenDataset(found, "train", 32)
 
 
 def test_what_is_a_url():
@@ -95,12 +95,12 @@ def test_far_rows_are_the_near_ones_while_the_disk_holds_a_part(
     here, whole = open_train(near(data_root)), far(tmp_path)
     room = sum(shard.bytes for shard in whole.of("val")) + 3 * max(s.bytes for s in whole.shards)
     assert room < sum(shard.bytes for shard in whole.shards)
-    ShardSet(far(tmp_path, room), "val", 32)
+    TokenDataset(far(tmp_path, room), "val", 32)
     distant = open_train(far(tmp_path, room))
     assert whole.fingerprint() == near(data_root).fingerprint()
     assert distant.rows_per_shard == here.rows_per_shard
     assert len(distant.rows_per_shard) > 3
-    line = Order(here.rows_per_shard, 7, seed=3)
+    line = Sampler(here.rows_per_shard, 7, seed=3)
     with Loader(distant, line, range(10**6), mini_batch_size=7) as loader:
         for step in range(2 * line.rows_per_epoch // 7):
             [(inputs, targets)] = loader.next_step()
@@ -112,7 +112,7 @@ def test_far_rows_are_the_near_ones_while_the_disk_holds_a_part(
 
 def test_next_shard_is_fetched_before_it_is_needed(downloads: list[str], tmp_path: Path):
     distant = open_train(far(tmp_path))
-    line = Order(distant.rows_per_shard, 1, seed=1)
+    line = Sampler(distant.rows_per_shard, 1, seed=1)
     with Loader(distant, line, range(100), mini_batch_size=1) as loader:
         loader.next_step()
         deadline = time.monotonic() + 10
@@ -221,7 +221,7 @@ def test_a_server_without_ranges(server, data_root: Path):
 def test_shards_outlive_the_loader(memory: MemoryFileSystem, data_root: Path, tmp_path: Path):
     """A run that goes back to a checkpoint opens another loader on them."""
     distant, here = open_train(far(tmp_path)), open_train(near(data_root))
-    line = Order(distant.rows_per_shard, 1, seed=1)
+    line = Sampler(distant.rows_per_shard, 1, seed=1)
     for steps in (range(3), range(1000, 1003)):
         assert line.rows(steps[0])[0, 0] not in distant._maps  # it has to be fetched
         with Loader(distant, line, steps, mini_batch_size=1) as loader:
@@ -269,7 +269,7 @@ def test_closing_does_not_wait_for_a_download(
         MemoryFileSystem, "get_file", lambda *_, **__: (hanging.wait(60), sys.exit())
     )
     distant = open_train(far(tmp_path))
-    line = Order(distant.rows_per_shard, 1, seed=1)
+    line = Sampler(distant.rows_per_shard, 1, seed=1)
     loader = Loader(distant, line, range(100), mini_batch_size=1)
     time.sleep(0.05)
     started = time.monotonic()
@@ -293,13 +293,13 @@ def test_shards_of_others(memory: MemoryFileSystem, tmp_path: Path):
     by_folder = far(tmp_path, url="memory://theirs")
     by_glob = far(tmp_path, url="memory://theirs/deep/x_*_?.bin")
     assert by_glob.fingerprint() == by_folder.fingerprint() == near(folder).fingerprint()
-    inputs, _ = ShardSet(by_glob, "train", 10).read(np.array([[1, 3]]))
+    inputs, _ = TokenDataset(by_glob, "train", 10).read(np.array([[1, 3]]))
     assert inputs.tolist() == [list(range(30, 40))]
     memory.pipe("/theirs/deep/x_train_0.bin", tokens[::-1].tobytes())
     with pytest.raises(
         DataError, match=r"x_train_0\.bin .* it is not the file that was there before"
     ):
-        ShardSet(by_folder, "train", 10).read(np.array([[0, 3]]))
+        TokenDataset(by_folder, "train", 10).read(np.array([[0, 3]]))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_killed_while_it_fetches(data_root: Path, tmp_path: Path):
         "import sys, time, numpy as np\n"
         "from fsspec.implementations.local import LocalFileSystem\n"
         "from pathlib import Path\n"
-        "from gpt2.data.shards import ShardSet, catalog\n"
+        "from gpt2.data.shards import TokenDataset, load_index\n"
         "from gpt2.data.cache import Cache\n"
         "from gpt2.data.remote import Storage\n"
         "def get_file(self, far, near, **_):\n"
@@ -347,8 +347,8 @@ def test_killed_while_it_fetches(data_root: Path, tmp_path: Path):
         "    print('half', flush=True)\n"
         "    time.sleep(60)\n"
         "LocalFileSystem.get_file = get_file\n"
-        "found = catalog(Storage(sys.argv[1]), Cache(Path(sys.argv[2])))\n"
-        "ShardSet(found, 'train', 32).read(np.array([[0, 0]]))\n"
+        "found = load_index(Storage(sys.argv[1]), Cache(Path(sys.argv[2])))\n"
+        "TokenDataset(found, 'train', 32).read(np.array([[0, 0]]))\n"
     )
     corpus = Path(shutil.copytree(data_root, tmp_path / "corpus"))
     url = f"file://{corpus}"

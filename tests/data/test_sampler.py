@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.data import sampler
-from gpt2.data.sampler import Order
+from gpt2.data.sampler import Sampler
 
 orders = st.builds(
-    Order,
+    Sampler,
     rows_per_shard=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any).map(tuple),
     rows_per_step=st.integers(1, 30),
     seed=st.integers(0, 2**32),
@@ -17,13 +17,13 @@ orders = st.builds(
 worlds = st.integers(1, 8)
 
 
-def epoch_rows(line: Order, epoch: int) -> list[tuple[int, int]]:
+def epoch_rows(line: Sampler, epoch: int) -> list[tuple[int, int]]:
     """An epoch's list, spelled out by reading the epoch as one step."""
     return list(map(tuple, replace(line, rows_per_step=line.rows_per_epoch).rows(epoch).tolist()))
 
 
 @given(orders, st.integers(0, 40))
-def test_a_step_is_a_portion_of_the_spelled_out_epochs(line: Order, step: int):
+def test_a_step_is_a_portion_of_the_spelled_out_epochs(line: Sampler, step: int):
     spelled_out: list[tuple[int, int]] = []
     epoch = 0
     while len(spelled_out) < (step + 1) * line.rows_per_step:
@@ -38,7 +38,7 @@ def test_a_step_is_a_portion_of_the_spelled_out_epochs(line: Order, step: int):
 
 @given(orders, st.integers(0, 100), worlds, st.integers(1, 9))
 def test_ranks_and_micro_batches_share_the_step_out(
-    line: Order, step: int, world_size: int, mini_batch_size: int
+    line: Sampler, step: int, world_size: int, mini_batch_size: int
 ):
     shares = [line.rows(step, rank, world_size) for rank in range(world_size)]
     assert np.array_equal(np.concatenate(shares), line.rows(step))
@@ -48,7 +48,7 @@ def test_ranks_and_micro_batches_share_the_step_out(
 
 
 @given(orders, st.integers(0, 5))
-def test_an_epoch_reads_its_shards_one_after_another(line: Order, epoch: int):
+def test_an_epoch_reads_its_shards_one_after_another(line: Sampler, epoch: int):
     rows = epoch_rows(line, epoch)
     shards = [shard for shard, _ in rows]
     expected = [
@@ -61,7 +61,7 @@ def test_an_epoch_reads_its_shards_one_after_another(line: Order, epoch: int):
 
 
 @given(orders, st.integers(0, 40))
-def test_the_shard_after_a_step_is_the_next_one_that_is_read(line: Order, step: int):
+def test_the_shard_after_a_step_is_the_next_one_that_is_read(line: Sampler, step: int):
     last = (step + 1) * line.rows_per_step - 1
     epochs = range(last // line.rows_per_epoch + 2)
     read = [(epoch, shard) for epoch in epochs for shard, _ in epoch_rows(line, epoch)]
@@ -78,7 +78,7 @@ def test_shares_differ_by_at_most_one(count: int, world_size: int):
 
 
 @given(orders)
-def test_every_row_of_an_epoch_is_seen_once(line: Order):
+def test_every_row_of_an_epoch_is_seen_once(line: Sampler):
     epochs = 3
     steps = range(-(-epochs * line.rows_per_epoch // line.rows_per_step))
     seen = np.concatenate([line.rows(step) for step in steps])
@@ -90,7 +90,7 @@ def test_every_row_of_an_epoch_is_seen_once(line: Order):
 
 
 @given(orders, st.integers(1, 20))
-def test_epoch_boundaries(line: Order, epoch: int):
+def test_epoch_boundaries(line: Sampler, epoch: int):
     first = line.first_step_of(epoch)
     assert line.epoch_at(first) >= epoch
     assert line.epoch_at(first - 1) < epoch
@@ -98,7 +98,7 @@ def test_epoch_boundaries(line: Order, epoch: int):
 
 def test_epoch_0_is_in_name_order_and_later_ones_are_shuffled_by_seed_and_epoch():
     rows = (1,) * 50
-    line, same, other = (Order(rows, 5, seed) for seed in (1, 1, 2))
+    line, same, other = (Sampler(rows, 5, seed) for seed in (1, 1, 2))
     assert line.shards_of(0).tolist() == list(range(50))
     permutations = {tuple(line.shards_of(epoch)) for epoch in range(20)}
     assert len(permutations) == 20
@@ -108,9 +108,9 @@ def test_epoch_0_is_in_name_order_and_later_ones_are_shuffled_by_seed_and_epoch(
 
 def test_the_permutation_never_changes_between_versions():
     """A run that is resumed after an upgrade must see the rows that it would have seen."""
-    line = Order((8, 8), 16, seed=1337, shuffle="rows")
+    line = Sampler((8, 8), 16, seed=1337, shuffle="rows")
     assert line.rows(2)[:, 1].tolist() == [4, 0, 2, 5, 1, 6, 3, 7, 6, 5, 7, 3, 4, 1, 0, 2]
-    assert Order((1,) * 8, 1, seed=1337).shards_of(1).tolist() == [1, 6, 4, 7, 3, 5, 0, 2]
+    assert Sampler((1,) * 8, 1, seed=1337).shards_of(1).tolist() == [1, 6, 4, 7, 3, 5, 0, 2]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5).map(tuple), st.integers(1, 300))
@@ -128,11 +128,11 @@ def test_spread_rows_are_distinct_and_cover_the_split(rows_per_shard: tuple[int,
 
 def test_what_shuffle_permutes():
     shapes = {"rows_per_shard": (40, 40, 40), "rows_per_step": 120, "seed": 5}
-    none, shards, rows = (Order(**shapes, shuffle=kind) for kind in ("none", "shards", "rows"))
+    none, shards, rows = (Sampler(**shapes, shuffle=kind) for kind in ("none", "shards", "rows"))
     assert epoch_rows(none, 0) == epoch_rows(none, 3) == epoch_rows(shards, 0)
     epochs = [epoch_rows(rows, epoch) for epoch in range(5)]
     assert len({tuple(epoch) for epoch in epochs}) == 5
     inner = {tuple(row for shard, row in epochs[0] if shard == number) for number in range(3)}
     assert len(inner) == 3, "each shard has a permutation of its own"
-    assert epochs[2] == epoch_rows(Order(**shapes, shuffle="rows"), 2)
+    assert epochs[2] == epoch_rows(Sampler(**shapes, shuffle="rows"), 2)
     assert epochs[2] != epoch_rows(replace(rows, seed=6), 2)

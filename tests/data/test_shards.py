@@ -8,8 +8,8 @@ import pytest
 from gpt2.base.errors import DataError
 from gpt2.data import sampler, shards
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Order
-from gpt2.data.shards import Catalog, Manifest, ShardSet, catalog
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import DatasetIndex, Manifest, TokenDataset, load_index
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def copy(data_root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(data_root, tmp_path / "small"))
 
 
-def local(folder: Path) -> Catalog:
-    return catalog(Storage(str(folder)))
+def local(folder: Path) -> DatasetIndex:
+    return load_index(Storage(str(folder)))
 
 
-def open_train(folder: Path, block_size: int = 32) -> ShardSet:
-    return ShardSet(local(folder), "train", block_size)
+def open_train(folder: Path, block_size: int = 32) -> TokenDataset:
+    return TokenDataset(local(folder), "train", block_size)
 
 
 def brute_force(folder: Path, block_size: int, shard_order: list[int]) -> list[list[int]]:
@@ -42,7 +42,7 @@ def brute_force(folder: Path, block_size: int, shard_order: list[int]) -> list[l
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_two_epochs_of_tokens_are_those_of_a_brute_force_reading(data_root: Path, world_size: int):
     shards = open_train(data_root)
-    line = Order(shards.rows_per_shard, rows_per_step=7, seed=3)
+    line = Sampler(shards.rows_per_shard, rows_per_step=7, seed=3)
     expected = [
         row
         for epoch in range(3)
@@ -65,7 +65,7 @@ def test_two_epochs_of_tokens_are_those_of_a_brute_force_reading(data_root: Path
 
 def test_tokens_after_a_change_of_world_size_are_those_that_would_have_come(data_root: Path):
     shards = open_train(data_root)
-    line = Order(shards.rows_per_shard, rows_per_step=7, seed=3)
+    line = Sampler(shards.rows_per_shard, rows_per_step=7, seed=3)
 
     def tokens(step: int, world_size: int) -> list[list[int]]:
         parts = [shards.read(line.rows(step, rank, world_size))[0] for rank in range(world_size)]
@@ -193,7 +193,7 @@ def test_formats_of_others(tmp_path: Path, write, names):
     (root / "training_notes.bin").write_bytes(b"neither")
     found = local(root)
     assert (found.tokens("train"), found.tokens("val")) == (1000, 100)
-    inputs, targets = ShardSet(found, "train", 10).read(np.array([[0, 0], [0, 98]]))
+    inputs, targets = TokenDataset(found, "train", 10).read(np.array([[0, 0], [0, 98]]))
     assert inputs.tolist() == [TOKENS[:10].tolist(), TOKENS[980:990].tolist()]
     assert targets.tolist() == [TOKENS[1:11].tolist(), TOKENS[981:991].tolist()]
     by_glob = local(root / "**" / f"*{Path(names[0]).suffix}")
@@ -222,22 +222,22 @@ def test_damaged_bin_is_named(tmp_path: Path, write, message: str):
 def test_ids_outside_the_vocabulary_are_named(tmp_path: Path):
     write_raw(tmp_path / "train.bin", np.full(100, 60000))
     with pytest.raises(DataError, match=r"train\.bin holds the token id 60000, outside"):
-        ShardSet(local(tmp_path), "train", 10)
+        TokenDataset(local(tmp_path), "train", 10)
 
 
 def test_a_folder_without_one_split_says_how_files_are_named(tmp_path: Path):
     write_raw(tmp_path / "train.bin", TOKENS)
     with pytest.raises(DataError, match="has no val shard: its files need 'val' as a part"):
-        ShardSet(local(tmp_path), "val", 10)
+        TokenDataset(local(tmp_path), "val", 10)
 
 
 def test_only_a_last_shard_may_be_too_short_for_a_row(tmp_path: Path):
     for number, count in enumerate((50, 5)):
         write_raw(tmp_path / f"train_{number}.bin", TOKENS[:count])
-    assert ShardSet(local(tmp_path), "train", 10).rows_per_shard == (4, 0)
+    assert TokenDataset(local(tmp_path), "train", 10).rows_per_shard == (4, 0)
     write_raw(tmp_path / "train_2.bin", TOKENS[:50])
     with pytest.raises(DataError, match=r"train_1\.bin has 5 tokens, too few for one row"):
-        ShardSet(local(tmp_path), "train", 10)
+        TokenDataset(local(tmp_path), "train", 10)
 
 
 def test_verify_names_what_is_wrong(copy: Path):

@@ -199,11 +199,11 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
         "from gpt2.base.errors import DataError\n"
         "def fail(): raise DataError('no data')\n"
         "with rendezvous.join(MachineConfig()) as world:\n"
-        "    assert world.on_main(lambda: world.rank) == 0\n"
+        "    assert world.run_on_rank0(lambda: world.rank) == 0\n"
         "    assert world.gather(world.rank) == [0.0, 1.0]\n"
-        "    assert world.highest(world.rank) == 1\n"
+        "    assert world.all_reduce_max(world.rank) == 1\n"
         "    assert world.gather_objects(str(world.rank)) == ([] if world.rank else ['0', '1'])\n"
-        "    try: world.on_main(fail)\n"
+        "    try: world.run_on_rank0(fail)\n"
         "    except DataError as error: os.write(1, f'rank {world.rank}: {error}\\n'.encode())\n"
     )
     command = train_command([], ranks=2, script=script)

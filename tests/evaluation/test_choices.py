@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2 import model
-from gpt2.config.model import ARCHITECTURES
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.data import tokenizer
 from gpt2.distributed import world as distributed
 from gpt2.evaluation import choices

@@ -11,7 +11,7 @@ import torch
 
 from gpt2 import model
 from gpt2.base.errors import DataError
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.data import tokenizer
 from gpt2.distributed import world
 from gpt2.evaluation import choices, hellaswag

@@ -132,7 +132,7 @@ def test_full_disk(data_root: Path, tmp_path: Path):
     assert "error: cannot save" in done.stderr
     assert "step_000020.pt" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [item.facts.step for item in store.list_checkpoints(tmp_path / "checkpoints")] == [5]
+    assert [item.training.step for item in store.list_checkpoints(tmp_path / "checkpoints")] == [5]
     assert (tmp_path / "checkpoints/step_000005.pt").read_bytes() == before
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     again = small_config(data_root, tmp_path, **flags, max_steps=20, resume="latest")
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_for_a_while(data_root: Path, tmp_path: Path):
     assert text.count("WARNING: LogFile cannot write") == 1
     assert text.count("WARNING: TensorBoard cannot write") <= 1  # its writer has a buffer
     kept = store.list_checkpoints(tmp_path / "kept/checkpoints")
-    assert [item.facts.step for item in kept][-1] == 120
+    assert [item.training.step for item in kept][-1] == 120
     assert not list((tmp_path / "kept/checkpoints").glob("*.tmp"))
 
 

@@ -75,11 +75,11 @@ from gpt2 import checkpoint
 folder = Path(sys.argv[1])
 checkpoint.require_writable(folder)
 checkpoint.sweep(folder)
-steps = [item.facts.step for item in checkpoint.list_checkpoints(folder)]
+steps = [item.training.step for item in checkpoint.list_checkpoints(folder)]
 step = max(steps, default=0)
 while True:
     step += 1
-    facts = checkpoint.Facts(step, 0, 0, 1.0, 1.0 / step, 1, "run", "0")
+    facts = checkpoint.TrainingMetadata(step, 0, 0, 1.0, 1.0 / step, 1, "run", "0")
     checkpoint.save(folder, {{"model": torch.full((4_000_000,), float(step))}}, facts, keep_last=3)
     print("saved", step, flush=True)
 """

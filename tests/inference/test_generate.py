@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2 import model
-from gpt2.config.model import ARCHITECTURES
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.data import tokenizer
 from gpt2.inference import generate
 from gpt2.inference.sampling import Sampling

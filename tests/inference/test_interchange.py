@@ -16,8 +16,8 @@ from gpt2 import model
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli import export, main
+from gpt2.config.model import ModelConfig
 from gpt2.config.presets import PRESETS
-from gpt2.config.run import ModelConfig
 from gpt2.data import tokenizer
 from gpt2.inference import interchange
 from gpt2.inference.interchange import Trained

@@ -124,7 +124,7 @@ def test_disks_hold_what_the_run_keeps(tmp_path: Path):
     (need,) = doctor.disk_needs(run, None)
     assert need.what == "12 checkpoints of 1.5 GB"
     assert need.bytes == 12 * GPT2_124M
-    facts = metadata.Facts(1, 0, 1, None, None, 1, "run", "0")
+    facts = metadata.TrainingMetadata(1, 0, 1, None, None, 1, "run", "0")
     store.save(tmp_path, {"filler": [0] * 1000}, facts, keep_last=10)
     has = (tmp_path / "step_000001.pt").stat().st_size
     assert doctor.disk_needs(run, None)[0].bytes == 12 * GPT2_124M - has
@@ -213,7 +213,7 @@ def test_the_beginning_is_checked(tmp_path: Path, data_root: Path):
     folder.mkdir()
     (found,) = doctor.find_checkpoints(run, None)
     assert found.fact == f"a new run: no checkpoint in {folder}"
-    facts = metadata.Facts(7, 0, 1, None, None, 1, "run", "0")
+    facts = metadata.TrainingMetadata(7, 0, 1, None, None, 1, "run", "0")
     path = store.save(folder, state_of(run), facts, keep_last=10)
     (found,) = doctor.find_checkpoints(run, None)
     assert "continue it with --resume latest" in found.fact

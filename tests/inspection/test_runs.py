@@ -28,7 +28,7 @@ def text_of(out: Console) -> str:
 
 def save(folder: Path, step: int, val_loss: float | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    facts = metadata.Facts(step, 0, step * 10, 2.5, val_loss, 1, "run", "0")
+    facts = metadata.TrainingMetadata(step, 0, step * 10, 2.5, val_loss, 1, "run", "0")
     store.save(folder, {"filler": list(range(1000))}, facts, keep_last=10)
 
 

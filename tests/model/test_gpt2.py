@@ -3,7 +3,7 @@ import torch
 import transformers
 
 from gpt2 import model
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.model.gpt2 import GPT2
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)

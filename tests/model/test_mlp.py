@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from gpt2 import model
 from gpt2.base.errors import ConfigError
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.model.mlp import MLP
 
 WINDOW = 4

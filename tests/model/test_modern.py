@@ -6,7 +6,7 @@ import torch
 
 from gpt2 import model
 from gpt2.base.errors import ConfigError
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.model import modern
 from gpt2.model.modern import Modern
 

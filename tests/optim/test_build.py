@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gpt2 import model
-from gpt2.config.run import ModelConfig, OptimConfig
+from gpt2.config.model import ModelConfig
+from gpt2.config.run import OptimConfig
 from gpt2.model.base import LanguageModel
 from gpt2.optim import build, combined
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt2.base.errors import DataError
 from gpt2.checkpoint import store
 from gpt2.data.remote import Storage
-from gpt2.data.shards import catalog
+from gpt2.data.shards import load_index
 from gpt2.distributed import world as distributed
 from gpt2.evaluation import hellaswag
 from gpt2.train import trainer
@@ -72,7 +72,7 @@ def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_pat
     world = distributed.World(0, 1, torch.device("cpu"))
     run = small_config(data_root, tmp_path)
     learner = Learner(run, world)
-    data = catalog(Storage(str(data_root)))
+    data = load_index(Storage(str(data_root)))
     assert Judge(run, world, learner, data).references() == {}
     fineweb = replace(data, corpus=corpus)
     assert Judge(run, world, learner, fineweb).references() == {"loss/gpt2_124m": loss}
@@ -96,7 +96,7 @@ def test_a_stop_within_hellaswag_loses_no_validation(
         result = trainer.run(config)
     assert (result.state, result.step) == ("stopped", 10)
     (kept,) = store.list_checkpoints(tmp_path / "checkpoints")
-    assert kept.facts.val_loss == result.val_loss
+    assert kept.training.val_loss == result.val_loss
 
     resumed = small_config(data_root, tmp_path, **flags, max_steps=10, resume="latest")
     result = trainer.run(resumed)

@@ -88,9 +88,9 @@ def test_the_way_of_an_experiment(data_root: Path, tmp_path: Path, capsys):
     before = losses(tmp_path / "logs" / "exp_gpu_2" / "log.txt")
     newest, damaged = store.list_checkpoints(folder)[-2:]
     with damaged.path.open("r+b") as file:
-        file.seek(damaged.sidecar.bytes // 2)
+        file.seek(damaged.metadata.bytes // 2)
         file.write(b"damaged!")
-    last = newest.facts.step + 3
+    last = newest.training.step + 3
     capsys.readouterr()
 
     def look(**_: float) -> trainer.Answer:
@@ -102,7 +102,7 @@ def test_the_way_of_an_experiment(data_root: Path, tmp_path: Path, capsys):
     )
     assert trainer.run(again, look).step == last
     said = capsys.readouterr()
-    assert f"  - Step: {newest.facts.step}\n" in said.out
+    assert f"  - Step: {newest.training.step}\n" in said.out
     assert "it is now step_" in said.err
     assert os.readlink(link) == f"exp_gpu_2/step_{last:06d}.pt"
     after = losses(tmp_path / "logs" / "exp_gpu_2" / "log.txt")

@@ -21,7 +21,7 @@ from gpt2.train import status, trainer
 from support import SMALL_CORPUS, loss_lines, losses, small_config
 
 
-def load(out: Path, step: int) -> metadata.State:
+def load(out: Path, step: int) -> metadata.CheckpointState:
     return store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
 
 
@@ -55,9 +55,9 @@ def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, caps
     assert log[30] < log[1] - 1
     assert result.val_loss == result.best_val_loss < log[1] - 1
     checkpoints = store.list_checkpoints(tmp_path / "checkpoints")
-    assert [item.facts.step for item in checkpoints] == [10, 20, 30]
-    assert all(item.facts.val_loss is not None for item in checkpoints)
-    assert checkpoints[-1].facts.train_loss == pytest.approx(log[30], abs=1e-6)
+    assert [item.training.step for item in checkpoints] == [10, 20, 30]
+    assert all(item.training.val_loss is not None for item in checkpoints)
+    assert checkpoints[-1].training.train_loss == pytest.approx(log[30], abs=1e-6)
     assert os.readlink(tmp_path / "checkpoints" / "best.pt") == "step_000030.pt"
     written = status.read(tmp_path / "checkpoints")
     assert (written.state, written.step, written.plan.total_steps) == ("finished", 30, 30)

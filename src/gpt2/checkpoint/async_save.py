@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import random_state, store
-from gpt2.checkpoint.metadata import Facts, State
+from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config.run import CheckpointConfig
 from gpt2.distributed.world import World
 
-Write = Callable[[State], Path]
+Write = Callable[[CheckpointState], Path]
 ALIGNMENT = 64  # bytes: a cache line
 
 
@@ -47,24 +47,26 @@ class Saver:
         self._step_on_disk = step
         """known to rank 0"""
 
-    def begin(self, facts: Facts, state: Callable[[], State]) -> None:
+    def begin(self, training: TrainingMetadata, state: Callable[[], CheckpointState]) -> None:
         """Returns when the state is copied; `report` tells later how the writing went."""
-        if self._begun_step == facts.step:
+        if self._begun_step == training.step:
             return
-        self._begun_step = facts.step
-        self._world.on_main(self._wait_for_former)
+        self._begun_step = training.step
+        self._world.run_on_rank0(self._wait_for_former)
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
-        if self._world.is_main:
-            self._writer.begin({**state(), "rng": rng}, lambda copied: self._write(copied, facts))
+        if self._world.is_rank0:
+            self._writer.begin(
+                {**state(), "rng": rng}, lambda copied: self._write(copied, training)
+            )
 
-    def finish(self, facts: Facts, state: Callable[[], State]) -> None:
+    def finish(self, training: TrainingMetadata, state: Callable[[], CheckpointState]) -> None:
         """Returns when a checkpoint of this step is on the disk; CheckpointError if it is not."""
         self.wait()
-        if self._world.on_main(lambda: self._step_on_disk == facts.step):
+        if self._world.run_on_rank0(lambda: self._step_on_disk == training.step):
             return
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
-        path = self._world.on_main(lambda: self._write({**state(), "rng": rng}, facts))
-        self._begun_step = facts.step
+        path = self._world.run_on_rank0(lambda: self._write({**state(), "rng": rng}, training))
+        self._begun_step = training.step
         self._say(f"Saved checkpoint: {path}")
 
     def report(self) -> None:
@@ -90,20 +92,20 @@ class Saver:
             self._say("Waiting: the former checkpoint is still being written")
             self.wait()
 
-    def _write(self, state: State, facts: Facts) -> Path:
+    def _write(self, state: CheckpointState, training: TrainingMetadata) -> Path:
         path = store.save(
             self._settings.checkpoint_dir,
             state,
-            facts,
+            training,
             keep_last=self._settings.keep_last,
             resumed_from=self._resumed_from,
         )
-        self._step_on_disk = facts.step
+        self._step_on_disk = training.step
         self._point()
         return path
 
     def _point(self) -> None:
-        if self._link is not None and self._world.is_main:
+        if self._link is not None and self._world.is_rank0:
             with contextlib.suppress(
                 OSError
             ):  # it points at an older one; the next save tries anew
@@ -116,7 +118,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def of(self, state: State) -> State:
+    def of(self, state: CheckpointState) -> CheckpointState:
         """`state` with every tensor in memory that the next call overwrites.
 
         Tensors that are the same stay so, so that a file of it is no larger.
@@ -137,7 +139,7 @@ class HostCopy:
             start += _aligned(tensor.nbytes)
         if on_gpu:
             torch.cuda.synchronize()
-        copied: State = tree_map(
+        copied: CheckpointState = tree_map(
             lambda leaf: copies[_place(leaf)] if _is_full(leaf) else leaf, state
         )
         return copied
@@ -183,7 +185,7 @@ class BackgroundWriter:
     def is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, state: State, write: Write) -> None:
+    def begin(self, state: CheckpointState, write: Write) -> None:
         """Returns when the state is copied; waits for the former write to end before that."""
         self.wait()
         copied = self._copy.of(state)
@@ -204,7 +206,7 @@ class BackgroundWriter:
                 raise outcome
             yield outcome
 
-    def _run(self, write: Write, state: State) -> None:
+    def _run(self, write: Write, state: CheckpointState) -> None:
         try:
             self._ended.put(write(state))
         except BaseException as error:

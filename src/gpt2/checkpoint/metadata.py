@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-State = dict[str, Any]
+CheckpointState = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Facts:
+class TrainingMetadata:
     """What the trainer knows of a checkpoint and a listing shows."""
 
     step: int
@@ -25,10 +25,10 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Sidecar:
+class CheckpointMetadata:
     """The JSON beside a checkpoint."""
 
-    facts: Facts
+    training: TrainingMetadata
     schema: int
     bytes: int
     piece_bytes: int
@@ -43,34 +43,40 @@ class Sidecar:
     """counts the saves of a folder: clocks may jump, and steps may be done again"""
 
 
-def read(mark: Path) -> Sidecar | None:
+def read_metadata(mark: Path) -> CheckpointMetadata | None:
     try:
         values = json.loads(mark.read_text())
         if isinstance(values.get("sha256"), str):  # as written before there were pieces
             values |= {"sha256": [values["sha256"]], "piece_bytes": values["bytes"]}
-        facts = Facts(**{name: values[name] for name in Facts.__dataclass_fields__})
-        others = {name: values[name] for name in Sidecar.__dataclass_fields__ if name != "facts"}
-        sidecar = Sidecar(facts=facts, **others)
+        training = TrainingMetadata(
+            **{name: values[name] for name in TrainingMetadata.__dataclass_fields__}
+        )
+        others = {
+            name: values[name]
+            for name in CheckpointMetadata.__dataclass_fields__
+            if name != "training"
+        }
+        metadata = CheckpointMetadata(training=training, **others)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    numbers = (facts.step, facts.epoch, sidecar.bytes, sidecar.time, sidecar.sequence)
-    losses = (loss for loss in (facts.train_loss, facts.val_loss) if loss is not None)
+    numbers = (training.step, training.epoch, metadata.bytes, metadata.time, metadata.sequence)
+    losses = (loss for loss in (training.train_loss, training.val_loss) if loss is not None)
     sound = all(isinstance(number, int | float) for number in (*numbers, *losses))
-    return sidecar if sound and _covers(sidecar) else None
+    return metadata if sound and _covers(metadata) else None
 
 
-def _covers(sidecar: Sidecar) -> bool:
+def _covers(metadata: CheckpointMetadata) -> bool:
     """Whether there is a digest for every byte."""
-    size, digests = sidecar.piece_bytes, sidecar.sha256
+    size, digests = metadata.piece_bytes, metadata.sha256
     return (
         isinstance(size, int)
         and isinstance(digests, list)
         and all(isinstance(digest, str) for digest in digests)
         and size > 0
-        and len(digests) == max(1, -(-sidecar.bytes // size))
+        and len(digests) == max(1, -(-metadata.bytes // size))
     )
 
 
-def to_json(sidecar: Sidecar) -> str:
-    values = asdict(sidecar)
-    return json.dumps(values.pop("facts") | values, indent=2) + "\n"
+def metadata_to_json(metadata: CheckpointMetadata) -> str:
+    values = asdict(metadata)
+    return json.dumps(values.pop("training") | values, indent=2) + "\n"

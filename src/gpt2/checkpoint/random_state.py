@@ -6,10 +6,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from gpt2.checkpoint.metadata import State
+from gpt2.checkpoint.metadata import CheckpointState
 
 
-def rng_state(device: torch.device) -> State:
+def rng_state(device: torch.device) -> CheckpointState:
     """The random-number states of this process: Python, NumPy, torch CPU and its CUDA device."""
     numpy_state = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     kind, keys, position, has_gauss, gauss = numpy_state
@@ -21,7 +21,7 @@ def rng_state(device: torch.device) -> State:
     }
 
 
-def set_rng_state(state: State, device: torch.device) -> None:
+def set_rng_state(state: CheckpointState, device: torch.device) -> None:
     """Restores what `rng_state` took; a CUDA state is left out where there is no CUDA."""
     random.setstate(state["python"])
     kind, keys, position, has_gauss, gauss = state["numpy"]

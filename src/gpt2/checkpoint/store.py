@@ -25,8 +25,15 @@ import torch
 
 from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
-from gpt2.checkpoint import integrity, metadata
-from gpt2.checkpoint.metadata import SCHEMA, Facts, Sidecar, State
+from gpt2.checkpoint import integrity
+from gpt2.checkpoint.metadata import (
+    SCHEMA,
+    CheckpointMetadata,
+    CheckpointState,
+    TrainingMetadata,
+    metadata_to_json,
+    read_metadata,
+)
 
 LATEST, BEST = "latest.pt", "best.pt"
 CORRUPT_SUFFIX = ".corrupt"
@@ -39,21 +46,26 @@ class Checkpoint:
     """A finished checkpoint in a folder."""
 
     path: Path
-    sidecar: Sidecar
+    metadata: CheckpointMetadata
 
     @property
-    def facts(self) -> Facts:
-        return self.sidecar.facts
+    def training(self) -> TrainingMetadata:
+        return self.metadata.training
 
 
 def save(
-    folder: Path, state: State, facts: Facts, *, keep_last: int, resumed_from: Path | None = None
+    folder: Path,
+    state: CheckpointState,
+    training: TrainingMetadata,
+    *,
+    keep_last: int,
+    resumed_from: Path | None = None,
 ) -> Path:
     """Writes a checkpoint, points `latest.pt` and `best.pt`, and removes what is no longer kept.
 
     Raises CheckpointError if the disk does not take it; the earlier checkpoints are intact then.
     """
-    path = folder / f"step_{facts.step:06d}.pt"
+    path = folder / f"step_{training.step:06d}.pt"
     try:
         before = list_checkpoints(folder)
         # A mark of this step, from a way that was left, must not outlive its file.
@@ -62,8 +74,8 @@ def save(
             writer = integrity.HashingWriter(file)
             torch.save({"schema": SCHEMA, **state}, cast(IO[bytes], writer))
         digests = writer.digests()
-        sidecar = Sidecar(
-            facts=facts,
+        metadata = CheckpointMetadata(
+            training=training,
             schema=SCHEMA,
             bytes=path.stat().st_size,
             piece_bytes=integrity.PIECE_BYTES,
@@ -71,9 +83,9 @@ def save(
             hmac=integrity.sign(digests),
             torch_version=torch.__version__,
             time=time.time(),
-            sequence=1 + max((item.sidecar.sequence for item in before), default=0),
+            sequence=1 + max((item.metadata.sequence for item in before), default=0),
         )
-        atomic_files.write_text(path.with_suffix(".json"), metadata.to_json(sidecar))
+        atomic_files.write_text(path.with_suffix(".json"), metadata_to_json(metadata))
         atomic_files.point(folder / LATEST, path.name)
         complete = list_checkpoints(folder)
         best = find_best(complete)
@@ -109,18 +121,18 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The finished checkpoints of `folder`, from their sidecars alone, newest last."""
     found = []
     for mark in folder.glob("step_*.json"):
-        path, sidecar = mark.with_suffix(".pt"), metadata.read(mark)
-        if sidecar is not None and path.exists():
-            found.append(Checkpoint(path, sidecar))
-    return sorted(found, key=lambda item: (item.sidecar.sequence, item.facts.step))
+        path, metadata = mark.with_suffix(".pt"), read_metadata(mark)
+        if metadata is not None and path.exists():
+            found.append(Checkpoint(path, metadata))
+    return sorted(found, key=lambda item: (item.metadata.sequence, item.training.step))
 
 
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest validation loss among those that have one."""
     judged = [
-        (item.facts.val_loss, item)
+        (item.training.val_loss, item)
         for item in complete
-        if item.facts.val_loss is not None and math.isfinite(item.facts.val_loss)
+        if item.training.val_loss is not None and math.isfinite(item.training.val_loss)
     ]
     return min(judged, key=lambda pair: pair[0])[1] if judged else None
 
@@ -144,9 +156,9 @@ def find(folder: Path, which: str, warn: Warn, *, set_aside: bool = False) -> Pa
         return best.path
     if which.isdigit():
         for item in complete:
-            if item.facts.step == int(which):
+            if item.training.step == int(which):
                 return item.path
-        steps = ", ".join(str(item.facts.step) for item in complete) or "none"
+        steps = ", ".join(str(item.training.step) for item in complete) or "none"
         raise CheckpointError(f"{folder} has no checkpoint of step {which}; steps: {steps}")
     path = Path(which)
     if not path.is_file():
@@ -157,29 +169,31 @@ def find(folder: Path, which: str, warn: Warn, *, set_aside: bool = False) -> Pa
     return path.resolve()
 
 
-def load(path: Path, *, trust: bool = False, warn: Warn) -> State:
+def load(path: Path, *, trust: bool = False, warn: Warn) -> CheckpointState:
     """The state in `path`, mapped from the file, after its size and SHA-256 were checked.
 
     A file that this user signed is unpickled in full; any other yields tensors and plain values
     only, unless `trust`: unpickling runs code. Raises CheckpointError if the file is damaged, needs
     more trust than it has, or is no checkpoint of ours.
     """
-    sidecar = metadata.read(path.with_suffix(".json"))
-    if sidecar is None:
-        warn(f"{path} has no readable sidecar: it is loaded unverified")
-    state = unpickle(path, trust=trust, sidecar=sidecar)
+    metadata = read_metadata(path.with_suffix(".json"))
+    if metadata is None:
+        warn(f"{path} has no readable metadata: it is loaded unverified")
+    state = unpickle(path, trust=trust, metadata=metadata)
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is no checkpoint of gpt2-from-scratch (schema {SCHEMA})")
     return state
 
 
-def unpickle(path: Path, *, trust: bool = False, sidecar: Sidecar | None = None) -> object:
+def unpickle(
+    path: Path, *, trust: bool = False, metadata: CheckpointMetadata | None = None
+) -> object:
     """What torch.save wrote to `path`, whoever called it; raises CheckpointError as `load` does."""
     try:
         with path.open("rb") as file:
-            if sidecar is not None:
-                _verify(path, file, sidecar)
-            own = sidecar is not None and integrity.is_signed(sidecar.sha256, sidecar.hmac)
+            if metadata is not None:
+                _verify(path, file, metadata)
+            own = metadata is not None and integrity.is_signed(metadata.sha256, metadata.hmac)
             with warnings.catch_warnings(action="ignore"):  # of foreign formats: refused below
                 return torch.load(
                     f"/proc/self/fd/{file.fileno()}",  # the file that was verified, whatever `path`
@@ -229,7 +243,7 @@ def _newest_good(folder: Path, warn: Warn, set_aside: bool) -> Path | None:
     damaged = {
         mark.with_suffix(".pt"): f"{mark} is empty, damaged or of another version"
         for mark in marks
-        if metadata.read(mark) is None
+        if read_metadata(mark) is None
     }
     good = newest_good(list_checkpoints(folder), damaged.__setitem__)
     for path, reason in damaged.items():
@@ -270,7 +284,7 @@ def _verify_patiently(item: Checkpoint) -> None:
     for pause_s in (1, 3, None):
         try:
             with item.path.open("rb") as file:
-                return _verify(item.path, file, item.sidecar)
+                return _verify(item.path, file, item.metadata)
         except OSError:  # network file systems have their moments
             if pause_s is None:
                 raise
@@ -290,12 +304,12 @@ def _free_name(path: Path) -> Path:
     return next(item for item in itertools.chain([path], numbers) if not item.exists())
 
 
-def _verify(path: Path, file: BufferedReader, sidecar: Sidecar) -> None:
+def _verify(path: Path, file: BufferedReader, metadata: CheckpointMetadata) -> None:
     size = os.fstat(file.fileno()).st_size
-    if size != sidecar.bytes:
-        raise CheckpointError(f"{path} has {size} bytes, its sidecar says {sidecar.bytes}")
-    if not integrity.is_whole(file.fileno(), sidecar.sha256, sidecar.piece_bytes):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of its sidecar")
+    if size != metadata.bytes:
+        raise CheckpointError(f"{path} has {size} bytes, its metadata says {metadata.bytes}")
+    if not integrity.is_whole(file.fileno(), metadata.sha256, metadata.piece_bytes):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of its metadata")
 
 
 def _forbidden(error: Exception) -> str | None:

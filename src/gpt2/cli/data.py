@@ -14,9 +14,8 @@ from rich.table import Table
 
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
-from gpt2.base.validation import suggestion
+from gpt2.base.validation import require_at_least, suggestion
 from gpt2.cli.parse import guarded, parse
-from gpt2.config.run import require_at_least
 from gpt2.data import corpora, prepare, shards, tokenizer
 from gpt2.data.corpora import Corpus
 from gpt2.data.remote import Storage
@@ -159,7 +158,7 @@ def _prepare(corpus: Corpus, options: Options) -> int:
     )
     elapsed_s = time.perf_counter() - started
     out = console()
-    out.print(_split_table(shards.catalog(Storage(str(folder)))))
+    out.print(_split_table(shards.load_index(Storage(str(folder)))))
     out.print(
         f"{counted(manifest.documents, 'document')}, {manifest.empty_documents:,} of them empty, "
         f"{manifest.replaced_documents:,} with bytes that are no UTF-8 (now U+FFFD); "
@@ -189,7 +188,7 @@ def _verify(arguments: list[str]) -> int:
 def _show(arguments: list[str]) -> int:
     command = parse(Show, arguments)
     storage = Storage(command.root)
-    catalog = shards.catalog(storage)
+    catalog = shards.load_index(storage)
     out = console()
     listing = table(f"Shards in {storage.root}", "shard", "split", "tokens", "size", "file")
     for number, shard in enumerate(catalog.shards):
@@ -205,7 +204,7 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
-def _split_table(catalog: shards.Catalog) -> Table:
+def _split_table(catalog: shards.DatasetIndex) -> Table:
     listing = table(f"Shards in {catalog.storage}", "split", "shards", "tokens", "size")
     splits: tuple[shards.Split, ...] = ("train", "val")
     for split in splits:

@@ -4,10 +4,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2.base import validation
 from gpt2.base.text import console
 from gpt2.cli import train
 from gpt2.cli.parse import guarded, parse
-from gpt2.config import run as run_module
 from gpt2.config.run import RunConfig
 
 
@@ -25,7 +25,7 @@ class DoctorCommand:
     """keep checkpoints, runs and logs under this folder"""
 
     def __post_init__(self) -> None:
-        run_module.require_at_least(self, 1, "nproc_per_node")
+        validation.require_at_least(self, 1, "nproc_per_node")
 
 
 def doctor_main() -> int:

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2.base import validation
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.cli.parse import guarded, parse
@@ -25,7 +26,7 @@ class EstimateCommand:
     """GPUs that give this speed, or that are assumed"""
 
     def __post_init__(self) -> None:
-        run_module.require_at_least(self, 1, "gpus")
+        validation.require_at_least(self, 1, "gpus")
         if self.tokens_per_sec is not None and self.tokens_per_sec <= 0:
             raise ConfigError(f"tokens_per_sec={self.tokens_per_sec} must be more than 0")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 import gpt2
+from gpt2.base import validation
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import suggestion
@@ -54,7 +55,7 @@ class EvaluateCommand:
     """where to compute"""
 
     def __post_init__(self) -> None:
-        run.require_at_least(self, 1, "limit", "batch_tokens")
+        validation.require_at_least(self, 1, "limit", "batch_tokens")
         for name in self.names:
             if name not in MEASURES:
                 raise ConfigError(
@@ -96,16 +97,16 @@ def evaluate_main() -> int:
         command = parse(EvaluateCommand, sys.argv[1:], speak=speaks)
         with rendezvous.join(run.MachineConfig(device=command.device)) as world:
             loaded = load_model(command.source, speak=speaks)
-            world.on_main(lambda: _write(command, loaded, []))  # it can be written
+            world.run_on_rank0(lambda: _write(command, loaded, []))  # it can be written
             # What is not there is known before the first measure begins.
             measures = [MEASURES[name](command, loaded, world) for name in command.names]
             loaded.model.to(world.device)
             figures: list[Figure] = []
             for measure in measures:
                 figures += measure()
-                if world.is_main:
+                if world.is_rank0:
                     _write(command, loaded, figures)
-            if world.is_main:
+            if world.is_rank0:
                 _show(loaded, figures)
                 print(f"Written to {command.output}")
         return 0
@@ -116,7 +117,7 @@ def evaluate_main() -> int:
 def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:
     from gpt2.evaluation import hellaswag
 
-    tasks = world.on_main(
+    tasks = world.run_on_rank0(
         lambda: hellaswag.load(command.hellaswag_path, command.limit, command.style)
     )
 
@@ -144,7 +145,7 @@ def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> Meas
 def _validation(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:
     from gpt2.data import sampler
     from gpt2.data.remote import Storage
-    from gpt2.data.shards import ShardSet, catalog
+    from gpt2.data.shards import TokenDataset, load_index
     from gpt2.evaluation.loss import row_losses
     from gpt2.train.setup import cache_of, require_known_ids
 
@@ -158,9 +159,9 @@ def _validation(command: EvaluateCommand, loaded: Loaded, world: "World") -> Mea
             "or use --tasks hellaswag"
         )
     settings = replace(settings, model=loaded.model.config)
-    data = catalog(Storage(root), cache_of(settings))
+    data = load_index(Storage(root), cache_of(settings))
     require_known_ids(settings, data)
-    shards = ShardSet(data, "val", loaded.model.config.block_size)
+    shards = TokenDataset(data, "val", loaded.model.config.block_size)
     rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
 
     def measure() -> list[Figure]:
@@ -235,5 +236,5 @@ def _progress(what: str, world: "World") -> Callable[[Sequence[int]], Iterable[i
 
     bar = Console(stderr=True)
     return lambda rounds: track(
-        rounds, what, console=bar, transient=True, disable=not (world.is_main and bar.is_terminal)
+        rounds, what, console=bar, transient=True, disable=not (world.is_rank0 and bar.is_terminal)
     )

@@ -11,9 +11,8 @@ import tyro
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import suggestion
+from gpt2.base.validation import require_at_least, suggestion
 from gpt2.cli.parse import guarded, parse
-from gpt2.config.run import require_at_least
 
 if TYPE_CHECKING:
     pass

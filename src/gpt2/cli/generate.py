@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from gpt2.base import validation
 from gpt2.base.errors import ConfigError
 from gpt2.cli.loading import Source, load_model
 from gpt2.cli.parse import guarded, parse
@@ -33,7 +34,7 @@ class GenerateCommand:
     """where to compute"""
 
     def __post_init__(self) -> None:
-        config.require_at_least(self, 0, "seed")
+        validation.require_at_least(self, 0, "seed")
         if self.seed >= 2**63:  # more than torch takes
             raise ConfigError(f"seed={self.seed} is too large; it must be less than {2**63}")
         if self.interactive and self.prompt == "-":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.base.errors import CheckpointError
-from gpt2.config import run as config
+from gpt2.config.model import ModelConfig
 
 if TYPE_CHECKING:
     from gpt2.model.base import LanguageModel
@@ -73,7 +73,7 @@ def load_model(source: Source, speak: bool = True) -> Loaded:
             state["config"],
             str(path),
         )
-        shape = config.ModelConfig(**run["model"])
+        shape = ModelConfig(**run["model"])
     if not all(bool(part.isfinite().all()) for part in weights.values()):
         raise CheckpointError(
             f"{shown} has weights that are no finite numbers: its training diverged; use an "

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from gpt2.base import validation
 from gpt2.base.text import console
 from gpt2.cli.parse import guarded, parse
-from gpt2.config import run as run_module
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PlotCommand:
     """only the last so many runs of each log; default is all"""
 
     def __post_init__(self) -> None:
-        run_module.require_at_least(self, 1, "last")
+        validation.require_at_least(self, 1, "last")
 
 
 def plot_main() -> int:

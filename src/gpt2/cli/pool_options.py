@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
+from gpt2.base.validation import require_at_least
 from gpt2.cli import train as cli_train
 from gpt2.cli.parse import parse_known
-from gpt2.config.run import require_at_least
 
 if TYPE_CHECKING:
     from gpt2.experiments.pool.process import Engine

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
+from gpt2.base.validation import require_at_least
 from gpt2.cli.parse import guarded
 from gpt2.cli.pool_options import PoolOptions, folder_of, list_checkpoints, parse_beside_run
-from gpt2.config.run import RunConfig, require_at_least
+from gpt2.config.run import RunConfig
 from gpt2.experiments.search import space as spaces
 from gpt2.experiments.search.space import Space
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
+from gpt2.base.validation import require_at_least
 from gpt2.cli.parse import guarded, parse_known
 from gpt2.cli.pool_options import (
     FOR_FUNCTIONS,
@@ -17,7 +18,7 @@ from gpt2.cli.pool_options import (
     list_checkpoints,
     parse_beside_run,
 )
-from gpt2.config.run import MachineConfig, require_at_least
+from gpt2.config.run import MachineConfig
 
 if TYPE_CHECKING:
     pass

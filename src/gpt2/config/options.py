@@ -10,9 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import require, suggestion
-from gpt2.base.validation import require_at_least as require_at_least
 from gpt2.config import presets
-from gpt2.config.model import ModelConfig as ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.config.run import OptimConfig, RunConfig
 
 # What a checkpoint fixes: with other values its weights do not fit, or the tokens of step N would

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from gpt2.base.errors import ConfigError
-from gpt2.base.validation import require_at_least as require_at_least
 from gpt2.base.validation import suggestion
-from gpt2.config.model import ModelConfig as ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.config.run import (
     CheckpointConfig,
     DataConfig,

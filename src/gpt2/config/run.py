@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2.base.validation import nearest_multiples, require
-from gpt2.base.validation import require_at_least as require_at_least
+from gpt2.base.validation import nearest_multiples, require, require_at_least
 from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
-from gpt2.config.model import ModelConfig as ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.data.sampler import Shuffle
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]

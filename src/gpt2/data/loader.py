@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gpt2.data import sampler
-from gpt2.data.sampler import Order
-from gpt2.data.shards import ShardSet
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import TokenDataset
 
 MicroBatch = tuple[Tensor, Tensor]
 STEPS_AHEAD = 2
@@ -28,8 +28,8 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
-        line: Order,
+        shards: TokenDataset,
+        line: Sampler,
         steps: Iterable[int],
         *,
         rank: int = 0,

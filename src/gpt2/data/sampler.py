@@ -20,7 +20,7 @@ Shuffle = Literal["shards", "rows", "none"]
 
 
 @dataclass(frozen=True)
-class Order:
+class Sampler:
     """The endless list of training rows, cut into steps.
 
     `rows_per_shard` is in name order, `rows_per_step` the rows of one step over all ranks.

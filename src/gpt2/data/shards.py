@@ -90,7 +90,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Catalog:
+class DatasetIndex:
     """The shards that a run trains on, whoever wrote them."""
 
     storage: Storage
@@ -115,7 +115,7 @@ class Catalog:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-def catalog(storage: Storage, cache: Cache | None = None) -> Catalog:
+def load_index(storage: Storage, cache: Cache | None = None) -> DatasetIndex:
     """The shards of a folder, URL or glob, by its manifest, or by the names of foreign files.
 
     Raises DataError if there are none, they are unfinished, or one is no shard.
@@ -124,7 +124,7 @@ def catalog(storage: Storage, cache: Cache | None = None) -> Catalog:
     return replace(found, cache=cache)
 
 
-def _catalog_of_ours(storage: Storage) -> Catalog | None:
+def _catalog_of_ours(storage: Storage) -> DatasetIndex | None:
     if storage.is_glob or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
         return None
     manifest = Manifest.read(storage)
@@ -142,10 +142,12 @@ def _catalog_of_ours(storage: Storage) -> Catalog | None:
                         f"{storage.full(shard.file)} has {size} bytes instead of {shard.bytes}"
                         f"{way_out(storage)}"
                     )
-    return Catalog(storage, manifest.shards, manifest.vocab_size, ours=True, corpus=manifest.corpus)
+    return DatasetIndex(
+        storage, manifest.shards, manifest.vocab_size, ours=True, corpus=manifest.corpus
+    )
 
 
-def _catalog_of_others(storage: Storage) -> Catalog:
+def _catalog_of_others(storage: Storage) -> DatasetIndex:
     files = [
         (name, size, split)
         for name, size in storage.files().items()
@@ -155,10 +157,10 @@ def _catalog_of_others(storage: Storage) -> Catalog:
         raise DataError(_missing(storage))
     with ThreadPoolExecutor(AT_ONCE) as threads:  # far away, each answer takes a while
         shards = threads.map(lambda file: _foreign_shard(storage, *file), files)
-        return Catalog(storage, tuple(shards), tokenizer.VOCAB_SIZE, ours=False)
+        return DatasetIndex(storage, tuple(shards), tokenizer.VOCAB_SIZE, ours=False)
 
 
-class ShardSet:
+class TokenDataset:
     """The shards of one split as rows of `block_size` tokens, memory-mapped.
 
     A shard gives `(tokens - 1) // block_size` rows; row r is the inputs [r*T, r*T + T) with the
@@ -170,7 +172,7 @@ class ShardSet:
     here, and the validation split, is opened at once.
     """
 
-    def __init__(self, shards: Catalog, split: Split, block_size: int) -> None:
+    def __init__(self, shards: DatasetIndex, split: Split, block_size: int) -> None:
         self.block_size = block_size
         self.shards = shards.of(split)
         if not self.shards:
@@ -318,7 +320,7 @@ class _Mapped:
     copy: contextlib.ExitStack
 
 
-def _open(shards: Catalog, shard: Shard) -> _Mapped:
+def _open(shards: DatasetIndex, shard: Shard) -> _Mapped:
     """The tokens of a shard, fetched if it is far away, and checked."""
     storage, name = shards.storage, shards.storage.full(shard.file)
     mend = way_out(storage) if shards.ours else ""
@@ -351,7 +353,7 @@ def _open(shards: Catalog, shard: Shard) -> _Mapped:
         return _Mapped(tokens, stack.pop_all())
 
 
-def _require_sound(shards: Catalog, shard: Shard, tokens: Tokens, mend: str) -> None:
+def _require_sound(shards: DatasetIndex, shard: Shard, tokens: Tokens, mend: str) -> None:
     name = shards.storage.full(shard.file)
     if len(tokens) != shard.tokens:
         raise DataError(
@@ -382,7 +384,7 @@ def _wrong_sum(file: BufferedReader, shard: Shard) -> str | None:
     return None if whole else "its SHA-256 is not that of the manifest"
 
 
-def _require_room(shards: Catalog) -> None:
+def _require_room(shards: DatasetIndex) -> None:
     """The cache must hold the validation split and all training shards that are open at once."""
     limit = shards.cache.limit_bytes if shards.cache else None
     train = sorted((shard.bytes for shard in shards.of("train")), reverse=True)

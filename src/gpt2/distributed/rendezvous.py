@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from gpt2.base.errors import UserError
 from gpt2.config.run import MachineConfig
 from gpt2.distributed import device as devices
-from gpt2.distributed.watchdog import Watch
+from gpt2.distributed.watchdog import Watchdog
 from gpt2.distributed.world import World
 
 CONNECT_S = 30
@@ -83,7 +83,7 @@ def join(config: MachineConfig, gpu: str | None = None) -> Iterator[World]:
     if config.deterministic:
         devices.make_deterministic()
     if size == 1:
-        with Watch(rank, None, config.collective_timeout):
+        with Watchdog(rank, None, config.collective_timeout):
             yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -93,12 +93,12 @@ def join(config: MachineConfig, gpu: str | None = None) -> Iterator[World]:
     everyones.set_timeout(timeout)
     store = _own_part(everyones, rank, size, config.collective_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    with Watch(rank, store, config.collective_timeout) as watch:
+    long_timeout_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    with Watchdog(rank, store, config.collective_timeout) as watchdog:
         try:
-            yield replace(world, patient=patient, watch=watch)
+            yield replace(world, long_timeout_group=long_timeout_group, watchdog=watchdog)
         except UserError as error:
-            first = watch.first_to_fail(str(error))
+            first = watchdog.first_to_fail(str(error))
             error.aloud = first is None or first.rank == rank
             if device.type == "cpu":  # NCCL would wait for ranks that know nothing of the error
                 _leave()

@@ -50,7 +50,7 @@ class Failure:
     reason: str
 
 
-class Watch:
+class Watchdog:
     """For as long as the block runs, this rank and the others know of each other's failures.
 
     A run of one rank has no store, and one without torchrun has nothing to watch.
@@ -172,7 +172,7 @@ class Watch:
 
 
 def end_with_torchrun() -> None:
-    """Until a `Watch` begins: SIGKILL when torchrun dies, whatever kills it."""
+    """Until a `Watchdog` begins: SIGKILL when torchrun dies, whatever kills it."""
     if not is_under_torchrun():  # such a run outlives its shell
         return
     parent = os.getppid()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt2.distributed.watchdog import Watch
+from gpt2.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -28,13 +28,13 @@ class World:
     rank: int
     size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None
+    long_timeout_group: dist.ProcessGroup | None = None
     """for waiting until rank 0 has done something alone"""
-    watch: Watch | None = None
+    watchdog: Watchdog | None = None
     """who knows of the other ranks' failures"""
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
@@ -53,13 +53,13 @@ class World:
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def highest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest `value` of any rank, known to all."""
         if self.size == 1:
             return value
@@ -79,25 +79,25 @@ class World:
         """Each rank's object on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        boxes: list[Any] | None = [None] * self.size if self.is_main else None
+        boxes: list[Any] | None = [None] * self.size if self.is_rank0 else None
         dist.gather_object(value, boxes)
         return boxes or []
 
     def reason(self, error: BaseException) -> str:
         """Why this rank ends with `error`; another rank's failure, where that is behind it."""
-        return self.watch.reason(error) if self.watch else f"{type(error).__name__}: {error}"
+        return self.watchdog.reason(error) if self.watchdog else f"{type(error).__name__}: {error}"
 
-    def on_main(self, function: Callable[[], T]) -> T:
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
         """The result of `function`, called on rank 0 alone; its exception is raised everywhere."""
         if self.size == 1:
             return function()
         box: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_rank0:
             try:
                 box[0] = function()
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box, group=self.patient)
+        dist.broadcast_object_list(box, group=self.long_timeout_group)
         if box[1] is not None:
             raise box[1]
         result: T = box[0]

@@ -59,12 +59,12 @@ def ending_losses(
     losses = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
     with evaluating(model):
         for first in track(range(0, len(batches), world.size)):
-            if world.highest(stop()):
+            if world.all_reduce_max(stop()):
                 return None
             for batch in batches[first + world.rank : first + world.rank + 1]:
                 of, parts = _batch_losses(model, batch, world, autocast)
                 losses.index_add_(0, torch.from_numpy(of), parts)
-    flat = world.sum(losses.to(world.device)).tolist()
+    flat = world.all_reduce_sum(losses.to(world.device)).tolist()
     return [
         flat[end - len(question.endings) : end]
         for question, end in zip(questions, ends, strict=True)

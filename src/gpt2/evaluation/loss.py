@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gpt2.data import sampler
 from gpt2.data.sampler import Rows
-from gpt2.data.shards import ShardSet
+from gpt2.data.shards import TokenDataset
 from gpt2.distributed.world import World
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
@@ -23,7 +23,7 @@ LOGITS_AT_ONCE = 1024
 @torch.no_grad()
 def validation_loss(
     net: nn.Module,
-    shards: ShardSet,
+    shards: TokenDataset,
     rows: Rows,
     world: World,
     mini_batch_size: int,
@@ -41,18 +41,18 @@ def validation_loss(
     largest_share = -(-len(rows) // world.size)
     with evaluating(net), autocast:
         for _ in range(-(-largest_share // mini_batch_size)):  # as many rounds on every rank
-            if world.highest(stop()):
+            if world.all_reduce_max(stop()):
                 return None
             for micro in itertools.islice(micros, 1):
                 tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(micro)))
                 total += net(tokens_BT, targets_BT)
-    return float(world.sum(total)) / (len(rows) * shards.block_size)
+    return float(world.all_reduce_sum(total)) / (len(rows) * shards.block_size)
 
 
 @torch.no_grad()
 def row_losses(
     model: LanguageModel,
-    shards: ShardSet,
+    shards: TokenDataset,
     rows: Rows,
     world: World,
     autocast: torch.autocast,
@@ -77,7 +77,7 @@ def row_losses(
                     zip(features_BTD, targets_BT, strict=True), begin
                 ):
                     losses[number] = _summed(model, features_TD, targets_T)
-    return [float(loss) / shards.block_size for loss in world.sum(losses)]
+    return [float(loss) / shards.block_size for loss in world.all_reduce_sum(losses)]
 
 
 def _summed(model: LanguageModel, features_TD: Tensor, targets_T: Tensor) -> Tensor:

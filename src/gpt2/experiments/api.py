@@ -28,7 +28,7 @@ from gpt2.experiments.compare import job_group
 from gpt2.experiments.compare.job_group import Ended, Group, Say
 from gpt2.experiments.grid import Point
 from gpt2.experiments.pool.function_call import Call, plain
-from gpt2.experiments.pool.job import Answer, Event, Job, Slot, Source, Stopped
+from gpt2.experiments.pool.job import Event, Job, Slot, Source, Stopped
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Pool
 from gpt2.experiments.pool.slots import of_machine
@@ -38,6 +38,7 @@ from gpt2.experiments.sweep import sweep as seeds
 from gpt2.experiments.sweep.statistics import PointSummary, Statistics
 from gpt2.experiments.sweep.sweep import Drawing, Listing, Swept
 from gpt2.inspection import plot
+from gpt2.train.report import Answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,7 +27,7 @@ from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.config import presets
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.data import tokenizer
 
 Format = Literal["hf", "nanogpt"]

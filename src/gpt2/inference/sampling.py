@@ -6,7 +6,7 @@ Values that cannot work raise ConfigError.
 from dataclasses import dataclass
 
 from gpt2.base.errors import ConfigError
-from gpt2.config.run import require_at_least
+from gpt2.base.validation import require_at_least
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,13 @@ def _table_rows(folder: Path) -> list[tuple[str, ...]]:
     best = store.find_best(complete)
     return [
         (
-            f"{item.facts.step}",
-            f"{item.facts.epoch}",
-            _loss(item.facts.train_loss),
-            _loss(item.facts.val_loss),
+            f"{item.training.step}",
+            f"{item.training.epoch}",
+            _loss(item.training.train_loss),
+            _loss(item.training.val_loss),
             "*" if item is best else "",
-            f"{item.sidecar.bytes / 1e6:,.1f} MB",
-            duration(time.time() - item.sidecar.time),
+            f"{item.metadata.bytes / 1e6:,.1f} MB",
+            duration(time.time() - item.metadata.time),
             str(item.path),
         )
         for item in complete

@@ -25,7 +25,7 @@ from gpt2.checkpoint import store
 from gpt2.config import flops
 from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
-from gpt2.data.shards import Catalog, ShardSet, catalog, open_files_wanted
+from gpt2.data.shards import DatasetIndex, TokenDataset, load_index, open_files_wanted
 from gpt2.distributed import device as distributed
 from gpt2.distributed.world import World
 from gpt2.evaluation import hellaswag
@@ -243,18 +243,18 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
         yield judge_disk(machine.disk(needs[0].folder)[1], needs)
 
 
-def find_data(run_config: RunConfig) -> tuple[Catalog | None, Finding]:
+def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     """Opens the shards as the run will; copies none that are far away."""
     storage = Storage(run_config.data.data_root)
     if corpus := setup.to_prepare(storage):
         fact = f"{storage} is made from {corpus.source} when the run starts"
         return None, Finding("ok", "data", fact)
     try:
-        data = catalog(storage, setup.cache_of(run_config))
+        data = load_index(storage, setup.cache_of(run_config))
         setup.require_known_ids(run_config, data)
-        train = ShardSet(data, "train", run_config.model.block_size)
+        train = TokenDataset(data, "train", run_config.model.block_size)
         if storage.path is not None:  # elsewhere, that would fetch the whole split
-            ShardSet(data, "val", run_config.model.block_size)
+            TokenDataset(data, "val", run_config.model.block_size)
     except UserError as error:
         return None, _problem("data", error)
     steps = run_config.total_steps(sum(train.rows_per_shard))
@@ -282,7 +282,7 @@ def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Fi
     return Finding("ok", "HellaSwag", f"{path}: {counted(len(tasks), 'task')}")
 
 
-def find_checkpoints(run_config: RunConfig, data: Catalog | None) -> Iterator[Finding]:
+def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterator[Finding]:
     """What the run begins with; a checkpoint is verified as it will be then."""
     settings = run_config.checkpoint
     folder, wanted = settings.checkpoint_dir, settings.resume_from
@@ -346,12 +346,12 @@ def judge_folders(
         yield Finding("ok", "folders", f"can be written: {', '.join(good)}")
 
 
-def disk_needs(run_config: RunConfig, data: Catalog | None) -> list[Need]:
+def disk_needs(run_config: RunConfig, data: DatasetIndex | None) -> list[Need]:
     """The disk space that the run will take beyond what it has already."""
     settings, size = run_config.checkpoint, flops.state_bytes(run_config.model)
     kept = max(2, settings.keep_last) + 2  # and the best, and the one that is being written
     folder = settings.checkpoint_dir
-    has = sum(item.sidecar.bytes for item in store.list_checkpoints(folder))
+    has = sum(item.metadata.bytes for item in store.list_checkpoints(folder))
     needs = [
         Need(
             f"{kept} checkpoints of {_gb(size)}",
@@ -397,7 +397,7 @@ def _of_this_machine(run_config: RunConfig, ranks: int, device: torch.device) ->
     yield judge_own_name(machine.own_address(), ranks)
     folder = run_config.checkpoint.checkpoint_dir
     newest = max(
-        (item.sidecar.time for item in store.list_checkpoints(folder)),
+        (item.metadata.time for item in store.list_checkpoints(folder)),
         default=Path(__file__).stat().st_mtime,
     )
     yield judge_clock(time.time(), newest)

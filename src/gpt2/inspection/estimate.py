@@ -15,8 +15,8 @@ from gpt2.config import flops
 from gpt2.config.flops import duration
 from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Order
-from gpt2.data.shards import catalog
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import load_index
 from gpt2.inspection.runs import Run
 from gpt2.metrics import log_reader, records
 
@@ -30,7 +30,7 @@ SHOWN_EPOCHS = 10
 class Forecast:
     """Where a run is and how fast it goes."""
 
-    order: Order
+    order: Sampler
     step: int
     total_steps: int
     step_s: float
@@ -62,7 +62,7 @@ def print_run_forecast(found: Run, out: Console) -> None:
         out.print("No step is logged yet: ask again when the first lines are in the log")
         return
     forecast = Forecast(
-        order=Order((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
+        order=Sampler((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
         step=step,
         total_steps=plan.total_steps,
         step_s=statistics.median(item.elapsed_s for item in recent),
@@ -82,7 +82,7 @@ def print_assumed_forecast(
 ) -> None:
     """The forecast of a run that has not begun, and what it assumes."""
     try:
-        data = catalog(Storage(config.data.data_root))
+        data = load_index(Storage(config.data.data_root))
         tokens, shards = data.tokens("train"), len(data.of("train"))
         source = f"the data in {config.data.data_root}"
     except DataError:
@@ -94,7 +94,7 @@ def print_assumed_forecast(
         speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
     else:
         speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
-    order = Order(
+    order = Sampler(
         tuple([(tokens // shards - 1) // config.model.block_size] * shards),
         config.rows_per_step,
         config.machine.seed,

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gpt2.config.model import ARCHITECTURES
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.model.base import LanguageModel
 
 

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head.
 
 from torch import Tensor, nn
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.model.base import Context, LanguageModel
 from gpt2.model.layers import FeedForward, KeyValueCache, attend, gelu, split_heads
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.model import ModelConfig
 from gpt2.model.base import Cache, Context
 
 

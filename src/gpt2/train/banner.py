@@ -4,8 +4,8 @@ from pathlib import Path
 
 from gpt2.base.text import counted
 from gpt2.config.run import RunConfig
-from gpt2.data.sampler import Order
-from gpt2.data.shards import Catalog, ShardSet
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.train.learner import Learner
@@ -15,8 +15,8 @@ from gpt2.train.status import Plan
 def lines(
     run_config: RunConfig,
     plan: Plan,
-    data: Catalog,
-    shards: ShardSet,
+    data: DatasetIndex,
+    shards: TokenDataset,
     learner: Learner,
     link: Path | None,
 ) -> list[str]:
@@ -35,7 +35,7 @@ def _of_model(plan: Plan, learner: Learner) -> str:
     return f"Run {plan.run_name}: {weights / 1e6:.1f} M parameters on {where}"
 
 
-def _of_data(data: Catalog, shards: ShardSet) -> list[str]:
+def _of_data(data: DatasetIndex, shards: TokenDataset) -> list[str]:
     line = (
         f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
         f"{counted(len(shards.shards), 'shard')}, {data.tokens('val'):,} for validation"
@@ -63,7 +63,7 @@ def _of_places(run_config: RunConfig, run_name: str, link: Path | None) -> list[
 
 
 def plan_of(
-    run_config: RunConfig, run_name: str, total_steps: int, order: Order, world: World
+    run_config: RunConfig, run_name: str, total_steps: int, order: Sampler, world: World
 ) -> Plan:
     """What `status.json` says of it."""
     return Plan(

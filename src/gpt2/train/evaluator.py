@@ -6,7 +6,7 @@ from gpt2.base.errors import DataError
 from gpt2.config.lr_schedule import is_due
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
-from gpt2.data.shards import Catalog, ShardSet
+from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.hellaswag import Score, Task
@@ -23,14 +23,14 @@ class Judge:
     """Measures a learner whenever that is due; every rank has one and calls the same methods."""
 
     def __init__(
-        self, run_config: RunConfig, world: World, learner: Learner, data: Catalog
+        self, run_config: RunConfig, world: World, learner: Learner, data: DatasetIndex
     ) -> None:
         self._config, self._world, self._learner = run_config, world, learner
-        self._val_shards = ShardSet(data, "val", run_config.model.block_size)
+        self._val_shards = TokenDataset(data, "val", run_config.model.block_size)
         self._val_rows = sampler.spread(self._val_shards.rows_per_shard, run_config.eval_rows)
         self._corpus = data.corpus or ""
         self.warnings: list[str] = []
-        self._tasks = world.on_main(self._load_tasks)
+        self._tasks = world.run_on_rank0(self._load_tasks)
 
     def validation_loss(self, step: int, stop: Callable[[], int], last: bool) -> float | None:
         """Nats per token, if it is due at `step`; raises Stopped if `stop()` is not 0 before."""
@@ -65,7 +65,7 @@ class Judge:
     def samples(self, step: int, last: bool) -> list[str]:
         """Texts of the model on rank 0, if they are due at `step`."""
         settings = self._config.evaluation
-        if not self._world.is_main or not self._is_due(settings.sample_interval, step, last):
+        if not self._world.is_rank0 or not self._is_due(settings.sample_interval, step, last):
             return []
         seed = self._config.machine.seed + step
         return generate.generate_text(self._learner.model, settings.sample_prompt, seed=seed)

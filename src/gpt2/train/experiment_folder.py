@@ -87,7 +87,7 @@ def existing(base: Path) -> list[Experiment]:
     for folder in sorted(base.glob(experiment_name.label("*", "*"))):
         read = experiment_name.read_label(folder.name)
         if read and (complete := store.list_checkpoints(folder)):
-            found.append(Experiment(*read, complete[-1].facts.step))
+            found.append(Experiment(*read, complete[-1].training.step))
     return found
 
 

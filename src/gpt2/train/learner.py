@@ -140,17 +140,17 @@ class Learner:
             loss_sum += loss.detach()
         norm = build.gradient_norm(self.model)
         # Sums over all ranks, so that all ranks decide alike.
-        numbers = torch.stack([world.sum(loss_sum) / batch_tokens, norm.double()])
+        numbers = torch.stack([world.all_reduce_sum(loss_sum) / batch_tokens, norm.double()])
         is_good = numbers.isfinite().all()
         self.optimizer.update(norm, self.config.optim.grad_clip, is_good)
         self.optimizer.zero_grad(set_to_none=True)
         return Underway(world, numbers, begun, worked)
 
-    def state(self) -> metadata.State:
+    def state(self) -> metadata.CheckpointState:
         """What a checkpoint keeps of it, beside the random streams."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def restore(self, state: metadata.State, step: int) -> None:
+    def restore(self, state: metadata.CheckpointState, step: int) -> None:
         """Weights, optimiser and random streams as they were at the checkpoint of `step`."""
         self.model.load_state_dict(state.pop("model"))  # popped, for the same reason
         self.optimizer.load_state_dict(_unmapped(state.pop("optimizer")))
@@ -198,7 +198,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        return not self.world.highest(failed)
+        return not self.world.all_reduce_max(failed)
 
     def _settle_buckets(self, is_compiled: bool) -> None:
         """One backward whose gradients are thrown away.

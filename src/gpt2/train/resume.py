@@ -29,7 +29,7 @@ class Start:
     """Where a run begins: at a checkpoint's state, with somebody's weights, or afresh."""
 
     path: Path | None = None
-    state: metadata.State | None = None
+    state: metadata.CheckpointState | None = None
     weights: dict[str, torch.Tensor] | None = None
 
     @property
@@ -41,11 +41,11 @@ class Start:
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
         # torchrun --max-restarts starts the same command again, which may have saved since.
-        begun = world.on_main(lambda: _has_saved(folder))
+        begun = world.run_on_rank0(lambda: _has_saved(folder))
         wanted = "latest" if begun else settings.resume_from
 
         def warn(text: str) -> None:
-            if world.is_main:
+            if world.is_rank0:
                 print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
         def locate() -> Path | None:
@@ -54,7 +54,7 @@ class Start:
             require_fresh(folder)
             return None
 
-        path = world.on_main(locate)
+        path = world.run_on_rank0(locate)
         if path is not None:
             state = store.load(path, trust=settings.trust_checkpoint, warn=warn)
             return cls(path=path, state=state)
@@ -62,7 +62,7 @@ class Start:
             warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
         if settings.init_from in ("scratch", "resume"):
             return cls()
-        if world.is_main:
+        if world.is_rank0:
             print(f"Loading weights from: {settings.init_from}", flush=True)
         return cls(weights=load_weights(run_config, warn))
 
@@ -102,7 +102,7 @@ class Start:
 
 def _has_saved(folder: Path) -> bool:
     """Whether this very command has made a checkpoint before torchrun restarted it."""
-    newest = max((i.sidecar.sequence for i in store.list_checkpoints(folder)), default=0)
+    newest = max((i.metadata.sequence for i in store.list_checkpoints(folder)), default=0)
     record = folder / LAUNCH
     if rendezvous.is_restart():
         try:

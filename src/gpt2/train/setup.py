@@ -11,21 +11,21 @@ from gpt2.data import corpora, prepare
 from gpt2.data.cache import Cache
 from gpt2.data.corpora import Corpus
 from gpt2.data.remote import Storage
-from gpt2.data.shards import MANIFEST, Catalog, catalog
+from gpt2.data.shards import MANIFEST, DatasetIndex, load_index
 from gpt2.distributed.world import World
 
 
-def open_data(run_config: RunConfig, world: World) -> Catalog:
+def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
     """The shards of the training data; an embedded corpus that is not prepared yet is now."""
     storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
 
-    def find() -> Catalog:
+    def find() -> DatasetIndex:
         if corpus := to_prepare(storage):
             assert storage.path is not None
             prepare.prepare(corpus, storage.path, wait=True)
-        return catalog(storage, cache)
+        return load_index(storage, cache)
 
-    data = world.on_main(find)
+    data = world.run_on_rank0(find)
     require_known_ids(run_config, data)
     return data
 
@@ -45,7 +45,7 @@ def to_prepare(storage: Storage) -> Corpus | None:
     return corpus if missing else None
 
 
-def require_known_ids(run_config: RunConfig, data: Catalog) -> None:
+def require_known_ids(run_config: RunConfig, data: DatasetIndex) -> None:
     """Raises DataError if the data has token ids that the model has not."""
     if data.vocab_size > run_config.model.vocab_size:
         raise DataError(
@@ -66,7 +66,7 @@ def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
             claim.enter_context(folder_lock.held(folder))
             store.sweep(folder)
 
-        world.on_main(claim_it)
+        world.run_on_rank0(claim_it)
         yield
 
 

@@ -15,7 +15,7 @@ NAME = "status.json"
 BEAT_EVERY_S = 15
 SILENCE_S = 900
 """a run on another machine that was not heard of for this long is dead"""
-State = Literal["running", "finished", "stopped", "failed"]
+RunState = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Status:
     """What the run does now."""
 
     plan: Plan
-    state: State
+    state: RunState
     step: int
     reason: str | None = None
     host: str = ""
@@ -48,7 +48,7 @@ class Status:
     """seconds since 1970, when this was written: a running run writes it every few seconds"""
 
 
-def write(folder: Path, plan: Plan, state: State, step: int, reason: str | None = None) -> None:
+def write(folder: Path, plan: Plan, state: RunState, step: int, reason: str | None = None) -> None:
     status = Status(plan, state, step, reason, socket.gethostname(), os.getpid(), time.time())
     atomic_files.write_text(folder / NAME, json.dumps(asdict(status), indent=2) + "\n")
 
@@ -61,7 +61,7 @@ class Heartbeat:
         self._folder, self._plan = folder, plan
         self._written = 0.0
 
-    def write(self, state: State, step: int, reason: str | None = None) -> None:
+    def write(self, state: RunState, step: int, reason: str | None = None) -> None:
         self._written = time.monotonic()
         if self._folder is not None:
             with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report

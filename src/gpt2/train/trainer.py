@@ -7,10 +7,8 @@ portion N of the data. What is due at N (validation, samples, a checkpoint) happ
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from gpt2.base.errors import Diverged, UserError
 from gpt2.checkpoint import metadata, store
@@ -19,8 +17,8 @@ from gpt2.config import flops
 from gpt2.config.lr_schedule import is_due, lr_at
 from gpt2.config.run import RunConfig
 from gpt2.data.loader import Loader
-from gpt2.data.sampler import Order
-from gpt2.data.shards import Catalog, ShardSet
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.distributed import device, rendezvous
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.watchdog import TORCHRUN_IS_GONE
@@ -30,24 +28,18 @@ from gpt2.metrics.records import Metrics, Sink, StepRecord
 from gpt2.train import banner, experiment_folder
 from gpt2.train.evaluator import Judge, Stopped
 from gpt2.train.learner import Learner, Underway, Update
+from gpt2.train.report import Report, always_go
 from gpt2.train.resume import Start
 from gpt2.train.setup import claimed_folder, open_data, require_enough_rows
 from gpt2.train.state import Progress, Result
-from gpt2.train.status import Heartbeat, State
+from gpt2.train.status import Heartbeat, RunState
 
-Answer = Literal["go", "prune", "stop"]
-Report = Callable[..., Answer]
 # Answers of `report` share a number line with signals, so that all ranks agree on one number.
 STOP, PRUNE = 1001, 1002
 DATA_SLICE_S = 1.0
 SHORT_S = 1.0
 """An update of less is begun before all is heard of the one before. Longer ones hide what the host
 does by themselves, and a stop would have to wait for two of them."""
-
-
-def always_go(**_metrics: float) -> Answer:
-    """The `report` of a run that nobody steers."""
-    return "go"
 
 
 def run(run_config: RunConfig, report: Report = always_go, run_name: str | None = None) -> Result:
@@ -60,13 +52,13 @@ def run(run_config: RunConfig, report: Report = always_go, run_name: str | None 
     Raises UserError for what the user can mend.
     """
     with rendezvous.join(run_config.machine, run_config.experiment.gpu_id) as world:
-        resolved = world.on_main(lambda: experiment_folder.resolve(run_config))
-        run_name = world.on_main(lambda: run_name or experiment_folder.run_name(resolved))
+        resolved = world.run_on_rank0(lambda: experiment_folder.resolve(run_config))
+        run_name = world.run_on_rank0(lambda: run_name or experiment_folder.run_name(resolved))
         return _train(resolved, run_name, world, report)
 
 
 def _train(run_config: RunConfig, run_name: str, world: World, report: Report) -> Result:
-    world.on_main(lambda: experiment_folder.require_possible(run_config))
+    world.run_on_rank0(lambda: experiment_folder.require_possible(run_config))
     data = open_data(run_config, world)
     with claimed_folder(run_config, world):
         start, stop = Start.find(run_config, world), StopRequest()
@@ -109,7 +101,7 @@ class Training:
         run_config: RunConfig,
         run_name: str,
         world: World,
-        data: Catalog,
+        data: DatasetIndex,
         start: Start,
         report: Report,
         stop: StopRequest,
@@ -118,8 +110,8 @@ class Training:
         self.report, self.stop = report, stop
         self.run_name, self.link = run_name, experiment_folder.link(run_config)
         block_size = run_config.model.block_size
-        self.train_shards = ShardSet(data, "train", block_size)
-        self.order = Order(
+        self.train_shards = TokenDataset(data, "train", block_size)
+        self.order = Sampler(
             self.train_shards.rows_per_shard,
             run_config.rows_per_step,
             run_config.machine.seed,
@@ -130,7 +122,7 @@ class Training:
         self.data_fingerprint = data.fingerprint()
         require_enough_rows(run_config, world)
         start.require_agreement(run_config, self.data_fingerprint)
-        world.on_main(lambda: sinks.require_folders(run_config))
+        world.run_on_rank0(lambda: sinks.require_folders(run_config))
 
         self.learner = Learner(run_config, world, start.weights)
         self.judge = Judge(run_config, world, self.learner, data)
@@ -144,17 +136,17 @@ class Training:
         self.saver = Saver(
             world, run_config.checkpoint, self._say, start.path, resumed_step, self.link
         )
-        if world.watch is not None:
-            world.watch.is_writing = lambda: self.saver.is_busy
+        if world.watchdog is not None:
+            world.watchdog.is_writing = lambda: self.saver.is_busy
         self.first_step = self.progress.step
-        self.older = world.on_main(lambda: store.list_checkpoints(checkpoints))
+        self.older = world.run_on_rank0(lambda: store.list_checkpoints(checkpoints))
         self.metrics = self._open_metrics()
         self.loader = self._loader()
         self.begun: Begun | None = None
         """the update of which nothing was heard yet"""
         self.runs_ahead = False
         plan = banner.plan_of(run_config, self.run_name, self.total_steps, self.order, world)
-        self.status = Heartbeat(checkpoints if world.is_main else None, plan)
+        self.status = Heartbeat(checkpoints if world.is_rank0 else None, plan)
         self.tell("running")
         for line in (
             *(f"WARNING: {warning}" for warning in self.judge.warnings),
@@ -169,7 +161,7 @@ class Training:
             self._catch_up_if_due()
             if self.progress.step >= self.total_steps:
                 break
-            if reason := self.world.highest(self.stop.number):
+            if reason := self.world.all_reduce_max(self.stop.number):
                 return self._stopped(reason)
             if self._judge_if_due():
                 continue
@@ -181,7 +173,7 @@ class Training:
             self.saver.report()
             self.status.beat(self.progress.step)
         if self._judge_if_due(last=True):
-            return self._stopped(self.world.highest(self.stop.number))
+            return self._stopped(self.world.all_reduce_max(self.stop.number))
         return self._finished()
 
     def _stop_before_data(self) -> int:
@@ -189,9 +181,9 @@ class Training:
         first. A shard that is long in coming keeps no rank waiting in a collective."""
         while True:
             ready = self.loader.is_ready(within_s=DATA_SLICE_S)
-            if reason := self.world.highest(self.stop.number):
+            if reason := self.world.all_reduce_max(self.stop.number):
                 return reason
-            if not self.world.highest(not ready):
+            if not self.world.all_reduce_max(not ready):
                 return 0
             self._catch_up()
             self.status.beat(self.progress.step)
@@ -310,7 +302,7 @@ class Training:
                 f"{sum(progress.left_out)}; use a lower --learning_rate from an earlier checkpoint"
             )
         first = record.step - progress.bad_in_a_row
-        path = self.world.on_main(lambda: self._checkpoint_before(first))
+        path = self.world.run_on_rank0(lambda: self._checkpoint_before(first))
         if path is None:
             raise Diverged(
                 f"{reason}, and there is no checkpoint to go back to; use a lower --learning_rate, "
@@ -341,10 +333,14 @@ class Training:
         Those that lay in the folder already and are further on belong to a way that was left.
         """
         self.saver.wait()
-        left = {item.sidecar.sequence for item in self.older if item.facts.step > self.first_step}
+        left = {
+            item.metadata.sequence for item in self.older if item.training.step > self.first_step
+        }
         found = store.list_checkpoints(self.config.checkpoint.checkpoint_dir)
         mine = [
-            item for item in found if item.facts.step <= step and item.sidecar.sequence not in left
+            item
+            for item in found
+            if item.training.step <= step and item.metadata.sequence not in left
         ]
         good = store.newest_good(mine, lambda _, reason: self._say(f"WARNING: {reason}"))
         began = self.start.path if self.first_step <= step else None
@@ -389,7 +385,7 @@ class Training:
             self.metrics.samples(step, texts)
 
     def _ask(self, **metrics: float) -> None:
-        if self.world.is_main:
+        if self.world.is_rank0:
             self.stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[self.report(**metrics)])
 
     def _announce_epoch(self) -> None:
@@ -425,9 +421,9 @@ class Training:
             self.saver.begin(self._facts(), self._state)
             self.metrics.flush()  # a kill loses no curve up to a step that is kept
 
-    def _facts(self) -> metadata.Facts:
+    def _facts(self) -> metadata.TrainingMetadata:
         step, plain_config = self.progress.step, json.dumps(self.config.to_dict())
-        return metadata.Facts(
+        return metadata.TrainingMetadata(
             step=step,
             epoch=self._epoch(),
             tokens=step * self.config.data.total_batch_size,
@@ -438,7 +434,7 @@ class Training:
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
         )
 
-    def _state(self) -> metadata.State:
+    def _state(self) -> metadata.CheckpointState:
         """What a checkpoint holds, beside the random states of all ranks."""
         return {
             "progress": asdict(self.progress),
@@ -474,7 +470,7 @@ class Training:
         self.tell("finished")
         return self.progress.result("finished")
 
-    def _restore(self, state: metadata.State) -> None:
+    def _restore(self, state: metadata.CheckpointState) -> None:
         self.progress = Progress(**state["progress"])
         self.run_name = experiment_folder.run_name(self.config, state["run_name"])
         self.learner.restore(state, self.progress.step)
@@ -482,7 +478,7 @@ class Training:
     def _open_metrics(self) -> Metrics:
         found: list[Sink] = []  # stays empty off rank 0
         references = self.judge.references()
-        self.world.on_main(
+        self.world.run_on_rank0(
             lambda: found.extend(
                 sinks.open_sinks(self.config, self.run_name, self.progress.step, references)
             )
@@ -492,6 +488,6 @@ class Training:
     def _say(self, text: str) -> None:
         self.metrics.message(text)
 
-    def tell(self, state: State, reason: str | None = None) -> None:
+    def tell(self, state: RunState, reason: str | None = None) -> None:
         """Writes to `status.json` how the run is."""
         self.status.write(state, self.progress.step, reason)

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from gpt2.experiments.pool import worker
-from gpt2.experiments.pool.job import Answer, Event, Job, Slot
+from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine, WorkerProcess
 from gpt2.experiments.pool.scheduler import Limits, Pool
+from gpt2.train.report import Answer
 
 SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
 

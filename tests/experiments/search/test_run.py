@@ -28,13 +28,14 @@ from gpt2.config import options as options_module
 from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
-from gpt2.experiments.pool.job import Answer, Event, Job, Slot
+from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.results import Ledger
 from gpt2.experiments.search import run as run_module
 from gpt2.experiments.search import space, trial, trials
 from gpt2.experiments.search import study as studies
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trials import Trials
+from gpt2.train.report import Answer
 from support import ROOT, loss_lines, run_command, small_flags
 
 SLOT = Slot(0, "cpu0", {})

@@ -170,7 +170,7 @@ def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_pa
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=30)
     assert running.returncode == 130
-    stopped = [store.list_checkpoints(folder / name)[-1].facts.step for name in names]
+    stopped = [store.list_checkpoints(folder / name)[-1].training.step for name in names]
     assert not ledger.read_records(folder)
 
     again = run_command(flags, cwd=tmp_path)

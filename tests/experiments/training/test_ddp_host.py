@@ -22,7 +22,7 @@ from gpt2.base.errors import ConfigError, Diverged
 from gpt2.checkpoint import store
 from gpt2.distributed import watchdog
 from gpt2.experiments.compare.models import Comparison
-from gpt2.experiments.pool.job import Answer, Event, Job, Lost, Slot, Stopped
+from gpt2.experiments.pool.job import Event, Job, Lost, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Pool
 from gpt2.experiments.search import trial
@@ -32,6 +32,7 @@ from gpt2.experiments.sweep.sweep import Sweep
 from gpt2.experiments.sweep.training_sweep import Training
 from gpt2.experiments.training import ddp_host, ddp_rank, training_job
 from gpt2.train import trainer
+from gpt2.train.report import Answer
 from support import loss_lines, losses, run_command, small_config, small_flags, train_command
 
 Play = Callable[[Any], None]

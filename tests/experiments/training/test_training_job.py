@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from gpt2.base import folder_lock
-from gpt2.experiments.pool.job import Answer, Stopped
+from gpt2.experiments.pool.job import Stopped
 from gpt2.experiments.training import training_job
+from gpt2.train.report import Answer
 
 
 def test_the_lock_of_a_lost_machine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

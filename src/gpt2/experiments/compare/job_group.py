@@ -13,12 +13,13 @@ from rich.console import Console, RenderableType
 from gpt2.config.flops import duration
 from gpt2.experiments import results
 from gpt2.experiments.pool import slots
-from gpt2.experiments.pool.job import Answer, Event, Job, Slot
+from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Pool
 from gpt2.experiments.progress.live_view import watched
 from gpt2.experiments.progress.state import Board
 from gpt2.experiments.results import About, Ledger, Record
+from gpt2.train.report import Answer
 
 AT_ONCE = 2
 """slots at most, where nobody says how many"""

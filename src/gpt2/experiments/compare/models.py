@@ -10,8 +10,8 @@ from rich.console import Console
 from gpt2.base.errors import ConfigError
 from gpt2.config import flops
 from gpt2.config import options as config
-from gpt2.config.model import ARCHITECTURES
-from gpt2.config.run import ModelConfig, RunConfig
+from gpt2.config.model import ARCHITECTURES, ModelConfig
+from gpt2.config.run import RunConfig
 from gpt2.experiments import results
 from gpt2.experiments.compare import job_group, model_table
 from gpt2.experiments.compare.job_group import AT_ONCE, Group, Say

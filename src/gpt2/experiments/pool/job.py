@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Answer = Literal["go", "prune", "stop"]
+from gpt2.train.report import Answer
 
 
 class Stopped(Exception):

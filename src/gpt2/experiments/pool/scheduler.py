@@ -15,8 +15,9 @@ from typing import Any
 from gpt2.base.errors import TrainingError
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import worker
-from gpt2.experiments.pool.job import Answer, Event, Job, Kind, Slot, Source
+from gpt2.experiments.pool.job import Event, Job, Kind, Slot, Source
 from gpt2.experiments.pool.process import Engine, Worker
+from gpt2.train.report import Answer
 
 POLL_S = 0.2
 """how soon a signal and a timeout are noticed"""

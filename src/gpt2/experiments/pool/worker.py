@@ -29,7 +29,8 @@ from typing import Any
 from gpt2.base.errors import UserError, is_out_of_memory
 from gpt2.distributed.watchdog import PR_SET_PDEATHSIG
 from gpt2.experiments.pool import log_lines
-from gpt2.experiments.pool.job import Answer, Job, Lost, Stopped
+from gpt2.experiments.pool.job import Job, Lost, Stopped
+from gpt2.train.report import Answer
 
 MAX_RESULT_BYTES = 16_000_000
 SHOW_STACK = signal.SIGQUIT

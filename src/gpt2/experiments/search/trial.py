@@ -25,7 +25,7 @@ from gpt2.experiments.pool.job import Job
 from gpt2.experiments.training import training_job
 from gpt2.metrics import log_reader
 from gpt2.metrics.log_reader import LoggedRun
-from gpt2.train.trainer import Report
+from gpt2.train.report import Report
 
 TARGET = "gpt2.experiments.search.trial:run"
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.csv", "best_model.pth"
@@ -103,7 +103,7 @@ def write_best(folder: Path) -> int | None:
             torch.save({name: tensor.clone() for name, tensor in state["model"].items()}, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {folder / WEIGHTS}: {error}; make room") from error
-    return best.facts.step
+    return best.training.step
 
 
 def write_metrics(logged: LoggedRun, path: Path) -> None:

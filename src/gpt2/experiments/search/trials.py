@@ -25,7 +25,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gpt2.config.run import RunConfig
-from gpt2.experiments.pool.job import Answer, Event, Job
+from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import Ledger, Record
 from gpt2.experiments.search import best, outcome, ownership, report
 from gpt2.experiments.search import space as spaces
@@ -33,6 +33,7 @@ from gpt2.experiments.search import study as studies
 from gpt2.experiments.search import trial as trials
 from gpt2.experiments.search.ownership import OWNER
 from gpt2.experiments.search.spec import Search
+from gpt2.train.report import Answer
 
 FAILURES = 5
 """trials that fail one after another until no more is begun"""

@@ -15,7 +15,7 @@ from gpt2.experiments import grid as plan
 from gpt2.experiments import results as ledgers
 from gpt2.experiments.grid import Point
 from gpt2.experiments.pool.function_call import Call
-from gpt2.experiments.pool.job import Answer, Event, Job
+from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Pool, worker_logs
 from gpt2.experiments.progress.live_view import watched
@@ -24,6 +24,7 @@ from gpt2.experiments.results import About, Ledger, Record
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import PointSummary
 from gpt2.inspection import plot
+from gpt2.train.report import Answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

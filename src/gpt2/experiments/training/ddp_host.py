@@ -23,7 +23,8 @@ from typing import Any, Self
 
 from gpt2.distributed.device import THREADS
 from gpt2.distributed.signals import StopRequest
-from gpt2.experiments.pool.job import Answer, Lost, Stopped
+from gpt2.experiments.pool.job import Lost, Stopped
+from gpt2.train.report import Answer
 
 RANK = "gpt2.experiments.training.ddp_rank"
 POLL_S = 0.2

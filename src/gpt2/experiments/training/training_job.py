@@ -18,12 +18,12 @@ from gpt2.config.run import RunConfig
 from gpt2.distributed.rendezvous import env_rank
 from gpt2.distributed.watchdog import is_under_torchrun
 from gpt2.distributed.world import World
-from gpt2.experiments.pool.job import Answer, Job, Stopped
+from gpt2.experiments.pool.job import Job, Stopped
 from gpt2.experiments.training.ddp_host import on_ranks
 from gpt2.metrics import log_reader
 from gpt2.train import trainer
+from gpt2.train.report import Answer, Report
 from gpt2.train.setup import open_data, require_enough_rows
-from gpt2.train.trainer import Report
 
 TARGET = "gpt2.experiments.training.training_job:run"
 REPORT_EVERY_S = 0.5

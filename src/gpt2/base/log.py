@@ -1,0 +1,74 @@
+"""Program messages: every module logs to `logging.getLogger(__name__)`, one handler prints them.
+
+Metrics are records (see `gpt2.metrics`), never log messages. `setup` is called once per process, by
+the command line or by a worker; a program that uses the package as a library and does not call it
+gets what Python prints by default, which is warnings.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from typing import Literal, TextIO
+
+Level = Literal["debug", "info", "warning", "error"]
+ROOT = "gpt2"
+LEVEL_VARIABLE = "GPT2_LOG_LEVEL"
+"""environment variable that hands the level to worker processes and the ranks of their trainings"""
+
+
+class RankHandler(logging.Handler):
+    """Prints the messages of this process, one write per line.
+
+    Rank 0 prints all. Other ranks print what they alone know (errors), with their rank in front, so
+    that a message that every rank logs appears once; at level `debug` they print everything.
+    Warnings and errors go to standard error, the rest to `info_stream`.
+    """
+
+    def __init__(self, rank: int, info_stream: TextIO | None) -> None:
+        super().__init__()
+        self.rank, self._info_stream = rank, info_stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_debugging = logging.getLogger(ROOT).isEnabledFor(logging.DEBUG)
+        if self.rank > 0 and record.levelno < logging.ERROR and not is_debugging:
+            return
+        stream = self._info_stream or sys.stderr
+        if record.levelno >= logging.WARNING:
+            stream = sys.stderr
+        # A terminal that is gone, or a full disk behind it, never ends a run.
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(line_of(record, self.rank) + "\n")
+            stream.flush()
+
+
+def line_of(record: logging.LogRecord, rank: int = 0) -> str:
+    """A message as people read it: `WARNING: …`, `rank 2: ERROR: …`, an info message as it is.
+
+    An exception's traceback follows on the next lines.
+    """
+    text = record.getMessage()
+    if record.levelno != logging.INFO:
+        text = f"{record.levelname}: {text}"
+    if rank > 0:
+        text = f"rank {rank}: {text}"
+    if record.exc_info:
+        text += "\n" + logging.Formatter().formatException(record.exc_info)
+    return text
+
+
+def setup(level: Level | None = None, *, rank: int = 0, info_stream: TextIO | None = None) -> None:
+    """Prints the package's messages of `level` and above from now on; a second call replaces the
+    first.
+
+    Without `level`, it is what the parent process set up, else `info`. `info_stream` takes the
+    messages below a warning; None is standard error, for commands whose output is a result.
+    """
+    chosen = (level or os.environ.get(LEVEL_VARIABLE) or "info").upper()
+    os.environ[LEVEL_VARIABLE] = chosen.lower()
+    logger = logging.getLogger(ROOT)
+    logger.setLevel(chosen)
+    logger.propagate = False
+    for handler in [item for item in logger.handlers if isinstance(item, RankHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(RankHandler(rank, info_stream))

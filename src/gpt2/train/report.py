@@ -1,0 +1,13 @@
+"""How the owner of a training steers it: a report of metrics is answered with what to do. Pure."""
+
+from collections.abc import Callable
+from typing import Literal
+
+Answer = Literal["go", "prune", "stop"]
+Report = Callable[..., Answer]
+"""called with metrics by name (step, loss, val_loss …)"""
+
+
+def always_go(**_metrics: float) -> Answer:
+    """The report of a training that nobody steers."""
+    return "go"
