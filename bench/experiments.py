@@ -17,7 +17,7 @@ from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Pool, worker_logs
+from gpt2.experiments.pool.scheduler import Scheduler, worker_logs
 from gpt2.experiments.sweep.sweep import Function, Seeds, Sweep
 
 WORKERS = 2
@@ -41,7 +41,7 @@ def ours(jobs: int, folder: Path) -> float:
 
     with results.opened(sweep.folder, sweep.about()) as book:
         engine = Engine(slots.of_cores(WORKERS, threads="1"))
-        Pool(engine, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
+        Scheduler(engine, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
         assert len(book.of("finished")) == jobs
     # The workers' own start is over when each has ended its first job.
     return (times[-1] - times[2 * WORKERS - 1]) / (jobs - WORKERS)

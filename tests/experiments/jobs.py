@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import ConfigError
-from gpt2.experiments.pool.job import Lost
+from gpt2.experiments.pool.job import JobLost
 
 
 def note(trace: str, word: str, pid: int | None = None) -> None:
@@ -72,7 +72,7 @@ def loses(trace: str) -> str:
     """Loses one of its processes the first time."""
     note(trace, "loses")
     if len(Path(trace).read_text().splitlines()) == 1:
-        raise Lost("rank 1 died")
+        raise JobLost("rank 1 died")
     return "lived"
 
 

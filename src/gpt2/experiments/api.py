@@ -28,9 +28,9 @@ from gpt2.experiments.compare import job_group
 from gpt2.experiments.compare.job_group import Ended, Group, Say
 from gpt2.experiments.grid import Point
 from gpt2.experiments.pool.function_call import Call, plain
-from gpt2.experiments.pool.job import Event, Job, Slot, Source, Stopped
+from gpt2.experiments.pool.job import Event, Job, JobSource, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Limits, Pool
+from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.pool.slots import of_machine
 from gpt2.experiments.results import Ledger, Record
 from gpt2.experiments.sweep import statistics
@@ -71,6 +71,9 @@ __all__ = [
 ]
 
 LIMITS = Limits()
+# Public names that `docs/experiments.md` promises.
+Pool = Scheduler
+Source = JobSource
 PICTURE = "comparison.png"
 Function = Callable[..., Any] | str
 """a function at the top of a module, `functools.partial` of one with values by name, or

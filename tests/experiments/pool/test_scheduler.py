@@ -16,7 +16,7 @@ import pytest
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine, WorkerProcess
-from gpt2.experiments.pool.scheduler import Limits, Pool
+from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.train.report import Answer
 
 SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
@@ -49,7 +49,7 @@ def job(name: str, function: str, own_process: bool = False, **kwargs: Any) -> J
 
 
 def run(source: Given, tmp_path: Path, slots: list[Slot] = SLOTS, **limits: Any) -> int:
-    pool = Pool(
+    pool = Scheduler(
         Engine(slots),
         source,
         lambda event: None,
@@ -218,7 +218,7 @@ def test_bad_slot_is_taken_out_of_service(tmp_path: Path, error: str, lost: list
     """A GPU that gives errors is; one that meets three jobs with a bug is not."""
     source = Given(*(job(f"{n}", "bad_on", slot="0", seed=n, error=error) for n in range(20)))
     seen: list[Event] = []
-    pool = Pool(Engine(SLOTS), source, seen.append, log_of=lambda *_: tmp_path / "log")
+    pool = Scheduler(Engine(SLOTS), source, seen.append, log_of=lambda *_: tmp_path / "log")
     pool.run()
     assert [event.slot.index for event in seen if event.kind == "slot_lost"] == lost
     assert len(source.of("failed")) >= 3 and len(source.heard) == 40
@@ -319,7 +319,9 @@ def test_lost_machines_cost_no_retries(tmp_path: Path):
     )
     engine = Engine(SLOTS[:1], Shaky, is_fixed=False)
     limits = Limits(retries=0)
-    Pool(engine, source, lambda _: None, log_of=lambda *_: tmp_path / "log", limits=limits).run()
+    Scheduler(
+        engine, source, lambda _: None, log_of=lambda *_: tmp_path / "log", limits=limits
+    ).run()
     assert [event.attempt for event in source.of("finished")] == [6]
     (failed,) = source.of("failed")
     assert failed.job and failed.job.name == "b" and failed.attempt == 6

@@ -20,7 +20,7 @@ from experiments.pool.test_scheduler import job as real_job
 from experiments.progress.test_state import SLOTS, Clock, event, train, watching
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Pool
+from gpt2.experiments.pool.scheduler import Scheduler
 from gpt2.experiments.progress import live_view, rendering, state
 from gpt2.experiments.progress.live_view import Narrator, watched
 from gpt2.experiments.progress.state import Board
@@ -239,7 +239,7 @@ def test_a_pool_that_is_watched(tmp_path: Path):
     source, out = Given(*jobs, real_job("bad", "rises")), plain()
     on = Board("seeds", 13, SLOTS)
     with watched(on, tmp_path, every=5, out=out) as tell:
-        Pool(
+        Scheduler(
             Engine(SLOTS), source, tell, log_of=lambda slot, _: tmp_path / f"{slot.name}.log"
         ).run()
     text = text_of(out)

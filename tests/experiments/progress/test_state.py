@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gpt2.experiments.pool.job import Event, Job, Kind, Slot
+from gpt2.experiments.pool.job import Event, EventKind, Job, Slot
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import Board
 
@@ -23,7 +23,7 @@ def job(name: str) -> Job:
     return Job(name, "module:function", {})
 
 
-def event(kind: Kind, slot: int, name: str = "a", at: float = 0.0, **facts: Any) -> Event:
+def event(kind: EventKind, slot: int, name: str = "a", at: float = 0.0, **facts: Any) -> Event:
     return Event(kind, SLOTS[slot], job(name), pid=7, elapsed_s=at, **facts)
 
 

@@ -22,9 +22,9 @@ from gpt2.base.errors import ConfigError, Diverged
 from gpt2.checkpoint import store
 from gpt2.distributed import watchdog
 from gpt2.experiments.compare.models import Comparison
-from gpt2.experiments.pool.job import Event, Job, Lost, Slot, Stopped
+from gpt2.experiments.pool.job import Event, Job, JobLost, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Limits, Pool
+from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.search import trial
 from gpt2.experiments.search.space import parse as parse_space
 from gpt2.experiments.search.spec import Search
@@ -116,7 +116,7 @@ def test_what_a_dead_rank_has_started_does_not_hide_its_death(monkeypatch: pytes
     monkeypatch.setattr(
         ddp_host, "command", lambda _, where: [sys.executable, "-c", program, where]
     )
-    with pytest.raises(Lost, match=r"rank \d+ died without a word") as lost:
+    with pytest.raises(JobLost, match=r"rank \d+ died without a word") as lost:
         host()
     os.kill(int(str(lost.value).split()[1]), signal.SIGKILL)  # its child has not ended
 
@@ -124,7 +124,7 @@ def test_what_a_dead_rank_has_started_does_not_hide_its_death(monkeypatch: pytes
 def test_a_rank_outlives_torchrun_to_save(monkeypatch: pytest.MonkeyPatch):
     parts = (raising(Stopped(), 0.4), raising(Stopped(), 0.4))
     Cast(monkeypatch, *parts, torchrun="sleep 0.1; kill -9 $$")
-    with pytest.raises(Lost, match="torchrun was killed by SIGKILL; the ranks saved"):
+    with pytest.raises(JobLost, match="torchrun was killed by SIGKILL; the ranks saved"):
         host()
 
 
@@ -134,9 +134,9 @@ def test_a_rank_outlives_torchrun_to_save(monkeypatch: pytest.MonkeyPatch):
         ((raising(Diverged("nan"), 0.2), raising(ConfigError("no"))), ConfigError, "no"),
         ((raising(Stopped()), raising(Stopped())), Stopped, "^$"),
         ((dying(0.2), raising(RuntimeError("CUDA error"))), RuntimeError, "CUDA error"),
-        ((raising(RuntimeError("gloo"), 0.2), dying(0)), Lost, "rank 1 died without a word"),
-        ((dying(0.1), ends), Lost, "rank 0 died"),
-        ((), Lost, "torchrun ended with exit code 7"),
+        ((raising(RuntimeError("gloo"), 0.2), dying(0)), JobLost, "rank 1 died without a word"),
+        ((dying(0.1), ends), JobLost, "rank 0 died"),
+        ((), JobLost, "torchrun ended with exit code 7"),
     ],
 )
 def test_the_first_failure_is_the_reason(
@@ -249,9 +249,9 @@ def job_of(data_root: Path, out: Path, **changes: object) -> Job:
     return training_job.job("a", run, out / "exp" / "a", ranks=2)
 
 
-def pool_of(source: Given, out: Path, **limits: Any) -> Pool:
+def pool_of(source: Given, out: Path, **limits: Any) -> Scheduler:
     log = out / "worker.log"
-    return Pool(
+    return Scheduler(
         Engine([SLOT]), source, lambda _: None, log_of=lambda *_: log, limits=Limits(**limits)
     )
 

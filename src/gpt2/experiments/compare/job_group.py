@@ -15,7 +15,7 @@ from gpt2.experiments import results
 from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Limits, Pool
+from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.progress.live_view import watched
 from gpt2.experiments.progress.state import Board
 from gpt2.experiments.results import About, Ledger, Record
@@ -150,7 +150,7 @@ def run(
             total = len(group.jobs)
             board = Board(group.kind, total, places, before=total - len(waiting))
             with watched(board, group.folder, log=own_log, out=out) as on_event:
-                number = Pool(
+                number = Scheduler(
                     engine,
                     source,
                     on_event,

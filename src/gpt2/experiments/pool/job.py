@@ -15,7 +15,7 @@ class Stopped(Exception):
     """Raised by a job that ends before its work is done, because it was asked to."""
 
 
-class Lost(Exception):
+class JobLost(Exception):
     """Raised by a job of several processes, one of which has died: it is to run again."""
 
 
@@ -48,7 +48,7 @@ class Slot:
     """what its worker process sees beside the owner's environment"""
 
 
-Kind = Literal[
+EventKind = Literal[
     "started",  # a worker has taken the job
     "reported",  # `metrics` of a running job
     "finished",  # `result` is what the function returned
@@ -66,7 +66,7 @@ Kind = Literal[
 class Event:
     """What happened to a job."""
 
-    kind: Kind
+    kind: EventKind
     slot: Slot
     job: Job | None = None
     pid: int = 0
@@ -83,7 +83,7 @@ class Event:
     """the machine that the worker runs on, if it is not the owner's"""
 
 
-class Source(Protocol):
+class JobSource(Protocol):
     """Where jobs come from: an experiment gives jobs, and learns what became of them."""
 
     def next(self) -> Job | None:

@@ -13,7 +13,7 @@ def write_line(handle: int, text: str) -> None:
         os.write(handle, line.encode(errors="backslashreplace"))
 
 
-class Journal:
+class ExperimentLog:
     """The log of an experiment's owner."""
 
     def __init__(self, path: Path) -> None:

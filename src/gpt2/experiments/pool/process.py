@@ -51,7 +51,7 @@ class Worker(Protocol):
 
     def signal(self, number: int) -> None: ...
 
-    def dismiss(self) -> None:
+    def end_when_idle(self) -> None:
         """Lets it end when it has nothing to do."""
         ...
 
@@ -59,7 +59,7 @@ class Worker(Protocol):
         """SIGKILL to the worker and to all that it started."""
         ...
 
-    def bury(self) -> str:
+    def collect_exit_status(self) -> str:
         """Ends what a dead worker has started, and says how it died."""
         ...
 
@@ -126,7 +126,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def dismiss(self) -> None:
+    def end_when_idle(self) -> None:
         """Lets it end when it has nothing to do."""
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_WR)
@@ -137,7 +137,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def bury(self) -> str:
+    def collect_exit_status(self) -> str:
         """Ends what a dead worker has started, and says how it died."""
         self.kill()
         self._process.join()
@@ -157,7 +157,7 @@ class Engine:
     """Where the jobs of an experiment run."""
 
     slots: Sequence[Slot]
-    hire: Callable[[Slot, Path], Worker] = WorkerProcess
+    start_worker: Callable[[Slot, Path], Worker] = WorkerProcess
     """starts a worker on a slot that writes to the log; raises OSError if there is no room"""
     is_fixed: bool = True
     """whether a slot is always the same GPU or cores, which may be broken"""

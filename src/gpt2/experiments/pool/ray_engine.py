@@ -72,7 +72,7 @@ def joined(
     try:
         places, demand = share_out(_machines(), count, device, max_gpus, ddp)
         with Cluster(folder, demand) as cluster:
-            yield Engine(places, cluster.hire, is_fixed=False)
+            yield Engine(places, cluster.start_worker, is_fixed=False)
     finally:
         ray.shutdown()
 
@@ -189,7 +189,7 @@ class Cluster:
         self._over.set()
         self._thread.join()
 
-    def hire(self, slot: Slot, log: Path) -> "RemoteWorker":
+    def start_worker(self, slot: Slot, log: Path) -> "RemoteWorker":
         """A worker on whichever machine has room, now or later; raises TrainingError if the cluster
         is lost."""
         if self._lost:
@@ -305,8 +305,8 @@ class RemoteWorker:
         if not self.pid and number == signal.SIGTERM:  # it may never begin
             ray.cancel(self.task)
 
-    def dismiss(self) -> None:
-        self._order({"dismiss": True})
+    def end_when_idle(self) -> None:
+        self._order({"end_when_idle": True})
 
     def kill(self) -> None:
         self._order({"kill": True})
@@ -314,7 +314,7 @@ class RemoteWorker:
             ray.cancel(self.task, force=self._is_killed)
         self._is_killed = True
 
-    def bury(self) -> str:
+    def collect_exit_status(self) -> str:
         """Says how it ended. Raises TrainingError if its machine cannot run any worker."""
         if self._is_refused:
             self._is_refused = False
@@ -341,7 +341,7 @@ def guard(mailbox: Any, number: int, slot: Slot, log: Path, home: Home) -> str:
             if messages := hired.receive():
                 _done(mailbox.tell.remote(number, messages))
             if has_ended:
-                return hired.bury()
+                return hired.collect_exit_status()
     except BaseException:  # it is cancelled, or the owner's machine is gone
         hired.kill()
         raise
@@ -357,8 +357,8 @@ def _obey(mailbox: Any, number: int, hired: WorkerProcess) -> None:
                 hired.send(order["send"])
             elif "signal" in order:
                 hired.signal(order["signal"])
-            elif "dismiss" in order:
-                hired.dismiss()
+            elif "end_when_idle" in order:
+                hired.end_when_idle()
             else:
                 hired.kill()
     except RayError:  # it would wait for answers for ever

@@ -15,7 +15,7 @@ from typing import Any
 from gpt2.base.errors import TrainingError
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import worker
-from gpt2.experiments.pool.job import Event, Job, Kind, Slot, Source
+from gpt2.experiments.pool.job import Event, EventKind, Job, JobSource, Slot
 from gpt2.experiments.pool.process import Engine, Worker
 from gpt2.train.report import Answer
 
@@ -116,7 +116,7 @@ class _Seat:
         self.worker.kill()
 
 
-class Pool:
+class Scheduler:
     """Runs the jobs of `source` on an engine's slots, until there are none left or somebody says
     stop.
 
@@ -128,7 +128,7 @@ class Pool:
     def __init__(
         self,
         engine: Engine,
-        source: Source,
+        source: JobSource,
         on_event: Callable[[Event], None],
         *,
         log_of: Callable[[Slot, Job], Path] | None = None,
@@ -143,7 +143,7 @@ class Pool:
         self._told = time.monotonic()
 
     @property
-    def is_asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a signal has come; a source that waits for something gives up then."""
         return self._stop.number != 0
 
@@ -243,7 +243,7 @@ class Pool:
             return
         if seat.worker is None:
             try:
-                seat.worker = self._engine.hire(seat.slot, self._log_of(seat.slot, job))
+                seat.worker = self._engine.start_worker(seat.slot, self._log_of(seat.slot, job))
             except OSError as error:
                 raise TrainingError(
                     f"cannot start a worker for {job.name}: {error}; the same command goes on"
@@ -313,7 +313,7 @@ class Pool:
             if message["on_device"]:
                 self._blame(seat)
         else:
-            kind: Kind = "pruned" if "pruned" in message else "finished"
+            kind: EventKind = "pruned" if "pruned" in message else "finished"
             self._tell(seat, task, kind, result=message[kind])
             seat.losses, seat.progressed = [], task.heard
 
@@ -337,7 +337,11 @@ class Pool:
         """The slot's worker is dead, or was given up."""
         assert seat.worker is not None
         task, seat.task = seat.task, None
-        how = seat.worker.bury() if seat.worker.has_ended else "its process cannot be killed"
+        how = (
+            seat.worker.collect_exit_status()
+            if seat.worker.has_ended
+            else "its process cannot be killed"
+        )
         if task and self._stopping:
             why = how if task.has_begun else ""  # one that still loads dies of the signal, as meant
             self._tell(seat, task, "stopped", reason=seat.verdict or why)
@@ -391,7 +395,7 @@ class Pool:
     def _dismiss(self, seat: _Seat) -> None:
         """Lets a worker end that has no job; its slot is free when it has."""
         assert seat.worker is not None
-        seat.worker.dismiss()
+        seat.worker.end_when_idle()
         seat.deadline = time.monotonic() + FAREWELL_S
 
     def _end_workers(self) -> None:
@@ -411,7 +415,7 @@ class Pool:
                     self._on_death(seat)
             self._keep_deadlines()
 
-    def _tell(self, seat: _Seat, task: _Task, kind: Kind, **facts: Any) -> Answer:
+    def _tell(self, seat: _Seat, task: _Task, kind: EventKind, **facts: Any) -> Answer:
         assert seat.worker is not None
         event = Event(
             kind,

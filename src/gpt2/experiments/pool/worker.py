@@ -29,7 +29,7 @@ from typing import Any
 from gpt2.base.errors import UserError, is_out_of_memory
 from gpt2.distributed.watchdog import PR_SET_PDEATHSIG
 from gpt2.experiments.pool import log_lines
-from gpt2.experiments.pool.job import Job, Lost, Stopped
+from gpt2.experiments.pool.job import Job, JobLost, Stopped
 from gpt2.train.report import Answer
 
 MAX_RESULT_BYTES = 16_000_000
@@ -176,7 +176,7 @@ def _run(job: Job, report: Reporter) -> dict[str, Any]:
         return outcome
     except Stopped:
         return {"stopped": None}
-    except Lost as error:
+    except JobLost as error:
         print(f"lost: {error}", file=sys.stderr, flush=True)
         return {"lost": str(error)}
     except BaseException as error:

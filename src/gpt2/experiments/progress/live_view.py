@@ -24,7 +24,7 @@ from rich.text import Text
 from gpt2.base.text import console, counted, one_line
 from gpt2.config.flops import duration
 from gpt2.experiments.pool.job import Event
-from gpt2.experiments.pool.log_lines import Journal
+from gpt2.experiments.pool.log_lines import ExperimentLog
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import Board, Picture
 
@@ -63,7 +63,7 @@ def watched(
     terminal, lasting = out.file, _Lasting(out.file)
     out.file = lasting  # type: ignore[assignment]
     screen = _Screen(watching, out) if out.is_interactive and terminal.isatty() else _Lines(out)
-    journal, narrator = Journal(log or folder / LOG), Narrator(watching, every)
+    journal, narrator = ExperimentLog(log or folder / LOG), Narrator(watching, every)
     journal.add(narrator.beginning())
 
     def say(lines: list[Line]) -> None:

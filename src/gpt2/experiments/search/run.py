@@ -10,7 +10,7 @@ from gpt2.base.text import counted
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Slot
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Limits, Pool, worker_logs
+from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import watched
 from gpt2.experiments.progress.state import Board
 from gpt2.experiments.search import space as spaces
@@ -65,8 +65,8 @@ def _run_pool(
                 out.print(f"  - worker {event.slot.name}: process {event.pid}, log {event.log}")
 
         log_of = worker_logs(search.log_dir)
-        pool = Pool(engine, source, told, log_of=log_of, limits=limits)
-        patiently.is_stopping = lambda: pool.is_asked_to_stop
+        pool = Scheduler(engine, source, told, log_of=log_of, limits=limits)
+        patiently.is_stopping = lambda: pool.stop_requested
         number = pool.run()
         if search.is_shared:
             board.recount(source.done)

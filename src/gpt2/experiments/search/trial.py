@@ -76,7 +76,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains, and writes the trial's files; `diverged` of the result says why training gave up.
 
-    Raises Stopped if it was stopped, after saving, and Lost if one of several ranks has died.
+    Raises Stopped if it was stopped, after saving, and JobLost if one of several ranks has died.
     """
     run_config = options.of_stored(run)
     folder = run_config.checkpoint.checkpoint_dir

@@ -17,7 +17,7 @@ from gpt2.experiments.grid import Point
 from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
-from gpt2.experiments.pool.scheduler import Limits, Pool, worker_logs
+from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import watched
 from gpt2.experiments.progress.state import Board
 from gpt2.experiments.results import About, Ledger, Record
@@ -235,7 +235,9 @@ def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
         board = Board("seeds", total, engine.slots, before=done)
         log = sweep.log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
         with watched(board, sweep.folder, log=log, out=out) as on_event:
-            pool = Pool(engine, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits)
+            pool = Scheduler(
+                engine, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits
+            )
             number = pool.run()
         source.save()
         _conclude(sweep, source, out)

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from gpt2.distributed.device import THREADS
 from gpt2.distributed.signals import StopRequest
-from gpt2.experiments.pool.job import Lost, Stopped
+from gpt2.experiments.pool.job import JobLost, Stopped
 from gpt2.train.report import Answer
 
 RANK = "gpt2.experiments.training.ddp_rank"
@@ -34,7 +34,7 @@ POLL_S = 0.2
 def on_ranks(report: Callable[..., Answer], work: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The result of `training.run(report, **work)` on `count` ranks, as rank 0 tells it.
 
-    Raises what the first rank has raised that fails, Stopped too; and Lost if a rank dies.
+    Raises what the first rank has raised that fails, Stopped too; and JobLost if a rank dies.
     """
     with StopRequest() as stop, _Host(report, work, count) as host:
         while not host.is_over:
@@ -137,8 +137,10 @@ class _Host:
             return self._result
         code = self._torchrun.returncode
         if code < 0 and isinstance(self._failure, Stopped):  # which is why they have stopped
-            raise Lost(f"torchrun was killed by {signal.Signals(-code).name}; the ranks saved")
-        raise self._failure or Lost(f"torchrun ended with exit code {code}, and without a result")
+            raise JobLost(f"torchrun was killed by {signal.Signals(-code).name}; the ranks saved")
+        raise self._failure or JobLost(
+            f"torchrun ended with exit code {code}, and without a result"
+        )
 
     def _let_in(self) -> None:
         channel, _ = self._listener.accept()
@@ -171,7 +173,7 @@ class _Host:
             rank.close()
             if not rank.is_done:
                 name = "a rank" if rank.number is None else f"rank {rank.number}"
-                self._failure = self._failure or Lost(f"{name} died without a word")
+                self._failure = self._failure or JobLost(f"{name} died without a word")
 
     def _on_message(self, rank: _Rank, word: str, value: Any) -> None:
         if word == "here":

@@ -76,7 +76,7 @@ def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **cha
 def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -> dict[str, Any]:
     """Trains as the stored configuration says; what the comparison of trainings needs to know.
 
-    Raises Stopped if it was stopped, after saving, and Lost if one of several ranks has died.
+    Raises Stopped if it was stopped, after saving, and JobLost if one of several ranks has died.
     """
     if ranks > 1:
         return on_ranks(report, {"run": run, "run_name": run_name}, ranks)
