@@ -11,8 +11,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
-class UserError(ValueError):
-    """Says what was given, what is needed and what to type."""
+class UserError(Exception):
+    """Its message says what was given, what is expected and what to type."""
 
     aloud: bool | None = None
     """whether this rank is the one that prints it; None where the ranks have not agreed on one"""

@@ -14,7 +14,6 @@ import tyro
 from gpt2.base.errors import UserError, is_out_of_memory
 
 T = TypeVar("T")
-R = TypeVar("R")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -24,39 +23,32 @@ TRUTH = {"true": "", "false": "no_"}
 def parse(
     kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
 ) -> T:
-    """The command that `arguments` say. An error of ours is raised; tyro prints its own, and help,
-    if this process may speak, and exits."""
+    """The command that `arguments` describe.
 
-    arguments = _as_switches(kind, arguments)
-
-    def parse(aloud: bool) -> T:
+    Raises UserError for values that the command refuses. For flags that it does not know, and for
+    `--help`, tyro prints its own text if `speak`, and exits.
+    """
+    # tyro prints a wrong value even with console_outputs=False.
+    with contextlib.nullcontext() if speak else contextlib.redirect_stderr(io.StringIO()):
         return tyro.cli(
             kind,
-            args=arguments,
+            args=_as_switches(kind, arguments),
             default=tyro.MISSING_NONPROP if default is None else default,
             use_underscores=True,
-            console_outputs=aloud,
+            console_outputs=speak,
             config=[tyro.conf.OmitArgPrefixes],
         )
-
-    return _our_errors_first(parse, speak)
 
 
 def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """The same, and the arguments that are none of this command's."""
-    arguments = _as_switches(kind, arguments)
-
-    def parse(aloud: bool) -> tuple[T, list[str]]:
-        return tyro.cli(
-            kind,
-            args=arguments,
-            return_unknown_args=True,
-            use_underscores=True,
-            console_outputs=aloud,
-            config=[tyro.conf.OmitArgPrefixes],
-        )
-
-    return _our_errors_first(parse)
+    """As `parse`; also returns the arguments that are not flags of this command."""
+    return tyro.cli(
+        kind,
+        args=_as_switches(kind, arguments),
+        return_unknown_args=True,
+        use_underscores=True,
+        config=[tyro.conf.OmitArgPrefixes],
+    )
 
 
 def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
@@ -87,27 +79,6 @@ def _switches(kind: type[Any]) -> set[str]:
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             found |= _switches(hint)
     return found
-
-
-def _our_errors_first(parse: Callable[[bool], R], speak: bool = True) -> R:
-    """What `parse(aloud)` gives; aloud only where what it says is not an error of ours."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return parse(False)
-    except SystemExit as stop:
-        if ours := _user_error_behind(stop):
-            raise ours from None
-        if not speak:
-            raise
-    return parse(True)
-
-
-def _user_error_behind(error: BaseException) -> UserError | None:
-    """The UserError that tyro caught while it built the command, if there was one."""
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, UserError):
-        behind = behind.__cause__ or behind.__context__
-    return behind
 
 
 def guarded(

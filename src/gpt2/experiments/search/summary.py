@@ -7,6 +7,7 @@ import shlex
 from optuna.study import Study
 from rich.console import Console
 
+from gpt2.base.errors import UserError
 from gpt2.base.text import counted
 from gpt2.experiments.search import best, ownership, report, trial
 from gpt2.experiments.search import study as studies
@@ -29,7 +30,7 @@ def conclude(search: Search, study: Study, source: Trials, number: int, out: Con
             written = report.write(rows, search.folder, found.command if found else None)
             names = ", ".join(path.name for path in written)
             out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         out.print(f"WARNING: not everything could be written: {error}")
     if found and found.command:
         out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")

@@ -24,6 +24,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from gpt2.base.errors import UserError
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import Ledger, Record
@@ -193,7 +194,7 @@ class Trials:
                 lambda: {item.name: outcome.suggest(trial, item) for item in space}
             )
             run_config = spaces.fitted(self._search.run, space, drawn)
-        except (ValueError, TypeError, ArithmeticError) as error:
+        except (UserError, ValueError, TypeError, ArithmeticError) as error:
             self._refuse(trial, f"its values cannot be: {error}")
             return None
         folder = self._search.folder / name
@@ -259,7 +260,8 @@ class Trials:
         self._enter(told, Record.of(replace(event, kind="failed", reason=reason), {}))
         self.failed_in_a_row = self.failed_in_a_row + 1 if state == TrialState.FAIL else 0
         if state == TrialState.COMPLETE:
-            with contextlib.suppress(OSError, ValueError):  # tried again at the end, which says so
+            # Tried again at the end, which reports the error.
+            with contextlib.suppress(OSError, ValueError, UserError):
                 self.patiently(lambda: best.keep(self._study, self._search.folder))
         if state != TrialState.FAIL and not self._search.keep_checkpoints:
             self._drop([live.trial.number])
