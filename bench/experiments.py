@@ -39,10 +39,10 @@ def ours(jobs: int, folder: Path) -> float:
     def note(event: Event) -> None:
         times.append(time.perf_counter())
 
-    with results.opened(sweep.folder, sweep.about()) as book:
+    with results.opened(sweep.folder, sweep.description()) as book:
         engine = Engine(slots.of_cores(WORKERS, threads="1"))
         Scheduler(engine, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
-        assert len(book.of("finished")) == jobs
+        assert len(book.in_state("finished")) == jobs
     # The workers' own start is over when each has ended its first job.
     return (times[-1] - times[2 * WORKERS - 1]) / (jobs - WORKERS)
 

@@ -68,7 +68,7 @@ def test_teacher_student(tmp_path: Path):
     said = example(tmp_path, *TEACHER)
     assert "Left out, as narrower than the teacher: student dim 2 for rank 3" in said
     folder = tmp_path / "checkpoints" / "teacher_student"
-    records = results.read_records(folder)
+    records = results.read_results(folder)
     assert len(records) == 2 * 3 * 2
     errors = {record.job: record.result for record in records}
     for job, found in errors.items():
@@ -83,7 +83,7 @@ def test_teacher_student(tmp_path: Path):
 
     code, again = within(tmp_path, *TEACHER)
     assert code == 0 and "12 of them are done already" in again
-    assert results.read_records(folder) == records
+    assert results.read_results(folder) == records
     code, other = within(tmp_path, *TEACHER, "--gd", "--tolerance", "0.5")
     assert code == 2 and "tolerance: 0.3 before, 0.5 now" in other
 
@@ -92,7 +92,7 @@ def test_teacher_student(tmp_path: Path):
 def test_pmssm(tmp_path: Path):
     said = example(tmp_path, *PMSSM)
     folder = tmp_path / "checkpoints" / "pmssm"
-    records = {record.job: record.result for record in results.read_records(folder)}
+    records = {record.job: record.result for record in results.read_results(folder)}
     assert sorted(records) == ["mlp", "plr"]
     for result in records.values():
         assert f"{result['rmse']:.4f}" in said and f"{result['parameters']:,}" in said
@@ -100,7 +100,7 @@ def test_pmssm(tmp_path: Path):
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     code, again = within(tmp_path, *PMSSM)
     assert code == 0 and "finished already: plr, mlp" in again
-    assert {item.job: item.result for item in results.read_records(folder)} == records
+    assert {item.job: item.result for item in results.read_results(folder)} == records
 
 
 def test_pmssm_fails_where_its_error_is_not_finite(monkeypatch: pytest.MonkeyPatch):

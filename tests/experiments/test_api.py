@@ -206,4 +206,4 @@ def test_results_of_another_kind_are_not_mixed(tmp_path: Path):
     api.together({"one": functools.partial(jobs.square, seed=2)}, **place(tmp_path))
     with pytest.raises(api.ConfigError, match="kind: jobs before, seeds now"):
         api.sweep(jobs.square, [{}], 1, **place(tmp_path))
-    assert [record.result for record in results.read_records(tmp_path / "kept")] == [4]
+    assert [record.result for record in results.read_results(tmp_path / "kept")] == [4]

@@ -75,7 +75,7 @@ class Sweep:
 
     def look(self) -> None:
         """No line that was there is gone."""
-        path = self.results / results.LINES
+        path = self.results / results.RESULT_LINES_FILE
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         assert whole[: len(self.seen)] == self.seen
@@ -119,7 +119,7 @@ def killed_sweep(folder: Path, chosen: random.Random, whom: Sequence[str]) -> in
         running.owner.wait()
     running.look()
     running.require_no_orphan()
-    records = results.read_records(running.results)
+    records = results.read_results(running.results)
     assert Counter(record.values["seed"] for record in records) == Counter(range(SEEDS))
     assert all(record.state == "finished" for record in records)
     ended = {record.values["seed"]: record.time for record in records}

@@ -9,22 +9,22 @@ import pytest
 
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.experiments import results
-from gpt2.experiments.results import About, Record
+from gpt2.experiments.results import ExperimentDescription, JobResult
 
-ABOUT = About("seeds", {"target": "a:b", "grid": "rate"}, total=3)
+ABOUT = ExperimentDescription("seeds", {"target": "a:b", "grid": "rate"}, total=3)
 
 
 def test_results_outlive_their_owner(tmp_path: Path):
     with results.opened(tmp_path, ABOUT) as first:
-        first.add(Record("a", "finished", {"seed": 0}, {"loss": 1.5}))
-        first.add(Record("b", "failed", {"seed": 1}, reason="why", traceback="where"))
-        first.add(Record("c", "pruned", {"seed": 2}))
+        first.add(JobResult("a", "finished", {"seed": 0}, {"loss": 1.5}))
+        first.add(JobResult("b", "failed", {"seed": 1}, reason="why", traceback="where"))
+        first.add(JobResult("c", "pruned", {"seed": 2}))
         first.save(metric="loss")
     with results.opened(tmp_path, ABOUT) as second:
         assert [second.is_done(job) for job in "abcd"] == [True, False, True, False]
-        assert second.records["a"].result == {"loss": 1.5}
-        second.add(Record("b", "finished", {"seed": 1}, {"loss": 1.0}))
-        assert second.is_done("b") and not second.of("failed")
+        assert second.results["a"].result == {"loss": 1.5}
+        second.add(JobResult("b", "finished", {"seed": 1}, {"loss": 1.0}))
+        assert second.is_done("b") and not second.in_state("failed")
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["metric"] == "loss" and content["kind"] == "seeds"
     assert [row["job"] for row in content["results"]] == ["a", "b", "c"]
@@ -32,13 +32,13 @@ def test_results_outlive_their_owner(tmp_path: Path):
 
 def test_torn_line_is_cut_before_the_next_one(tmp_path: Path):
     with results.opened(tmp_path, ABOUT) as first:
-        first.add(Record("a", "finished", {}))
-    with (tmp_path / results.LINES).open("a") as file:
+        first.add(JobResult("a", "finished", {}))
+    with (tmp_path / results.RESULT_LINES_FILE).open("a") as file:
         file.write('{"job": "b", "sta')
     with results.opened(tmp_path, ABOUT) as second:
-        assert set(second.records) == {"a"}
-        second.add(Record("c", "finished", {}))
-    assert [record.job for record in results.read_records(tmp_path)] == ["a", "c"]
+        assert set(second.results) == {"a"}
+        second.add(JobResult("c", "finished", {}))
+    assert [record.job for record in results.read_results(tmp_path)] == ["a", "c"]
 
 
 def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -52,18 +52,18 @@ def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with results.opened(tmp_path, ABOUT) as book:
         monkeypatch.setattr(os, "write", write)
-        book.add(Record("a", "finished", {}))
-        book.add(Record("b", "finished", {}))
+        book.add(JobResult("a", "finished", {}))
+        book.add(JobResult("b", "finished", {}))
         assert book.is_done("a")
         room = 1
-        book.add(Record("c", "finished", {}))
-    assert [record.job for record in results.read_records(tmp_path)] == ["a", "b", "c"]
+        book.add(JobResult("c", "finished", {}))
+    assert [record.job for record in results.read_results(tmp_path)] == ["a", "b", "c"]
 
 
 def test_second_owner_is_refused_by_name(tmp_path: Path):
     program = (
-        "import sys, pathlib\nfrom gpt2.experiments.results import About, opened\n"
-        "with opened(pathlib.Path(sys.argv[1]), About('seeds', {}, 1)):\n"
+        "import sys, pathlib\nfrom gpt2.experiments.results import ExperimentDescription, opened\n"
+        "with opened(pathlib.Path(sys.argv[1]), ExperimentDescription('seeds', {}, 1)):\n"
         "    print('mine', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

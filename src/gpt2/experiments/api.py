@@ -32,7 +32,7 @@ from gpt2.experiments.pool.job import Event, Job, JobSource, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.pool.slots import of_machine
-from gpt2.experiments.results import Ledger, Record
+from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep import sweep as seeds
 from gpt2.experiments.sweep.statistics import PointSummary, Statistics
@@ -73,12 +73,13 @@ __all__ = [
 LIMITS = Limits()
 # Public names that `docs/experiments.md` promises.
 Pool = Scheduler
+Record = JobResult
 Source = JobSource
 PICTURE = "comparison.png"
 Function = Callable[..., Any] | str
 """a function at the top of a module, `functools.partial` of one with values by name, or
 `module:function`"""
-Records = Mapping[str, Record]
+Records = Mapping[str, JobResult]
 """what became of each job that has ended, by its name"""
 Report = Callable[..., Answer]
 """what a job gets as `report`"""
@@ -176,12 +177,12 @@ def together(
         log_dir=log_dir,
     )
 
-    def conclude(ledger: Ledger, say: Say) -> None:
-        records = {name: ledger.records[name] for name in calls if name in ledger.records}
+    def conclude(store: ResultsStore, say: Say) -> None:
+        records = {name: store.results[name] for name in calls if name in store.results}
         if records:
             say(listing(records))
-            ledger.save()
-            say(f"Results: {folder / ledgers.RESULTS}{_picture(records)}")
+            store.save()
+            say(f"Results: {folder / ledgers.RESULTS_FILE}{_picture(records)}")
 
     def _picture(records: Records) -> str:
         if draw is None or all(record.state == "failed" for record in records.values()):

@@ -20,13 +20,15 @@ from gpt2.base.errors import ConfigError
 from gpt2.checkpoint.store import require_writable
 from gpt2.experiments.pool.job import Event
 
-ABOUT, LINES, RESULTS = "experiment.json", "results.jsonl", "results.json"
+EXPERIMENT_FILE = "experiment.json"
+RESULT_LINES_FILE = "results.jsonl"
+RESULTS_FILE = "results.json"
 FLUSH_EVERY_S = 1.0
 """results that a power cut may cost, and that are made again then"""
 
 
 @dataclass(frozen=True)
-class About:
+class ExperimentDescription:
     """What an experiment is: jobs of another one must not count as its own."""
 
     kind: str
@@ -38,7 +40,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Record:
+class JobResult:
     """What became of a job."""
 
     job: str
@@ -56,8 +58,8 @@ class Record:
     """seconds since 1970"""
 
     @classmethod
-    def of(cls, event: Event, values: Mapping[str, Any]) -> Self:
-        """The record of a job that has finished, failed or was pruned."""
+    def from_event(cls, event: Event, values: Mapping[str, Any]) -> Self:
+        """The result of a job that has finished, failed or was pruned."""
         assert event.job is not None and event.kind in ("finished", "pruned", "failed")
         return cls(
             job=event.job.name,
@@ -72,44 +74,46 @@ class Record:
         )
 
 
-class Ledger:
-    """The records of an experiment, as its owner keeps them.
+class ResultsStore:
+    """The results of an experiment, as its owner keeps them.
 
     A disk that is full ends nothing: what could not be written is written later.
     """
 
-    def __init__(self, folder: Path, about: About) -> None:
-        self.folder, self.about = folder, about
-        self.records = {record.job: record for record in read_records(folder)}
+    def __init__(self, folder: Path, description: ExperimentDescription) -> None:
+        self.folder, self.description = folder, description
+        self.results = {result.job: result for result in read_results(folder)}
         """the last one of each job"""
-        self._lines = os.open(folder / LINES, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        path = folder / RESULT_LINES_FILE
+        self._lines = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._cut_torn_line()
         self._pending: list[bytes] = []
         self._flushed = time.monotonic()
 
     def is_done(self, job: str) -> bool:
         """Whether the job need not run again; one that failed must."""
-        return job in self.records and self.records[job].state != "failed"
+        return job in self.results and self.results[job].state != "failed"
 
-    def add(self, record: Record) -> None:
+    def add(self, result: JobResult) -> None:
         """Keeps what became of a job: from here on it is not forgotten."""
-        self.records[record.job] = record
-        self._pending.append(json.dumps(asdict(record)).encode() + b"\n")
+        self.results[result.job] = result
+        self._pending.append(json.dumps(asdict(result)).encode() + b"\n")
         self._write_pending()
 
-    def of(self, *states: str) -> list[Record]:
-        """The records in these states, in the order in which the jobs ended."""
-        return [record for record in self.records.values() if record.state in states]
+    def in_state(self, *states: str) -> list[JobResult]:
+        """The results in these states, in the order in which the jobs ended."""
+        return [result for result in self.results.values() if result.state in states]
 
     def save(self, **more: Any) -> None:
-        """Replaces `results.json`: all records, and what `more` says of them."""
+        """Replaces `results.json`: all results, and what `more` says of them."""
         self._write_pending()
-        records = [asdict(record) for record in self.records.values()]
-        for record in records:
-            del record["traceback"]  # results.jsonl has it, and the worker's log
-        content = {**asdict(self.about), **more, "results": records}
+        results = [asdict(result) for result in self.results.values()]
+        for result in results:
+            del result["traceback"]  # results.jsonl has it, and the worker's log
+        content = {**asdict(self.description), **more, "results": results}
         with contextlib.suppress(OSError):  # the next one
-            atomic_files.write_text(self.folder / RESULTS, json.dumps(content, indent=1) + "\n")
+            text = json.dumps(content, indent=1) + "\n"
+            atomic_files.write_text(self.folder / RESULTS_FILE, text)
 
     def close(self) -> None:
         """Raises OSError if results could not be written."""
@@ -142,70 +146,73 @@ class Ledger:
 
     def _cut_torn_line(self) -> None:
         """A power cut may leave the beginning of a line, to which nothing may be added."""
-        content = (self.folder / LINES).read_bytes()
+        content = (self.folder / RESULT_LINES_FILE).read_bytes()
         os.ftruncate(self._lines, content.rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager
 def opened(
-    folder: Path, about: About, differences: Callable[[About], list[str]] | None = None
-) -> Iterator[Ledger]:
-    """The ledger of `folder`, which is this process's alone while the block runs.
+    folder: Path,
+    description: ExperimentDescription,
+    differences: Callable[[ExperimentDescription], list[str]] | None = None,
+) -> Iterator[ResultsStore]:
+    """The store of `folder`, which is this process's alone while the block runs.
 
     Raises CheckpointError if another process owns the folder, and ConfigError if it holds another
     experiment; `differences` says what is other in the one that it holds.
     """
     require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):
-        before = read_about(folder)
+        before = read_description(folder)
         if before is not None:
-            _require_same(folder, before, about, differences)
-            about = replace(about, total=max(before.total, about.total))
-        atomic_files.sweep(folder, lambda name: name in (ABOUT, RESULTS))
-        atomic_files.write_text(folder / ABOUT, json.dumps(asdict(about), indent=1) + "\n")
-        ledger = Ledger(folder, about)
+            _require_same(folder, before, description, differences)
+            description = replace(description, total=max(before.total, description.total))
+        atomic_files.sweep(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
+        text = json.dumps(asdict(description), indent=1) + "\n"
+        atomic_files.write_text(folder / EXPERIMENT_FILE, text)
+        store = ResultsStore(folder, description)
         try:
-            yield ledger
+            yield store
         finally:
-            ledger.close()
+            store.close()
 
 
-def read_about(folder: Path) -> About | None:
+def read_description(folder: Path) -> ExperimentDescription | None:
     """What the experiment in `folder` is, or None if there is none."""
     try:
-        return About(**json.loads((folder / ABOUT).read_text()))
+        return ExperimentDescription(**json.loads((folder / EXPERIMENT_FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_results(folder: Path) -> list[JobResult]:
     """What became of the jobs in `folder`, one line after another; a torn line is none."""
     try:
-        *lines, _torn = (folder / LINES).read_bytes().split(b"\n")
+        *lines, _torn = (folder / RESULT_LINES_FILE).read_bytes().split(b"\n")
     except OSError:
         return []
-    records = []
+    results = []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError):  # a damaged line: its job runs again
-            records.append(Record(**json.loads(line)))
-    return records
+            results.append(JobResult(**json.loads(line)))
+    return results
 
 
 def _require_same(
     folder: Path,
-    before: About,
-    about: About,
-    differences: Callable[[About], list[str]] | None,
+    before: ExperimentDescription,
+    description: ExperimentDescription,
+    differences: Callable[[ExperimentDescription], list[str]] | None,
 ) -> None:
-    if before.kind != about.kind:
-        rows = [f"kind: {before.kind} before, {about.kind} now"]
+    if before.kind != description.kind:
+        rows = [f"kind: {before.kind} before, {description.kind} now"]
     elif differences is not None:
         rows = differences(before)
     else:
         rows = [
-            f"{name}: {before.fixed.get(name)} before, {about.fixed.get(name)} now"
-            for name in sorted({*before.fixed, *about.fixed})
-            if before.fixed.get(name) != about.fixed.get(name)
+            f"{name}: {before.fixed.get(name)} before, {description.fixed.get(name)} now"
+            for name in sorted({*before.fixed, *description.fixed})
+            if before.fixed.get(name) != description.fixed.get(name)
         ]
     if rows:
         raise another_experiment(folder, rows)

@@ -24,7 +24,7 @@ from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
 from gpt2.experiments.pool.slots import model_slots
-from gpt2.experiments.results import Record, read_records
+from gpt2.experiments.results import JobResult, read_results
 from gpt2.train import trainer
 from support import loss_lines, small_config, small_flags
 
@@ -42,8 +42,8 @@ class Compared:
         return self.out / "checkpoints" / "models"
 
     @property
-    def records(self) -> dict[str, Record]:
-        return {record.job: record for record in read_records(self.folder)}
+    def records(self) -> dict[str, JobResult]:
+        return {record.job: record for record in read_results(self.folder)}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def call(arguments: list[str]) -> tuple[int, str]:
             return main.main(), said.getvalue()
 
 
-def time_of(record: Record) -> tuple[float, float]:
+def time_of(record: JobResult) -> tuple[float, float]:
     return record.time - record.elapsed_s, record.time
 
 
@@ -180,7 +180,7 @@ def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_pat
     assert "SIGKILL" in said
     assert re.search(rf"FAILED bad: .*nowhere.*{asked.log_dir}/bad_", said)
     killed, bad = (
-        next(item for item in read_records(asked.folder) if item.job == name) for name in stand_ins
+        next(item for item in read_results(asked.folder) if item.job == name) for name in stand_ins
     )
     assert (killed.state, killed.attempt, bad.state) == ("finished", 2, "failed")
     assert "from step 0" not in (asked.folder / "killed" / "log.txt").read_text().split("# run")[-1]

@@ -16,7 +16,7 @@ from gpt2.cli import experiments
 from gpt2.experiments import results as ledger
 from gpt2.experiments.progress import listing, state
 from gpt2.experiments.progress.state import Board
-from gpt2.experiments.results import About, Record
+from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.train import status
 from inspection.test_runs import PLAN
 
@@ -31,14 +31,14 @@ def experiment(
     job that has failed."""
     folder.mkdir(parents=True)
     on = Board(kind, total, SLOTS)
-    with ledger.opened(folder, About(kind, {}, total)) as kept:
+    with ledger.opened(folder, ExperimentDescription(kind, {}, total)) as kept:
         for seed, result in enumerate(results):
             name, facts = f"seed={seed}", {"result": result}
             if result is None:
                 facts = {"reason": "ValueError: no [b]", "traceback": TRACEBACK}
             ended = event("failed" if result is None else "finished", 0, name, at=61.0, **facts)
             on.take(ended)
-            kept.add(Record.of(ended, {"seed": seed, "lr": 0.1}))
+            kept.add(JobResult.from_event(ended, {"seed": seed, "lr": 0.1}))
         state.write(folder, on.picture)
         yield on
 
@@ -144,10 +144,10 @@ def test_long_experiments_list_at_once_and_show_their_end(tmp_path: Path):
         pass
     result = {"val_loss": 3.1, "step": 100}
     lines = [
-        json.dumps(asdict(Record(f"seed={n}", "finished", {"seed": n}, result)))
+        json.dumps(asdict(JobResult(f"seed={n}", "finished", {"seed": n}, result)))
         for n in range(10_000)
     ]
-    (folder / ledger.LINES).write_text("\n".join(lines) + "\n")
+    (folder / ledger.RESULT_LINES_FILE).write_text("\n".join(lines) + "\n")
     out = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
     began = time.perf_counter()
     listing.print_list(tmp_path, out)

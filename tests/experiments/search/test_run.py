@@ -29,7 +29,7 @@ from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Job, Slot
-from gpt2.experiments.results import Ledger
+from gpt2.experiments.results import ResultsStore
 from gpt2.experiments.search import run as run_module
 from gpt2.experiments.search import space, trial, trials
 from gpt2.experiments.search import study as studies
@@ -50,8 +50,8 @@ class Played:
         folder.mkdir(exist_ok=True)
         asked = Search(RUN, SPACE, **{"folder": folder, "n_trials": 4, **options})
         self.study = studies.opened(asked)
-        self.ledger = Ledger(folder, asked.about())
-        self.source = Trials(self.study, asked, self.ledger)
+        self.store = ResultsStore(folder, asked.description())
+        self.source = Trials(self.study, asked, self.store)
 
     def next(self) -> Job:
         job = self.source.next()
@@ -107,7 +107,7 @@ def test_patience_finishes_a_trial_with_its_best_value(played: Played):
     assert played.source.shown(event).kind == "finished"
     ended = trial_of(played.study, job)
     assert (ended.state, ended.value) == (TrialState.COMPLETE, 8.0)
-    record = played.ledger.records["trial_000"]
+    record = played.store.results["trial_000"]
     assert record.state == "finished" and record.result == {"val_loss": 8.0, "tokens": 5}
 
 
@@ -132,7 +132,7 @@ def test_a_trial_that_diverges_counts_as_pruned(played: Played):
     played.tell(first, "pruned", result={})
     played.tell(second, "finished", result={"diverged": "5 updates in a row"})
     assert played.states == ["PRUNED", "PRUNED"]
-    assert played.ledger.records["trial_001"].reason == "5 updates in a row"
+    assert played.store.results["trial_001"].reason == "5 updates in a row"
 
 
 def test_failed_trials_are_replaced_until_it_is_not_their_fault(played: Played):
@@ -150,13 +150,13 @@ def test_what_a_killed_owner_left_is_taken_up_again(played: Played, tmp_path: Pa
     played.finishes(done, 5.0)
     played.validates(running, 9.0, 8.0)
     asked = played.study.ask()  # killed before it had any values
-    played.study.tell(played.study.ask().number, 3.0)  # killed before the ledger had it
+    played.study.tell(played.study.ask().number, 3.0)  # killed before the results store had it
     drawn = trial_of(played.study, running).params
-    del played.ledger.records["trial_000"]
+    del played.store.results["trial_000"]
 
     again = Played(tmp_path / "search", n_trials=5, patience=3)
     again.source.catch_up()
-    assert sorted(again.ledger.records) == ["trial_000", "trial_003"]
+    assert sorted(again.store.results) == ["trial_000", "trial_003"]
     jobs = [again.next(), again.next()]
     assert [job.name for job in jobs] == [running.name, f"trial_{asked.number:03d}"]
     assert jobs[0].kwargs["run"]["optim"]["learning_rate"] == drawn["learning_rate"]
@@ -337,7 +337,7 @@ def killed_search(out: Path, count: int, chosen: random.Random, kills: int) -> N
         assert mine == sorted(mine), "a trial goes on where it was"
         if item.state == TrialState.COMPLETE:
             assert sorted(item.intermediate_values) == [1, 2, 3, 4, 5, 6]
-    records = results.read_records(out / "search")
+    records = results.read_results(out / "search")
     assert sorted({record.job for record in records}) == [trial.name_of(n) for n in range(count)]
     drawn = [tuple(item.params.values()) for item in found]
     assert len(set(drawn)) == count

@@ -72,7 +72,7 @@ def test_a_new_trial_never_meets_an_old_folder(tmp_path: Path):
     (tmp_path / "search" / "trial_000").mkdir()
     (tmp_path / "search" / "trial_000" / "latest.pt").write_text("")
     assert played.next().name == "trial_001"
-    assert "is there already" in played.ledger.records["trial_000"].reason
+    assert "is there already" in played.store.results["trial_000"].reason
 
 
 def test_a_renamed_machine_and_a_moved_folder_keep_their_trials(
@@ -167,7 +167,7 @@ def test_a_trial_that_is_ended_in_the_study_ends_here(tmp_path: Path):
     played.study.tell(1, 3.0)
     played.tell(second, "finished", result={})
     assert said == [f"trial_00{n} was ended in the study by somebody else" for n in range(2)]
-    records = played.ledger.records
+    records = played.store.results
     assert records["trial_000"].state == "failed" and records["trial_001"].state == "finished"
     assert played.next().name == "trial_002", "the failed one is replaced"
 
@@ -189,7 +189,7 @@ def test_an_enqueued_trial_with_bad_values_has_failed(tmp_path: Path):
         warnings.simplefilter("ignore")
         assert played.next().name == f"trial_{trials.FAILURES:03d}", "others are not to blame"
     assert said[0].startswith("FAILED trial_000: its values cannot be: ")
-    assert played.ledger.records["trial_000"].state == "failed"
+    assert played.store.results["trial_000"].state == "failed"
     assert Played(tmp_path / "search", n_trials=1).next().name == "trial_005"
 
 

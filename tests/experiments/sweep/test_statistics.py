@@ -3,13 +3,13 @@ import math
 import pytest
 from rich.console import Console
 
-from gpt2.experiments.results import Record
+from gpt2.experiments.results import JobResult
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import Statistics
 
 
-def record(seed: int, result: object, rate: float = 0.1, state: str = "finished") -> Record:
-    return Record(f"rate={rate},seed={seed}", state, {"rate": rate, "seed": seed}, result)
+def record(seed: int, result: object, rate: float = 0.1, state: str = "finished") -> JobResult:
+    return JobResult(f"rate={rate},seed={seed}", state, {"rate": rate, "seed": seed}, result)
 
 
 def test_interval_is_student_s():

@@ -145,10 +145,10 @@ def test_interrupted_sweep_goes_on(tmp_path: Path):
     running.send_signal(signal.SIGINT)
     output = running.communicate(timeout=30)[0].decode()
     assert running.returncode == 130 and "the same command goes on" in output
-    before = len(ledger.read_records(lines.parent))
+    before = len(ledger.read_results(lines.parent))
     assert 6 <= before < 30
     sweep(tmp_path, "--num_seeds", 30)
-    assert len(ledger.read_records(lines.parent)) == 30
+    assert len(ledger.read_results(lines.parent)) == 30
     assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
 
 
@@ -171,7 +171,7 @@ def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_pa
     running.communicate(timeout=30)
     assert running.returncode == 130
     stopped = [store.list_checkpoints(folder / name)[-1].training.step for name in names]
-    assert not ledger.read_records(folder)
+    assert not ledger.read_results(folder)
 
     again = run_command(flags, cwd=tmp_path)
     assert "val_loss over seeds" in again.stdout
@@ -179,7 +179,7 @@ def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_pa
         assert 3 <= step < 16 and f"Stopped by signal 15 at step {step};" in log.read_text()
         assert f"  - Step: {step}\n" in log.read_text()
         assert (folder / name / "latest.pt").exists()
-    results = {record.job: record.result for record in ledger.read_records(folder)}
+    results = {record.job: record.result for record in ledger.read_results(folder)}
     alone = small_config(data_root, tmp_path / "alone", **options, learning_rate=3e-3, seed=0)
     assert results[names[1]]["val_loss"] == trainer.run(alone).val_loss
 

@@ -238,8 +238,8 @@ def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path
     assert {job.kwargs["ranks"] for job in Comparison(run, ranks=3).group().jobs} == {3}
     assert trial.job(0, run, tmp_path, {}, ranks=3).kwargs["ranks"] == 3
     two, one = Search(run, space, ranks=2), Search(run, space)
-    assert two.about() == one.about(), "a search goes on with another number of GPUs"
-    assert Sweep(task).about() == Sweep(Training(run)).about()
+    assert two.description() == one.description(), "a search goes on with another number of GPUs"
+    assert Sweep(task).description() == Sweep(Training(run)).description()
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         training_job.require_data(run, ranks=9)
 

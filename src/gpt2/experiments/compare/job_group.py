@@ -18,7 +18,7 @@ from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.progress.live_view import watched
 from gpt2.experiments.progress.state import Board
-from gpt2.experiments.results import About, Ledger, Record
+from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
 from gpt2.train.report import Answer
 
 AT_ONCE = 2
@@ -50,9 +50,9 @@ class Group:
     def names(self) -> list[str]:
         return [job.name for job in self.jobs]
 
-    def about(self) -> About:
+    def description(self) -> ExperimentDescription:
         """What all jobs have in common; more of them may be added later."""
-        return About(self.kind, self.fixed, total=len(self.jobs))
+        return ExperimentDescription(self.kind, self.fixed, total=len(self.jobs))
 
     def log(self, name: str) -> Path:
         """The log of a worker by its job, or that of the owner by `noun`."""
@@ -64,12 +64,12 @@ class Group:
         places = slots.model_slots(len(chosen), count)
         return [replace(job, slot=place) for job, place in zip(chosen, places, strict=True)]
 
-    def require_same(self, ledger: Ledger) -> None:
+    def require_same(self, store: ResultsStore) -> None:
         """Raises ConfigError if a job that has finished had other values."""
         rows = [
             f"{name}, {key}: {before.get(key)} before, {now.get(key)} now"
             for name, now in self.values.items()
-            if ledger.is_done(name) and (before := ledger.records[name].values) != now
+            if store.is_done(name) and (before := store.results[name].values) != now
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         ]
@@ -81,9 +81,9 @@ class Source:
     """The source of the jobs; keeps their results."""
 
     def __init__(
-        self, jobs: Sequence[Job], values: Mapping[str, Mapping[str, Any]], ledger: Ledger
+        self, jobs: Sequence[Job], values: Mapping[str, Mapping[str, Any]], store: ResultsStore
     ) -> None:
-        self._jobs, self._values, self._ledger = iter(jobs), values, ledger
+        self._jobs, self._values, self._store = iter(jobs), values, store
         self.busy_s = 0.0
         """of all slots together"""
 
@@ -95,7 +95,7 @@ class Source:
             self.busy_s += event.elapsed_s
         if event.kind in ("finished", "pruned", "failed"):
             assert event.job is not None
-            self._ledger.add(Record.of(event, self._values[event.job.name]))
+            self._store.add(JobResult.from_event(event, self._values[event.job.name]))
         return "go"
 
 
@@ -126,7 +126,7 @@ class Ended:
 
     exit_code: int
     """0; 1 if a job failed, 128 and the signal's number if it was stopped"""
-    records: Mapping[str, Record]
+    records: Mapping[str, JobResult]
     """of each job that has ended, by this start or an earlier one"""
 
 
@@ -135,16 +135,16 @@ def run(
     engine: Engine,
     limits: Limits,
     out: Console,
-    conclude: Callable[[Ledger, Say], None],
+    conclude: Callable[[ResultsStore, Say], None],
 ) -> Ended:
     """Runs the jobs that have not finished yet: the first ones on a slot each, the next one on the
     last slot as soon as that is free. `conclude` shows and keeps what all say together."""
     own_log, places = group.log(group.noun), engine.slots
-    with results.opened(group.folder, group.about()) as ledger, Diary(out, own_log) as diary:
-        group.require_same(ledger)
-        waiting = [name for name in group.names if not ledger.is_done(name)]
+    with results.opened(group.folder, group.description()) as store, Diary(out, own_log) as diary:
+        group.require_same(store)
+        waiting = [name for name in group.names if not store.is_done(name)]
         _introduce(group, waiting, places, diary)
-        source = Source(group.placed(waiting, len(places)), group.values, ledger)
+        source = Source(group.placed(waiting, len(places)), group.values, store)
         began, number = time.monotonic(), 0
         if waiting:
             total = len(group.jobs)
@@ -158,8 +158,8 @@ def run(
                     limits=limits,
                 ).run()
         took_s = time.monotonic() - began
-        conclude(ledger, diary.say)
-        left = [name for name in group.names if not ledger.is_done(name)]
+        conclude(store, diary.say)
+        left = [name for name in group.names if not store.is_done(name)]
         if number and left:
             diary.say(f"Stopped: {', '.join(left)} left; the same command goes on")
         else:
@@ -167,12 +167,10 @@ def run(
                 shared = _are_shared(engine)
                 diary.say(saved_time(took_s, source.busy_s, shared, group.noun))
             for name in left:
-                reason = (
-                    ledger.records[name].reason if name in ledger.records else "no slot is left"
-                )
+                reason = store.results[name].reason if name in store.results else "no slot is left"
                 diary.say(f"FAILED {name}: {reason} ({group.log(name)})", style="red")
         code = 0 if not left else 128 + number if number else 1
-        records = {name: ledger.records[name] for name in group.names if name in ledger.records}
+        records = {name: store.results[name] for name in group.names if name in store.results}
         return Ended(code, records)
 
 

@@ -18,7 +18,7 @@ from gpt2.experiments.compare.job_group import AT_ONCE, Group, Say
 from gpt2.experiments.compare.model_table import Row
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
-from gpt2.experiments.results import Ledger, Record
+from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.training import training_job
 from gpt2.inspection import plot
 
@@ -95,21 +95,21 @@ def run(asked: Comparison, engine: Engine, limits: Limits, out: Console) -> int:
     failed, 128 and the signal's number if it was stopped."""
     training_job.require_data(asked.run, asked.ranks)
 
-    def conclude(ledger: Ledger, say: Say) -> None:
-        _conclude(asked, ledger, say)
+    def conclude(store: ResultsStore, say: Say) -> None:
+        _conclude(asked, store, say)
 
     return job_group.run(asked.group(), engine, limits, out, conclude).exit_code
 
 
-def _conclude(asked: Comparison, ledger: Ledger, say: Say) -> None:
+def _conclude(asked: Comparison, store: ResultsStore, say: Say) -> None:
     """The table and the picture, on the console and in files."""
-    rows = [_row(asked, ledger.records[name]) for name in asked.models if name in ledger.records]
+    rows = [_row(asked, store.results[name]) for name in asked.models if name in store.results]
     if not rows:
         return
     say("")
     say(model_table.listing(rows))
-    ledger.save(summary=[asdict(row) for row in rows])
-    kept = [str(asked.folder / results.RESULTS), TABLE, PICTURE]
+    store.save(summary=[asdict(row) for row in rows])
+    kept = [str(asked.folder / results.RESULTS_FILE), TABLE, PICTURE]
     runs = model_table.logged(asked.folder, list(asked.models))
     batch_tokens = asked.run.data.total_batch_size
     try:
@@ -123,6 +123,6 @@ def _conclude(asked: Comparison, ledger: Ledger, say: Say) -> None:
         say(f"WARNING: not everything could be kept: {error}")
 
 
-def _row(asked: Comparison, record: Record) -> Row:
+def _row(asked: Comparison, record: JobResult) -> Row:
     parameters = flops.parameter_count(asked.run_of(record.job).model)
     return Row.of(record.job, parameters, record.state, record.result)

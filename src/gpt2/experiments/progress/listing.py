@@ -22,7 +22,7 @@ from gpt2.experiments.grid import point_name
 from gpt2.experiments.progress import rendering
 from gpt2.experiments.progress import state as board
 from gpt2.experiments.progress.state import Picture, is_number
-from gpt2.experiments.results import About, Record
+from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.inspection import runs
 from gpt2.inspection.runs import Run
 from gpt2.train import status
@@ -38,10 +38,10 @@ class Experiment:
     """An experiment as its folder tells."""
 
     folder: Path
-    about: About
+    about: ExperimentDescription
     picture: Picture | None
     """as its owner last kept it"""
-    records: Mapping[str, Record]
+    records: Mapping[str, JobResult]
     """the last one of each job, by its name"""
     state: str
     """running, stopping, finished, stopped; dead if it says running and is not there"""
@@ -56,7 +56,7 @@ class Experiment:
         return len(self.failures)
 
     @property
-    def failures(self) -> list[Record]:
+    def failures(self) -> list[JobResult]:
         return [record for record in self.records.values() if record.state == "failed"]
 
     @property
@@ -67,16 +67,19 @@ class Experiment:
     @property
     def heard(self) -> float:
         """When it last said something."""
-        files = [self.folder / name for name in (board.NAME, ledger.LINES, ledger.ABOUT)]
+        files = [
+            self.folder / name
+            for name in (board.NAME, ledger.RESULT_LINES_FILE, ledger.EXPERIMENT_FILE)
+        ]
         return max(file.stat().st_mtime for file in files if file.exists())
 
 
 def find(folder: Path) -> Experiment | None:
     """The experiment in `folder`, if there is one."""
-    about = ledger.read_about(folder)
+    about = ledger.read_description(folder)
     if about is None:
         return None
-    records = {record.job: record for record in ledger.read_records(folder)}
+    records = {record.job: record for record in ledger.read_results(folder)}
     picture = board.read(folder)
     return Experiment(folder, about, picture, records, _state(folder, picture))
 
@@ -121,7 +124,7 @@ def trainings(root: Path) -> list[Run]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return runs.run_folders(root, ledger.ABOUT)
+    return runs.run_folders(root, ledger.EXPERIMENT_FILE)
 
 
 def print_list(root: Path, out: Console) -> None:
@@ -215,7 +218,7 @@ def _job_row(job: str, state: str, elapsed_s: float, attempt: int) -> list[str |
     return [job, _word(state), took, f"{attempt}"]
 
 
-def _values(records: Sequence[Record]) -> list[str]:
+def _values(records: Sequence[JobResult]) -> list[str]:
     """The values that the jobs' names do not tell."""
     names = dict.fromkeys(
         name
@@ -226,7 +229,7 @@ def _values(records: Sequence[Record]) -> list[str]:
     return [*names]
 
 
-def _results(records: Sequence[Record]) -> list[str]:
+def _results(records: Sequence[JobResult]) -> list[str]:
     """The numbers that the jobs' results have: the best known first, then those that differ."""
     found: dict[str, set[float]] = {}
     for record in records:

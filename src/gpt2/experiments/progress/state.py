@@ -17,7 +17,7 @@ from gpt2.experiments.pool.job import Event, Slot
 
 NAME = "state.json"
 KEPT_FAILURES = 20
-"""the newest ones; the ledger has all"""
+"""the newest ones; the results store has all"""
 State = Literal["running", "stopping", "finished", "stopped"]
 
 

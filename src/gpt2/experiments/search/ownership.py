@@ -77,6 +77,6 @@ def _strangers(study: Study, folder: Path, mine: str, is_shared: bool) -> list[s
         for item in study.get_trials(deepcopy=False)
         if is_mine(item, mine, is_shared)
     }
-    there = {record.job for record in results.read_records(folder)}
+    there = {record.job for record in results.read_results(folder)}
     there |= {path.name for path in folder.glob("trial_*") if path.is_dir() and any(path.iterdir())}
     return sorted(there - known)

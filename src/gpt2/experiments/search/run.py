@@ -26,20 +26,20 @@ def run(search: Search, engine: Engine, limits: Limits, out: Console) -> int:
     128 and the signal's number if it was stopped."""
     training_job.require_data(search.run, search.ranks)
     with contextlib.ExitStack() as stack:
-        opened = results.opened(search.folder, search.about(), search.differences)
-        ledger = stack.enter_context(opened)
+        opened = results.opened(search.folder, search.description(), search.differences)
+        store = stack.enter_context(opened)
         stack.enter_context(studies.errors_explained())
         study = studies.opened(search)
         stack.enter_context(studies.errors_explained(study))
         patiently = studies.Patience(lambda text: out.print(text, style="yellow", soft_wrap=True))
-        source = Trials(study, search, ledger, patiently)
+        source = Trials(study, search, store, patiently)
         source.catch_up()
         done = source.done
         _introduce(search, engine.slots, done, out)
         number = 0
         if done < search.n_trials:
             number = _run_pool(search, source, engine, limits, out, patiently)
-        ledger.save(space=spaces.described(search.space))
+        store.save(space=spaces.described(search.space))
         return summary.conclude(search, study, source, number, out)
 
 

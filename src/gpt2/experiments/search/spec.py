@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.config.run import RunConfig
-from gpt2.experiments.results import About
+from gpt2.experiments.results import ExperimentDescription
 from gpt2.experiments.search import space as spaces
 from gpt2.experiments.search.space import Space
 from gpt2.experiments.training import training_job
@@ -41,7 +41,7 @@ class Search:
         if self.run.evaluation.eval_interval is None:
             raise ConfigError("--eval_interval None: a search compares validation losses")
 
-    def about(self) -> About:
+    def description(self) -> ExperimentDescription:
         """What all trials have in common; more of them may be added later."""
         searched = spaces.described(self.space)
         decisive = training_job.decisive(self.run).items()
@@ -50,11 +50,11 @@ class Search:
             # The tokens of a trial, and of a validation, are counted in what the options say.
             fixed["tokens_per_step"] = self.run.data.total_batch_size
             fixed["eval_tokens"] = self.run.eval_rows * self.run.model.block_size
-        return About("search", {**fixed, "space": searched}, total=self.n_trials)
+        return ExperimentDescription("search", {**fixed, "space": searched}, total=self.n_trials)
 
-    def differences(self, before: About) -> list[str]:
+    def differences(self, before: ExperimentDescription) -> list[str]:
         """What another search had otherwise."""
-        return differences(before.fixed, self.about().fixed)
+        return differences(before.fixed, self.description().fixed)
 
     @property
     def is_shared(self) -> bool:

@@ -68,7 +68,9 @@ def opened(search: Search) -> Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _created(search)
-    fixed = {name: value for name, value in search.about().fixed.items() if name != "data_root"}
+    fixed = {
+        name: value for name, value in search.description().fixed.items() if name != "data_root"
+    }
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
         listed = "\n".join(f"  {row}" for row in rows)

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from gpt2.base.errors import UserError
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Event, Job
-from gpt2.experiments.results import Ledger, Record
+from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.search import best, outcome, ownership, report
 from gpt2.experiments.search import space as spaces
 from gpt2.experiments.search import study as studies
@@ -70,10 +70,10 @@ class Trials:
         self,
         study: Study,
         search: Search,
-        ledger: Ledger,
+        store: ResultsStore,
         patiently: studies.Patience | None = None,
     ) -> None:
-        self._study, self._search, self._ledger = study, search, ledger
+        self._study, self._search, self._store = study, search, store
         self.patiently = patiently or studies.Patience()
         self._id = ownership.id_of(search.folder)
         self._live: dict[str, Live] = {}
@@ -137,15 +137,15 @@ class Trials:
         live = self._live.get(event.job.name) if event.job else None
         if event.job is None or live is None or event.kind not in ENDED:
             return event
-        record = self._ledger.records[event.job.name]
+        record = self._store.results[event.job.name]
         return replace(event, kind=record.state, reason=record.reason)
 
     def catch_up(self) -> None:
         """Does what an owner has left undone that died between the study and what follows."""
         mine = [item for item in self.all(*COUNTED, TrialState.FAIL) if self._is_mine(item)]
         for item in mine:
-            if trials.name_of(item.number) not in self._ledger.records:
-                self._enter(item, Record(trials.name_of(item.number), "failed", {}))
+            if trials.name_of(item.number) not in self._store.results:
+                self._enter(item, JobResult(trials.name_of(item.number), "failed", {}))
         ended = [item for item in mine if item.state in COUNTED]
         self._drop(item.number for item in ended if not item.user_attrs.get(KEEPS))
 
@@ -215,7 +215,7 @@ class Trials:
         nothing about others."""
         self._note(trial, REASON, reason)
         told = self._tell(trial.number, TrialState.FAIL)
-        self._enter(told, Record(trials.name_of(trial.number), "failed", {}))
+        self._enter(told, JobResult(trials.name_of(trial.number), "failed", {}))
         self.failed_in_a_row += "fixed_params" not in told.system_attrs
         self.patiently.say(f"FAILED {trials.name_of(trial.number)}: {reason}")
 
@@ -245,7 +245,7 @@ class Trials:
         return "prune"
 
     def _end(self, live: Live, event: Event) -> None:
-        """Tells the study, and only then the ledger: what the study knows is never done again."""
+        """Tells the study, and only then the store: what the study knows is never done again."""
         result = dict(event.result or {})
         reason = event.reason or result.get("diverged", "")
         state, reason = outcome.outcome(live.losses, live.ending, event.kind, reason)
@@ -257,7 +257,7 @@ class Trials:
         value = min(live.losses.values()) if state == TrialState.COMPLETE else None
         told = self._tell(live.trial.number, state, value)
         live.is_over = True
-        self._enter(told, Record.of(replace(event, kind="failed", reason=reason), {}))
+        self._enter(told, JobResult.from_event(replace(event, kind="failed", reason=reason), {}))
         self.failed_in_a_row = self.failed_in_a_row + 1 if state == TrialState.FAIL else 0
         if state == TrialState.COMPLETE:
             # Tried again at the end, which reports the error.
@@ -277,7 +277,9 @@ class Trials:
             live.is_over = True
             told = next(item for item in self.all() if item.number == live.trial.number)
             reason = "ended in the study by somebody else"
-            self._enter(told, Record.of(replace(event, kind="failed", reason=reason), {}))
+            self._enter(
+                told, JobResult.from_event(replace(event, kind="failed", reason=reason), {})
+            )
         return "prune"
 
     def _note(self, trial: Trial, name: str, value: Any) -> None:
@@ -298,8 +300,8 @@ class Trials:
 
         threading.Thread(target=drop).start()
 
-    def _enter(self, item: FrozenTrial, record: Record) -> None:
-        """The trial as the ledger keeps it: `record` with what the study knows."""
+    def _enter(self, item: FrozenTrial, record: JobResult) -> None:
+        """The trial as the results store keeps it: `record` with what the study knows."""
         states = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}
         state: Any = states.get(item.state, "failed")
         losses = list(item.intermediate_values.values())
@@ -307,4 +309,4 @@ class Trials:
         result |= {"val_loss": item.value if state == "finished" else result["val_loss"]}
         values = report.used(item)
         reason = item.user_attrs.get(REASON, record.reason)
-        self._ledger.add(replace(record, state=state, values=values, result=result, reason=reason))
+        self._store.add(replace(record, state=state, values=values, result=result, reason=reason))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gpt2.base.text import table
 from gpt2.experiments.grid import Point
-from gpt2.experiments.results import Record
+from gpt2.experiments.results import JobResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def numbers(result: Any) -> dict[str, float]:
     }
 
 
-def lack(records: Iterable[Record], metric: str) -> str:
+def lack(records: Iterable[JobResult], metric: str) -> str:
     """Why there is nothing to compare though jobs have finished; empty if none has."""
     results = [record.result for record in records if record.state != "failed"]
     if not results:
@@ -85,17 +85,17 @@ def lack(records: Iterable[Record], metric: str) -> str:
 
 
 def summarise(
-    points: Sequence[Point], records: Iterable[Record], metric: str
+    points: Sequence[Point], records: Iterable[JobResult], metric: str
 ) -> list[PointSummary]:
     """The points with what their seeds gave; `values` of a record are a point and a seed."""
-    by_point: dict[str, list[Record]] = {str(point): [] for point in points}
+    by_point: dict[str, list[JobResult]] = {str(point): [] for point in points}
     for record in records:
         point = {name: value for name, value in record.values.items() if name != "seed"}
         by_point.setdefault(str(point), []).append(record)
     return [_summarise(point, by_point[str(point)], metric) for point in points]
 
 
-def _summarise(point: Point, records: list[Record], metric: str) -> PointSummary:
+def _summarise(point: Point, records: list[JobResult], metric: str) -> PointSummary:
     finished = [record for record in records if record.state != "failed"]
     found = {record.values["seed"]: numbers(record.result) for record in finished}
     names = dict.fromkeys(name for values in found.values() for name in values)

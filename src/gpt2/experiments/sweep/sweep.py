@@ -20,7 +20,7 @@ from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import watched
 from gpt2.experiments.progress.state import Board
-from gpt2.experiments.results import About, Ledger, Record
+from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import PointSummary
 from gpt2.inspection import plot
@@ -138,11 +138,11 @@ class Sweep:
                 raise ConfigError(f"grid: two points would be called {name}; use other values")
             named[name] = point
 
-    def about(self) -> About:
+    def description(self) -> ExperimentDescription:
         """What all jobs have in common; seeds and values may be added later."""
         fixed = self.task.fixed({"seed", *self.points[0]})
         fixed[plan.unlike("grid", fixed)] = " ".join(self.points[0]) or "no grid"
-        return About("seeds", fixed, total=len(self.points) * len(self.seeds))
+        return ExperimentDescription("seeds", fixed, total=len(self.points) * len(self.seeds))
 
     def planned(self) -> dict[str, Point]:
         """Point and seed of each job; every point has its first seed before one has a second."""
@@ -163,7 +163,7 @@ class Swept:
 
     exit_code: int
     """0; 1 if a job failed, 128 and the signal's number if it was stopped"""
-    records: Sequence[Record]
+    records: Sequence[JobResult]
     """of each job that has ended, by this start or an earlier one"""
     points: Sequence[PointSummary]
     """what the seeds of each point say"""
@@ -172,8 +172,8 @@ class Swept:
 class Seeds:
     """The source of a sweep's jobs; keeps their results."""
 
-    def __init__(self, sweep: Sweep, ledger: Ledger) -> None:
-        self._sweep, self._ledger = sweep, ledger
+    def __init__(self, sweep: Sweep, store: ResultsStore) -> None:
+        self._sweep, self._store = sweep, store
         self._planned = sweep.planned()
         self._waiting = iter(self.left())
         self._unsaved, self._saved_at, self._save_s = 0, time.monotonic(), 0.0
@@ -185,7 +185,7 @@ class Seeds:
     def event(self, event: Event) -> Answer:
         if event.kind in ("finished", "pruned", "failed"):
             assert event.job is not None
-            self._ledger.add(Record.of(event, self._planned[event.job.name]))
+            self._store.add(JobResult.from_event(event, self._planned[event.job.name]))
             self._unsaved += 1
             if event.kind == "finished":
                 self._sweep.task.clear(self._sweep.folder / event.job.name)
@@ -203,20 +203,20 @@ class Seeds:
         began = time.monotonic()
         points = [asdict(item) for item in self.summaries()]
         failed = [record.job for record in self.failures()]
-        self._ledger.save(metric=self._sweep.metric, points=points, failures=failed)
+        self._store.save(metric=self._sweep.metric, points=points, failures=failed)
         self._unsaved, self._saved_at = 0, time.monotonic()
         self._save_s = self._saved_at - began
 
     def left(self) -> list[str]:
         """The jobs that are not done."""
-        return [name for name in self._planned if not self._ledger.is_done(name)]
+        return [name for name in self._planned if not self._store.is_done(name)]
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[JobResult]:
         """What became of the jobs that were asked for, in their order."""
-        known = self._ledger.records
+        known = self._store.results
         return [known[name] for name in self._planned if name in known]
 
-    def failures(self) -> list[Record]:
+    def failures(self) -> list[JobResult]:
         return [record for record in self.records() if record.state == "failed"]
 
     def summaries(self) -> list[PointSummary]:
@@ -227,9 +227,9 @@ class Seeds:
 def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
     """Runs what is not done yet of the sweep, and shows all of it."""
     sweep.task.prepare(sweep.planned(), sweep.folder, len(engine.slots))
-    with ledgers.opened(sweep.folder, sweep.about()) as ledger:
-        source = Seeds(sweep, ledger)
-        total = sweep.about().total
+    with ledgers.opened(sweep.folder, sweep.description()) as store:
+        source = Seeds(sweep, store)
+        total = sweep.description().total
         done = total - len(source.left())
         _introduce(sweep, engine, done, out)
         board = Board("seeds", total, engine.slots, before=done)
@@ -264,7 +264,7 @@ def _introduce(sweep: Sweep, engine: Engine, done: int, out: Console) -> None:
 def _conclude(sweep: Sweep, source: Seeds, out: Console) -> None:
     """The table, what failed, and the picture."""
     summaries, records = source.summaries(), source.records()
-    results = f"Results: {sweep.folder / ledgers.RESULTS}"
+    results = f"Results: {sweep.folder / ledgers.RESULTS_FILE}"
     if any(item.values for item in summaries):
         out.print(sweep.listing(summaries, sweep.metric))
         picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
