@@ -3,14 +3,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.base.errors import ConfigError
-from gpt2.experiments import grid as plan
+from gpt2.experiments import grid
 
 
 def test_grid_values_have_the_types_that_they_look_like():
-    grid = plan.parse_grid(
+    parsed = grid.parse_grid(
         ["learning-rate=1e-3,3e-4", "n_layer=2,4", "bias=true,False", "x=a,None"]
     )
-    assert grid == {
+    assert parsed == {
         "learning_rate": [1e-3, 3e-4],
         "n_layer": [2, 4],
         "bias": [True, False],
@@ -19,30 +19,32 @@ def test_grid_values_have_the_types_that_they_look_like():
 
 
 @pytest.mark.parametrize("items", [["n_layer"], ["=2"], ["a=1,"], ["a="], ["../b=1"]])
-def test_grids_that_cannot_be_are_refused(items: list[str]):
+def test_invalid_grids_are_refused(items: list[str]):
     with pytest.raises(ConfigError, match="--grid"):
-        plan.parse_grid(items)
+        grid.parse_grid(items)
 
 
-@pytest.mark.parametrize(("items", "what"), [(["a=1,2,2"], "2"), (["a=1", "a=2"], "a")])
-def test_what_is_in_a_grid_twice_is_named(items: list[str], what: str):
-    with pytest.raises(ConfigError, match=f"--grid {items[-1]}: {what} is there twice"):
-        plan.parse_grid(items)
+@pytest.mark.parametrize(
+    ("items", "duplicate"), [(["a=1,2,2"], "value 2"), (["a=1", "a=2"], "name a")]
+)
+def test_duplicates_in_a_grid_are_named(items: list[str], duplicate: str):
+    with pytest.raises(ConfigError, match=f"--grid {items[-1]}: duplicate {duplicate}"):
+        grid.parse_grid(items)
 
 
 def test_points_are_all_combinations():
-    assert plan.points({}) == [{}]
-    assert plan.points({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    assert grid.points({}) == [{}]
+    assert grid.points({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
 
 
 def test_job_names_say_what_they_are():
-    assert plan.job_name({"learning_rate": 0.001, "n_layer": 2}, 7) == (
+    assert grid.job_name({"learning_rate": 0.001, "n_layer": 2}, 7) == (
         "learning_rate=0.001,n_layer=2,seed=7"
     )
-    assert plan.job_name({}, 0) == "seed=0"
+    assert grid.job_name({}, 0) == "seed=0"
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]\w*", fullmatch=True), st.text()), st.integers(0))
 def test_job_names_are_safe_as_names_of_files(point: dict[str, str], seed: int):
-    name = plan.job_name(point, seed)
+    name = grid.job_name(point, seed)
     assert "/" not in name and "\0" not in name and name.isascii() and not name.startswith(".")

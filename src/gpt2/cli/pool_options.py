@@ -78,7 +78,7 @@ class PoolOptions:
                 raise ConfigError("--engine ray needs Ray; first: pip install 'ray>=2.60,<3'")
             from gpt2.experiments.pool import ray_engine
 
-            with ray_engine.joined(
+            with ray_engine.connected(
                 self.ray_address, folder, count, device, max_gpus, self.ddp
             ) as engine:
                 yield engine

@@ -170,7 +170,7 @@ def together(
         heading=f"Side by side: {', '.join(calls)}",
         jobs=[Job(name, call.target, call.kwargs) for name, call in calls.items()],
         values={
-            name: {plan.unlike("target", call.kwargs): call.target, **call.kwargs}
+            name: {plan.free_key("target", call.kwargs): call.target, **call.kwargs}
             for name, call in calls.items()
         },
         folder=folder,

@@ -1,4 +1,4 @@
-"""Grids of values: parsed, multiplied out, and the names of their points. Pure."""
+"""Grids of values: parsing, all combinations, and names of the points. Pure."""
 
 import itertools
 import re
@@ -12,9 +12,9 @@ Point = dict[str, Any]
 
 
 def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
-    """`learning_rate=1e-3,3e-4 n_layer=2,4` as lists of values: numbers, True, False, None, words.
+    """`learning_rate=1e-3,3e-4 n_layer=2,4` as lists of values: numbers, True, False, None, text.
 
-    Raises ConfigError for an item without a name or value, and for a name or value given twice.
+    Raises ConfigError for an item without a name or value, and for a duplicate name or value.
     """
     grid: dict[str, list[Any]] = {}
     for item in items:
@@ -22,38 +22,38 @@ def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
         name = name.strip().replace("-", "_")
         values = [_value(text.strip()) for text in texts.split(",")]
         if not name.isidentifier() or "" in values:
-            raise ConfigError(f"--grid {item}: needed is NAME=VALUE,VALUE, as in n_layer=2,4")
+            raise ConfigError(f"--grid {item}: expected NAME=VALUE,VALUE, as in n_layer=2,4")
         if name in grid:
-            raise ConfigError(f"--grid {item}: {name} is there twice")
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ConfigError(f"--grid {item}: {twice[0]} is there twice")
+            raise ConfigError(f"--grid {item}: duplicate name {name}")
+        if duplicates := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(f"--grid {item}: duplicate value {duplicates[0]}")
         grid[name] = values
     return grid
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """Every combination of one value for each name; a single empty point for an empty grid."""
+    """Every combination of one value per name; an empty grid has one point, the empty one."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def point_name(point: Mapping[str, Any]) -> str:
-    """`learning_rate=0.001,n_layer=2`, safe as the name of a file; empty for the empty point."""
+    """`learning_rate=0.001,n_layer=2`, safe as a file name; empty for the empty point."""
     text = ",".join(f"{name}={value}" for name, value in point.items())
     return re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
 
 
 def job_name(point: Mapping[str, Any], seed: int) -> str:
-    """`learning_rate=0.001,seed=3`: the name of one seed of a point."""
+    """`learning_rate=0.001,seed=3`: the name of the job of one seed of a point."""
     return point_name({**point, "seed": seed})
 
 
-def unlike(key: str, names: Container[str]) -> str:
-    """`key`, or, where somebody's parameter is called so, what none can be called."""
+def free_key(key: str, names: Container[str]) -> str:
+    """`key`, or `the key` where `names`, which are parameters of a function, have it already."""
     return f"the {key}" if key in names else key
 
 
 def _value(text: str) -> Any:
-    """A number, True, False or None where the text is one; else the text."""
+    """The number, True, False or None that the text spells; else the text."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]

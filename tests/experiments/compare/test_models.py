@@ -23,7 +23,7 @@ from gpt2.experiments.compare.models import Comparison
 from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
-from gpt2.experiments.pool.slots import model_slots
+from gpt2.experiments.pool.slots import preferred_slots
 from gpt2.experiments.results import JobResult, read_results
 from gpt2.train import trainer
 from support import loss_lines, small_config, small_flags
@@ -71,10 +71,10 @@ def time_of(record: JobResult) -> tuple[float, float]:
 
 
 def test_slots_of_models():
-    assert model_slots(3, 2) == [0, 1, 1]
-    assert model_slots(5, 2) == [0, 1, 1, None, None]
-    assert model_slots(3, 1) == [0, 0, None]
-    assert model_slots(2, 4) == [0, 1]
+    assert preferred_slots(3, 2) == [0, 1, 1]
+    assert preferred_slots(5, 2) == [0, 1, 1, None, None]
+    assert preferred_slots(3, 1) == [0, 0, None]
+    assert preferred_slots(2, 4) == [0, 1]
 
 
 def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):

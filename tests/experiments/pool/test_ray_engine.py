@@ -140,7 +140,7 @@ def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
     [("ray://head:10001", "log in there"), ("localhost:1", "ray start --head")],
 )
 def test_no_cluster_at_the_address(tmp_path: Path, address: str, words: str):
-    with pytest.raises(ConfigError, match=words), ray_engine.joined(address, tmp_path, 1, "cpu"):
+    with pytest.raises(ConfigError, match=words), ray_engine.connected(address, tmp_path, 1, "cpu"):
         pass
 
 

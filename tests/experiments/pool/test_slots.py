@@ -1,3 +1,4 @@
+import logging
 import os
 
 import pytest
@@ -34,37 +35,39 @@ def test_each_gpu_is_a_slot_by_its_own_name(monkeypatch: pytest.MonkeyPatch):
     assert seen(max_gpus=2) == seen(count=2) == {"gpu2": "2", "gpu5": "5"}
     assert seen(gpus=["5"], count=2) == {"gpu5": "5", "gpu5_2": "5"}, "two share a GPU"
     assert [slot.name for slot in slots.of_machine(device="cpu")] == ["cpu0", "cpu1"]
-    with pytest.raises(ConfigError, match="no GPU 0; there are 2, 5, GPU-8f3a-11"):
+    with pytest.raises(ConfigError, match="no GPU 0; available: 2, 5, GPU-8f3a-11"):
         slots.of_machine(gpus=["0"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert seen() == {"gpu0": "0", "gpu1": "1", "gpu2": "2"}
 
 
-def test_ddp_gives_each_slot_several_gpus(monkeypatch: pytest.MonkeyPatch):
+def test_ddp_gives_each_slot_several_gpus(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     gpus = ["0", "1", "2", "5", "7"]
     monkeypatch.setattr(slots, "_visible_gpus", lambda _: gpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    said: list[str] = []
+    caplog.set_level(logging.INFO, logger="gpt2")
 
     def seen(**options: object) -> dict[str, tuple[str, ...]]:
-        found = slots.of_machine(ddp=2, say=said.append, **options)
+        found = slots.of_machine(ddp=2, **options)
         return {slot.name: tuple(slot.environment.values()) for slot in found}
 
     assert seen() == {"gpu0-1": ("0,1", "8"), "gpu2-5": ("2,5", "8")}
-    assert said == ["GPU 7 is left over: --ddp 2 takes 2 at a time"]
+    assert caplog.messages == ["GPU 7 is left over: --ddp 2 takes 2 at a time"]
     assert seen(count=1) == seen(gpus=["0", "1"]) == {"gpu0-1": ("0,1", "16")}
     shared = {"gpu0-1": ("0,1", "5"), "gpu2-5": ("2,5", "5"), "gpu0-1_2": ("0,1", "5")}
     assert seen(count=3) == shared, "in turn"
     assert seen(gpus=["7", "2", "1"], max_gpus=2) == {"gpu7-2": ("7,2", "16")}
     assert seen(device="cpu") == {"cpu0": ("8",), "cpu1": ("8",)}
-    said.clear()
-    assert len(seen(device="cpu", count=16)) == 16 and not said
+    caplog.clear()
+    assert len(seen(device="cpu", count=16)) == 16 and not caplog.messages
     assert len(seen(device="cpu", count=17)) == 17
-    assert said == ["32 cores for 17 × --ddp 2: ranks share cores"]
-    with pytest.raises(ConfigError, match=r"needs 2 GPUs, and there is 1 GPU \(5\); use --ddp 1"):
+    assert caplog.messages == ["32 cores for 17 × --ddp 2: ranks share cores"]
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs, got 1 GPU \(5\); use --ddp 1"):
         seen(gpus=["5"])
-    with pytest.raises(ConfigError, match=r"there are 5 GPUs \(0, 1, 2, 5, 7\); use --ddp 5"):
+    with pytest.raises(ConfigError, match=r"got 5 GPUs \(0, 1, 2, 5, 7\); use --ddp 5"):
         slots.of_machine(ddp=8)
     gpus[:] = ["GPU-8f3a-11", "GPU-77"]
     assert seen() == {"gpu-8f3a-11-gpu-77": ("GPU-8f3a-11,GPU-77", "16")}

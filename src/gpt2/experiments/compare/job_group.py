@@ -61,7 +61,7 @@ class Group:
     def placed(self, names: Sequence[str], count: int) -> list[Job]:
         """The jobs of these names, for `count` slots."""
         chosen = [job for job in self.jobs if job.name in names]
-        places = slots.model_slots(len(chosen), count)
+        places = slots.preferred_slots(len(chosen), count)
         return [replace(job, slot=place) for job, place in zip(chosen, places, strict=True)]
 
     def require_same(self, store: ResultsStore) -> None:

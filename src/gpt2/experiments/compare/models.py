@@ -59,7 +59,7 @@ class Comparison:
     def group(self) -> Group:
         """The trainings, and what they have in common; models may be added later."""
         own = {option for options in self.models.values() for option in options}
-        decisive = training_job.decisive(self.run)
+        decisive = training_job.result_options(self.run)
         data = self.run.data
         budget = f"{data.epochs} epochs of {data.data_root}"
         if data.max_steps is not None:

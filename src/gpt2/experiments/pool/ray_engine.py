@@ -46,7 +46,7 @@ OF_THE_MACHINE = ("CUDA_", "NCCL_", "RAY_", "SLURM_")
 
 
 @contextlib.contextmanager
-def joined(
+def connected(
     address: str | None,
     folder: Path,
     count: int | None,

@@ -1,16 +1,20 @@
-"""The slots of this machine: one for each GPU or group of GPUs, or shares of the CPU cores."""
+"""The slots of this machine: GPUs, groups of GPUs, or shares of the CPU cores."""
 
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import counted
 from gpt2.base.validation import suggestion
 from gpt2.experiments.pool.job import Slot
 
+logger = logging.getLogger(__name__)
+
 CPU_SHARES = 2
+"""slots of a machine without GPUs"""
 
 
 def of_machine(
@@ -19,19 +23,18 @@ def of_machine(
     device: str = "auto",
     max_gpus: int | None = None,
     ddp: int = 1,
-    say: Callable[[str], None] = print,
 ) -> list[Slot]:
-    """`count` slots, by default one for each `ddp` GPUs that this process sees, or of `gpus`
-    (physical ids), of these the first `max_gpus`; and without a GPU two.
+    """The slots of this machine: `count` of them, each with `ddp` GPUs.
 
-    More slots than there are groups of GPUs share these in turn. `say` is told which GPUs are left
-    over, and if ranks share CPU cores. Raises ConfigError for a GPU that is not there, and if there
-    are less than `ddp`.
+    `gpus` (physical ids) limits the GPUs to these, in this order; `max_gpus` to the first ones.
+    Without `count`, every group of `ddp` GPUs is a slot; a machine without GPUs has two slots,
+    which share the cores. More slots than groups share the groups in turn. Raises ConfigError for
+    a GPU that does not exist, and for fewer GPUs than `ddp`.
     """
     visible = [] if device == "cpu" else _visible_gpus(os.environ)
     if gpus is not None:
         if missing := [gpu for gpu in gpus if gpu not in visible]:
-            there = f"there are {', '.join(visible)}" if visible else "this machine shows none"
+            there = f"available: {', '.join(visible)}" if visible else "torch sees no GPU"
             raise ConfigError(
                 f"--gpus: no GPU {missing[0]}{suggestion(missing[0], visible)}; {there}"
             )
@@ -41,33 +44,34 @@ def of_machine(
     visible = visible[:max_gpus]
     cores = len(os.sched_getaffinity(0))
     if visible:
-        groups = _groups(visible, ddp, say)
+        groups = _groups(visible, ddp)
         count = count or len(groups)
         return of_gpus(groups, count, _threads(cores, count * ddp))
     count = count or min(CPU_SHARES, max_gpus or CPU_SHARES)
     if ddp > 1 and count * ddp > cores:
-        say(f"{counted(cores, 'core')} for {count} × --ddp {ddp}: ranks share cores")
+        logger.warning(
+            "%s for %d × --ddp %d: ranks share cores", counted(cores, "core"), count, ddp
+        )
     return of_cores(count, _threads(cores, count * ddp))
 
 
-def _groups(gpus: Sequence[str], ddp: int, say: Callable[[str], None]) -> list[str]:
-    """The GPUs of each slot, as CUDA_VISIBLE_DEVICES has them."""
+def _groups(gpus: Sequence[str], ddp: int) -> list[str]:
+    """The GPUs of each slot, as a value of CUDA_VISIBLE_DEVICES."""
     if len(gpus) < ddp:
         raise ConfigError(
-            f"--ddp {ddp}: each training needs {counted(ddp, 'GPU')}, and there "
-            f"{'is' if len(gpus) == 1 else 'are'} {counted(len(gpus), 'GPU')} ({', '.join(gpus)}); "
-            f"use --ddp {len(gpus)}, or more GPUs"
+            f"--ddp {ddp}: each training needs {counted(ddp, 'GPU')}, got "
+            f"{counted(len(gpus), 'GPU')} ({', '.join(gpus)}); use --ddp {len(gpus)} or more GPUs"
         )
     used = len(gpus) - len(gpus) % ddp
     if left := gpus[used:]:
         which = f"GPU {left[0]} is" if len(left) == 1 else f"GPUs {', '.join(left)} are"
-        say(f"{which} left over: --ddp {ddp} takes {ddp} at a time")
+        logger.warning("%s left over: --ddp %d takes %d at a time", which, ddp, ddp)
     return [",".join(gpus[first : first + ddp]) for first in range(0, used, ddp)]
 
 
 def of_gpus(gpus: Sequence[str], count: int, threads: str) -> list[Slot]:
-    """`count` slots on these GPUs, one after another, by their entry in CUDA_VISIBLE_DEVICES; of a
-    slot with several, the entries with commas."""
+    """`count` slots on these GPUs in turn. Each of `gpus` is what a slot has as
+    CUDA_VISIBLE_DEVICES: one GPU, or several with commas."""
     slots, names = [], list[str]()
     for index in range(count):
         gpu = gpus[index % len(gpus)]
@@ -85,7 +89,8 @@ def of_cores(count: int, threads: str) -> list[Slot]:
 
 
 def fair_share(capacities: Sequence[float], count: int) -> float:
-    """The largest share of which `count` fit into machines of these capacities, each within one."""
+    """The largest share such that `count` shares fit into machines of these capacities, where no
+    share is divided between machines; 0 without capacity."""
     shares = {capacity / parts for capacity in capacities for parts in range(1, count + 1)}
     fitting = (
         share
@@ -96,27 +101,27 @@ def fair_share(capacities: Sequence[float], count: int) -> float:
 
 
 def rounded(share: float) -> float:
-    """Ray counts in ten thousandths."""
+    """`share` rounded down to four decimals, the resolution of Ray's resources."""
     return math.floor(share * 1e4) / 1e4
 
 
 def _threads(cores: int, processes: int) -> str:
-    """Threads of each process that trains: its share of the cores, unless the user has said how
-    many."""
+    """OMP_NUM_THREADS of each process that trains: its share of the cores, unless the user has set
+    it."""
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them."""
-    import torch  # seconds to import; and asking it makes no context on a GPU
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # takes seconds to import; `device_count` creates no context on a GPU
 
     count = torch.cuda.device_count()
     listed = [item.strip() for item in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return [item for item in listed if item][:count] or [str(index) for index in range(count)]
 
 
-def model_slots(models: int, slots: int) -> list[int | None]:
-    """The slot that each of `models` trainings waits for: the first ones have one each, the next
-    one gets the last slot as soon as that is free, and those behind it whichever is."""
-    places: list[int | None] = [*range(slots), slots - 1]
-    return [*places, *[None] * models][:models]
+def preferred_slots(jobs: int, slots: int) -> list[int | None]:
+    """The slot that each of `jobs` jobs waits for: the first ones have one each, the next one gets
+    the last slot as soon as that is free, and those after it (None) any slot."""
+    preferred: list[int | None] = [*range(slots), slots - 1]
+    return [*preferred, *[None] * jobs][:jobs]

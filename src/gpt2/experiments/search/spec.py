@@ -44,7 +44,7 @@ class Search:
     def description(self) -> ExperimentDescription:
         """What all trials have in common; more of them may be added later."""
         searched = spaces.described(self.space)
-        decisive = training_job.decisive(self.run).items()
+        decisive = training_job.result_options(self.run).items()
         fixed = {name: value for name, value in decisive if name not in searched}
         if {"total_batch_size", "block_size"} & searched.keys():
             # The tokens of a trial, and of a validation, are counted in what the options say.

@@ -84,7 +84,7 @@ class Function:
 
     def fixed(self, swept: Collection[str]) -> dict[str, Any]:
         own = {name: value for name, value in self.call.kwargs.items() if name not in swept}
-        return {plan.unlike("target", own): self.call.target, **own}
+        return {plan.free_key("target", own): self.call.target, **own}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
         kwargs = {**self.call.kwargs, **values}
@@ -141,7 +141,7 @@ class Sweep:
     def description(self) -> ExperimentDescription:
         """What all jobs have in common; seeds and values may be added later."""
         fixed = self.task.fixed({"seed", *self.points[0]})
-        fixed[plan.unlike("grid", fixed)] = " ".join(self.points[0]) or "no grid"
+        fixed[plan.free_key("grid", fixed)] = " ".join(self.points[0]) or "no grid"
         return ExperimentDescription("seeds", fixed, total=len(self.points) * len(self.seeds))
 
     def planned(self) -> dict[str, Point]:

@@ -39,7 +39,7 @@ class Training:
             options.overlay(self.run, point)  # raises for a field that is none, or a bad value
 
     def fixed(self, swept: Collection[str]) -> dict[str, Any]:
-        decisive = training_job.decisive(self.run).items()
+        decisive = training_job.result_options(self.run).items()
         return {"target": "training"} | {name: is_ for name, is_ in decisive if name not in swept}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:

@@ -29,7 +29,7 @@ TARGET = "gpt2.experiments.training.training_job:run"
 REPORT_EVERY_S = 0.5
 LOCK_OF_THE_DEAD_S, LOOK_EVERY_S = 150.0, 2.0
 """twice what an NFS server grants by default (`nfsv4leasetime`), and some more"""
-DECISIVE = (
+RESULT_OPTIONS = (
     *options.FIXED_BY_CHECKPOINT,
     *options.NOTED_AT_RESUME,
     "checkpoint.init_from",
@@ -154,9 +154,9 @@ def _peak_memory_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def decisive(run_config: RunConfig) -> dict[str, Any]:
+def result_options(run_config: RunConfig) -> dict[str, Any]:
     """What the result of a training depends on, by the names of its flags: not folders, intervals
     of checkpoints, or the machine."""
     plain = run_config.to_dict()
-    parts = (name.split(".") for name in DECISIVE)
+    parts = (name.split(".") for name in RESULT_OPTIONS)
     return {name: plain[part][name] for part, name in parts}
