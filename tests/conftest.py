@@ -1,4 +1,6 @@
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads of several processes only wait
@@ -6,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads of several processe
 import pytest
 
 import support
+from gpt2.base import log
 from gpt2.data import prepare
 
 
@@ -14,6 +17,18 @@ def own_signing_key(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     """Tests sign checkpoints with a key of their own, also in the processes that they start."""
     home = tmp_path_factory.getbasetemp() / "config_home"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
+
+
+@pytest.fixture(autouse=True)
+def own_log_setup(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts with the logging that Python has before `log.setup`: pytest's caplog sees
+    every message. A command that a test runs in this process sets up logging for that test only."""
+    monkeypatch.setenv(log.LEVEL_VARIABLE, "info")
+    yield
+    logger = logging.getLogger(log.ROOT)
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

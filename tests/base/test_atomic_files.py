@@ -6,7 +6,7 @@ import pytest
 from gpt2.base import atomic_files
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path):
+def test_a_file_is_complete_or_absent(tmp_path: Path):
     path = tmp_path / "a.bin"
     with atomic_files.writing(path) as file:
         file.write(b"one")
@@ -14,7 +14,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path):
     assert path.read_bytes() == b"one"
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path: Path):
     path = tmp_path / "a.bin"
     atomic_files.write_text(path, "old")
     with pytest.raises(KeyError), atomic_files.writing(path) as file:
@@ -42,8 +42,8 @@ def test_data_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch):
     assert events == ["data", "name", "folder"]
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path):
-    """A new one, one in the place of another, one that fails, and what a killed writer left."""
+def test_a_folder_is_complete_or_absent(tmp_path: Path):
+    """A new folder, a replaced one, a failed write, and leftovers of a killed process."""
     path = tmp_path / "a"
     (tmp_path / ".a.tmp").mkdir()
     (tmp_path / ".a.tmp" / "half").touch()

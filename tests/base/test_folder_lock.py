@@ -42,7 +42,15 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not folder_lock.is_held(tmp_path)
 
 
-def test_an_owner_that_said_nothing(tmp_path: Path):
+def test_an_unreadable_owner_is_unknown(tmp_path: Path):
     assert folder_lock.owner(tmp_path) is None
     (tmp_path / folder_lock.NAME).write_text("{")
     assert folder_lock.owner(tmp_path) is None
+
+
+def test_an_owner_of_a_later_version_is_read(tmp_path: Path):
+    with folder_lock.held(tmp_path):
+        owner = folder_lock.owner(tmp_path)
+        values = json.loads((tmp_path / folder_lock.NAME).read_text()) | {"user": "me"}
+        (tmp_path / folder_lock.NAME).write_text(json.dumps(values))
+        assert folder_lock.owner(tmp_path) == owner

@@ -189,7 +189,7 @@ def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
 
     trainer.run(small_config(data_root, tmp_path), second)
     assert f": process {os.getpid()} on {os.uname().nodename}, since 20" in seen[0]
-    assert "; stop it first, or keep this run elsewhere with --out_dir NAME" in seen[0]
+    assert "; stop it first, or choose another folder for this run with --out_dir NAME" in seen[0]
     assert not folder_lock.is_held(tmp_path / "checkpoints")
 
 

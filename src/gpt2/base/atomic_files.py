@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever kills the process or the machine."""
+"""Atomic writes: after a crash of the process or the machine, a file is complete or absent."""
 
 import contextlib
 import os
@@ -15,9 +15,10 @@ TEMPORARY_SUFFIX = ".tmp"
 def writing(
     path: Path, before_replacing: Callable[[], object] = lambda: None
 ) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` when the block ends without an error.
+    """Yields a temporary file, which is renamed to `path` when the block ends without an error.
 
-    Durable before it has its name: data, then name, then folder reach the disk in that order.
+    Data, name and folder reach the disk in this order, so that the name never refers to a partial
+    file. `before_replacing` runs between the first two.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
@@ -36,13 +37,14 @@ def writing(
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the name `path` when the block ends without an error.
+    """Yields an empty folder, which is renamed to `path` when the block ends without an error.
 
-    A folder of that name is replaced; its subfolders are not looked into.
+    An existing folder `path` is replaced. Files directly in the folder are flushed to the disk,
+    those in subfolders are not.
     """
     path = path.resolve()
     temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (".tmp", ".old"))
-    for left in (temporary, old):  # by a killed writer
+    for left in (temporary, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -60,13 +62,13 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the content of `path`, durably."""
+    """Replaces the content of `path` atomically."""
     with writing(path) as file:
         file.write(text.encode())
 
 
 def point(link: Path, target: str) -> None:
-    """Makes `link` a relative symlink to `target`, replacing what it was in one step."""
+    """Makes `link` a relative symlink to `target`, replacing an existing one atomically."""
     temporary = link.with_name(link.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -75,14 +77,17 @@ def point(link: Path, target: str) -> None:
 
 
 def sweep(folder: Path, mine: Callable[[str], bool]) -> None:
-    """Removes the temporary files in `folder` that a killed writer left; `mine` knows names."""
+    """Removes temporary files that killed processes left in `folder`.
+
+    `mine` says whether the caller owns the file of a given final name; others are kept.
+    """
     for path in folder.glob("*" + TEMPORARY_SUFFIX):
         if mine(path.name.removesuffix(TEMPORARY_SUFFIX)):
             path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    """Lets a file's content, or a folder's names, reach the disk."""
+    """Flushes the content of a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

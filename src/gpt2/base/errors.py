@@ -1,11 +1,11 @@
-"""Errors that a user can mend. The command line prints them as one line and exits with 2."""
+"""Errors that a user can fix. The command line prints them as one line and exits with code 2."""
 
-# What the CPU's allocator, CUDA and cuBLAS say where torch raises no OutOfMemoryError.
+# Messages of the CPU allocator, CUDA and cuBLAS where torch raises no OutOfMemoryError.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the memory of the device, or of the host, did not suffice."""
+    """Whether the device or the host ran out of memory."""
     return type(error).__name__ == "OutOfMemoryError" or any(
         words in str(error) for words in OUT_OF_MEMORY
     )
@@ -15,23 +15,23 @@ class UserError(Exception):
     """Its message says what was given, what is expected and what to type."""
 
     aloud: bool | None = None
-    """whether this rank is the one that prints it; None where the ranks have not agreed on one"""
+    """whether this rank prints the error; None if the ranks have not agreed on one that does"""
 
 
 class ConfigError(UserError):
-    """A flag, a configuration file or their combination cannot work."""
+    """A flag, a configuration file or a combination of flags is invalid."""
 
 
 class DataError(UserError):
-    """Training data is missing, incomplete or does not fit the run."""
+    """Training data is missing, incomplete or does not match the run."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on: it diverges, or its batch does not fit into the memory."""
+    """Training cannot continue: it diverges, or its batch does not fit into memory."""
 
 
 class Diverged(TrainingError):
-    """Training has given up: what it would meet again, however often it is started."""
+    """Training diverged and gave up; starting the run again would not help."""
 
 
 class CheckpointError(UserError):

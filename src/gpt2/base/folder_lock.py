@@ -1,4 +1,4 @@
-"""One run, or one experiment, per folder: two would overwrite each other's files."""
+"""A lock for a folder: two runs, or two experiments, in one would overwrite each other's files."""
 
 import errno
 import fcntl
@@ -12,31 +12,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt2.base.errors import CheckpointError
+from gpt2.base.json_fields import from_json
 
 NAME = "run.lock"
-LOOKED_AT_S = 1.0
+WAIT_FOR_READERS_S = 1.0
+"""`is_held` takes the lock for a moment; a process that wants the folder waits this long for it"""
 RUN_FLAGS = "--out_dir NAME or --experiment_name NAME"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # such as Lustre, mounted without flock
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that trains here."""
+    """The process that holds a folder."""
 
     host: str
     pid: int
     started: str
     """local time"""
     ticks: int = 0
-    """the same in the kernel's count since boot, which tells it from a later process of that pid"""
+    """the same in the kernel's clock ticks since boot: a later process with that pid has others"""
 
 
 @contextmanager
 def held(folder: Path, what: str = "run", flag: str = RUN_FLAGS) -> Iterator[None]:
-    """The folder is this process's while the block runs; the kernel frees it when a process dies.
+    """Locks the folder while the block runs; the kernel releases the lock when the process dies.
 
-    Raises CheckpointError, naming the owner, while another process has it; `what` is kept
-    there, and `flag` chooses another folder for it.
+    Raises CheckpointError, naming the owner, if another process holds it. The message calls what
+    runs in the folder `what`, and names `flag` as the way to choose another folder.
     """
     with (folder / NAME).open("a+") as file:
         try:
@@ -46,13 +48,13 @@ def held(folder: Path, what: str = "run", flag: str = RUN_FLAGS) -> Iterator[Non
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            if _lives(owner(folder)):
+            if _is_running(owner(folder)):
                 raise _refusal(folder, what, flag) from None
         me = Owner(
             socket.gethostname(),
             os.getpid(),
             time.strftime("%Y-%m-%d %H:%M:%S"),
-            _started(os.getpid()),
+            _start_ticks(os.getpid()),
         )
         file.truncate(0)
         file.write(json.dumps(asdict(me)) + "\n")
@@ -61,8 +63,8 @@ def held(folder: Path, what: str = "run", flag: str = RUN_FLAGS) -> Iterator[Non
 
 
 def _take(handle: int) -> None:
-    """Takes the lock alone; somebody who only looks (`is_held`) has it for a moment."""
-    deadline = time.monotonic() + LOOKED_AT_S
+    """Takes the exclusive lock; raises BlockingIOError if another process keeps it."""
+    deadline = time.monotonic() + WAIT_FOR_READERS_S
     while True:
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,38 +75,38 @@ def _take(handle: int) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living process has the folder."""
+    """Whether a running process holds the folder."""
     try:
         with (folder / NAME).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError as error:
-        return error.errno in NO_LOCKS and _lives(owner(folder))
+        return error.errno in NO_LOCKS and _is_running(owner(folder))
     return False
 
 
 def owner(folder: Path) -> Owner | None:
-    """Who has the folder, or had it last."""
+    """The process that holds the folder, or held it last; None if that is unknown."""
     try:
-        return Owner(**json.loads((folder / NAME).read_text()))
+        return from_json(Owner, json.loads((folder / NAME).read_text()), folder / NAME)
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _lives(owner: Owner | None) -> bool:
-    """Whether the owner is a process of this machine that has not ended: all that can be known on
-    a file system without locks."""
+def _is_running(owner: Owner | None) -> bool:
+    """Whether the owner is a running process of this machine. For file systems without locks, where
+    owners on other machines cannot be checked."""
     return (
         owner is not None
         and owner.host == socket.gethostname()
-        and 0 < owner.ticks == _started(owner.pid)
+        and 0 < owner.ticks == _start_ticks(owner.pid)
     )
 
 
-def _started(pid: int) -> int:
-    """When a process began, in clock ticks since boot (proc(5), stat, field 22); 0 if there is none
-    or it has ended."""
+def _start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot (proc(5), stat, field 22); 0 if there is no
+    such process or it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -114,12 +116,12 @@ def _started(pid: int) -> int:
 
 def _refusal(folder: Path, what: str, flag: str) -> CheckpointError:
     return CheckpointError(
-        f"another {what} goes on in {folder}: {_describe(owner(folder))}; stop it first, or keep "
-        f"this {what} elsewhere with {flag}"
+        f"another {what} is using {folder}: {_describe(owner(folder))}; stop it first, or choose "
+        f"another folder for this {what} with {flag}"
     )
 
 
 def _describe(owner: Owner | None) -> str:
     if owner is None:
-        return "a process that has not said its name"
+        return "an unknown process"
     return f"process {owner.pid} on {owner.host}, since {owner.started}"

@@ -36,9 +36,14 @@ class RankHandler(logging.Handler):
         stream = self._info_stream or sys.stderr
         if record.levelno >= logging.WARNING:
             stream = sys.stderr
-        # A terminal that is gone, or a full disk behind it, never ends a run.
+        try:
+            line = line_of(record, self.rank)
+        except Exception:  # the arguments do not match the text: a bug, but never the end of a run
+            self.handleError(record)  # prints the traceback
+            return
+        # A closed stream (ValueError), a terminal that is gone, or a full disk never ends a run.
         with contextlib.suppress(OSError, ValueError):
-            stream.write(line_of(record, self.rank) + "\n")
+            stream.write(line + "\n")
             stream.flush()
 
 

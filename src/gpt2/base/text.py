@@ -1,4 +1,4 @@
-"""How our tables and numbers look on a terminal and in a file."""
+"""Tables and numbers as terminals and text files show them."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-OF_FILES = {"what", "path", "file", "folder", "split"}
-OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
-WORDS = OF_FILES | OF_JOBS
-"""columns that hold words"""
+COLUMNS_OF_FILES = {"what", "path", "file", "folder", "split"}
+COLUMNS_OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
+LEFT_ALIGNED = COLUMNS_OF_FILES | COLUMNS_OF_JOBS
+"""columns that hold text; all others hold numbers and are aligned to the right"""
 BETWEEN_COLUMNS = 3
 
 
@@ -21,23 +21,25 @@ def counted(count: int, noun: str) -> str:
 
 
 def figure(value: float) -> str:
-    """A number of any size: 19,073, 3.4451, 55,120, 0.00012."""
+    """A number with about four significant digits: 19,073, 3.4451, 0.00012."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
 def console() -> Console:
-    """A console whose tables are not squeezed into 80 columns where the output is a file."""
+    """A console; its tables are up to 160 columns wide where the output is a file."""
     plain = Console(highlight=False, markup=False)  # paths and reasons may hold [brackets]
     return plain if plain.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table in the style of all of ours; words stand left, numbers right."""
+    """An empty table in the style of this package; text is aligned left, numbers right."""
     built = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in columns:
-        built.add_column(column, justify="left" if column in WORDS else "right", no_wrap=True)
+        built.add_column(
+            column, justify="left" if column in LEFT_ALIGNED else "right", no_wrap=True
+        )
     return built
 
 
@@ -49,8 +51,10 @@ def fitted(
     elastic: str,
     least: int = 20,
 ) -> Table:
-    """A table of what fits into `width` cells: the columns from the first on, and of the `elastic`
-    one's texts, where they are too long, beginning and end; it has `least` cells or what it needs.
+    """A table that fits into `width` cells.
+
+    Texts in the column `elastic` are shortened in the middle. If less than `least` cells would be
+    left for them, columns are dropped from the last one on.
     """
     at = columns.index(elastic)
     cells = [
@@ -72,12 +76,12 @@ def fitted(
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and what else would move a terminal's cursor."""
+    """`text` without line breaks and control characters, which would move a terminal's cursor."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def shortened(text: str, width: int) -> str:
-    """Beginning and end of `text` if it needs more than `width` cells: names differ there."""
+    """`text` without its middle if it is wider than `width` cells: names differ at the ends."""
     if cell_len(text) <= width:
         return text
     end = max(0, (width - 1) // 2)

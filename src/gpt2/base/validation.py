@@ -1,4 +1,4 @@
-"""Limits of options, and what is said of a value outside them. Pure."""
+"""Checks of option values, with error messages that name a valid one. Pure."""
 
 import difflib
 from collections.abc import Collection
@@ -14,22 +14,22 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_at_least(part: Any, minimum: float, *names: str) -> None:
-    """Raises ConfigError if a field of `part` is smaller; None, which is off, never is."""
+    """Raises ConfigError if a field of `part` is less than `minimum`; None (off) is valid."""
     for name in names:
         value = getattr(part, name)
         require(
             value is None or value >= minimum,
-            f"{name}={value} is too small; it must be {minimum} or more",
+            f"{name}={value} is too small; expected {minimum} or more",
         )
 
 
 def nearest_multiples(value: int, base: int) -> str:
-    """The multiples of `base` around `value`, for a message."""
+    """The multiples of `base` around `value`, for an error message."""
     below = value // base * base
     return f"{below} or {below + base}" if below else str(base)
 
 
 def suggestion(given: str, known: Collection[str]) -> str:
-    """`; did you mean …?` with the nearest of `known`, or nothing."""
+    """`; did you mean …?` with the names in `known` that are nearest to `given`, or nothing."""
     near = difflib.get_close_matches(given, known, n=2)
     return f"; did you mean {' or '.join(near)}?" if near else ""
