@@ -46,7 +46,9 @@ PLAN = status.Plan(
 )
 
 
-def write_run(folder: Path, steps: int, plan: status.Plan = PLAN, state: status.State = "running"):
+def write_run(
+    folder: Path, steps: int, plan: status.Plan = PLAN, state: status.RunState = "running"
+):
     folder.mkdir(parents=True, exist_ok=True)
     log = LogFile(folder / "log.txt", plan.run_name, 0)
     for step in range(1, steps + 1):

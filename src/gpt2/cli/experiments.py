@@ -79,7 +79,7 @@ def _list(arguments: Sequence[str]) -> int:
 
     if command.json:
         for item in listing.below(command.folder):
-            print(json.dumps(listing.brief_facts(item)))
+            print(json.dumps(listing.summary_json(item)))
     else:
         listing.print_list(command.folder, console())
     return 0
@@ -97,7 +97,7 @@ def _show(arguments: Sequence[str]) -> int:
         return 0
     item = item or listing.require(command.folder)
     if command.json:
-        print(json.dumps(listing.facts(item)))
+        print(json.dumps(listing.full_json(item)))
     elif command.failed:
         listing.print_failures(item, console(), command.last)
     else:

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from experiments.progress.test_state import SLOTS, event
 from gpt2.cli import experiments
-from gpt2.experiments import results as ledger
+from gpt2.experiments import results
 from gpt2.experiments.progress import listing, state
-from gpt2.experiments.progress.state import Board
+from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.train import status
 from inspection.test_runs import PLAN
@@ -25,27 +25,27 @@ TRACEBACK = "Traceback (most recent call last):\n  in f\nValueError: no [b]"
 
 @contextmanager
 def experiment(
-    folder: Path, results: list[Any], total: int = 10, kind: str = "seeds"
-) -> Iterator[Board]:
+    folder: Path, returned: list[Any], total: int = 10, kind: str = "seeds"
+) -> Iterator[StateTracker]:
     """An experiment whose owner is this process while the block runs; a result that is None is a
     job that has failed."""
     folder.mkdir(parents=True)
-    on = Board(kind, total, SLOTS)
-    with ledger.opened(folder, ExperimentDescription(kind, {}, total)) as kept:
-        for seed, result in enumerate(results):
+    tracker = StateTracker(kind, total, SLOTS)
+    with results.opened(folder, ExperimentDescription(kind, {}, total)) as kept:
+        for seed, result in enumerate(returned):
             name, facts = f"seed={seed}", {"result": result}
             if result is None:
                 facts = {"reason": "ValueError: no [b]", "traceback": TRACEBACK}
             ended = event("failed" if result is None else "finished", 0, name, at=61.0, **facts)
-            on.take(ended)
+            tracker.update(ended)
             kept.add(JobResult.from_event(ended, {"seed": seed, "lr": 0.1}))
-        state.write(folder, on.picture)
-        yield on
+        state.write(folder, tracker.current)
+        yield tracker
 
 
-def end(folder: Path, on: Board) -> None:
-    on.end()
-    state.write(folder, on.picture)
+def end(folder: Path, tracker: StateTracker) -> None:
+    tracker.end()
+    state.write(folder, tracker.current)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -58,8 +58,8 @@ def line_with(text: str, word: str) -> str:
 
 
 def test_list_has_every_experiment_and_every_other_training(tmp_path: Path, monkeypatch, capsys):
-    with experiment(tmp_path / "done", [1, 2], total=2) as on:
-        end(tmp_path / "done", on)
+    with experiment(tmp_path / "done", [1, 2], total=2) as tracker:
+        end(tmp_path / "done", tracker)
     with experiment(tmp_path / "killed", [1]):
         pass
     for part in ("done/seed=0", "alone_gpu_2"):
@@ -85,11 +85,11 @@ def test_list_has_every_experiment_and_every_other_training(tmp_path: Path, monk
 
 def test_show_has_jobs_with_results_slots_and_failures(tmp_path: Path, monkeypatch, capsys):
     folder = tmp_path / "live"
-    results = [{"val_loss": 3.25, "tokens": 10**9, "note": "x"}, None, {"val_loss": 3.125}]
-    with experiment(folder, results) as on:
-        on.take(event("started", 1, "seed=3", log=f"{folder}/worker.log"))
-        on.take(event("reported", 1, "seed=3", metrics={"step": 7, "val_loss": 3.5}))
-        state.write(folder, on.picture)
+    returned = [{"val_loss": 3.25, "tokens": 10**9, "note": "x"}, None, {"val_loss": 3.125}]
+    with experiment(folder, returned) as tracker:
+        tracker.update(event("started", 1, "seed=3", log=f"{folder}/worker.log"))
+        tracker.update(event("reported", 1, "seed=3", metrics={"step": 7, "val_loss": 3.5}))
+        state.write(folder, tracker.current)
         assert call(monkeypatch, "show", folder) == 0
         assert call(monkeypatch, "show", folder, "--json") == 0
     printed, facts = capsys.readouterr().out.split("\n{")
@@ -147,7 +147,7 @@ def test_long_experiments_list_at_once_and_show_their_end(tmp_path: Path):
         json.dumps(asdict(JobResult(f"seed={n}", "finished", {"seed": n}, result)))
         for n in range(10_000)
     ]
-    (folder / ledger.RESULT_LINES_FILE).write_text("\n".join(lines) + "\n")
+    (folder / results.RESULT_LINES_FILE).write_text("\n".join(lines) + "\n")
     out = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
     began = time.perf_counter()
     listing.print_list(tmp_path, out)

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from experiments.pool.test_scheduler import Given
 from experiments.pool.test_scheduler import job as real_job
-from experiments.progress.test_state import SLOTS, Clock, event, train, watching
+from experiments.progress.test_state import SLOTS, Clock, event, tracker_of, train
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler
 from gpt2.experiments.progress import live_view, rendering, state
-from gpt2.experiments.progress.live_view import Narrator, watched
-from gpt2.experiments.progress.state import Board
+from gpt2.experiments.progress.live_view import LineReporter, showing_progress
+from gpt2.experiments.progress.state import StateTracker
 
 STOP = "every job saves and ends, 60 s at most; Ctrl+C again ends at once"
 
@@ -42,9 +42,9 @@ def short(name: str) -> Job:
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path):
-    on, clock = watching(total=25)
+    tracker, clock = tracker_of(total=25)
     out = plain()
-    with watched(on, tmp_path, every=10, out=out) as tell:
+    with showing_progress(tracker, tmp_path, every=10, out=out) as tell:
         for number in range(25):
             clock.now += 1
             tell(Event("started", SLOTS[0], short(f"seed={number}")))
@@ -73,8 +73,8 @@ def test_a_reader_that_stalls_holds_up_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: str
 ):
     monkeypatch.setattr(live_view, "DRAW_EVERY_S", 0.01)
-    monkeypatch.setattr(live_view, "FAREWELL_S", 30.0 if comes_back == "in time" else 0.1)
-    on, clock = watching(total=2000)
+    monkeypatch.setattr(live_view, "JOIN_TIMEOUT_S", 30.0 if comes_back == "in time" else 0.1)
+    tracker, clock = tracker_of(total=2000)
     end, begin = os.pipe()
     read: list[str] = []
 
@@ -85,7 +85,7 @@ def test_a_reader_that_stalls_holds_up_no_job(
     reader = threading.Thread(target=read_all, daemon=True)
     with os.fdopen(begin, "w") as file:
         out = Console(file=file, width=160, highlight=False, markup=False)
-        with watched(on, tmp_path, out=out) as tell:
+        with showing_progress(tracker, tmp_path, out=out) as tell:
             for number in range(2000):
                 clock.now += 1
                 tell(event("failed", 0, f"seed={number}", reason="no" * 50))
@@ -104,13 +104,13 @@ def test_a_reader_that_stalls_holds_up_no_job(
 
 
 def test_a_job_that_takes_long_is_heard_of_ever_more_seldom():
-    on, clock = watching(total=4)
-    narrator = Narrator(on, every=10)
-    train(on, clock, 0, "a", range(1, 21), total=100_000)
+    tracker, clock = tracker_of(total=4)
+    reporter = LineReporter(tracker, every=10)
+    train(tracker, clock, 0, "a", range(1, 21), total=100_000)
     said = []
     for second in range(20, 20_000):
         clock.now = 1000.0 + second
-        said += [(second, line.text) for line in narrator.due()]
+        said += [(second, line.text) for line in reporter.due_lines()]
     times = [
         second for second, text in said if text.startswith("gpu0 a: step 20 of 100,000 | loss")
     ]
@@ -120,10 +120,10 @@ def test_a_job_that_takes_long_is_heard_of_ever_more_seldom():
 
 
 def test_jobs_with_a_process_of_their_own_have_a_line_each():
-    on, _ = watching(total=4)
-    narrator = Narrator(on, every=10)
+    tracker, _ = tracker_of(total=4)
+    reporter = LineReporter(tracker, every=10)
     lines = [
-        narrator.told(item)[0].text
+        reporter.lines_of(item)[0].text
         for item in (
             event("started", 0, "a", log="worker.log"),
             event("retried", 0, "a", reason="killed"),
@@ -143,30 +143,30 @@ def test_jobs_with_a_process_of_their_own_have_a_line_each():
     ]
 
 
-def screen(on: Board, clock: Clock, width: int) -> list[str]:
+def screen(tracker: StateTracker, clock: Clock, width: int) -> list[str]:
     out = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    columns = rendering.columns_of(on.picture, clock.now)
-    out.print(rendering.drawn(on.picture, clock.now, width, columns))
+    columns = rendering.columns_of(tracker.current, clock.now)
+    out.print(rendering.render(tracker.current, clock.now, width, columns))
     return text_of(out).splitlines()
 
 
 def test_picture_fits_into_any_width():
-    on, clock = watching(total=100, before=5)
+    tracker, clock = tracker_of(total=100, before=5)
     train(
-        on,
+        tracker,
         clock,
         0,
         "learning_rate=0.001,weight_decay=0.1,[b]dropout[/b]=0.1,seed=17",
         range(1, 9),
         9999,
     )
-    on.take(event("failed", 1, "b", reason="bad"))
-    on.take(Event("slot_lost", SLOTS[1], reason="3 failures in a row"))
-    on.take(Event("stopping", SLOTS[0], reason=STOP))
+    tracker.update(event("failed", 1, "b", reason="bad"))
+    tracker.update(Event("slot_lost", SLOTS[1], reason="3 failures in a row"))
+    tracker.update(Event("stopping", SLOTS[0], reason=STOP))
     for width in (1, 5, 20, 40, 79, 80, 120, 300):
-        lines = screen(on, clock, width)
+        lines = screen(tracker, clock, width)
         assert max(len(line) for line in lines) <= width
-    narrow, wide = screen(on, clock, 80), screen(on, clock, 200)
+    narrow, wide = screen(tracker, clock, 80), screen(tracker, clock, 200)
     assert "5/100  1 failed" in narrow[0]
     assert any("8/9,999" in line and "3.5000" in line and ",seed=17" in line for line in narrow)
     assert any("weight_decay=0.1,[b]dropout[/b]=0.1,seed=17" in line for line in wide)
@@ -199,9 +199,9 @@ def terminal(columns: int = 80) -> Iterator[tuple[Console, list[bytes], int]]:
 def test_live_view_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(live_view, "DRAW_EVERY_S", 0.02)
-    on, clock = watching(total=3)
-    with terminal() as (out, seen, _), watched(on, tmp_path, out=out) as tell:
-        train(on, clock, 0, "seed=[1]", range(1, 9), 100)
+    tracker, clock = tracker_of(total=3)
+    with terminal() as (out, seen, _), showing_progress(tracker, tmp_path, out=out) as tell:
+        train(tracker, clock, 0, "seed=[1]", range(1, 9), 100)
         tell(event("failed", 1, "seed=[2]", reason="ValueError: [red]"))
         deadline = time.monotonic() + 5
         while not (b"seed=[2]" in b"".join(seen) and b"8/100" in b"".join(seen)):
@@ -222,9 +222,9 @@ def test_live_view_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(live_view, "DRAW_EVERY_S", 0.01)
-    on, _ = watching(total=2)
+    tracker, _ = tracker_of(total=2)
     with terminal() as (out, _seen, ours):
-        with watched(on, tmp_path, out=out) as tell:
+        with showing_progress(tracker, tmp_path, out=out) as tell:
             tell(event("started", 0))
             os.close(ours)
             for _ in range(2):
@@ -237,14 +237,14 @@ def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path, monkeypatch: pyt
 def test_a_pool_that_is_watched(tmp_path: Path):
     jobs = [real_job(f"seed={n}", "square", seed=n) for n in range(12)]
     source, out = Given(*jobs, real_job("bad", "rises")), plain()
-    on = Board("seeds", 13, SLOTS)
-    with watched(on, tmp_path, every=5, out=out) as tell:
+    tracker = StateTracker("seeds", 13, SLOTS)
+    with showing_progress(tracker, tmp_path, every=5, out=out) as tell:
         Scheduler(
             Engine(SLOTS), source, tell, log_of=lambda slot, _: tmp_path / f"{slot.name}.log"
         ).run()
     text = text_of(out)
     assert "failed: bad on gpu" in text
     assert "finished: 12 of 13 done, 1 failed" in text and text.count("jobs/") == 3
-    assert {place.log for place in on.picture.places} == {
+    assert {slot.log for slot in tracker.current.slots} == {
         str(tmp_path / f"{slot.name}.log") for slot in SLOTS
     }

@@ -16,8 +16,8 @@ from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
-from gpt2.experiments.progress.live_view import watched
-from gpt2.experiments.progress.state import Board
+from gpt2.experiments.progress.live_view import showing_progress
+from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
 from gpt2.train.report import Answer
 
@@ -148,8 +148,8 @@ def run(
         began, number = time.monotonic(), 0
         if waiting:
             total = len(group.jobs)
-            board = Board(group.kind, total, places, before=total - len(waiting))
-            with watched(board, group.folder, log=own_log, out=out) as on_event:
+            tracker = StateTracker(group.kind, total, places, before=total - len(waiting))
+            with showing_progress(tracker, group.folder, log=own_log, out=out) as on_event:
                 number = Scheduler(
                     engine,
                     source,

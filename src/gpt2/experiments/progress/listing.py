@@ -1,4 +1,4 @@
-"""Experiments on the disk, as a person or a script asks for them: what ran, runs and has failed."""
+"""The experiments in a folder, for people and scripts: which jobs ran, are running and failed."""
 
 import shlex
 import socket
@@ -17,11 +17,10 @@ from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError
 from gpt2.base.text import figure, fitted, one_line
 from gpt2.config.flops import duration
-from gpt2.experiments import results as ledger
+from gpt2.experiments import results
 from gpt2.experiments.grid import point_name
-from gpt2.experiments.progress import rendering
-from gpt2.experiments.progress import state as board
-from gpt2.experiments.progress.state import Picture, is_number
+from gpt2.experiments.progress import rendering, state
+from gpt2.experiments.progress.state import ExperimentState, SlotState, is_finite_number
 from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.inspection import runs
 from gpt2.inspection.runs import Run
@@ -29,27 +28,28 @@ from gpt2.train import status
 
 STYLES = {"running": "green", "failed": "red", "dead": "red", "stopped": "yellow"}
 FIRST_RESULTS = ("val_loss", "best_val_loss", "loss", "train_loss", "hellaswag", "tokens_per_s")
-SHOWN_REASONS = 10
-NAMED = 8
+"""results whose columns come first"""
+MAX_REASONS = 10
+MAX_SUGGESTIONS = 8
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment as its folder tells."""
+    """An experiment, read from its folder."""
 
     folder: Path
-    about: ExperimentDescription
-    picture: Picture | None
-    """as its owner last kept it"""
-    records: Mapping[str, JobResult]
-    """the last one of each job, by its name"""
+    description: ExperimentDescription
+    current: ExperimentState | None
+    """the content of `state.json`; None if it cannot be read"""
+    results: Mapping[str, JobResult]
+    """the last result of each job, by the job's name"""
     state: str
-    """running, stopping, finished, stopped; dead if it says running and is not there"""
+    """running, stopping, finished or stopped; dead if its process was killed"""
 
     @property
     def done(self) -> int:
         """Jobs that need not run again."""
-        return len(self.records) - self.failed
+        return len(self.results) - self.failed
 
     @property
     def failed(self) -> int:
@@ -57,183 +57,185 @@ class Experiment:
 
     @property
     def failures(self) -> list[JobResult]:
-        return [record for record in self.records.values() if record.state == "failed"]
+        return [result for result in self.results.values() if result.state == "failed"]
 
     @property
-    def places(self) -> list[board.Place]:
-        """Slots with a job that runs, or ran when its owner died."""
-        return [place for place in self.picture.places if place.job] if self.picture else []
+    def busy_slots(self) -> list[SlotState]:
+        """Slots with a job that is running, or was when the experiment's process was killed."""
+        return [slot for slot in self.current.slots if slot.job] if self.current else []
 
     @property
-    def heard(self) -> float:
-        """When it last said something."""
+    def updated(self) -> float:
+        """When a file of the experiment was last written, in seconds since 1970."""
         files = [
             self.folder / name
-            for name in (board.NAME, ledger.RESULT_LINES_FILE, ledger.EXPERIMENT_FILE)
+            for name in (state.FILE, results.RESULT_LINES_FILE, results.EXPERIMENT_FILE)
         ]
         return max(file.stat().st_mtime for file in files if file.exists())
 
 
 def find(folder: Path) -> Experiment | None:
-    """The experiment in `folder`, if there is one."""
-    about = ledger.read_description(folder)
-    if about is None:
+    """The experiment in `folder`, or None if there is none."""
+    description = results.read_description(folder)
+    if description is None:
         return None
-    records = {record.job: record for record in ledger.read_results(folder)}
-    picture = board.read(folder)
-    return Experiment(folder, about, picture, records, _state(folder, picture))
+    by_job = {result.job: result for result in results.read_results(folder)}
+    current = state.read(folder)
+    return Experiment(folder, description, current, by_job, _state_name(folder, current))
 
 
-def _state(folder: Path, picture: Picture | None) -> str:
+def _state_name(folder: Path, current: ExperimentState | None) -> str:
     if folder_lock.is_held(folder):
-        return "stopping" if picture and picture.state == "stopping" else "running"
-    if picture is None:
+        return "stopping" if current and current.state == "stopping" else "running"
+    if current is None:
         return "dead"
-    silent_s = time.time() - picture.written
-    elsewhere = picture.host != socket.gethostname() and silent_s < status.SILENCE_S
-    return picture.state if picture.is_over or elsewhere else "dead"
+    # A lock of another machine may not be visible here; a recent state says that it is alive.
+    age_s = time.time() - current.written
+    elsewhere = current.host != socket.gethostname() and age_s < status.SILENCE_S
+    return current.state if current.is_over or elsewhere else "dead"
 
 
 def require(folder: Path) -> Experiment:
-    """The experiment in `folder`; raises CheckpointError, naming what there is to show."""
+    """The experiment in `folder`; raises CheckpointError, which lists those nearby."""
     if found := find(folder):
         return found
     root = next((at for at in (folder, folder.parent) if at.is_dir() and at != Path()), None)
     root = root or Path("checkpoints")
-    found_there = [*_folders(root), *(run.folder for run in trainings(root))]
-    names = [str(path) for path in sorted(found_there)]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    there = f"there are {', '.join(names[:NAMED])}{more}" if names else "nor anywhere near it"
+    names = sorted(
+        str(path) for path in (*_folders(root), *(run.folder for run in trainings(root)))
+    )
+    more = f" and {len(names) - MAX_SUGGESTIONS} more" if len(names) > MAX_SUGGESTIONS else ""
+    there = f"there are {', '.join(names[:MAX_SUGGESTIONS])}{more}" if names else f"nor in {root}"
     raise CheckpointError(f"no experiment or training in {folder}; {there}")
 
 
 def below(root: Path) -> list[Experiment]:
-    """The experiments in `root` and below it."""
+    """The experiments in `root` and its subfolders."""
     return [found for folder in _folders(root) if (found := find(folder))]
 
 
 def trainings(root: Path) -> list[Run]:
-    """The trainings in `root` and below it that are no part of an experiment."""
+    """The trainings in `root` and its subfolders that are not part of an experiment."""
     experiments = set(_folders(root))
     found = [
         (folder, status.read(folder))
         for folder in runs.run_folders(root, status.NAME)
         if not experiments & {folder, *folder.parents}
     ]
-    return [Run(folder, said) for folder, said in found if said is not None]
+    return [Run(folder, known) for folder, known in found if known is not None]
 
 
 def _folders(root: Path) -> list[Path]:
-    return runs.run_folders(root, ledger.EXPERIMENT_FILE)
+    return runs.run_folders(root, results.EXPERIMENT_FILE)
 
 
 def print_list(root: Path, out: Console) -> None:
-    """Every experiment in `root` and below it, and every single training, the newest last."""
-    rows = [(item.heard, _experiment_row(item)) for item in below(root)]
+    """Prints the experiments and trainings in `root` and its subfolders, the newest last."""
+    rows = [(item.updated, _experiment_row(item)) for item in below(root)]
     rows += [(run.status.time, _training_row(run)) for run in trainings(root)]
     if not rows:
         out.print(f"No experiments in {root}")
         return
     columns = ("folder", "state", "done", "failed", "ago", "kind", "when")
     cells = [
-        [*row[:4], duration(time.time() - heard), row[4], f"{datetime.fromtimestamp(heard):%F %R}"]
-        for heard, row in sorted(rows, key=lambda item: item[0])
+        [*row[:4], duration(time.time() - at), row[4], f"{datetime.fromtimestamp(at):%F %R}"]
+        for at, row in sorted(rows, key=lambda item: item[0])
     ]
     out.print(fitted(f"Experiments in {root}", columns, cells, out.width, "folder", least=30))
 
 
 def _experiment_row(item: Experiment) -> list[str | Text]:
     failed = Text(f"{item.failed:,}", style="red" if item.failed else "")
-    done = f"{item.done:,} of {item.about.total:,}"
-    return [str(item.folder), _word(item.state), done, failed, item.about.kind]
+    done = f"{item.done:,} of {item.description.total:,}"
+    return [str(item.folder), _styled(item.state), done, failed, item.description.kind]
 
 
 def _training_row(run: Run) -> list[str | Text]:
     steps = f"step {run.status.step:,} of {run.status.plan.total_steps:,}"
-    return [str(run.folder), _word(run.state), steps, "", "training"]
+    return [str(run.folder), _styled(run.state), steps, "", "training"]
 
 
-def _word(state: str) -> Text:
-    return Text(state, style=STYLES.get(state, ""))
+def _styled(name: str) -> Text:
+    return Text(name, style=STYLES.get(name, ""))
 
 
 def print_experiment(item: Experiment, out: Console, last: int | None) -> None:
-    """How it stands, its slots, the newest `last` of its jobs, and why some have failed."""
-    out.print(f"{item.folder}: {one_line(item.about.kind)}, {item.state}", soft_wrap=True)
-    now = item.picture
+    """Prints the state of an experiment, its slots, the newest `last` jobs and why jobs failed."""
+    out.print(f"{item.folder}: {one_line(item.description.kind)}, {item.state}", soft_wrap=True)
+    now = item.current
     running = item.state in ("running", "stopping")
-    counts = [f"{item.done:,} of {item.about.total:,} done", f"{item.failed:,} failed"]
-    if running and item.places:
-        counts.append(f"{len(item.places)} running")
+    counts = [f"{item.done:,} of {item.description.total:,} done", f"{item.failed:,} failed"]
+    if running and item.busy_slots:
+        counts.append(f"{len(item.busy_slots)} running")
     out.print(f"  {', '.join(counts)}")
     if now:
         since = f"{datetime.fromtimestamp(now.began):%F %R}"
-        heard = duration(time.time() - now.written)
-        out.print(f"  process {now.pid} on {now.host}, since {since}, last heard of {heard} ago")
+        age = duration(time.time() - now.written)
+        out.print(f"  process {now.pid} on {now.host}, since {since}, updated {age} ago")
         if running and (left := now.left_s(time.time())) is not None:
             out.print(f"  {duration(left)} left")
-    for place in now.places if now else ():
-        if place.log:
-            out.print(f"  log of {place.slot} {place.log}", soft_wrap=True)
+    for slot in now.slots if now else ():
+        if slot.log:
+            out.print(f"  log of {slot.slot} {slot.log}", soft_wrap=True)
     if now and running:
         columns = rendering.columns_of(now, time.time())
-        out.print(rendering.places_table(now, time.time(), out.width, columns))
-    if item.records or item.places:
-        out.print(_jobs(item, out.width, last))
-    _print_reasons(item, out)
+        out.print(rendering.slots_table(now, time.time(), out.width, columns))
+    if item.results or item.busy_slots:
+        out.print(_jobs_table(item, out.width, last))
+    _print_failure_reasons(item, out)
 
 
-def _jobs(item: Experiment, width: int, last: int | None) -> Table:
-    """The table of jobs: those that have ended, in this order, and those that run."""
-    records = [*item.records.values()]
-    shown = records[-last:] if last else records
-    values, results = _values(shown), _results(shown)
+def _jobs_table(item: Experiment, width: int, last: int | None) -> Table:
+    """The newest `last` jobs that have ended, in this order, and those that are running."""
+    ended = [*item.results.values()]
+    shown = ended[-last:] if last else ended
+    values, metrics = _value_names(shown), _metric_names(shown)
     rows = [
-        _job_row(record.job, record.state, record.elapsed_s, record.attempt)
-        + [_cell(record.values.get(name)) for name in values]
-        + [_cell(_numbers(record.result).get(name)) for name in results]
-        + [record.slot]
-        for record in shown
+        _job_cells(result.job, result.state, result.elapsed_s, result.attempt)
+        + [_cell(result.values.get(name)) for name in values]
+        + [_cell(_metrics(result.result).get(name)) for name in metrics]
+        + [result.slot]
+        for result in shown
     ]
-    for place in item.places:
-        assert item.picture is not None and place.job is not None
+    for slot in item.busy_slots:
+        assert item.current is not None and slot.job is not None
         is_dead = item.state == "dead"
-        until = item.picture.written if is_dead else time.time()
-        state = "dead" if is_dead else "running"
+        until = item.current.written if is_dead else time.time()
+        name = "dead" if is_dead else "running"
         rows.append(
-            _job_row(place.job, state, until - place.began, place.attempt)
+            _job_cells(slot.job, name, until - slot.began, slot.attempt)
             + [""] * len(values)
-            + [_cell(place.number(name)) for name in results]
-            + [place.slot]
+            + [_cell(slot.metric(name)) for name in metrics]
+            + [slot.slot]
         )
     title = "Jobs"
-    if len(shown) < len(records):
-        title = f"Jobs: the last {len(shown):,} of {len(records):,}; --last None shows all"
-    columns = ["job", "state", "took", "attempt", *values, *results, "slot"]
+    if len(shown) < len(ended):
+        title = f"Jobs: the last {len(shown):,} of {len(ended):,}; --last None shows all"
+    columns = ["job", "state", "took", "attempt", *values, *metrics, "slot"]
     return fitted(title, columns, rows, width, elastic="job", least=24)
 
 
-def _job_row(job: str, state: str, elapsed_s: float, attempt: int) -> list[str | Text]:
+def _job_cells(job: str, state_name: str, elapsed_s: float, attempt: int) -> list[str | Text]:
     took = duration(elapsed_s) if elapsed_s >= 10 else f"{elapsed_s:.2f}s"
-    return [job, _word(state), took, f"{attempt}"]
+    return [job, _styled(state_name), took, f"{attempt}"]
 
 
-def _values(records: Sequence[JobResult]) -> list[str]:
-    """The values that the jobs' names do not tell."""
+def _value_names(ended: Sequence[JobResult]) -> list[str]:
+    """The names of the values that the jobs' names do not contain."""
     names = dict.fromkeys(
         name
-        for record in records
-        for name, value in record.values.items()
-        if point_name({name: value}) not in record.job
+        for result in ended
+        for name, value in result.values.items()
+        if point_name({name: value}) not in result.job
     )
     return [*names]
 
 
-def _results(records: Sequence[JobResult]) -> list[str]:
-    """The numbers that the jobs' results have: the best known first, then those that differ."""
+def _metric_names(ended: Sequence[JobResult]) -> list[str]:
+    """The names of the numbers in the results: well-known ones first, then those that vary."""
     found: dict[str, set[float]] = {}
-    for record in records:
-        for name, value in _numbers(record.result).items():
+    for result in ended:
+        for name, value in _metrics(result.result).items():
             found.setdefault(name, set()).add(value)
 
     def rank(name: str) -> tuple[int, bool]:
@@ -243,25 +245,25 @@ def _results(records: Sequence[JobResult]) -> list[str]:
     return sorted(found, key=rank)
 
 
-def _numbers(result: Any) -> dict[str, float]:
-    """The numbers of a result by name; a number alone is the result."""
+def _metrics(result: Any) -> dict[str, float]:
+    """The numbers of a result by name; a result that is a number is called `result`."""
     named = result if isinstance(result, dict) else {"result": result}
-    return {name: value for name, value in named.items() if is_number(value)}
+    return {name: value for name, value in named.items() if is_finite_number(value)}
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return figure(value) if is_number(value) else f"{value}"
+    return figure(value) if is_finite_number(value) else f"{value}"
 
 
-def _print_reasons(item: Experiment, out: Console) -> None:
-    """Why jobs have failed, in a line each."""
-    for record in item.failures[-SHOWN_REASONS:]:
-        words = f"{record.job}: {one_line(record.reason)}"
+def _print_failure_reasons(item: Experiment, out: Console) -> None:
+    """Prints why jobs failed, a line each."""
+    for result in item.failures[-MAX_REASONS:]:
+        words = f"{result.job}: {one_line(result.reason)}"
         out.print(Text(words, style="red"), soft_wrap=True)
     if item.failures:
-        hidden = max(0, item.failed - SHOWN_REASONS)
+        hidden = max(0, item.failed - MAX_REASONS)
         more = f"and {hidden:,} more; " if hidden else ""
         out.print(
             f"{more}gpt2 experiments show {shlex.quote(str(item.folder))} --failed prints the "
@@ -271,35 +273,36 @@ def _print_reasons(item: Experiment, out: Console) -> None:
 
 
 def print_failures(item: Experiment, out: Console, last: int | None) -> None:
-    """The newest `last` failures with their tracebacks, as far as the jobs raised."""
+    """Prints the newest `last` failures, with the tracebacks of jobs that raised an exception."""
     if not item.failures:
         out.print(f"No job of {item.folder} has failed")
-    for record in item.failures[-last:] if last else item.failures:
-        when = f"{datetime.fromtimestamp(record.time):%F %T}"
-        words = f"{record.job}, {when} on {record.slot}{rendering.attempt(record.attempt)}: "
-        out.print(Text(words + one_line(record.reason), style="red"), soft_wrap=True)
-        for line in record.traceback.splitlines():
+    for result in item.failures[-last:] if last else item.failures:
+        when = f"{datetime.fromtimestamp(result.time):%F %T}"
+        attempt = rendering.attempt_suffix(result.attempt)
+        words = f"{result.job}, {when} on {result.slot}{attempt}: {one_line(result.reason)}"
+        out.print(Text(words, style="red"), soft_wrap=True)
+        for line in result.traceback.splitlines():
             out.print(f"  {line}", soft_wrap=True)
 
 
-def brief_facts(item: Experiment) -> dict[str, Any]:
-    """How it stands, in JSON's terms."""
+def summary_json(item: Experiment) -> dict[str, Any]:
+    """State and counts, as `gpt2 experiments list --json` prints them."""
     return {
         "folder": str(item.folder),
         "state": item.state,
-        "kind": item.about.kind,
-        "total": item.about.total,
+        "kind": item.description.kind,
+        "total": item.description.total,
         "done": item.done,
         "failed": item.failed,
-        "time": item.heard,
+        "time": item.updated,
     }
 
 
-def facts(item: Experiment) -> dict[str, Any]:
-    """All of it, in JSON's terms."""
+def full_json(item: Experiment) -> dict[str, Any]:
+    """The summary with state and jobs, as `gpt2 experiments show --json` prints it."""
     return {
-        **brief_facts(item),
-        "fixed": item.about.fixed,
-        "now": asdict(item.picture) if item.picture else None,
-        "jobs": [asdict(record) for record in item.records.values()],
+        **summary_json(item),
+        "fixed": item.description.fixed,
+        "now": state.as_json(item.current) if item.current else None,
+        "jobs": [asdict(result) for result in item.results.values()],
     }

@@ -1,81 +1,85 @@
-"""The present picture of an experiment, folded from what its pool tells; `state.json` holds it."""
+"""The current state of an experiment: updated by the events of the pool, kept in `state.json`."""
 
 import contextlib
 import json
+import logging
 import math
 import os
 import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from gpt2.base import atomic_files
 from gpt2.experiments.pool.job import Event, Slot
 
-NAME = "state.json"
+FILE = "state.json"
 KEPT_FAILURES = 20
-"""the newest ones; the results store has all"""
-State = Literal["running", "stopping", "finished", "stopped"]
+"""the newest failures; results.jsonl has all"""
+StateName = Literal["running", "stopping", "finished", "stopped"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A slot, and what goes on there."""
+class SlotState:
+    """A slot and the job that runs on it."""
 
     slot: str
     in_service: bool = True
     reason: str = ""
-    """why it is not in service"""
+    """why the slot is out of service"""
     job: str | None = None
     pid: int = 0
     attempt: int = 1
     began: float = 0.0
-    """when this attempt began; seconds since 1970, as all times here"""
+    """start of this attempt, in seconds since 1970, as all times in this module"""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """the latest of each name"""
+    """the latest value of each metric"""
     first_step: float | None = None
-    """the first one that was reported in this attempt: it may go on from a checkpoint"""
+    """the first step reported in this attempt; above 1 if it continues from a checkpoint"""
     first_s: float = 0.0
-    """seconds from `began` to the report of that step"""
+    """seconds from `began` to the report of `first_step`"""
     step_s: float = 0.0
     """seconds from `began` to the report of the latest step"""
     log: str = ""
-    """of the worker"""
+    """the worker's log file"""
 
-    def number(self, name: str) -> float | None:
-        """The latest metric of this name, if it is a finite number."""
+    def metric(self, name: str) -> float | None:
+        """The latest value of this metric, or None if it is not a finite number."""
         value = self.metrics.get(name)
-        return value if is_number(value) else None
+        return value if is_finite_number(value) else None
 
     @property
-    def whole_s(self) -> float | None:
-        """Seconds that all of the job takes, at the speed of this attempt, if that is known."""
-        gained = self._share(self.number("step")) - self._share(self.first_step)
+    def total_s(self) -> float | None:
+        """Estimated seconds for the whole job at the speed of this attempt; None if unknown."""
+        gained = self._share(self.metric("step")) - self._share(self.first_step)
         return self.first_s + (self.step_s - self.first_s) / gained if gained > 0 else None
 
     @property
     def fraction(self) -> float:
-        """How much of the job is done, from 0 to 1; 0 where nothing tells."""
-        return self._share(self.number("step"))
+        """The completed share of the job, from 0 to 1; 0 if the job does not report its steps."""
+        return self._share(self.metric("step"))
 
     def left_s(self, now: float) -> float | None:
-        """Seconds until the job's last step, if that is known."""
-        if self.whole_s is None:
+        """Estimated seconds until the job's last step; None if unknown."""
+        if self.total_s is None:
             return None
         since_report_s = now - self.began - self.step_s
-        return max(0.0, (1 - self.fraction) * (self.whole_s - self.first_s) - since_report_s)
+        return max(0.0, (1 - self.fraction) * (self.total_s - self.first_s) - since_report_s)
 
     def _share(self, step: float | None) -> float:
-        total = self.number("total_steps")
+        total = self.metric("total_steps")
         return min(1.0, max(0.0, step / total)) if step is not None and total else 0.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that has failed for good."""
+    """A job that has used up its attempts."""
 
     job: str
     slot: str
@@ -83,27 +87,27 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """How an experiment stands."""
+class ExperimentState:
+    """Counts, slots and recent failures of an experiment."""
 
     kind: str
     total: int
-    places: tuple[Place, ...]
+    slots: tuple[SlotState, ...]
     before: int = 0
-    """jobs that earlier starts have done"""
+    """jobs completed by earlier starts"""
     finished: int = 0
     pruned: int = 0
     failed: int = 0
     retried: int = 0
-    """attempts that were lost and begun again"""
+    """attempts that were lost and started again"""
     failures: tuple[Failure, ...] = ()
-    state: State = "running"
+    state: StateName = "running"
     reason: str = ""
-    """what a stop means for the jobs"""
+    """what stopping means for the running jobs"""
     host: str = ""
     pid: int = 0
     began: float = 0.0
-    """this start"""
+    """when this process started the experiment"""
     written: float = 0.0
 
     @property
@@ -113,6 +117,7 @@ class Picture:
 
     @property
     def ended(self) -> int:
+        """Jobs that are done or have failed."""
         return self.done + self.failed
 
     @property
@@ -120,24 +125,27 @@ class Picture:
         return self.state in ("finished", "stopped")
 
     def jobs_per_s(self, now: float) -> float:
-        """Of this start."""
+        """Jobs per second since this start."""
         return (self.ended - self.before) / max(now - self.began, 1e-9)
 
     def left_s(self, now: float) -> float | None:
-        """Seconds until the last job ends: by what the running jobs say of themselves, else by the
-        jobs that have ended in this start; None if neither tells."""
-        known = [left for place in self.places if (left := place.left_s(now)) is not None]
+        """Estimated seconds until the last job ends, or None if unknown.
+
+        Computed from the progress of the running jobs if they report it, else from the jobs that
+        have ended since this start.
+        """
+        known = [left for slot in self.slots if (left := slot.left_s(now)) is not None]
         if known:
-            whole_s = statistics.mean(place.whole_s for place in self.places if place.whole_s)
+            mean_s = statistics.mean(slot.total_s for slot in self.slots if slot.total_s)
             others = max(0, self.total - self.ended - len(known))
-            serving = max(1, sum(place.in_service for place in self.places))
-            return max(*known, (sum(known) + others * whole_s) / serving)
+            in_service = max(1, sum(slot.in_service for slot in self.slots))
+            return max(*known, (sum(known) + others * mean_s) / in_service)
         speed = self.jobs_per_s(now)
         return None if speed <= 0 or self.is_over else max(0, self.total - self.ended) / speed
 
 
-class Board:
-    """Keeps the picture while the pool runs. Another thread may look at it at any time."""
+class StateTracker:
+    """Holds the current state while the pool runs. Other threads may read `current` at any time."""
 
     def __init__(
         self,
@@ -148,63 +156,59 @@ class Board:
         before: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`before` of the `total` jobs were done by earlier starts."""
+        """`before` of the `total` jobs were completed by earlier starts."""
         self.clock = clock
-        self.picture = Picture(
+        self.current = ExperimentState(
             kind,
             total,
-            tuple(Place(slot.name) for slot in slots),
+            tuple(SlotState(slot.name) for slot in slots),
             before,
             host=socket.gethostname(),
             pid=os.getpid(),
             began=clock(),
         )
 
-    def take(self, event: Event) -> None:
-        """Takes note of what has happened."""
-        self.picture = folded(self.picture, event, self.clock())
+    def update(self, event: Event) -> None:
+        """Applies an event of the pool."""
+        self.current = updated(self.current, event, self.clock())
 
-    def expect(self, total: int) -> None:
-        """There are more jobs than were known."""
-        self.picture = replace(self.picture, total=total)
-
-    def recount(self, done: int) -> None:
-        """So many of the jobs are done in all: others have done some, too."""
-        now = self.picture
-        self.picture = replace(now, before=max(0, done - now.finished - now.pruned))
+    def set_done(self, done: int) -> None:
+        """Sets the number of completed jobs, which includes jobs that other machines completed."""
+        now = self.current
+        self.current = replace(now, before=max(0, done - now.finished - now.pruned))
 
     def end(self) -> None:
-        """The pool has ended: nobody works any more."""
-        now = self.picture
-        idle = tuple(_idle(place) for place in now.places)
-        state: State = "finished" if now.ended >= now.total else "stopped"
-        self.picture = replace(now, state=state, places=idle)
+        """Marks the experiment as finished or stopped, and every slot as idle."""
+        now = self.current
+        idle = tuple(_idle(slot) for slot in now.slots)
+        name: StateName = "finished" if now.ended >= now.total else "stopped"
+        self.current = replace(now, state=name, slots=idle)
 
 
-def folded(picture: Picture, event: Event, now: float) -> Picture:
-    """The picture after the event."""
+def updated(state: ExperimentState, event: Event, now: float) -> ExperimentState:
+    """The state after the event."""
     if event.kind == "stopping":
-        return replace(picture, state="stopping", reason=event.reason)
-    places = tuple(
-        _after(place, event, now) if place.slot == event.slot.name else place
-        for place in picture.places
+        return replace(state, state="stopping", reason=event.reason)
+    slots = tuple(
+        _updated_slot(slot, event, now) if slot.slot == event.slot.name else slot
+        for slot in state.slots
     )
-    changes: dict[str, Any] = {"places": places}
+    changes: dict[str, Any] = {"slots": slots}
     if event.kind in ("finished", "pruned", "failed", "retried"):
-        changes[event.kind] = getattr(picture, event.kind) + 1
+        changes[event.kind] = getattr(state, event.kind) + 1
     if event.kind == "failed" and event.job is not None:
         failure = Failure(event.job.name, event.slot.name, event.reason)
-        changes["failures"] = (*picture.failures, failure)[-KEPT_FAILURES:]
-    return replace(picture, **changes)
+        changes["failures"] = (*state.failures, failure)[-KEPT_FAILURES:]
+    return replace(state, **changes)
 
 
-def _after(place: Place, event: Event, now: float) -> Place:
-    """The place after an event of its slot."""
+def _updated_slot(slot: SlotState, event: Event, now: float) -> SlotState:
+    """The state of a slot after an event on it."""
     if event.kind == "slot_lost":
-        return replace(place, in_service=False, reason=event.reason)
+        return replace(slot, in_service=False, reason=event.reason)
     if event.kind == "started" and event.job is not None:
         return replace(
-            _idle(place),
+            _idle(slot),
             job=event.job.name,
             pid=event.pid,
             attempt=event.attempt,
@@ -212,37 +216,59 @@ def _after(place: Place, event: Event, now: float) -> Place:
             log=event.log,
         )
     if event.kind == "reported":
-        changes: dict[str, Any] = {"metrics": {**place.metrics, **event.metrics}}
-        if is_number(step := event.metrics.get("step")):
+        changes: dict[str, Any] = {"metrics": {**slot.metrics, **event.metrics}}
+        if is_finite_number(step := event.metrics.get("step")):
             changes["step_s"] = event.elapsed_s
-            if place.first_step is None:
+            if slot.first_step is None:
                 changes |= {"first_step": step, "first_s": event.elapsed_s}
-        return replace(place, **changes)
-    return _idle(place)
+        return replace(slot, **changes)
+    return _idle(slot)
 
 
-def _idle(place: Place) -> Place:
-    return Place(place.slot, place.in_service, place.reason, log=place.log)
+def _idle(slot: SlotState) -> SlotState:
+    return SlotState(slot.slot, slot.in_service, slot.reason, log=slot.log)
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number that can be shown and reckoned with."""
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether the value is an int or a finite float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def write(folder: Path, picture: Picture) -> None:
-    """Puts the picture into the experiment's folder; a full disk ends nothing."""
-    content = {**asdict(picture), "written": time.time()}
+def as_json(state: ExperimentState) -> dict[str, Any]:
+    """The content of `state.json`, where the slots are called `places`."""
+    content = asdict(state)
+    content["places"] = content.pop("slots")
+    return content
+
+
+def write(folder: Path, state: ExperimentState) -> None:
+    """Writes `state.json`. A full disk does not end the experiment: the next write may succeed."""
+    content = {**as_json(state), "written": time.time()}
     with contextlib.suppress(OSError):
-        atomic_files.write_text(folder / NAME, json.dumps(content, indent=1, default=str) + "\n")
+        atomic_files.write_text(folder / FILE, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def read(folder: Path) -> Picture | None:
-    """The picture in the folder, or None if there is none that can be read."""
+def read(folder: Path) -> ExperimentState | None:
+    """The state in the folder's `state.json`, or None if there is none or it is damaged.
+
+    Keys that this version does not know are left out, with a warning.
+    """
+    path = folder / FILE
     try:
-        values = json.loads((folder / NAME).read_text())
-        values["places"] = tuple(Place(**item) for item in values["places"])
-        values["failures"] = tuple(Failure(**item) for item in values["failures"])
-        return Picture(**values)
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):  # not there, or not JSON
         return None
+    try:
+        content["slots"] = tuple(_known(SlotState, item, path) for item in content.pop("places"))
+        content["failures"] = tuple(_known(Failure, item, path) for item in content["failures"])
+        return _known(ExperimentState, content, path)
+    except (TypeError, LookupError, AttributeError):  # other JSON
+        return None
+
+
+def _known(cls: type[T], values: Mapping[str, Any], path: Path) -> T:
+    """An instance of the dataclass `cls` from those of the values that it has fields for."""
+    names = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(values.keys() - names):
+        logger.warning("%s: ignored unknown keys %s", path, ", ".join(unknown))
+    return cls(**{name: value for name, value in values.items() if name in names})

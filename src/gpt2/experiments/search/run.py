@@ -11,8 +11,8 @@ from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
-from gpt2.experiments.progress.live_view import watched
-from gpt2.experiments.progress.state import Board
+from gpt2.experiments.progress.live_view import showing_progress
+from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.search import space as spaces
 from gpt2.experiments.search import study as studies
 from gpt2.experiments.search import summary
@@ -52,14 +52,14 @@ def _run_pool(
     patiently: studies.Patience,
 ) -> int:
     log = search.log_dir / f"search_{time.strftime('%Y%m%d_%H%M%S')}.log"
-    board = Board("search", search.n_trials, engine.slots, before=source.done)
+    tracker = StateTracker("search", search.n_trials, engine.slots, before=source.done)
     named: set[str] = set()
-    with watched(board, search.folder, log=log, out=out) as on_event:
+    with showing_progress(tracker, search.folder, log=log, out=out) as on_event:
 
         def told(event: Event) -> None:
             on_event(source.shown(event))
             if event.kind in ENDED and search.is_shared:
-                board.recount(source.done)  # others' trials count, too
+                tracker.set_done(source.done)  # others' trials count, too
             if event.kind == "started" and event.slot.name not in named and out.is_terminal:
                 named.add(event.slot.name)  # elsewhere every start is a line
                 out.print(f"  - worker {event.slot.name}: process {event.pid}, log {event.log}")
@@ -69,7 +69,7 @@ def _run_pool(
         patiently.is_stopping = lambda: pool.stop_requested
         number = pool.run()
         if search.is_shared:
-            board.recount(source.done)
+            tracker.set_done(source.done)
         return number
 
 

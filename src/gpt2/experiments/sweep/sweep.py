@@ -18,8 +18,8 @@ from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
-from gpt2.experiments.progress.live_view import watched
-from gpt2.experiments.progress.state import Board
+from gpt2.experiments.progress.live_view import showing_progress
+from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import PointSummary
@@ -232,9 +232,9 @@ def run(sweep: Sweep, engine: Engine, limits: Limits, out: Console) -> Swept:
         total = sweep.description().total
         done = total - len(source.left())
         _introduce(sweep, engine, done, out)
-        board = Board("seeds", total, engine.slots, before=done)
+        tracker = StateTracker("seeds", total, engine.slots, before=done)
         log = sweep.log_dir / f"seeds_{time.strftime('%Y%m%d_%H%M%S')}.log"
-        with watched(board, sweep.folder, log=log, out=out) as on_event:
+        with showing_progress(tracker, sweep.folder, log=log, out=out) as on_event:
             pool = Scheduler(
                 engine, source, on_event, log_of=worker_logs(sweep.log_dir), limits=limits
             )
