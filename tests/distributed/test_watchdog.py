@@ -1,8 +1,12 @@
-"""What one process can show of it; the rest is in tests/faults."""
+"""In one process; tests/faults has several ranks."""
 
+import os
 import subprocess
 import sys
 
+import pytest
+
+from gpt2.distributed.watchdog import Watchdog
 from support import ROOT
 
 
@@ -17,7 +21,7 @@ def test_a_run_without_torchrun_outlives_its_shell():
         "print(number.value, 'torch' in sys.modules)\n"
     )
 
-    def told(**environment: str) -> str:
+    def output(**environment: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", script],
             env={"PYTHONPATH": str(ROOT / "src"), **environment},
@@ -27,5 +31,27 @@ def test_a_run_without_torchrun_outlives_its_shell():
         )
         return done.stdout.strip()
 
-    assert told() == "0 False"
-    assert told(TORCHELASTIC_RUN_ID="x") == "9 False"
+    assert output() == "0 False"
+    assert output(TORCHELASTIC_RUN_ID="x") == "9 False"
+
+
+class StoreOfOneRank:
+    """The part of torch's Store that a failing rank uses."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return self.values.setdefault(key, value.encode())
+
+
+def test_the_first_rank_that_fails_hands_its_error_on_before_it_exits(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    failures: list[Exception] = []
+    errors = [RuntimeError("CUDA error"), RuntimeError("gloo: Connection closed by peer")]
+    for error in errors:
+        with pytest.raises(RuntimeError), Watchdog(0, StoreOfOneRank(), 1.0, failures.append):
+            raise error
+    assert failures == errors[:1], "a lost connection is not this rank's failure"

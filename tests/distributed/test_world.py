@@ -112,7 +112,10 @@ def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path,
 
 SEVERAL_RUNS = """
 import json, os, sys, torch
-from gpt2 import cli_train, model, optim, train
+from gpt2 import model
+from gpt2.cli.train import parse_train
+from gpt2.optim import build as optim
+from gpt2.train import trainer
 build, gradient_norm = model.build, optim.gradient_norm
 def keep(net):
     if os.environ.get("RANK", "0") == "0":
@@ -121,7 +124,7 @@ def keep(net):
 for path, flags in json.loads(sys.argv[1]):
     model.build = (lambda shape: build(shape).double()) if path else build
     optim.gradient_norm = keep if path else gradient_norm
-    train.run(cli_train.parse_train(flags).run)
+    trainer.run(parse_train(flags).run)
 """
 """Of each pair, a run with these flags; in float64, if the gradient of its update is to be kept."""
 
@@ -201,7 +204,14 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
         "with rendezvous.join(MachineConfig()) as world:\n"
         "    assert world.run_on_rank0(lambda: world.rank) == 0\n"
         "    assert world.gather(world.rank) == [0.0, 1.0]\n"
-        "    assert world.all_reduce_max(world.rank) == 1\n"
+        "    assert world.all_reduce_max(world.rank << 40) == 1 << 40\n"
+        "    assert (world.local_rank, world.is_local_rank0) == (world.rank, world.is_rank0)\n"
+        "    called = []\n"
+        "    world.run_on_local_rank0(lambda: called.append(world.rank))\n"
+        "    assert called == ([] if world.rank else [0])\n"
+        "    try: world.run_on_local_rank0(fail)\n"
+        "    except DataError as error: assert str(error) == 'no data'\n"
+        "    else: raise AssertionError('no error on this rank')\n"
         "    assert world.gather_objects(str(world.rank)) == ([] if world.rank else ['0', '1'])\n"
         "    try: world.run_on_rank0(fail)\n"
         "    except DataError as error: os.write(1, f'rank {world.rank}: {error}\\n'.encode())\n"
@@ -296,10 +306,11 @@ def test_a_run_on_a_chosen_gpu(monkeypatch):
             pass
 
 
-def test_ranks_share_the_cores_unless_somebody_says_how_many_threads(monkeypatch):
+def test_ranks_share_the_cores_unless_the_environment_sets_their_threads(monkeypatch):
+    monkeypatch.delenv(device.THREADS, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     for given, threads in (("", 4), ("1", 4), ("2", 2), ("no number", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-        assert device._threads(3) == threads
+        assert device.threads_per_rank(3) == threads
     monkeypatch.setenv(device.THREADS, "1")
-    assert device._threads(3) == 1, "not torchrun's 1, but that of a slot"
+    assert device.threads_per_rank(3) == 1, "of a slot, not torchrun's default"

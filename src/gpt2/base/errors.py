@@ -14,8 +14,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class UserError(Exception):
     """Its message says what was given, what is expected and what to type."""
 
-    aloud: bool | None = None
-    """whether this rank prints the error; None if the ranks have not agreed on one that does"""
+
+class ReportedByOtherRank(UserError):
+    """This rank fails with an error that another rank prints. `__cause__` is the error itself."""
 
 
 class ConfigError(UserError):

@@ -94,7 +94,8 @@ def evaluate_main() -> int:
     speaks = rendezvous.env_rank()[0] == 0
 
     def body() -> int:
-        command = parse(EvaluateCommand, sys.argv[1:], speak=speaks)
+        with rendezvous.reported_by_local_rank0():
+            command = parse(EvaluateCommand, sys.argv[1:], speak=speaks)
         with rendezvous.join(run.MachineConfig(device=command.device)) as world:
             loaded = load_model(command.source, speak=speaks)
             world.run_on_rank0(lambda: _write(command, loaded, []))  # it can be written
@@ -111,7 +112,7 @@ def evaluate_main() -> int:
                 print(f"Written to {command.output}")
         return 0
 
-    return guarded(body, speak=speaks, tell=rendezvous.tell_torchrun)
+    return guarded(body, tell=rendezvous.tell_torchrun)
 
 
 def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:

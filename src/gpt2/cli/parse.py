@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from gpt2.base.errors import UserError, is_out_of_memory
+from gpt2.base.errors import ReportedByOtherRank, UserError, is_out_of_memory
 
 T = TypeVar("T")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -83,13 +83,12 @@ def _switches(kind: type[Any]) -> set[str]:
 
 def guarded(
     body: Callable[[], int],
-    speak: bool = True,
     tell: Callable[[str], None] | None = None,
     interrupted: str = "",
 ) -> int:
-    """The exit code of `body`; what a user can mend is one line, from the process that speaks.
+    """The exit code of `body`. A UserError is printed as one line, by one rank.
 
-    `tell` takes it from every process; `interrupted` is said after Ctrl+C."""
+    `tell` receives it on every rank. `interrupted` is printed after Ctrl+C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
@@ -100,19 +99,17 @@ def guarded(
     except UserError as error:
         if tell:
             tell(f"error: {error}")
-        if speak if error.aloud is None else error.aloud:
+        if not isinstance(error, ReportedByOtherRank):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if speak:
-            print(
-                f"error: the memory does not suffice ({str(error).splitlines()[0]:.120}); use "
-                "smaller numbers at once",
-                file=sys.stderr,
-                flush=True,
-            )
+        print(
+            f"error: out of memory ({str(error).splitlines()[0]:.120}); use smaller batches",
+            file=sys.stderr,
+            flush=True,
+        )
         return USER_ERROR
     except KeyboardInterrupt:
         if interrupted:

@@ -40,7 +40,8 @@ def train_main() -> int:
     rank, world_size, local_rank, _ = rendezvous.env_rank()
 
     def body() -> int:
-        command = parse_train(sys.argv[1:], speak=local_rank == 0)
+        with rendezvous.reported_by_local_rank0():
+            command = parse_train(sys.argv[1:], speak=local_rank == 0)
         if command.list_checkpoints:
             from gpt2.inspection import checkpoints
             from gpt2.train import experiment_folder
@@ -58,7 +59,7 @@ def train_main() -> int:
             print(next_commands(run, sys.argv[1:], world_size, result.step, visible))
         return result.exit_code
 
-    return guarded(body, speak=local_rank == 0, tell=rendezvous.tell_torchrun)
+    return guarded(body, tell=rendezvous.tell_torchrun)
 
 
 def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:

@@ -1,4 +1,4 @@
-"""The device that a rank computes on: chosen, set up, timed and measured."""
+"""The device that a rank computes on: its choice, its set-up, its timing, its speed."""
 
 import contextlib
 import ctypes
@@ -13,16 +13,20 @@ from gpt2.config import experiment_name, flops
 from gpt2.distributed.world import World
 
 THREADS = "GPT2_THREADS_OF_A_RANK"
+"""environment variable with the number of CPU threads of each rank"""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def visible_gpus() -> str | None:
-    """The GPUs that whoever started this process lets it see; None if nothing was said."""
+    """CUDA_VISIBLE_DEVICES; None if it is not set."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def gpu_id(wanted: str) -> str:
-    """The id of the GPU that this process computes on if it is told no other; `cpu` without one."""
+    """The id of the GPU that this process uses by default, or `cpu`.
+
+    `wanted` is the value of --device: auto, cpu or cuda.
+    """
     visible = visible_gpus()
     if visible is not None:
         return experiment_name.first_visible(visible)
@@ -32,7 +36,7 @@ def gpu_id(wanted: str) -> str:
 
 
 class Moment:
-    """When the device gets to this point of its work; the host goes on meanwhile."""
+    """The time at which the device reaches this point of its queue. The host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = None
@@ -46,7 +50,7 @@ class Moment:
             self._event.synchronize()
 
     def since(self, earlier: "Moment") -> float:
-        """Seconds between them; both must have passed."""
+        """Seconds from `earlier` to this moment. Call `wait` first."""
         if self._event is not None:
             return float(earlier._event.elapsed_time(self._event)) / 1000
         return self._time_s - earlier._time_s
@@ -66,8 +70,8 @@ def gpu_usage(device: torch.device) -> dict[str, float]:
 
 
 def peak_flops(world: World, dtype: torch.dtype) -> float:
-    """FLOP/s of all devices together: the makers' figure, or a short measurement of `dtype` matrix
-    products where the device is not in the table."""
+    """FLOP/s of all ranks' devices together: from the data sheets, or measured with `dtype` matrix
+    products for a device that `flops` does not list."""
     known = None
     if world.device.type == "cuda":
         known = flops.known_peak_flops(torch.cuda.get_device_name(world.device))
@@ -75,12 +79,12 @@ def peak_flops(world: World, dtype: torch.dtype) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of large matrix products, by a measurement of a moment."""
+    """FLOP/s of large matrix products, measured in less than a second."""
     side, repeats = (8192, 8) if device.type == "cuda" else (1024, 3)
-    # Random numbers: of equal ones a GPU needs less power, so that its clock is higher.
-    own = torch.Generator(device).manual_seed(0)
-    matrix = torch.randn(side, side, generator=own, device=device).to(dtype)
-    float((matrix @ matrix)[0, 0])  # warm-up, and reading an element waits for the device
+    # Random numbers: a GPU needs less power to multiply equal ones, and raises its clock.
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(side, side, generator=generator, device=device).to(dtype)
+    float((matrix @ matrix)[0, 0])  # warm-up; reading an element waits for the device
     started = time.perf_counter()
     for _ in range(repeats):
         product = matrix @ matrix
@@ -89,7 +93,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices; elsewhere that is emulated and slow."""
+    """Whether the hardware multiplies bfloat16 matrices. Without that, torch emulates it slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -97,6 +101,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> torch.device:
+    """The device of a rank. `wanted` is the value of --device, `gpu` that of --gpu_id.
+
+    Raises ConfigError if the two contradict each other, the device does not exist, or the machine
+    has more ranks than GPUs.
+    """
     if gpu == experiment_name.CPU:
         if wanted == "cuda":
             raise ConfigError("device=cuda and gpu_id=cpu contradict each other; give one of them")
@@ -116,9 +125,12 @@ def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> to
     return torch.device("cuda", local_rank)
 
 
-def threads(local_size: int) -> int:
-    """Threads of a rank on the CPU: its share of the cores, unless THREADS says it, or
-    OMP_NUM_THREADS something else than 1, which torchrun sets by itself."""
+def threads_per_rank(local_size: int) -> int:
+    """CPU threads of each of `local_size` ranks on a machine.
+
+    The value of THREADS; else of OMP_NUM_THREADS, unless that is 1, which torchrun sets by default;
+    else an equal share of the cores.
+    """
     given = os.environ.get(THREADS) or os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and (THREADS in os.environ or int(given) > 1):
         return int(given)
@@ -126,8 +138,8 @@ def threads(local_size: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Stops glibc from giving freed buffers back to the kernel, which would have to clear and map
-    them again for every large tensor. Elsewhere (musl, macOS) there is nothing to set."""
+    """Makes glibc keep freed buffers. By default it returns them to the kernel, which has to map
+    and clear them again for every large tensor. Other C libraries have no such option."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
@@ -135,6 +147,7 @@ def keep_freed_memory() -> None:
 
 
 def make_deterministic() -> None:
+    """Makes torch choose algorithms that give the same bits every time, on CUDA too."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,6 +1,6 @@
-"""How the processes of a run find each other under torchrun, and leave.
+"""How the ranks of a run find each other under torchrun, and how they leave.
 
-The only reader of the variables that torchrun sets.
+The only file that reads the variables that torchrun sets.
 """
 
 import gc
@@ -9,9 +9,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,19 +19,20 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gpt2.base.errors import UserError
+from gpt2.base.errors import ReportedByOtherRank, UserError
 from gpt2.config.run import MachineConfig
-from gpt2.distributed import device as devices
+from gpt2.distributed import device
 from gpt2.distributed.watchdog import Watchdog
 from gpt2.distributed.world import World
 
 CONNECT_S = 30
-PATIENCE = timedelta(hours=1)
+LONG_TIMEOUT = timedelta(hours=1)
 """for what rank 0 does alone, such as saving: longer than a step may take"""
+JOIN_POLL_S = 0.02
 
 
 def env_rank() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun gives them."""
+    """(rank, world size, local rank, local world size) as torchrun sets them."""
     read = os.environ.get
     return (
         int(read("RANK", "0")),
@@ -43,17 +43,17 @@ def env_rank() -> tuple[int, int, int, int]:
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started this command before, and some rank of it failed."""
+    """Whether torchrun has restarted the ranks because one of them failed (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def launch() -> str:
-    """The command that started this process, the same after torchrun has restarted it."""
+    """Identifies the torchrun command that started this process; a restart does not change it."""
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def tell_torchrun(message: str) -> None:
-    """Puts `message` into the report with which torchrun ends, below its own traceback.
+    """Puts `message` into the report that torchrun prints when it ends, below its own traceback.
 
     Without torchrun it does nothing. The format is that of torch's elastic ErrorHandler.
     """
@@ -64,74 +64,106 @@ def tell_torchrun(message: str) -> None:
 
 
 @contextmanager
-def join(config: MachineConfig, gpu: str | None = None) -> Iterator[World]:
+def reported_by_local_rank0() -> Iterator[None]:
+    """For a UserError that every rank raises before it joins: other ranks of a machine than its
+    first raise ReportedByOtherRank instead."""
+    try:
+        yield
+    except UserError as error:
+        if env_rank()[2] > 0:
+            raise ReportedByOtherRank(str(error)) from error
+        raise
+
+
+@contextmanager
+def join(
+    config: MachineConfig,
+    gpu: str | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> Iterator[World]:
     """Joins the process group that torchrun started, for as long as the block runs.
 
-    A single process computes on the GPU with the id `gpu`. Raises ConfigError if the device is not
-    there or there are more ranks than GPUs.
+    A single process computes on the GPU with the id `gpu`. `on_failure` is as in `Watchdog`.
+    Raises ConfigError if the device does not exist or there are more ranks than GPUs. A UserError
+    that several ranks raise is raised as ReportedByOtherRank on all of them but one.
     """
     rank, size, local_rank, local_size = env_rank()
-    device = devices.choose(config.device, local_rank, local_size, gpu)
-    world = World(rank, size, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        if local_size > 1:
-            torch.set_num_threads(devices.threads(local_size))
-        if config.keep_freed_memory:
-            devices.keep_freed_memory()
-    if config.deterministic:
-        devices.make_deterministic()
+    with reported_by_local_rank0():
+        own_device = device.choose(config.device, local_rank, local_size, gpu)
+    _set_up(own_device, local_size, config)
     if size == 1:
         with Watchdog(rank, None, config.collective_timeout):
-            yield world
+            yield World(rank, size, own_device)
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.collective_timeout)
-    # torchrun's store is there before its ranks; if it is not, torchrun is dead.
-    everyones, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_S)))
-    everyones.set_timeout(timeout)
-    store = _own_part(everyones, rank, size, config.collective_timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    long_timeout_group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    with Watchdog(rank, store, config.collective_timeout) as watchdog:
+    store, long_timeout_group = _connect(own_device, config.collective_timeout)
+    with Watchdog(rank, store, config.collective_timeout, on_failure) as watchdog:
+        world = World(rank, size, own_device, local_rank, long_timeout_group, watchdog)
         try:
-            yield replace(world, long_timeout_group=long_timeout_group, watchdog=watchdog)
+            yield world
         except UserError as error:
             first = watchdog.first_to_fail(str(error))
-            error.aloud = first is None or first.rank == rank
-            if device.type == "cpu":  # NCCL would wait for ranks that know nothing of the error
+            if own_device.type == "cpu":  # NCCL would wait for ranks that did not fail
                 _leave()
+            if first is not None and first.rank != rank:
+                raise ReportedByOtherRank(str(error)) from error
             raise
-        _leave()  # not after another error: it would wait for ranks that are gone
+        _leave()  # not after another error: it would wait for ranks that no longer run
 
 
-def _own_part(store: Store, rank: int, size: int, timeout_s: float) -> Store:
+def _set_up(own_device: torch.device, local_size: int, config: MachineConfig) -> None:
+    """Sets torch's device, threads and determinism for this process."""
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+    else:
+        if local_size > 1:
+            torch.set_num_threads(device.threads_per_rank(local_size))
+        if config.keep_freed_memory:
+            device.keep_freed_memory()
+    if config.deterministic:
+        device.make_deterministic()
+
+
+def _connect(own_device: torch.device, timeout_s: float) -> tuple[Store, dist.ProcessGroup]:
+    """torchrun's store, and a gloo group with LONG_TIMEOUT; starts the default group."""
+    timeout = timedelta(seconds=timeout_s)
+    # torchrun starts its store before the ranks: if the store is missing, torchrun is dead.
+    shared_store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_S)))
+    shared_store.set_timeout(timeout)
+    store = _store_of_this_start(shared_store, rank, size, timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return store, dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+
+
+def _store_of_this_start(store: Store, rank: int, size: int, timeout_s: float) -> Store:
     """The part of torchrun's store that belongs to this start of the ranks.
 
-    After a restart the store still holds the addresses of the ranks before, and gloo would try to
-    reach those. Rank 0 names a new part, and answers each rank by a word that only this start of it
-    knows; restart counts do not help, because they differ between nodes.
+    After a restart the store still holds the addresses of the former ranks, and gloo would try to
+    connect to those. Rank 0 names a new part, and sends the name to each rank under a token that
+    only this start of the rank knows. Restart counts cannot serve as names: they differ between
+    nodes.
     """
-    word = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     if rank > 0:
-        store.set(f"gpt2/hello/{rank}", word)
-        name = store.get(f"gpt2/answer/{word}").decode()
+        store.set(f"gpt2/hello/{rank}", token)
+        name = store.get(f"gpt2/answer/{token}").decode()
         store.set(f"gpt2/seen/{name}/{rank}", "")
         return PrefixStore(name, store)
     deadline = time.monotonic() + timeout_s
-    while not store.check([f"gpt2/seen/{word}/{other}" for other in range(1, size)]):
+    while not store.check([f"gpt2/seen/{token}/{other}" for other in range(1, size)]):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"not all {size} ranks have come within {timeout_s:g} s")
+            raise RuntimeError(
+                f"expected {size} ranks, but not all of them joined in {timeout_s:g} s"
+            )
         for other in range(1, size):
             if store.check([hello := f"gpt2/hello/{other}"]):
-                store.set(f"gpt2/answer/{store.get(hello).decode()}", word)
-        time.sleep(0.02)
-    return PrefixStore(word, store)
+                store.set(f"gpt2/answer/{store.get(hello).decode()}", token)
+        time.sleep(JOIN_POLL_S)
+    return PrefixStore(token, store)
 
 
 def _leave() -> None:
-    """Ends the process group for good: gloo's threads abort a process that ends before its group
-    is gone, and reference cycles of DDP keep it alive."""
+    """Destroys the process group. gloo's threads abort a process that exits before its group is
+    destroyed, and reference cycles of DDP keep the group alive."""
     gc.collect()
     dist.destroy_process_group()

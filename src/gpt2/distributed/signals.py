@@ -10,34 +10,35 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, TO
 
 
 class StopRequest:
-    """Remembers the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 (SLURM's warning), so that the loop
-    can end at a step's boundary.
+    """A context that records the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 (SLURM's warning), so
+    that the loop can stop at the boundary of a step.
 
-    Ctrl+C twice leaves at once; torchrun hands the second one on as SIGTERM. Other signals may come
-    several times: from torchrun, and from whoever sends to all processes. What was ignored when the
-    process began stays so (SIGHUP under nohup; torchrun itself does not keep to that).
+    A second Ctrl+C raises KeyboardInterrupt; torchrun forwards it as SIGTERM. Other signals may
+    arrive several times: from torchrun, and from a sender that signals every process. A signal that
+    was ignored before stays ignored (SIGHUP under nohup, which torchrun itself does not respect).
     """
 
     def __init__(self) -> None:
         self.number = 0
+        """the signal, or the number given to `request`; 0 without a request"""
         self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        wanted = [item for item in STOP_SIGNALS if signal.getsignal(item) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._remember) for number in wanted}
+        handled = [item for item in STOP_SIGNALS if signal.getsignal(item) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
 
     def request(self, number: int) -> None:
-        """A stop for this reason, a signal or another number, unless there was one; 0 is none."""
+        """Requests a stop with this number, unless one was requested before; 0 requests nothing."""
         self.number = self.number or number
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        second = (signal.SIGINT, signal.SIGTERM if is_under_torchrun() else signal.SIGINT)
-        if self._interrupted and number in second:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        second_ctrl_c = (signal.SIGINT, signal.SIGTERM if is_under_torchrun() else signal.SIGINT)
+        if self._interrupted and number in second_ctrl_c:
             self._restore()
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT

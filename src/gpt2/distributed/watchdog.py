@@ -1,18 +1,18 @@
-"""When a rank fails, hangs or loses torchrun, the others end soon and say why.
+"""Ends the other ranks soon, with a reason, when one rank fails, hangs or loses torchrun.
 
-A failing rank leaves a note in the store that torchrun keeps for all ranks, before its connections
-close; a thread on every rank looks for such a note once a second, since the main thread may wait in
-a collective for ever. The same thread notices that torchrun is gone.
+A rank that fails writes its failure to the store that torchrun keeps for all ranks, before its
+connections close. A thread on every rank reads the store once per second, because the main thread
+may wait in a collective for ever. The same thread notices when torchrun has died.
 """
 
 import contextlib
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -26,20 +26,19 @@ from gpt2.base.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to import, and `end_with_torchrun` must not wait for it
     from torch._C._distributed_c10d import Store
 
-NOTE = "gpt2/failed"
+logger = logging.getLogger(__name__)
+
+FAILURE_KEY = "gpt2/failed"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LOOK_EVERY_S = 1.0
-GRACE_S = 30.0
-"""for saving when torchrun is gone, as long as torchrun itself gives"""
-FAREWELL_S, FAREWELL_WRITING_S = 5.0, 25.0
-"""for the main thread to end by itself when another rank has failed, and while it is writing"""
-STORE_S = 3.0
-"""for an answer of the store, which may have died or hang as well"""
+POLL_S = 1.0
+SAVE_GRACE_S = 30.0
+"""time to save after torchrun has died; torchrun itself grants as much"""
+EXIT_GRACE_S, WRITING_GRACE_S = 5.0, 25.0
+"""time for the main thread to exit after another rank has failed: normally, and while it writes"""
+STORE_TIMEOUT_S = 3.0
+"""for a reply of the store, which may have died, or hang, as well"""
 TORCHRUN_IS_GONE = signal.SIGUSR2
 CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out")
-
-on_failure: Callable[[Exception], None] | None = None
-"""hears of the error with which this rank fails, if it is the first one, before it ends at once"""
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,35 @@ class Failure:
 
 
 class Watchdog:
-    """For as long as the block runs, this rank and the others know of each other's failures.
+    """A context in which this rank and the others learn of each other's failures.
 
-    A run of one rank has no store, and one without torchrun has nothing to watch.
+    A run of one rank has no store. A run without torchrun has nothing to watch.
     """
 
-    def __init__(self, rank: int, store: "Store | None", timeout_s: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        store: "Store | None",
+        timeout_s: float,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """`timeout_s` is the timeout of collectives, for messages.
+
+        `on_failure` is called before this process exits, with the error that ends it. It is called
+        only on the rank that fails first, and not for a UserError, which is raised instead.
+        """
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
-        self.is_writing: Callable[[], bool] = lambda: False
-        """whether the death of this process would cost what it is writing"""
+        self._on_failure = on_failure
+        self._is_writing: Callable[[], bool] = lambda: False
         self._parent = os.getppid()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="failures", daemon=True)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         if is_under_torchrun():
             faulthandler.enable()  # also when NCCL's own watchdog aborts the process
             self._thread.start()
-            _on_death_of_parent(0)
+            _set_parent_death_signal(0)
         return self
 
     def __exit__(
@@ -78,105 +88,130 @@ class Watchdog:
         _where: TracebackType | None,
     ) -> None:
         if self._store and isinstance(error, Exception) and not isinstance(error, UserError):
-            self._fail(error)
-        self._over.set()
+            self._exit_process(error)
+        self._is_over.set()
         if self._thread.is_alive():
-            self._thread.join(STORE_S)
+            self._thread.join(STORE_TIMEOUT_S)
+
+    def wait_while(self, is_writing: Callable[[], bool]) -> None:
+        """Extends the time to exit after another rank's failure to WRITING_GRACE_S while
+        `is_writing()` is true, so that a file that is nearly complete is not lost.
+
+        `is_writing` is called by the watchdog's thread.
+        """
+        self._is_writing = is_writing
 
     def first_to_fail(self, reason: str) -> "Failure | None":
-        """Notes that this rank fails, and returns the first that did; None without a store."""
+        """Records the failure of this rank and returns the first failure of any rank.
+
+        None if there is no store, or it does not reply.
+        """
         mine = json.dumps(asdict(Failure(self._rank, reason)))
-        return self._ask(lambda store: store.compare_set(NOTE, "", mine))
+        return self._query(lambda store: store.compare_set(FAILURE_KEY, "", mine))
 
     def reason(self, error: BaseException) -> str:
-        """Why this rank ends with `error`: where that is the loss of another rank, what it said."""
+        """Why this rank ends with `error`: the other rank's reason if `error` is a lost contact."""
         first = None
         if isinstance(error, Exception) and is_contact_lost(error):
-            self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
-            first = self._ask(lambda store: store.get(NOTE) if store.check([NOTE]) else b"")
-        return f"rank {first.rank}: {first.reason}" if first else _in_words(error)
+            self._wait_for_others_failure()
+            first = self._query(
+                lambda store: store.get(FAILURE_KEY) if store.check([FAILURE_KEY]) else b""
+            )
+        return f"rank {first.rank}: {first.reason}" if first else _description(error)
 
-    def _ask(self, question: "Callable[[Store], bytes]") -> "Failure | None":
+    def _query(self, query: "Callable[[Store], bytes]") -> "Failure | None":
+        """The failure that `query` reads from the store, within STORE_TIMEOUT_S."""
         if (store := self._store) is None:
             return None
-        answers: queue.SimpleQueue[Failure] = queue.SimpleQueue()
+        replies: queue.SimpleQueue[Failure] = queue.SimpleQueue()
 
-        def ask() -> None:
+        def run() -> None:
             with contextlib.suppress(Exception):  # the store died with torchrun, or its machine
-                answers.put(Failure(**json.loads(question(store))))
+                replies.put(Failure(**json.loads(query(store))))
 
-        threading.Thread(target=ask, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()
         try:
-            return answers.get(timeout=STORE_S)
+            return replies.get(timeout=STORE_TIMEOUT_S)
         except queue.Empty:
             return None
 
-    def _fail(self, error: Exception) -> None:
-        """Ends this process: with its traceback if it is the first that failed, else in a line."""
-        lost = is_contact_lost(error)
-        hung = lost and "Timed out" in str(error)
-        if lost:
-            self._over.wait(LOOK_EVERY_S)  # whoever closed the connection may just leave its note
-        first = self.first_to_fail(_in_words(error))
-        if hung:  # every rank that lives: who hangs is the one that says nothing
-            where = "".join(traceback.format_exception(error))
-            _say(
-                f"rank {self._rank} has had no answer from another rank for "
-                f"{self._timeout_s:g} s (--collective_timeout): one hangs. It waited here:\n{where}"
+    def _wait_for_others_failure(self) -> None:
+        """A rank that closed its connection may be about to record why."""
+        self._is_over.wait(POLL_S)
+
+    def _exit_process(self, error: Exception) -> None:
+        """Ends this process with exit code 1. Logs the traceback if this rank failed first."""
+        is_lost = is_contact_lost(error)
+        if is_lost:
+            self._wait_for_others_failure()
+        first = self.first_to_fail(_description(error))
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        if is_lost and "Timed out" in str(error):
+            # Every rank that still runs logs this. The rank that hangs logs nothing.
+            logger.error(
+                "rank %d got no reply from another rank within %g s (--collective_timeout): a rank "
+                "hangs. This rank waited here:\n%s",
+                self._rank,
+                self._timeout_s,
+                trace,
             )
         elif first is not None and first.rank != self._rank:
-            _say(f"rank {self._rank} ends, because rank {first.rank} failed")
-        elif lost:
-            words = str(error).rpartition("] ")[2].partition(". ")[0]
-            _say(
-                f"rank {self._rank} has lost another rank, which was killed, or its machine is "
-                f"gone ({words})"
+            logger.error("rank %d exits because rank %d failed", self._rank, first.rank)
+        elif is_lost:
+            logger.error(
+                "rank %d lost the connection to another rank, which was killed or whose machine is "
+                "down (%s)",
+                self._rank,
+                str(error).rpartition("] ")[2].partition(". ")[0],
             )
         else:
-            _say(f"rank {self._rank} failed:\n{''.join(traceback.format_exception(error))}")
-            if on_failure is not None:
-                with contextlib.suppress(Exception):
-                    on_failure(error)
-        os._exit(1)  # an orderly end would wait for ranks that are gone
+            logger.error("rank %d failed:\n%s", self._rank, trace)
+            if self._on_failure is not None:
+                with contextlib.suppress(Exception):  # the process must exit in any case
+                    self._on_failure(error)
+        os._exit(1)  # an orderly exit would wait for ranks that no longer run
 
-    def _look(self) -> None:
-        watched = True
-        while not self._over.wait(LOOK_EVERY_S):
+    def _poll(self) -> None:
+        """The thread: ends this process when torchrun has died or another rank has failed."""
+        store = self._store
+        while not self._is_over.wait(POLL_S):
             if os.getppid() != self._parent:
-                _say(f"rank {self._rank}: torchrun is gone")
+                logger.error("rank %d: torchrun has died", self._rank)
                 os.kill(os.getpid(), TORCHRUN_IS_GONE)  # a run in its loop saves, any other ends
-                if not self._over.wait(GRACE_S):
+                if not self._is_over.wait(SAVE_GRACE_S):
                     os._exit(1)
                 return
             try:
-                failed = watched and self._store is not None and self._store.check([NOTE])
-            except Exception:  # the machine that keeps the store is gone; collectives will tell
-                watched = False
+                has_failure = store is not None and store.check([FAILURE_KEY])
+            except Exception:  # the machine with the store is down; collectives will fail, too
+                store = None
                 continue
-            if failed:
-                if not self._ends_by_itself():
-                    _say(f"rank {self._rank} is ended, because another one failed")
+            if has_failure:
+                if not self._main_thread_exits():
+                    logger.error("rank %d is ended because another rank failed", self._rank)
                     os._exit(1)
                 return
 
-    def _ends_by_itself(self) -> bool:
-        """Whether the main thread does, within the time that it has for that."""
+    def _main_thread_exits(self) -> bool:
+        """Whether the main thread leaves the context by itself, within the time granted."""
         noticed = time.monotonic()
-        while time.monotonic() < noticed + FAREWELL_WRITING_S:
-            late = time.monotonic() > noticed + FAREWELL_S
-            if late and not self.is_writing():
+        while time.monotonic() < noticed + WRITING_GRACE_S:
+            if time.monotonic() > noticed + EXIT_GRACE_S and not self._is_writing():
                 return False
-            if self._over.wait(LOOK_EVERY_S):
+            if self._is_over.wait(POLL_S):
                 return True
         return False
 
 
 def end_with_torchrun() -> None:
-    """Until a `Watchdog` begins: SIGKILL when torchrun dies, whatever kills it."""
-    if not is_under_torchrun():  # such a run outlives its shell
+    """Until a `Watchdog` is entered: SIGKILL for this process when torchrun dies.
+
+    Without torchrun it does nothing: such a run outlives its shell.
+    """
+    if not is_under_torchrun():
         return
     parent = os.getppid()
-    _on_death_of_parent(signal.SIGKILL)
+    _set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -185,20 +220,15 @@ def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _on_death_of_parent(number: int) -> None:
-    """A signal from the kernel; it may come several times, once for each thread of the parent."""
+def is_contact_lost(error: Exception) -> bool:
+    """Whether `error` says that another rank died or hangs, which is not a bug in this rank."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in CONTACT_LOST)
+
+
+def _set_parent_death_signal(number: int) -> None:
+    """Sets the signal that the kernel sends when a thread of the parent dies; 0 is none."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def _in_words(error: BaseException) -> str:
+def _description(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def is_contact_lost(error: Exception) -> bool:
-    """Whether another rank has gone, or hangs, which is no fault of this one."""
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in CONTACT_LOST)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text.rstrip() + "\n")
-    sys.stderr.flush()

@@ -1,7 +1,6 @@
-"""Processes of one run: who they are, where they compute and how they agree.
+"""The ranks of one run: this rank's number and device, and the collectives of all ranks.
 
-The only reader of the variables that torchrun sets. A run without torchrun is a world of one, in
-which every collective is the identity.
+A run without torchrun is a world of one rank, in which every collective is the identity.
 """
 
 from collections.abc import Callable
@@ -19,86 +18,110 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all that train together.
+    """This rank among all ranks that train together.
 
-    Control messages (objects, flags) go over gloo on the CPU and never wait for the GPU; gradients
+    Control messages (objects, flags) go over gloo on the CPU and never wait for the GPU. Gradients
     and losses go over NCCL where there is CUDA.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
+    """number of this rank on its machine"""
     long_timeout_group: dist.ProcessGroup | None = None
-    """for waiting until rank 0 has done something alone"""
+    """for collectives in which the other ranks wait for work that one rank does alone"""
     watchdog: Watchdog | None = None
-    """who knows of the other ranks' failures"""
+    """knows the failures of other ranks"""
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
+    def is_local_rank0(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.local_rank == 0
+
+    @property
     def queues_work(self) -> bool:
-        """Whether the host is ahead of the device, and waits for what it reads."""
+        """Whether the device computes asynchronously: the host waits where it reads a result."""
         return self.device.type == "cuda"
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors on this rank's device; the host does not wait where they are pinned."""
+        """The tensors on this rank's device. The host does not wait for pinned ones."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """The tensor on the host, where it is as soon as a `Moment` after this has passed."""
+        """A copy on the host, valid once a `Moment` that is taken after this call has passed."""
         if not tensor.is_cuda:
             return tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum of `tensor` over all ranks, in place."""
+        """The sum of `tensor` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest `value` of any rank, known to all."""
+        """The largest `value` of all ranks, a signed 64-bit integer."""
         if self.size == 1:
             return value
-        box = torch.tensor(value)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return int(box)
+        largest = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     def gather(self, value: float) -> list[float]:
-        """Each rank's `value`, in rank order, known to all."""
+        """The `value` of each rank, in rank order, on all ranks."""
         if self.size == 1:
             return [value]
-        boxes = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
-        dist.all_gather(boxes, torch.tensor(value, dtype=torch.float64))
-        return [float(box) for box in boxes]
+        values = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64))
+        return [float(item) for item in values]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Each rank's object on rank 0, an empty list elsewhere."""
+        """The object of each rank, in rank order, on rank 0; an empty list on other ranks."""
         if self.size == 1:
             return [value]
-        boxes: list[Any] | None = [None] * self.size if self.is_rank0 else None
-        dist.gather_object(value, boxes)
-        return boxes or []
+        values: list[Any] | None = [None] * self.size if self.is_rank0 else None
+        dist.gather_object(value, values)
+        return values or []
 
     def reason(self, error: BaseException) -> str:
-        """Why this rank ends with `error`; another rank's failure, where that is behind it."""
+        """Why this rank ends with `error`: another rank's failure if that is the cause."""
         return self.watchdog.reason(error) if self.watchdog else f"{type(error).__name__}: {error}"
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
-        """The result of `function`, called on rank 0 alone; its exception is raised everywhere."""
+        """Calls `function` on rank 0 only. All ranks return its result, or raise its exception."""
         if self.size == 1:
             return function()
-        box: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_rank0:
             try:
-                box[0] = function()
+                outcome[0] = function()
             except Exception as error:
-                box[1] = error
-        dist.broadcast_object_list(box, group=self.long_timeout_group)
-        if box[1] is not None:
-            raise box[1]
-        result: T = box[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, group=self.long_timeout_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
         return result
+
+    def run_on_local_rank0(self, function: Callable[[], None]) -> None:
+        """Calls `function` on the first rank of each machine. All ranks wait for all machines, and
+        raise the exception of the first that failed."""
+        error: Exception | None = None
+        if self.is_local_rank0:
+            try:
+                function()
+            except Exception as raised:
+                error = raised
+        errors: list[Exception | None] = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error, group=self.long_timeout_group)
+        for item in errors:
+            if item is not None:
+                raise item

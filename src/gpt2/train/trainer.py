@@ -7,6 +7,7 @@ portion N of the data. What is due at N (validation, samples, a checkpoint) happ
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,16 +43,22 @@ SHORT_S = 1.0
 does by themselves, and a stop would have to wait for two of them."""
 
 
-def run(run_config: RunConfig, report: Report = always_go, run_name: str | None = None) -> Result:
+def run(
+    run_config: RunConfig,
+    report: Report = always_go,
+    run_name: str | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> Result:
     """Trains as `run_config` says, from its beginning or from a checkpoint, to its end or a stop.
 
     `report` is called on rank 0: with step, total_steps, loss and tokens_per_s after each update,
     with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
     and returns, "prune" only returns; on a GPU, after the update that was begun meanwhile.
     `run_name` is what its logs call a new run, by default its preset (or experiment) and time.
-    Raises UserError for what the user can mend.
+    With several ranks, an error that is no UserError ends the process; the first rank that fails
+    calls `on_failure` with it before. Raises UserError for what the user can mend.
     """
-    with rendezvous.join(run_config.machine, run_config.experiment.gpu_id) as world:
+    with rendezvous.join(run_config.machine, run_config.experiment.gpu_id, on_failure) as world:
         resolved = world.run_on_rank0(lambda: experiment_folder.resolve(run_config))
         run_name = world.run_on_rank0(lambda: run_name or experiment_folder.run_name(resolved))
         return _train(resolved, run_name, world, report)
@@ -137,7 +144,7 @@ class Training:
             world, run_config.checkpoint, self._say, start.path, resumed_step, self.link
         )
         if world.watchdog is not None:
-            world.watchdog.is_writing = lambda: self.saver.is_busy
+            world.watchdog.wait_while(lambda: self.saver.is_busy)
         self.first_step = self.progress.step
         self.older = world.run_on_rank0(lambda: store.list_checkpoints(checkpoints))
         self.metrics = self._open_metrics()

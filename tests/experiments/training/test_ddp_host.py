@@ -20,7 +20,6 @@ import torch
 from experiments.pool.test_scheduler import Given, is_alive
 from gpt2.base.errors import ConfigError, Diverged
 from gpt2.checkpoint import store
-from gpt2.distributed import watchdog
 from gpt2.experiments.compare.models import Comparison
 from gpt2.experiments.pool.job import Event, Job, JobLost, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
@@ -218,16 +217,6 @@ def test_an_error_keeps_its_kind_and_traceback(
     heard: Any = host()
     assert type(heard) is type(sent) and str(heard) == str(sent)
     assert "On rank 1" in heard.__notes__[0] and "raise error" in heard.__notes__[0]
-
-
-def test_the_watch_hands_on_the_error_that_it_ends_with(monkeypatch: pytest.MonkeyPatch):
-    told: list[Exception] = []
-    monkeypatch.setattr(watchdog, "on_failure", told.append)
-    monkeypatch.setattr(os, "_exit", lambda code: None)
-    watch = watchdog.Watch(0, None, 1.0)
-    watch._fail(error := RuntimeError("CUDA error"))
-    watch._fail(RuntimeError("gloo: Connection closed by peer"))
-    assert told == [error], "that another rank is gone is no fault of this one"
 
 
 def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ import threading
 import traceback
 from typing import Any
 
-from gpt2.base.errors import Diverged
+from gpt2.base.errors import Diverged, ReportedByOtherRank
 from gpt2.distributed import watchdog
 from gpt2.experiments.pool.job import Stopped
 from gpt2.experiments.pool.worker import Lines
@@ -26,9 +26,11 @@ def main(address: str) -> int:
     from gpt2.experiments.training import training_job
 
     host = Host(address, rendezvous.env_rank()[0])
-    watchdog.on_failure = host.tell_error
     try:
-        host.tell("result", training_job.run(host.report, **host.work))
+        result = training_job.run(host.report, **host.work, on_failure=host.tell_error)
+        host.tell("result", result)
+    except ReportedByOtherRank:
+        host.tell("result", None)
     except Exception as error:
         if watchdog.is_contact_lost(error):  # another rank has died: that is what the host sees
             raise

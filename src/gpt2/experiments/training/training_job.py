@@ -3,7 +3,7 @@
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,13 @@ def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **cha
     return Job(name, TARGET, {"run": mine, "run_name": run_name, "ranks": ranks})
 
 
-def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -> dict[str, Any]:
+def run(
+    report: Report,
+    run: Mapping[str, Any],
+    run_name: str,
+    ranks: int = 1,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> dict[str, Any]:
     """Trains as the stored configuration says; what the comparison of trainings needs to know.
 
     Raises Stopped if it was stopped, after saving, and JobLost if one of several ranks has died.
@@ -83,7 +89,7 @@ def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -
     if not is_under_torchrun():  # its host has waited
         _wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
     run_config = _continued(options.of_stored(run))
-    result = trainer.run(run_config, _Seldom(report), run_name)
+    result = trainer.run(run_config, _Seldom(report), run_name, on_failure)
     if result.state == "stopped":
         raise Stopped
     if env_rank()[0] > 0:  # rank 0 writes the log, and tells what became of it
