@@ -1,3 +1,4 @@
+import logging
 import threading
 from pathlib import Path
 
@@ -35,14 +36,14 @@ def test_a_copy_is_apart_from_its_original_and_reuses_its_memory():
 
 def test_tied_weights_are_stored_once(tmp_path: Path):
     weight = torch.zeros(1000)
-    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), print, None, None)
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     saver.begin(facts(1), lambda: {"a": weight, "b": weight})
     saver.wait()
     assert (tmp_path / "step_000001.pt").stat().st_size < 2 * weight.nbytes + 20_000
 
 
-def test_the_next_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch):
-    said: list[str] = []
+def test_the_next_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     may_end = threading.Event()
     save = store.save
 
@@ -51,39 +52,46 @@ def test_the_next_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch):
         return save(*arguments, **options)
 
     monkeypatch.setattr(store, "save", slow)
-    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), said.append, None, None)
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     weight = torch.full((10,), 1.0)
     saver.begin(facts(1), lambda: {"w": weight})
     weight.fill_(2)
     threading.Timer(0.2, may_end.set).start()
     saver.begin(facts(2), lambda: {"w": weight})
-    assert said[0] == "Waiting: the former checkpoint is still being written"
-    assert len(said) == 2  # and the first is saved
+    assert caplog.messages == [
+        "Waiting: the previous checkpoint is still being written",
+        f"Saved checkpoint: {tmp_path / 'step_000001.pt'}",
+    ]
     saver.wait()
-    states = [store.load(tmp_path / f"step_00000{n}.pt", warn=print) for n in (1, 2)]
+    states = [store.load(tmp_path / f"step_00000{n}.pt") for n in (1, 2)]
     assert [float(state["w"][0]) for state in states] == [1.0, 2.0]
 
 
-def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch):
-    said: list[str] = []
+def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     save = store.save
 
     def full(*_: object, **__: object) -> Path:
         raise CheckpointError("cannot save: no space")
 
-    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), said.append, None, None)
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     monkeypatch.setattr(store, "save", full)
     saver.begin(facts(1), lambda: {})
     with pytest.raises(CheckpointError, match="no space"):
         saver.finish(facts(1), lambda: {})
-    assert said == [
-        "WARNING: training goes on without this checkpoint: cannot save: no space",
+    assert caplog.record_tuples == [
+        (
+            "gpt2.checkpoint.async_save",
+            logging.WARNING,
+            "training continues without this checkpoint: cannot save: no space",
+        )
     ]
+    caplog.clear()
     monkeypatch.setattr(store, "save", save)
     saver.finish(facts(1), lambda: {})
-    assert said[1:] == [f"Saved checkpoint: {tmp_path / 'step_000001.pt'}"]
+    assert caplog.messages == [f"Saved checkpoint: {tmp_path / 'step_000001.pt'}"]
     saver.finish(facts(1), lambda: {})  # there is one
-    assert len(said) == 2
+    assert len(caplog.messages) == 1
 
 
 def test_what_is_no_checkpoint_error_is_raised():

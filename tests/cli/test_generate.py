@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gpt2 import model
+from gpt2.base import log
 from gpt2.checkpoint import metadata, store
 from gpt2.cli import generate_output
 from gpt2.config import options as options_module
@@ -68,9 +69,10 @@ def test_a_stream_shows_each_piece_at_once(net: GPT2, monkeypatch):
 
 
 def test_notes_go_to_standard_error(net: GPT2, capsys):
+    log.setup()
     generate_output.stream_texts(net, "x " * 40, replace(ONE, max_new_tokens=30), 1)
     said = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in said] == ["the", "past"]
+    assert [line.split()[:2] for line in said] == [["WARNING:", "the"], ["WARNING:", "past"]]
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,8 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(net: GPT2, tmp_path: Path):
         for prompt in ("once", ""):
             terminal.read_until("> ")
             terminal.type(f"{prompt}\n")
+            terminal.read_until("WARNING: past the context of 16 tokens")
             terminal.read_until("onceaaaa")
-            terminal.read_until("[past the context of 16 tokens")
             terminal.type("\x03")
         terminal.read_until("> ")
         time.sleep(0.5)  # Python's readline does not wake for a signal that is quicker than it

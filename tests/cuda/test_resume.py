@@ -43,9 +43,7 @@ def test_deterministic_run_resumes_bit_identically(
     lines = loss_lines(whole / "logs/log.txt")
     assert len(lines) == 8 + 3  # steps, and validations before, between and after them
     assert loss_lines(parts / "logs/log.txt") == lines
-    one, other = (
-        store.load(out / "checkpoints" / "step_000008.pt", warn=print) for out in (whole, parts)
-    )
+    one, other = (store.load(out / "checkpoints" / "step_000008.pt") for out in (whole, parts))
     assert one["model"].keys() == other["model"].keys()
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name

@@ -30,7 +30,7 @@ from support import (
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    state = store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+    state = store.load(out / "checkpoints" / f"step_{step:06d}.pt")
     return state["model"]
 
 

@@ -112,7 +112,7 @@ class Run:
 
     def kept(self) -> int:
         """The step from which a start now would continue."""
-        newest = store.find(self.out / "checkpoints", "latest", print)
+        newest = store.find(self.out / "checkpoints", "latest")
         return int(newest.stem.removeprefix("step_")) if newest else 0
 
     def state(self) -> str:
@@ -205,7 +205,7 @@ def starts_of(run: Path) -> list[list[str]]:
 
 def has_weights_of(run: Path, reference: Path) -> bool:
     """Whether weights and moments after the last step are bit for bit the same."""
-    states = [store.load(out / "checkpoints/latest.pt", warn=print) for out in (run, reference)]
+    states = [store.load(out / "checkpoints/latest.pt") for out in (run, reference)]
     left, right = (tree_leaves([state["model"], state["optimizer"]]) for state in states)
     return len(left) == len(right) and all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

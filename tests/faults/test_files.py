@@ -41,7 +41,7 @@ def flip_a_bit(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def empty_the_sidecar(folder: Path) -> None:
+def empty_the_metadata(folder: Path) -> None:
     (folder / "step_000020.json").write_text("")
 
 
@@ -53,25 +53,30 @@ def forge_the_size(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, r"step_000020\.pt has \d+ bytes, its sidecar says \d+"),
-        (flip_a_bit, r"step_000020\.pt is damaged: its SHA-256 is not that of its sidecar"),
-        (empty_the_sidecar, r"step_000020\.json is empty, damaged or of another version"),
+        (truncate, r"step_000020\.pt has \d+ bytes, its metadata says \d+"),
+        (flip_a_bit, r"step_000020\.pt is damaged: its SHA-256 is not that of its metadata"),
+        (empty_the_metadata, r"step_000020\.json is empty, damaged or of another version"),
         (forge_the_size, r"step_000020\.(pt has|json is)"),
     ],
 )
 @trial("damaged checkpoint")
 def test_damaged_checkpoint_is_set_aside(
-    data_root: Path, tmp_path: Path, finished: Path, damage: Callable[[Path], None], reason, capfd
+    data_root: Path,
+    tmp_path: Path,
+    finished: Path,
+    damage: Callable[[Path], None],
+    reason,
+    capfd,
+    caplog,
 ):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     damage(folder)
     before = (folder / "step_000020.pt").read_bytes()
     result = trainer.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
     assert result.step == 22
-    text = capfd.readouterr()
-    assert "  - Step: 15\n" in text.out
-    [warning] = [line for line in text.err.splitlines() if line.startswith("WARNING")]
-    assert warning.endswith("it is now step_000020.pt.corrupt")
+    assert "  - Step: 15\n" in capfd.readouterr().out
+    [warning] = caplog.messages
+    assert warning.endswith("renamed to step_000020.pt.corrupt")
     assert re.search(reason, warning)
     assert (folder / "step_000020.pt.corrupt").read_bytes() == before
     assert (folder / "step_000020.json.corrupt").exists()
@@ -81,19 +86,18 @@ def test_looking_at_a_folder_renames_nothing(finished: Path, tmp_path: Path):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     flip_a_bit(folder)
     before = sorted(os.listdir(folder))
-    assert store.find(folder, "latest", print) == folder / "step_000015.pt"
+    assert store.find(folder, "latest") == folder / "step_000015.pt"
     assert sorted(os.listdir(folder)) == before
 
 
 @trial("dangling latest.pt")
-def test_dangling_link(data_root: Path, tmp_path: Path, finished: Path, capfd):
+def test_dangling_link(data_root: Path, tmp_path: Path, finished: Path, capfd, caplog):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     for name in ("step_000020.pt", "step_000020.json"):
         (folder / name).unlink()
     trainer.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
-    text = capfd.readouterr()
-    assert "latest.pt points to step_000020.pt, which is not there" in text.err
-    assert "  - Step: 15\n" in text.out
+    assert "latest.pt points to step_000020.pt, which does not exist" in caplog.text
+    assert "  - Step: 15\n" in capfd.readouterr().out
     assert os.readlink(folder / "latest.pt") == "step_000022.pt"
 
 
@@ -125,7 +129,7 @@ def test_full_disk(data_root: Path, tmp_path: Path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING: training")]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING: training")]
     assert len(warnings) == 2  # at 10 and 15
     assert all("earlier checkpoints are intact" in line for line in warnings)
     assert done.stdout.count("step 20 |") == 1
@@ -153,7 +157,7 @@ def test_a_disk_that_is_full_for_a_while(data_root: Path, tmp_path: Path):
         pytest.skip(f"no tmpfs can be mounted: {done.stderr}")
     text = (tmp_path / "run.txt").read_text()
     assert done.returncode == 0, text
-    assert text.count("WARNING: training goes on without this checkpoint: cannot save") > 4
+    assert text.count("WARNING: training continues without this checkpoint: cannot save") > 4
     assert text.count("WARNING: LogFile cannot write") == 1
     assert text.count("WARNING: TensorBoard cannot write") <= 1  # its writer has a buffer
     kept = store.list_checkpoints(tmp_path / "kept/checkpoints")
@@ -234,8 +238,7 @@ def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
     trainer.run(small_config(data_root, slow), count)
     for step in (10, 20):
         one, other = (
-            store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
-            for out in (slow, quick)
+            store.load(out / "checkpoints" / f"step_{step:06d}.pt") for out in (slow, quick)
         )
         for part in ("model", "optimizer"):
             left, right = (torch.utils._pytree.tree_leaves(state[part]) for state in (one, other))

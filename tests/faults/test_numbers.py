@@ -38,7 +38,7 @@ def poison(monkeypatch: pytest.MonkeyPatch):
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    return store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)["model"]
+    return store.load(out / "checkpoints" / f"step_{step:06d}.pt")["model"]
 
 
 @trial("NaN in a gradient")
@@ -89,7 +89,7 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     good = losses(tmp_path / "good/logs/log.txt")
     assert [bad[step] for step in range(1, 13)] == [good[step] for step in range(1, 13)]
     assert bad[13] != good[13]
-    state = store.load(tmp_path / "bad/checkpoints/step_000020.pt", warn=print)
+    state = store.load(tmp_path / "bad/checkpoints/step_000020.pt")
     assert state["progress"]["left_out"] == (12, 3)
     assert state["progress"]["bad_steps"] == 3
 

@@ -125,7 +125,7 @@ def test_a_slow_disk_is_waited_for(data_root: Path, tmp_path: Path):
     flags = FLAGS | {"max_steps": 12, "collective_timeout": 5}
     run = Run(data_root, tmp_path / "run", script=script, **flags)
     assert run.end() == 0, run.text()
-    assert "Waiting: the former checkpoint is still being written" in run.text()
+    assert "Waiting: the previous checkpoint is still being written" in run.text()
     assert run.kept() == 12
 
 
@@ -155,7 +155,7 @@ def test_a_bad_loss_of_one_rank_is_left_out_by_all(data_root: Path, tmp_path: Pa
     run = Run(data_root, tmp_path / "run", script=script, **flags)
     assert run.end() == 0, run.text()
     assert run.text().count("no update (1 in a row, 1 in all)") == 1
-    state = store.load(run.out / "checkpoints/latest.pt", warn=print)
+    state = store.load(run.out / "checkpoints/latest.pt")
     assert all(torch.isfinite(part).all() for part in state["model"].values())
 
 
@@ -229,7 +229,7 @@ def test_two_nodes_one_killed(data_root: Path, tmp_path: Path, reference: Path, 
     assert other.agent.wait(90) != 0
     nodes[killed].agent.wait(10)
     other.end()
-    newest = store.find(tmp_path / "run/checkpoints", "latest", print)
+    newest = store.find(tmp_path / "run/checkpoints", "latest")
     kept = int(newest.stem.removeprefix("step_"))
     port = free_port()
     for run in start():

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,13 +32,11 @@ def net() -> LanguageModel:
     return build()
 
 
-def sample(
-    net: LanguageModel, prompt: list[int], warn: Callable[[str], None] | None = None, **options
-) -> list[list[int]]:
+def sample(net: LanguageModel, prompt: list[int], **options) -> list[list[int]]:
     """The new tokens of each sample."""
     settings = {"num_samples": 2, "max_new_tokens": 8, "temperature": 1.0, "top_k": None} | options
     generator = torch.Generator().manual_seed(1)
-    steps = generate.generate(net, prompt, Sampling(**settings), generator, warn)
+    steps = generate.generate(net, prompt, Sampling(**settings), generator)
     return torch.stack(list(steps), dim=1).tolist()
 
 
@@ -73,16 +70,30 @@ def test_greedy_with_the_cache_is_greedy_without(architecture: str, prompt: int,
         (6, CONTEXT - 4, ["past the context of 16 tokens"]),
         (6, 100, ["past the context of 16 tokens"]),
         (40, 1, ["the prompt has 40 tokens; the model sees only the last 16"]),
-        (40, 2, ["the prompt has 40 tokens", "only the last 8 to 16 tokens are seen"]),
+        (40, 2, ["the prompt has 40 tokens", "the model sees only the last 8 to 16 tokens"]),
     ],
 )
-def test_what_is_no_longer_seen_is_said_once(
-    net: LanguageModel, prompt: int, count: int, words: list[str]
+def test_what_the_model_does_not_see_is_warned_of(prompt: int, count: int, words: list[str]):
+    sampling = Sampling(max_new_tokens=count)
+    found = generate.context_warnings(CONTEXT, "a" + " a" * (prompt - 1), sampling)
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(("count", "passes"), [(CONTEXT - 5, False), (CONTEXT - 4, True)])
+def test_the_context_is_passed_where_the_warning_says(
+    net: LanguageModel, monkeypatch, count: int, passes: bool
 ):
-    said: list[str] = []
-    sample(net, list(range(prompt)), said.append, max_new_tokens=count)
-    assert len(said) == len(words)
-    assert all(word in text for word, text in zip(words, said, strict=True))
+    caches = []
+    empty_cache = net.empty_cache
+
+    def spy(samples: int):
+        caches.append(empty_cache(samples))
+        return caches[-1]
+
+    monkeypatch.setattr(net, "empty_cache", spy)
+    sample(net, list(range(6)), max_new_tokens=count)
+    assert (caches[0].length < 6 + count - 1) == passes
 
 
 def test_past_the_context_it_goes_on(net: LanguageModel):

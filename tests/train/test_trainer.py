@@ -22,7 +22,7 @@ from support import SMALL_CORPUS, loss_lines, losses, small_config
 
 
 def load(out: Path, step: int) -> metadata.CheckpointState:
-    return store.load(out / "checkpoints" / f"step_{step:06d}.pt", warn=print)
+    return store.load(out / "checkpoints" / f"step_{step:06d}.pt")
 
 
 def assert_same(one: object, other: object) -> None:
@@ -248,10 +248,10 @@ def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys)
     assert (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns == before
 
 
-def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, capsys):
+def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, caplog):
     result = trainer.run(small_config(data_root, tmp_path, max_steps=2, resume="latest"))
     assert result.step == 2
-    assert "WARNING: no checkpoint in" in capsys.readouterr().err
+    assert "no checkpoint in" in caplog.text and "starting a NEW run" in caplog.text
 
 
 def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Literal, TextIO
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -77,3 +78,18 @@ def setup(level: Level | None = None, *, rank: int = 0, info_stream: TextIO | No
     for handler in [item for item in logger.handlers if isinstance(item, RankHandler)]:
         logger.removeHandler(handler)
     logger.addHandler(RankHandler(rank, info_stream))
+
+
+@contextlib.contextmanager
+def collecting_warnings() -> Iterator[list[str]]:
+    """The texts of the warnings and errors that the package logs in the block; nothing is printed
+    in it."""
+    logger, found = logging.getLogger(ROOT), list[str]()
+    handlers, propagates = logger.handlers[:], logger.propagate
+    collector = logging.Handler(logging.WARNING)
+    collector.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger.handlers, logger.propagate = [collector], False
+    try:
+        yield found
+    finally:
+        logger.handlers, logger.propagate = handlers, propagates

@@ -1,6 +1,7 @@
 """Saving without a pause: the state is copied to memory of the host, a thread writes the copy."""
 
 import contextlib
+import logging
 import queue
 import threading
 import weakref
@@ -17,6 +18,8 @@ from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config.run import CheckpointConfig
 from gpt2.distributed.world import World
 
+logger = logging.getLogger(__name__)
+
 Write = Callable[[CheckpointState], Path]
 ALIGNMENT = 64  # bytes: a cache line
 
@@ -28,13 +31,12 @@ class Saver:
         self,
         world: World,
         settings: CheckpointConfig,
-        say: Callable[[str], None],
         resumed_from: Path | None,
         resumed_step: int | None,
         link: Path | None = None,
     ) -> None:
         """`link`, beside the folder of checkpoints, is kept pointing at the newest of them."""
-        self._world, self._settings, self._say = world, settings, say
+        self._world, self._settings = world, settings
         self._resumed_from, self._link = resumed_from, link
         self._point()  # it may dangle: what was damaged has another name now
         self._writer = BackgroundWriter()
@@ -67,15 +69,15 @@ class Saver:
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
         path = self._world.run_on_rank0(lambda: self._write({**state(), "rng": rng}, training))
         self._begun_step = training.step
-        self._say(f"Saved checkpoint: {path}")
+        logger.info("Saved checkpoint: %s", path)
 
     def report(self) -> None:
         """Says how the writes ended that did since the last call."""
         for outcome in self._writer.outcomes():
             if isinstance(outcome, CheckpointError):
-                self._say(f"WARNING: training goes on without this checkpoint: {outcome}")
+                logger.warning("training continues without this checkpoint: %s", outcome)
             else:
-                self._say(f"Saved checkpoint: {outcome}")
+                logger.info("Saved checkpoint: %s", outcome)
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -89,7 +91,7 @@ class Saver:
 
     def _wait_for_former(self) -> None:
         if self.is_busy:
-            self._say("Waiting: the former checkpoint is still being written")
+            logger.info("Waiting: the previous checkpoint is still being written")
             self.wait()
 
     def _write(self, state: CheckpointState, training: TrainingMetadata) -> Path:

@@ -8,6 +8,7 @@ relative symlinks. What is found damaged is renamed to `….corrupt`, never remo
 import contextlib
 import functools
 import itertools
+import logging
 import math
 import os
 import pickle
@@ -15,7 +16,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -35,10 +36,10 @@ from gpt2.checkpoint.metadata import (
     read_metadata,
 )
 
+logger = logging.getLogger(__name__)
+
 LATEST, BEST = "latest.pt", "best.pt"
 CORRUPT_SUFFIX = ".corrupt"
-Warn = Callable[[str], None]
-Reject = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
     return min(judged, key=lambda pair: pair[0])[1] if judged else None
 
 
-def find(folder: Path, which: str, warn: Warn, *, set_aside: bool = False) -> Path | None:
+def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
     """The checkpoint that `latest`, `best`, a step or a path means.
 
     `latest` skips damaged ones, with a warning, and is None in a folder that never had any;
@@ -145,7 +146,7 @@ def find(folder: Path, which: str, warn: Warn, *, set_aside: bool = False) -> Pa
     anything else that is not there.
     """
     if which == "latest":
-        return _newest_good(folder, warn, set_aside)
+        return _find_latest(folder, set_aside)
     complete = list_checkpoints(folder)
     if which == "best":
         best = find_best(complete)
@@ -169,7 +170,7 @@ def find(folder: Path, which: str, warn: Warn, *, set_aside: bool = False) -> Pa
     return path.resolve()
 
 
-def load(path: Path, *, trust: bool = False, warn: Warn) -> CheckpointState:
+def load(path: Path, *, trust: bool = False) -> CheckpointState:
     """The state in `path`, mapped from the file, after its size and SHA-256 were checked.
 
     A file that this user signed is unpickled in full; any other yields tensors and plain values
@@ -178,7 +179,7 @@ def load(path: Path, *, trust: bool = False, warn: Warn) -> CheckpointState:
     """
     metadata = read_metadata(path.with_suffix(".json"))
     if metadata is None:
-        warn(f"{path} has no readable metadata: it is loaded unverified")
+        logger.warning("%s has no readable metadata: it is loaded unverified", path)
     state = unpickle(path, trust=trust, metadata=metadata)
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is no checkpoint of gpt2-from-scratch (schema {SCHEMA})")
@@ -235,49 +236,61 @@ def sweep(folder: Path) -> None:
     atomic_files.sweep(folder, mine=lambda name: name.startswith("step_") or name in (LATEST, BEST))
 
 
-def _newest_good(folder: Path, warn: Warn, set_aside: bool) -> Path | None:
+def newest_good(items: list[Checkpoint]) -> Checkpoint | None:
+    """The last of `items` that is undamaged; logs a warning for each damaged one after it.
+
+    Raises CheckpointError if a file cannot be read: that is not damage, and may be temporary.
+    """
+    good, damaged = _newest_verified(items)
+    for reason in damaged.values():
+        logger.warning(reason)
+    return good
+
+
+def _find_latest(folder: Path, set_aside: bool) -> Path | None:
     for link in (folder / LATEST, folder / BEST):
         if link.is_symlink() and not link.exists():
-            warn(f"{link} points to {os.readlink(link)}, which is not there")
-    marks = sorted(folder.glob("step_*.json"))
-    damaged = {
-        mark.with_suffix(".pt"): f"{mark} is empty, damaged or of another version"
-        for mark in marks
-        if read_metadata(mark) is None
+            logger.warning("%s points to %s, which does not exist", link, os.readlink(link))
+    metadata_paths = sorted(folder.glob("step_*.json"))
+    unreadable = {
+        path.with_suffix(".pt"): f"{path} is empty, damaged or of another version"
+        for path in metadata_paths
+        if read_metadata(path) is None
     }
-    good = newest_good(list_checkpoints(folder), damaged.__setitem__)
-    for path, reason in damaged.items():
+    good, damaged = _newest_verified(list_checkpoints(folder))
+    for path, reason in (unreadable | damaged).items():
         renamed = good is not None and set_aside and _set_aside(path)
-        warn(f"{reason}{f'; it is now {path.name}{CORRUPT_SUFFIX}' if renamed else ''}")
-    if marks and good is None:
+        suffix = f"; renamed to {path.name}{CORRUPT_SUFFIX}" if renamed else ""
+        logger.warning("%s%s", reason, suffix)
+    if metadata_paths and good is None:
         raise CheckpointError(
-            f"all {len(marks)} checkpoints in {folder} are damaged or of another version; "
-            "to start anew, choose another folder with --out_dir"
+            f"all {len(metadata_paths)} checkpoints in {folder} are damaged or of another "
+            "version; to start a new run, choose another folder with --out_dir"
         )
     if good is None and (bare := sorted(folder.glob("step_*.pt"))):
-        warn(
-            f"{folder} holds {bare[-1].name} without its .json, which is passed over; "
-            f"--resume {bare[-1]} takes it unverified"
+        logger.warning(
+            "%s contains %s without its .json, which is skipped; --resume %s loads it unverified",
+            folder,
+            bare[-1].name,
+            bare[-1],
         )
     return good.path if good else None
 
 
-def newest_good(items: list[Checkpoint], reject: Reject) -> Checkpoint | None:
-    """The last of `items` that is whole; `reject` hears of the damaged ones after it.
-
-    Raises CheckpointError if one cannot be read: that is no damage, and it may pass.
-    """
+def _newest_verified(items: list[Checkpoint]) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The last of `items` that is undamaged, and for each damaged one after it the reason."""
+    damaged: dict[Path, str] = {}
     for item in reversed(items):
         try:
             _verify_patiently(item)
-            return item
+            return item, damaged
         except CheckpointError as error:
-            reject(item.path, str(error))
+            damaged[item.path] = str(error)
         except OSError as error:
             raise CheckpointError(
-                f"{item.path} cannot be read: {error.strerror or error}; nothing was changed"
+                f"cannot read {item.path}: {error.strerror or error}; nothing was changed"
             ) from error
-    return None
+    return None, damaged
 
 
 def _verify_patiently(item: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 import gpt2
-from gpt2.base import validation
+from gpt2.base import log, validation
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import suggestion
@@ -91,13 +91,15 @@ def evaluate_main() -> int:
     """`gpt2 evaluate`."""
     from gpt2.distributed import rendezvous
 
-    speaks = rendezvous.env_rank()[0] == 0
+    rank = rendezvous.env_rank()[0]
+    speaks = rank == 0
+    log.setup(rank=rank)
 
     def body() -> int:
         with rendezvous.reported_by_local_rank0():
             command = parse(EvaluateCommand, sys.argv[1:], speak=speaks)
         with rendezvous.join(run.MachineConfig(device=command.device)) as world:
-            loaded = load_model(command.source, speak=speaks)
+            loaded = load_model(command.source)
             world.run_on_rank0(lambda: _write(command, loaded, []))  # it can be written
             # What is not there is known before the first measure begins.
             measures = [MEASURES[name](command, loaded, world) for name in command.names]

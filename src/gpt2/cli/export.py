@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from gpt2.base import log
 from gpt2.cli.loading import Source, load_model
 from gpt2.cli.parse import guarded, parse
 
@@ -32,6 +33,7 @@ class ExportCommand:
 
 def export_main() -> int:
     """`gpt2 export`."""
+    log.setup()
 
     def body() -> int:
         command = parse(ExportCommand, sys.argv[1:])

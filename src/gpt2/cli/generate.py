@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gpt2.base import validation
+from gpt2.base import log, validation
 from gpt2.base.errors import ConfigError
 from gpt2.cli.loading import Source, load_model
 from gpt2.cli.parse import guarded, parse
@@ -45,6 +45,7 @@ class GenerateCommand:
 
 def generate_main() -> int:
     """`gpt2 generate`."""
+    log.setup()
 
     def body() -> int:
         command = parse(GenerateCommand, sys.argv[1:])

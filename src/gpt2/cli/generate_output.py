@@ -6,12 +6,15 @@ Standard output holds the texts; what there is to say about them goes to standar
 import contextlib
 import io
 import itertools
+import logging
 import os
 import sys
 
 from gpt2.inference import generate
 from gpt2.inference.sampling import Sampling
 from gpt2.model.base import LanguageModel
+
+logger = logging.getLogger(__name__)
 
 
 def read_prompt(given: str) -> str:
@@ -26,18 +29,18 @@ def read_prompt(given: str) -> str:
 
 def print_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
     """Prints the texts when all are done."""
-    texts = generate.generate_text(net, prompt, sampling, seed=seed, warn=_note)
+    _warn_of_context(net, prompt, sampling)
+    texts = generate.generate_text(net, prompt, sampling, seed=seed)
     for number, text in enumerate(texts, 1):
         print(_heading(number, sampling) + text)
 
 
 def stream_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
     """Prints the same, the first text while it is made; the others are made beside it."""
+    _warn_of_context(net, prompt, sampling)
     others: list[list[str]] = []
     print(_heading(1, sampling), end="")
-    for piece, *beside in generate.stream_text(
-        net, prompt, sampling, seed=seed, warn=_note_within_a_line
-    ):
+    for piece, *beside in generate.stream_text(net, prompt, sampling, seed=seed):
         print(piece, end="", flush=True)
         others.append(beside)
     print()
@@ -79,10 +82,10 @@ def _heading(number: int, sampling: Sampling) -> str:
     return f"--- sample {number}\n" if sampling.num_samples > 1 else ""
 
 
+def _warn_of_context(net: LanguageModel, prompt: str, sampling: Sampling) -> None:
+    for text in generate.context_warnings(net.config.block_size, prompt, sampling):
+        logger.warning(text)
+
+
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _note_within_a_line(text: str) -> None:
-    """On a terminal, where the text is in the middle of a line, the note gets lines of its own."""
-    _note(f"\n[{text}]" if sys.stdout.isatty() else text)

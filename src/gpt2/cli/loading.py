@@ -1,6 +1,5 @@
 """What the `gpt2` command does with a trained model: `generate`, `export`."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,8 @@ class Loaded:
         return self.source if self.step is None else f"{self.source} (step {self.step})"
 
 
-def load_model(source: Source, speak: bool = True) -> Loaded:
-    """The model that `source` names, on the CPU, in float32; warnings if this process may speak.
+def load_model(source: Source) -> Loaded:
+    """The model that `source` names, on the CPU, in float32.
 
     Raises CheckpointError if it is not there, or its weights are no finite numbers.
     """
@@ -54,19 +53,18 @@ def load_model(source: Source, speak: bool = True) -> Loaded:
     from gpt2.inference import interchange
     from gpt2.inspection import runs
 
-    warn = _warn if speak else _ignore
     which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
     progress, run, shown = {}, None, which
     if interchange.is_foreign(which):
-        shape, weights = interchange.read(which, trust=trust, warn=warn)
+        shape, weights = interchange.read(which, trust=trust)
         weights = {name: part.float() for name, part in weights.items()}
     else:
-        path = store.find(folder, which, warn)
+        path = store.find(folder, which)
         if path is None:
             others = runs.run_folders(folder, "step_*.json")
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
-        state = store.load(path, trust=trust, warn=warn)
+        state = store.load(path, trust=trust)
         weights, progress, run, shown = (
             state["model"],
             state["progress"],
@@ -83,11 +81,3 @@ def load_model(source: Source, speak: bool = True) -> Loaded:
         net = model.build(shape)
     net.load_state_dict(weights, assign=True)
     return Loaded(shown, net, progress, run)
-
-
-def _ignore(_text: str) -> None:
-    pass
-
-
-def _warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)

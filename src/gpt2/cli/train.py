@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.cli.parse import guarded, parse
@@ -38,6 +39,7 @@ def train_main() -> int:
     )
 
     rank, world_size, local_rank, _ = rendezvous.env_rank()
+    log.setup(rank=rank, info_stream=sys.stdout)
 
     def body() -> int:
         with rendezvous.reported_by_local_rank0():

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, T time, V vocabulary, K the likeliest tokens, likeliest first.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import torch
@@ -26,19 +26,15 @@ def generate(
     prompt: list[int],
     sampling: Sampling,
     generator: torch.Generator,
-    warn: Callable[[str], None] | None = None,
 ) -> Generator[Tensor, None, None]:
     """Continues `prompt` (token ids; empty means the start of a document): at each of
     `max_new_tokens` steps the next token of every sample, (B,), also after an <|endoftext|>.
 
-    Past the context the newer half of it is read again, from position 0, and the older half is
-    forgotten. `warn` is told once when that happens, and of a prompt that is longer than the
-    context. `generator` belongs to the model's device, so that no other random stream moves.
+    When the context is full, its newer half is read again from position 0, and its older half is
+    dropped. `generator` belongs to the model's device, so that no other random stream moves.
     """
     device, context = model.token_embedding.weight.device, model.config.block_size
-    kept, forgets = context // 2 or 1, False
-    if warn and len(prompt) > context:
-        warn(f"the prompt has {len(prompt)} tokens; the model sees only the last {context}")
+    kept = _kept(context)
     start = (prompt or [tokenizer.END_OF_TEXT])[-context:]
     pending_BT = torch.tensor([start], device=device)  # all samples begin with the same row
     seen = [pending_BT.expand(sampling.num_samples, -1)]
@@ -46,12 +42,7 @@ def generate(
     with evaluating(model):
         for _ in range(sampling.max_new_tokens):
             if cache.length + pending_BT.size(1) > context:
-                if warn and not forgets:
-                    warn(
-                        f"past the context of {context} tokens: from here on only the last "
-                        f"{kept} to {context} tokens are seen"
-                    )
-                forgets, cache.length = True, 0
+                cache.length = 0
                 pending_BT = torch.cat(seen, dim=1)[:, -kept:]
                 seen = [pending_BT]
             logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.VOCAB_SIZE]
@@ -60,24 +51,35 @@ def generate(
             yield pending_BT[:, 0]
 
 
-def stream_text(
-    model: LanguageModel,
-    prompt: str,
-    sampling: Sampling,
-    *,
-    seed: int,
-    warn: Callable[[str], None] | None = None,
-) -> Iterator[list[str]]:
-    """What each sample's text grows by, step by step; at first it is `prompt`.
+def context_warnings(context: int, prompt: str, sampling: Sampling) -> list[str]:
+    """What a model with a context of so many tokens does not see of `prompt` and its continuation,
+    one message each."""
+    length, kept = len(tokenizer.encode(prompt)), _kept(context)
+    found = []
+    if length > context:
+        found.append(f"the prompt has {length} tokens; the model sees only the last {context}")
+    read = min(length or 1, context) + sampling.max_new_tokens - 1  # the last token is not read
+    if read > context:
+        found.append(
+            f"past the context of {context} tokens the model sees only the last {kept} to "
+            f"{context} tokens"
+        )
+    return found
 
-    A text ends before <|endoftext|>. A character whose bytes several tokens share comes with the
-    last of them. `warn` as for `generate`.
+
+def stream_text(
+    model: LanguageModel, prompt: str, sampling: Sampling, *, seed: int
+) -> Iterator[list[str]]:
+    """The new part of each sample's text, step by step; the first step is `prompt`.
+
+    A text ends before <|endoftext|>. A character whose bytes are shared by several tokens comes
+    with the last of them.
     """
     generator = torch.Generator(model.token_embedding.weight.device).manual_seed(seed)
     texts = [tokenizer.Decoder() for _ in range(sampling.num_samples)]
     growing = set(range(sampling.num_samples))
     yield [prompt for _ in texts]
-    with closing(generate(model, tokenizer.encode(prompt), sampling, generator, warn)) as steps:
+    with closing(generate(model, tokenizer.encode(prompt), sampling, generator)) as steps:
         for tokens_B in steps:
             tokens = tokens_B.tolist()
             growing -= {row for row in growing if tokens[row] == tokenizer.END_OF_TEXT}
@@ -95,11 +97,15 @@ def generate_text(
     sampling: Sampling = IN_TRAINING,
     *,
     seed: int = 0,
-    warn: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """The texts of `stream_text`, whole; a function of the weights, `sampling` and `seed`."""
-    pieces = stream_text(model, prompt, sampling, seed=seed, warn=warn)
+    """The whole texts of `stream_text`; a function of the weights, `sampling` and `seed`."""
+    pieces = stream_text(model, prompt, sampling, seed=seed)
     return ["".join(text) for text in zip(*pieces, strict=True)]
+
+
+def _kept(context: int) -> int:
+    """How many tokens stay when a context of `context` tokens is full."""
+    return context // 2 or 1
 
 
 def _pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

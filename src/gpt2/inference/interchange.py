@@ -8,9 +8,9 @@ Shape suffixes: D width (n_embd), V vocabulary, T positions.
 
 import functools
 import json
+import logging
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +30,11 @@ from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.data import tokenizer
 
+logger = logging.getLogger(__name__)
+
 Format = Literal["hf", "nanogpt"]
 DType = Literal["float32", "bfloat16", "float16"]
 Weights = dict[str, Tensor]
-Warn = Callable[[str], None]
 
 # Ours -> theirs; the numbers of the blocks lie between.
 OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
@@ -101,7 +102,7 @@ def is_foreign(init_from: str) -> bool:
     return init_from.startswith(("hf:", "nanogpt:"))
 
 
-def load(source: str, wanted: ModelConfig, *, trust: bool, warn: Warn) -> Weights:
+def load(source: str, wanted: ModelConfig, *, trust: bool) -> Weights:
     """The weights of `hf:FOLDER` or `nanogpt:FILE` for a model of the shape `wanted`.
 
     They are still mapped from the file where they can be, in the file's own type. Raises
@@ -112,21 +113,24 @@ def load(source: str, wanted: ModelConfig, *, trust: bool, warn: Warn) -> Weight
             f"{source} is a GPT-2, which --architecture {wanted.architecture} cannot start with; "
             "use --architecture gpt2, or leave --init_from out"
         )
-    shape, theirs = _open(source, trust, warn)
+    shape, theirs = _open(source, trust)
     _refuse_other_shapes(source, shape, wanted)
     if shape.block_size > wanted.block_size:
-        warn(
-            f"{source}: the first {wanted.block_size} of its {shape.block_size} positions are used"
+        logger.warning(
+            "%s: only the first %d of its %d positions are used",
+            source,
+            wanted.block_size,
+            shape.block_size,
         )
     return fit(_as_ours(source, shape, theirs), wanted)
 
 
-def read(source: str, *, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
+def read(source: str, *, trust: bool) -> tuple[ModelConfig, Weights]:
     """The shape and the weights that `hf:FOLDER` or `nanogpt:FILE` has.
 
     Raises CheckpointError if they are not there or not a GPT-2.
     """
-    shape, theirs = _open(source, trust, warn)
+    shape, theirs = _open(source, trust)
     return shape, _as_ours(source, shape, theirs)
 
 
@@ -248,12 +252,12 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     return built
 
 
-def _open(source: str, trust: bool, warn: Warn) -> tuple[ModelConfig, Weights]:
+def _open(source: str, trust: bool) -> tuple[ModelConfig, Weights]:
     """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under its own names."""
     kind, _, path = source.partition(":")
     if kind == "hf":
         return _read_hugging_face(Path(path))
-    warn(f"{source}: {GELU_NOTE}")
+    logger.warning("%s: %s", source, GELU_NOTE)
     return _read_nanogpt(Path(path), trust)
 
 

@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.text import Text
 
-from gpt2.base import folder_lock
+from gpt2.base import folder_lock, log
 from gpt2.base.errors import UserError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
@@ -284,37 +284,41 @@ def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Fi
 
 def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterator[Finding]:
     """What the run begins with; a checkpoint is verified as it will be then."""
-    settings = run_config.checkpoint
-    folder, wanted = settings.checkpoint_dir, settings.resume_from
+    folder = run_config.checkpoint.checkpoint_dir
     if folder_lock.is_held(folder):
         owner = folder_lock.owner(folder)
         by = f"process {owner.pid} on {owner.host}, since {owner.started}" if owner else "a process"
         remedy = "another run needs another --out_dir"
         yield Finding("note", "running", f"{by} trains in {folder}", remedy)
-    warnings: list[str] = []
+    with log.collecting_warnings() as warnings:
+        ending = _beginning(run_config, data)
+    for warning in warnings:
+        yield Finding("note", "checkpoints", warning)
+    yield ending
+
+
+def _beginning(run_config: RunConfig, data: DatasetIndex | None) -> Finding:
+    settings = run_config.checkpoint
+    folder, wanted = settings.checkpoint_dir, settings.resume_from
     try:
         experiment_folder.require_possible(run_config)
         if wanted is None:
             resume.require_fresh(folder)
-        path = store.find(folder, wanted, warnings.append) if wanted else None
+        path = store.find(folder, wanted) if wanted else None
         if path is not None:
             trust = settings.trust_checkpoint
-            state = store.load(path, trust=trust, warn=warnings.append)
+            state = store.load(path, trust=trust)
             begin = resume.Start(path=path, state=state)
             fingerprint = data.fingerprint() if data else state["data_fingerprint"]
             begin.require_agreement(run_config, fingerprint)
-            ending = Finding("ok", "begins", f"at step {begin.step}, with {path}, which is whole")
-        else:
-            weights, origin = settings.init_from, ""
-            if weights not in ("scratch", "resume"):
-                resume.load_weights(run_config, warnings.append)
-                origin = f" with the weights of {weights}"
-            ending = Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}")
+            return Finding("ok", "begins", f"at step {begin.step}, with {path}, which is whole")
+        weights, origin = settings.init_from, ""
+        if weights not in ("scratch", "resume"):
+            resume.load_weights(run_config)
+            origin = f" with the weights of {weights}"
+        return Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}")
     except UserError as error:
-        ending = _problem("begins", error)
-    for warning in warnings:
-        yield Finding("note", "checkpoints", warning)
-    yield ending
+        return _problem("begins", error)
 
 
 def writable_folders(run_config: RunConfig) -> dict[str, Path]:

@@ -1,19 +1,25 @@
 """`log.txt` as a metrics sink."""
 
+import contextlib
+import logging
 from datetime import datetime
 from pathlib import Path
 
+from gpt2.base import log
 from gpt2.metrics.console import hellaswag_line, sample_block, step_line
 from gpt2.metrics.records import StepRecord
 
 
 class LogFile:
-    """`log.txt`: every run appended to the ones before, losses with six digits."""
+    """`log.txt`: every run appended to the ones before, losses with six digits, and the program
+    messages of the package while it is open."""
 
     def __init__(self, path: Path, run_name: str, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._heading = f"# run {run_name} | from step {step} | {datetime.now():%Y-%m-%d %H:%M:%S}"
+        self._handler = _Handler(self)
+        logging.getLogger(log.ROOT).addHandler(self._handler)
 
     def step(self, record: StepRecord, left_s: float | None) -> None:
         self.message(step_line(record, left_s, digits=6))
@@ -37,4 +43,17 @@ class LogFile:
         pass
 
     def close(self) -> None:
+        logging.getLogger(log.ROOT).removeHandler(self._handler)
         self._file.close()
+
+
+class _Handler(logging.Handler):
+    """Hands program messages to a log file."""
+
+    def __init__(self, file: LogFile) -> None:
+        super().__init__(logging.INFO)
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a full disk never ends a run
+            self._file.message(log.line_of(record))

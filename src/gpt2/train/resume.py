@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import sys
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from gpt2.config.run import RunConfig
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
+
+logger = logging.getLogger(__name__)
 
 LAUNCH = "launch.json"
 """which command trains in a folder, and the newest checkpoint that it found there"""
@@ -44,27 +45,23 @@ class Start:
         begun = world.run_on_rank0(lambda: _has_saved(folder))
         wanted = "latest" if begun else settings.resume_from
 
-        def warn(text: str) -> None:
-            if world.is_rank0:
-                print(f"WARNING: {text}", file=sys.stderr, flush=True)
-
         def locate() -> Path | None:
             if wanted is not None:
-                return store.find(folder, wanted, warn, set_aside=True)
+                return store.find(folder, wanted, set_aside=True)
             require_fresh(folder)
             return None
 
         path = world.run_on_rank0(locate)
         if path is not None:
-            state = store.load(path, trust=settings.trust_checkpoint, warn=warn)
+            state = store.load(path, trust=settings.trust_checkpoint)
             return cls(path=path, state=state)
         if wanted is not None:
-            warn(f"no checkpoint in {folder}: starting a NEW run from step 0")
+            logger.warning("no checkpoint in %s: starting a NEW run from step 0", folder)
         if settings.init_from in ("scratch", "resume"):
             return cls()
         if world.is_rank0:
             print(f"Loading weights from: {settings.init_from}", flush=True)
-        return cls(weights=load_weights(run_config, warn))
+        return cls(weights=load_weights(run_config))
 
     def require_agreement(self, run_config: RunConfig, data_fingerprint: str) -> None:
         """Raises CheckpointError if the run to continue was another one, field by field."""
@@ -120,21 +117,21 @@ def _has_saved(folder: Path) -> bool:
     return False
 
 
-def load_weights(run_config: RunConfig, warn: Callable[[str], None]) -> dict[str, torch.Tensor]:
+def load_weights(run_config: RunConfig) -> dict[str, torch.Tensor]:
     """What `--init_from` names, a checkpoint of ours or of another tool, for the run's model.
 
     Raises CheckpointError if it is not there or has another shape.
     """
     source, trust = run_config.checkpoint.init_from, run_config.checkpoint.trust_checkpoint
     if interchange.is_foreign(source):
-        return interchange.load(source, run_config.model, trust=trust, warn=warn)
+        return interchange.load(source, run_config.model, trust=trust)
     path = Path(source)
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    state = store.load(path.resolve(), trust=trust, warn=warn)  # a link has no sidecar
+    state = store.load(path.resolve(), trust=trust)  # the metadata is not beside a link
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     _refuse_contradictions(path, options.changed(state["config"], run_config, shape))
     weights: dict[str, torch.Tensor] = state["model"]

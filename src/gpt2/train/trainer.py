@@ -140,9 +140,7 @@ class Training:
         checkpoints = run_config.checkpoint.checkpoint_dir.resolve()
         here = start.path is not None and start.path.resolve().parent == checkpoints
         resumed_step = start.step if here else None
-        self.saver = Saver(
-            world, run_config.checkpoint, self._say, start.path, resumed_step, self.link
-        )
+        self.saver = Saver(world, run_config.checkpoint, start.path, resumed_step, self.link)
         if world.watchdog is not None:
             world.watchdog.wait_while(lambda: self.saver.is_busy)
         self.first_step = self.progress.step
@@ -321,7 +319,7 @@ class Training:
         bad_steps = self.progress.bad_steps
         self.loader.close()
         trust = self.config.checkpoint.trust_checkpoint
-        state = store.load(path, trust=trust, warn=self._say)
+        state = store.load(path, trust=trust)
         self._restore(state)
         self.progress.bad_steps, self.progress.left_out = bad_steps, left_out
         self.progress.bad_in_a_row = 0
@@ -349,7 +347,7 @@ class Training:
             for item in found
             if item.training.step <= step and item.metadata.sequence not in left
         ]
-        good = store.newest_good(mine, lambda _, reason: self._say(f"WARNING: {reason}"))
+        good = store.newest_good(mine)
         began = self.start.path if self.first_step <= step else None
         return good.path if good else began
 

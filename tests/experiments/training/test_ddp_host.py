@@ -258,9 +258,9 @@ def command_line(pid: int) -> bytes:
 
 
 def weights(folder: Path) -> list[torch.Tensor]:
-    newest = store.find(folder, "latest", print)
+    newest = store.find(folder, "latest")
     assert newest is not None
-    return list(store.load(newest, warn=print)["model"].values())
+    return list(store.load(newest)["model"].values())
 
 
 def test_a_rank_dies_with_its_host(monkeypatch: pytest.MonkeyPatch):

@@ -97,7 +97,7 @@ def write_best(folder: Path) -> int | None:
     best = store.find_best(store.list_checkpoints(folder))
     if best is None:
         return None
-    state = store.load(best.path, warn=print)
+    state = store.load(best.path)
     try:
         with atomic_files.writing(folder / WEIGHTS) as file:
             torch.save({name: tensor.clone() for name, tensor in state["model"].items()}, file)
