@@ -1,7 +1,7 @@
 """How long a checkpoint holds training up, and how fast it comes back: python bench/checkpoint.py
 
-GPT-2 124M with the state of AdamW, 1.5 GB. Saving: the time that `Saver.begin` blocks against a
-synchronous save of the same state, in turn. Loading: verified, from the page cache.
+GPT-2 124M with the state of AdamW, 1.5 GB. Saving: the time that `Saver.save_in_background` blocks,
+against a synchronous save of the same state, in turn. Loading: verified, from the page cache.
 Memory: the most that the host holds beside the state, from VmHWM of /proc.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
             before = resident_gb("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
             started = time.perf_counter()
-            saver.begin(facts(2 * number + 2), lambda: state)
+            saver.save_in_background(facts(2 * number + 2), lambda: state)
             blocked.append(time.perf_counter() - started)
             saver.wait()
             whole.append(time.perf_counter() - started)
@@ -87,7 +87,7 @@ def main() -> None:
             started = time.perf_counter()
             mapped = store.load(newest)
             loaded.append(size_gb / (time.perf_counter() - started))
-            HostCopy().of(mapped)
+            HostCopy().copy(mapped)
             copied.append(size_gb / (time.perf_counter() - started))
         for what, rates in (("", loaded), (" and copied to fresh memory", copied)):
             print(

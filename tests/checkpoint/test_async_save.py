@@ -22,14 +22,14 @@ def test_a_copy_is_apart_from_its_original_and_reuses_its_memory():
     weight = torch.arange(6.0).reshape(2, 3)
     state = {"a": {"w": weight, "tied": weight}, "list": [weight.t(), (1, "x")], "n": 5}
     copy = HostCopy()
-    first = copy.of(state)
+    first = copy.copy(state)
     weight += 1
     assert torch.equal(first["a"]["w"], torch.arange(6.0).reshape(2, 3))
     assert torch.equal(first["list"][0], torch.arange(6.0).reshape(2, 3).t())
     assert (first["list"][1], first["n"]) == ((1, "x"), 5)
     assert first["a"]["w"].data_ptr() == first["a"]["tied"].data_ptr()
     addresses = (first["a"]["w"].data_ptr(), first["list"][0].data_ptr())
-    second = copy.of(state)
+    second = copy.copy(state)
     assert (second["a"]["w"].data_ptr(), second["list"][0].data_ptr()) == addresses
     assert torch.equal(second["a"]["w"], weight)
 
@@ -37,7 +37,7 @@ def test_a_copy_is_apart_from_its_original_and_reuses_its_memory():
 def test_tied_weights_are_stored_once(tmp_path: Path):
     weight = torch.zeros(1000)
     saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
-    saver.begin(facts(1), lambda: {"a": weight, "b": weight})
+    saver.save_in_background(facts(1), lambda: {"a": weight, "b": weight})
     saver.wait()
     assert (tmp_path / "step_000001.pt").stat().st_size < 2 * weight.nbytes + 20_000
 
@@ -54,10 +54,10 @@ def test_the_next_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(store, "save", slow)
     saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     weight = torch.full((10,), 1.0)
-    saver.begin(facts(1), lambda: {"w": weight})
+    saver.save_in_background(facts(1), lambda: {"w": weight})
     weight.fill_(2)
     threading.Timer(0.2, may_end.set).start()
-    saver.begin(facts(2), lambda: {"w": weight})
+    saver.save_in_background(facts(2), lambda: {"w": weight})
     assert caplog.messages == [
         "Waiting: the previous checkpoint is still being written",
         f"Saved checkpoint: {tmp_path / 'step_000001.pt'}",
@@ -76,9 +76,9 @@ def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch, ca
 
     saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     monkeypatch.setattr(store, "save", full)
-    saver.begin(facts(1), lambda: {})
+    saver.save_in_background(facts(1), lambda: {})
     with pytest.raises(CheckpointError, match="no space"):
-        saver.finish(facts(1), lambda: {})
+        saver.save_now(facts(1), lambda: {})
     assert caplog.record_tuples == [
         (
             "gpt2.checkpoint.async_save",
@@ -88,15 +88,15 @@ def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch, ca
     ]
     caplog.clear()
     monkeypatch.setattr(store, "save", save)
-    saver.finish(facts(1), lambda: {})
+    saver.save_now(facts(1), lambda: {})
     assert caplog.messages == [f"Saved checkpoint: {tmp_path / 'step_000001.pt'}"]
-    saver.finish(facts(1), lambda: {})  # there is one
+    saver.save_now(facts(1), lambda: {})  # there is one
     assert len(caplog.messages) == 1
 
 
 def test_what_is_no_checkpoint_error_is_raised():
     writer = BackgroundWriter()
-    writer.begin({}, lambda state: 1 / 0)
+    writer.start({}, lambda state: 1 / 0)
     writer.wait()
     with pytest.raises(ZeroDivisionError):
         list(writer.outcomes())

@@ -339,12 +339,12 @@ def test_something_else_is_no_checkpoint(tmp_path: Path):
         store.load(tmp_path / "plain.pt")
 
 
-def test_the_folder_is_made_and_swept(tmp_path: Path):
+def test_the_folder_is_made_and_unfinished_files_are_removed(tmp_path: Path):
     folder = tmp_path / "a" / "b"
     store.require_writable(folder)
     assert os.listdir(folder) == []
     (folder / "step_000001.pt.tmp").touch()
-    store.sweep(folder)
+    store.remove_unfinished(folder)
     assert os.listdir(folder) == []
 
 

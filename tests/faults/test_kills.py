@@ -75,7 +75,7 @@ from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import TrainingMetadata
 folder = Path(sys.argv[1])
 store.require_writable(folder)
-store.sweep(folder)
+store.remove_unfinished(folder)
 steps = [item.training.step for item in store.list_checkpoints(folder)]
 step = max(steps, default=0)
 while True:
@@ -109,7 +109,7 @@ def test_killed_while_saving(tmp_path: Path, caplog):
             saved, loaded = kill_while_saving(tmp_path, after_s)
             assert loaded in (saved[-1], saved[-1] + 1)  # it may be saved and not yet said
             assert caplog.messages == []
-    store.sweep(tmp_path)
+    store.remove_unfinished(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -125,5 +125,5 @@ def test_soak_killed_while_saving(tmp_path: Path, caplog):
             assert caplog.messages == []
         strays += bool(list(tmp_path.glob("*.tmp")))
     assert strays > 10  # or the kills came at other moments than those that this is about
-    store.sweep(tmp_path)
+    store.remove_unfinished(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))

@@ -1,4 +1,4 @@
-"""Saving without a pause: the state is copied to memory of the host, a thread writes the copy."""
+"""Saving while training continues: the state is copied to host memory, a thread writes the copy."""
 
 import contextlib
 import logging
@@ -21,11 +21,11 @@ from gpt2.distributed.world import World
 logger = logging.getLogger(__name__)
 
 Write = Callable[[CheckpointState], Path]
-ALIGNMENT = 64  # bytes: a cache line
+ALIGNMENT = 64  # bytes of a cache line
 
 
 class Saver:
-    """Writes the checkpoints of a run; every rank has one and calls the same methods."""
+    """Saves the checkpoints of a run; every rank has one and calls the same methods."""
 
     def __init__(
         self,
@@ -35,44 +35,53 @@ class Saver:
         resumed_step: int | None,
         link: Path | None = None,
     ) -> None:
-        """`link`, beside the folder of checkpoints, is kept pointing at the newest of them."""
+        """`resumed_from` is a checkpoint that is never removed. `resumed_step` is the step of the
+        checkpoint in the run's own folder that it resumes from. `link` is a symlink beside the
+        folder of checkpoints that always points at the newest of them."""
         self._world, self._settings = world, settings
         self._resumed_from, self._link = resumed_from, link
-        self._point()  # it may dangle: what was damaged has another name now
+        self._update_link()  # it dangles if its checkpoint was damaged and has been renamed
         self._writer = BackgroundWriter()
-        self.goes_on_from(resumed_step)
+        self.assume_saved(resumed_step)
 
-    def goes_on_from(self, step: int | None) -> None:
-        """There is a checkpoint of this step already."""
-        self._begun_step = step
-        """of the newest checkpoint, though it may be on its way to the disk; on every rank"""
+    def assume_saved(self, step: int | None) -> None:
+        """Treats `step` as that of the newest checkpoint, as after a resume; None if there is none."""
+        self._last_step = step
+        """of the newest checkpoint, which may still be being written; the same on every rank"""
         self._step_on_disk = step
-        """known to rank 0"""
+        """of the newest complete checkpoint; known to rank 0 only"""
 
-    def begin(self, training: TrainingMetadata, state: Callable[[], CheckpointState]) -> None:
-        """Returns when the state is copied; `report` tells later how the writing went."""
-        if self._begun_step == training.step:
+    def save_in_background(
+        self, training: TrainingMetadata, state: Callable[[], CheckpointState]
+    ) -> None:
+        """Returns once the state is copied to host memory; a thread writes the copy.
+
+        Does nothing if a checkpoint of this step exists or is being written. `log_outcomes` logs
+        the result.
+        """
+        if self._last_step == training.step:
             return
-        self._begun_step = training.step
-        self._world.run_on_rank0(self._wait_for_former)
+        self._last_step = training.step
+        self._world.run_on_rank0(self._wait_for_previous)
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
         if self._world.is_rank0:
-            self._writer.begin(
+            self._writer.start(
                 {**state(), "rng": rng}, lambda copied: self._write(copied, training)
             )
 
-    def finish(self, training: TrainingMetadata, state: Callable[[], CheckpointState]) -> None:
-        """Returns when a checkpoint of this step is on the disk; CheckpointError if it is not."""
+    def save_now(self, training: TrainingMetadata, state: Callable[[], CheckpointState]) -> None:
+        """Returns once a checkpoint of this step is on the disk; raises CheckpointError if it
+        cannot be written."""
         self.wait()
         if self._world.run_on_rank0(lambda: self._step_on_disk == training.step):
             return
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
         path = self._world.run_on_rank0(lambda: self._write({**state(), "rng": rng}, training))
-        self._begun_step = training.step
+        self._last_step = training.step
         logger.info("Saved checkpoint: %s", path)
 
-    def report(self) -> None:
-        """Says how the writes ended that did since the last call."""
+    def log_outcomes(self) -> None:
+        """Logs the result of each background save that ended since the last call."""
         for outcome in self._writer.outcomes():
             if isinstance(outcome, CheckpointError):
                 logger.warning("training continues without this checkpoint: %s", outcome)
@@ -80,16 +89,16 @@ class Saver:
                 logger.info("Saved checkpoint: %s", outcome)
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Waits until nothing is being written, and logs the outcomes."""
         self._writer.wait()
-        self.report()
+        self.log_outcomes()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint is on its way to the disk."""
+        """Whether a checkpoint is being written."""
         return self._writer.is_busy
 
-    def _wait_for_former(self) -> None:
+    def _wait_for_previous(self) -> None:
         if self.is_busy:
             logger.info("Waiting: the previous checkpoint is still being written")
             self.wait()
@@ -103,46 +112,44 @@ class Saver:
             resumed_from=self._resumed_from,
         )
         self._step_on_disk = training.step
-        self._point()
+        self._update_link()
         return path
 
-    def _point(self) -> None:
+    def _update_link(self) -> None:
         if self._link is not None and self._world.is_rank0:
-            with contextlib.suppress(
-                OSError
-            ):  # it points at an older one; the next save tries anew
+            with contextlib.suppress(OSError):  # it keeps its target; the next save tries again
                 store.point_at_newest(self._link, self._settings.checkpoint_dir)
 
 
 class HostCopy:
-    """Memory for one copy of a state, allocated once: pinned where the state lies on a GPU."""
+    """Host memory for one copy of a state, allocated once; pinned if the state is on a GPU."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def of(self, state: CheckpointState) -> CheckpointState:
-        """`state` with every tensor in memory that the next call overwrites.
+    def copy(self, state: CheckpointState) -> CheckpointState:
+        """`state` with every tensor in host memory, which the next call overwrites.
 
-        Tensors that are the same stay so, so that a file of it is no larger.
+        Tensors that share memory share it in the copy, so that a file of it is no larger.
         """
-        tensors = {_place(leaf): leaf for leaf in tree_leaves(state) if _is_full(leaf)}
+        tensors = {_identity(leaf): leaf for leaf in tree_leaves(state) if _is_full(leaf)}
         size = sum(_aligned(tensor.nbytes) for tensor in tensors.values())
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if size > len(self._memory):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # never two at once
+            self._memory = torch.empty(0, dtype=torch.uint8)  # frees it before the next allocation
             self._memory = _pinned(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
         copies, start = {}, 0
-        for place, tensor in tensors.items():
-            # Its own storage, or a file would hold all of the memory for each of them.
+        for identity, tensor in tensors.items():
+            # A storage of its own: torch.save writes the whole storage of every tensor.
             flat = torch.frombuffer(
                 self._memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=start
             )
-            copies[place] = flat.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+            copies[identity] = flat.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
             start += _aligned(tensor.nbytes)
         if on_gpu:
             torch.cuda.synchronize()
         copied: CheckpointState = tree_map(
-            lambda leaf: copies[_place(leaf)] if _is_full(leaf) else leaf, state
+            lambda leaf: copies[_identity(leaf)] if _is_full(leaf) else leaf, state
         )
         return copied
 
@@ -151,8 +158,8 @@ def _is_full(leaf: object) -> TypeGuard[torch.Tensor]:
     return isinstance(leaf, torch.Tensor) and leaf.numel() > 0
 
 
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What tensors have in common that are the same."""
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same view of the same memory."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -161,9 +168,9 @@ def _aligned(size: int) -> int:
 
 
 def _pinned(size: int) -> torch.Tensor:
-    """Memory that a GPU writes to directly; ordinary memory if the system has no more of it.
+    """Pinned memory, which a GPU writes to directly; pageable memory if it cannot be pinned.
 
-    torch's own pinned memory would be rounded up to a power of two.
+    torch's own pinned allocations are rounded up to a power of two.
     """
     memory = torch.empty(size, dtype=torch.uint8)
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -171,45 +178,48 @@ def _pinned(size: int) -> torch.Tensor:
         weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr())
     else:
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda")  # takes the error, which the next kernel would raise
+            torch.zeros(1, device="cuda")  # clears the error, which the next kernel would raise
     return memory
 
 
 class BackgroundWriter:
-    """Writes one state at a time on a thread of its own, and remembers how that ended."""
+    """Writes one state at a time in a thread, and keeps the outcome of each write."""
 
     def __init__(self) -> None:
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
-        self._ended: queue.SimpleQueue[Path | BaseException] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Path | BaseException] = queue.SimpleQueue()
 
     @property
     def is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, state: CheckpointState, write: Write) -> None:
-        """Returns when the state is copied; waits for the former write to end before that."""
+    def start(self, state: CheckpointState, write: Write) -> None:
+        """Waits for the previous write, copies the state, and returns while a thread writes it."""
         self.wait()
-        copied = self._copy.of(state)
+        copied = self._copy.copy(state)
         self._thread = threading.Thread(target=self._run, args=(write, copied), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Waits until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def outcomes(self) -> Iterator[Path | CheckpointError]:
-        """What the writes that ended since the last call did, or how they failed."""
-        while not self._ended.empty():
-            outcome = self._ended.get()
+        """The path, or the CheckpointError, of each write that ended since the last call.
+
+        Any other error of a write is raised here.
+        """
+        while not self._outcomes.empty():
+            outcome = self._outcomes.get()
             if isinstance(outcome, BaseException) and not isinstance(outcome, CheckpointError):
                 raise outcome
             yield outcome
 
     def _run(self, write: Write, state: CheckpointState) -> None:
         try:
-            self._ended.put(write(state))
+            self._outcomes.put(write(state))
         except BaseException as error:
-            self._ended.put(error)
+            self._outcomes.put(error)

@@ -231,8 +231,9 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Removes what a killed writer left; only for the one run that has the folder."""
+def remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files of killed writers; only the run that owns `folder` may call
+    it."""
     atomic_files.sweep(folder, mine=lambda name: name.startswith("step_") or name in (LATEST, BEST))
 
 

@@ -64,7 +64,7 @@ def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
         def claim_it() -> None:
             store.require_writable(folder)
             claim.enter_context(folder_lock.held(folder))
-            store.sweep(folder)
+            store.remove_unfinished(folder)
 
         world.run_on_rank0(claim_it)
         yield

@@ -175,7 +175,7 @@ class Training:
             if reason := self._stop_before_data():
                 return self._stopped(reason)
             self._train_step()
-            self.saver.report()
+            self.saver.log_outcomes()
             self.status.beat(self.progress.step)
         if self._judge_if_due(last=True):
             return self._stopped(self.world.all_reduce_max(self.stop.number))
@@ -323,7 +323,7 @@ class Training:
         self._restore(state)
         self.progress.bad_steps, self.progress.left_out = bad_steps, left_out
         self.progress.bad_in_a_row = 0
-        self.saver.goes_on_from(self.progress.step)
+        self.saver.assume_saved(self.progress.step)
         self.metrics.close()
         self.metrics = self._open_metrics()
         self._say(
@@ -362,7 +362,7 @@ class Training:
             return True
         self.progress.judged_step = self.progress.step
         if self.progress.step == self.start.step:
-            self.saver.goes_on_from(None)  # the checkpoint of this step knows more from here on
+            self.saver.assume_saved(None)  # the checkpoint of this step knows more from here on
         return False
 
     def _judge(self, last: bool) -> None:
@@ -423,7 +423,7 @@ class Training:
         if progress.bad_in_a_row:
             self._say(f"WARNING: no checkpoint of step {progress.step}: its update is left out")
         else:
-            self.saver.begin(self._facts(), self._state)
+            self.saver.save_in_background(self._facts(), self._state)
             self.metrics.flush()  # a kill loses no curve up to a step that is kept
 
     def _facts(self) -> metadata.TrainingMetadata:
@@ -456,7 +456,7 @@ class Training:
         if reason == PRUNE:
             self.tell("stopped", "pruned")
             return self.progress.result("pruned")
-        self.saver.finish(self._facts(), self._state)
+        self.saver.save_now(self._facts(), self._state)
         names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
         by = names.get(reason, f"by signal {reason}")
         self._say(f"Stopped {by} at step {self.progress.step}; --resume latest goes on")
@@ -471,7 +471,7 @@ class Training:
             )
         else:
             self._announce_epoch()
-        self.saver.finish(self._facts(), self._state)
+        self.saver.save_now(self._facts(), self._state)
         self.tell("finished")
         return self.progress.result("finished")
 
