@@ -18,7 +18,7 @@ from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler, worker_logs
-from gpt2.experiments.sweep.sweep import Function, Seeds, Sweep
+from gpt2.experiments.sweep.sweep import FunctionTarget, Sweep, SweepSource
 
 WORKERS = 2
 
@@ -30,7 +30,7 @@ def nothing(seed: int) -> int:
 def ours(jobs: int, folder: Path) -> float:
     """Seconds per job between the first start and the last result, by the pool."""
     sweep = Sweep(
-        Function(Call.of("experiments:nothing")),
+        FunctionTarget(Call.of("experiments:nothing")),
         seeds=range(jobs),
         folder=folder / "results",
     )
@@ -41,7 +41,7 @@ def ours(jobs: int, folder: Path) -> float:
 
     with results.opened(sweep.folder, sweep.description()) as book:
         engine = Engine(slots.of_cores(WORKERS, threads="1"))
-        Scheduler(engine, Seeds(sweep, book), note, log_of=worker_logs(folder)).run()
+        Scheduler(engine, SweepSource(sweep, book), note, log_of=worker_logs(folder)).run()
         assert len(book.in_state("finished")) == jobs
     # The workers' own start is over when each has ended its first job.
     return (times[-1] - times[2 * WORKERS - 1]) / (jobs - WORKERS)

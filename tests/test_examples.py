@@ -145,4 +145,4 @@ def test_ctrl_c(tmp_path: Path):
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     output = running.communicate(timeout=30)[0].decode()
-    assert running.returncode == 130 and "the same command goes on" in output
+    assert running.returncode == 130 and "run the same command to continue" in output

@@ -149,9 +149,9 @@ def inner() -> Callable[[int], int]:
         (functools.partial(jobs.square, pause=slice(1)), [{}], "pause: .*not JSON serializable"),
         (jobs.measured, {"rat": [1]}, "cannot be called with seed, rat"),
         (jobs.measured, {"seed": [1]}, "the seeds of a sweep"),
-        (jobs.measured, [{"rate": 1}, {}], "a value for each of the same names"),
-        (jobs.measured, [], "needs a point and a seed"),
-        (jobs.measured, [{"rate": 1}] * 2, "the point rate=1 is there twice"),
+        (jobs.measured, [{"rate": 1}, {}], "must have the same names"),
+        (jobs.measured, [], "at least one point and one seed, got 0 points and 10 seeds"),
+        (jobs.measured, [{"rate": 1}] * 2, "duplicate point rate=1"),
         (jobs.measured, {"rate": ["x" * 200]}, "is longer than 200 characters"),
         ("experiments.jobs:measure", [{}], "there is no function"),
     ],
@@ -163,7 +163,7 @@ def test_what_cannot_run_is_refused(tmp_path: Path, function: Any, points: Any, 
 
 
 def test_jobs_that_cannot_run_are_refused(tmp_path: Path):
-    with pytest.raises(api.ConfigError, match="cannot name a job's files"):
+    with pytest.raises(api.ConfigError, match="cannot be part of a file name"):
         api.together({"a/b": jobs.hangs}, **place(tmp_path))
     with pytest.raises(api.ConfigError, match="cannot be called with nothing: missing"):
         api.together({"a": jobs.measured}, **place(tmp_path))

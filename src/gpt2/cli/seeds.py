@@ -71,19 +71,19 @@ def seeds_main() -> int:
         from gpt2.experiments import grid as plan
         from gpt2.experiments.pool.function_call import Call
         from gpt2.experiments.sweep import sweep as seeds
-        from gpt2.experiments.sweep.training_sweep import Training
+        from gpt2.experiments.sweep.training_sweep import TrainingTarget
 
         if train.run.machine.seed != MachineConfig().seed:
-            raise ConfigError(seeds.SEEDS_APART)
+            raise ConfigError(seeds.SEEDS_ONLY_BY_FLAGS)
         pool, device = command.pool, train.run.machine.device
-        task: seeds.Task = Training(train.run, command.keep_checkpoints, pool.ddp)
+        target: seeds.SweepTarget = TrainingTarget(train.run, command.keep_checkpoints, pool.ddp)
         if command.target is not None:
             if flag := _of_a_training(sys.argv[1:]):
                 raise ConfigError(f"{flag} is for trainings; leave it out with --target")
             sys.path.insert(0, os.getcwd())  # where it is looked for
-            task = seeds.Function(Call.of(command.target))
+            target = seeds.FunctionTarget(Call.of(command.target))
         sweep = seeds.Sweep(
-            task,
+            target,
             points=plan.points(plan.parse_grid(command.grid)),
             seeds=range(command.first_seed, command.first_seed + command.num_seeds),
             metric=command.metric or ("value" if command.target else "val_loss"),
@@ -92,7 +92,7 @@ def seeds_main() -> int:
             save_every_s=command.checkpoint_interval,
         )
         with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
-            return seeds.run(sweep, engine, pool.limits(), console()).exit_code
+            return seeds.run_sweep(sweep, engine, pool.limits(), console()).exit_code
 
     return guarded(body)
 

@@ -1,15 +1,16 @@
-"""Experiments of your own on the pool: functions swept over a grid and seeds, or run side by side.
+"""Runs your own functions as experiments: swept over a grid and seeds, or side by side.
 
-`sweep` and `together` keep every result as soon as it is there, show what goes on, and end with a
-table and a picture; the same command again runs only what is missing. Their functions stand at the
-top of a module, take and return plain values (numbers, texts, lists and dicts of them), and run in
-processes that import this module: a script starts its work below `if __name__ == "__main__":`.
+`sweep` and `together` store every result as soon as it is there, show the progress, and end with a
+table and a picture; the same command again runs only what is missing. The functions are defined at
+the top of a module, take and return plain values (numbers, strings, lists and dicts of them), and
+run in worker processes that import this module: a script starts its work below
+`if __name__ == "__main__":`.
 
-A function with a parameter `report` may call `report(step=…, total_steps=…, loss=…)`, which is
-shown, and answers "go", or "stop" after Ctrl+C: it then returns or raises Stopped, and runs again
-another time. `Limits` say how long the others are waited for.
+A function with a parameter `report` may call `report(step=…, total_steps=…, loss=…)`: the metrics
+are shown, and the answer is "go", or "stop" after Ctrl+C. It then returns or raises Stopped, and
+runs again with the next start. `Limits` has the timeouts and the number of retries.
 
-A class with the methods of `Source`, and `Pool`, take jobs from anywhere.
+`Pool` runs the jobs of any class with the methods of `Source`.
 """
 
 import re
@@ -22,23 +23,28 @@ from rich.console import Console, RenderableType
 from gpt2.base.errors import ConfigError, UserError
 from gpt2.base.text import console, figure, table
 from gpt2.config.flops import duration
-from gpt2.experiments import grid as plan
-from gpt2.experiments import results as ledgers
+from gpt2.experiments import grid
 from gpt2.experiments.compare import job_group
-from gpt2.experiments.compare.job_group import Ended, Group, Say
+from gpt2.experiments.compare.job_group import JobGroup, JobGroupResult, LoggedConsole
 from gpt2.experiments.grid import Point
 from gpt2.experiments.pool.function_call import Call, plain
 from gpt2.experiments.pool.job import Event, Job, JobSource, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.pool.slots import of_machine
-from gpt2.experiments.results import JobResult, ResultsStore
+from gpt2.experiments.results import RESULTS_FILE, JobResult, ResultsStore
 from gpt2.experiments.sweep import statistics
-from gpt2.experiments.sweep import sweep as seeds
 from gpt2.experiments.sweep.statistics import PointSummary, Statistics
-from gpt2.experiments.sweep.sweep import Drawing, Listing, Swept
+from gpt2.experiments.sweep.sweep import (
+    FunctionTarget,
+    MakeFigure,
+    MakeTable,
+    Sweep,
+    SweepResult,
+    run_sweep,
+)
 from gpt2.inspection import plot
-from gpt2.train.report import Answer
+from gpt2.train.report import Answer, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,18 +77,18 @@ __all__ = [
 ]
 
 LIMITS = Limits()
-# Public names that `docs/experiments.md` promises.
+# Public names for scripts, among them those in `docs/experiments.md`.
+Ended = JobGroupResult
 Pool = Scheduler
 Record = JobResult
 Source = JobSource
+Swept = SweepResult
 PICTURE = "comparison.png"
 Function = Callable[..., Any] | str
 """a function at the top of a module, `functools.partial` of one with values by name, or
 `module:function`"""
 Records = Mapping[str, JobResult]
-"""what became of each job that has ended, by its name"""
-Report = Callable[..., Answer]
-"""what a job gets as `report`"""
+"""the result of each job that has ended, by its name"""
 
 
 def sweep(
@@ -93,30 +99,29 @@ def sweep(
     folder: Path,
     metric: str = "value",
     first_seed: int = 0,
-    listing: Listing = statistics.listing,
-    draw: Drawing = statistics.draw,
+    listing: MakeTable = statistics.listing,
+    draw: MakeFigure = statistics.draw,
     engine: Engine | None = None,
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
     out: Console | None = None,
-) -> Swept:
+) -> SweepResult:
     """Calls `function(seed=…, **point)` with every seed of every point, and compares `metric`.
 
-    `points` are a grid, as {"width": [4, 8]}, or a list of its points where not all combinations
-    are wanted. The function returns numbers by name, or one, which is then called `value`; one that
-    is not finite is kept as None. The processes that call it are reused. More seeds and points may
-    be added to what `folder` holds; what a `partial` gives the function may not change. `listing`
-    and `draw` make another table and picture of the points, and are called if at least one result
-    has the metric; a point may have none. It runs on all slots of this machine, unless `engine` has
-    others.
+    `points` is a grid, as {"width": [4, 8]}, or a list of points. The function returns numbers by
+    name, or a single number, which is then called `value`; a number that is not finite is stored as
+    None. The worker processes are reused. Later calls may add seeds and points to `folder`; the
+    values that a `partial` gives the function must stay the same. `listing` and `draw` make the
+    table and the picture of the points; they are called if at least one result has the metric, and
+    some points may have none. By default the sweep runs on all slots of this machine.
 
-    Raises UserError, before anything runs, for a function that cannot be called so, and if `folder`
-    holds another experiment or belongs to a process that lives.
+    Raises UserError, before anything runs, if the function cannot be called this way, and if
+    `folder` holds another experiment or is in use by another process.
     """
-    grid = plan.points(points) if isinstance(points, Mapping) else points
-    asked = seeds.Sweep(
-        seeds.Function(Call.of(function)),
-        [plain(point) for point in grid],
+    chosen = grid.points(points) if isinstance(points, Mapping) else points
+    planned = Sweep(
+        FunctionTarget(Call.of(function)),
+        [plain(point) for point in chosen],
         range(first_seed, first_seed + num_seeds),
         metric,
         folder,
@@ -124,11 +129,11 @@ def sweep(
         listing=listing,
         draw=draw,
     )
-    return seeds.run(asked, engine or Engine(of_machine()), limits, out or console())
+    return run_sweep(planned, engine or Engine(of_machine()), limits, out or console())
 
 
 def results(records: Records) -> RenderableType:
-    """The table of the numbers that jobs have returned."""
+    """The table of the numbers that the jobs returned."""
     found = {name: statistics.numbers(record.result) for name, record in records.items()}
     columns = list(dict.fromkeys(name for numbers in found.values() for name in numbers))
     built = table("Results", "job", "state", *columns, "time")
@@ -148,44 +153,46 @@ def together(
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
     out: Console | None = None,
-) -> Ended:
-    """Calls each function once, in a process of its own, and compares what they return.
+) -> JobGroupResult:
+    """Calls each function once, each in its own process, and compares what they return.
 
-    The first ones have a slot each, the next one follows on the last slot as soon as that is free;
-    they are two of this machine, unless `engine` has others. Jobs are known by their names: what
-    has finished never runs again, others may be added. `listing` and `draw` make the table, and the
-    picture `comparison.png`, of all jobs that have ended; failed ones have no result.
+    The first functions get a slot each; the next one waits for the last slot. By default there are
+    two slots on this machine. Jobs are identified by their names: a finished job never runs again,
+    and others may be added. `listing` makes the table and `draw` the picture `comparison.png` of
+    all jobs that have ended; failed ones have no result.
 
-    Raises UserError, before anything runs, for a function that cannot be called, and if `folder`
-    holds results of other values or belongs to a process that lives.
+    Raises UserError, before anything runs, if a function cannot be called, and if `folder` holds
+    results of other values or is in use by another process.
     """
     for name in functions:
         if not re.fullmatch(r"[\w.,=+-]+", name, flags=re.ASCII):
-            raise ConfigError(f"{name!r} cannot name a job's files; use letters, digits and _.,=+-")
+            raise ConfigError(
+                f"{name!r} cannot be part of a file name; use letters, digits and _.,=+-"
+            )
     calls = {name: Call.of(function) for name, function in functions.items()}
     for call in calls.values():
         call.require(())
-    group = Group(
+    group = JobGroup(
         kind="jobs",
         heading=f"Side by side: {', '.join(calls)}",
         jobs=[Job(name, call.target, call.kwargs) for name, call in calls.items()],
         values={
-            name: {plan.free_key("target", call.kwargs): call.target, **call.kwargs}
+            name: {grid.free_key("target", call.kwargs): call.target, **call.kwargs}
             for name, call in calls.items()
         },
         folder=folder,
         log_dir=log_dir,
     )
 
-    def conclude(store: ResultsStore, say: Say) -> None:
+    def summarize(store: ResultsStore, console: LoggedConsole) -> None:
         records = {name: store.results[name] for name in calls if name in store.results}
         if records:
-            say(listing(records))
+            console.print(listing(records))
             store.save()
-            say(f"Results: {folder / ledgers.RESULTS_FILE}{_picture(records)}")
+            console.print(f"Results: {folder / RESULTS_FILE}{draw_picture(records)}")
 
-    def _picture(records: Records) -> str:
-        if draw is None or all(record.state == "failed" for record in records.values()):
+    def draw_picture(records: Records) -> str:
+        if draw is None or all(result.state == "failed" for result in records.values()):
             return ""
         try:
             plot.write(lambda: draw(records), folder / PICTURE)
@@ -194,4 +201,4 @@ def together(
         return f", picture: {folder / PICTURE}"
 
     engine = engine or Engine(of_machine(max_gpus=job_group.AT_ONCE))
-    return job_group.run(group, engine, limits, out or console(), conclude)
+    return job_group.run(group, engine, limits, out or console(), summarize)

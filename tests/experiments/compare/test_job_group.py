@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from gpt2.experiments.compare import job_group
-from gpt2.experiments.compare.job_group import Diary, Group
+from gpt2.experiments.compare.job_group import JobGroup, LoggedConsole
 from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.job import Job
 
@@ -18,11 +18,13 @@ def test_time_saved():
     rounded = job_group.saved_time(46.4, 72.6, shared=False, noun="job")
     assert "46s" in rounded and "1m 13s" in rounded and "27s saved" in rounded, "as 73 - 46"
     assert "nothing saved" in job_group.saved_time(20, 19, shared=False, noun="job")
-    assert "less was saved, or nothing" in job_group.saved_time(190, 290, shared=True, noun="job")
+    assert "the real saving is smaller, or none" in job_group.saved_time(
+        190, 290, shared=True, noun="job"
+    )
 
 
 @pytest.mark.parametrize(
-    ("count", "places", "words"),
+    ("count", "available", "words"),
     [
         (3, 2, "- 2 at a time, on cpu0, cpu1\n"),
         (2, 4, "- 2 at a time, on cpu0, cpu1\n"),
@@ -30,10 +32,10 @@ def test_time_saved():
         (2, 1, "- one after another, on cpu0\n"),
     ],
 )
-def test_slots_that_are_used_are_named(tmp_path: Path, count: int, places: int, words: str):
+def test_slots_that_are_used_are_named(tmp_path: Path, count: int, available: int, words: str):
     names = [f"{number}" for number in range(count)]
-    group = Group("jobs", "Jobs", [Job(name, "a:b", {}) for name in names], {}, log_dir=tmp_path)
+    group = JobGroup("jobs", "Jobs", [Job(name, "a:b", {}) for name in names], {}, log_dir=tmp_path)
     out = Console(file=io.StringIO(), width=160)
-    with Diary(out, tmp_path / "log") as diary:
-        job_group._introduce(group, names, slots.of_cores(places, "1"), diary)
+    with LoggedConsole(out, tmp_path / "log") as console:
+        job_group._print_plan(group, names, slots.of_cores(available, "1"), console)
     assert f"Jobs\n  {words}  - results" in (tmp_path / "log").read_text()

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from gpt2.experiments.compare import model_table
-from gpt2.experiments.compare.model_table import Row
+from gpt2.experiments.compare.model_table import ModelRow
 from gpt2.metrics.log_reader import LoggedRun, LoggedStep
 
 RESULT = {"train_loss": 3.5, "val_loss": 3.6, "tokens_per_s": 1234.5, "train_s": 190.0, "step": 9}
@@ -22,7 +22,7 @@ def logged(first: int = 0, steps: int = 40, validated: bool = True) -> LoggedRun
     return run
 
 
-def shown(rows: list[Row]) -> str:
+def shown(rows: list[ModelRow]) -> str:
     console = Console(file=io.StringIO(), width=160)
     console.print(model_table.listing(rows))
     return console.file.getvalue()
@@ -30,9 +30,9 @@ def shown(rows: list[Row]) -> str:
 
 def test_the_table_marks_the_best_and_shows_what_failed():
     rows = [
-        Row.of("gpt2", 124_439_808, "finished", RESULT),
-        Row.of("modern", 124e6, "finished", RESULT | {"val_loss": 3.4, "train_loss": 3.9}),
-        Row.of("mlp", 60e6, "failed", None),
+        ModelRow.of("gpt2", 124_439_808, "finished", RESULT),
+        ModelRow.of("modern", 124e6, "finished", RESULT | {"val_loss": 3.4, "train_loss": 3.9}),
+        ModelRow.of("mlp", 60e6, "failed", None),
     ]
     assert model_table.best(rows) is rows[1]
     _, _, _, _, gpt2, modern, mlp, *_ = shown(rows).splitlines()
@@ -43,15 +43,16 @@ def test_the_table_marks_the_best_and_shows_what_failed():
 
 def test_without_validation_the_training_loss_decides():
     rows = [
-        Row.of(name, 1, "finished", {"train_loss": loss}) for name, loss in (("a", 2), ("b", 1))
+        ModelRow.of(name, 1, "finished", {"train_loss": loss})
+        for name, loss in (("a", 2), ("b", 1))
     ]
     assert model_table.best(rows) is rows[1]
     assert "1.0000 *" in shown(rows)
-    assert model_table.best([Row.of("a", 1, "failed", None)]) is None
+    assert model_table.best([ModelRow.of("a", 1, "failed", None)]) is None
 
 
 def test_the_file_has_all_digits(tmp_path: Path):
-    model_table.write_csv([Row.of("gpt2", 5, "finished", RESULT)], tmp_path / "rows.csv")
+    model_table.write_csv([ModelRow.of("gpt2", 5, "finished", RESULT)], tmp_path / "rows.csv")
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
     assert row["tokens_per_s"] == "1234.5" and row["hellaswag"] == "" and "step" not in row
 

@@ -130,8 +130,8 @@ def test_unknown_keys_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.
     (tmp_path / state.FILE).write_text(json.dumps(content))
     assert state.read(tmp_path) == tracker.current
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path}/state.json: ignored unknown keys {name}"
-        for name in ("temperature", "priority")
+        f"{tmp_path}/state.json: ignored unknown fields of {name}"
+        for name in ("SlotState: temperature", "ExperimentState: priority")
     ]
 
 

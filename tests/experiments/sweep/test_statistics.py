@@ -33,7 +33,7 @@ def test_points_keep_their_own_seeds():
         record(1, None, rate=0.2, state="failed"),
         record(2, {"loss": None}, rate=0.2),  # it was no finite number
     ]
-    first, second = statistics.summarise([{"rate": 0.1}, {"rate": 0.2}], records, "loss")
+    first, second = statistics.summarize([{"rate": 0.1}, {"rate": 0.2}], records, "loss")
     assert first.values == {0: 1.0, 1: 3.0} and first.metrics["loss"].mean == 2
     assert set(first.metrics) == {"loss"}
     assert (second.finished, second.failed, second.values) == (2, 1, {0: 7.0})
@@ -51,13 +51,13 @@ def test_points_keep_their_own_seeds():
 def test_nothing_to_compare_has_a_reason(results: list[object], words: str):
     """None is what is kept of NaN."""
     records = [record(seed, result) for seed, result in enumerate(results)]
-    said = statistics.lack([*records, record(9, None, state="failed")], "loss")
+    said = statistics.missing_metric([*records, record(9, None, state="failed")], "loss")
     assert said.startswith(words) and bool(said) == bool(words)
 
 
 def test_table_has_a_row_per_point():
     records = [record(seed, seed * 0.01) for seed in range(3)]
-    summaries = statistics.summarise([{"rate": 0.1}, {"rate": 0.2}], records, "value")
+    summaries = statistics.summarize([{"rate": 0.1}, {"rate": 0.2}], records, "value")
     console = Console(width=100)
     with console.capture() as captured:
         console.print(statistics.listing(summaries, "value"))

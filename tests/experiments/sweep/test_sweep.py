@@ -11,9 +11,9 @@ import pytest
 
 from gpt2.checkpoint import store
 from gpt2.cli import pool_options, seeds
-from gpt2.config import options as config
-from gpt2.experiments import results as ledger
-from gpt2.experiments.sweep.training_sweep import Training
+from gpt2.config import options
+from gpt2.experiments import results
+from gpt2.experiments.sweep.training_sweep import TrainingTarget
 from gpt2.train import trainer
 from support import ROOT, run_command, small_config, small_flags
 
@@ -88,12 +88,12 @@ def test_a_function_has_no_options_of_a_training(
         ),
         (["--grid", "learning_rat=1,2"], "did you mean learning_rate"),
         (["--grid", "n_layer=2.5,x"], "n_layer=2.5 does not fit"),
-        (["--grid", "seed=1,2"], "the seeds of a sweep are given by --num_seeds"),
-        (["--seed", "7"], "the seeds of a sweep are given by --num_seeds"),
+        (["--grid", "seed=1,2"], "the seeds of a sweep are set by --num_seeds"),
+        (["--seed", "7"], "the seeds of a sweep are set by --num_seeds"),
         (["--experiment_name", "a"], "are for one run"),
         (
             ["--target", "experiments.jobs:measured", "--grid", "rate=x/y,x_y"],
-            "two points would be called rate=x_y; use other values",
+            "two points would have the name rate=x_y; use other values",
         ),
         (["--resume", "latest"], "--resume latest is for one run; an experiment goes on by itself"),
         (["--num_seeds", "0"], "num_seeds=0 is too small"),
@@ -121,11 +121,13 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):
     assert "--n_layer" in capsys.readouterr().err
 
 
-def test_batches_of_any_size_are_judged_by_the_same_rows(data_root: Path, tmp_path: Path):
+def test_points_with_different_batch_sizes_validate_on_the_same_rows(
+    data_root: Path, tmp_path: Path
+):
     run = small_config(data_root, tmp_path)
     for size in (64, 128, 512):
-        job = Training(run).job("a", {"total_batch_size": size, "seed": 0}, tmp_path)
-        assert config.of_stored(job.kwargs["run"]).eval_rows == run.eval_rows
+        job = TrainingTarget(run).job("a", {"total_batch_size": size, "seed": 0}, tmp_path)
+        assert options.of_stored(job.kwargs["run"]).eval_rows == run.eval_rows
 
 
 @pytest.mark.soak
@@ -144,20 +146,20 @@ def test_interrupted_sweep_goes_on(tmp_path: Path):
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     output = running.communicate(timeout=30)[0].decode()
-    assert running.returncode == 130 and "the same command goes on" in output
-    before = len(ledger.read_results(lines.parent))
+    assert running.returncode == 130 and "run the same command to continue" in output
+    before = len(results.read_results(lines.parent))
     assert 6 <= before < 30
     sweep(tmp_path, "--num_seeds", 30)
-    assert len(ledger.read_results(lines.parent)) == 30
+    assert len(results.read_results(lines.parent)) == 30
     assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
 
 
 @pytest.mark.soak
 def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
-    options = {"max_steps": 16, "eval_interval": 16}
+    shortened = {"max_steps": 16, "eval_interval": 16}
     folder = tmp_path / "sweep"
     flags = command(
-        *small_flags(data_root, tmp_path, **options),
+        *small_flags(data_root, tmp_path, **shortened),
         *("--grid", "learning_rate=1e-3,3e-3", "--num_seeds", 1, "--checkpoint_dir", folder),
     )
     running = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE)
@@ -171,7 +173,7 @@ def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_pa
     running.communicate(timeout=30)
     assert running.returncode == 130
     stopped = [store.list_checkpoints(folder / name)[-1].training.step for name in names]
-    assert not ledger.read_results(folder)
+    assert not results.read_results(folder)
 
     again = run_command(flags, cwd=tmp_path)
     assert "val_loss over seeds" in again.stdout
@@ -179,9 +181,9 @@ def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_pa
         assert 3 <= step < 16 and f"Stopped by signal 15 at step {step};" in log.read_text()
         assert f"  - Step: {step}\n" in log.read_text()
         assert (folder / name / "latest.pt").exists()
-    results = {record.job: record.result for record in ledger.read_results(folder)}
-    alone = small_config(data_root, tmp_path / "alone", **options, learning_rate=3e-3, seed=0)
-    assert results[names[1]]["val_loss"] == trainer.run(alone).val_loss
+    returned = {record.job: record.result for record in results.read_results(folder)}
+    alone = small_config(data_root, tmp_path / "alone", **shortened, learning_rate=3e-3, seed=0)
+    assert returned[names[1]]["val_loss"] == trainer.run(alone).val_loss
 
     other = run_command([*flags, "--n_layer", "1"], tmp_path, expect=2)
     assert "n_layer: 2 before, 1 now" in other.stderr

@@ -1,5 +1,4 @@
-"""A few named jobs side by side, each in a process of its own: what `gpt2 models` does, whatever
-the jobs are."""
+"""Runs a group of named jobs side by side, each in its own process, and compares their results."""
 
 import contextlib
 import time
@@ -22,47 +21,46 @@ from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsSt
 from gpt2.train.report import Answer
 
 AT_ONCE = 2
-"""slots at most, where nobody says how many"""
-Say = Callable[[RenderableType], None]
+"""slots, unless the user chooses another number"""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Jobs that are compared with each other."""
+class JobGroup:
+    """Jobs whose results are compared."""
 
     kind: str
-    """as in `gpt2 experiments list`"""
+    """as `gpt2 experiments list` shows it"""
     heading: str
-    """the first line"""
+    """the first line of the output"""
     jobs: Sequence[Job]
     values: Mapping[str, Mapping[str, Any]]
-    """what tells each job from the others, by its name"""
+    """the values in which the jobs differ, by the job's name"""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """what decides over the results of all jobs"""
+    """values that the results of all jobs depend on"""
     noun: str = "job"
-    """what a job is; the owner's log is called after it"""
+    """what a job is called in messages, and in the name of the experiment's log"""
     folder: Path = Path("checkpoints/jobs")
     log_dir: Path = Path("logs")
     begun: str = field(default_factory=lambda: time.strftime("%Y%m%d_%H%M%S"))
-    """which the names of the logs end with"""
+    """the end of the names of the logs"""
 
     @property
     def names(self) -> list[str]:
         return [job.name for job in self.jobs]
 
     def description(self) -> ExperimentDescription:
-        """What all jobs have in common; more of them may be added later."""
+        """The identity of this experiment; jobs may be added to it later."""
         return ExperimentDescription(self.kind, self.fixed, total=len(self.jobs))
 
     def log(self, name: str) -> Path:
-        """The log of a worker by its job, or that of the owner by `noun`."""
+        """The log of the worker of a job; of the experiment if `name` is `noun`."""
         return self.log_dir / f"{name}_{self.begun}.log"
 
-    def placed(self, names: Sequence[str], count: int) -> list[Job]:
-        """The jobs of these names, for `count` slots."""
+    def on_slots(self, names: Sequence[str], count: int) -> list[Job]:
+        """The jobs of these names, each with the slot that it waits for, out of `count` slots."""
         chosen = [job for job in self.jobs if job.name in names]
-        places = slots.preferred_slots(len(chosen), count)
-        return [replace(job, slot=place) for job, place in zip(chosen, places, strict=True)]
+        indices = slots.preferred_slots(len(chosen), count)
+        return [replace(job, slot=index) for job, index in zip(chosen, indices, strict=True)]
 
     def require_same(self, store: ResultsStore) -> None:
         """Raises ConfigError if a job that has finished had other values."""
@@ -77,15 +75,15 @@ class Group:
             raise results.another_experiment(self.folder, rows)
 
 
-class Source:
-    """The source of the jobs; keeps their results."""
+class JobGroupSource:
+    """Gives the jobs to the scheduler and stores their results."""
 
     def __init__(
         self, jobs: Sequence[Job], values: Mapping[str, Mapping[str, Any]], store: ResultsStore
     ) -> None:
         self._jobs, self._values, self._store = iter(jobs), values, store
         self.busy_s = 0.0
-        """of all slots together"""
+        """summed over the slots"""
 
     def next(self) -> Job | None:
         return next(self._jobs, None)
@@ -99,8 +97,8 @@ class Source:
         return "go"
 
 
-class Diary:
-    """What the owner says: on the console and, without colours, in its log."""
+class LoggedConsole:
+    """Prints to the console and, without colours, to the log of the experiment."""
 
     def __init__(self, out: Console, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,43 +112,49 @@ class Diary:
     def __exit__(self, *_error: object) -> None:
         self._log.close()
 
-    def say(self, text: RenderableType, style: str | None = None) -> None:
-        for console in self._consoles:
-            with contextlib.suppress(OSError):  # a full disk, or a terminal that is gone
-                console.print(text, style=style, soft_wrap=isinstance(text, str))
+    def print(self, text: RenderableType, style: str | None = None) -> None:
+        for out in self._consoles:
+            with contextlib.suppress(OSError):  # a full disk, or a closed terminal
+                out.print(text, style=style, soft_wrap=isinstance(text, str))
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What became of the jobs."""
+class JobGroupResult:
+    """The outcome of a group of jobs."""
 
     exit_code: int
-    """0; 1 if a job failed, 128 and the signal's number if it was stopped"""
+    """0; 1 if a job failed, 128 plus the signal's number if it was stopped"""
     records: Mapping[str, JobResult]
-    """of each job that has ended, by this start or an earlier one"""
+    """the result of each job that has ended, in this start or an earlier one"""
 
 
 def run(
-    group: Group,
+    group: JobGroup,
     engine: Engine,
     limits: Limits,
     out: Console,
-    conclude: Callable[[ResultsStore, Say], None],
-) -> Ended:
-    """Runs the jobs that have not finished yet: the first ones on a slot each, the next one on the
-    last slot as soon as that is free. `conclude` shows and keeps what all say together."""
-    own_log, places = group.log(group.noun), engine.slots
-    with results.opened(group.folder, group.description()) as store, Diary(out, own_log) as diary:
+    summarize: Callable[[ResultsStore, LoggedConsole], None],
+) -> JobGroupResult:
+    """Runs the jobs that have not finished yet, and then `summarize`, which shows and stores the
+    comparison.
+
+    The first jobs get a slot each; the next one waits for the last slot.
+    """
+    log = group.log(group.noun)
+    with (
+        results.opened(group.folder, group.description()) as store,
+        LoggedConsole(out, log) as console,
+    ):
         group.require_same(store)
         waiting = [name for name in group.names if not store.is_done(name)]
-        _introduce(group, waiting, places, diary)
-        source = Source(group.placed(waiting, len(places)), group.values, store)
-        began, number = time.monotonic(), 0
+        _print_plan(group, waiting, engine.slots, console)
+        source = JobGroupSource(group.on_slots(waiting, len(engine.slots)), group.values, store)
+        began, signal_number = time.monotonic(), 0
         if waiting:
             total = len(group.jobs)
-            tracker = StateTracker(group.kind, total, places, before=total - len(waiting))
-            with showing_progress(tracker, group.folder, log=own_log, out=out) as on_event:
-                number = Scheduler(
+            tracker = StateTracker(group.kind, total, engine.slots, before=total - len(waiting))
+            with showing_progress(tracker, group.folder, log=log, out=out) as on_event:
+                signal_number = Scheduler(
                     engine,
                     source,
                     on_event,
@@ -158,28 +162,29 @@ def run(
                     limits=limits,
                 ).run()
         took_s = time.monotonic() - began
-        conclude(store, diary.say)
+        summarize(store, console)
         left = [name for name in group.names if not store.is_done(name)]
-        if number and left:
-            diary.say(f"Stopped: {', '.join(left)} left; the same command goes on")
+        if signal_number and left:
+            names = ", ".join(left)
+            console.print(f"Stopped: {names} left; run the same command to continue")
         else:
-            if len(waiting) > 1 and len(places) > 1:
+            if len(waiting) > 1 and len(engine.slots) > 1:
                 shared = _are_shared(engine)
-                diary.say(saved_time(took_s, source.busy_s, shared, group.noun))
+                console.print(saved_time(took_s, source.busy_s, shared, group.noun))
             for name in left:
                 reason = store.results[name].reason if name in store.results else "no slot is left"
-                diary.say(f"FAILED {name}: {reason} ({group.log(name)})", style="red")
-        code = 0 if not left else 128 + number if number else 1
-        records = {name: store.results[name] for name in group.names if name in store.results}
-        return Ended(code, records)
+                console.print(f"FAILED {name}: {reason} ({group.log(name)})", style="red")
+        code = 0 if not left else 128 + signal_number if signal_number else 1
+        ended = {name: store.results[name] for name in group.names if name in store.results}
+        return JobGroupResult(code, ended)
 
 
 def saved_time(parallel_s: float, one_by_one_s: float, shared: bool, noun: str) -> str:
     """`In parallel 3m 10s, one after another about 4m 50s at these speeds: 1m 40s saved (34 %)`.
 
-    `shared` says that the jobs shared cores or a GPU, which each would have had alone.
+    `shared`: the jobs shared cores or a GPU, of which a single job would have used all.
     """
-    saved_s = round(one_by_one_s) - round(parallel_s)  # as both are shown
+    saved_s = round(one_by_one_s) - round(parallel_s)  # rounded as the two times are shown
     what = "nothing saved"
     if saved_s > 0:
         what = f"{duration(saved_s)} saved ({saved_s / one_by_one_s:.0%})".replace("%", " %")
@@ -189,28 +194,31 @@ def saved_time(parallel_s: float, one_by_one_s: float, shared: bool, noun: str) 
     )
     if shared:
         text += (
-            f"\nThe {noun}s shared this machine's processors: one alone is faster than that, so "
-            "that less was saved, or nothing"
+            f"\nThe {noun}s shared this machine's processors: a single one runs faster, so the "
+            "real saving is smaller, or none"
         )
     return text
 
 
 def _are_shared(engine: Engine) -> bool:
-    """Whether a job alone on this machine would have more than its slot gives it."""
+    """Whether the slots share GPUs or CPU cores, so that a single job would run faster."""
     gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in engine.slots}
     return engine.is_fixed and (None in gpus or len(gpus) < len(engine.slots))
 
 
-def _introduce(group: Group, waiting: Sequence[str], places: Sequence[Slot], diary: Diary) -> None:
-    diary.say(group.heading)
+def _print_plan(
+    group: JobGroup, waiting: Sequence[str], available: Sequence[Slot], console: LoggedConsole
+) -> None:
+    """Prints the heading, and where the `waiting` jobs run."""
+    console.print(group.heading)
     if done := [name for name in group.names if name not in waiting]:
-        diary.say(f"  - finished already: {', '.join(done)}")
-    used = places[: len(waiting)]  # the first ones, as `Group.placed` gives them
+        console.print(f"  - finished already: {', '.join(done)}")
+    used = available[: len(waiting)]  # the first ones, as `JobGroup.on_slots` assigns them
     where = ", ".join(slot.name for slot in used)
     if len(used) > 1:
-        diary.say(f"  - {len(used)} at a time, on {where}")
+        console.print(f"  - {len(used)} at a time, on {where}")
     elif len(waiting) == 1:
-        diary.say(f"  - on {where}")
+        console.print(f"  - on {where}")
     elif waiting:
-        diary.say(f"  - one after another, on {where}")
-    diary.say(f"  - results {group.folder}, logs {group.log('*')}")
+        console.print(f"  - one after another, on {where}")
+    console.print(f"  - results {group.folder}, logs {group.log('*')}")

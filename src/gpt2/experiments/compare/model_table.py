@@ -1,6 +1,6 @@
-"""What trainings on the same data say side by side: a table and curves.
+"""Compares trainings of several models on the same data: a table, and curves of their losses.
 
-The curves come from the trainings' own `log.txt`.
+The curves come from the trainings' logs.
 """
 
 from __future__ import annotations  # matplotlib is imported where something is drawn
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 FAINT, GREY = 0.4, "#666666"
 SMOOTHED, STEEP = 0.04, 0.15
-"""as in `plot`, but for curves that are to be compared where they end"""
+"""as in `plot`, with values for curves that are compared at their end"""
 TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"))
 TIME_UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
-ENOUGH = 2
-"""an axis reaches at least so many of its units"""
+MIN_UNITS = 2
+"""an axis is labelled in the largest unit of which it shows at least this many"""
 
 
 @dataclass(frozen=True)
-class Row:
-    """What became of a model."""
+class ModelRow:
+    """The result of one model."""
 
     model: str
     parameters: int
@@ -56,25 +56,27 @@ class Row:
     """median over the steps"""
     peak_memory_gb: float | None = None
     train_s: float | None = None
-    """all steps together, whatever lay between them"""
+    """sum over the steps, without the time between them"""
 
     @classmethod
-    def of(cls, model: str, parameters: int, state: str, result: Mapping[str, Any] | None) -> Row:
-        """`result` is what the training returned, if it has finished."""
+    def of(
+        cls, model: str, parameters: int, state: str, result: Mapping[str, Any] | None
+    ) -> ModelRow:
+        """`result` is the return value of the training, or None if it has not finished."""
         known = {item.name for item in fields(cls)} & set(result or {})
         return cls(model, parameters, state, **{name: (result or {})[name] for name in known})
 
 
-def best(rows: Sequence[Row]) -> Row | None:
-    """The row with the lowest validation loss, or training loss where none was validated."""
+def best(rows: Sequence[ModelRow]) -> ModelRow | None:
+    """The row with the lowest validation loss; of the training loss if no model was validated."""
     for loss in ("val_loss", "train_loss"):
-        if judged := [row for row in rows if getattr(row, loss) is not None]:
-            return min(judged, key=attrgetter(loss))
+        if validated := [row for row in rows if getattr(row, loss) is not None]:
+            return min(validated, key=attrgetter(loss))
     return None
 
 
-def listing(rows: Sequence[Row]) -> Table:
-    """The table of models; the best loss is bold and has a star."""
+def listing(rows: Sequence[ModelRow]) -> Table:
+    """The table of models; the best loss is bold and marked with a star."""
     columns = ("train loss", "val loss", "tokens/s", "peak memory", "time")
     built = table("Models", "model", "parameters", *columns)
     winner = best(rows) if len(rows) > 1 else None
@@ -98,10 +100,10 @@ def _loss(value: float | None, marked: bool) -> Text:
     return Text(f"{value:.4f} *", style="bold green") if marked else Text(f"{value:.4f}  ")
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """The table, with all digits, for other tools."""
+def write_csv(rows: Sequence[ModelRow], path: Path) -> None:
+    """Writes the table with full precision, for other tools."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [item.name for item in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, [item.name for item in fields(ModelRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     atomic_files.write_text(path, text.getvalue())
@@ -123,12 +125,12 @@ def draw(runs: Mapping[str, LoggedRun], batch_tokens: int) -> Figure:
     tokens_axes.set_title("loss against tokens", loc="left")
     time_axes.set_title("loss against training time", loc="left")
     tokens_axes.set_ylabel("loss")
-    _explain(figure, runs, colors)
+    _add_legend(figure, runs, colors)
     return figure
 
 
 def seconds_at(run: LoggedRun, steps: Numbers) -> Numbers:
-    """How long a run had trained at each of `steps`: the time of all steps up to there."""
+    """Training time in seconds at each of `steps`: the sum of the step times up to it."""
     known = [run.first_step, *run.steps]
     passed = np.cumsum([0.0, *(item.elapsed_s for item in run.steps.values())])
     seconds: Numbers = np.interp(steps, known, passed)
@@ -140,37 +142,37 @@ def _draw_panel(
     runs: Mapping[str, LoggedRun],
     colors: Mapping[str, str],
     units: Sequence[tuple[float, str]],
-    along: Callable[[LoggedRun, Numbers], Numbers],
+    x_of: Callable[[LoggedRun, Numbers], Numbers],
 ) -> list[Curve]:
-    """Smoothed training losses lightly, validation losses above them, over `along(run, steps)`."""
+    """Draws smoothed training losses and validation losses over `x_of(run, steps)`."""
 
     def curve(name: str, losses: Mapping[int, float]) -> Curve:
-        places = along(runs[name], np.array(list(losses), float))
-        return Curve(name, colors[name], places, np.array([*losses.values()]))
+        xs = x_of(runs[name], np.array(list(losses), float))
+        return Curve(name, colors[name], xs, np.array([*losses.values()]))
 
     trained = [curve(name, _train_losses(run)) for name, run in runs.items()]
-    judged = [curve(name, run.val_losses) for name, run in runs.items() if run.val_losses]
-    unit, word = _unit(max(item.steps[-1] for item in [*trained, *judged]), units)
+    validated = [curve(name, run.val_losses) for name, run in runs.items() if run.val_losses]
+    unit, word = _unit(max(item.steps[-1] for item in [*trained, *validated]), units)
     for item in trained:
         axes.plot(item.steps / unit, item.values, color=item.color, alpha=FAINT, linewidth=1.1)
-    few = max((len(item.values) for item in judged), default=0) <= plot.MARKED
-    for item in judged:
+    few = max((len(item.values) for item in validated), default=0) <= plot.MARKED
+    for item in validated:
         marker = "o" if few else None
         axes.plot(item.steps / unit, item.values, color=item.color, marker=marker, markersize=3.5)
     axes.set_xlim(left=0)
     axes.set_xlabel(word)
     axes.xaxis.set_major_formatter("{x:g}")
-    return [*trained, *judged]
+    return [*trained, *validated]
 
 
 def _unit(reach: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    """The largest unit that the axis holds at least twice."""
+    """The largest unit of which an axis up to `reach` shows at least MIN_UNITS."""
     small = "seconds" if units is TIME_UNITS else "tokens"
-    return next((item for item in units if reach >= ENOUGH * item[0]), (1, small))
+    return next((item for item in units if reach >= MIN_UNITS * item[0]), (1, small))
 
 
-def _explain(figure: Figure, runs: Mapping[str, LoggedRun], colors: Mapping[str, str]) -> None:
-    """A legend with each model's last loss, and with what is drawn how."""
+def _add_legend(figure: Figure, runs: Mapping[str, LoggedRun], colors: Mapping[str, str]) -> None:
+    """Adds a legend with each model's last loss, and the line styles."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colors[name], linewidth=2.5) for name in runs]
@@ -196,7 +198,7 @@ def _train_losses(run: LoggedRun) -> dict[int, float]:
 
 
 def logged(folder: Path, names: Sequence[str]) -> dict[str, LoggedRun]:
-    """The newest run of each training in `folder` that has trained at all."""
+    """The newest logged run of each training in `folder` that has at least one step."""
     found = {}
     for name in names:
         log = folder / name / "log.txt"

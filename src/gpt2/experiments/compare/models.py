@@ -1,4 +1,4 @@
-"""Several models on the same data and token budget, at the same time."""
+"""Trains several models on the same data and token budget, and compares them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,14 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from gpt2.base.errors import ConfigError
-from gpt2.config import flops
-from gpt2.config import options as config
+from gpt2.config import flops, options
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.config.run import RunConfig
 from gpt2.experiments import results
 from gpt2.experiments.compare import job_group, model_table
-from gpt2.experiments.compare.job_group import AT_ONCE, Group, Say
-from gpt2.experiments.compare.model_table import Row
+from gpt2.experiments.compare.job_group import AT_ONCE, JobGroup, LoggedConsole
+from gpt2.experiments.compare.model_table import ModelRow
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
 from gpt2.experiments.results import JobResult, ResultsStore
@@ -24,17 +23,17 @@ from gpt2.inspection import plot
 
 TABLE, PICTURE = "comparison.csv", "comparison.png"
 MODELS: dict[str, dict[str, Any]] = {name: {"architecture": name} for name in ARCHITECTURES}
-"""what is compared, with the options by which the training of each differs from the others"""
+"""the options of each model that differ from the options of the comparison"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same training with several models."""
+    """The same training with each of several models."""
 
     run: RunConfig
-    """what they have in common"""
+    """the configuration that all models share"""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=MODELS.copy)
-    """name -> options of its own"""
+    """name -> options that differ for this model"""
     folder: Path = Path("checkpoints/models")
     log_dir: Path = Path("logs")
     ranks: int = 1
@@ -43,29 +42,31 @@ class Comparison:
     def __post_init__(self) -> None:
         training_job.require_fresh_start(self.run)
         if self.run.checkpoint.init_from != "scratch":
-            raise ConfigError("--init_from does not go with several models: weights fit one only")
+            raise ConfigError(
+                "--init_from cannot be used with several models: the weights fit only one of them"
+            )
         if self.run.model.architecture != ModelConfig().architecture:
-            raise ConfigError("--architecture is what is compared; --models chooses among them")
+            raise ConfigError("--architecture is what is compared; choose with --models")
         for name in self.models:
-            self.run_of(name)  # raises for what this model cannot be
+            self.run_of(name)  # raises ConfigError for invalid options
 
     def run_of(self, name: str) -> RunConfig:
-        """The training of one model."""
+        """The configuration of one model's training."""
         try:
-            return config.overlay(self.run, self.models[name])
+            return options.overlay(self.run, self.models[name])
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
-    def group(self) -> Group:
-        """The trainings, and what they have in common; models may be added later."""
-        own = {option for options in self.models.values() for option in options}
-        decisive = training_job.result_options(self.run)
+    def group(self) -> JobGroup:
+        """The trainings as a group of jobs; models may be added to it later."""
+        compared = {name for changes in self.models.values() for name in changes}
+        shared = training_job.result_options(self.run)
         data = self.run.data
         budget = f"{data.epochs} epochs of {data.data_root}"
         if data.max_steps is not None:
             budget = f"{data.max_steps * data.total_batch_size:,} tokens of {data.data_root}"
         on_ranks = f", on {self.ranks} ranks" if self.ranks > 1 else ""
-        return Group(
+        return JobGroup(
             kind="models",
             heading=f"Models {', '.join(self.models)}: {budget} each{on_ranks}",
             jobs=[
@@ -73,7 +74,7 @@ class Comparison:
                 for name in self.models
             ],
             values={name: {"model": name} for name in self.models},
-            fixed={name: value for name, value in decisive.items() if name not in own},
+            fixed={name: value for name, value in shared.items() if name not in compared},
             noun="training",
             folder=self.folder,
             log_dir=self.log_dir,
@@ -83,46 +84,50 @@ class Comparison:
 def at_once(
     models: int, count: int | None, are_gpus_named: bool, parallel: bool, ddp: int = 1
 ) -> tuple[int | None, int | None]:
-    """How many slots, and on how many GPUs at most, `models` trainings have: two unless more are
-    asked for, one if not `parallel`; each on `ddp` GPUs. None is no limit."""
+    """The number of slots and the maximum number of GPUs for `models` trainings; None is no limit.
+
+    One slot if not `parallel` or for a single model, else `count`, and by default two slots of
+    `ddp` GPUs each.
+    """
     if models == 1 or not parallel:
         return 1, None
     return count, None if count or are_gpus_named else AT_ONCE * ddp
 
 
-def run(asked: Comparison, engine: Engine, limits: Limits, out: Console) -> int:
-    """Trains the models that have not finished yet, and compares all; the exit code: 1 if one has
-    failed, 128 and the signal's number if it was stopped."""
-    training_job.require_data(asked.run, asked.ranks)
+def run(comparison: Comparison, engine: Engine, limits: Limits, out: Console) -> int:
+    """Trains the models that have not finished yet, and compares all of them.
 
-    def conclude(store: ResultsStore, say: Say) -> None:
-        _conclude(asked, store, say)
+    Returns the exit code: 1 if a model failed, 128 plus the signal's number if it was stopped.
+    """
+    training_job.require_data(comparison.run, comparison.ranks)
 
-    return job_group.run(asked.group(), engine, limits, out, conclude).exit_code
+    def summarize(store: ResultsStore, console: LoggedConsole) -> None:
+        _summarize(comparison, store, console)
+
+    return job_group.run(comparison.group(), engine, limits, out, summarize).exit_code
 
 
-def _conclude(asked: Comparison, store: ResultsStore, say: Say) -> None:
-    """The table and the picture, on the console and in files."""
-    rows = [_row(asked, store.results[name]) for name in asked.models if name in store.results]
+def _summarize(comparison: Comparison, store: ResultsStore, console: LoggedConsole) -> None:
+    """Prints the table, and writes table and picture to files."""
+    folder, names = comparison.folder, list(comparison.models)
+    rows = [_row(comparison, store.results[name]) for name in names if name in store.results]
     if not rows:
         return
-    say("")
-    say(model_table.listing(rows))
+    console.print("")
+    console.print(model_table.listing(rows))
     store.save(summary=[asdict(row) for row in rows])
-    kept = [str(asked.folder / results.RESULTS_FILE), TABLE, PICTURE]
-    runs = model_table.logged(asked.folder, list(asked.models))
-    batch_tokens = asked.run.data.total_batch_size
+    written = [str(folder / results.RESULTS_FILE), TABLE]
     try:
-        model_table.write_csv(rows, asked.folder / TABLE)
-        if runs:
-            plot.write(lambda: model_table.draw(runs, batch_tokens), asked.folder / PICTURE)
-        else:
-            kept.remove(PICTURE)
-        say(f"Kept: {', '.join(kept)}")
+        model_table.write_csv(rows, folder / TABLE)
+        if runs := model_table.logged(folder, names):
+            batch_tokens = comparison.run.data.total_batch_size
+            plot.write(lambda: model_table.draw(runs, batch_tokens), folder / PICTURE)
+            written.append(PICTURE)
+        console.print(f"Kept: {', '.join(written)}")
     except (ConfigError, OSError) as error:
-        say(f"WARNING: not everything could be kept: {error}")
+        console.print(f"WARNING: the comparison could not be written completely: {error}")
 
 
-def _row(asked: Comparison, record: JobResult) -> Row:
-    parameters = flops.parameter_count(asked.run_of(record.job).model)
-    return Row.of(record.job, parameters, record.state, record.result)
+def _row(comparison: Comparison, result: JobResult) -> ModelRow:
+    parameters = flops.parameter_count(comparison.run_of(result.job).model)
+    return ModelRow.of(result.job, parameters, result.state, result.result)

@@ -2,27 +2,24 @@
 
 import contextlib
 import json
-import logging
 import math
 import os
 import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar
+from typing import Any, Literal, TypeGuard
 
 from gpt2.base import atomic_files
+from gpt2.base.json_fields import from_json
 from gpt2.experiments.pool.job import Event, Slot
 
 FILE = "state.json"
 KEPT_FAILURES = 20
 """the newest failures; results.jsonl has all"""
 StateName = Literal["running", "stopping", "finished", "stopped"]
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -259,16 +256,8 @@ def read(folder: Path) -> ExperimentState | None:
     except (OSError, ValueError):  # not there, or not JSON
         return None
     try:
-        content["slots"] = tuple(_known(SlotState, item, path) for item in content.pop("places"))
-        content["failures"] = tuple(_known(Failure, item, path) for item in content["failures"])
-        return _known(ExperimentState, content, path)
+        content["slots"] = tuple(from_json(SlotState, item, path) for item in content.pop("places"))
+        content["failures"] = tuple(from_json(Failure, item, path) for item in content["failures"])
+        return from_json(ExperimentState, content, path)
     except (TypeError, LookupError, AttributeError):  # other JSON
         return None
-
-
-def _known(cls: type[T], values: Mapping[str, Any], path: Path) -> T:
-    """An instance of the dataclass `cls` from those of the values that it has fields for."""
-    names = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(values.keys() - names):
-        logger.warning("%s: ignored unknown keys %s", path, ", ".join(unknown))
-    return cls(**{name: value for name, value in values.items() if name in names})

@@ -1,4 +1,4 @@
-"""What the results of many seeds say together: mean, spread and interval, as a table and a plot."""
+"""Statistics over seeds: mean, standard deviation and confidence interval, as table and plot."""
 
 from __future__ import annotations  # matplotlib is imported where something is drawn
 
@@ -23,20 +23,20 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Statistics:
-    """A metric over the seeds of one point of a grid."""
+    """Statistics of a metric over the seeds of one point of a grid."""
 
     count: int
-    """seeds that have it, as a finite number"""
+    """seeds whose result has the metric as a finite number"""
     mean: float
     std: float | None
-    """of the sample, with count - 1; None of a single value"""
+    """sample standard deviation (count - 1); None for a single value"""
     low: float | None
     high: float | None
-    """the 95 % interval of the mean (Student's t)"""
+    """`low` to `high` is the 95 % confidence interval of the mean (Student's t)"""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Statistics | None:
-        """None of no values."""
+        """The statistics of the values, or None if there are none."""
         if not values:
             return None
         count, mean = len(values), statistics.fmean(values)
@@ -51,19 +51,19 @@ class Statistics:
 
 @dataclass(frozen=True)
 class PointSummary:
-    """What became of the seeds of one point."""
+    """The results of the seeds of one point."""
 
     point: Point
     finished: int
     failed: int
     values: dict[int, float]
-    """seed -> the chosen metric"""
+    """seed -> value of the chosen metric"""
     metrics: dict[str, Statistics] = field(default_factory=dict)
-    """of every number that the jobs returned"""
+    """statistics of every number that the jobs returned"""
 
 
 def numbers(result: Any) -> dict[str, float]:
-    """The numbers in what a job returned, by name; a number alone is called `value`."""
+    """The numbers that a job returned by name; a single number is called `value`."""
     named = result if isinstance(result, Mapping) else {"value": result}
     return {
         name: float(value)
@@ -72,32 +72,32 @@ def numbers(result: Any) -> dict[str, float]:
     }
 
 
-def lack(records: Iterable[JobResult], metric: str) -> str:
-    """Why there is nothing to compare though jobs have finished; empty if none has."""
-    results = [record.result for record in records if record.state != "failed"]
-    if not results:
+def missing_metric(results: Iterable[JobResult], metric: str) -> str:
+    """Why results cannot be compared by the metric; empty if no job has finished."""
+    returned = [item.result for item in results if item.state != "failed"]
+    if not returned:
         return ""
-    named = [result if isinstance(result, Mapping) else {"value": result} for result in results]
+    named = [item if isinstance(item, Mapping) else {"value": item} for item in returned]
     what = f"a finite {metric}" if any(metric in names for names in named) else metric
-    known = sorted({name for result in results for name in numbers(result)})
+    known = sorted({name for item in returned for name in numbers(item)})
     others = f"; --metric may be one of {', '.join(known)}" if known else ""
     return f"No result has {what}{others}"
 
 
-def summarise(
-    points: Sequence[Point], records: Iterable[JobResult], metric: str
+def summarize(
+    points: Sequence[Point], results: Iterable[JobResult], metric: str
 ) -> list[PointSummary]:
-    """The points with what their seeds gave; `values` of a record are a point and a seed."""
+    """The results of each point; the `values` of a result are its point and seed."""
     by_point: dict[str, list[JobResult]] = {str(point): [] for point in points}
-    for record in records:
-        point = {name: value for name, value in record.values.items() if name != "seed"}
-        by_point.setdefault(str(point), []).append(record)
-    return [_summarise(point, by_point[str(point)], metric) for point in points]
+    for item in results:
+        point = {name: value for name, value in item.values.items() if name != "seed"}
+        by_point.setdefault(str(point), []).append(item)
+    return [_summarize(point, by_point[str(point)], metric) for point in points]
 
 
-def _summarise(point: Point, records: list[JobResult], metric: str) -> PointSummary:
-    finished = [record for record in records if record.state != "failed"]
-    found = {record.values["seed"]: numbers(record.result) for record in finished}
+def _summarize(point: Point, results: list[JobResult], metric: str) -> PointSummary:
+    finished = [item for item in results if item.state != "failed"]
+    found = {item.values["seed"]: numbers(item.result) for item in finished}
     names = dict.fromkeys(name for values in found.values() for name in values)
     collected = {
         name: Statistics.of([values[name] for values in found.values() if name in values])
@@ -106,14 +106,14 @@ def _summarise(point: Point, records: list[JobResult], metric: str) -> PointSumm
     return PointSummary(
         point,
         len(finished),
-        len(records) - len(finished),
+        len(results) - len(finished),
         {seed: values[metric] for seed, values in sorted(found.items()) if metric in values},
         {name: item for name, item in collected.items() if item is not None},
     )
 
 
 def listing(summaries: Sequence[PointSummary], metric: str) -> Table:
-    """The table of points: a column for each name of the grid, and the metric over the seeds."""
+    """The table of points: a column for each name of the grid, and statistics of the metric."""
     names = list(summaries[0].point)
     built = table(f"{metric} over seeds", *names, "seeds", "failed", "mean", "std", "95 % interval")
     for item in summaries:
@@ -127,7 +127,7 @@ def listing(summaries: Sequence[PointSummary], metric: str) -> Table:
 
 
 def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
-    """A line per point: its seeds as dots, their mean with its interval above them."""
+    """A row for each point: its seeds as dots, and above them their mean with its interval."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
     shown = [item for item in summaries if item.values]
@@ -137,7 +137,7 @@ def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
         _draw_point(axes, row, item, metric)
     labels = ["\n".join(_label(item.point)) for item in shown]
     axes.set_yticks(range(len(shown)), labels)
-    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first point above
+    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first point at the top
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{metric}: mean with its 95 % interval, and each seed")
     axes.set_title(f"{metric} over {max(len(item.values) for item in shown)} seeds", loc="left")
@@ -158,13 +158,13 @@ def _label(point: Point) -> list[str]:
 
 
 def _seeds_cell(item: PointSummary, metric: str) -> str:
-    """Seeds that have finished; and of them, if not all, those with a finite number."""
+    """`8`, or `7 of 8` if one of the finished seeds has no finite number."""
     count = item.metrics[metric].count if metric in item.metrics else 0
     return f"{item.finished}" if count == item.finished else f"{count} of {item.finished}"
 
 
 def _cells(found: Statistics | None) -> tuple[str, str, str]:
-    """Mean, deviation and interval, with as many decimals as the deviation deserves."""
+    """Mean, standard deviation and interval, rounded to three digits of the deviation."""
     if found is None:
         return "-", "-", "-"
     if found.std is None or found.low is None or found.high is None:

@@ -1,4 +1,4 @@
-"""The training that a sweep gives seeds and the values of a grid to."""
+"""A training as the target of a sweep."""
 
 import shutil
 import threading
@@ -16,18 +16,18 @@ from gpt2.experiments.pool.job import Job
 from gpt2.experiments.training import training_job
 from gpt2.inspection import machine
 
-KEPT = 3
-"""checkpoints of a training in a sweep, at most: the newest two and the best"""
+MAX_CHECKPOINTS = 3
+"""checkpoints that a training in a sweep keeps at most: the newest two and the best"""
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training whose options the points of a sweep change."""
+class TrainingTarget:
+    """A training whose options are changed by the points of a sweep."""
 
     run: RunConfig
     keep_checkpoints: bool = True
     ranks: int = 1
-    """GPUs of each, or processes on the CPU"""
+    """GPUs of each training, or processes on the CPU"""
 
     @property
     def name(self) -> str:
@@ -36,18 +36,19 @@ class Training:
     def require(self, points: Sequence[Point]) -> None:
         training_job.require_fresh_start(self.run)
         for point in points:
-            options.overlay(self.run, point)  # raises for a field that is none, or a bad value
+            options.overlay(self.run, point)  # raises ConfigError for invalid names or values
 
     def fixed(self, swept: Collection[str]) -> dict[str, Any]:
-        decisive = training_job.result_options(self.run).items()
-        return {"target": "training"} | {name: is_ for name, is_ in decisive if name not in swept}
+        all_options = training_job.result_options(self.run)
+        fixed = {name: value for name, value in all_options.items() if name not in swept}
+        return {"target": "training", **fixed}
 
     def job(self, name: str, values: Point, folder: Path) -> Job:
-        run_config = options.overlay(self.run, self._judged_alike(values) | values)
+        run_config = options.overlay(self.run, self._same_validation(values) | values)
         return training_job.job(name, run_config, folder, ranks=self.ranks, keep_last=2)
 
-    def _judged_alike(self, values: Point) -> dict[str, Any]:
-        """Points with batches of other sizes validate on the same rows."""
+    def _same_validation(self, values: Point) -> dict[str, Any]:
+        """Makes points with different batch sizes validate on the same rows."""
         return {"eval_rows": self.run.eval_rows} if "total_batch_size" in values else {}
 
     def prepare(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
@@ -55,10 +56,10 @@ class Training:
         self.require_room(planned, folder, at_once)
 
     def require_room(self, planned: Mapping[str, Point], folder: Path, at_once: int) -> None:
-        """Raises ConfigError if the disk has no room for the checkpoints of the trainings that are
-        to begin; what has begun has its room already."""
+        """Raises ConfigError if the disk has no room for the checkpoints of the trainings that have
+        not started yet."""
         needs = [
-            KEPT * flops.state_bytes(options.overlay(self.run, values).model)
+            MAX_CHECKPOINTS * flops.state_bytes(options.overlay(self.run, values).model)
             for name, values in planned.items()
             if not (folder / name).exists()
         ]
@@ -74,5 +75,5 @@ class Training:
 
     def clear(self, folder: Path) -> None:
         if not self.keep_checkpoints:
-            # Gigabytes take long, and others wait for their answers.
+            # Removing gigabytes takes time, in which other jobs would wait for their answers.
             threading.Thread(target=shutil.rmtree, args=(folder, True)).start()
