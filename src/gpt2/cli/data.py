@@ -1,4 +1,4 @@
-"""`gpt2 data`: prepare a corpus, verify shards, look into them."""
+"""`gpt2 data`: prepares a corpus, verifies shards and shows what is in them."""
 
 import re
 import shlex
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import tyro
 from rich.progress import track
@@ -15,29 +16,31 @@ from rich.table import Table
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import require_at_least, suggestion
-from gpt2.cli.parse import guarded, parse
+from gpt2.cli.parse import CommandOptions, guarded, run_command
 from gpt2.data import corpora, prepare, shards, tokenizer
 from gpt2.data.corpora import Corpus
 from gpt2.data.remote import Storage
 
+ON_INTERRUPT = "Interrupted; the same command again resumes"
+
 
 @dataclass(frozen=True)
 class Options:
-    """How to cut it into shards, and where to put them."""
+    """Size and folder of the shards."""
 
     out: Path | None = None
-    """folder of the shards; default data/NAME"""
+    """folder of the shards; default is data/NAME"""
     shard_tokens: int | None = None
-    """tokens per shard; default is the corpus's own"""
+    """tokens per shard; default depends on the corpus"""
     val_tokens: int | None = None
-    """tokens of the first shard, which is for validation; default is one shard of a corpus by
-    name, else 10 million, or a tenth of a small corpus"""
+    """tokens of the first shard, which is for validation; default is one shard for a corpus of the
+    list, otherwise 10 million, or a tenth of a small corpus"""
     max_tokens: int | None = None
     """stop after this many tokens"""
     workers: int | None = None
-    """tokenising processes; default all cores"""
+    """processes that tokenise; default is one per core"""
     overwrite: bool = False
-    """start anew, whatever is there of this corpus"""
+    """start from the beginning, even if shards of this corpus exist"""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "shard_tokens", "val_tokens")
@@ -45,42 +48,42 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Named:
-    """Prepare a corpus of the table."""
+class Named(CommandOptions):
+    """Prepare a corpus of the list in `gpt2 data --help`."""
 
     output: Options = Options()
 
 
 @dataclass(frozen=True)
-class Hub:
-    """Prepare any data set of the Hugging Face hub, or of a local folder."""
+class Hub(CommandOptions):
+    """Prepare any dataset of the Hugging Face hub, or of a local folder."""
 
     repo: tyro.conf.Positional[str]
-    """data set, as in `datasets.load_dataset`"""
+    """name of the dataset, as for `datasets.load_dataset`"""
     hf_name: str | None = None
-    """its configuration"""
+    """configuration of the dataset"""
     split: str = "train"
-    """its split"""
+    """split of the dataset"""
     text_field: str = "text"
-    """the field that holds the text"""
+    """field that holds the text"""
     streaming: bool = True
-    """read it as it comes instead of downloading it first"""
+    """read the dataset while it downloads, instead of downloading it first"""
     output: Options = Options()
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(CommandOptions):
     """Prepare .txt, .jsonl or .parquet files, also .gz and .zst."""
 
     patterns: tyro.conf.Positional[tuple[str, ...]]
     """files or globs, in quotes: 'texts/**/*.txt'"""
     text_field: str = "text"
-    """the field that holds the text, in .jsonl and .parquet"""
+    """field that holds the text, in .jsonl and .parquet files"""
     output: Options = Options()
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(CommandOptions):
     """Check the size and the SHA-256 of every shard."""
 
     root: tyro.conf.Positional[str]
@@ -88,15 +91,15 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Show:
-    """Print the table of shards and the text at the beginning of one."""
+class Show(CommandOptions):
+    """Print the table of shards and the text at the beginning of one shard."""
 
     root: tyro.conf.Positional[str]
     """folder, glob or URL of shards"""
     shard: int | None = None
     """number of the shard in the table; default is the first training shard"""
     tokens: int = 100
-    """how many tokens to decode"""
+    """number of tokens to decode"""
 
 
 def data_main() -> int:
@@ -106,21 +109,22 @@ def data_main() -> int:
         print(_usage())
         return 0
     sys.argv[0] += f" {name}"
-
-    def body() -> int:
-        if name in ACTIONS:
-            return ACTIONS[name](rest)
-        corpus = corpora.find(name)
-        if corpus is None:
-            known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
-            raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data -h")
-        return _prepare(corpus, parse(Named, rest).output)
-
-    return guarded(body, interrupted="Interrupted; the same command goes on where it was")
+    if name in ACTIONS:
+        kind, run = ACTIONS[name]
+        return run_command(kind, run, rest, on_interrupt=ON_INTERRUPT)
+    if corpus := corpora.find(name):
+        return run_command(
+            Named, lambda command: _prepare(corpus, command.output), rest, on_interrupt=ON_INTERRUPT
+        )
+    return guarded(lambda: _refuse(name))
 
 
-def _hub(arguments: list[str]) -> int:
-    command = parse(Hub, arguments)
+def _refuse(name: str) -> NoReturn:
+    known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
+    raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data --help")
+
+
+def _hub(command: Hub) -> int:
     corpus = corpora.hub(
         _slug(command.repo.rstrip("/").rpartition("/")[2]),
         command.repo,
@@ -133,8 +137,7 @@ def _hub(arguments: list[str]) -> int:
     return _prepare(corpus, command.output)
 
 
-def _files(arguments: list[str]) -> int:
-    command = parse(Files, arguments)
+def _files(command: Files) -> int:
     if not command.patterns:
         raise ConfigError("no files given; type gpt2 data files 'texts/*.txt'")
     folder = command.output.out or Path(command.patterns[0]).absolute().parent
@@ -161,15 +164,15 @@ def _prepare(corpus: Corpus, options: Options) -> int:
     out.print(_split_table(shards.load_index(Storage(str(folder)))))
     out.print(
         f"{counted(manifest.documents, 'document')}, {manifest.empty_documents:,} of them empty, "
-        f"{manifest.replaced_documents:,} with bytes that are no UTF-8 (now U+FFFD); "
+        f"{manifest.replaced_documents:,} with bytes that are not UTF-8 (now U+FFFD); "
         f"{elapsed_s:.0f} s"
     )
     out.print(f"Train on it with --data_root {folder}")
     return 0
 
 
-def _verify(arguments: list[str]) -> int:
-    storage = Storage(parse(Verify, arguments).root)
+def _verify(command: Verify) -> int:
+    storage = Storage(command.root)
     manifest = shards.Manifest.read(storage)
     wrong = [
         f"{storage.full(shard.file)}: {reason}"
@@ -178,60 +181,63 @@ def _verify(arguments: list[str]) -> int:
     ]
     if wrong:
         raise DataError(
-            f"{len(wrong)} of {len(manifest.shards)} shards are not as the manifest says, or "
+            f"{len(wrong)} of {len(manifest.shards)} shards do not match the manifest, or "
             f"cannot be read{shards.way_out(storage)}" + "".join(f"\n  {line}" for line in wrong)
         )
-    print(f"{storage}: all {len(manifest.shards)} shards are as the manifest says")
+    print(f"{storage}: all {len(manifest.shards)} shards match the manifest")
     return 0
 
 
-def _show(arguments: list[str]) -> int:
-    command = parse(Show, arguments)
+def _show(command: Show) -> int:
     storage = Storage(command.root)
-    catalog = shards.load_index(storage)
+    index = shards.load_index(storage)
     out = console()
     listing = table(f"Shards in {storage.root}", "shard", "split", "tokens", "size", "file")
-    for number, shard in enumerate(catalog.shards):
+    for number, shard in enumerate(index.shards):
         size = f"{shard.bytes / 1e6:,.1f} MB"
         listing.add_row(f"{number}", shard.split, f"{shard.tokens:,}", size, shard.file)
     out.print(listing)
-    first = next((n for n, item in enumerate(catalog.shards) if item.split == "train"), 0)
+    first = next((n for n, item in enumerate(index.shards) if item.split == "train"), 0)
     number = first if command.shard is None else command.shard
-    if not 0 <= number < len(catalog.shards):
-        raise ConfigError(f"shard={number} is not in the table; there are {len(catalog.shards)}")
-    tokens = shards.first_tokens(storage, catalog.shards[number], command.tokens)
+    if not 0 <= number < len(index.shards):
+        raise ConfigError(
+            f"shard={number} is not in the table; expected 0 to {len(index.shards) - 1}"
+        )
+    tokens = shards.first_tokens(storage, index.shards[number], command.tokens)
     print(f"Shard {number} begins with:\n{tokenizer.decode(tokens)}")
     return 0
 
 
-def _split_table(catalog: shards.DatasetIndex) -> Table:
-    listing = table(f"Shards in {catalog.storage}", "split", "shards", "tokens", "size")
+def _split_table(index: shards.DatasetIndex) -> Table:
+    listing = table(f"Shards in {index.storage}", "split", "shards", "tokens", "size")
     splits: tuple[shards.Split, ...] = ("train", "val")
     for split in splits:
-        size = sum(shard.bytes for shard in catalog.of(split))
-        tokens = f"{catalog.tokens(split):,}"
-        listing.add_row(split, f"{len(catalog.of(split))}", tokens, f"{size / 1e6:,.1f} MB")
+        size = sum(shard.bytes for shard in index.of(split))
+        tokens = f"{index.tokens(split):,}"
+        listing.add_row(split, f"{len(index.of(split))}", tokens, f"{size / 1e6:,.1f} MB")
     return listing
 
 
-ACTIONS: dict[str, Callable[[list[str]], int]] = {
-    "hf": _hub,
-    "files": _files,
-    "verify": _verify,
-    "show": _show,
+ACTIONS: dict[str, tuple[type[CommandOptions], Callable[[Any], int]]] = {
+    "hf": (Hub, _hub),
+    "files": (Files, _files),
+    "verify": (Verify, _verify),
+    "show": (Show, _show),
 }
 
 
 def _usage() -> str:
     rows = [(_typed(corpus.name), corpus.source) for corpus in corpora.CORPORA.values()]
     rows += [
-        ("hf REPO", "any data set of the Hugging Face hub"),
+        ("hf REPO", "any dataset of the Hugging Face hub"),
         ("files GLOB…", ".txt, .jsonl or .parquet files, also .gz and .zst"),
         ("verify DIR", "check the size and the SHA-256 of every shard"),
-        ("show DIR", "the table of shards, and the text at the beginning of one"),
+        ("show DIR", "print the table of shards, and the text at the beginning of one"),
     ]
     listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)
-    return f"usage: gpt2 data WHAT [OPTIONS]\n\n{listing}\n\n`gpt2 data WHAT --help` lists options"
+    return (
+        f"usage: gpt2 data WHAT [OPTIONS]\n\n{listing}\n\n`gpt2 data WHAT --help` lists its options"
+    )
 
 
 def _typed(name: str) -> str:
@@ -239,7 +245,7 @@ def _typed(name: str) -> str:
 
 
 def _typed_command() -> str:
-    """The command of this process, to be typed again; --overwrite would not go on."""
+    """The command that resumes this one: without --overwrite, which would start again."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
     return shlex.join(["gpt2", "data", *arguments])
 

@@ -1,24 +1,24 @@
-"""`gpt2 doctor`: checks this machine and all that a run needs."""
+"""`gpt2 doctor`: checks this machine and everything that a run needs."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.base import validation
+from gpt2.base import log, validation
 from gpt2.base.text import console
 from gpt2.cli import train
-from gpt2.cli.parse import guarded, parse
+from gpt2.cli.parse import CommandOptions, guarded, parse
 from gpt2.config.run import RunConfig
 
 
 @dataclass(frozen=True)
-class DoctorCommand:
-    """Check this machine, and all that a run with these options needs. Exit code: 1 if something
-    keeps the run from its end."""
+class DoctorCommand(CommandOptions):
+    """Check this machine and everything that a run with these options needs. Exit code: 1 if the
+    run cannot work."""
 
     run: RunConfig
     nproc_per_node: int | None = None
-    """ranks, as torchrun is told; default is one per GPU"""
+    """ranks, as for torchrun; default is one per GPU"""
     config: Path | None = None
     """TOML file with options, by name or in a table per part"""
     out_dir: Path | None = None
@@ -33,8 +33,10 @@ def doctor_main() -> int:
 
     def body() -> int:
         arguments = sys.argv[1:]
-        default = DoctorCommand(run=train.before_flags(arguments))
-        command = parse(DoctorCommand, arguments, default=default)
+        default = DoctorCommand(run=train.run_of_file(arguments))
+        command = parse(DoctorCommand, arguments, default)
+        log.setup(command.log_level)
+        # They import torch: see `gpt2.cli.parse`.
         from gpt2.inspection import doctor
         from gpt2.train import experiment_folder
 

@@ -1,29 +1,29 @@
-"""What the `gpt2` command tells of runs: `estimate`, `status`, `plot`, `doctor`."""
+"""`gpt2 estimate`: how long training takes."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.base import validation
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.cli.parse import guarded, parse
+from gpt2.cli.parse import CommandOptions, run_command
 from gpt2.config import presets
-from gpt2.config import run as run_module
+from gpt2.config.run import PresetName
+from gpt2.inspection import estimate, runs
 
 
 @dataclass(frozen=True)
-class EstimateCommand:
-    """How long training takes: of the newest run, or from these flags where there is none."""
+class EstimateCommand(CommandOptions):
+    """Forecast how long training takes: of the newest run, or from these flags."""
 
     checkpoint_dir: Path = Path("checkpoints")
-    """where to look for runs"""
-    preset: run_module.PresetName | None = None
+    """folder to search for runs"""
+    preset: PresetName | None = None
     """estimate this preset instead of the newest run"""
     tokens_per_sec: float | None = None
-    """estimate at this speed instead of the newest run"""
+    """estimate at this speed instead of the newest run's"""
     gpus: int | None = None
-    """GPUs that give this speed, or that are assumed"""
+    """number of GPUs that reach this speed together; default is 1"""
 
     def __post_init__(self) -> None:
         validation.require_at_least(self, 1, "gpus")
@@ -32,26 +32,18 @@ class EstimateCommand:
 
 
 def estimate_main() -> int:
-    """`estimate_training_time.py` and `gpt2 estimate`."""
+    """`gpt2 estimate` and `estimate_training_time.py`."""
+    return run_command(EstimateCommand, _run)
 
-    def body() -> int:
-        command = parse(EstimateCommand, sys.argv[1:])
-        from gpt2.inspection import estimate
-        from gpt2.inspection import runs as runs_module
 
-        out = console()
-        flags = (command.preset, command.tokens_per_sec, command.gpus)
-        asked = any(flag is not None for flag in flags)
-        run = None if asked else runs_module.newest_run(command.checkpoint_dir)
-        if run is not None:
+def _run(command: EstimateCommand) -> int:
+    out = console()
+    flags = (command.preset, command.tokens_per_sec, command.gpus)
+    if all(flag is None for flag in flags):
+        if run := runs.newest_run(command.checkpoint_dir):
             estimate.print_run_forecast(run, out)
-        else:
-            if not asked:
-                out.print(f"No run found in {command.checkpoint_dir}")
-            run_config = presets.preset(command.preset or "gpt2-124m")
-            estimate.print_assumed_forecast(
-                run_config, command.tokens_per_sec, command.gpus or 1, out
-            )
-        return 0
-
-    return guarded(body)
+            return 0
+        out.print(f"No run found in {command.checkpoint_dir}")
+    assumed = presets.preset(command.preset or "gpt2-124m")
+    estimate.print_assumed_forecast(assumed, command.tokens_per_sec, command.gpus or 1, out)
+    return 0

@@ -1,4 +1,4 @@
-"""`gpt2 evaluate`: how good a trained model is, beside GPT-2's published figures."""
+"""`gpt2 evaluate`: measures a trained model and compares it with GPT-2's published figures."""
 
 import json
 import math
@@ -7,48 +7,57 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
 
 import gpt2
-from gpt2.base import log, validation
+from gpt2.base import atomic_files, log, validation
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import suggestion
-from gpt2.cli.loading import Loaded, Source, load_model
-from gpt2.cli.parse import guarded, parse
-from gpt2.config import options, presets, run
-from gpt2.evaluation import baselines
+from gpt2.cli.loading import LoadedModel, load_model
+from gpt2.cli.model_source import ModelSource
+from gpt2.cli.parse import CommandOptions, guarded, parse
+from gpt2.config import options, presets
+from gpt2.config.run import MachineConfig
+from gpt2.data import sampler
+from gpt2.data.remote import Storage
+from gpt2.data.shards import TokenDataset, load_index
+from gpt2.distributed import rendezvous
+from gpt2.distributed.world import World
+from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.baselines import Style
-
-if TYPE_CHECKING:
-    import torch
-
-    from gpt2.distributed.world import World
+from gpt2.evaluation.loss import row_losses
+from gpt2.train.setup import cache_of, require_known_ids
 
 
 @dataclass(frozen=True)
-class EvaluateCommand:
-    """Measure a trained model: HellaSwag, and the loss on a validation split. Under torchrun, all
-    ranks share the work."""
+class EvaluateCommand(CommandOptions):
+    """Measure a trained model: HellaSwag accuracy, and the loss on a validation split. Under
+    torchrun, all ranks share the work."""
 
-    source: Source = Source()
+    source: ModelSource = ModelSource()
     tasks: str = "hellaswag,val"
     """what to measure, separated by commas"""
     limit: int | None = None
-    """the first so many HellaSwag tasks, and so many rows of the split; None is all tasks, and as
-    many rows as the run validated on (as a run by default, for models of other tools)"""
+    """number of HellaSwag tasks, and of rows of the validation split; None is all tasks, and as
+    many rows as the run validates on (for a model of another tool: as a run with default options)
+    """
     style: Style = "completion"
-    """HellaSwag as GPT-2's replications put it, or as lm-evaluation-harness does"""
+    """format of HellaSwag: completion as in replications of GPT-2, harness as in
+    lm-evaluation-harness"""
     hellaswag_path: Path | None = None
-    """file of tasks (.jsonl, .jsonl.gz); None loads them once and keeps them in data/hellaswag"""
+    """file of tasks (.jsonl, .jsonl.gz); None downloads them once to data/hellaswag"""
     data_root: str | None = None
-    """shards whose validation split is measured; None is the run's own"""
+    """shards whose validation split is measured; None is those of the run"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the model's matrix products; the logits are computed in float32"""
     batch_tokens: int = 4096
-    """tokens of HellaSwag that go through the model at once, at most"""
+    """largest number of HellaSwag tokens in one batch"""
     output: Path = Path("results.json")
     """file for the results"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,7 +69,7 @@ class EvaluateCommand:
             if name not in MEASURES:
                 raise ConfigError(
                     f"task {name!r} is unknown{suggestion(name, list(MEASURES))}; "
-                    f"there are {', '.join(MEASURES)}"
+                    f"expected {', '.join(MEASURES)}"
                 )
 
     @property
@@ -70,18 +79,18 @@ class EvaluateCommand:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table."""
+    """One row of the table."""
 
     task: str
     about: Mapping[str, str]
-    """what the task was, in detail"""
+    """settings of the task"""
     metric: str
     value: float
     error: float
     """standard error"""
     count: str
     gpt2: float | None = None
-    """what GPT-2 124M reaches"""
+    """the figure of GPT-2 124M"""
 
 
 Measure = Callable[[], list[Figure]]
@@ -89,19 +98,16 @@ Measure = Callable[[], list[Figure]]
 
 def evaluate_main() -> int:
     """`gpt2 evaluate`."""
-    from gpt2.distributed import rendezvous
-
-    rank = rendezvous.env_rank()[0]
-    speaks = rank == 0
-    log.setup(rank=rank)
+    rank, _, local_rank, _ = rendezvous.env_rank()
 
     def body() -> int:
         with rendezvous.reported_by_local_rank0():
-            command = parse(EvaluateCommand, sys.argv[1:], speak=speaks)
-        with rendezvous.join(run.MachineConfig(device=command.device)) as world:
+            command = parse(EvaluateCommand, sys.argv[1:], quiet=local_rank > 0)
+        log.setup(command.log_level, rank=rank)
+        with rendezvous.join(MachineConfig(device=command.device)) as world:
             loaded = load_model(command.source)
-            world.run_on_rank0(lambda: _write(command, loaded, []))  # it can be written
-            # What is not there is known before the first measure begins.
+            # A file that cannot be written, missing tasks and missing data fail before any measure.
+            world.run_on_rank0(lambda: _write(command, loaded, []))
             measures = [MEASURES[name](command, loaded, world) for name in command.names]
             loaded.model.to(world.device)
             figures: list[Figure] = []
@@ -114,12 +120,10 @@ def evaluate_main() -> int:
                 print(f"Written to {command.output}")
         return 0
 
-    return guarded(body, tell=rendezvous.tell_torchrun)
+    return guarded(body, rank=rank, report=rendezvous.tell_torchrun)
 
 
-def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:
-    from gpt2.evaluation import hellaswag
-
+def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> Measure:
     tasks = world.run_on_rank0(
         lambda: hellaswag.load(command.hellaswag_path, command.limit, command.style)
     )
@@ -136,29 +140,23 @@ def _hellaswag(command: EvaluateCommand, loaded: Loaded, world: "World") -> Meas
         assert score is not None
         count, about = counted(score.tasks, "task"), {"style": command.style}
         shares = {"acc": score.acc, "acc_norm": score.acc_norm}
-        known = baselines.HELLASWAG[command.style]
+        references = baselines.HELLASWAG[command.style]
         return [
-            Figure("hellaswag", about, metric, share, score.error(share), count, theirs)
-            for (metric, share), theirs in zip(shares.items(), known, strict=True)
+            Figure("hellaswag", about, metric, share, score.error(share), count, reference)
+            for (metric, share), reference in zip(shares.items(), references, strict=True)
         ]
 
     return measure
 
 
-def _validation(command: EvaluateCommand, loaded: Loaded, world: "World") -> Measure:
-    from gpt2.data import sampler
-    from gpt2.data.remote import Storage
-    from gpt2.data.shards import TokenDataset, load_index
-    from gpt2.evaluation.loss import row_losses
-    from gpt2.train.setup import cache_of, require_known_ids
-
+def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> Measure:
     settings, root = presets.preset("gpt2-124m"), command.data_root
     if loaded.config is not None:
         settings = options.of_stored(loaded.config)
         root = root or settings.data.data_root
     if root is None:
         raise ConfigError(
-            f"{loaded.source} does not say what it was trained on; name shards with --data_root, "
+            f"{loaded.source} does not record its training data; name shards with --data_root, "
             "or use --tasks hellaswag"
         )
     settings = replace(settings, model=loaded.model.config)
@@ -176,34 +174,32 @@ def _validation(command: EvaluateCommand, loaded: Loaded, world: "World") -> Mea
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(mean))
         count, about = counted(len(losses), "row"), {"data": root}
-        theirs = baselines.LOSS.get(data.corpus or "")
+        reference = baselines.LOSS.get(data.corpus or "")
         return [
-            Figure("val", about, "loss", mean, error, count, theirs),
+            Figure("val", about, "loss", mean, error, count, reference),
             Figure("val", about, "perplexity", perplexity, perplexity * error, count),
         ]
 
     return measure
 
 
-MEASURES: dict[str, Callable[[EvaluateCommand, Loaded, "World"], Measure]] = {
+MEASURES: dict[str, Callable[[EvaluateCommand, LoadedModel, World], Measure]] = {
     "hellaswag": _hellaswag,
     "val": _validation,
 }
 
 
-def _show(loaded: Loaded, figures: list[Figure]) -> None:
+def _show(loaded: LoadedModel, figures: list[Figure]) -> None:
     listing = table(str(loaded), "what", "metric", "value", "± std. error", "of", "GPT-2 124M")
     for figure in figures:
-        theirs = "" if figure.gpt2 is None else f"{figure.gpt2:.4f}"
+        reference = "" if figure.gpt2 is None else f"{figure.gpt2:.4f}"
         value, error = f"{figure.value:.4f}", f"{figure.error:.4f}"
         what = f"{figure.task} ({', '.join(figure.about.values())})"
-        listing.add_row(what, figure.metric, value, error, figure.count, theirs)
+        listing.add_row(what, figure.metric, value, error, figure.count, reference)
     console().print(listing)
 
 
-def _write(command: EvaluateCommand, loaded: Loaded, figures: list[Figure]) -> None:
-    from gpt2.base import atomic_files
-
+def _write(command: EvaluateCommand, loaded: LoadedModel, figures: list[Figure]) -> None:
     results: dict[str, dict[str, Any]] = {}
     for figure in figures:
         values = {figure.metric: figure.value, f"{figure.metric}_stderr": figure.error}
@@ -225,18 +221,13 @@ def _write(command: EvaluateCommand, loaded: Loaded, figures: list[Figure]) -> N
         ) from error
 
 
-def _autocast(command: EvaluateCommand, world: "World") -> "torch.autocast":
-    import torch
-
+def _autocast(command: EvaluateCommand, world: World) -> torch.autocast:
     enabled = command.dtype == "bfloat16"
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _progress(what: str, world: "World") -> Callable[[Sequence[int]], Iterable[int]]:
-    """A bar on the terminal of the main rank."""
-    from rich.console import Console
-    from rich.progress import track
-
+def _progress(what: str, world: World) -> Callable[[Sequence[int]], Iterable[int]]:
+    """A progress bar on the terminal of rank 0."""
     bar = Console(stderr=True)
     return lambda rounds: track(
         rounds, what, console=bar, transient=True, disable=not (world.is_rank0 and bar.is_terminal)

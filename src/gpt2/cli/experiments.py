@@ -1,47 +1,43 @@
-"""`gpt2 experiments`: lists experiments on disk and shows them."""
+"""`gpt2 experiments`: lists the experiments on disk, and shows one."""
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import require_at_least, suggestion
-from gpt2.cli.parse import guarded, parse
-
-if TYPE_CHECKING:
-    pass
+from gpt2.cli.parse import CommandOptions, guarded, run_command
 
 
 @dataclass(frozen=True)
-class ListCommand:
-    """Every experiment and training in a folder: its state, and how far it is."""
+class ListCommand(CommandOptions):
+    """List every experiment and training in a folder with its state and progress."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = Path(
         "checkpoints"
     )
-    """where to look; default is checkpoints"""
+    """folder to search; default is checkpoints"""
     json: bool = False
-    """for scripts: one JSON text per experiment and line"""
+    """print one JSON object per experiment, one per line"""
 
 
 @dataclass(frozen=True)
-class ShowCommand:
-    """An experiment: its state, slots, jobs and their results, and why some have failed."""
+class ShowCommand(CommandOptions):
+    """Show an experiment: its state, slots, jobs and their results, and why jobs failed."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """the folder of the experiment"""
     failed: bool = False
-    """only the jobs that have failed, with their tracebacks"""
+    """show only failed jobs, with their tracebacks"""
     last: int | None = 40
-    """only so many jobs, those that ended last; None is all"""
+    """show only the N jobs that ended last; None shows all"""
     json: bool = False
-    """for scripts: everything as one JSON text"""
+    """print everything as one JSON object"""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "last")
@@ -53,30 +49,30 @@ def experiments_main() -> int:
     if name in ("-h", "--help"):
         print(
             "usage: gpt2 experiments ACTION [OPTIONS]\n\n"
-            "  list [DIR]   every experiment and training in a folder\n"
-            "  show DIR     what an experiment has done, does, and where it has failed\n\n"
+            "  list [DIR]   list every experiment and training in a folder\n"
+            "  show DIR     show the state, the results and the failures of an experiment\n\n"
             "`gpt2 experiments ACTION --help` lists its options"
         )
         return 0
     sys.argv[0] += f" {name}"
-
-    def body() -> int:
-        if name not in ACTIONS:
-            known = suggestion(name, list(ACTIONS)) or "; there are list and show"
-            raise ConfigError(f"unknown action {name}{known}")
-        return ACTIONS[name](rest)
-
-    return guarded(body)
+    if name == "list":
+        return run_command(ListCommand, _list, rest)
+    if name == "show":
+        return run_command(ShowCommand, _show, rest)
+    return guarded(lambda: _refuse(name))
 
 
-def _list(arguments: Sequence[str]) -> int:
-    command = parse(ListCommand, arguments)
-    if command.folder != ListCommand.folder and not command.folder.is_dir():
-        raise ConfigError(
-            f"there is no folder {command.folder}; the default is {ListCommand.folder}"
-        )
+def _refuse(name: str) -> NoReturn:
+    known = suggestion(name, ["list", "show"]) or "; expected list or show"
+    raise ConfigError(f"unknown action {name}{known}")
+
+
+def _list(command: ListCommand) -> int:
+    # It imports torch: see `gpt2.cli.parse`.
     from gpt2.experiments.progress import listing
 
+    if command.folder != ListCommand.folder and not command.folder.is_dir():
+        raise ConfigError(f"no folder {command.folder}; the default is {ListCommand.folder}")
     if command.json:
         for item in listing.below(command.folder):
             print(json.dumps(listing.summary_json(item)))
@@ -85,8 +81,8 @@ def _list(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _show(arguments: Sequence[str]) -> int:
-    command = parse(ShowCommand, arguments)
+def _show(command: ShowCommand) -> int:
+    # They import torch: see `gpt2.cli.parse`.
     from gpt2.experiments.progress import listing
     from gpt2.inspection import runs
     from gpt2.train import status
@@ -103,6 +99,3 @@ def _show(arguments: Sequence[str]) -> int:
     else:
         listing.print_experiment(item, console(), command.last)
     return 0
-
-
-ACTIONS = {"list": _list, "show": _show}

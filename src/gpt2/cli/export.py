@@ -1,30 +1,25 @@
 """`gpt2 export`: writes a trained model for other tools."""
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
-from gpt2.base import log
-from gpt2.cli.loading import Source, load_model
-from gpt2.cli.parse import guarded, parse
-
-if TYPE_CHECKING:
-    pass
+from gpt2.cli.model_source import ModelSource
+from gpt2.cli.parse import CommandOptions, run_command
 
 
 @dataclass(frozen=True)
-class ExportCommand:
+class ExportCommand(CommandOptions):
     """Write a trained model for other tools: transformers, vLLM, llama.cpp, nanoGPT."""
 
     folder: tyro.conf.Positional[Path]
     """folder to write"""
     format: Literal["hf", "nanogpt"] = "hf"
-    """hf: a folder that transformers loads; nanogpt: one with a ckpt.pt for its sample.py"""
-    source: Source = Source()
+    """hf: a folder that transformers loads; nanogpt: a folder with ckpt.pt for its sample.py"""
+    source: ModelSource = ModelSource()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights"""
     overwrite: bool = False
@@ -33,32 +28,30 @@ class ExportCommand:
 
 def export_main() -> int:
     """`gpt2 export`."""
-    log.setup()
+    return run_command(ExportCommand, _run)
 
-    def body() -> int:
-        command = parse(ExportCommand, sys.argv[1:])
-        from gpt2.inference import interchange
 
-        loaded = load_model(command.source)
-        net = loaded.model
-        trained = interchange.Trained(
-            net.config, net.state_dict(), loaded.step or 0, loaded.progress.get("best_val_loss")
-        )
-        interchange.export(
-            trained, command.format, command.folder, command.dtype, command.overwrite
-        )
-        names = ", ".join(sorted(file.name for file in command.folder.iterdir()))
-        print(f"{loaded} is now {command.folder}: {names}")
-        if command.format == "nanogpt":
-            print(interchange.GELU_NOTE)
-        print(f"\nGo on with:\n  {_next_command(command)}")
-        return 0
+def _run(command: ExportCommand) -> int:
+    # They import torch: see `gpt2.cli.parse`.
+    from gpt2.cli import loading
+    from gpt2.inference import interchange
 
-    return guarded(body)
+    loaded = loading.load_model(command.source)
+    net = loaded.model
+    trained = interchange.Trained(
+        net.config, net.state_dict(), loaded.step or 0, loaded.progress.get("best_val_loss")
+    )
+    interchange.export(trained, command.format, command.folder, command.dtype, command.overwrite)
+    names = ", ".join(sorted(file.name for file in command.folder.iterdir()))
+    print(f"Exported {loaded} to {command.folder}: {names}")
+    if command.format == "nanogpt":
+        print(interchange.GELU_NOTE)
+    print(f"\nNext:\n  {_next_command(command)}")
+    return 0
 
 
 def _next_command(command: ExportCommand) -> str:
-    """What to type after an export."""
+    """A command that loads the export and generates a text."""
     folder = shlex.quote(str(command.folder.resolve()))
     if command.format == "nanogpt":
         return f"python sample.py --out_dir={folder}    # in nanoGPT's folder"

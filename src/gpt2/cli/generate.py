@@ -2,40 +2,37 @@
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from gpt2.base import log, validation
+from gpt2.base import validation
 from gpt2.base.errors import ConfigError
-from gpt2.cli.loading import Source, load_model
-from gpt2.cli.parse import guarded, parse
-from gpt2.config import run as config
+from gpt2.cli.model_source import ModelSource
+from gpt2.cli.parse import CommandOptions, run_command
+from gpt2.config.run import MachineConfig
 from gpt2.inference.sampling import Sampling
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
-class GenerateCommand:
-    """Continue a prompt with a trained model. The texts go to standard output, all else to
+class GenerateCommand(CommandOptions):
+    """Continue a prompt with a trained model. The texts go to standard output, all messages to
     standard error."""
 
-    source: Source = Source()
+    source: ModelSource = ModelSource()
     prompt: str = "Hello, I'm a language model,"
     """text to continue; - reads it from standard input, an empty one begins a document"""
     stream: bool = False
-    """show the text while it is made; of several, the first, and then the others"""
+    """print each token as it is generated; of several texts, the first one is streamed"""
     interactive: bool = False
-    """continue each line that is typed, with --stream; an empty line takes the prompt again"""
+    """continue each line that is typed, as with --stream; an empty line repeats the prompt"""
     sampling: Sampling = Sampling()
     seed: int = 1
-    """seed of the choice; each answer of --interactive has the next one"""
+    """random seed; each further answer of --interactive uses the next one"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
 
     def __post_init__(self) -> None:
         validation.require_at_least(self, 0, "seed")
-        if self.seed >= 2**63:  # more than torch takes
+        if self.seed >= 2**63:  # torch's limit
             raise ConfigError(f"seed={self.seed} is too large; it must be less than {2**63}")
         if self.interactive and self.prompt == "-":
             raise ConfigError(
@@ -45,21 +42,20 @@ class GenerateCommand:
 
 def generate_main() -> int:
     """`gpt2 generate`."""
-    log.setup()
+    return run_command(GenerateCommand, _run)
 
-    def body() -> int:
-        command = parse(GenerateCommand, sys.argv[1:])
-        from gpt2.cli import generate_output
-        from gpt2.distributed import rendezvous
 
-        loaded = load_model(command.source)
-        print(loaded, file=sys.stderr, flush=True)
-        prompt = generate_output.read_prompt(command.prompt)
-        give = generate_output.stream_texts if command.stream else generate_output.print_texts
-        if command.interactive:
-            give = generate_output.converse
-        with rendezvous.join(config.MachineConfig(device=command.device)) as world:
-            give(loaded.model.to(world.device), prompt, command.sampling, command.seed)
-        return 0
+def _run(command: GenerateCommand) -> int:
+    # They import torch: see `gpt2.cli.parse`.
+    from gpt2.cli import generate_output, loading
+    from gpt2.distributed import rendezvous
 
-    return guarded(body)
+    loaded = loading.load_model(command.source)
+    print(loaded, file=sys.stderr, flush=True)
+    prompt = generate_output.read_prompt(command.prompt)
+    write = generate_output.stream_texts if command.stream else generate_output.print_texts
+    if command.interactive:
+        write = generate_output.converse
+    with rendezvous.join(MachineConfig(device=command.device)) as world:
+        write(loaded.model.to(world.device), prompt, command.sampling, command.seed)
+    return 0

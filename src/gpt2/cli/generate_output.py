@@ -1,6 +1,6 @@
-"""How `gpt2 generate` gives its texts: at once, as they are made, or in a loop of prompts.
+"""How `gpt2 generate` prints its texts: when they are done, as a stream, or in a loop of prompts.
 
-Standard output holds the texts; what there is to say about them goes to standard error.
+Texts go to standard output, messages to standard error.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def read_prompt(given: str) -> str:
-    """The prompt that --prompt means: `-` is all of standard input but its last newline.
+    """The prompt of --prompt: `-` is standard input without its last newline.
 
-    Bytes that are no UTF-8 become U+FFFD.
+    Bytes that are not UTF-8 become U+FFFD.
     """
     if given == "-":
         return sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
@@ -28,7 +28,7 @@ def read_prompt(given: str) -> str:
 
 
 def print_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
-    """Prints the texts when all are done."""
+    """Prints all texts when they are done."""
     _warn_of_context(net, prompt, sampling)
     texts = generate.generate_text(net, prompt, sampling, seed=seed)
     for number, text in enumerate(texts, 1):
@@ -36,7 +36,7 @@ def print_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) 
 
 
 def stream_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
-    """Prints the same, the first text while it is made; the others are made beside it."""
+    """Prints the first text token by token, then the others, which are generated beside it."""
     _warn_of_context(net, prompt, sampling)
     others: list[list[str]] = []
     print(_heading(1, sampling), end="")
@@ -49,26 +49,26 @@ def stream_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int)
 
 
 def converse(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
-    """Continues each line of standard input by itself, until its end (Ctrl+D); an empty line takes
-    the last prompt again, at first `prompt`. Each answer has the next seed.
+    """Continues each line of standard input separately, until end of file (Ctrl+D).
 
-    On a terminal, Ctrl+C ends the answer, or the line, and not the loop.
+    An empty line repeats the last prompt, at first `prompt`. Each answer uses the next seed. On a
+    terminal, Ctrl+C ends the answer, or the line that is being typed, but not the loop.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     at_terminal = sys.stdin.isatty()
-    sign = "> " if at_terminal and sys.stdout.isatty() else ""
+    marker = "> " if at_terminal and sys.stdout.isatty() else ""
     if at_terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() a history and keys to edit with
-        _note("Each line is continued; an empty one takes the last prompt again.")
-        _note("Ctrl+C stops an answer, Ctrl+D leaves.")
+            import readline  # noqa: F401  gives input() a history and line editing
+        _note("Each line is continued; an empty line repeats the last prompt.")
+        _note("Ctrl+C stops an answer, Ctrl+D exits.")
     for turn in itertools.count(seed):
         try:
-            prompt = input(sign) or prompt
+            prompt = input(marker) or prompt
             stream_texts(net, prompt, sampling, turn)
         except EOFError:
-            if sign:
+            if marker:
                 print()
             return
         except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def converse(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> 
 
 
 def _heading(number: int, sampling: Sampling) -> str:
-    """What stands before a text, where there are several to tell apart."""
+    """The line before a text, if there are several texts."""
     return f"--- sample {number}\n" if sampling.num_samples > 1 else ""
 
 

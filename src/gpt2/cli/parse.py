@@ -1,41 +1,77 @@
-"""What every command needs: its flags parsed, its errors as one line, its exit code."""
+"""What every command shares: flags are parsed, messages set up, errors printed as one line.
+
+A command's module holds a dataclass, whose fields are the flags, and a function that runs it.
+Flags are parsed before modules that import torch, which takes 2 s, are imported: their imports
+stand at the top of the function that runs the command, not of the module, so that `--help` and a
+mistyped flag are answered at once.
+"""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
+from gpt2.base import log
 from gpt2.base.errors import ReportedByOtherRank, UserError, is_out_of_memory
 
-T = TypeVar("T")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+SWITCH_PREFIXES = {"true": "", "false": "no_"}
 
 
-TRUTH = {"true": "", "false": "no_"}
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """Options of every command."""
+
+    log_level: log.Level | None = None
+    """least severe messages to print; default is the variable GPT2_LOG_LEVEL, else info"""
+
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=CommandOptions)
+
+
+def run_command(
+    kind: type[Command],
+    run: Callable[[Command], int],
+    arguments: Sequence[str] | None = None,
+    *,
+    on_interrupt: str = "",
+) -> int:
+    """Parses `arguments`, by default those of this process, and runs the command.
+
+    Returns the exit code. Prints `on_interrupt` after Ctrl+C.
+    """
+
+    def body() -> int:
+        command = parse(kind, sys.argv[1:] if arguments is None else arguments)
+        log.setup(command.log_level)
+        return run(command)
+
+    return guarded(body, on_interrupt=on_interrupt)
 
 
 def parse(
-    kind: type[T], arguments: Sequence[str], default: T | None = None, speak: bool = True
+    kind: type[T], arguments: Sequence[str], default: T | None = None, quiet: bool = False
 ) -> T:
     """The command that `arguments` describe.
 
     Raises UserError for values that the command refuses. For flags that it does not know, and for
-    `--help`, tyro prints its own text if `speak`, and exits.
+    `--help`, tyro prints its own text, unless `quiet`, and exits.
     """
     # tyro prints a wrong value even with console_outputs=False.
-    with contextlib.nullcontext() if speak else contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         return tyro.cli(
             kind,
             args=_as_switches(kind, arguments),
             default=tyro.MISSING_NONPROP if default is None else default,
             use_underscores=True,
-            console_outputs=speak,
+            console_outputs=not quiet,
             config=[tyro.conf.OmitArgPrefixes],
         )
 
@@ -52,18 +88,18 @@ def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
 
 
 def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
-    """`--fast False` as `--no_fast`: switches are typed with their value, too."""
+    """`arguments` with `--fast False` as `--no_fast`, the only form that tyro knows."""
     switches = _switches(kind)
-    written: list[str] = []
+    rewritten: list[str] = []
     for before, argument in itertools.pairwise(("", *arguments)):
-        if argument.lower() in TRUTH and _name(before) in switches:
-            written[-1] = f"--{TRUTH[argument.lower()]}{_name(before)}"
+        if argument.lower() in SWITCH_PREFIXES and _name(before) in switches:
+            rewritten[-1] = f"--{SWITCH_PREFIXES[argument.lower()]}{_name(before)}"
             continue
         flag, _, value = argument.partition("=")
-        if value.lower() in TRUTH and _name(flag) in switches:
-            argument = f"--{TRUTH[value.lower()]}{_name(flag)}"
-        written.append(argument)
-    return written
+        if value.lower() in SWITCH_PREFIXES and _name(flag) in switches:
+            argument = f"--{SWITCH_PREFIXES[value.lower()]}{_name(flag)}"
+        rewritten.append(argument)
+    return rewritten
 
 
 def _name(flag: str) -> str:
@@ -71,50 +107,57 @@ def _name(flag: str) -> str:
 
 
 def _switches(kind: type[Any]) -> set[str]:
-    """Names of the options that are on or off, in all parts of a command."""
+    """Names of the boolean options of a command and of its nested parts."""
     found: set[str] = set()
     for name, hint in get_type_hints(kind).items():
         if hint is bool:
             found.add(name)
-        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        elif is_dataclass(hint) and isinstance(hint, type):
             found |= _switches(hint)
     return found
 
 
 def guarded(
     body: Callable[[], int],
-    tell: Callable[[str], None] | None = None,
-    interrupted: str = "",
+    *,
+    rank: int = 0,
+    report: Callable[[str], None] | None = None,
+    on_interrupt: str = "",
 ) -> int:
-    """The exit code of `body`. A UserError is printed as one line, by one rank.
+    """Calls `body` and returns its exit code; a UserError becomes one line and exit code 2.
 
-    `tell` receives it on every rank. `interrupted` is printed after Ctrl+C."""
+    Prints messages as those of `rank`. `report` receives the line of a UserError, also on ranks
+    that do not print it. `on_interrupt` is printed after Ctrl+C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
+            # A terminal may have no encoding for a character of a path or a generated text.
+            stream.reconfigure(errors="backslashreplace")
+    log.setup(rank=rank)
     try:
         code = body()
         sys.stdout.flush()
         return code
     except UserError as error:
-        if tell:
-            tell(f"error: {error}")
+        line = f"error: {error}"
+        if report:
+            report(line)
         if not isinstance(error, ReportedByOtherRank):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         return USER_ERROR
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         print(
-            f"error: out of memory ({str(error).splitlines()[0]:.120}); use smaller batches",
+            f"error: out of memory ({str(error).splitlines()[0]:.120}); use a smaller batch or model",
             file=sys.stderr,
             flush=True,
         )
         return USER_ERROR
     except KeyboardInterrupt:
-        if interrupted:
-            print(interrupted, file=sys.stderr)
+        if on_interrupt:
+            print(on_interrupt, file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `… | head` has seen enough; nothing more can be said
+    except BrokenPipeError:  # `… | head` has read enough and closed standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE

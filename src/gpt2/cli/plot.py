@@ -1,6 +1,5 @@
-"""`gpt2 plot`: the curves of runs."""
+"""`gpt2 plot`: the curves of runs as a picture."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,21 +8,22 @@ import tyro
 
 from gpt2.base import validation
 from gpt2.base.text import console
-from gpt2.cli.parse import guarded, parse
+from gpt2.cli.parse import CommandOptions, run_command
+from gpt2.inspection import plot
 
 
 @dataclass(frozen=True)
-class PlotCommand:
-    """Draw losses, HellaSwag, learning rate and tokens/s of runs, from their logs."""
+class PlotCommand(CommandOptions):
+    """Draw loss, HellaSwag accuracy, learning rate and tokens/s of runs, from their logs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN …]")] = (
         Path("logs/log.txt"),
     )
     """logs, or folders with logs/log.txt, such as the --out_dir of a run, or experiments"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")
-    """the picture: .png, .svg or .pdf"""
+    """file of the picture: .png, .svg or .pdf"""
     last: int | None = None
-    """only the last so many runs of each log; default is all"""
+    """only the last N runs of each log; default is all"""
 
     def __post_init__(self) -> None:
         validation.require_at_least(self, 1, "last")
@@ -31,17 +31,14 @@ class PlotCommand:
 
 def plot_main() -> int:
     """`gpt2 plot`."""
+    return run_command(PlotCommand, _run)
 
-    def body() -> int:
-        command = parse(PlotCommand, sys.argv[1:])
-        from gpt2.inspection import plot
 
-        runs = plot.read(command.runs, command.last)
-        plot.save(runs, command.out)
-        out = console()
-        for run in runs:
-            out.print(plot.summary(run), soft_wrap=True)
-        out.print(f"Drawn: {command.out}", soft_wrap=True)
-        return 0
-
-    return guarded(body)
+def _run(command: PlotCommand) -> int:
+    runs = plot.read(command.runs, command.last)
+    plot.save(runs, command.out)
+    out = console()
+    for run in runs:
+        out.print(plot.summary(run), soft_wrap=True)
+    out.print(f"Drawn: {command.out}", soft_wrap=True)
+    return 0

@@ -1,57 +1,54 @@
-"""`gpt2 seeds`: many seeds at every point of a grid."""
+"""`gpt2 seeds`: trains with many seeds at every point of a grid."""
 
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import require_at_least
-from gpt2.cli.parse import guarded, parse_known
-from gpt2.cli.pool_options import (
-    FOR_FUNCTIONS,
-    PoolOptions,
-    folder_of,
-    list_checkpoints,
-    parse_beside_run,
-)
+from gpt2.cli.parse import CommandOptions, guarded
+from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
+from gpt2.cli.train import TrainCommand
 from gpt2.config.run import MachineConfig
+from gpt2.experiments import grid
+from gpt2.experiments.pool.function_call import Call
 
-if TYPE_CHECKING:
-    pass
+FUNCTION_FLAGS = ("device", "out_dir", "list_checkpoints")
+"""options of `gpt2 train` that apply to the functions of --target, too"""
 
 
 @dataclass(frozen=True)
-class SeedsCommand:
-    """Train with every seed of every point of a grid, on all GPUs at once; or call any function so.
+class SeedsCommand(CommandOptions):
+    """Train with every seed at every point of a grid, on all GPUs; or call any function instead.
 
-    All options of `gpt2 train` work too, but for --checkpoint_interval, which is the sweep's here;
-    that of its trainings may stand in a --config file. The same command goes on with a sweep that
-    was stopped. Exit code: 1 if a job failed.
+    All options of `gpt2 train` work too, except --checkpoint_interval, which belongs to the sweep;
+    set that of its trainings in a --config file. The same command again resumes a sweep that was
+    stopped. Exit code: 1 if a job failed.
     """
 
     num_seeds: int = 10
-    """seeds of each point"""
+    """number of seeds at each point"""
     first_seed: int = 0
-    """the first of them; the others follow it"""
+    """the first seed; the others follow it"""
     grid: tuple[str, ...] = ()
-    """points: learning_rate=1e-3,3e-4 n_layer=2,4 are four; default is one, as the options say"""
+    """options and values: learning_rate=1e-3,3e-4 n_layer=2,4 gives four points; default is one"""
     target: str | None = None
-    """module:function to call with seed and the values of a point, instead of a training"""
+    """module:function to call instead of a training, with the seed and the values of a point"""
     metric: str | None = None
-    """which result is compared: default is val_loss, of a function `value`, what it returns"""
+    """result to compare; default is val_loss, and with --target `value`, the number it returns"""
     max_gpus: int | None = None
-    """GPUs at most, each with a worker process; default is all"""
+    """largest number of GPUs, each with a worker process; default is all"""
     pool: PoolOptions = PoolOptions()
     checkpoint_dir: Path | None = None
-    """folder of the results, and of a folder for each training; default is checkpoints/seeds"""
+    """folder of the results, with a folder for each training; default is checkpoints/seeds"""
     checkpoint_interval: float = 1800.0
-    """seconds after which results.json is written, if 50 results do not come before"""
+    """seconds between two writes of results.json, which also follow every 50 results"""
     keep_checkpoints: bool = True
-    """keep those of finished trainings, not only their results"""
+    """keep the checkpoints of finished trainings, not only their results"""
     log_dir: Path | None = None
     """folder of seeds_DATE_TIME.log and of the workers' logs; default is logs"""
 
@@ -64,46 +61,49 @@ def seeds_main() -> int:
     """`gpt2 seeds` and `src/main_multi_gpu.py`."""
 
     def body() -> int:
-        command, train = parse_beside_run(SeedsCommand, sys.argv[1:])
-        folder = command.checkpoint_dir or folder_of(train, "seeds")
-        if train.list_checkpoints:
-            return list_checkpoints(folder)
-        from gpt2.experiments import grid as plan
-        from gpt2.experiments.pool.function_call import Call
-        from gpt2.experiments.sweep import sweep as seeds
-        from gpt2.experiments.sweep.training_sweep import TrainingTarget
-
-        if train.run.machine.seed != MachineConfig().seed:
-            raise ConfigError(seeds.SEEDS_ONLY_BY_FLAGS)
-        pool, device = command.pool, train.run.machine.device
-        target: seeds.SweepTarget = TrainingTarget(train.run, command.keep_checkpoints, pool.ddp)
-        if command.target is not None:
-            if flag := _of_a_training(sys.argv[1:]):
-                raise ConfigError(f"{flag} is for trainings; leave it out with --target")
-            sys.path.insert(0, os.getcwd())  # where it is looked for
-            target = seeds.FunctionTarget(Call.of(command.target))
-        sweep = seeds.Sweep(
-            target,
-            points=plan.points(plan.parse_grid(command.grid)),
-            seeds=range(command.first_seed, command.first_seed + command.num_seeds),
-            metric=command.metric or ("value" if command.target else "val_loss"),
-            folder=folder,
-            log_dir=command.log_dir or train.run.watch.log_dir,
-            save_every_s=command.checkpoint_interval,
-        )
-        with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
-            return seeds.run_sweep(sweep, engine, pool.limits(), console()).exit_code
+        command, train, train_flags = parse_beside_run(SeedsCommand, sys.argv[1:])
+        log.setup(command.log_level)
+        return _run(command, train, train_flags)
 
     return guarded(body)
 
 
-def _of_a_training(arguments: Sequence[str]) -> str | None:
-    """The first flag of `gpt2 seeds` that means nothing to a function."""
-    command, others = parse_known(SeedsCommand, arguments)
+def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str]) -> int:
+    folder = command.checkpoint_dir or default_folder(train, "seeds")
+    if train.list_checkpoints:
+        return list_checkpoints(folder)
+    # They import torch: see `gpt2.cli.parse`.
+    from gpt2.experiments.sweep import sweep
+    from gpt2.experiments.sweep.training_sweep import TrainingTarget
+
+    if train.run.machine.seed != MachineConfig().seed:
+        raise ConfigError(sweep.SEEDS_ONLY_BY_FLAGS)
+    pool, device = command.pool, train.run.machine.device
+    target: sweep.SweepTarget = TrainingTarget(train.run, command.keep_checkpoints, pool.ddp)
+    if command.target is not None:
+        if flag := _training_flag(command, train_flags):
+            raise ConfigError(f"{flag} applies to trainings only; leave it out with --target")
+        sys.path.insert(0, os.getcwd())  # the target's module may lie in the current folder
+        target = sweep.FunctionTarget(Call.of(command.target))
+    seeds = sweep.Sweep(
+        target,
+        points=grid.points(grid.parse_grid(command.grid)),
+        seeds=range(command.first_seed, command.first_seed + command.num_seeds),
+        metric=command.metric or ("value" if command.target else "val_loss"),
+        folder=folder,
+        log_dir=command.log_dir or train.run.watch.log_dir,
+        save_every_s=command.checkpoint_interval,
+    )
+    with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
+        return sweep.run_sweep(seeds, engine, pool.limits(), console()).exit_code
+
+
+def _training_flag(command: SeedsCommand, train_flags: Sequence[str]) -> str | None:
+    """The first flag that only a training can use, if there is one."""
     if command.pool.ddp > 1:
         return f"--ddp {command.pool.ddp}"
     if not command.keep_checkpoints:
         return "--no_keep_checkpoints"
-    flags = (item.partition("=")[0].replace("-", "_") for item in others if item[:2] == "--")
-    names = (flag.removeprefix("__") for flag in flags)
-    return next((f"--{name}" for name in names if name not in FOR_FUNCTIONS), None)
+    flags = [item.partition("=")[0] for item in train_flags if item.startswith("--")]
+    names = (flag.removeprefix("--").replace("-", "_") for flag in flags)
+    return next((f"--{name}" for name in names if name not in FUNCTION_FLAGS), None)

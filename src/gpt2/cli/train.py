@@ -1,4 +1,4 @@
-"""What the `gpt2` command does with one run: `train`."""
+"""`gpt2 train`: one training run."""
 
 import argparse
 import os
@@ -11,15 +11,15 @@ from pathlib import Path
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.cli.parse import guarded, parse
+from gpt2.cli.parse import CommandOptions, guarded, parse
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
 
 
 @dataclass(frozen=True)
-class TrainCommand:
-    """Pretrain GPT-2. Options override --config FILE, which overrides --preset."""
+class TrainCommand(CommandOptions):
+    """Pretrain GPT-2. Flags override --config FILE, which overrides --preset."""
 
     run: RunConfig
     config: Path | None = None
@@ -31,59 +31,71 @@ class TrainCommand:
 
 
 def train_main() -> int:
-    """One training run: `src/train_improved.py` and `gpt2 train`."""
+    """`gpt2 train` and `src/train_improved.py`: one training run."""
+    # Before torch is imported, which takes 2 s: a rank whose torchrun dies meanwhile must end, too.
     end_with_torchrun()
-    from gpt2.distributed import (
-        device,
-        rendezvous,  # torch takes seconds to import: not for `gpt2 --help`
-    )
+    from gpt2.distributed import rendezvous
 
     rank, world_size, local_rank, _ = rendezvous.env_rank()
-    log.setup(rank=rank, info_stream=sys.stdout)
 
     def body() -> int:
         with rendezvous.reported_by_local_rank0():
-            command = parse_train(sys.argv[1:], speak=local_rank == 0)
+            command = parse_train(sys.argv[1:], quiet=local_rank > 0)
+        log.setup(command.log_level, rank=rank, info_stream=sys.stdout)
         if command.list_checkpoints:
-            from gpt2.inspection import checkpoints
-            from gpt2.train import experiment_folder
+            return _list_checkpoints(command.run) if rank == 0 else 0
+        return _train(command.run, rank, world_size)
 
-            if rank == 0:
-                for folder in experiment_folder.folders(command.run):
-                    checkpoints.print_checkpoints(folder, console())
-            return 0
-        from gpt2.train import experiment_folder, trainer
-
-        result = trainer.run(command.run)
-        if rank == 0 and result.state == "finished":
-            run = experiment_folder.resolve(command.run)
-            visible = None if run == command.run else device.visible_gpus()
-            print(next_commands(run, sys.argv[1:], world_size, result.step, visible))
-        return result.exit_code
-
-    return guarded(body, tell=rendezvous.tell_torchrun)
+    return guarded(body, rank=rank, report=rendezvous.tell_torchrun)
 
 
-def parse_train(arguments: Sequence[str], speak: bool = True) -> TrainCommand:
-    """The training command that `arguments` say, on top of their preset, file and out_dir.
+def _train(run_config: RunConfig, rank: int, world_size: int) -> int:
+    # They import torch: see `gpt2.cli.parse`.
+    from gpt2.distributed import device
+    from gpt2.train import experiment_folder, trainer
 
-    Raises ConfigError for values that cannot work, SystemExit for flags that are none.
+    result = trainer.run(run_config)
+    if rank == 0 and result.state == "finished":
+        run = experiment_folder.resolve(run_config)
+        gpus = None if run == run_config else device.visible_gpus()
+        print(next_commands(run, sys.argv[1:], world_size, result.step, gpus))
+    return result.exit_code
+
+
+def _list_checkpoints(run_config: RunConfig) -> int:
+    # They import torch: see `gpt2.cli.parse`.
+    from gpt2.inspection import checkpoints
+    from gpt2.train import experiment_folder
+
+    for folder in experiment_folder.folders(run_config):
+        checkpoints.print_checkpoints(folder, console())
+    return 0
+
+
+def parse_train(arguments: Sequence[str], quiet: bool = False) -> TrainCommand:
+    """The training command that `arguments` describe, on top of their preset, file and out_dir.
+
+    Raises ConfigError for values that cannot work, SystemExit for unknown flags.
     """
-    default = TrainCommand(run=before_flags(arguments))
-    return parse(TrainCommand, arguments, default=default, speak=speak)
+    default = TrainCommand(run=run_of_file(arguments))
+    return parse(TrainCommand, arguments, default, quiet)
 
 
-def before_flags(arguments: Sequence[str]) -> RunConfig:
-    """The run that the preset, file and out_dir in `arguments` give, which other flags override."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def run_of_file(arguments: Sequence[str]) -> RunConfig:
+    """The run that --preset, --config and --out_dir in `arguments` give, without other flags.
+
+    tyro takes the defaults of all flags as one object, so the three flags that choose the defaults
+    are read before it parses.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "out_dir"):
-        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    early, _ = first.parse_known_args(arguments)
-    run = presets.preset(early.preset or "gpt2-124m")
-    if early.config:
-        run = options.from_toml(run, _read_text(Path(early.config)), early.config)
-    if early.out_dir:
-        out = Path(early.out_dir)
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    flags, _ = parser.parse_known_args(arguments)
+    run = presets.preset(flags.preset or "gpt2-124m")
+    if flags.config:
+        run = options.from_toml(run, _read_text(Path(flags.config)), flags.config)
+    if flags.out_dir:
+        out = Path(flags.out_dir)
         folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
         run = options.overlay(run, {name: out / folder for name, folder in folders.items()})
     return run
@@ -96,18 +108,18 @@ def next_commands(
     step: int,
     visible_gpus: str | None = None,
 ) -> str:
-    """What to type after a finished run; `visible_gpus` if its files are named after the first."""
-    again = _without(arguments, "--resume", "--max_steps", "--init_from")
+    """Commands to type after a finished run; `visible_gpus` if its files are named after a GPU."""
+    flags = _without(arguments, "--resume", "--max_steps", "--init_from")
     as_script = not sys.argv[0].startswith("gpt2 ")
     train = "python src/train_improved.py" if as_script else "gpt2 train"
     estimate = "python estimate_training_time.py" if as_script else "gpt2 estimate"
-    again_with = train
+    launcher = train
     if world_size > 1:
-        again_with = f"torchrun --standalone --nproc_per_node={world_size} src/train_improved.py"
+        launcher = f"torchrun --standalone --nproc_per_node={world_size} src/train_improved.py"
     if visible_gpus is not None:
-        again_with = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible_gpus)} {again_with}"
+        launcher = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible_gpus)} {launcher}"
     folder = run.checkpoint.checkpoint_dir
-    of_run = (
+    folder_flag = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
     )
     prompt = shlex.quote(run.evaluation.sample_prompt)
@@ -115,20 +127,20 @@ def next_commands(
     if run.watch.runs_dir != Path("runs") or not as_script:
         tensorboard += f" --logdir {shlex.quote(str(run.watch.runs_dir.resolve()))}"
     rows = {
-        "go on": f"{again_with} {shlex.join(again)} --resume latest --max_steps {2 * step}",
+        "resume": f"{launcher} {shlex.join(flags)} --resume latest --max_steps {2 * step}",
         "watch": tensorboard,
-        "list": f"{train}{of_run} --list_checkpoints",
-        "forecast": f"{estimate}{of_run}",
-        "generate": f"gpt2 generate{of_run} --checkpoint best --prompt {prompt}",
+        "list": f"{train}{folder_flag} --list_checkpoints",
+        "estimate": f"{estimate}{folder_flag}",
+        "generate": f"gpt2 generate{folder_flag} --checkpoint best --prompt {prompt}",
     }
     lines = [f"  {name:<9} {' '.join(text.split())}" for name, text in rows.items()]
     if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
-        lines.insert(0, f"  first     source {_from_here(Path(sys.prefix))}/bin/activate")
-    return "\nGo on with:\n" + "\n".join(lines)
+        lines.insert(0, f"  activate  source {_relative(Path(sys.prefix))}/bin/activate")
+    return "\nNext:\n" + "\n".join(lines)
 
 
-def _from_here(path: Path) -> Path:
-    """`path` as it is typed in this folder."""
+def _relative(path: Path) -> Path:
+    """`path` relative to the current folder, if it lies below it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
