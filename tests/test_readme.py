@@ -8,21 +8,22 @@ from gpt2.cli import (
     evaluate,
     export,
     generate,
-    loading,
     main,
+    model_source,
     plot,
     pool_options,
     search,
     seeds,
+    train,
 )
 from gpt2.config import options as config
 from gpt2.inference.sampling import Sampling
 from support import ROOT
 
 README = (ROOT / "README.md").read_text()
-FIELDS = {*config._field_table(), "config", "out_dir", "list_checkpoints"}
+FIELDS = {*config._field_table(), *train.TrainCommand.__dataclass_fields__} - {"run"}
 GENERATE = {*generate.GenerateCommand.__dataclass_fields__, *Sampling.__dataclass_fields__}
-GENERATE |= set(loading.Source.__dataclass_fields__)
+GENERATE |= set(model_source.ModelSource.__dataclass_fields__)
 GENERATE -= {"sampling", "source"}  # parts, not flags
 
 

@@ -164,7 +164,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(net: GPT2, tmp_path: Path):
     options = ("--checkpoint_dir", str(tmp_path), "--max_new_tokens", "1000000", "--device", "cpu")
     terminal = Terminal(sys.executable, "-m", "gpt2", "generate", "--interactive", *options)
     try:
-        assert "step_000001.pt (step 1)" in terminal.read_until("Ctrl+D leaves.")
+        assert "step_000001.pt (step 1)" in terminal.read_until("Ctrl+D exits.")
         for prompt in ("once", ""):
             terminal.read_until("> ")
             terminal.type(f"{prompt}\n")

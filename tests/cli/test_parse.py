@@ -21,8 +21,8 @@ class Command:
     fast: bool = False
 
 
-def run(*arguments: str, speak: bool = True) -> int:
-    return guarded(lambda: parse(Command, arguments, speak=speak).part.width * 0)
+def run(*arguments: str, quiet: bool = False) -> int:
+    return guarded(lambda: parse(Command, arguments, quiet=quiet).part.width * 0)
 
 
 def test_a_refused_value_is_one_line_and_exit_code_2(capsys):
@@ -43,11 +43,11 @@ def test_a_user_error_is_not_a_value_error():
 
 @pytest.mark.parametrize("arguments", [["--wide", "1"], ["--width", "much"]])
 def test_wrong_usage_exits_with_2_and_is_printed_by_one_process(arguments, capsys):
-    for speak in (True, False):
+    for quiet in (True, False):
         with pytest.raises(SystemExit, match="2"):
-            run(*arguments, speak=speak)
+            run(*arguments, quiet=quiet)
         printed = capsys.readouterr()
-        assert bool(printed.err) == speak and not printed.out
+        assert bool(printed.err) != quiet and not printed.out
 
 
 def test_unknown_arguments_are_returned():

@@ -198,7 +198,7 @@ def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tm
 
 def test_data_is_verified_and_shown(tmp_path: Path, data_root: Path, monkeypatch, capsys):
     assert call(monkeypatch, main.main, "data", "verify", str(data_root)) == 0
-    assert "shards are as the manifest says" in capsys.readouterr().out
+    assert "shards match the manifest" in capsys.readouterr().out
     assert call(monkeypatch, main.main, "data", "show", str(data_root), "--shard", "0") == 0
     printed = capsys.readouterr().out
     assert "small_val_000000.npy" in printed

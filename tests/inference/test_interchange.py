@@ -304,7 +304,7 @@ def test_a_run_starts_from_them(data_root: Path, tmp_path: Path, monkeypatch, ca
         command = ["gpt2", "export", str(folder), "--format", form, *flags]
         monkeypatch.setattr(sys, "argv", command)
         assert main.main() == 0
-        assert f"step_000002.pt (step 2) is now {folder}: " in capsys.readouterr().out
+        assert f"step_000002.pt (step 2) to {folder}: " in capsys.readouterr().out
         options |= {"init_from": f"{form}:{folder}{file}", "vocab_size": vocab_size}
         seen = []
         trainer.run(

@@ -133,7 +133,7 @@ def test_list_of_a_folder_that_is_none(tmp_path: Path, monkeypatch, capsys):
     """The default one need not be there yet."""
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "list", "nodir") == 2
-    assert capsys.readouterr().err.startswith("error: there is no folder nodir; ")
+    assert capsys.readouterr().err.startswith("error: no folder nodir; ")
     assert call(monkeypatch, "list") == 0
     assert capsys.readouterr().out == "No experiments in checkpoints\n"
 

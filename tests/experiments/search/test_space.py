@@ -191,7 +191,7 @@ def test_differences_of_two_spaces():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is no text in UTF-8")],
+    [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is not text in UTF-8")],
 )
 def test_a_file_of_another_editor(tmp_path: Path, content: bytes, words: str):
     path = tmp_path / "space.toml"

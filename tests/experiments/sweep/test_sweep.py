@@ -74,7 +74,7 @@ def test_a_function_has_no_options_of_a_training(
     target = ["--target", "experiments.jobs:measured"]
     monkeypatch.setattr(sys, "argv", ["gpt2 seeds", *target, *given.split()])
     assert seeds.seeds_main() == 2
-    assert f"error: {named} is for trainings; leave it" in capsys.readouterr().err
+    assert f"error: {named} applies to trainings only; leave it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
