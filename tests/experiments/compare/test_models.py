@@ -147,7 +147,7 @@ def test_the_same_command_does_nothing_again(compared: Compared):
             ["--n_layer", "3", "--seed", "7"],
             "  n_layer: 2 before, 3 now\n  seed: 1337 before, 7 now",
         ),
-        (["--models", "gpt2,moderm"], "no moderm; did you mean modern?"),
+        (["--models", "gpt2,moderm"], "unknown model moderm; did you mean modern?"),
         (["--models", "gpt2,gpt2"], "expected different names"),
         (["--resume", "best"], "--resume best is for one run"),
         (["--architecture", "mlp"], "--architecture is what is compared"),
