@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.base import log
-from gpt2.base.errors import DataError
+from gpt2.base.errors import DataError, ReportedByOtherRank
 from gpt2.cli import main
 from gpt2.cli import train as cli_train
 from gpt2.data import prepare
@@ -83,7 +83,7 @@ def test_other_ranks_print_errors_only(monkeypatch, capsys):
     def run(_: object) -> None:
         logger.warning("a warning")
         logger.error("an error")
-        raise DataError("no data")
+        raise ReportedByOtherRank("no data")
 
     monkeypatch.setattr(trainer, "run", run)
     for name in ("RANK", "LOCAL_RANK"):

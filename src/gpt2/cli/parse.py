@@ -148,8 +148,9 @@ def guarded(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        reason = f"{str(error).splitlines()[0]:.120}"
         print(
-            f"error: out of memory ({str(error).splitlines()[0]:.120}); use a smaller batch or model",
+            f"error: out of memory ({reason}); use a smaller batch or model",
             file=sys.stderr,
             flush=True,
         )
