@@ -9,19 +9,17 @@ from gpt2.cli import main
 from gpt2.inspection import plot
 from gpt2.inspection.plot import Curve
 from gpt2.metrics.log_file import LogFile
-from gpt2.metrics.records import StepRecord
+from gpt2.metrics.records import HellaSwagRecord, StepRecord, ValidationRecord
 
 
 def write_log(path: Path, name: str, losses: list[float], first: int = 0, hellaswag: bool = False):
     log = LogFile(path, name, first)
     for step, loss in enumerate(losses, start=first + 1):
-        log.step(StepRecord(step, 0, loss, 1e-3, 1.0, 2.0, 500.0, 0.1, []), None)
+        log.write(StepRecord(step, 0, loss, 1e-3, 1.0, 2.0, 500.0, 0.1, []))
         if step % 10 == 0:
-            log.validation(step, 0, loss)
+            log.write(ValidationRecord(step, 0, loss))
             if hellaswag:
-                log.message(
-                    f"step {step} | epoch 0 | hellaswag: 0.27 acc_norm | 0.26 acc | 9 tasks"
-                )
+                log.write(HellaSwagRecord(step, 0, 0.26, 0.27, 9))
     log.close()
 
 

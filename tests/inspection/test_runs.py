@@ -52,7 +52,7 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     log = LogFile(folder / "log.txt", plan.run_name, 0)
     for step in range(1, steps + 1):
-        log.step(StepRecord(step, 0, 3.0, 1e-3, 1.0, 2.0, 16.0, 0.1, []), None)
+        log.write(StepRecord(step, 0, 3.0, 1e-3, 1.0, 2.0, 16.0, 0.1, []))
     log.close()
     values = plan.__dict__ | {"log_file": str(folder / "log.txt")}
     status.write(folder, status.Plan(**values), state, step=0)

@@ -5,14 +5,15 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpt2.base.errors import ConfigError
 from gpt2.config.experiment_name import ExperimentConfig
-from gpt2.metrics import console, log_reader, records
-from gpt2.metrics.records import Metrics
+from gpt2.metrics import console, log_reader
+from gpt2.metrics.records import Metrics, ValidationRecord
 from gpt2.metrics.wandb import WandB
 from metrics.test_records import RECORD
 from support import run_command, small_flags, train_command
@@ -29,11 +30,13 @@ class FakeRun:
             raise self.error
         self.rows.append((step, values))
 
-    finish = log
+    def finish(self) -> None:
+        if self.error:
+            raise self.error
 
 
 class FakeWandB(types.ModuleType):
-    """The part of W&B that a sink uses; `failure` is what it says of an attempt to go online."""
+    """The part of W&B that the sink uses; going online raises `failure`."""
 
     class UsageError(Exception):
         pass
@@ -43,6 +46,7 @@ class FakeWandB(types.ModuleType):
         self.errors = types.SimpleNamespace(UsageError=self.UsageError)
         self.failure, self.run = failure, FakeRun()
         self.begun: list[dict[str, object]] = []
+        self.Html = str
         self.Settings, self.setup, self.teardown = dict, lambda settings: None, lambda: None
 
     def init(self, **options: object) -> FakeRun:
@@ -52,55 +56,55 @@ class FakeWandB(types.ModuleType):
         return self.run
 
 
-def sink(monkeypatch, module: object, told_step: int = 0, warn=print, **settings: str) -> WandB:
+def open_wandb(monkeypatch, module: object, logged_step: int = 0, **settings: str) -> WandB:
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = ExperimentConfig(use_wandb=True, **settings)
-    return WandB(config, Path("runs"), "exp_gpu_2_20260101_000000", {}, told_step, warn)
+    return WandB(config, Path("runs"), "exp_gpu_2_20260101_000000", {}, logged_step)
 
 
-def test_a_run_keeps_its_id_and_tells_no_step_twice(monkeypatch):
+def test_a_run_keeps_its_id_and_logs_no_step_twice(monkeypatch):
     fake = FakeWandB()
-    logged = sink(monkeypatch, fake, told_step=5, experiment_name="exp", wandb_project="p")
+    logged = open_wandb(monkeypatch, fake, logged_step=5, experiment_name="exp", wandb_project="p")
     begun = fake.begun[0]
     assert (begun["id"], begun["resume"]) == ("exp_gpu_2_20260101_000000", "allow")
     assert (begun["project"], begun["name"], begun["dir"]) == ("p", "exp", "runs")
     for step in (4, 5, 6):
-        logged.step(records.StepRecord(**{**vars(RECORD), "step": step}), None)
-    logged.validation(5, 0, 3.0)
+        logged.write(replace(RECORD, step=step))
+    logged.write(ValidationRecord(5, 0, 3.0))
     assert [step for step, _ in fake.run.rows] == [5, 6, 5]
     assert fake.run.rows[-1][1] == {"loss/val": 3.0}
 
 
 def test_no_failure_ends_the_training(monkeypatch, capsys):
     fake = FakeWandB()
-    told = Metrics([console.Console(), sink(monkeypatch, fake)])
+    metrics = Metrics([console.Console(), open_wandb(monkeypatch, fake)])
     fake.run.error = RuntimeError("the service is gone\nand more")
-    told.validation(1, 0, 3.0)
-    told.close()
+    metrics.validation(1, 0, 3.0)
+    metrics.close()
     assert "WARNING: WandB cannot write: RuntimeError: the service is gone\n" in (
         capsys.readouterr().out
     )
 
 
-def test_a_server_that_does_not_answer_is_left_for_later(monkeypatch):
-    said: list[str] = []
+def test_a_server_that_does_not_answer_is_left_for_later(monkeypatch, caplog):
     fake = FakeWandB(failure=OSError("no route\nto host"))
-    sink(monkeypatch, fake, warn=said.append).validation(1, 0, 3.0)
+    open_wandb(monkeypatch, fake).write(ValidationRecord(1, 0, 3.0))
     assert fake.run.rows == [(1, {"loss/val": 3.0})]
-    assert said == ["WARNING: W&B is offline (no route); later: wandb sync runs/wandb/offline-run"]
+    expected = "W&B is offline (no route); upload later with: wandb sync runs/wandb/offline-run"
+    assert caplog.messages == [expected]
 
 
-def test_what_the_user_can_mend_is_said(monkeypatch):
+def test_what_the_user_can_correct_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="pip install"):
-        sink(monkeypatch, None)
+        open_wandb(monkeypatch, None)
     unknown = FakeWandB.UsageError("No API key configured.")
-    with pytest.raises(ConfigError, match="No API key configured; or WANDB_MODE=offline"):
-        sink(monkeypatch, FakeWandB(failure=unknown))
+    with pytest.raises(ConfigError, match=r"No API key configured; or keep .* WANDB_MODE=offline"):
+        open_wandb(monkeypatch, FakeWandB(failure=unknown))
 
 
 @pytest.mark.soak
 def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
-    """The real package: no curve is told twice, nothing is left behind or printed."""
+    """The real package: no point is logged twice, nothing is left behind or printed."""
     pytest.importorskip("wandb")
     environment = {"WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
     flags = {"use_wandb": True, "wandb_run_name": "exp", "total_batch_size": 64}
@@ -135,12 +139,12 @@ def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
     assert "wandb:" not in done.stdout + done.stderr
     assert not (tmp_path / "wandb").exists()
     first, second = sorted((tmp_path / "runs" / "wandb").glob(f"offline-run-*-{name}/*.wandb"))
-    before, after = steps_told(first), steps_told(second)
+    before, after = steps_logged(first), steps_logged(second)
     assert len(before & after) <= 1
     assert after == set(range(killed_at, killed_at + 6))
 
 
-def steps_told(file: Path) -> set[int]:
+def steps_logged(file: Path) -> set[int]:
     """The steps in a file of W&B: records of key and JSON, with these bytes between them."""
     return {int(step) for step in re.findall(rb"_step\x82\x01.(\d+)", file.read_bytes(), re.S)}
 

@@ -72,12 +72,23 @@ def setup(level: Level | None = None, *, rank: int = 0, info_stream: TextIO | No
     """
     chosen = (level or os.environ.get(LEVEL_VARIABLE) or "info").upper()
     os.environ[LEVEL_VARIABLE] = chosen.lower()
+    handler = RankHandler(rank, info_stream)
+    handler.setLevel(chosen)
     logger = logging.getLogger(ROOT)
-    logger.setLevel(chosen)
+    logger.setLevel(min(handler.level, logging.INFO))  # a run's log has info messages in any case
     logger.propagate = False
-    for handler in [item for item in logger.handlers if isinstance(item, RankHandler)]:
-        logger.removeHandler(handler)
-    logger.addHandler(RankHandler(rank, info_stream))
+    for earlier in _rank_handlers():
+        logger.removeHandler(earlier)
+    logger.addHandler(handler)
+
+
+def is_set_up() -> bool:
+    """Whether this process prints the package's messages, because it called `setup`."""
+    return bool(_rank_handlers())
+
+
+def _rank_handlers() -> list[RankHandler]:
+    return [item for item in logging.getLogger(ROOT).handlers if isinstance(item, RankHandler)]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The curves of runs as a picture, from their `log.txt` alone."""
+"""The curves of runs as a picture, from their `metrics.jsonl` and `log.txt`."""
 
 from __future__ import annotations  # matplotlib is imported where something is drawn
 

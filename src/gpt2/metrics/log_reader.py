@@ -1,9 +1,19 @@
-"""What `log.txt` holds, read back."""
+"""Reads back what runs logged: `metrics.jsonl`, and the `log.txt` beside it.
 
+Versions before `metrics.jsonl` wrote `log.txt` alone, with fewer digits. Each process of a run is
+read from both files; where both have a step, the value of `metrics.jsonl` counts.
+"""
+
+import json
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from gpt2.metrics.jsonl import RECORDS_NAME
+from gpt2.metrics.log_file import LOG_NAME
 
 T = TypeVar("T")
 
@@ -21,10 +31,11 @@ _HELLASWAG = re.compile(rf"hellaswag: (?P<acc_norm>{_NUMBER}) acc_norm ")
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """What a step line of the log says."""
+    """One step of a run."""
 
     step: int
     loss: float
+    """nats per token; NaN where it was NaN or infinite"""
     learning_rate: float
     elapsed_s: float
     tokens_per_s: float
@@ -32,7 +43,7 @@ class LoggedStep:
 
 @dataclass
 class LoggedRun:
-    """What `log.txt` holds of a run, or of one process of it; each part by step, in order."""
+    """What was logged of a run, or of one process of it; each part by step, in order."""
 
     name: str
     first_step: int
@@ -42,73 +53,170 @@ class LoggedRun:
     hellaswag: dict[int, float] = field(default_factory=dict)
     """share of right answers, lengths normalised (acc_norm)"""
 
-    def take(self, line: str) -> None:
-        """Keeps what a line says; lines of other kinds are passed over."""
-        found = _LINE.match(line)
-        if not found:
-            return
-        step, rest = int(found["step"]), found["rest"]
-        if update := _UPDATE.match(rest):
-            self.steps[step] = LoggedStep(
-                step=step,
-                loss=float(update["loss"]),
-                learning_rate=float(update["rate"]),
-                elapsed_s=int(update["ms"]) / 1000,
-                tokens_per_s=float(update["speed"]),
-            )
-        elif validation := _VALIDATION.match(rest):
-            self.val_losses[step] = float(validation["loss"])
-        elif hellaswag := _HELLASWAG.match(rest):
-            self.hellaswag[step] = float(hellaswag["acc_norm"])
-
-    def go_on_with(self, process: "LoggedRun") -> None:
-        """Adds what a later process of this run did; what lies beyond its first step is undone."""
+    def continue_with(self, process: "LoggedRun") -> None:
+        """Adds a later process of this run; steps beyond its first step are undone."""
         first = process.first_step
         self.steps = _until(self.steps, first) | process.steps
         self.val_losses = _until(self.val_losses, first) | process.val_losses
         self.hellaswag = _until(self.hellaswag, first) | process.hellaswag
 
+    def replace_with(self, process: "LoggedRun") -> None:
+        """Takes the values of another reading of the same process, and keeps what only this has."""
+        self.steps = _in_order(self.steps | process.steps)
+        self.val_losses = _in_order(self.val_losses | process.val_losses)
+        self.hellaswag = _in_order(self.hellaswag | process.hellaswag)
+
 
 def read_runs(path: Path) -> list[LoggedRun]:
-    """The runs in `log.txt`, the one that began first at the beginning, each as it went in the end.
+    """The runs in a log, in the order in which they began, each without the steps that a resume
+    undid.
 
+    `path` is a `log.txt` (read with the `metrics.jsonl` beside it), or a file of either format.
     Raises OSError if there is no such file.
     """
     runs: dict[str, LoggedRun] = {}
     for process in _read_processes(path):
         runs.setdefault(process.name, LoggedRun(process.name, process.first_step))
-        runs[process.name].go_on_with(process)
+        runs[process.name].continue_with(process)
     return list(runs.values())
 
 
 def read_steps(path: Path, run_name: str) -> list[LoggedStep]:
-    """The last process's steps of a run in `log.txt`, in order; empty if it logged none."""
-    try:
-        processes = [item for item in _read_processes(path) if item.name == run_name]
-    except OSError:
-        return []
+    """The steps of a run's last process, in order; empty if it logged none or there is no file."""
+    processes = _processes_of(path, run_name)
     return list(processes[-1].steps.values()) if processes else []
 
 
 def furthest_step(path: Path, run_name: str) -> int:
-    """The furthest step that any process of a run has told `log.txt`; 0 if there is none."""
+    """The furthest step that any process of a run logged; 0 if there is none."""
+    processes = _processes_of(path, run_name)
+    return max((step for process in processes for step in process.steps), default=0)
+
+
+def _processes_of(path: Path, run_name: str) -> list[LoggedRun]:
     try:
-        processes = [item for item in _read_processes(path) if item.name == run_name]
+        return [process for process in _read_processes(path) if process.name == run_name]
     except OSError:
-        return 0
-    return max((step for item in processes for step in item.steps), default=0)
+        return []
 
 
 def _read_processes(path: Path) -> list[LoggedRun]:
-    """What each process told of its run, in the order of the file."""
+    """What each process logged of its run, in the order in which they began."""
+    if path.name not in (LOG_NAME, RECORDS_NAME):
+        return _read_records(path) if path.suffix == ".jsonl" else _read_text(path)
+    text, records = path.with_name(LOG_NAME), path.with_name(RECORDS_NAME)
+    if not records.exists():
+        return _read_text(text)
+    return _joined(_read_text(text) if text.exists() else [], _read_records(records))
+
+
+def _joined(text: list[LoggedRun], records: list[LoggedRun]) -> list[LoggedRun]:
+    """The processes of both readings of a log, each once.
+
+    Paired from the end: processes of versions that wrote `log.txt` alone came first.
+    """
+    joined: list[LoggedRun] = []
+    left = list(text)
+    for process in reversed(records):
+        key = (process.name, process.first_step)
+        places = [i for i, other in enumerate(left) if (other.name, other.first_step) == key]
+        if places:
+            joined += reversed(left[places[-1] + 1 :])
+            both = left[places[-1]]
+            both.replace_with(process)
+            joined.append(both)
+            left = left[: places[-1]]
+        else:
+            joined.append(process)
+    return [*left, *reversed(joined)]
+
+
+def _read_text(path: Path) -> list[LoggedRun]:
     processes: list[LoggedRun] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if header := _HEADER.match(line):
             processes.append(LoggedRun(header["name"], int(header["step"])))
         elif processes:
-            processes[-1].take(line)
+            _add_line(processes[-1], line)
     return processes
+
+
+def _add_line(process: LoggedRun, line: str) -> None:
+    """Adds what a line of `log.txt` holds; ignores lines of other kinds."""
+    found = _LINE.match(line)
+    if not found:
+        return
+    step, rest = int(found["step"]), found["rest"]
+    if update := _UPDATE.match(rest):
+        process.steps[step] = LoggedStep(
+            step=step,
+            loss=_finite(float(update["loss"])),
+            learning_rate=float(update["rate"]),
+            elapsed_s=int(update["ms"]) / 1000,
+            tokens_per_s=float(update["speed"]),
+        )
+    elif validation := _VALIDATION.match(rest):
+        process.val_losses[step] = _finite(float(validation["loss"]))
+    elif hellaswag := _HELLASWAG.match(rest):
+        process.hellaswag[step] = float(hellaswag["acc_norm"])
+
+
+def _read_records(path: Path) -> list[LoggedRun]:
+    processes: list[LoggedRun] = []
+    newest: dict[str, LoggedRun] = {}
+    for record in _objects(path):
+        try:
+            name, step = str(record["run"]), int(record["step"])
+            if record["kind"] == "run":
+                newest[name] = LoggedRun(name, step)
+                processes.append(newest[name])
+            elif name in newest:
+                _add_record(newest[name], step, record)
+        except (KeyError, TypeError, ValueError):
+            continue  # an event, which has no step, or an object of something else
+    return processes
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a file of one per line; ignores lines that are none."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _add_record(process: LoggedRun, step: int, record: dict[str, Any]) -> None:
+    """Adds a step or a measurement; raises KeyError or TypeError if it lacks a value."""
+    kind = record["kind"]
+    if kind == "step":
+        process.steps[step] = LoggedStep(
+            step=step,
+            loss=_number(record["loss"]),
+            learning_rate=_number(record["learning_rate"]),
+            elapsed_s=_number(record["elapsed_s"]),
+            tokens_per_s=_number(record["tokens_per_s"]),
+        )
+    elif kind == "validation":
+        process.val_losses[step] = _number(record["loss"])
+    elif kind == "hellaswag":
+        process.hellaswag[step] = _number(record["acc_norm"])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _finite(value: float) -> float:
+    """NaN in place of infinity, as in `metrics.jsonl`."""
+    return value if math.isfinite(value) else math.nan
 
 
 def _until(values: dict[int, T], last: int) -> dict[int, T]:
     return {step: value for step, value in values.items() if step <= last}
+
+
+def _in_order(values: dict[int, T]) -> dict[int, T]:
+    return dict(sorted(values.items()))

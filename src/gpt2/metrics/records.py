@@ -1,23 +1,28 @@
-"""What a run tells of itself: console, log file, TensorBoard. Silent off rank 0.
+"""What a run measures, as records, and `Metrics`, which gives each record to every sink.
 
 Steps are counted in finished updates: `step 250` is the 250th update, after which the validation of
 step 250 is measured and `step_000250.pt` is written. A new sink is one class with the methods of
-`Sink` and one line where a run makes its sinks.
+`Sink` and one line in `sinks.open_sinks`.
 """
 
+import contextlib
+import logging
+import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from gpt2.base.errors import ConfigError
-from gpt2.config.run import WatchConfig
+from gpt2.base import log
 
-T = TypeVar("T")
-RECENT_STEPS = 50  # what "recent" means for the time left
-WARN_EVERY_S = 600  # of a sink that cannot write
+logger = logging.getLogger(__name__)
+
+RECENT_STEPS = 50
+"""the time left is estimated from so many steps"""
+WARN_EVERY_S = 600
+"""between two warnings about the same sink"""
 
 
 @dataclass(frozen=True)
@@ -30,86 +35,186 @@ class StepRecord:
     """mean over the global batch, nats per token"""
     learning_rate: float
     grad_norm: float
+    """before clipping"""
     elapsed_s: float
     tokens_per_s: float
+    """of all ranks together"""
     mfu: float
+    """model FLOPs utilisation: 1 is the peak of the hardware"""
     rank_s: list[float]
-    """each rank's own time until it waits for the others' gradients"""
+    """each rank's own time, without waiting for the other ranks' gradients"""
     gpu: dict[str, float] = field(default_factory=dict)
-    """memory and utilisation, where there is CUDA"""
+    """memory and utilisation; empty without CUDA"""
     steps_left: int = 0
     applied: bool = True
-    """whether the weights were updated: not if loss or gradient is no finite number"""
+    """whether the weights were updated: False if loss or gradient is NaN or infinite"""
+    left_s: float | None = None
+    """estimated time of the steps left; `Metrics` fills it in"""
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """The validation loss after a step, nats per token."""
+
+    step: int
+    epoch: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class HellaSwagRecord:
+    """HellaSwag after a step: shares of right answers, `acc_norm` with lengths normalised."""
+
+    step: int
+    epoch: int
+    acc: float
+    acc_norm: float
+    tasks: int
+
+
+@dataclass(frozen=True)
+class SamplesRecord:
+    """Texts that the model generated after a step."""
+
+    step: int
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """A log message of the program, with its traceback if it has one."""
+
+    level: str
+    """`INFO`, `WARNING`, …"""
+    message: str
+
+
+Record = StepRecord | ValidationRecord | HellaSwagRecord | SamplesRecord | EventRecord
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """Where records go. A sink ignores the kinds of records that it has no place for.
 
-    def step(self, record: StepRecord, left_s: float | None) -> None: ...
-    def validation(self, step: int, epoch: int, loss: float) -> None: ...
-    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None: ...
-    def samples(self, step: int, texts: list[str]) -> None: ...
-    def message(self, text: str) -> None: ...
+    Methods raise OSError if the sink cannot write now; it is called again with the next record.
+    """
+
+    def write(self, record: Record) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Metrics:
-    """Hands each record to every sink; without sinks (off rank 0) it does nothing.
+    """Gives each record, and each log message of INFO and above, to every sink until it is closed.
 
-    A sink that cannot write (a full disk, a terminal that is gone) never ends the training.
+    Without sinks (on ranks other than 0) it does nothing. No error of a sink ends the training.
     """
 
     def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
-        self._silent_until: dict[int, float] = {}
+        self._sinks = [_GuardedSink(sink) for sink in sinks]
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._handlers = contextlib.ExitStack()
+        if sinks:
+            self._handlers.enter_context(events_to(self._write))
 
     def step(self, record: StepRecord) -> None:
         self._recent_s.append(record.elapsed_s)
-        left_s = record.steps_left * statistics.median(self._recent_s)
-        self._each(lambda sink: sink.step(record, left_s if record.steps_left else None))
+        if record.steps_left:
+            left_s = record.steps_left * statistics.median(self._recent_s)
+            record = replace(record, left_s=left_s)
+        self._write(record)
 
     def validation(self, step: int, epoch: int, loss: float) -> None:
-        self._each(lambda sink: sink.validation(step, epoch, loss))
+        self._write(ValidationRecord(step, epoch, loss))
 
     def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
-        self._each(lambda sink: sink.hellaswag(step, epoch, acc, acc_norm, tasks))
+        self._write(HellaSwagRecord(step, epoch, acc, acc_norm, tasks))
 
     def samples(self, step: int, texts: list[str]) -> None:
-        self._each(lambda sink: sink.samples(step, texts))
+        self._write(SamplesRecord(step, texts))
 
     def message(self, text: str) -> None:
-        self._each(lambda sink: sink.message(text))
+        """Logs a message; new code calls `logging` itself."""
+        if self._sinks:
+            logger.info("%s", text)
 
     def flush(self) -> None:
-        """Lets all that was told reach the system, which keeps it when this process is killed."""
-        self._each(lambda sink: sink.flush())
+        """Hands all records to the operating system, which keeps them if this process is killed."""
+        for sink in self._sinks:
+            sink.call(lambda sink: sink.flush())
 
     def close(self) -> None:
-        self._each(lambda sink: sink.close())
+        """Closes the sinks, the last one first, so that the first ones log what goes wrong."""
+        while self._sinks:
+            self._sinks.pop().close()
+        self._handlers.close()
 
-    def _each(self, tell: Callable[[Sink], None]) -> None:
+    def _write(self, record: Record) -> None:
         for sink in self._sinks:
-            try:
-                tell(sink)
-            except (OSError, ValueError) as error:
-                now = time.monotonic()
-                if now > self._silent_until.get(id(sink), 0):
-                    self._silent_until[id(sink)] = now + WARN_EVERY_S
-                    self.message(f"WARNING: {type(sink).__name__} cannot write: {error}")
+            sink.call(lambda sink: sink.write(record))
 
 
-def require_folders(watch: WatchConfig, with_runs: bool) -> None:
-    """Makes the folders of the sinks; raises ConfigError, naming the flag, if one cannot be."""
-    folders = {"log_dir": watch.log_dir}
-    if with_runs:
-        folders["runs_dir"] = watch.runs_dir
-    for flag, folder in folders.items():
+class _GuardedSink:
+    """Calls a sink, and reports its errors instead of raising them.
+
+    An OSError is a warning every ten minutes; the sink is called again with the next record. Any
+    other error is a bug: it is logged with its traceback once, and the sink is switched off for ten
+    minutes.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._name = sink, type(sink).__name__
+        self._quiet_until = self._off_until = -math.inf
+        self._has_logged_traceback = False
+
+    def call(self, act: Callable[[Sink], None]) -> None:
+        if time.monotonic() < self._off_until:
+            return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            act(self._sink)
         except OSError as error:
-            raise ConfigError(
-                f"cannot make {folder}: {error.strerror}; choose another folder with --{flag} or "
-                "--out_dir"
-            ) from error
+            self._warn(error)
+        except Exception as error:
+            self._off_until = time.monotonic() + WARN_EVERY_S
+            if self._has_logged_traceback:
+                self._warn(error)
+            else:
+                self._has_logged_traceback = True
+                minutes = WARN_EVERY_S // 60
+                logger.exception("%s failed; it is off for %d minutes", self._name, minutes)
+
+    def close(self) -> None:
+        self._off_until = -math.inf
+        self.call(lambda sink: sink.close())
+
+    def _warn(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            # Before the message, which comes back to this sink as an event.
+            self._quiet_until = now + WARN_EVERY_S
+            logger.warning("%s cannot write: %s", self._name, error)
+
+
+@contextlib.contextmanager
+def events_to(write: Callable[[EventRecord], None]) -> Iterator[None]:
+    """Within the context, `write` receives every log message of the package, INFO and above."""
+    package = logging.getLogger(log.ROOT)
+    if not package.isEnabledFor(logging.INFO):  # a program that never called `log.setup`
+        package.setLevel(logging.INFO)
+    handler = _EventHandler(write)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+
+
+class _EventHandler(logging.Handler):
+    def __init__(self, write: Callable[[EventRecord], None]) -> None:
+        super().__init__(logging.INFO)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(EventRecord(record.levelname, self.format(record)))
+        except Exception:  # as every handler of `logging` does: prints it to standard error
+            self.handleError(record)

@@ -1,47 +1,83 @@
-"""Which sinks a run's metrics go to, and where those keep them."""
+"""Which sinks a run has, and where they keep its records."""
 
+import contextlib
 from pathlib import Path
 
+from gpt2.base.errors import ConfigError
 from gpt2.config.run import RunConfig
-from gpt2.metrics import log_reader, records
+from gpt2.metrics import log_reader
 from gpt2.metrics.console import Console
-from gpt2.metrics.log_file import LogFile
-from gpt2.metrics.records import Metrics, Sink
+from gpt2.metrics.jsonl import RECORDS_NAME, JsonLines
+from gpt2.metrics.log_file import LOG_NAME, LogFile
+from gpt2.metrics.records import Sink, events_to
 from gpt2.metrics.tensorboard import TensorBoard
 from gpt2.metrics.wandb import WandB
 
 
 def log_file(run_config: RunConfig) -> Path:
-    """Where the run's lines are appended."""
-    return run_config.watch.log_dir / "log.txt"
+    """The run's `log.txt`; its `metrics.jsonl` lies beside it."""
+    return run_config.watch.log_dir / LOG_NAME
 
 
 def require_folders(run_config: RunConfig) -> None:
-    """Makes the folders of the sinks; raises ConfigError if one cannot be."""
-    with_runs = run_config.watch.use_tensorboard or run_config.experiment.use_wandb
-    records.require_folders(run_config.watch, with_runs)
+    """Makes the folders of the sinks; raises ConfigError, naming the flag, if it cannot."""
+    folders = {"log_dir": run_config.watch.log_dir}
+    if run_config.watch.use_tensorboard or run_config.experiment.use_wandb:
+        folders["runs_dir"] = run_config.watch.runs_dir
+    for flag, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make {folder}: {error.strerror}; choose another folder with --{flag} or "
+                "--out_dir"
+            ) from error
 
 
 def open_sinks(
     run_config: RunConfig, run_name: str, step: int, references: dict[str, float]
 ) -> list[Sink]:
-    """The sinks of a run that goes on from `step`; raises ConfigError if one cannot be had."""
-    log, runs_dir = log_file(run_config), run_config.watch.runs_dir
-    hparams, told_step = run_config.to_dict(), log_reader.furthest_step(log, run_name)
-    sinks: list[Sink] = [Console(), LogFile(log, run_name, step)]
-    if run_config.watch.use_tensorboard:
-        sinks.append(TensorBoard(runs_dir / run_name, hparams, step, references))
-    if run_config.experiment.use_wandb:
-        warn = Metrics(sinks).message
-        sinks.append(WandB(run_config.experiment, runs_dir, run_name, hparams, told_step, warn))
+    """The sinks of a run that goes on from `step`; `references` are constant curves by name.
+
+    Raises ConfigError if one cannot be opened; the others are closed then.
+    """
+    path, runs_dir = log_file(run_config), run_config.watch.runs_dir
+    hparams, logged_step = run_config.to_dict(), log_reader.furthest_step(path, run_name)
+    about = {
+        "preset": run_config.preset,
+        "seed": run_config.machine.seed,
+        "tokens_per_step": run_config.data.total_batch_size,
+    }
+    sinks: list[Sink] = [Console()]
+    with contextlib.ExitStack() as opened:
+
+        def add(sink: Sink) -> None:
+            opened.callback(sink.close)
+            sinks.append(sink)
+
+        try:
+            log = LogFile(path, run_name, step)
+            add(log)
+            add(JsonLines(path.with_name(RECORDS_NAME), run_name, step, about))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {error.filename}: {error.strerror}; choose another folder with "
+                "--log_dir or --out_dir"
+            ) from error
+        if run_config.watch.use_tensorboard:
+            add(TensorBoard(runs_dir / run_name, hparams, step, references))
+        if run_config.experiment.use_wandb:
+            with events_to(log.write):  # it warns if it cannot connect
+                add(WandB(run_config.experiment, runs_dir, run_name, hparams, logged_step))
+        opened.pop_all()
     return sinks
 
 
 def places(run_config: RunConfig, run_name: str) -> list[str]:
-    """What lies where, for people."""
-    watch, named = run_config.watch, [f"log {log_file(run_config)}"]
+    """What lies where, as `log logs/log.txt`."""
+    watch, found = run_config.watch, [f"log {log_file(run_config)}"]
     if watch.use_tensorboard:
-        named.append(f"TensorBoard {watch.runs_dir / run_name}")
+        found.append(f"TensorBoard {watch.runs_dir / run_name}")
     if run_config.experiment.use_wandb:
-        named.append(f"W&B {watch.runs_dir / 'wandb'}")
-    return named
+        found.append(f"W&B {watch.runs_dir / 'wandb'}")
+    return found

@@ -5,20 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2.metrics.records import StepRecord
+from gpt2.metrics.curves import points_of
+from gpt2.metrics.records import (
+    EventRecord,
+    HellaSwagRecord,
+    Record,
+    SamplesRecord,
+    StepRecord,
+    ValidationRecord,
+)
 
 
 class TensorBoard:
     """Curves, samples and hyper-parameters of one run folder.
 
-    After a resume, what an earlier process wrote beyond `step` is purged: the curves go on without
-    an overlapping piece.
+    After a resume, points after `step` that an earlier process wrote are purged, so that the curves
+    do not overlap.
     """
 
     def __init__(
         self, folder: Path, hparams: dict[str, Any], step: int, references: dict[str, float]
     ) -> None:
-        """`references` are constant curves, by name, to be drawn beside those that change."""
+        """`references` are the values of constant curves, by name."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
@@ -32,58 +40,49 @@ class TensorBoard:
         self._references = references
         self._writer.add_custom_scalars(_charts(references))
 
-    def step(self, record: StepRecord, left_s: float | None) -> None:
-        scalars = {
-            "loss/train": record.loss,
-            "train/learning_rate": record.learning_rate,
-            "train/grad_norm": record.grad_norm,
-            "train/epoch": record.epoch,
-            "speed/tokens_per_s": record.tokens_per_s,
-            "speed/step_ms": record.elapsed_s * 1000,
-            "speed/mfu": record.mfu,
-            **{f"speed/rank_{rank}_ms": time_s * 1000 for rank, time_s in enumerate(record.rank_s)},
-            **{f"gpu/{name}": value for name, value in record.gpu.items()},
-        }
-        self._scalars(scalars, record.step)
-
-    def validation(self, step: int, epoch: int, loss: float) -> None:
-        self._scalars({"loss/val": loss, **self._known("loss/")}, step)
-
-    def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
-        values = {"hellaswag/acc": acc, "hellaswag/acc_norm": acc_norm}
-        self._scalars(values | self._known("hellaswag/"), step)
-
-    def samples(self, step: int, texts: list[str]) -> None:
-        blocks = "\n\n".join(
-            "\n".join(f"    {line}" for line in text.splitlines()) + "\n\n---" for text in texts
-        )  # markdown: four spaces is verbatim
-        self._tell(lambda writer: writer.add_text("samples", blocks, step))
-
-    def message(self, text: str) -> None:
-        pass
+    def write(self, record: Record) -> None:
+        match record:
+            case EventRecord():
+                pass
+            case SamplesRecord(step, texts):
+                self._call(lambda writer: writer.add_text("samples", _as_markdown(texts), step))
+            case StepRecord():
+                times = {f"speed/rank_{rank}_ms": s * 1000 for rank, s in enumerate(record.rank_s)}
+                self._add_scalars(points_of(record) | times, record.step)
+            case ValidationRecord():
+                self._add_scalars(points_of(record) | self._references_of("loss/"), record.step)
+            case HellaSwagRecord():
+                references = self._references_of("hellaswag/")
+                self._add_scalars(points_of(record) | references, record.step)
 
     def flush(self) -> None:
-        self._tell(lambda writer: writer.flush())
+        self._call(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self._tell(lambda writer: writer.close())
+        self._call(lambda writer: writer.close())
 
-    def _known(self, group: str) -> dict[str, float]:
+    def _references_of(self, group: str) -> dict[str, float]:
         return {name: value for name, value in self._references.items() if name.startswith(group)}
 
-    def _scalars(self, values: dict[str, float], step: int) -> None:
+    def _add_scalars(self, values: dict[str, float], step: int) -> None:
         def add(writer: Any) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
-        self._tell(add)
+        self._call(add)
 
-    def _tell(self, write: Callable[[Any], None]) -> None:
+    def _call(self, write: Callable[[Any], None]) -> None:
         try:
             write(self._writer)
-        except OSError:  # its thread has ended for good: another file for what comes
+        except OSError:  # the writer's thread has ended: what comes goes to another file
             self._writer = self._new_writer()
             raise
+
+
+def _as_markdown(texts: list[str]) -> str:
+    """Each text verbatim, which four spaces are, with a rule below it."""
+    blocks = ("\n".join(f"    {line}" for line in text.splitlines()) + "\n\n---" for text in texts)
+    return "\n\n".join(blocks)
 
 
 def _charts(references: dict[str, float]) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _charts(references: dict[str, float]) -> dict[str, Any]:
 
 
 def _hparam_values(config: dict[str, Any]) -> dict[str, Any]:
-    """A nested config as flat values that TensorBoard takes."""
+    """A nested config as flat values of the types that TensorBoard accepts."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):

@@ -5,6 +5,7 @@ The curves come from the trainings' logs.
 
 from __future__ import annotations  # matplotlib is imported where something is drawn
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -199,10 +200,9 @@ def _train_losses(run: LoggedRun) -> dict[int, float]:
 
 def logged(folder: Path, names: Sequence[str]) -> dict[str, LoggedRun]:
     """The newest logged run of each training in `folder` that has at least one step."""
-    found = {}
+    found: dict[str, LoggedRun] = {}
     for name in names:
-        log = folder / name / "log.txt"
-        runs = [run for run in log_reader.read_runs(log) if run.steps] if log.is_file() else []
-        if runs:
-            found[name] = runs[-1]
+        with contextlib.suppress(FileNotFoundError):
+            runs = [run for run in log_reader.read_runs(folder / name / "log.txt") if run.steps]
+            found |= {name: runs[-1]} if runs else {}
     return found

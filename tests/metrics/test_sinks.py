@@ -1,0 +1,134 @@
+"""What holds for every sink, and which sinks a run has."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpt2.base.errors import ConfigError
+from gpt2.config import options
+from gpt2.config.run import RunConfig
+from gpt2.metrics import sinks
+from gpt2.metrics.console import Console
+from gpt2.metrics.jsonl import JsonLines
+from gpt2.metrics.log_file import LogFile
+from gpt2.metrics.records import (
+    EventRecord,
+    HellaSwagRecord,
+    Metrics,
+    Record,
+    SamplesRecord,
+    Sink,
+    ValidationRecord,
+)
+from gpt2.metrics.tensorboard import TensorBoard
+from metrics.test_records import RECORD
+from metrics.test_wandb import FakeWandB, open_wandb
+from support import small_config
+
+OPENERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Sink]] = {
+    "console": lambda folder, monkeypatch: Console(),
+    "log_file": lambda folder, monkeypatch: LogFile(folder / "log.txt", "run", 0),
+    "jsonl": lambda folder, monkeypatch: JsonLines(folder / "metrics.jsonl", "run", 0, {}),
+    "tensorboard": lambda folder, monkeypatch: TensorBoard(folder, {}, 0, {}),
+    "wandb": lambda folder, monkeypatch: open_wandb(monkeypatch, FakeWandB()),
+}
+
+
+@pytest.mark.parametrize("name", OPENERS)
+class TestEverySink:
+    """The contract of `Sink`."""
+
+    @pytest.fixture
+    def sink(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sink:
+        return OPENERS[name](tmp_path, monkeypatch)
+
+    @pytest.mark.parametrize(
+        "record",
+        [
+            RECORD,
+            replace(RECORD, loss=math.nan, grad_norm=math.inf, applied=False),
+            replace(RECORD, gpu={"memory_gb": 1.5}, left_s=60.0),
+            ValidationRecord(5, 0, 3.25),
+            ValidationRecord(5, 0, math.nan),
+            HellaSwagRecord(5, 0, 0.26, 0.28, 9),
+            SamplesRecord(5, ["one\n\ntwo", ""]),
+            SamplesRecord(5, []),
+            EventRecord("INFO", "Completed Epoch 0"),
+            EventRecord("ERROR", "failed\nTraceback"),
+        ],
+        ids=lambda record: type(record).__name__,
+    )
+    def test_it_accepts_every_record(self, sink: Sink, record: Record):
+        for _ in range(2):
+            sink.write(record)
+            sink.flush()
+        sink.close()
+
+    def test_it_can_be_closed_without_a_record(self, sink: Sink):
+        sink.flush()
+        sink.close()
+
+
+@pytest.fixture
+def run(data_root: Path, tmp_path: Path) -> RunConfig:
+    run = small_config(data_root, tmp_path)
+    sinks.require_folders(run)
+    return run
+
+
+def names(opened: list[Sink]) -> list[str]:
+    return [type(sink).__name__ for sink in opened]
+
+
+def test_a_run_has_the_sinks_of_its_options(run: RunConfig, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandB())
+    for flags, more in (
+        ({}, []),
+        ({"use_tensorboard": True}, ["TensorBoard"]),
+        ({"use_wandb": True}, ["WandB"]),
+    ):
+        opened = sinks.open_sinks(options.overlay(run, flags), "run", 0, {})
+        assert names(opened) == ["Console", "LogFile", "JsonLines", *more]
+        Metrics(opened).close()
+
+
+def test_a_sink_that_cannot_be_opened_leaves_no_other_open(run: RunConfig, monkeypatch):
+    closed: list[object] = []
+    for kind in (LogFile, JsonLines):
+        close = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, close=close: closed.append(close(self)))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        sinks.open_sinks(options.overlay(run, {"use_wandb": True}), "run", 0, {})
+    assert len(closed) == 2
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
+def test_a_file_that_cannot_be_opened_is_named_with_its_flag(run: RunConfig, name: str):
+    (run.watch.log_dir / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"cannot write .*{name}: Is a directory; .*--log_dir"):
+        sinks.open_sinks(run, "run", 0, {})
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(run: RunConfig, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for flag in ("log_dir", "runs_dir"):
+        changes = {"use_tensorboard": True, flag: tmp_path / "file" / "below"}
+        with pytest.raises(ConfigError, match=f"choose another folder with --{flag}"):
+            sinks.require_folders(options.overlay(run, changes))
+
+
+def test_a_warning_while_sinks_are_opened_is_in_the_log(run: RunConfig, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandB(failure=OSError("no route")))
+    opened = sinks.open_sinks(options.overlay(run, {"use_wandb": True}), "run", 0, {})
+    metrics = Metrics(opened)
+    logging.getLogger("gpt2.somewhere").info("Completed Epoch 0")
+    metrics.close()
+    _, warning, message = sinks.log_file(run).read_text().splitlines()
+    assert warning.startswith("WARNING: W&B is offline (no route)")
+    assert message == "Completed Epoch 0"
