@@ -198,6 +198,7 @@ class _GuardedSink:
 def events_to(write: Callable[[EventRecord], None]) -> Iterator[None]:
     """Within the context, `write` receives every log message of the package, INFO and above."""
     package = logging.getLogger(log.ROOT)
+    level = package.level
     if not package.isEnabledFor(logging.INFO):  # a program that never called `log.setup`
         package.setLevel(logging.INFO)
     handler = _EventHandler(write)
@@ -206,6 +207,7 @@ def events_to(write: Callable[[EventRecord], None]) -> Iterator[None]:
         yield
     finally:
         package.removeHandler(handler)
+        package.setLevel(level)
 
 
 class _EventHandler(logging.Handler):
