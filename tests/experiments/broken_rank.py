@@ -10,7 +10,7 @@ from gpt2.train.learner import Learner
 
 def run(report: Any, **work: Any) -> dict[str, Any]:
     """The job: a training whose ranks are this file."""
-    ddp_host.RANK = "experiments.broken_rank"
+    ddp_host.RANK_MODULE = "experiments.broken_rank"
     return training_job.run(report, **work)
 
 

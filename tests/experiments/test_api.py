@@ -99,7 +99,7 @@ def test_a_function_that_returns_no_number_has_failed(tmp_path: Path):
     states = [record.state for record in swept.records]
     assert swept.exit_code == 1 and states == ["finished"] * 3 + ["failed"] * 3
     assert swept.records[1].result == {"value": None}
-    words = "experiments.jobs:odd returned {}; needed are numbers by name"
+    words = "experiments.jobs:odd returned {}; expected numbers by name"
     for seed, returned in ((3, "'hello'"), (4, "None"), (5, "{'value': None}")):
         assert f"FAILED seed={seed}: {words.format(returned)}" in said(given)
     assert "No result has loss; --metric may be one of value" in said(given)
@@ -143,9 +143,13 @@ def inner() -> Callable[[int], int]:
 @pytest.mark.parametrize(
     ("function", "points", "words"),
     [
-        (lambda seed: seed, [{}], "a function at the top of a module"),
-        (inner(), [{}], "a function at the top of a module"),
-        (functools.partial(jobs.measured, 3), [{}], "needs its values by name"),
+        (lambda seed: seed, [{}], "a function at the top level of a module"),
+        (inner(), [{}], "a function at the top level of a module"),
+        (
+            functools.partial(jobs.measured, 3),
+            [{}],
+            "keyword arguments only",
+        ),
         (functools.partial(jobs.square, pause=slice(1)), [{}], "pause: .*not JSON serializable"),
         (jobs.measured, {"rat": [1]}, "cannot be called with seed, rat"),
         (jobs.measured, {"seed": [1]}, "the seeds of a sweep"),
@@ -153,7 +157,7 @@ def inner() -> Callable[[int], int]:
         (jobs.measured, [], "at least one point and one seed, got 0 points and 10 seeds"),
         (jobs.measured, [{"rate": 1}] * 2, "duplicate point rate=1"),
         (jobs.measured, {"rate": ["x" * 200]}, "is longer than 200 characters"),
-        ("experiments.jobs:measure", [{}], "there is no function"),
+        ("experiments.jobs:measure", [{}], "no function"),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path: Path, function: Any, points: Any, words: str):

@@ -1,4 +1,3 @@
-import io
 import os
 import signal
 import socket
@@ -14,7 +13,9 @@ from typing import Any
 import pytest
 
 from gpt2.experiments.pool import worker
+from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Event, Job, Slot
+from gpt2.experiments.pool.messages import JobEnded
 from gpt2.experiments.pool.process import Engine, WorkerProcess
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.train.report import Answer
@@ -240,7 +241,9 @@ def test_a_worker_that_was_told_to_stop_gets_no_more_jobs(tmp_path: Path):
 
     source._answer = tell
     run(source, tmp_path, slots=SLOTS[:1])
-    assert [event.reason for event in source.of("retried")] == ["somebody else asked it to stop"]
+    assert [event.reason for event in source.of("retried")] == [
+        "its worker got a stop signal that this command did not send"
+    ]
     assert len(source.of("finished")) == 3 and not source.of("failed")
 
 
@@ -354,11 +357,11 @@ def test_stop_while_workers_start_is_none_to_explain(tmp_path: Path):
 
 
 def test_a_job_that_is_stopped_while_it_loads_does_not_begin():
-    told: Any = SimpleNamespace(is_set=True)
-    mine, theirs = socket.socketpair()
-    with mine, theirs:
-        report = worker.Reporter(mine, io.StringIO(), told)
-        assert worker._run(job("a", "rises"), report) == {"stopped": None}
+    stop: Any = SimpleNamespace(is_set=True)
+    own_end, other_end = socket.socketpair()
+    with own_end, other_end:
+        report = worker.Reporter(Channel(own_end), stop)
+        assert worker.run_job(job("a", "rises"), report) == JobEnded("stopped")
 
 
 def test_stop_kills_what_does_not_end(tmp_path: Path):

@@ -80,8 +80,8 @@ def test_a_function_has_no_options_of_a_training(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--target", "os:no_such"], "there is no function os:no_such"),
-        (["--target", "os"], "there is no function os; needed is module:function"),
+        (["--target", "os:no_such"], "no function os:no_such"),
+        (["--target", "os"], "no function os; expected module:function"),
         (
             ["--target", "os:getcwd", "--device", "cpu", "--out-dir", "x"],
             "os:getcwd cannot be called with seed",
@@ -95,7 +95,7 @@ def test_a_function_has_no_options_of_a_training(
             ["--target", "experiments.jobs:measured", "--grid", "rate=x/y,x_y"],
             "two points would have the name rate=x_y; use other values",
         ),
-        (["--resume", "latest"], "--resume latest is for one run; an experiment goes on by itself"),
+        (["--resume", "latest"], "--resume latest is for one run; to resume an experiment"),
         (["--num_seeds", "0"], "num_seeds=0 is too small"),
         (["--data_root", "nowhere"], "nowhere"),
     ],

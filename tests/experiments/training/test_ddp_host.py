@@ -1,4 +1,4 @@
-"""Trainings of several ranks: what their host makes of what it hears, and in real processes.
+"""Trainings of several ranks: what their host makes of their messages, and in real processes.
 
 A start of torchrun takes seconds, so that the first part plays its ranks by threads.
 """
@@ -21,7 +21,17 @@ from experiments.pool.test_scheduler import Given, is_alive
 from gpt2.base.errors import ConfigError, Diverged
 from gpt2.checkpoint import store
 from gpt2.experiments.compare.models import Comparison
+from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Event, Job, JobLost, Slot, Stopped
+from gpt2.experiments.pool.messages import (
+    RankConnected,
+    RankFailed,
+    RankFinished,
+    Reply,
+    Report,
+    RunTraining,
+    StopTraining,
+)
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.search import trial
@@ -34,7 +44,7 @@ from gpt2.train import trainer
 from gpt2.train.report import Answer
 from support import loss_lines, losses, run_command, small_config, small_flags, train_command
 
-Play = Callable[[Any], None]
+Play = Callable[[Channel], None]
 SLOT = Slot(0, "cpu0", {"OMP_NUM_THREADS": "1"})
 
 
@@ -54,29 +64,29 @@ class Cast:
         patch.setattr(ddp_host, "command", command)
 
     def _play(self, number: int, address: str) -> None:
-        connection = ddp_host.connect(address)
-        connection.send(("here", number))
-        self.seen.append(connection.recv())
-        self._parts[number](connection)
-        connection.close()
+        channel = ddp_host.connect(address)
+        channel.send(RankConnected(number))
+        self.seen.append(channel.wait())
+        self._parts[number](channel)
+        channel.close()
 
 
 def host(report: Callable[..., Answer] = lambda **_: "go") -> dict[str, Any]:
-    return ddp_host.on_ranks(report, {"run_name": "x"}, 2)
+    return ddp_host.run_on_ranks(report, {"run_name": "x"}, 2)
 
 
-def ends(connection: Any) -> None:
-    connection.send(("result", {}))
+def ends(channel: Channel) -> None:
+    channel.send(RankFinished({}))
 
 
 def test_rank_0_reports_and_has_the_result(monkeypatch: pytest.MonkeyPatch):
-    answers, heard = [], []
+    replies, heard = [], []
 
-    def main(connection: Any) -> None:
+    def main(channel: Channel) -> None:
         for step in range(3):
-            connection.send(("report", {"step": step}))
-            answers.append(connection.recv())
-        connection.send(("result", {"loss": 1.5}))
+            channel.send(Report({"step": step}))
+            replies.append(channel.wait())
+        channel.send(RankFinished({"loss": 1.5}))
 
     def report(**metrics: float) -> Answer:
         heard.append(metrics)
@@ -85,14 +95,14 @@ def test_rank_0_reports_and_has_the_result(monkeypatch: pytest.MonkeyPatch):
     cast = Cast(monkeypatch, main, ends)
     assert host(report) == {"loss": 1.5}
     assert heard == [{"step": 0}, {"step": 1}, {"step": 2}]
-    assert answers == [("answer", "go"), ("answer", "go"), ("answer", "prune")]
-    assert cast.seen == [("work", {"run_name": "x"})] * 2
+    assert replies == [Reply("go"), Reply("go"), Reply("prune")]
+    assert cast.seen == [RunTraining({"run_name": "x"})] * 2
 
 
 def raising(error: Exception, after_s: float = 0) -> Play:
-    def part(connection: Any) -> None:
+    def part(channel: Channel) -> None:
         time.sleep(after_s)
-        connection.send(("raised", error))
+        channel.send(RankFailed(type(error).__name__, str(error), "where"))
 
     return part
 
@@ -104,10 +114,11 @@ def dying(after_s: float) -> Play:
 def test_what_a_dead_rank_has_started_does_not_hide_its_death(monkeypatch: pytest.MonkeyPatch):
     program = (
         "import os, sys, time\nfrom gpt2.experiments.training import ddp_host\n"
-        "connection = ddp_host.connect(sys.argv[1])\n"
-        "connection.recv()\n"
+        "from gpt2.experiments.pool.messages import RankConnected\n"
+        "channel = ddp_host.connect(sys.argv[1])\n"
+        "channel.wait()\n"
         "if (child := os.fork()) == 0:\n    time.sleep(60)\n"
-        "connection.send(('here', child))\n"
+        "channel.send(RankConnected(child))\n"
         "os._exit(1)\n"
     )
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -115,7 +126,7 @@ def test_what_a_dead_rank_has_started_does_not_hide_its_death(monkeypatch: pytes
     monkeypatch.setattr(
         ddp_host, "command", lambda _, where: [sys.executable, "-c", program, where]
     )
-    with pytest.raises(JobLost, match=r"rank \d+ died without a word") as lost:
+    with pytest.raises(JobLost, match=r"rank \d+ died without reporting an error") as lost:
         host()
     os.kill(int(str(lost.value).split()[1]), signal.SIGKILL)  # its child has not ended
 
@@ -131,9 +142,13 @@ def test_a_rank_outlives_torchrun_to_save(monkeypatch: pytest.MonkeyPatch):
     ("parts", "kind", "words"),
     [
         ((raising(Diverged("nan"), 0.2), raising(ConfigError("no"))), ConfigError, "no"),
-        ((raising(Stopped()), raising(Stopped())), Stopped, "^$"),
+        ((raising(Stopped()), raising(Stopped())), Stopped, r"^\nOn rank"),
         ((dying(0.2), raising(RuntimeError("CUDA error"))), RuntimeError, "CUDA error"),
-        ((raising(RuntimeError("gloo"), 0.2), dying(0)), JobLost, "rank 1 died without a word"),
+        (
+            (raising(RuntimeError("gloo"), 0.2), dying(0)),
+            JobLost,
+            "rank 1 died without reporting an error",
+        ),
         ((dying(0.1), ends), JobLost, "rank 0 died"),
         ((), JobLost, "torchrun ended with exit code 7"),
     ],
@@ -147,13 +162,13 @@ def test_the_first_failure_is_the_reason(
 
 
 def test_a_stop_reaches_every_rank_also_those_that_come_later(monkeypatch: pytest.MonkeyPatch):
-    def stops(connection: Any) -> None:
-        assert connection.recv() == ("stop", None)
-        connection.send(("raised", Stopped()))
+    def stops(channel: Channel) -> None:
+        assert channel.wait() == StopTraining()
+        channel.send(RankFailed("Stopped", "", "where"))
 
-    def early(connection: Any) -> None:
+    def early(channel: Channel) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        stops(connection)
+        stops(channel)
 
     parts = [early, stops]
     cast = Cast(monkeypatch, *parts)
@@ -167,14 +182,13 @@ def test_a_stop_reaches_every_rank_also_those_that_come_later(monkeypatch: pytes
 
 
 def test_no_rank_outlives_a_host_that_gives_up(monkeypatch: pytest.MonkeyPatch):
-    """The ranks hear the end of their connections, and torchrun is dead."""
+    """The ranks' channels are closed, and torchrun is dead."""
     ended = threading.Event()
 
-    def waits(connection: Any) -> None:
-        connection.send(("report", {"step": 1}))
-        with pytest.raises((EOFError, ConnectionResetError)):
-            connection.recv()
-        ended.set()
+    def waits(channel: Channel) -> None:
+        channel.send(Report({"step": 1}))
+        if channel.wait() is None:
+            ended.set()
 
     def breaks(**_metrics: float) -> Answer:
         raise OSError("the owner")
@@ -204,16 +218,16 @@ class Odd(Exception):
 def test_an_error_keeps_its_kind_and_traceback(
     monkeypatch: pytest.MonkeyPatch, error: Exception, sent: Exception
 ):
-    def part(connection: Any) -> None:
-        me = object.__new__(ddp_rank.Host)
-        me._connection, me._rank = connection, 1
+    def part(channel: Channel) -> None:
+        me = object.__new__(ddp_rank.HostConnection)
+        me._channel = channel
         try:
             raise error
         except Exception as caught:
-            me.tell_error(caught)
+            me.send_error(caught)
 
     Cast(monkeypatch, ends, part)
-    monkeypatch.setattr(ddp_host._Host, "outcome", lambda host: host._failure)
+    monkeypatch.setattr(ddp_host._Host, "result", lambda host: host._error)
     heard: Any = host()
     assert type(heard) is type(sent) and str(heard) == str(sent)
     assert "On rank 1" in heard.__notes__[0] and "raise error" in heard.__notes__[0]
@@ -266,8 +280,8 @@ def weights(folder: Path) -> list[torch.Tensor]:
 def test_a_rank_dies_with_its_host(monkeypatch: pytest.MonkeyPatch):
     """At once, and says where it was; it would save for 30 s if only torchrun were dead."""
     program = (
-        "import sys, time\nfrom gpt2.experiments.training.ddp_rank import Host\n"
-        "Host(sys.argv[1], 0).report(step=1)\n"
+        "import sys, time\nfrom gpt2.experiments.training.ddp_rank import HostConnection\n"
+        "HostConnection(sys.argv[1], 0).report(step=1)\n"
     )
     started: list[subprocess.Popen[bytes]] = []
 
@@ -330,7 +344,7 @@ def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path, kil
     log = (tmp_path / "worker.log").read_text()
     assert len(source.of("finished")) == 1, log
     reasons = [event.reason for event in source.of("retried")]
-    assert len(reasons) == kills and reasons[0] == "rank 1 died without a word"
+    assert len(reasons) == kills and reasons[0] == "rank 1 died without reporting an error"
     if kills == 2:
         assert "SIGKILL" in reasons[1] and died_s[0] < 2, "no rank outlives its host"
     assert log.count("Loading checkpoint from") == kills, "each goes on where the last one was"

@@ -13,7 +13,7 @@ from gpt2.train.report import Answer
 
 def test_the_lock_of_a_lost_machine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It tells its owner meanwhile that it lives, and may be told to stop."""
-    monkeypatch.setattr(training_job, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(training_job, "LOCK_POLL_S", 0.05)
     told: list[float] = []
 
     def report(**_metrics: Any) -> Answer:

@@ -1,4 +1,4 @@
-"""Calls of other people's functions: as Python has them, and as a worker finds them."""
+"""A user's function, as Python has it, and as a worker imports and calls it."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ from gpt2.experiments.pool import worker
 
 @dataclass(frozen=True)
 class Call:
-    """A function, and what it is called with each time."""
+    """A function, and the keyword arguments that every call of it has."""
 
     target: str
     """`module:function`, as a worker imports it"""
@@ -26,27 +26,27 @@ class Call:
     def of(cls, function: Callable[..., Any] | str) -> "Call":
         """Of a function, of `functools.partial` of one, or of `module:function`.
 
-        Raises ConfigError for what a process of its own could not import: a lambda, a method, a
-        function within another one.
+        Raises ConfigError for what another process cannot import: a lambda, a method, a function
+        inside another one.
         """
         if isinstance(function, str):
-            return cls(function, worker.find(function))
+            return cls(function, worker.find_function(function))
         kwargs: dict[str, Any] = {}
         while isinstance(function, functools.partial):
             if function.args:
-                raise ConfigError(f"{function}: a partial needs its values by name")
+                raise ConfigError(f"{function}: expected a partial with keyword arguments only")
             kwargs = {**function.keywords, **kwargs}
             function = function.func
         name = getattr(function, "__qualname__", "")
         if not name.isidentifier():
             raise ConfigError(
-                f"{name or function} cannot be found by another process; needed is a function at "
-                "the top of a module"
+                f"{name or function} cannot be imported by another process; expected a function at "
+                "the top level of a module"
             )
         return cls(f"{_module(function)}:{name}", function, plain(kwargs))
 
     def require(self, names: Iterable[str]) -> None:
-        """Raises ConfigError if the function cannot be called with these, too."""
+        """Raises ConfigError if the function cannot be called with these arguments added."""
         try:
             parameters = inspect.signature(self.function).parameters
         except ValueError as error:
@@ -62,21 +62,21 @@ class Call:
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as another process gets them; raises ConfigError for what JSON cannot hold."""
+    """The values as another process receives them; raises ConfigError for what JSON cannot hold."""
     found = {}
     for name, value in values.items():
         try:
             found[name] = json.loads(json.dumps(value))
         except TypeError as error:
             raise ConfigError(
-                f"{name}: {error}; needed are numbers, texts, lists of them"
+                f"{name}: {error}; expected numbers, strings, and lists and dicts of them"
             ) from error
     return found
 
 
 def _module(function: Callable[..., Any]) -> str:
-    """The module of a function by the name that a worker imports it by; a script's is its file's:
-    its folder is where Python looks first."""
+    """The name by which a worker imports the function's module; for a script, that of its file,
+    whose folder comes first in Python's search path."""
     if function.__module__ != "__main__":
         return function.__module__
     main = sys.modules["__main__"]
@@ -85,5 +85,5 @@ def _module(function: Callable[..., Any]) -> str:
     if file := getattr(main, "__file__", None):
         return Path(file).stem
     raise ConfigError(
-        f"{function.__qualname__} must stand in a file, for other processes to import"
+        f"{function.__qualname__} must be defined in a file, from which other processes import it"
     )

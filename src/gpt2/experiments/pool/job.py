@@ -1,7 +1,7 @@
-"""What experiments are made of: jobs, slots and what happens to them; grids, seeds, models. Pure.
+"""Jobs, slots, events, and where jobs come from: what the pool and its users share. Pure.
 
-A job is a function's name and plain values; a slot is where one job at a time runs. A source gives
-jobs and is told what became of them: an ask/tell interface.
+A job is a function's name and plain values. A slot is where one job at a time runs. A source gives
+the scheduler jobs, and receives an event for everything that happens to them.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from gpt2.train.report import Answer
 
 
 class Stopped(Exception):
-    """Raised by a job that ends before its work is done, because it was asked to."""
+    """Raised by a job that ends before its work is done, as requested: it runs again later."""
 
 
 class JobLost(Exception):
-    """Raised by a job of several processes, one of which has died: it is to run again."""
+    """Raised by a job of several processes, one of which died: it is to run again."""
 
 
 @dataclass(frozen=True)
@@ -24,47 +24,48 @@ class Job:
     """One call of a function in a worker process."""
 
     name: str
-    """names its files too; no other job of the experiment has it"""
+    """unique in the experiment; the job's files are named after it"""
     target: str
-    """`module:function`; a parameter `report` of it gets the function that tells the owner"""
+    """`module:function`; its parameter `report`, if it has one, gets the function that reports to
+    the owner"""
     kwargs: Mapping[str, Any]
     """plain values: what JSON can hold"""
     own_process: bool = True
-    """a fresh process for this job alone; short jobs share one, which saves its start"""
+    """whether it gets a new process; short jobs share one, which saves the start"""
     slot: int | None = None
-    """the slot that it waits for; None is whichever is free first"""
+    """index of the slot that it waits for; None takes the first free one"""
     wants_numbers: bool = False
-    """whether it has failed if what it returns has no number"""
+    """whether a result without any number counts as a failure"""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where one job at a time runs: a GPU or several, or a share of the CPU cores."""
+    """Where one job at a time runs: a GPU or several, or a share of the CPU cores."""
 
     index: int
     name: str
     """gpu2, gpu0-1, cpu0"""
     environment: Mapping[str, str]
-    """what its worker process sees beside the owner's environment"""
+    """variables of its worker process, in addition to the owner's"""
 
 
 EventKind = Literal[
-    "started",  # a worker has taken the job
+    "started",  # a worker has the job
     "reported",  # `metrics` of a running job
     "finished",  # `result` is what the function returned
-    "pruned",  # the same, after `report` had answered "prune"
-    "retried",  # it died, `reason` says how; it will run again
-    "failed",  # for good: `reason`, and the `traceback` if it raised
-    "stopped",  # before its end, because the owner ends; it is to be run again another time
-    "slot_lost",  # the slot takes no more jobs; there is no job
-    "waiting",  # nothing has happened for a while; told to the source alone, no job, any slot
-    "stopping",  # the owner ends, and asks every job to: no job, and any slot
+    "pruned",  # the same, after `report` answered "prune"
+    "retried",  # its worker was lost, for `reason`; the job will run again
+    "failed",  # for good: `reason`, and the `traceback` if the function raised
+    "stopped",  # before its end, because the owner ends; the same command runs it again
+    "slot_lost",  # the slot gets no more jobs; no job
+    "waiting",  # nothing has happened for a while; for the source alone, no job, any slot
+    "stopping",  # the owner ends, and has requested every job to stop; no job, any slot
 ]
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a job."""
+    """What happened to a job, or to the pool."""
 
     kind: EventKind
     slot: Slot
@@ -72,7 +73,7 @@ class Event:
     pid: int = 0
     attempt: int = 1
     elapsed_s: float = 0.0
-    """since this attempt began"""
+    """since this attempt started"""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     result: Any = None
     reason: str = ""
@@ -80,16 +81,16 @@ class Event:
     log: str = ""
     """file that the worker writes to"""
     host: str = ""
-    """the machine that the worker runs on, if it is not the owner's"""
+    """the worker's machine; empty if it is the owner's"""
 
 
 class JobSource(Protocol):
-    """Where jobs come from: an experiment gives jobs, and learns what became of them."""
+    """Where jobs come from. The scheduler calls both methods, in the owner's main thread."""
 
     def next(self) -> Job | None:
-        """The next job, or None if there is none at present: asked again after each event."""
+        """The next job, or None if there is none now: called again after each event."""
         ...
 
     def event(self, event: Event) -> Answer:
-        """Takes note; the answer to what a job reported is handed to the job."""
+        """Receives an event. The answer to "reported" is passed to the job; others are ignored."""
         ...

@@ -1,4 +1,4 @@
-"""The logs of experiments and their workers: lines with time and pid in front."""
+"""Lines in the log files of owners and workers: `2026-11-21 13:00:00 4711 | text`."""
 
 import contextlib
 import os
@@ -7,14 +7,18 @@ from pathlib import Path
 
 
 def write_line(handle: int, text: str) -> None:
-    """Writes a line to the file, with one call, so that no other process's output cuts it."""
+    """Writes a line, with time and pid in front, to an open file.
+
+    It is a single write, so that lines of several processes do not mix. An OSError is ignored: a
+    full disk ends no experiment.
+    """
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} | {text}\n"
-    with contextlib.suppress(OSError):  # a full disk ends no experiment, and no job
+    with contextlib.suppress(OSError):
         os.write(handle, line.encode(errors="backslashreplace"))
 
 
 class ExperimentLog:
-    """The log of an experiment's owner."""
+    """The log file of an experiment's owner; appends."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

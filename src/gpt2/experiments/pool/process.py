@@ -1,11 +1,11 @@
-"""A worker process as its owner sees it: started, spoken to, and ended with all that it started.
+"""A worker process as its owner sees it: started, sent jobs, and ended with all that it started.
 
-Its death is known by a pidfd: a pipe's end and `Process.sentinel` tell nothing while a grandchild
-lives. It has a socket of its own: a shared queue hangs for ever when a writer is killed in a put.
+A pidfd shows its death: the end of a pipe, or `Process.sentinel`, shows nothing while a grandchild
+is alive. Each worker has a socket of its own: a queue that several processes share blocks for ever
+when a writer is killed in the middle of a put.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -16,77 +16,80 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gpt2.experiments.pool import worker
+from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Slot
-
-RECEIVE_BYTES = 1 << 18
+from gpt2.experiments.pool.messages import Message
 
 
 class Worker(Protocol):
-    """What a pool knows of a worker process, here or on another machine."""
+    """What the scheduler needs of a worker process, here or on another machine."""
 
     log: Path
     pid: int
-    """0 until it runs: another machine may have no room for it yet"""
+    """0 until it runs: no machine of a cluster may have room for it yet"""
     host: str
-    """the machine that it runs on; empty if that is this one"""
+    """its machine; empty if that is the owner's"""
     machine_is_lost: bool
-    """whether it has ended because its machine has, which no job is to blame for"""
+    """whether it ended because its machine did, which is not the job's fault"""
 
     @property
     def handles(self) -> list[int]:
-        """What becomes readable when the worker says something, runs, or dies."""
+        """File descriptors that become readable when the worker sends a message, starts or dies."""
         ...
 
     @property
     def has_ended(self) -> bool: ...
 
-    def send(self, message: Any) -> None: ...
+    def send(self, message: Message) -> None:
+        """Does nothing if the worker is dead."""
+        ...
 
-    def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come whole."""
+    def receive(self) -> list[Message]:
+        """The messages that have arrived whole, without waiting."""
         ...
 
     def signal(self, number: int) -> None: ...
 
     def end_when_idle(self) -> None:
-        """Lets it end when it has nothing to do."""
+        """Lets it end as soon as it has no job."""
         ...
 
     def kill(self) -> None:
-        """SIGKILL to the worker and to all that it started."""
+        """Sends SIGKILL to the worker and to all that it started."""
         ...
 
     def collect_exit_status(self) -> str:
-        """Ends what a dead worker has started, and says how it died."""
+        """For a worker that has ended: kills what it left running, and says how it ended."""
         ...
 
 
 class WorkerProcess:
-    """A fresh process on a slot of this machine that runs the jobs which it is sent."""
+    """A new process on a slot of this machine; it runs `worker.serve`."""
 
     host = ""
     machine_is_lost = False
 
     def __init__(self, slot: Slot, log: Path) -> None:
-        """Starts it; raises OSError if the system has no room for one more."""
+        """Starts it; raises OSError if the system cannot start another process."""
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        self._channel, theirs = socket.socketpair()
+        own_end, its_end = socket.socketpair()
+        self._channel = Channel(own_end)
         self._process = multiprocessing.get_context("spawn").Process(
-            target=worker.serve, args=(theirs, os.getpid(), log.resolve(), sys.path), name=slot.name
+            target=worker.serve,
+            args=(its_end, os.getpid(), log.resolve(), sys.path),
+            name=slot.name,
         )
-        self._received: list[bytes] = []
-        self._has_hung_up = False
         resource_tracker.ensure_running()  # its start would unblock the signal again
-        with theirs, _environment(slot.environment):
+        with its_end, _environment(slot.environment):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a session
             try:
                 try:
                     self._process.start()
-                except BrokenPipeError:  # it was killed before it had read what it is to do
+                except BrokenPipeError:  # it was killed before it read what it is to run
                     self._process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -97,48 +100,32 @@ class WorkerProcess:
 
     @property
     def handles(self) -> list[int]:
-        """What becomes readable when the worker says something or dies."""
-        return [self.pidfd] if self._has_hung_up else [self.pidfd, self._channel.fileno()]
+        return [self.pidfd] if self._channel.is_closed else [self.pidfd, self._channel.fileno()]
 
     @property
     def has_ended(self) -> bool:
         return bool(wait([self.pidfd], 0))
 
-    def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it is dead: its pidfd tells
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # it is dead, which its pidfd shows
+            self._channel.send(message)
 
-    def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come whole; part of one, from a worker that was killed, is
-        none."""
-        lines: list[bytes] = []
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while data := self._channel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
-                self._received.append(data)
-                if b"\n" in data:
-                    *more, rest = b"".join(self._received).split(b"\n")
-                    lines += more
-                    self._received = [rest]
-            self._has_hung_up = True
-        return [json.loads(line) for line in lines]
+    def receive(self) -> list[Message]:
+        return self._channel.receive()
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
     def end_when_idle(self) -> None:
-        """Lets it end when it has nothing to do."""
-        with contextlib.suppress(OSError):
-            self._channel.shutdown(socket.SHUT_WR)
+        self._channel.end_sending()
 
     def kill(self) -> None:
-        """SIGKILL to the worker and to all that it started."""
-        self.signal(signal.SIGKILL)  # before it has a group of its own, too
+        self.signal(signal.SIGKILL)  # also before it has a process group of its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def collect_exit_status(self) -> str:
-        """Ends what a dead worker has started, and says how it died."""
         self.kill()
         self._process.join()
         code = self._process.exitcode or 0
@@ -154,18 +141,18 @@ class WorkerProcess:
 
 @dataclass(frozen=True)
 class Engine:
-    """Where the jobs of an experiment run."""
+    """Where the jobs of an experiment run: this machine, or a cluster (`ray_engine.connected`)."""
 
     slots: Sequence[Slot]
     start_worker: Callable[[Slot, Path], Worker] = WorkerProcess
-    """starts a worker on a slot that writes to the log; raises OSError if there is no room"""
+    """starts a worker on a slot, which writes to the log; raises OSError if it cannot be started"""
     is_fixed: bool = True
     """whether a slot is always the same GPU or cores, which may be broken"""
 
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The variables are set within the block, and as before after it."""
+    """Sets environment variables within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,13 +1,16 @@
-"""The owner of an experiment: gives the jobs of a source to worker processes, one for each slot.
+"""The scheduler: gives the jobs of a source to worker processes, one at a time per slot.
 
-A worker that dies, hangs, runs out of memory or raises costs its own job only.
+It runs in the owner, the process of the command. `Scheduler.run` starts workers through the engine
+(`process.WorkerProcess` on this machine, `ray_engine.RemoteWorker` on a cluster), sends them jobs
+and answers their reports; `worker.serve` is the other side. A worker that dies, hangs, runs out of
+memory or raises costs its own job only.
 """
 
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,25 @@ from gpt2.base.errors import TrainingError
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.job import Event, EventKind, Job, JobSource, Slot
+from gpt2.experiments.pool.messages import JobEnded, JobLoaded, Message, Reply, Report
 from gpt2.experiments.pool.process import Engine, Worker
 from gpt2.train.report import Answer
 
 POLL_S = 0.2
 """how soon a signal and a timeout are noticed"""
-TICK_S = 5.0
-"""how often the source hears something, though nothing happens"""
+WAITING_EVENT_S = 5.0
+"""how often the source gets a `waiting` event while nothing happens"""
 STACK_S = 1.0
-"""for a worker that hangs, to write where it is"""
+"""for a worker that hangs, to write its stacks before it is killed"""
 LOADING_S = 120.0
-"""for a worker that starts, beside --job_timeout"""
-FAREWELL_S = 10.0
-"""for a worker without a job, to end by itself"""
+"""for a worker to start and import, in addition to --job_timeout"""
+IDLE_EXIT_S = 10.0
+"""for a worker without a job to end by itself"""
 DEATH_S = 15.0
 """for SIGKILL to work: a process that waits for a broken device does not die"""
-BAD_SLOT = 3
-"""workers lost in a row, while the other slots lose none, that take a slot out of service"""
-LOST_MACHINES = 5
+LOSSES_OF_BAD_SLOT = 3
+"""workers lost in a row, while other slots make progress, that take a slot out of service"""
+MAX_LOST_MACHINES = 5
 """machines that a job may lose without a report in between"""
 
 
@@ -50,79 +54,75 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A job that cannot begin yet."""
+class _WaitingJob:
+    """A job that has not started, or is to run again."""
 
     job: Job
     attempt: int = 1
     losses: int = 0
-    """attempts that were lost with their worker, which `Limits.retries` allows"""
-    machines: int = 0
-    """machines that were lost, since it last made progress"""
-    died_on: int | None = None
-    """the slot where its worker was lost: another one may be better"""
+    """attempts that ended with the loss of the worker; `Limits.retries` bounds them"""
+    lost_machines: int = 0
+    """lost since the job last reported"""
+    lost_on: int | None = None
+    """index of the slot that lost its worker: another slot may be better"""
 
 
 @dataclass
-class _Task:
-    """A job that a worker has."""
+class _RunningJob:
+    """A job that a worker has. All times are monotonic."""
 
     job: Job
     attempt: int
     losses: int
-    machines: int
-    """both as in _Waiting"""
-    began: float
-    """monotonic, as all times here"""
-    heard: float
-    """when its worker last said something"""
-    is_told: bool = False
-    """whether the source knows that a worker has it"""
-    has_begun: bool = False
-    """whether its worker has loaded what it needs"""
+    lost_machines: int
+    """both as in _WaitingJob"""
+    started_at: float
+    last_message_at: float
+    is_announced: bool = False
+    """whether the source has its `started` event: not before its worker runs"""
+    is_loaded: bool = False
+    """whether the worker has imported the function"""
 
 
 @dataclass
-class _Seat:
-    """A slot and who works there."""
+class _ManagedSlot:
+    """A slot with its worker, and the job that this runs."""
 
-    slot: Slot
+    spec: Slot
     worker: Worker | None = None
-    task: _Task | None = None
-    deadline: float | None = None
-    """when the worker is killed, if it has not ended"""
-    killed: float | None = None
-    verdict: str = ""
-    """why it is killed"""
+    running: _RunningJob | None = None
+    kill_at: float | None = None
+    """when the worker is killed, unless it has ended"""
+    killed_at: float | None = None
+    kill_reason: str = ""
     in_service: bool = True
-    losses: list[float] = field(default_factory=list)
+    loss_times: list[float] = field(default_factory=list)
     """when it lost workers, since its last result"""
-    progressed: float = 0.0
+    last_progress: float = 0.0
     """when it last had a report or a result"""
 
     @property
     def is_free(self) -> bool:
-        return self.worker is None or (self.task is None and self.deadline is None)
+        return self.worker is None or (self.running is None and self.kill_at is None)
 
     @property
     def waits_for_room(self) -> bool:
         """Whether it has a job, but no machine of the cluster has room for its worker yet."""
-        return self.task is not None and not self.task.is_told
+        return self.running is not None and not self.running.is_announced
 
-    def kill(self, why: str) -> None:
+    def kill(self, reason: str) -> None:
         assert self.worker is not None
-        self.verdict = self.verdict or why
-        self.killed = self.killed or time.monotonic()
+        self.kill_reason = self.kill_reason or reason
+        self.killed_at = self.killed_at or time.monotonic()
         self.worker.kill()
 
 
 class Scheduler:
-    """Runs the jobs of `source` on an engine's slots, until there are none left or somebody says
-    stop.
+    """Runs the jobs of `source` on an engine's slots, until none is left or a signal stops it.
 
-    `on_event` hears everything that `source` hears, and what concerns the pool itself, for whoever
-    watches. `log_of` says which log a worker on a slot writes to, by the job that it is started
-    for; by default a slot has one.
+    `on_event` receives what `source` does, and the events of the pool itself; it only shows them.
+    `log_of` names the log of a worker on a slot by the job that it is started for; by default each
+    slot has one log.
     """
 
     def __init__(
@@ -134,30 +134,30 @@ class Scheduler:
         log_of: Callable[[Slot, Job], Path] | None = None,
         limits: Limits = Limits(),
     ) -> None:
-        self._engine, self._seats = engine, [_Seat(slot) for slot in engine.slots]
+        self._engine, self._slots = engine, [_ManagedSlot(slot) for slot in engine.slots]
         self._source, self._on_event = source, on_event
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_WaitingJob] = []
         self._stopping = False
         self._stop = StopRequest()
-        self._told = time.monotonic()
+        self._last_event_at = time.monotonic()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal has come; a source that waits for something gives up then."""
+        """Whether a signal has arrived; a source that waits for something gives up then."""
         return self._stop.number != 0
 
     def run(self) -> int:
         """The number of the signal that stopped it, or 0 when every job has ended.
 
-        The first Ctrl+C asks every job to stop, which trainings do by saving; a second one, or the
-        end of the time for that, kills them. They save, too, if the source raises an error.
+        The first Ctrl+C requests every job to stop: trainings save. A second one kills them, and so
+        does the end of `Limits.grace`. Jobs also stop and save if the source raises an error.
         """
         with self._stop as stop:
             try:
                 while not self._is_done():
-                    self._take_in()
-                    self._keep_deadlines()
+                    self._handle_workers()
+                    self._enforce_deadlines()
                     if stop.number and not self._stopping:
                         self._begin_stop("again" if stop.number == signal.SIGINT else "twice")
                 return stop.number
@@ -165,11 +165,11 @@ class Scheduler:
                 self._stopping = True
                 return signal.SIGINT
             except BaseException:
-                self._source, self._on_event = _Nobody(), lambda _: None
+                self._source, self._on_event = _EmptySource(), lambda _: None
                 self._begin_stop("twice")
-                while any(seat.task for seat in self._seats):
-                    self._take_in()
-                    self._keep_deadlines()
+                while any(slot.running for slot in self._slots):
+                    self._handle_workers()
+                    self._enforce_deadlines()
                 raise
             finally:
                 self._end_workers()
@@ -177,277 +177,308 @@ class Scheduler:
     def _begin_stop(self, more: str) -> None:
         self._stopping = True
         grace = self._limits.grace
-        for seat in self._seats:
-            if seat.worker and seat.task:
-                seat.worker.signal(signal.SIGTERM)
-                seat.deadline = time.monotonic() + grace
+        for slot in self._slots:
+            if slot.worker and slot.running:
+                slot.worker.signal(signal.SIGTERM)
+                slot.kill_at = time.monotonic() + grace
         reason = f"every job saves and ends, {grace:g} s at most; Ctrl+C {more} ends at once"
-        self._show(Event("stopping", self._seats[0].slot, reason=reason))
+        self._show(Event("stopping", self._slots[0].spec, reason=reason))
 
     def _is_done(self) -> bool:
-        """Whether nobody works, though every slot was offered a job."""
+        """Assigns jobs to free slots; whether no job is left and none runs."""
         if not self._stopping:
-            self._fill()
-        if any(seat.task for seat in self._seats):
+            self._assign_jobs()
+        if any(slot.running for slot in self._slots):
             return False
-        return self._stopping or all(seat.is_free for seat in self._seats if seat.in_service)
+        return self._stopping or all(slot.is_free for slot in self._slots if slot.in_service)
 
-    def _fill(self) -> None:
-        """Gives a job to every slot that is free, as long as there are jobs."""
-        for seat in self._seats:
-            if seat.in_service and seat.is_free:
-                if chosen := self._next_for(seat):
-                    self._begin(seat, chosen)
-                elif seat.worker and any(other.waits_for_room for other in self._seats):
-                    self._dismiss(seat)
+    # Jobs to slots
 
-    def _next_for(self, seat: _Seat) -> _Waiting | None:
-        """What waits for this slot, or the source's next job that may run here, or else a job whose
+    def _assign_jobs(self) -> None:
+        for slot in self._slots:
+            if slot.in_service and slot.is_free:
+                if chosen := self._next_for(slot):
+                    self._start(slot, chosen)
+                elif slot.worker and any(other.waits_for_room for other in self._slots):
+                    self._end_idle_worker(slot)
+
+    def _next_for(self, slot: _ManagedSlot) -> _WaitingJob | None:
+        """A waiting job that may run on this slot, else the source's next one, else a job whose
         worker was lost here."""
-        here = seat.slot.index
-        serving = [other.slot.index for other in self._seats if other.in_service]
+        here = slot.spec.index
+        serving = [other.spec.index for other in self._slots if other.in_service]
 
-        def may_run(item: _Waiting) -> bool:
+        def may_run(item: _WaitingJob) -> bool:
             return item.job.slot == here or item.job.slot not in serving
 
-        def taken(wanted: Callable[[_Waiting], bool]) -> _Waiting | None:
+        def take(wanted: Callable[[_WaitingJob], bool]) -> _WaitingJob | None:
             item = next((item for item in self._waiting if may_run(item) and wanted(item)), None)
             if item is not None:
                 self._waiting.remove(item)
             return item
 
-        if item := taken(lambda item: item.died_on != here):
+        if item := take(lambda item: item.lost_on != here):
             return item
-        while job := self._asked():
-            item = _Waiting(job)
+        while job := self._next_of_source():
+            item = _WaitingJob(job)
             if may_run(item):
                 return item
             self._waiting.append(item)
         free_elsewhere = any(
-            other.in_service and other.is_free for other in self._seats if other is not seat
+            other.in_service and other.is_free for other in self._slots if other is not slot
         )
-        return taken(lambda item: item.job.slot == here or not free_elsewhere)
+        return take(lambda item: item.job.slot == here or not free_elsewhere)
 
-    def _asked(self) -> Job | None:
-        began = time.monotonic()
+    def _next_of_source(self) -> Job | None:
+        before = time.monotonic()
         job = self._source.next()
-        self._excuse(began)
+        self._extend_timeouts(before)
         return job
 
-    def _begin(self, seat: _Seat, chosen: _Waiting) -> None:
-        """Gives the slot the job; if its worker must end before that, the job waits for it."""
+    def _start(self, slot: _ManagedSlot, chosen: _WaitingJob) -> None:
+        """Sends the job to the slot's worker; if it wants a new process, the old one ends first."""
         job = chosen.job
-        if seat.worker and job.own_process:
+        if slot.worker and job.own_process:
             self._waiting.insert(0, chosen)
-            self._dismiss(seat)
+            self._end_idle_worker(slot)
             return
-        if seat.worker is None:
+        if slot.worker is None:
             try:
-                seat.worker = self._engine.start_worker(seat.slot, self._log_of(seat.slot, job))
+                slot.worker = self._engine.start_worker(slot.spec, self._log_of(slot.spec, job))
             except OSError as error:
                 raise TrainingError(
                     f"cannot start a worker for {job.name}: {error}; the same command goes on"
                 ) from error
         now = time.monotonic()
-        counts = chosen.attempt, chosen.losses, chosen.machines
-        seat.task, seat.verdict = _Task(job, *counts, began=now, heard=now), ""
-        seat.worker.send(asdict(job))
-        self._tell_start(seat)
+        slot.running = _RunningJob(
+            job,
+            chosen.attempt,
+            chosen.losses,
+            chosen.lost_machines,
+            started_at=now,
+            last_message_at=now,
+        )
+        slot.kill_reason = ""
+        slot.worker.send(job)
+        self._announce(slot)
 
-    def _tell_start(self, seat: _Seat) -> None:
-        """Tells that a worker has the job, once it runs."""
-        task = seat.task
-        if task and not task.is_told and seat.worker and seat.worker.pid:
-            task.began = task.heard = time.monotonic()
-            task.is_told = True
-            self._tell(seat, task, "started")
+    def _announce(self, slot: _ManagedSlot) -> None:
+        """Sends the `started` event, once, as soon as the worker runs."""
+        running = slot.running
+        if running and not running.is_announced and slot.worker and slot.worker.pid:
+            running.started_at = running.last_message_at = time.monotonic()
+            running.is_announced = True
+            self._notify(slot, running, "started")
 
-    def _take_in(self) -> None:
-        """Waits for something to happen to a worker, and deals with it."""
-        seats = {
-            handle: seat for seat in self._seats if seat.worker for handle in seat.worker.handles
+    # What workers send, and how they end
+
+    def _handle_workers(self) -> None:
+        """Waits until a worker sends messages or dies, POLL_S at most, and handles that."""
+        by_handle = {
+            handle: slot for slot in self._slots if slot.worker for handle in slot.worker.handles
         }
-        ready = wait(list(seats), POLL_S)
-        for seat in {id(seats[handle]): seats[handle] for handle in ready}.values():  # type: ignore[index]
-            assert seat.worker is not None
-            has_ended = seat.worker.has_ended  # before its last words are read
-            messages = seat.worker.receive()
-            self._tell_start(seat)
-            for message in messages:
-                self._on_message(seat, message)
+        ready = wait(list(by_handle), POLL_S)
+        for slot in {id(by_handle[handle]): by_handle[handle] for handle in ready}.values():  # type: ignore[index]
+            assert slot.worker is not None
+            has_ended = slot.worker.has_ended  # before its last messages are read
+            received = slot.worker.receive()
+            self._announce(slot)
+            for message in received:
+                self._on_message(slot, message)
             if has_ended:
-                self._on_death(seat)
-        if time.monotonic() > self._told + TICK_S:
-            self._told = time.monotonic()
-            self._source.event(Event("waiting", self._seats[0].slot))
+                self._on_death(slot)
+        if time.monotonic() > self._last_event_at + WAITING_EVENT_S:
+            self._last_event_at = time.monotonic()
+            self._source.event(Event("waiting", self._slots[0].spec))
 
-    def _on_message(self, seat: _Seat, message: Mapping[str, Any]) -> None:
-        task, hired = seat.task, seat.worker
-        assert task is not None and hired is not None
-        task.heard = time.monotonic()
-        if "begun" in message:
-            task.has_begun = True
-        elif "report" in message:
-            seat.progressed, task.machines = task.heard, 0
-            answer = self._tell(seat, task, "reported", metrics=message["report"])
-            hired.send("stop" if self._stopping else answer)
-        else:
-            seat.task, seat.deadline = None, None
-            self._on_outcome(seat, task, message)
-            if task.job.own_process or message.get("recycle"):
-                self._dismiss(seat)
+    def _on_message(self, slot: _ManagedSlot, message: Message) -> None:
+        running, its_worker = slot.running, slot.worker
+        assert running is not None and its_worker is not None
+        running.last_message_at = time.monotonic()
+        match message:
+            case JobLoaded():
+                running.is_loaded = True
+            case Report(metrics):
+                slot.last_progress, running.lost_machines = running.last_message_at, 0
+                answer = self._notify(slot, running, "reported", metrics=metrics)
+                its_worker.send(Reply("stop" if self._stopping else answer))
+            case JobEnded():
+                slot.running, slot.kill_at = None, None
+                self._on_end(slot, running, message)
+                if running.job.own_process or message.takes_no_more:
+                    self._end_idle_worker(slot)
+            case _:
+                raise AssertionError(f"a worker sent {message}")
 
-    def _on_outcome(self, seat: _Seat, task: _Task, message: Mapping[str, Any]) -> None:
-        traceback = message.get("traceback", "")
-        if "stopped" in message or "lost" in message:
-            if self._stopping:
-                self._tell(seat, task, "stopped", reason=message.get("lost", ""))
-            else:
-                reason = message.get("lost", "somebody else asked it to stop")
-                self._on_loss(seat, task, reason)
-        elif message.get("out_of_memory"):  # perhaps by what jobs before it left
-            reason = f"out of memory: {message['failed']}"
-            self._on_loss(seat, task, reason, traceback)
-        elif "failed" in message:
-            self._tell(seat, task, "failed", reason=message["failed"], traceback=traceback)
-            if message["on_device"]:
-                self._blame(seat)
-        else:
-            kind: EventKind = "pruned" if "pruned" in message else "finished"
-            self._tell(seat, task, kind, result=message[kind])
-            seat.losses, seat.progressed = [], task.heard
+    def _on_end(self, slot: _ManagedSlot, running: _RunningJob, ended: JobEnded) -> None:
+        match ended.state:
+            case "stopped" | "lost" if self._stopping:
+                self._notify(slot, running, "stopped", reason=ended.reason)
+            case "stopped":
+                reason = "its worker got a stop signal that this command did not send"
+                self._on_loss(slot, running, reason)
+            case "lost":
+                self._on_loss(slot, running, ended.reason)
+            case "failed" if ended.is_out_of_memory:  # perhaps because of the jobs before it
+                reason = f"out of memory: {ended.reason}"
+                self._on_loss(slot, running, reason, ended.traceback)
+            case "failed":
+                self._notify(
+                    slot, running, "failed", reason=ended.reason, traceback=ended.traceback
+                )
+                if ended.is_device_error:
+                    self._count_loss(slot)
+            case "finished" | "pruned":
+                self._notify(slot, running, ended.state, result=ended.result)
+                slot.loss_times, slot.last_progress = [], running.last_message_at
 
-    def _on_loss(self, seat: _Seat, task: _Task, reason: str, traceback: str = "") -> None:
-        """The job's worker is lost: the job begins again from its own checkpoint, or has failed."""
-        assert seat.worker is not None
-        losses, machines = task.losses, task.machines
-        if seat.worker.machine_is_lost:
-            machines += 1
+    def _on_loss(
+        self, slot: _ManagedSlot, running: _RunningJob, reason: str, traceback: str = ""
+    ) -> None:
+        """The job's worker is lost: the job runs again, a training from its newest checkpoint; or
+        it has failed, if it was lost too often."""
+        assert slot.worker is not None
+        losses, lost_machines = running.losses, running.lost_machines
+        if slot.worker.machine_is_lost:
+            lost_machines += 1
         else:
             losses += 1
-        if losses > self._limits.retries or machines > LOST_MACHINES:
-            self._tell(seat, task, "failed", reason=reason, traceback=traceback)
+        if losses > self._limits.retries or lost_machines > MAX_LOST_MACHINES:
+            self._notify(slot, running, "failed", reason=reason, traceback=traceback)
         else:
-            self._tell(seat, task, "retried", reason=reason, traceback=traceback)
-            again = _Waiting(task.job, task.attempt + 1, losses, machines, seat.slot.index)
-            self._waiting.append(again)
-        self._blame(seat)
+            self._notify(slot, running, "retried", reason=reason, traceback=traceback)
+            self._waiting.append(
+                _WaitingJob(
+                    running.job, running.attempt + 1, losses, lost_machines, slot.spec.index
+                )
+            )
+        self._count_loss(slot)
 
-    def _on_death(self, seat: _Seat) -> None:
-        """The slot's worker is dead, or was given up."""
-        assert seat.worker is not None
-        task, seat.task = seat.task, None
-        how = (
-            seat.worker.collect_exit_status()
-            if seat.worker.has_ended
-            else "its process cannot be killed"
-        )
-        if task and self._stopping:
-            why = how if task.has_begun else ""  # one that still loads dies of the signal, as meant
-            self._tell(seat, task, "stopped", reason=seat.verdict or why)
-        elif task:
-            self._on_loss(seat, task, seat.verdict or how)
-        seat.worker = seat.deadline = seat.killed = None
-        seat.verdict = ""
+    def _on_death(self, slot: _ManagedSlot) -> None:
+        """The slot's worker is dead, or cannot be killed: the slot has none any more."""
+        assert slot.worker is not None
+        running, slot.running = slot.running, None
+        status = "its process cannot be killed"
+        if slot.worker.has_ended:
+            status = slot.worker.collect_exit_status()
+        if running and self._stopping:
+            # While it loads, the signal that requests the stop ends it, which needs no reason.
+            reason = slot.kill_reason or (status if running.is_loaded else "")
+            self._notify(slot, running, "stopped", reason=reason)
+        elif running:
+            self._on_loss(slot, running, slot.kill_reason or status)
+        slot.worker = slot.kill_at = slot.killed_at = None
+        slot.kill_reason = ""
 
-    def _keep_deadlines(self) -> None:
+    # Deadlines, bad slots, and the end of workers
+
+    def _enforce_deadlines(self) -> None:
         now, timeout = time.monotonic(), self._limits.job_timeout
-        for seat in self._seats:
-            if seat.worker is None:
+        for slot in self._slots:
+            if slot.worker is None:
                 continue
-            if seat.killed and now > seat.killed + DEATH_S and self._may_be_back(seat):
-                seat.killed = now
-                seat.worker.kill()
-            elif seat.killed and now > seat.killed + DEATH_S:
-                self._close(seat, f"process {seat.worker.pid} there cannot be killed")
-                self._on_death(seat)
-            elif seat.deadline and now > seat.deadline:
-                seat.kill(f"it did not end within {self._limits.grace:g} s (--grace)")
-            elif seat.task and seat.task.is_told and timeout and not seat.deadline:
-                loading_s = 0.0 if seat.task.has_begun else LOADING_S
-                if now > seat.task.heard + timeout + loading_s:
-                    seat.verdict = f"no report for {timeout:g} s (--job_timeout)"
-                    seat.worker.signal(worker.SHOW_STACK)
-                    seat.deadline = now + STACK_S
+            running = slot.running
+            if slot.killed_at and now > slot.killed_at + DEATH_S:
+                if self._may_be_unreachable():
+                    slot.killed_at = now
+                    slot.worker.kill()
+                else:
+                    pid = slot.worker.pid
+                    self._take_out_of_service(slot, f"process {pid} there cannot be killed")
+                    self._on_death(slot)
+            elif slot.kill_at and now > slot.kill_at:
+                slot.kill(f"it did not end within {self._limits.grace:g} s (--grace)")
+            elif running and running.is_announced and timeout and not slot.kill_at:
+                loading_s = 0.0 if running.is_loaded else LOADING_S
+                if now > running.last_message_at + timeout + loading_s:
+                    slot.kill_reason = f"no report for {timeout:g} s (--job_timeout)"
+                    slot.worker.signal(worker.SHOW_STACK)
+                    slot.kill_at = now + STACK_S
 
-    def _may_be_back(self, seat: _Seat) -> bool:
-        """Whether a worker that does not die may be one of a machine that cannot be reached: its
-        job waits until that is back or lost, or else two workers would have it at a time."""
+    def _may_be_unreachable(self) -> bool:
+        """Whether a worker that does not die may be on a machine that cannot be reached: its job
+        waits until the machine is back or lost, because two workers must not have the job."""
         return not self._engine.is_fixed and not self._stopping
 
-    def _blame(self, seat: _Seat) -> None:
-        """A slot that loses one worker after another is bad, if no other slot does the same."""
+    def _count_loss(self, slot: _ManagedSlot) -> None:
+        """Takes a slot out of service that loses one worker after another while others do not."""
         if not self._engine.is_fixed:
             return
-        seat.losses.append(time.monotonic())
-        if len(seat.losses) < BAD_SLOT:
+        slot.loss_times.append(time.monotonic())
+        if len(slot.loss_times) < LOSSES_OF_BAD_SLOT:
             return
-        since = seat.losses[-BAD_SLOT]
-        others = [other for other in self._seats if other is not seat and other.in_service]
-        all_good = all(not other.losses or other.losses[-1] < since for other in others)
-        if all_good and any(other.progressed > since for other in others):
-            self._close(seat, f"{BAD_SLOT} workers lost in a row, while other slots get on")
+        since = slot.loss_times[-LOSSES_OF_BAD_SLOT]
+        others = [other for other in self._slots if other is not slot and other.in_service]
+        all_good = all(not other.loss_times or other.loss_times[-1] < since for other in others)
+        if all_good and any(other.last_progress > since for other in others):
+            reason = f"{LOSSES_OF_BAD_SLOT} workers lost in a row, while other slots make progress"
+            self._take_out_of_service(slot, reason)
 
-    def _close(self, seat: _Seat, reason: str) -> None:
-        seat.in_service = False
-        self._show(Event("slot_lost", seat.slot, reason=reason))
+    def _take_out_of_service(self, slot: _ManagedSlot, reason: str) -> None:
+        slot.in_service = False
+        self._show(Event("slot_lost", slot.spec, reason=reason))
 
-    def _dismiss(self, seat: _Seat) -> None:
-        """Lets a worker end that has no job; its slot is free when it has."""
-        assert seat.worker is not None
-        seat.worker.end_when_idle()
-        seat.deadline = time.monotonic() + FAREWELL_S
+    def _end_idle_worker(self, slot: _ManagedSlot) -> None:
+        """Lets a worker without a job end; the slot is free when it has."""
+        assert slot.worker is not None
+        slot.worker.end_when_idle()
+        slot.kill_at = time.monotonic() + IDLE_EXIT_S
 
     def _end_workers(self) -> None:
-        """No worker outlives its owner."""
+        """Returns when no worker is left."""
         self._stopping = True
-        for seat in self._seats:
-            if seat.worker and seat.task:
-                seat.kill("its owner has ended")
-            elif seat.worker and seat.deadline is None:
-                self._dismiss(seat)
-        while left := [seat for seat in self._seats if seat.worker]:
-            wait([handle for seat in left if seat.worker for handle in seat.worker.handles], POLL_S)
-            for seat in left:
-                if seat.worker:
-                    seat.worker.receive()  # nobody hears it any more
-                if seat.worker and seat.worker.has_ended:
-                    self._on_death(seat)
-            self._keep_deadlines()
+        for slot in self._slots:
+            if slot.worker and slot.running:
+                slot.kill("its owner has ended")
+            elif slot.worker and slot.kill_at is None:
+                self._end_idle_worker(slot)
+        while left := [slot for slot in self._slots if slot.worker]:
+            wait([handle for slot in left if slot.worker for handle in slot.worker.handles], POLL_S)
+            for slot in left:
+                if slot.worker:
+                    slot.worker.receive()  # dropped
+                if slot.worker and slot.worker.has_ended:
+                    self._on_death(slot)
+            self._enforce_deadlines()
 
-    def _tell(self, seat: _Seat, task: _Task, kind: EventKind, **facts: Any) -> Answer:
-        assert seat.worker is not None
+    # Events
+
+    def _notify(
+        self, slot: _ManagedSlot, running: _RunningJob, kind: EventKind, **values: Any
+    ) -> Answer:
+        """Sends an event of a job to the source, whose answer it returns, and shows it."""
+        assert slot.worker is not None
         event = Event(
             kind,
-            seat.slot,
-            task.job,
-            seat.worker.pid,
-            task.attempt,
-            time.monotonic() - task.began,
-            log=str(seat.worker.log),
-            host=seat.worker.host,
-            **facts,
+            slot.spec,
+            running.job,
+            slot.worker.pid,
+            running.attempt,
+            time.monotonic() - running.started_at,
+            log=str(slot.worker.log),
+            host=slot.worker.host,
+            **values,
         )
-        self._told = time.monotonic()
+        self._last_event_at = time.monotonic()
         answer = self._source.event(event)
-        self._excuse(self._told)
+        self._extend_timeouts(self._last_event_at)
         self._show(event)
         return answer
 
-    def _excuse(self, since: float) -> None:
-        """The source has taken its time: nobody's report was read meanwhile."""
+    def _extend_timeouts(self, since: float) -> None:
+        """The time that the source took counts for no job: its reports were not read meanwhile."""
         waited_s = time.monotonic() - since
-        for seat in self._seats:
-            if seat.task:
-                seat.task.heard += waited_s
+        for slot in self._slots:
+            if slot.running:
+                slot.running.last_message_at += waited_s
 
     def _show(self, event: Event) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone ends no experiment
             self._on_event(event)
 
 
-class _Nobody:
-    """In the place of a source that has raised an error: jobs end, and nobody hears how."""
+class _EmptySource:
+    """Replaces a source that raised an error: the jobs that run are stopped."""
 
     def next(self) -> Job | None:
         return None
@@ -458,5 +489,5 @@ class _Nobody:
 
 def worker_logs(folder: Path) -> Callable[[Slot, Job], Path]:
     """A log for each slot: `worker_gpu0_20261121_130000.log` in `folder`."""
-    begun = time.strftime("%Y%m%d_%H%M%S")
-    return lambda slot, _job: folder / f"worker_{slot.name}_{begun}.log"
+    started = time.strftime("%Y%m%d_%H%M%S")
+    return lambda slot, _job: folder / f"worker_{slot.name}_{started}.log"

@@ -1,10 +1,12 @@
-"""A training on several GPUs, hosted by one worker: it starts torchrun, and every rank connects to
-it.
+"""A training on several GPUs, hosted by one worker process.
 
-A rank says that it is here, and gets what it is to train; rank 0 reports, and each report is
-answered through the worker by the owner; at the end each rank tells its result or its error. The
-socket has a name in Linux's abstract namespace, which leaves no file behind when the host is
-killed; who connects is known to be the same user by the kernel.
+The worker calls `run_on_ranks`, which starts torchrun; torchrun starts the ranks, each of which
+runs `ddp_rank.main` and connects to the host. Host and ranks exchange `pool.messages`: a rank sends
+RankConnected and gets RunTraining; rank 0 sends Reports, and each gets the Reply of the owner, to
+which the worker forwards it; at the end each rank sends RankFinished or RankFailed.
+
+The socket has a name in Linux's abstract namespace, which leaves no file behind when the host is
+killed. Host and ranks refuse a peer that the kernel says is another user.
 """
 
 import contextlib
@@ -17,64 +19,99 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
+from gpt2.base import errors
 from gpt2.distributed.device import THREADS
 from gpt2.distributed.signals import StopRequest
+from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import JobLost, Stopped
+from gpt2.experiments.pool.messages import (
+    Message,
+    RankConnected,
+    RankFailed,
+    RankFinished,
+    Reply,
+    Report,
+    RunTraining,
+    StopTraining,
+)
 from gpt2.train.report import Answer
 
-RANK = "gpt2.experiments.training.ddp_rank"
+RANK_MODULE = "gpt2.experiments.training.ddp_rank"
 POLL_S = 0.2
 """how soon a signal is noticed"""
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.UserError,
+        errors.ConfigError,
+        errors.DataError,
+        errors.TrainingError,
+        errors.Diverged,
+        errors.CheckpointError,
+        Stopped,
+        JobLost,
+        MemoryError,
+        RuntimeError,
+        torch.OutOfMemoryError,
+    )
+}
+"""what a rank raises that its host raises again as the same class, by name"""
 
 
-def on_ranks(report: Callable[..., Answer], work: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The result of `training.run(report, **work)` on `count` ranks, as rank 0 tells it.
+def run_on_ranks(
+    report: Callable[..., Answer], kwargs: Mapping[str, Any], count: int
+) -> dict[str, Any]:
+    """The result of `training_job.run(report, **kwargs)` on `count` ranks: that of rank 0.
 
-    Raises what the first rank has raised that fails, Stopped too; and JobLost if a rank dies.
+    Raises the first error of a rank, Stopped included, and JobLost if a rank dies.
     """
-    with StopRequest() as stop, _Host(report, work, count) as host:
+    with StopRequest() as stop, _Host(report, kwargs, count) as host:
         while not host.is_over:
-            host.take_in()
+            host.handle_ranks()
             if stop.number:
                 host.stop()
-        return host.outcome()
+        return host.result()
 
 
 @dataclass(eq=False)
 class _Rank:
     """A rank that has connected."""
 
-    connection: Connection
+    channel: Channel
     death: int
-    """readable when it is dead; its connection may not end, if something that it started lives"""
+    """pidfd, readable when the rank is dead; its channel may stay open, if a child of it lives"""
     number: int | None = None
-    is_done: bool = False
-    """whether it has told its result or error"""
+    has_ended: bool = False
+    """whether it has sent its result or error"""
 
-    def send(self, word: str, value: Any = None) -> None:
-        with contextlib.suppress(OSError):  # it is dead: its end is heard next
-            self.connection.send((word, value))
+    def send(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # it is dead, which `death` shows
+            self.channel.send(message)
 
     def close(self) -> None:
-        self.connection.close()
+        self.channel.close()
         os.close(self.death)
 
 
 class _Host:
-    """torchrun, and the connections of its ranks; what still lives at the end is killed."""
+    """torchrun and the channels to its ranks; on exit, what still lives is killed."""
 
-    def __init__(self, report: Callable[..., Answer], work: Mapping[str, Any], count: int) -> None:
-        self._report, self._work = report, dict(work)
+    def __init__(
+        self, report: Callable[..., Answer], kwargs: Mapping[str, Any], count: int
+    ) -> None:
+        self._report, self._kwargs = report, kwargs
         self._ranks: list[_Rank] = []
         """those that are connected"""
-        self._result: dict[str, Any] | None = None
-        self._failure: Exception | None = None
+        self._result: Mapping[str, Any] | None = None
+        self._error: Exception | None = None
         """the first one: others follow from it"""
-        self._is_stopping = self._has_ended = False
+        self._is_stopping = self._torchrun_has_ended = False
         address = f"gpt2-{secrets.token_hex(16)}"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"\0{address}")
@@ -97,127 +134,135 @@ class _Host:
     ) -> None:
         self._torchrun.kill()  # ranks that have not connected yet die with it
         self._torchrun.wait()
-        for rank in self._ranks:  # the others when their connection ends
+        for rank in self._ranks:  # the others die when their channel closes
             rank.close()
         self._listener.close()
         os.close(self._death)
 
     @property
     def is_over(self) -> bool:
-        """A rank outlives torchrun if somebody kills that: it saves first."""
-        return self._has_ended and not self._ranks
+        """Whether torchrun and all ranks have ended. A rank outlives a torchrun that was killed: it
+        saves first."""
+        return self._torchrun_has_ended and not self._ranks
 
-    def take_in(self) -> None:
-        """Waits for something to happen to a rank or torchrun, and deals with it."""
-        ranks = {handle: rank for rank in self._ranks for handle in (rank.connection, rank.death)}
+    def handle_ranks(self) -> None:
+        """Waits until a rank connects, sends messages or dies, or torchrun ends, POLL_S at most,
+        and handles that."""
+        ranks = {handle: rank for rank in self._ranks for handle in (rank.channel, rank.death)}
         sources: list[Any] = [*ranks]
-        if not self._has_ended:
+        if not self._torchrun_has_ended:
             sources += [self._listener, self._death]
         for ready in wait(sources, POLL_S):
             if rank := ranks.get(ready):  # type: ignore[arg-type]
                 if rank in self._ranks:
-                    self._hear(rank, is_dead=ready == rank.death)
+                    self._receive(rank, is_dead=ready == rank.death)
             elif ready is self._listener:
-                self._let_in()
+                self._accept()
             else:
                 self._torchrun.wait()
-                self._has_ended = True
+                self._torchrun_has_ended = True
 
     def stop(self) -> None:
-        """Asks all ranks to, once. Not through torchrun, which kills its ranks 30 s later: that
-        may be in the middle of a save, and the owner has its own time for it (--grace)."""
+        """Requests all ranks to stop, once. Not through torchrun, which kills its ranks after 30 s,
+        perhaps in the middle of a save: the owner has a time limit of its own (--grace)."""
         if not self._is_stopping:
             self._is_stopping = True
             for rank in self._ranks:
-                rank.send("stop")
+                rank.send(StopTraining())
 
-    def outcome(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """The result, when all is over; raises if there is none."""
-        if self._result is not None:  # rank 0 has it when all is done and saved
-            return self._result
+        if self._result is not None:  # rank 0 sends it after everything is saved
+            return dict(self._result)
         code = self._torchrun.returncode
-        if code < 0 and isinstance(self._failure, Stopped):  # which is why they have stopped
-            raise JobLost(f"torchrun was killed by {signal.Signals(-code).name}; the ranks saved")
-        raise self._failure or JobLost(
-            f"torchrun ended with exit code {code}, and without a result"
-        )
+        if code < 0 and isinstance(self._error, Stopped):  # the death of torchrun stopped them
+            name = signal.Signals(-code).name
+            raise JobLost(f"torchrun was killed by {name}; the ranks saved")
+        raise self._error or JobLost(f"torchrun ended with exit code {code} and without a result")
 
-    def _let_in(self) -> None:
-        channel, _ = self._listener.accept()
-        pid, user = peer(channel)
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        pid, user = peer(connection)
         try:
             death = os.pidfd_open(pid) if user == os.getuid() else None
-        except ProcessLookupError:  # it is dead already: torchrun will say so
+        except ProcessLookupError:  # it is dead already, which torchrun reports
             death = None
         if death is None:
-            channel.close()
+            connection.close()
             return
-        rank = _Rank(Connection(channel.detach()), death)
+        rank = _Rank(Channel(connection), death)
         self._ranks.append(rank)
-        rank.send("work", self._work)
+        rank.send(RunTraining(self._kwargs))
         if self._is_stopping:
-            rank.send("stop")
+            rank.send(StopTraining())
 
-    def _hear(self, rank: _Rank, is_dead: bool) -> None:
-        """All that the rank has said; nothing more comes if it is dead."""
-        messages: list[tuple[str, Any]] = []
-        try:
-            while rank.connection.poll():
-                messages.append(rank.connection.recv())
-        except (EOFError, OSError):
-            is_dead = True
-        for word, value in messages:
-            self._on_message(rank, word, value)
-        if is_dead:
+    def _receive(self, rank: _Rank, is_dead: bool) -> None:
+        """Handles all that the rank has sent; a dead one sends no more."""
+        for message in rank.channel.receive():
+            self._on_message(rank, message)
+        if is_dead or rank.channel.is_closed:
             self._ranks.remove(rank)
             rank.close()
-            if not rank.is_done:
+            if not rank.has_ended:
                 name = "a rank" if rank.number is None else f"rank {rank.number}"
-                self._failure = self._failure or JobLost(f"{name} died without a word")
+                self._error = self._error or JobLost(f"{name} died without reporting an error")
 
-    def _on_message(self, rank: _Rank, word: str, value: Any) -> None:
-        if word == "here":
-            rank.number = value
-        elif word == "report":
-            rank.send("answer", self._report(**value))
-        else:
-            rank.is_done = True
-            if word == "raised":
-                self._failure = self._failure or value
-            elif rank.number == 0:
-                self._result = value
+    def _on_message(self, rank: _Rank, message: Message) -> None:
+        match message:
+            case RankConnected(number):
+                rank.number = number
+            case Report(metrics):
+                rank.send(Reply(self._report(**metrics)))
+            case RankFinished(result):
+                rank.has_ended = True
+                if rank.number == 0:
+                    self._result = result
+            case RankFailed():
+                rank.has_ended = True
+                self._error = self._error or _error_of(message, rank.number)
+            case _:
+                raise AssertionError(f"a rank sent {message}")
+
+
+def _error_of(failed: RankFailed, rank: int | None) -> Exception:
+    """The error that the rank raised, or a RuntimeError with its class's name if that is not in
+    ERRORS; the rank's traceback is a note of it."""
+    kind = ERRORS.get(failed.error)
+    error = kind(failed.text) if kind else RuntimeError(f"{failed.error}: {failed.text}")
+    error.add_note(f"On rank {rank}:\n{failed.traceback}")
+    return error
 
 
 def command(count: int, address: str) -> list[str]:
-    """What starts the ranks, which find their host at `address`."""
+    """The command that starts the ranks; they find their host at `address`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    return [sys.executable, *launcher, "-m", RANK, address]
+    return [sys.executable, *launcher, "-m", RANK_MODULE, address]
 
 
-def connect(address: str) -> Connection:
-    """A rank's connection to its host."""
-    channel = socket.socket(socket.AF_UNIX)
-    channel.connect(f"\0{address}")
-    if peer(channel)[1] != os.getuid():
+def connect(address: str) -> Channel:
+    """A rank's channel to its host."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(f"\0{address}")
+    if peer(connection)[1] != os.getuid():
         raise PermissionError(f"the socket {address} belongs to another user")
-    return Connection(channel.detach())
+    return Channel(connection)
 
 
-def peer(channel: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end, as the kernel knows them."""
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """pid and user id of the process at the other end, from the kernel."""
     size = struct.calcsize("3i")
-    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     pid, user, _group = struct.unpack("3i", credentials)
     return pid, user
 
 
 def _same_modules() -> dict[str, str]:
-    """Variables with which a Python process finds the modules that this one does, and no others
-    that lie in the current folder."""
+    """Variables with which a Python process finds the modules that this one does, and none that
+    only the current folder has."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
 
 
 def _same_threads() -> dict[str, str]:
-    """The threads of each rank: what the slot says."""
+    """The threads of each rank, as the slot sets them."""
     given = os.environ.get("OMP_NUM_THREADS")
     return {THREADS: given} if given else {}

@@ -1,94 +1,107 @@
-"""One rank of a training that a worker hosts (see `ranks`): what torchrun starts."""
+"""One rank of a training that a worker hosts: what torchrun runs. `ddp_host` is the other side."""
 
 import faulthandler
 import os
-import pickle
 import queue
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
+from gpt2.base import log
 from gpt2.base.errors import Diverged, ReportedByOtherRank
 from gpt2.distributed import watchdog
+from gpt2.experiments.pool import messages
 from gpt2.experiments.pool.job import Stopped
-from gpt2.experiments.pool.worker import Lines
+from gpt2.experiments.pool.messages import (
+    RankConnected,
+    RankFailed,
+    RankFinished,
+    Reply,
+    Report,
+    RunTraining,
+    StopTraining,
+)
+from gpt2.experiments.pool.worker import LogStream
+from gpt2.train.report import Answer
 
 
 def main(address: str) -> int:
-    """Trains, and tells the host what became of it; the exit code is for torchrun."""
+    """Trains, and sends the host the result or the error; returns the exit code for torchrun."""
     watchdog.end_with_torchrun()
-    sys.stdout = sys.stderr = Lines()
-    from gpt2.distributed import (
-        rendezvous,  # torch takes seconds to import, and torchrun may die before
-    )
+    sys.stdout = sys.stderr = LogStream()
+    # These import torch, which takes seconds, during which torchrun may die.
+    from gpt2.distributed import rendezvous
     from gpt2.experiments.training import training_job
 
-    host = Host(address, rendezvous.env_rank()[0])
+    rank = rendezvous.env_rank()[0]
+    log.setup(rank=rank)
+    host = HostConnection(address, rank)
     try:
-        result = training_job.run(host.report, **host.work, on_failure=host.tell_error)
-        host.tell("result", result)
+        result = training_job.run(host.report, **host.kwargs, on_failure=host.send_error)
+        host.send_result(result)
     except ReportedByOtherRank:
-        host.tell("result", None)
+        host.send_result({})
     except Exception as error:
-        if watchdog.is_contact_lost(error):  # another rank has died: that is what the host sees
+        if watchdog.is_contact_lost(error):  # another rank has died, which the host sees
             raise
-        host.tell_error(error)
-        # Raised by all ranks: a 1 would only make torchrun fill the log with a report.
+        host.send_error(error)
+        # All ranks raise these: exit code 1 would make torchrun fill the log with a report.
         return 0 if isinstance(error, Stopped | Diverged) else 1
     return 0
 
 
-class Host:
-    """The worker that has started torchrun. When it dies, or gives up, this process does, too: the
-    next attempt must not meet it in its folder."""
+class HostConnection:
+    """The channel to the worker that has started torchrun.
+
+    When the worker closes it, this process kills itself: the next attempt of the job must not meet
+    it in its folder.
+    """
 
     def __init__(self, address: str, rank: int) -> None:
-        from gpt2.experiments.training import ddp_host
+        from gpt2.experiments.training import ddp_host  # imports torch
 
-        self._connection = ddp_host.connect(address)
-        self._rank = rank
-        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._channel = ddp_host.connect(address)
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._is_stopping = False
-        self.tell("here", rank)
-        _, self.work = self._connection.recv()
-        """the keyword arguments of `training.run`"""
-        threading.Thread(target=self._listen, name="host", daemon=True).start()
+        self._channel.send(RankConnected(rank))
+        first = self._channel.wait()
+        if not isinstance(first, RunTraining):
+            raise ConnectionError(f"expected RunTraining from the host, got {first}")
+        self.kwargs = first.kwargs
+        """the keyword arguments of `training_job.run`"""
+        threading.Thread(target=self._receive, name="host", daemon=True).start()
 
-    def tell(self, word: str, value: Any) -> None:
-        self._connection.send((word, value))
-
-    def report(self, **metrics: Any) -> Any:
-        """The `report` of the training: what the owner answers."""
-        self.tell("report", metrics)
+    def report(self, **metrics: Any) -> Answer:
+        """The `report` of the training: returns the owner's answer."""
+        self._channel.send(Report(messages.plain(metrics)))
         answer = self._answers.get()
         return "stop" if self._is_stopping else answer
 
-    def tell_error(self, error: Exception) -> None:
-        """The error itself where it can be sent, else its text; the traceback goes with it."""
-        where = "".join(traceback.format_exception(error)).rstrip()
-        try:
-            sent = pickle.loads(pickle.dumps(error))
-        except Exception:  # whatever its class does
-            sent = RuntimeError(f"{type(error).__name__}: {error}")
-        sent.add_note(f"On rank {self._rank}:\n{where}")
-        self.tell("raised", sent)
+    def send_result(self, result: Mapping[str, Any]) -> None:
+        self._channel.send(RankFinished(messages.plain(result)))
 
-    def _listen(self) -> None:
+    def send_error(self, error: Exception) -> None:
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        self._channel.send(RankFailed(type(error).__name__, str(error), trace))
+
+    def _receive(self) -> None:
+        """The thread: receives until the host closes the channel."""
         while True:
-            try:
-                word, value = self._connection.recv()
-            except (EOFError, OSError):
-                faulthandler.dump_traceback(2)  # perhaps it was killed because this rank hangs
-                os.kill(os.getpid(), signal.SIGKILL)
-            if word == "answer":
-                self._answers.put(value)
-            else:
-                self._stop()
+            match self._channel.wait():
+                case Reply(answer):
+                    self._answers.put(answer)
+                case StopTraining():
+                    self._stop()
+                case _:
+                    faulthandler.dump_traceback(2)  # the host may be killed because this rank hangs
+                    os.kill(os.getpid(), signal.SIGKILL)
 
     def _stop(self) -> None:
-        """A training takes the signal itself; before it does, its first report is answered so."""
+        """Sends this process the signal that a training handles. Before the training does, its
+        first report gets the answer `stop`."""
         self._is_stopping = True
         if callable(signal.getsignal(signal.SIGTERM)):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A training as a job: the function that a worker calls, and its keyword arguments."""
+"""A training as a job: `job` makes it, in the owner; `run` trains, in a worker or its ranks."""
 
 import resource
 import statistics
@@ -19,7 +19,7 @@ from gpt2.distributed.rendezvous import env_rank
 from gpt2.distributed.watchdog import is_under_torchrun
 from gpt2.distributed.world import World
 from gpt2.experiments.pool.job import Job, Stopped
-from gpt2.experiments.training.ddp_host import on_ranks
+from gpt2.experiments.training import ddp_host
 from gpt2.metrics import log_reader
 from gpt2.train import trainer
 from gpt2.train.report import Answer, Report
@@ -27,8 +27,10 @@ from gpt2.train.setup import open_data, require_enough_rows
 
 TARGET = "gpt2.experiments.training.training_job:run"
 REPORT_EVERY_S = 0.5
-LOCK_OF_THE_DEAD_S, LOOK_EVERY_S = 150.0, 2.0
-"""twice what an NFS server grants by default (`nfsv4leasetime`), and some more"""
+STALE_LOCK_S = 150.0
+"""how long a shared disk may keep the lock of a lost machine: more than twice the default of an NFS
+server (`nfsv4leasetime`)"""
+LOCK_POLL_S = 2.0
 RESULT_OPTIONS = (
     *options.FIXED_BY_CHECKPOINT,
     *options.NOTED_AT_RESUME,
@@ -41,27 +43,27 @@ RESULT_OPTIONS = (
 
 
 def require_fresh_start(run_config: RunConfig) -> None:
-    """Raises ConfigError if the options name a checkpoint to continue: each training of an
-    experiment goes on from its own."""
+    """Raises ConfigError if the options name a run or a checkpoint: each training of an experiment
+    is named after its job and resumes from its own checkpoint."""
     name = run_config.experiment
     if name.name is not None or name.gpu_id is not None:
         raise ConfigError(
             "--experiment_name, --wandb_run_name and --gpu_id are for one run; each training of an "
-            "experiment is called after its job, --checkpoint_dir keeps experiments apart, and "
+            "experiment is named after its job, --checkpoint_dir keeps experiments apart, and "
             "--gpus says where they train"
         )
     settings = run_config.checkpoint
     if settings.resume_from is not None:
         raise ConfigError(
-            f"--resume {settings.resume_from} is for one run; an experiment goes on by itself when "
-            "the same command is given again"
+            f"--resume {settings.resume_from} is for one run; to resume an experiment, give the "
+            "same command again"
         )
 
 
 def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **changes: Any) -> Job:
-    """The training of `run_config`, on `ranks` GPUs, that keeps everything in `folder`, and goes on
-    where it was."""
-    of_its_own = {
+    """The job that trains `run_config` on `ranks` GPUs, keeps everything in `folder`, and resumes
+    there. `changes` are options by name."""
+    own_options = {
         "checkpoint_dir": folder,
         "log_dir": folder,
         "runs_dir": run_config.watch.runs_dir / folder.parent.name / folder.name,
@@ -69,8 +71,8 @@ def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **cha
         **changes,
     }
     run_name = f"{folder.parent.name}_{name}_{time.strftime('%Y%m%d_%H%M%S')}"
-    mine = options.overlay(run_config, of_its_own).to_dict()
-    return Job(name, TARGET, {"run": mine, "run_name": run_name, "ranks": ranks})
+    stored = options.overlay(run_config, own_options).to_dict()
+    return Job(name, TARGET, {"run": stored, "run_name": run_name, "ranks": ranks})
 
 
 def run(
@@ -80,19 +82,21 @@ def run(
     ranks: int = 1,
     on_failure: Callable[[Exception], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains as the stored configuration says; what the comparison of trainings needs to know.
+    """Trains the stored configuration, and returns what comparisons of trainings need.
 
-    Raises Stopped if it was stopped, after saving, and JobLost if one of several ranks has died.
+    It is called in a worker, and, for more than one rank, again in each rank, with `ranks` = 1;
+    there, ranks above 0 return an empty dict. `on_failure` is as in `distributed.watchdog`. Raises
+    Stopped if it was stopped, after saving, and JobLost if one of several ranks died.
     """
     if ranks > 1:
-        return on_ranks(report, {"run": run, "run_name": run_name}, ranks)
-    if not is_under_torchrun():  # its host has waited
+        return ddp_host.run_on_ranks(report, {"run": run, "run_name": run_name}, ranks)
+    if not is_under_torchrun():  # for ranks, their host has waited
         _wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
     run_config = _continued(options.of_stored(run))
-    result = trainer.run(run_config, _Seldom(report), run_name, on_failure)
+    result = trainer.run(run_config, _ThrottledReport(report), run_name, on_failure)
     if result.state == "stopped":
         raise Stopped
-    if env_rank()[0] > 0:  # rank 0 writes the log, and tells what became of it
+    if env_rank()[0] > 0:  # rank 0 writes the log and has the result
         return {}
     facts = asdict(result)
     del facts["exit_code"], facts["state"]
@@ -107,53 +111,54 @@ def run(
 
 
 def _wait_for_folder(report: Report, folder: Path) -> None:
-    """Waits while another process has the folder: a shared disk keeps the lock of a machine that is
-    lost for a while. Who still has it then is named by the training itself."""
-    deadline = time.monotonic() + LOCK_OF_THE_DEAD_S
+    """Waits while another process holds the folder's lock, STALE_LOCK_S at most: a shared disk
+    keeps the lock of a lost machine for a while. If it is still held then, the training raises the
+    error that names its holder. Raises Stopped if `report` answers so meanwhile."""
+    deadline = time.monotonic() + STALE_LOCK_S
     while folder_lock.is_held(folder) and time.monotonic() < deadline:
         if report() != "go":
             raise Stopped
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(LOCK_POLL_S)
 
 
 def _continued(run_config: RunConfig) -> RunConfig:
-    """The same, from its own newest checkpoint if it has any."""
+    """`run_config` with the option to resume, if its folder has a checkpoint."""
     if not store.list_checkpoints(run_config.checkpoint.checkpoint_dir):
         return run_config
     return options.overlay(run_config, {"resume": "latest", "init_from": "scratch"})
 
 
 def require_data(run_config: RunConfig, ranks: int = 1) -> None:
-    """Prepares the data if that is still to be done, once for all trainings; raises DataError if
-    there is none, and ConfigError if a step has too little of it for so many ranks."""
+    """Prepares the data, if necessary, once for all trainings. Raises DataError if there is none,
+    and ConfigError if a step has too few rows for `ranks` ranks."""
     cpu = torch.device("cpu")
     require_enough_rows(run_config, World(0, ranks, cpu))
     open_data(run_config, World(0, 1, cpu))
 
 
-class _Seldom:
-    """Hands on every validation, with the number of all steps if that is known; but steps only so
-    often that the training does not wait."""
+class _ThrottledReport:
+    """Passes on every validation, and steps every REPORT_EVERY_S at most, so that the training does
+    not wait for answers. Adds the total number of steps, once that is known."""
 
     def __init__(self, report: Report) -> None:
-        self._report, self._told = report, 0.0
+        self._report, self._last_report = report, 0.0
         self._known: dict[str, float] = {}
 
     def __call__(self, **metrics: float) -> Answer:
         now = time.monotonic()
         if "total_steps" in metrics:
             self._known = {"total_steps": metrics["total_steps"]}
-        if "loss" in metrics and now < self._told + REPORT_EVERY_S:
+        if "loss" in metrics and now < self._last_report + REPORT_EVERY_S:
             return "go"
-        self._told = now
+        self._last_report = now
         return self._report(**self._known | metrics)
 
 
 def _peak_memory_bytes() -> int:
-    """The most that the training had: of the GPU, or of the host where it used none."""
+    """Peak memory of the training: of the GPU, or of the host if it used none."""
     if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
         return allocated
-    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    # Not getrusage's ru_maxrss, which a process inherits from its parent.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
@@ -161,8 +166,8 @@ def _peak_memory_bytes() -> int:
 
 
 def result_options(run_config: RunConfig) -> dict[str, Any]:
-    """What the result of a training depends on, by the names of its flags: not folders, intervals
-    of checkpoints, or the machine."""
+    """The options that the result of a training depends on, by the names of their flags: not
+    folders, intervals of checkpoints, or the machine."""
     plain = run_config.to_dict()
     parts = (name.split(".") for name in RESULT_OPTIONS)
     return {name: plain[part][name] for part, name in parts}
