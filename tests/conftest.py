@@ -6,10 +6,14 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads of several processes only wait
 
 import pytest
+from hypothesis import settings
 
 import support
 from gpt2.base import log
 from gpt2.data import prepare
+
+settings.register_profile("any_machine", deadline=None)  # no test depends on the machine's speed
+settings.load_profile("any_machine")
 
 
 @pytest.fixture(autouse=True)

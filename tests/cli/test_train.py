@@ -212,7 +212,7 @@ def test_data_is_verified_and_shown(tmp_path: Path, data_root: Path, monkeypatch
     assert call(monkeypatch, main.main, "data", "verify", str(broken)) == 2
     error = capsys.readouterr().err
     assert "error: 1 of " in error
-    assert "small_train_000001.npy: 16129 bytes instead of 16128" in error
+    assert "small_train_000001.npy: expected 16128 bytes, got 16129" in error
 
 
 def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):

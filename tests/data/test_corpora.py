@@ -12,12 +12,12 @@ from gpt2.base.errors import DataError
 from gpt2.data import corpora
 
 
-def test_standard_library_is_its_sources_in_sorted_order(tmp_path: Path, monkeypatch):
+def test_the_standard_library_is_its_source_files_in_sorted_order(tmp_path: Path, monkeypatch):
     for name, content in {
         "b.py": b"b = 1\n",
         "a/z.py": "é = 2\n".encode(),
         "a/latin.py": b"# caf\xe9\n",
-        "a.txt": b"no source",
+        "a.txt": b"not Python",
         "site-packages/x.py": b"not ours",
         "a/__pycache__/z.py": b"a cache",
     }.items():
@@ -31,13 +31,13 @@ def test_standard_library_is_its_sources_in_sorted_order(tmp_path: Path, monkeyp
     assert corpora.CORPORA["python_stdlib"].count() == 3
 
 
-def test_the_running_python_has_a_library_worth_training_on():
+def test_the_standard_library_of_this_python_is_large_enough():
     count = corpora.CORPORA["python_stdlib"].count()
     assert count is not None
     assert count > 500
 
 
-def test_names_in_either_spelling():
+def test_hyphens_and_underscores_are_equivalent():
     assert corpora.find("python-stdlib") is corpora.find("python_stdlib")
     assert corpora.find("nothing") is None
 
@@ -46,7 +46,7 @@ def texts(corpus: corpora.Corpus, skip: int = 0) -> list[str]:
     return [document.text for document in corpus.documents(skip)]
 
 
-def test_standard_library_goes_on_after_a_number_of_documents():
+def test_documents_after_the_first_n():
     corpus = corpora.CORPORA["python_stdlib"]
     assert texts(corpus, corpus.count() - 2) == texts(corpus)[-2:]
 
@@ -100,29 +100,31 @@ def test_files_in_sorted_order(tmp_path: Path, kind: str, expected: list[str]):
     assert texts(corpus, skip=1) == expected[1:]
 
 
-def test_bytes_that_are_no_utf8_are_replaced_and_noted(tmp_path: Path):
+def test_bytes_that_are_not_utf8_are_replaced_and_noted(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (document,) = corpora.local_files("x", [str(tmp_path / "*.txt")]).documents(0)
     assert document == corpora.Document("caf\ufffd", replaced=True)
 
 
-def test_what_cannot_be_one_corpus(tmp_path: Path):
+def test_files_that_are_not_one_corpus(tmp_path: Path):
     with pytest.raises(DataError, match="no file matches"):
         corpora.local_files("x", [str(tmp_path / "*")])
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.parquet").touch()
-    with pytest.raises(DataError, match=r"\.parquet, \.txt cannot be one corpus"):
+    with pytest.raises(DataError, match=r"expected files of one kind, got \.parquet, \.txt"):
         corpora.local_files("x", [str(tmp_path / "*")])
     (tmp_path / "c.csv").touch()
-    with pytest.raises(DataError, match=r"files of kind \.csv cannot be read; known: \.txt, "):
+    with pytest.raises(
+        DataError, match=r"files of kind \.csv cannot be read; expected one of \.txt, "
+    ):
         corpora.local_files("x", [str(tmp_path / "*")])
     with pytest.raises(
-        DataError, match=r"no file matches .*; for a folder's files type '.*\*\.txt'"
+        DataError, match=r"no file matches .*; for the files of a folder use '.*\*\.txt'"
     ):
         corpora.local_files("x", [str(tmp_path)])
 
 
-def test_the_same_file_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_matches_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.txt").write_text("one")
     monkeypatch.chdir(tmp_path)
     assert texts(corpora.local_files("x", ["a.txt", "*.txt", "./a.txt"])) == ["one"]
@@ -145,12 +147,12 @@ def test_a_null_is_an_empty_document(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"body": "one"}\n', "record 0 has no text in field 'text'; its fields: body; choose"),
-        ('{"text": 1}\n', "record 0 has a value of type int in field 'text', not text"),
-        ("no json", "cannot read .*a.jsonl"),
+        ('{"body": "one"}\n', "record 0 has no field 'text'; choose one of body with --text_field"),
+        ('{"text": 1}\n', "record 0: expected text in field 'text', got int; choose one of text"),
+        ("not JSON", "cannot read .*a.jsonl"),
     ],
 )
-def test_records_that_cannot_be_read_are_one_clear_error(tmp_path: Path, content, message):
+def test_records_that_cannot_be_read_are_one_error(tmp_path: Path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         texts(corpora.local_files("x", [str(tmp_path / "a.jsonl")]))

@@ -3,6 +3,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import shutil
@@ -39,7 +40,7 @@ def plain_loop(documents: list[Document]) -> list[int]:
     ]
 
 
-def test_shards_hold_every_document_behind_its_separator(data_root: Path):
+def test_shards_hold_every_document_after_its_separator(data_root: Path):
     assert shard_tokens(data_root) == plain_loop(list(support.small_documents()))
 
 
@@ -67,18 +68,18 @@ def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monk
     assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
 
 
-def test_a_finished_folder_stays_as_it_is(tmp_path: Path):
+def test_a_finished_folder_is_not_changed(tmp_path: Path):
     first = prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
     before = (tmp_path / "manifest.json").stat().st_mtime_ns
     assert prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1) == first
     assert (tmp_path / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(
-        DataError, match=r"is finished with other options \(shard_tokens 8000, now 10"
+        DataError, match=r"is finished with other options \(shard_tokens: 8000 before, 10 now"
     ):
         prepare.prepare(support.SMALL_CORPUS, tmp_path, shard_tokens=10)
 
 
-def test_overwrite_makes_it_again(tmp_path: Path):
+def test_overwrite_prepares_it_again(tmp_path: Path):
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
     again = prepare.prepare(
         support.SMALL_CORPUS, tmp_path, workers=1, shard_tokens=5000, overwrite=True
@@ -95,7 +96,7 @@ def test_max_tokens(tmp_path: Path):
     assert shard_tokens(tmp_path) == plain_loop(list(support.small_documents()))[:2500]
 
 
-def test_odd_documents_are_counted(tmp_path: Path):
+def test_empty_and_invalid_documents_are_counted(tmp_path: Path):
     documents = [Document("a" * 50), Document("\ufffd", replaced=True), Document("")]
     corpus = Corpus("odd", "a test", 5, documents=lambda skip: iter(documents[skip:]))
     manifest = prepare.prepare(corpus, tmp_path, workers=1)
@@ -131,7 +132,9 @@ def test_overwrite_removes_nothing_of_another_corpus(tmp_path: Path):
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = replace(support.SMALL_CORPUS, name="smal")
-    with pytest.raises(DataError, match=r"small_train_000001\.npy, which is not of this corp"):
+    with pytest.raises(
+        DataError, match=r"small_train_000001\.npy, which does not belong to this corp"
+    ):
         prepare.prepare(other, tmp_path, workers=1, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -145,22 +148,23 @@ def test_two_preparations_of_one_folder(tmp_path: Path):
     prepare.prepare(replace(support.SMALL_CORPUS, documents=second), tmp_path, workers=1)
 
 
-def test_runs_that_begin_together_wait_for_one_preparation(tmp_path: Path, capsys):
+def test_runs_that_start_together_wait_for_one_preparation(tmp_path: Path, caplog):
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     threading.Timer(0.3, os.close, [handle]).start()
-    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1, wait=True)
-    assert f"Waiting: another process prepares {tmp_path}\n" in capsys.readouterr().out
+    with caplog.at_level(logging.INFO):
+        prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1, wait=True)
+    assert f"Waiting: another process prepares {tmp_path}" in caplog.messages
 
 
-def test_a_text_that_the_regular_expression_cannot_take(tmp_path: Path):
+def test_a_text_on_which_the_regular_expression_fails(tmp_path: Path):
     text = "before\n" + "\n" * 1_000_000 + "after"
     tokens, lengths = prepare._encode([text])
     assert lengths.tolist() == [len(tokens)]
     assert tokenizer.decode(tokens[1:].tolist()) == text
 
 
-def test_a_failed_start_blocks_nothing(tmp_path: Path):
+def test_a_failed_preparation_can_be_started_again(tmp_path: Path):
     broken = replace(support.SMALL_CORPUS, source="wrong field", documents=lambda skip: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(broken, tmp_path, workers=1)
@@ -173,7 +177,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         prepare.prepare(support.SMALL_CORPUS, tmp_path / "file" / "data", workers=1)
 
 
-def test_validation_shard_may_have_a_size_of_its_own(tmp_path: Path):
+def test_the_validation_shard_may_have_another_size(tmp_path: Path):
     manifest = prepare.prepare(
         support.SMALL_CORPUS, tmp_path, workers=1, shard_tokens=9000, val_tokens=500
     )
@@ -188,15 +192,17 @@ def test_a_document_longer_than_a_shard_spans_shards(tmp_path: Path):
     assert shard_tokens(tmp_path) == plain_loop(documents)
 
 
-def test_shards_of_unknown_origin_are_left_alone(tmp_path: Path):
+def test_shards_of_unknown_origin_are_kept(tmp_path: Path):
     (tmp_path / "theirs_000001.npy").touch()
     with pytest.raises(DataError, match=r"holds theirs_000001\.npy of unknown origin"):
         prepare.prepare(support.SMALL_CORPUS, tmp_path)
     assert (tmp_path / "theirs_000001.npy").exists()
 
 
-def test_going_on_with_other_options_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)  # so that shards are finished before
+def test_other_options_are_refused_for_an_unfinished_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)  # some shards are finished before
 
     def broken(skip: int):
         yield from support.small_documents(skip)
@@ -205,28 +211,55 @@ def test_going_on_with_other_options_is_refused(tmp_path: Path, monkeypatch: pyt
     corpus = Corpus("small", "a few modules", 8000, documents=broken)
     with pytest.raises(DataError, match="broke off"):
         prepare.prepare(corpus, tmp_path, workers=1)
-    with pytest.raises(DataError, match=r"was begun with other options \(val_tokens 8000, now 5;?"):
+    with pytest.raises(
+        DataError, match=r"was started with other options \(val_tokens: 8000 before, 5 now"
+    ):
         prepare.prepare(corpus, tmp_path, workers=1, val_tokens=5)
     (tmp_path / "progress.json").write_text("{")
     with pytest.raises(DataError, match=r"progress\.json cannot be read .*--overwrite"):
         prepare.prepare(corpus, tmp_path, workers=1)
 
 
+def test_unknown_fields_of_a_progress_file_are_ignored_with_a_warning(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    """A preparation that a later version began continues, and ends with the same shards."""
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)
+
+    def broken(skip: int):
+        yield from support.small_documents(skip)
+        raise DataError("the source broke off")
+
+    with pytest.raises(DataError, match="broke off"):
+        prepare.prepare(replace(support.SMALL_CORPUS, documents=broken), tmp_path, workers=1)
+    values = json.loads((tmp_path / "progress.json").read_text()) | {"started": 1.0}
+    values["counts"] |= {"duplicates": 0}
+    values["shards"] = [shard | {"crc": 1} for shard in values["shards"]]
+    assert values["shards"]
+    (tmp_path / "progress.json").write_text(json.dumps(values))
+    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
+    assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
+    assert [message.rpartition("ignored")[2] for message in caplog.messages] == [
+        " unknown fields of Shard: crc",
+        " unknown fields of Counts: duplicates",
+    ]
+
+
 class Killed(BaseException):
-    """As sudden as a signal: nothing below may handle it."""
+    """As sudden as a signal: no code catches it."""
 
 
 def in_this_process(documents, workers: int):
-    """As `_tokenised`, without processes; a document that says so kills it."""
+    """As `_tokenised`, without processes; the document "kill" raises Killed."""
     while part := list(itertools.islice(documents, workers)):
         if any(document.text == "kill" for document in part):
             raise Killed
         yield prepare.Batch(part, *prepare._encode([document.text for document in part]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
-def test_broken_off_anywhere_it_goes_on_and_ends_the_same(data: st.DataObject):
+def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataObject):
     """Whatever the documents, the sizes of shards and batches, and the moments of the kills."""
     lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=12), label="lengths")
     documents = [Document("a " * length, replaced=length == 3) for length in lengths]
@@ -311,7 +344,7 @@ def kill_at_random(folder: Path, trials: int, seed: int) -> int:
                 started.kill()
                 hits += 1
         assert no_process_left(started.pid)
-        if (folder / "manifest.json").exists():  # the next trial starts anew
+        if (folder / "manifest.json").exists():  # the next trial starts from nothing
             shutil.rmtree(folder)
     return hits
 
@@ -344,7 +377,7 @@ def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed:
     assert contents(tmp_path / "data") == contents(never_killed)
 
 
-def test_full_disk_is_one_clear_error_and_finished_shards_stay(tmp_path: Path, never_killed: Path):
+def test_a_full_disk_is_one_error_and_finished_shards_are_kept(tmp_path: Path, never_killed: Path):
     limit = 200_000  # bytes of a file: the small validation shard fits, the next one does not
     start = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
@@ -353,7 +386,9 @@ def test_full_disk_is_one_clear_error_and_finished_shards_stay(tmp_path: Path, n
     command = data_command(tmp_path / "data", "--val_tokens", "50000")
     failed = support.run_command([command[0], "-c", start, *command[3:]], expect=2)
     assert failed.stderr.count("\n") == 1
-    assert "finished shards are kept: make room and type the same command again" in failed.stderr
+    assert (
+        "finished shards are kept: free disk space and type the same command again" in failed.stderr
+    )
     assert (tmp_path / "data" / "python_stdlib_val_000000.npy").exists()
     assert not list((tmp_path / "data").glob("*.tmp"))
     support.run_command(command)

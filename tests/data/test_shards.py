@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gpt2.base.errors import DataError
-from gpt2.data import sampler, shards
+from gpt2.data import shards
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Sampler
+from gpt2.data.sampler import Sampler, micro_batches
 from gpt2.data.shards import DatasetIndex, Manifest, TokenDataset, load_index
 
 
@@ -26,7 +26,7 @@ def open_train(folder: Path, block_size: int = 32) -> TokenDataset:
     return TokenDataset(local(folder), "train", block_size)
 
 
-def brute_force(folder: Path, block_size: int, shard_order: list[int]) -> list[list[int]]:
+def plain_loop(folder: Path, block_size: int, shard_order: list[int]) -> list[list[int]]:
     """All rows of the training shards in this order, each block_size + 1 tokens."""
     files = sorted(folder.glob("*_train_*.npy"))
     rows = []
@@ -40,35 +40,37 @@ def brute_force(folder: Path, block_size: int, shard_order: list[int]) -> list[l
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_two_epochs_of_tokens_are_those_of_a_brute_force_reading(data_root: Path, world_size: int):
-    shards = open_train(data_root)
-    line = Sampler(shards.rows_per_shard, rows_per_step=7, seed=3)
+def test_two_epochs_of_tokens_are_those_of_a_plain_loop(data_root: Path, world_size: int):
+    dataset = open_train(data_root)
+    sampler = Sampler(dataset.rows_per_shard, rows_per_step=7, seed=3)
     expected = [
         row
         for epoch in range(3)
-        for row in brute_force(data_root, 32, line.shards_of(epoch).tolist())
+        for row in plain_loop(data_root, 32, sampler.shards_of(epoch).tolist())
     ]
-    steps = -(-2 * line.rows_per_epoch // line.rows_per_step)
+    steps = -(-2 * sampler.rows_per_epoch // sampler.rows_per_step)
     seen: list[list[int]] = []
     for step in range(steps):
         for rank in range(world_size):
-            for micro in sampler.micro_batches(line.rows(step, rank, world_size), 2):
-                inputs, targets = shards.read(micro)
+            for micro in micro_batches(sampler.rows(step, rank, world_size), 2):
+                inputs, targets = dataset.read(micro)
                 assert inputs.shape == targets.shape == (len(micro), 32)
                 assert np.array_equal(inputs[:, 1:], targets[:, :-1])
                 joined = np.concatenate([inputs, targets[:, -1:]], axis=1)
                 seen += joined.tolist()
-    assert len(shards.shards) > 1
+    assert len(dataset.shards) > 1
     assert seen == expected[: len(seen)]
-    assert len(seen) >= 2 * line.rows_per_epoch
+    assert len(seen) >= 2 * sampler.rows_per_epoch
 
 
-def test_tokens_after_a_change_of_world_size_are_those_that_would_have_come(data_root: Path):
-    shards = open_train(data_root)
-    line = Sampler(shards.rows_per_shard, rows_per_step=7, seed=3)
+def test_a_change_of_world_size_does_not_change_the_tokens(data_root: Path):
+    dataset = open_train(data_root)
+    sampler = Sampler(dataset.rows_per_shard, rows_per_step=7, seed=3)
 
     def tokens(step: int, world_size: int) -> list[list[int]]:
-        parts = [shards.read(line.rows(step, rank, world_size))[0] for rank in range(world_size)]
+        parts = [
+            dataset.read(sampler.rows(step, rank, world_size))[0] for rank in range(world_size)
+        ]
         return np.concatenate(parts).tolist()
 
     alone = [tokens(step, 1) for step in range(9)]
@@ -95,10 +97,12 @@ def test_missing_folder_names_the_command_that_makes_it():
         local(Path("/nowhere/mine"))
 
 
-def test_an_unfinished_folder_names_the_command_that_goes_on(copy: Path):
+def test_an_unfinished_folder_names_the_command_that_continues(copy: Path):
     (copy / "manifest.json").unlink()
     (copy / "progress.json").write_text('{"command": "gpt2 data files x.txt --out there"}')
-    with pytest.raises(DataError, match=r"unfinished: .* go on with: gpt2 data files x.txt --out"):
+    with pytest.raises(
+        DataError, match=r"unfinished: .* continue with: gpt2 data files x.txt --out"
+    ):
         local(copy)
 
 
@@ -112,7 +116,9 @@ def test_damaged_manifest(copy: Path, text: str):
 def test_another_tokeniser_is_refused(copy: Path):
     values = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(values | {"tokenizer": "cl100k"}))
-    with pytest.raises(DataError, match=r"tokenised with cl100k, runs use gpt2; .*--overwrite"):
+    with pytest.raises(
+        DataError, match=r"expected tokens of gpt2, got tokens of cl100k; .*--overwrite"
+    ):
         local(copy)
 
 
@@ -120,7 +126,7 @@ def test_truncated_shard_is_named(copy: Path):
     victim = sorted(copy.glob("*_train_*.npy"))[1]
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(
-        DataError, match=rf"{victim.name} is truncated, damaged or no shard .*--overwrite"
+        DataError, match=rf"{victim.name} is truncated, damaged or not a shard .*--overwrite"
     ):
         open_train(copy)
 
@@ -129,11 +135,14 @@ def test_shard_of_another_length_or_type_is_named(copy: Path):
     victim = sorted(copy.glob("*_train_*.npy"))[0]
     tokens = np.load(victim)
     np.save(victim, tokens[:-1])
-    with pytest.raises(DataError, match=rf"{victim.name} holds .* the manifest says .*--overwrite"):
+    with pytest.raises(
+        DataError, match=rf"{victim.name}: expected .* as in the manifest, got .*--overwrite"
+    ):
         open_train(copy)
     np.save(victim, tokens.astype(np.int32))
     with pytest.raises(
-        DataError, match=rf"{victim.name} is .*int32; needed: 1-dimensional uint16 or uint32"
+        DataError,
+        match=rf"{victim.name} is .*expected a 1-dimensional .* got 1 dimensions of int32",
     ):
         open_train(copy)
 
@@ -141,7 +150,9 @@ def test_shard_of_another_length_or_type_is_named(copy: Path):
 def test_missing_shard_is_named(copy: Path):
     victim = sorted(copy.glob("*_train_*.npy"))[0]
     victim.unlink()
-    with pytest.raises(DataError, match=rf"{victim.name} is in the manifest, but it is missing"):
+    with pytest.raises(
+        DataError, match=rf"{victim.name} is in the manifest, but the file is missing"
+    ):
         open_train(copy)
 
 
@@ -152,7 +163,7 @@ def test_context_longer_than_a_shard(data_root: Path):
         open_train(data_root, block_size=9000)
 
 
-# Other people's shards
+# Shards without a manifest
 
 TOKENS = np.arange(1000, dtype=np.uint16) * 7
 
@@ -185,7 +196,7 @@ def write_raw(path: Path, tokens: np.ndarray) -> None:
         ),
     ],
 )
-def test_formats_of_others(tmp_path: Path, write, names):
+def test_formats_of_other_programs(tmp_path: Path, write, names):
     root = tmp_path / "my_train_data"  # a split's name in the folder must not count
     for name, tokens in zip(names, (TOKENS[:100], TOKENS), strict=True):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -207,10 +218,13 @@ def test_formats_of_others(tmp_path: Path, write, names):
             lambda path: write_llmc(path, TOKENS, count=999),
             "header says 999 tokens, the file has 1000",
         ),
-        (lambda path: write_llmc(path, TOKENS, version=2), "version 2 of llm.c's format"),
-        (lambda path: path.write_bytes(np.int32(20240520).tobytes()), "its header is cut off"),
-        (lambda path: path.write_bytes(b"odd"), "3 bytes are no whole number of uint16"),
-        (lambda path: path.write_bytes(b""), "0 bytes are no whole number"),
+        (
+            lambda path: write_llmc(path, TOKENS, version=2),
+            "expected version 1 of llm.c's format, got 2",
+        ),
+        (lambda path: path.write_bytes(np.int32(20240520).tobytes()), "its header is incomplete"),
+        (lambda path: path.write_bytes(b"odd"), "3 bytes are not a whole number of uint16"),
+        (lambda path: path.write_bytes(b""), "0 bytes are not a whole number"),
     ],
 )
 def test_damaged_bin_is_named(tmp_path: Path, write, message: str):
@@ -227,7 +241,9 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path: Path):
 
 def test_a_folder_without_one_split_says_how_files_are_named(tmp_path: Path):
     write_raw(tmp_path / "train.bin", TOKENS)
-    with pytest.raises(DataError, match="has no val shard: its files need 'val' as a part"):
+    with pytest.raises(
+        DataError, match="has no val shard; its file names must have 'val' as a word"
+    ):
         TokenDataset(local(tmp_path), "val", 10)
 
 
@@ -247,10 +263,22 @@ def test_verify_names_what_is_wrong(copy: Path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert shards.verify(Storage(str(copy)), found[1]) == "its SHA-256 is not that of the manifest"
+    assert shards.verify(Storage(str(copy)), found[1]) == "its SHA-256 differs from the manifest's"
     path.write_bytes(content[:-1])
-    assert "bytes instead of" in shards.verify(Storage(str(copy)), found[1])
+    assert f"bytes, got {len(content) - 1}" in shards.verify(Storage(str(copy)), found[1])
     path.unlink()
     assert shards.verify(Storage(str(copy)), found[1]) == (
         "cannot be read: No such file or directory"
     )
+
+
+def test_unknown_fields_of_a_later_version_are_ignored_with_a_warning(copy: Path, caplog):
+    expected = local(copy)
+    values = json.loads((copy / "manifest.json").read_text()) | {"language": "en"}
+    values["shards"] = [shard | {"crc": 1} for shard in values["shards"]]
+    (copy / "manifest.json").write_text(json.dumps(values))
+    assert local(copy) == expected
+    assert [message.rpartition("ignored")[2] for message in caplog.messages] == [
+        " unknown fields of Shard: crc",
+        " unknown fields of Manifest: language",
+    ]

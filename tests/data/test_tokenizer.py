@@ -24,7 +24,7 @@ def test_decoding_gives_the_text_back(text: str):
     assert all(0 <= token < tokenizer.END_OF_TEXT for token in tokens)
 
 
-def test_special_token_in_text_is_ordinary_text():
+def test_a_special_token_in_text_is_ordinary_text():
     assert tokenizer.END_OF_TEXT not in tokenizer.encode("a<|endoftext|>b")
 
 
@@ -40,7 +40,7 @@ def test_token_by_token_gives_the_same_text(tokens: list[int]):
 
 
 @pytest.mark.parametrize("text", ["🦜", "👩‍🚀 naïve", "日本語のテキスト", "🇳🇿🏴‍☠️"])
-def test_a_character_comes_whole_with_its_last_token(text: str):
+def test_a_character_is_returned_with_its_last_token(text: str):
     tokens, decoder = tokenizer.encode(text), tokenizer.Decoder()
     pieces = [decoder.add(token) for token in tokens]
     assert "".join(pieces) == text
@@ -49,7 +49,7 @@ def test_a_character_comes_whole_with_its_last_token(text: str):
 
 
 def test_merges_are_those_of_the_published_encoder():
-    """The first ones of its merges.txt; and every token of several bytes comes from one."""
+    """The first lines of its merges.txt; every token of several bytes has one merge."""
     merges = tokenizer.merges()
     assert merges[:5] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e"), (b"i", b"n"), (b"r", b"e")]
     joined = [first + second for first, second in merges]

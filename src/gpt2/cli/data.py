@@ -182,7 +182,8 @@ def _verify(command: Verify) -> int:
     if wrong:
         raise DataError(
             f"{len(wrong)} of {len(manifest.shards)} shards do not match the manifest, or "
-            f"cannot be read{shards.way_out(storage)}" + "".join(f"\n  {line}" for line in wrong)
+            f"cannot be read{shards.repair_hint(storage)}"
+            + "".join(f"\n  {line}" for line in wrong)
         )
     print(f"{storage}: all {len(manifest.shards)} shards match the manifest")
     return 0

@@ -1,1 +1,1 @@
-"""From documents to shards to the rows of a step."""
+"""Documents become token shards; the sampler chooses the rows of them that a step reads."""

@@ -1,40 +1,43 @@
-"""Local copies of far files, on as much of the disk as they are given.
+"""Local copies of remote shards, in a folder of limited size.
 
-fsspec fetches the files. Its caches are not used: they write under the final name, so that a kill
-leaves half a file, they take an outage for a missing file, and they grow without a limit.
+fsspec downloads the files. Its caches are not used: they write under the final name, so that a
+killed process leaves a partial file, they mistake an outage for a missing file, and they grow
+without limit.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.base.errors import DataError
-from gpt2.data.remote import Storage, words
+from gpt2.data.remote import Storage, describe
 
-# Waiting between attempts. The run waits with its data and can be stopped meanwhile, so that there
-# is no reason to give up soon: a network may be gone for an hour of ten days.
-PAUSES_S = (1, 2, 5, 10, 30, *[60] * 120)
-FEW_ATTEMPTS = 3
-"""for what patience hardly mends: a file that is not there, or arrives whole but is another"""
-HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError)
-SPEAK_AFTER_S = 30.0
+logger = logging.getLogger(__name__)
+
+# Seconds between attempts. The run waits for its data and can be stopped meanwhile, so there is no
+# reason to give up soon: in a run of ten days, a network may be down for an hour.
+RETRY_PAUSES_S = (1, 2, 5, 10, 30, *[60] * 120)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
+PERMANENT_ERROR_ATTEMPTS = 3
+"""attempts where waiting hardly helps: the file is missing, or complete but not the expected one"""
+WARN_AFTER_S = 30.0
 PART = ".part"
 
 Check = Callable[[Path], str | None]
-"""What is wrong with a file that arrived, or None."""
+"""Returns what is wrong with a downloaded file, or None."""
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Room for local copies, shared by all processes of this machine."""
+class ShardCache:
+    """A folder for local copies, shared by all processes of this machine."""
 
     folder: Path
     limit_bytes: int | None = None
@@ -45,67 +48,78 @@ class Cache:
 
     @contextlib.contextmanager
     def copy(self, storage: Storage, name: str, size: int, check: Check) -> Iterator[Path]:
-        """A copy that `check` finds good, and that stays while the block runs.
+        """A local copy that passes `check`; it is not removed while the block runs.
 
-        It is fetched if it is not there, once for all processes of this machine. Room is made by
-        removing what was not used for longest and is not in use. Raises DataError, naming the
-        file, when there is no hope or no patience left.
+        A missing copy is downloaded, once for all processes of this machine. To make room, copies
+        that are not in use are removed, the least recently used first. Raises DataError, naming the
+        file, if the error is permanent or all attempts have failed.
         """
         with self._errors(), contextlib.ExitStack() as stack:
             path = self._path(storage, name)
-            lock = stack.enter_context(self._lock(path.name))
-            patience = _Patience(f"another process to fetch {storage.full(name)}")
-            fetched = False
+            lock = stack.enter_context(self._lock_file(path.name))
+            wait = _Wait(f"another process to download {storage.full(name)}")
+            downloaded = False
             while True:
-                if _takes(lock, fcntl.LOCK_SH):
-                    if path.exists() and (fetched or check(path) is None):
+                if _try_lock(lock, fcntl.LOCK_SH):
+                    if path.exists() and (downloaded or check(path) is None):
                         break
-                    if _takes(lock, fcntl.LOCK_EX):  # and gives up the other one
+                    if _try_lock(lock, fcntl.LOCK_EX):  # releases the shared lock
                         if not path.exists() or check(path) is not None:
-                            self._fetch(storage, name, size, check, path)
-                        fetched = True
+                            self._download(storage, name, size, check, path)
+                        downloaded = True
                         continue
-                patience.wait()
+                wait.pause()
             os.utime(path)
             held = stack.pop_all()
-        with held:  # what happens in the block is not of the cache
+        with held:  # outside of _errors: errors of the block are not the cache's
             yield path
 
-    def _fetch(self, storage: Storage, name: str, size: int, check: Check, path: Path) -> None:
-        """Makes a whole copy, however often that takes."""
+    def _download(self, storage: Storage, name: str, size: int, check: Check, path: Path) -> None:
+        """Downloads a file to `path`, with as many attempts as it takes."""
         full, part = storage.full(name), path.with_name(path.name + PART)
-        few = 0
-        for pause_s in (*PAUSES_S, None):
+        permanent_errors = 0
+        for pause_s in (*RETRY_PAUSES_S, None):
             try:
-                with self._lock("fetching") as lock:  # one at a time, so that the limit holds
-                    patience = _Patience("another copy to arrive")
-                    while not _takes(lock, fcntl.LOCK_EX):
-                        patience.wait()
-                    self._make_room(size)
-                    storage.fetch(name, part)
-                    reason = check(part)
-                    if reason is None:
-                        with part.open("rb") as file:
-                            os.fsync(file.fileno())
-                        os.replace(part, path)
-                        return
-                few += part.stat().st_size == size
-            except Exception as error:  # each protocol has errors of its own
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = self._attempt(storage, name, size, check, path, part)
+                if reason is None:
+                    return
+                permanent_errors += part.stat().st_size == size
+            except (DataError, OSError) as error:
+                cause = (error.__cause__ if isinstance(error, DataError) else None) or error
+                if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise DataError(
-                        f"{full} does not fit into {self.folder}; make room, or choose another "
-                        "folder with --cache_dir"
+                        f"{full} does not fit into {self.folder}; free disk space, or choose "
+                        "another folder with --cache_dir"
                     ) from error
-                reason = words(error)
-                few += isinstance(error, HOPELESS)
+                reason = describe(cause)
+                permanent_errors += isinstance(cause, PERMANENT_ERRORS)
             part.unlink(missing_ok=True)
-            if pause_s is None or few == FEW_ATTEMPTS:
-                raise DataError(f"{full} did not arrive: {reason}")
-            _say(f"{full} did not arrive ({reason}); trying again in {pause_s} s")
+            if pause_s is None or permanent_errors == PERMANENT_ERROR_ATTEMPTS:
+                raise DataError(f"{full} could not be downloaded: {reason}")
+            logger.warning(
+                "%s could not be downloaded (%s); trying again in %s s", full, reason, pause_s
+            )
             time.sleep(pause_s)
 
+    def _attempt(
+        self, storage: Storage, name: str, size: int, check: Check, path: Path, part: Path
+    ) -> str | None:
+        """Downloads to `part` and renames it to `path`; returns what is wrong with it, or None."""
+        with self._lock_file("fetching") as lock:  # one download at a time keeps to the limit
+            wait = _Wait("another download to finish")
+            while not _try_lock(lock, fcntl.LOCK_EX):
+                wait.pause()
+            self._make_room(size)
+            storage.fetch(name, part)
+            reason = check(part)
+            if reason is None:
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            return reason
+
     def _make_room(self, size: int) -> None:
-        """Removes the copies that were not used for longest until `size` more bytes fit."""
+        """Removes the least recently used copies until `size` more bytes fit."""
         if self.limit_bytes is None:
             return
         copies = []
@@ -113,21 +127,21 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):  # another process removes it too
                 if path.is_file():
                     copies.append((path.stat().st_mtime, path.stat().st_size, path))
-        spare = self.limit_bytes - sum(held for _, held, _ in copies)
+        free = self.limit_bytes - sum(held for _, held, _ in copies)
         for _, held, path in sorted(copies):
-            if spare >= size:
+            if free >= size:
                 return
-            with self._lock(path.name.removesuffix(PART)) as lock:
-                if _takes(lock, fcntl.LOCK_EX):  # else it is in use
+            with self._lock_file(path.name.removesuffix(PART)) as lock:
+                if _try_lock(lock, fcntl.LOCK_EX):  # else the copy is in use
                     path.unlink(missing_ok=True)
-                    spare += held
+                    free += held
 
     def _path(self, storage: Storage, name: str) -> Path:
         return self.folder / hashlib.sha256(storage.full(name).encode()).hexdigest()
 
     @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[int]:
-        """A file of that name to lock; locks end with it."""
+    def _lock_file(self, name: str) -> Iterator[int]:
+        """An open lock file of that name; its locks are released when the block ends."""
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         handle = os.open(locks / name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -143,12 +157,12 @@ class Cache:
         except OSError as error:
             raise DataError(
                 f"cannot use the cache folder {self.folder}: {error.strerror or error}; choose "
-                "another with --cache_dir"
+                "another one with --cache_dir"
             ) from error
 
 
-def _takes(lock: int, kind: int) -> bool:
-    """Whether the lock is free to be taken so; if it is not, a lock that was held is gone."""
+def _try_lock(lock: int, kind: int) -> bool:
+    """Takes the lock if it is free; returns whether it did. If not, a lock held before is lost."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -156,19 +170,15 @@ def _takes(lock: int, kind: int) -> bool:
     return True
 
 
-class _Patience:
-    """Waits in small pieces, and says for what if it takes long, as with a stopped process."""
+class _Wait:
+    """Waits in short pauses; logs once what it waits for if that takes long."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._speak_at = time.monotonic() + SPEAK_AFTER_S
+        self._warn_at = time.monotonic() + WARN_AFTER_S
 
-    def wait(self) -> None:
+    def pause(self) -> None:
         time.sleep(0.05)
-        if time.monotonic() > self._speak_at:
-            _say(f"waiting for {self._what}")
-            self._speak_at = math.inf
-
-
-def _say(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+        if time.monotonic() > self._warn_at:
+            logger.warning("waiting for %s", self._what)
+            self._warn_at = math.inf

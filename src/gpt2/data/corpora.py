@@ -1,8 +1,9 @@
-"""Where documents come from. A new corpus is one row of CORPORA, or a function like those below."""
+"""Sources of documents. A new corpus is an entry of CORPORA, or a function like `hub`."""
 
 import glob
 import hashlib
 import itertools
+import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ from typing import Any
 
 from gpt2.base.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `replaced` says that it had bytes which are no UTF-8 and became U+FFFD."""
+    """One text; `replaced` says whether it had bytes that are not UTF-8 and became U+FFFD."""
 
     text: str
     replaced: bool = False
@@ -23,24 +26,24 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named source of documents, always the same ones in the same order."""
+    """A named source of documents, which are the same in the same order each time."""
 
     name: str
     source: str
-    """where the text comes from: together with the name, what makes it this corpus"""
+    """where the text comes from; name and source identify the corpus"""
     tokens_per_shard: int
     documents: Callable[[int], Iterator[Document]]
-    """the documents after the first so many"""
+    """the documents after the first n"""
     val_tokens: int | None = None
-    """tokens of the validation split, a tenth of the corpus at most; None is exactly one shard"""
+    """tokens of the validation split, at most a tenth of the corpus; None is exactly one shard"""
     count: Callable[[], int | None] = lambda: None
-    """how many documents there are, where that is cheap to know"""
+    """number of documents, if it is known without reading them"""
     embedded: bool = False
-    """whether it is on every machine, so that a run may prepare it by itself"""
+    """whether every machine has it, so that a run can prepare it without a download"""
 
 
 def python_stdlib(skip: int = 0) -> Iterator[Document]:
-    """The running Python's own standard library, a document per `.py` file, sorted by path."""
+    """The running Python's own standard library, one document per `.py` file, sorted by path."""
     for path in _stdlib_files()[skip:]:
         content = path.read_bytes()
         text = content.decode("utf-8", errors="replace")
@@ -58,7 +61,7 @@ def hub(
     tokens_per_shard: int = 100_000_000,
     val_tokens: int | None = None,
 ) -> Corpus:
-    """A data set of the Hugging Face hub, or of a local folder, by its `datasets` name."""
+    """A data set of the Hugging Face hub or in a local folder; `repo` is its name in `datasets`."""
 
     def documents(skip: int) -> Iterator[Document]:
         return _records(
@@ -69,7 +72,7 @@ def hub(
     return Corpus(name, source, tokens_per_shard, documents, val_tokens)
 
 
-# The loader of the `datasets` library for each kind of file, and its options.
+# For each kind of file, its loader in the `datasets` library and the options of that.
 FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document", "encoding_errors": "replace"}),
     ".jsonl": ("json", {}),
@@ -84,21 +87,23 @@ FINGERPRINT_BYTES = 4096
 def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> Corpus:
     """Files of one kind, in sorted order; a `.txt` file is one document.
 
-    Raises DataError if nothing matches or the kinds are mixed.
+    Raises DataError if no file matches or the kinds differ.
     """
     matches = itertools.chain.from_iterable(glob.glob(item, recursive=True) for item in patterns)
     files = sorted({os.path.normpath(file) for file in matches if Path(file).is_file()})
     if not files:
         folders = [item for item in patterns if Path(item).is_dir()]
-        hint = f"; for a folder's files type '{Path(folders[0], '*.txt')}'" if folders else ""
+        hint = f"; for the files of a folder use '{Path(folders[0], '*.txt')}'" if folders else ""
         raise DataError(f"no file matches {' '.join(patterns)}{hint}")
     kinds = {_kind(Path(file)) for file in files}
     known = f"{', '.join(FILE_LOADERS)}, each also with {' or '.join(COMPRESSIONS)}"
     if unknown := sorted(kinds - FILE_LOADERS.keys()):
-        raise DataError(f"files of kind {', '.join(unknown)} cannot be read; known: {known}")
+        raise DataError(
+            f"files of kind {', '.join(unknown)} cannot be read; expected one of {known}"
+        )
     if len(kinds) > 1:
         raise DataError(
-            f"files of kind {', '.join(sorted(kinds))} cannot be one corpus; give files of one kind"
+            f"expected files of one kind, got {', '.join(sorted(kinds))}; choose one of them"
         )
     loader, options = FILE_LOADERS[kinds.pop()]
     field = "text" if loader == "text" else text_field
@@ -120,42 +125,42 @@ def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> 
 
 
 def find(name: str) -> Corpus | None:
-    """The corpus of that name, hyphens and underscores alike."""
+    """The corpus of that name, or None; hyphens and underscores are equivalent."""
     return CORPORA.get(name.replace("-", "_"))
 
 
 def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterator[Document]:
-    """Documents through the `datasets` library, after the first `skip`.
+    """Documents after the first `skip`, loaded by the `datasets` library.
 
-    Raises DataError if they cannot be loaded or a record lacks the text.
+    Raises DataError if they cannot be loaded or a record has no text.
     """
-    import datasets  # heavy, and needed here only
+    import datasets  # takes seconds, and only this function uses it
 
     try:
         records = datasets.load_dataset(**options)
         for number, record in enumerate(records.skip(skip) if skip else records, skip):
             if text_field not in record:
                 raise DataError(
-                    f"{source}: record {number} has no text in field {text_field!r}; its fields: "
-                    f"{', '.join(record)}; choose one with --text_field"
+                    f"{source}: record {number} has no field {text_field!r}; choose one of "
+                    f"{', '.join(record)} with --text_field"
                 )
-            text = "" if record[text_field] is None else record[text_field]  # counted as empty
+            text = "" if record[text_field] is None else record[text_field]  # an empty document
             if not isinstance(text, str):
                 raise DataError(
-                    f"{source}: record {number} has a value of type {type(text).__name__} in field "
-                    f"{text_field!r}, not text; its fields: {', '.join(record)}; choose one with "
-                    "--text_field"
+                    f"{source}: record {number}: expected text in field {text_field!r}, got "
+                    f"{type(text).__name__}; choose one of {', '.join(record)} with --text_field"
                 )
             yield Document(text, replaced="\ufffd" in text)
     except DataError:
         raise
-    except Exception as error:  # the library and what it calls raise without a common base
+    except Exception as error:  # the library and its readers have no common class of errors
+        logger.debug("cannot read %s", source, exc_info=True)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"cannot read {source}: {reason[0]}") from error
 
 
 def _fingerprint(files: list[str]) -> str:
-    """Digest of the sizes, beginnings and ends of files: others under the same names differ."""
+    """Digest of the sizes, beginnings and ends of files, which tells other files of these names."""
     digest = hashlib.sha256()
     for name in files:
         with open(name, "rb") as file:

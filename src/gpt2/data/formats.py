@@ -1,7 +1,7 @@
-"""Where in a file of token shards the tokens are, whoever wrote it.
+"""File formats of token shards: where in a file the tokens are.
 
-Three formats: `.npy` (uint16 or uint32), llm.c's `.bin` (256 int32 of header, then uint16; as
-modded-nanogpt writes it too) and nanoGPT's `train.bin` and `val.bin` (uint16 and nothing else).
+Three formats: `.npy` (uint16 or uint32), llm.c's `.bin` (256 int32 of header, then uint16; also
+written by modded-nanogpt) and nanoGPT's `train.bin` and `val.bin` (uint16 without a header).
 """
 
 import io
@@ -17,7 +17,7 @@ from gpt2.base.errors import DataError
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 DTYPE = np.dtype("<u2")
 HEAD_BYTES = 4096
-"""enough of a file's beginning to know its layout"""
+"""the beginning of a file that is enough to know its layout"""
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_INTS = 20240520, 1, 256
 LLMC_LLAMA3_MAGIC = 20240801
 
@@ -28,22 +28,27 @@ class Layout:
 
     dtype: np.dtype[Any]
     start: int
+    """byte of the first token"""
     tokens: int
+
+
+class _NotAShard(Exception):
+    """Says why a file is not a shard in a known format."""
 
 
 def layout(name: str, head: bytes, size: int) -> Layout:
     """The layout of a shard of `size` bytes that begins with `head`.
 
-    Raises DataError, naming the file, if it is none.
+    Raises DataError, naming the file, if it is not a shard.
     """
     try:
         return _layout(name, head, size)
-    except ValueError as error:
-        raise DataError(f"{name} is truncated, damaged or no shard ({error})") from error
+    except _NotAShard as error:
+        raise DataError(f"{name} is truncated, damaged or not a shard ({error})") from error
 
 
 def load(path: Path, name: str | None = None) -> Tokens:
-    """All tokens of a shard, memory-mapped. Raises DataError, with `name`, if it is none."""
+    """All tokens of a shard, memory-mapped. Raises DataError, with `name`, if it is not a shard."""
     name = name or str(path)
     try:
         with path.open("rb") as file:
@@ -58,36 +63,40 @@ def _layout(name: str, head: bytes, size: int) -> Layout:
     if name.endswith(".npy") or head.startswith(np.lib.format.MAGIC_PREFIX):
         found = _layout_of_npy(head)
     elif head[:4] == np.int32(LLMC_LLAMA3_MAGIC).tobytes():
-        raise ValueError("it holds tokens of Llama 3 in llm.c's format; runs use GPT-2's")
+        raise _NotAShard("expected tokens of GPT-2, got tokens of Llama 3 in llm.c's format")
     elif head[:4] == np.int32(LLMC_MAGIC).tobytes():
+        if len(head) < 4 * LLMC_HEADER_INTS:
+            raise _NotAShard("its header is incomplete")
         header = np.frombuffer(head[: 4 * LLMC_HEADER_INTS], dtype="<i4")
-        if len(header) < LLMC_HEADER_INTS:
-            raise ValueError("its header is cut off")
         if header[1] != LLMC_VERSION:
-            raise ValueError(f"version {header[1]} of llm.c's format; only {LLMC_VERSION} is known")
+            raise _NotAShard(f"expected version {LLMC_VERSION} of llm.c's format, got {header[1]}")
         found = Layout(DTYPE, header.nbytes, int(header[2]))
     elif size == 0 or size % 2:
-        raise ValueError(f"{size} bytes are no whole number of uint16 tokens")
+        raise _NotAShard(f"{size} bytes are not a whole number of uint16 tokens")
     else:
         found = Layout(DTYPE, 0, size // 2)
     held = (size - found.start) / found.dtype.itemsize
     if held != found.tokens:
-        raise ValueError(f"its header says {found.tokens} tokens, the file has {held:g}")
+        raise _NotAShard(f"its header says {found.tokens} tokens, the file has {held:g}")
     return found
 
 
 def _layout_of_npy(head: bytes) -> Layout:
     file = io.BytesIO(head)
-    version = np.lib.format.read_magic(file)
-    read = {
+    readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    if version not in read:
-        raise ValueError(f"version {version} of numpy's format")
-    shape, _, dtype = read[version](file)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise _NotAShard(f"expected version 1.0 or 2.0 of numpy's format, got {version}")
+        shape, _, dtype = readers[version](file)
+    except ValueError as error:  # numpy's, for a damaged header
+        raise _NotAShard(str(error)) from error
     if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
-        raise ValueError(
-            f"{len(shape)}-dimensional {dtype}; needed: 1-dimensional uint16 or uint32"
+        raise _NotAShard(
+            f"expected a 1-dimensional array of uint16 or uint32, got {len(shape)} dimensions of "
+            f"{dtype}"
         )
     return Layout(dtype, file.tell(), int(shape[0]))

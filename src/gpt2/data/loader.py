@@ -1,4 +1,4 @@
-"""The batches of a run, read ahead on a background thread."""
+"""The batches of a run, read ahead by a background thread."""
 
 import contextlib
 import queue
@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gpt2.data import sampler
-from gpt2.data.sampler import Sampler
+from gpt2.data.sampler import Rows, Sampler, micro_batches
 from gpt2.data.shards import TokenDataset
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -22,14 +21,14 @@ STEPS_AHEAD = 2
 class Loader:
     """One rank's micro-batches, step after step.
 
-    A micro-batch is inputs and targets, each (B, T) int64 on the CPU, in pinned memory if a CUDA
-    device will take them. Errors of the background thread are raised by `next_step`.
+    A micro-batch is inputs and targets, each (B, T) int64 on the CPU, in pinned memory if
+    `pin_memory`. `next_step` raises the errors of the background thread.
     """
 
     def __init__(
         self,
-        shards: TokenDataset,
-        line: Sampler,
+        dataset: TokenDataset,
+        sampler: Sampler,
         steps: Iterable[int],
         *,
         rank: int = 0,
@@ -37,20 +36,19 @@ class Loader:
         mini_batch_size: int,
         pin_memory: bool = False,
     ) -> None:
-        self._shards = shards
-        self._pin_memory = pin_memory
+        self._dataset, self._sampler = dataset, sampler
+        self._rank, self._world_size = rank, world_size
+        self._mini_batch_size, self._pin_memory = mini_batch_size, pin_memory
         self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(STEPS_AHEAD)
         self._next: list[MicroBatch] | BaseException | None = None
         self._closed = threading.Event()
-        self._line, self._mini_batch_size = line, mini_batch_size
-        self._rank, self._world_size = rank, world_size
         self._thread = threading.Thread(
             target=self._read, args=(steps,), name="loader", daemon=True
         )
         self._thread.start()
 
     def is_ready(self, within_s: float) -> bool:
-        """Waits for the next step's batches, but no longer than that."""
+        """Waits up to `within_s` seconds for the next step; returns whether it is there."""
         if self._next is None:
             with contextlib.suppress(queue.Empty):
                 self._next = self._ready.get(timeout=within_s)
@@ -65,7 +63,7 @@ class Loader:
         return item
 
     def close(self) -> None:
-        """Ends the thread, wherever it is; what it has read ahead is dropped."""
+        """Stops the background thread and drops what it has read ahead."""
         self._closed.set()
         self._thread.join()
 
@@ -78,16 +76,16 @@ class Loader:
     def _read(self, steps: Iterable[int]) -> None:
         try:
             for step in steps:
-                rows = self._line.rows(step, self._rank, self._world_size)
-                micros = sampler.micro_batches(rows, self._mini_batch_size)
-                if not self._put([self._micro_batch(part) for part in micros]):
+                rows = self._sampler.rows(step, self._rank, self._world_size)
+                parts = micro_batches(rows, self._mini_batch_size)
+                if not self._put([self._micro_batch(part) for part in parts]):
                     return
-                self._shards.expect(self._line.shard_after(step))
-        except BaseException as error:
+                self._dataset.prefetch(self._sampler.shard_after(step))
+        except BaseException as error:  # raised by next_step
             self._put(error)
 
     def _put(self, item: list[MicroBatch] | BaseException) -> bool:
-        """Hands `item` over; False if the loader is closed instead."""
+        """Puts `item` into the queue; returns False if the loader is closed first."""
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -96,8 +94,8 @@ class Loader:
                 continue
         return False
 
-    def _micro_batch(self, rows: sampler.Rows) -> MicroBatch:
-        inputs, targets = self._shards.read(rows, stop=self._closed)
+    def _micro_batch(self, rows: Rows) -> MicroBatch:
+        inputs, targets = self._dataset.read(rows, stop=self._closed)
         return self._tensor(inputs), self._tensor(targets)
 
     def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:

@@ -1,8 +1,8 @@
-"""Documents to shards: tokenised by many processes, written in the order of the documents.
+"""Tokenises documents in several processes and writes them, in their order, as shards.
 
-A preparation that is killed goes on where it was: `progress.json` says which shards are finished
-and at which token of which document the next one begins. It is replaced after each shard and
-removed when `manifest.json`, written last, says that the folder is whole.
+A preparation that was killed continues when it is started again: `progress.json` lists the finished
+shards, and the token of the document at which the next one begins. It is replaced after each shard,
+and removed after `manifest.json`, which is written last and marks the folder as complete.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -33,21 +34,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import gpt2
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
+from gpt2.base.json_fields import from_json
 from gpt2.data import shards, tokenizer
 from gpt2.data.corpora import Corpus, Document
 from gpt2.data.formats import DTYPE
 from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split
 
+logger = logging.getLogger(__name__)
+
 Tokens = npt.NDArray[np.uint16]
-BATCH_CHARACTERS = 500_000  # text that a worker gets at once: large against its hand-over
-BATCHES_PER_WORKER = 2  # under way at a time: no worker waits, and memory stays flat
+BATCH_CHARACTERS = 500_000  # per task of a worker: enough to make its overhead negligible
+BATCHES_PER_WORKER = 2  # submitted at a time: no worker waits, and memory is bounded
 PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides every byte of the shards."""
+    """Everything that determines the bytes of the shards."""
 
     corpus: str
     source: str
@@ -62,12 +66,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Counts:
-    """Documents, and those that a person should know of."""
+    """Numbers of documents: all, and those that may be a problem."""
 
     documents: int = 0
     empty: int = 0
     replaced: int = 0
-    """with bytes that are no UTF-8, which became U+FFFD"""
+    """with bytes that are not UTF-8 and became U+FFFD"""
 
     def plus(self, documents: list[Document]) -> "Counts":
         return Counts(
@@ -79,8 +83,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a shard ends: the counts of the documents that end before it, and how many tokens of
-    the next document it holds."""
+    """The end of a shard: the counts of the documents that end before it, and the number of tokens
+    of the next document that the shard holds."""
 
     counts: Counts = Counts()
     offset: int = 0
@@ -88,14 +92,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens of consecutive documents, each behind its <|endoftext|>."""
+    """Tokens of consecutive documents, each after an <|endoftext|>."""
 
     documents: list[Document]
     tokens: Tokens
     lengths: npt.NDArray[np.int64]
 
     def position(self, consumed: int, before: Position) -> Position:
-        """The position after `consumed` of the tokens; the batch itself begins at `before`."""
+        """The position after `consumed` tokens of the batch, which begins at `before`."""
         ends = np.cumsum(self.lengths)
         whole = int(np.searchsorted(ends, consumed + before.offset, side="right"))
         start = int(ends[whole - 1]) if whole else 0
@@ -103,7 +107,7 @@ class Batch:
         return Position(counts, consumed + before.offset - start)
 
     def counts_with_cut(self, before: Position, after: Position) -> Counts:
-        """The counts at `after`, with the document that is cut there."""
+        """The counts at `after`, including the document that is cut there."""
         whole = after.counts.documents - before.counts.documents
         return after.counts.plus(self.documents[whole : whole + 1] if after.offset else [])
 
@@ -121,39 +125,39 @@ def prepare(
     command: str | None = None,
     console: Console | None = None,
 ) -> Manifest:
-    """Writes the shards of `corpus` and, last, their manifest; a finished folder stays as it is.
+    """Writes the shards of `corpus`, then their manifest; a finished folder is not changed.
 
-    The first shard is the validation split. Every byte is the same whatever the number of workers
-    and however often the preparation was killed and started again; `command` is what a person
-    types for that. While another process prepares the folder, `wait` waits for it. Raises DataError
-    if the folder holds other shards, the documents cannot be read, or the disk is full.
+    The first shard is the validation split. The bytes do not depend on the number of workers, nor
+    on how often the preparation was killed and started again. Messages name `command` as the one
+    that continues it. With `wait`, waits for another process that prepares the same folder. Raises
+    DataError if the folder holds other shards, the documents cannot be read, or the disk is full.
     """
     shard_tokens = shard_tokens or corpus.tokens_per_shard
     default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
     recipe = Recipe(
         corpus.name, corpus.source, shard_tokens, val_tokens or default_val_tokens, max_tokens
     )
-    journal = _Journal(folder, recipe, command or shards.command(folder))
+    progress = _ProgressFile(folder, recipe, command or shards.prepare_command(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder, wait):
+        with _locked(folder, wait):
             if overwrite:
                 _clear(folder, corpus.name)
             if (folder / MANIFEST).exists():
                 return _finished(folder, recipe)
-            done, position = journal.begin()
+            done, position = progress.begin()
             writer = _ShardWriter(folder, recipe, done)
             tenth = corpus.val_tokens is not None and val_tokens is None
             processes = workers or len(os.sched_getaffinity(0))
-            counts = _write(corpus, recipe, writer, journal, position, processes, console)
+            counts = _write(corpus, recipe, writer, progress, position, processes, console)
             if tenth and writer.leaves_too_little():
-                journal.record([], Position())  # what is on the disk is replaced
-                writer.split_anew()
+                progress.record([], Position())  # all shards are written again
+                writer.split_again()
             return _finish(folder, recipe, writer, counts)
     except BrokenProcessPool:
         raise DataError(
-            "a tokenising process was killed (out of memory?); the same command goes on, "
-            "--workers 1 needs the least"
+            "a tokenising process was killed, possibly for lack of memory; type the same command "
+            "again to continue, with --workers 1 to use the least memory"
         ) from None
     except OSError as error:
         reason = f"cannot write {folder}: {error.strerror or error}"
@@ -161,14 +165,14 @@ def prepare(
             raise DataError(f"{reason}; choose another folder with --out") from error
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise DataError(
-            f"{reason} ({free / 1e9:.1f} GB free); finished shards are kept: make room and type "
-            "the same command again, or choose another folder with --out"
+            f"{reason} ({free / 1e9:.1f} GB free); finished shards are kept: free disk space and "
+            "type the same command again, or choose another folder with --out"
         ) from error
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, wait: bool) -> Iterator[None]:
-    """Two preparations of one folder would take each other's files."""
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Locks `folder`, so that no other process prepares it while the block runs."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -176,13 +180,13 @@ def _alone_in(folder: Path, wait: bool) -> Iterator[None]:
         except BlockingIOError:
             if not wait:
                 raise
-            print(f"Waiting: another process prepares {folder}", flush=True)
+            logger.info("Waiting: another process prepares %s", folder)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     except BlockingIOError:
         raise DataError(
-            f"another process prepares {folder} at this moment; wait until it has ended, or choose "
-            "another folder with --out"
+            f"another process prepares {folder}; wait until it has finished, or choose another "
+            "folder with --out"
         ) from None
     finally:
         os.close(handle)
@@ -192,26 +196,26 @@ def _write(
     corpus: Corpus,
     recipe: Recipe,
     writer: "_ShardWriter",
-    journal: "_Journal",
+    progress: "_ProgressFile",
     position: Position,
     workers: int,
     console: Console | None,
 ) -> Counts:
-    """Writes all that comes after `position`; returns the counts of all documents."""
+    """Writes the shards after `position`; returns the counts of all documents."""
     already = writer.written
     limit = recipe.max_tokens
-    with _progress(console) as progress:
-        task = progress.add_task(corpus.name, total=corpus.count(), speed="")
+    with _progress_bar(console) as bar:
+        task = bar.add_task(corpus.name, total=corpus.count(), speed="")
         for batch in _tokenised(corpus.documents(position.counts.documents), workers):
             tokens = batch.tokens[position.offset :]
             if limit is not None:
                 tokens = tokens[: limit - writer.written]
             for consumed in writer.add(tokens):
-                journal.record(writer.shards, batch.position(consumed, position))
+                progress.record(writer.shards, batch.position(consumed, position))
             before, position = position, batch.position(len(tokens), position)
-            rate = (writer.written - already) / (progress.tasks[task].elapsed or 1e-9)
+            rate = (writer.written - already) / (bar.tasks[task].elapsed or 1e-9)
             speed = f"{writer.written / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
-            progress.update(task, completed=position.counts.documents, speed=speed)
+            bar.update(task, completed=position.counts.documents, speed=speed)
             if limit is not None and writer.written >= limit:
                 return batch.counts_with_cut(before, position)
     return position.counts
@@ -221,8 +225,8 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
     writer.close()
     if len(writer.shards) < 2:
         raise DataError(
-            f"{recipe.corpus} has {writer.written} tokens, which is one shard, and the first is "
-            f"for validation; use more text, or --val_tokens {max(2, writer.written // 10)}"
+            f"{recipe.corpus} has {writer.written} tokens, which fit into one shard, the "
+            f"validation split; use more text, or --val_tokens {max(2, writer.written // 10)}"
         )
     manifest = Manifest(
         corpus=recipe.corpus,
@@ -244,8 +248,8 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
     return manifest
 
 
-class _Journal:
-    """What is kept between a kill and the next start."""
+class _ProgressFile:
+    """`progress.json`: from it, a preparation that was killed continues."""
 
     def __init__(self, folder: Path, recipe: Recipe, command: str) -> None:
         self._folder = folder
@@ -253,27 +257,27 @@ class _Journal:
         self._command = command
 
     def begin(self) -> tuple[list[Shard], Position]:
-        """The finished shards and where the next one begins; announces a new preparation."""
+        """The finished shards, and where the next one begins; writes the file if there is none."""
         path = self._folder / PROGRESS
         if not path.exists():
-            if strangers := sorted(self._folder.glob("*.npy")):
+            if others := sorted(self._folder.glob("*.npy")):
                 raise DataError(
-                    f"{self._folder} holds {strangers[0].name} of unknown origin; choose another "
-                    "folder with --out, or remove what this corpus left there with --overwrite"
+                    f"{self._folder} holds {others[0].name} of unknown origin; choose another "
+                    "folder with --out, or remove old shards of this corpus with --overwrite"
                 )
             self.record([], Position())
             return [], Position()
         try:
             values = json.loads(path.read_text())
-            done = [Shard(**shard) for shard in values["shards"]]
-            position = Position(Counts(**values["counts"]), values["offset"])
+            done = [from_json(Shard, item, path) for item in values["shards"]]
+            position = Position(from_json(Counts, values["counts"], path), values["offset"])
             begun_with = values["recipe"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} cannot be read ({error}); start anew with --overwrite"
+                f"{path} cannot be read ({error}); start again with --overwrite"
             ) from error
-        if done:  # else nothing is there that another recipe could contradict
-            _require_same(self._folder, self._recipe, begun_with, "was begun")
+        if done:  # without a finished shard, another recipe contradicts nothing
+            _require_same(self._folder, self._recipe, begun_with, "was started")
         else:
             self.record([], Position())
         atomic_files.sweep(self._folder, mine=lambda name: name.startswith(self._recipe.corpus))
@@ -306,25 +310,25 @@ def _finished(folder: Path, recipe: Recipe) -> Manifest:
 def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state: str) -> None:
     now = asdict(recipe)
     differences = [
-        f"{name} {other.get(name)}, now {value}"
+        f"{name}: {other.get(name)} before, {value} now"
         for name, value in now.items()
         if other.get(name) != value
     ]
     if differences:
         raise DataError(
-            f"{folder} {state} with other options ({'; '.join(differences)}); type the same "
-            "options, choose another folder with --out, or start anew with --overwrite"
+            f"{folder} {state} with other options ({'; '.join(differences)}); use the same "
+            "options, choose another folder with --out, or start again with --overwrite"
         )
 
 
 def _clear(folder: Path, name: str) -> None:
-    """Removes this corpus's files; the manifest first, so that no half of it looks whole."""
+    """Removes the files of this corpus, the manifest first: an incomplete folder never has one."""
     shard = re.compile(rf"{re.escape(name)}_(train|val)_\d{{6}}\.npy(\.tmp)?")
     others = [path.name for path in folder.glob("*.npy") if not shard.fullmatch(path.name)]
     if others:
         raise DataError(
-            f"{folder} holds {sorted(others)[0]}, which is not of this corpus; nothing was "
-            "removed: choose another folder with --out"
+            f"{folder} holds {sorted(others)[0]}, which does not belong to this corpus; nothing "
+            "was removed: choose another folder with --out"
         )
     found = [path for path in sorted(folder.iterdir()) if shard.fullmatch(path.name)]
     for path in (folder / MANIFEST, folder / PROGRESS, *found):
@@ -332,7 +336,7 @@ def _clear(folder: Path, name: str) -> None:
 
 
 class _ShardWriter:
-    """Cuts a stream of tokens into shards and writes each as soon as it is full."""
+    """Divides a stream of tokens into shards and writes each one when it is full."""
 
     def __init__(self, folder: Path, recipe: Recipe, shards: list[Shard]) -> None:
         self.shards = list(shards)
@@ -343,7 +347,7 @@ class _ShardWriter:
         self._pending = 0
 
     def add(self, tokens: Tokens) -> Iterator[int]:
-        """Takes `tokens`; yields, each time a shard is finished, how many of them are on disk."""
+        """Adds `tokens`; for each finished shard, yields how many of them have been written."""
         consumed = 0
         while consumed < len(tokens):
             size = self._recipe.shard_tokens if self.shards else self._recipe.val_tokens
@@ -361,11 +365,11 @@ class _ShardWriter:
             self._flush()
 
     def leaves_too_little(self) -> bool:
-        """Whether the validation split would be more than a tenth of all."""
+        """Whether the validation split would be more than a tenth of all tokens."""
         return 1 < self.written < 10 * self._recipe.val_tokens
 
-    def split_anew(self) -> None:
-        """Writes a tenth for validation and the rest for training."""
+    def split_again(self) -> None:
+        """Writes all shards again: a tenth of the tokens for validation, the rest for training."""
         begun = [np.load(self._folder / shard.file) for shard in self.shards]
         tokens = np.concatenate([*begun, *self._parts])
         for shard in self.shards:
@@ -390,20 +394,22 @@ class _ShardWriter:
         self._parts, self._pending = [], 0
 
 
-# Tokenising
+# Tokenisation
 
 
 def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
     """Tokens of batches of documents, in the order of the documents."""
-    context = multiprocessing.get_context("spawn")  # forked tokeniser threads can deadlock
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # the tokeniser's threads can deadlock in a forked process
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
+        workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
     )
     waiting: deque[tuple[list[Document], Future[tuple[Tokens, npt.NDArray[np.int64]]]]] = deque()
     try:
         for documents_of_batch in _batches(documents):
             texts = [document.text for document in documents_of_batch]
-            with _deaf_to_interrupts():
+            with _interrupts_blocked():
                 waiting.append((documents_of_batch, pool.submit(_encode, texts)))
             if len(waiting) > BATCHES_PER_WORKER * workers:
                 first, future = waiting.popleft()
@@ -416,8 +422,8 @@ def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that start now never get Ctrl+C, not even before they can ignore it."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started in the block do not receive Ctrl+C, not even before they can ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -435,7 +441,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
-    """Each text behind <|endoftext|>, and the number of tokens of each."""
+    """The tokens of all texts, each after an <|endoftext|>, and their numbers of tokens."""
     encoding = tokenizer.load()
     separator = np.array([tokenizer.END_OF_TEXT], dtype=np.uint32)
     parts = []
@@ -446,11 +452,14 @@ def _encode(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
 
 
 def _encode_one(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32]:
-    """The tokens of a text; of its halves, cut where a line begins, if the regular expression
-    cannot take it (a million empty lines, say)."""
+    """The tokens of a text.
+
+    The regular expression fails on some texts, such as a million empty lines: these are encoded in
+    halves, which are divided at the beginning of a line.
+    """
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError:
+    except ValueError:  # tiktoken's, from the regular expression
         middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
         if not 0 < middle < len(text):
             raise
@@ -458,19 +467,19 @@ def _encode_one(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32
         return np.concatenate([_encode_one(encoding, half) for half in halves])
 
 
-def _die_with(parent: int) -> None:
-    """A worker must not outlive a preparation that was killed; Ctrl+C is the owner's to handle."""
+def _end_with(parent: int) -> None:
+    """Lets a worker end with its parent, also if that is killed, and ignore Ctrl+C."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _progress(console: Console | None) -> Progress:
+def _progress_bar(console: Console | None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         TextColumn("documents: {task.completed:,}, {task.fields[speed]}"),
-        TimeRemainingColumn(compact=True),  # all within 80 columns
+        TimeRemainingColumn(compact=True),  # short enough for 80 columns
         console=console,
     )

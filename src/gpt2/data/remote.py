@@ -1,4 +1,4 @@
-"""Where shards lie: a folder of this machine, or a URL that fsspec can read."""
+"""Storage of shards: a local folder, or a URL that fsspec can read."""
 
 import contextlib
 import glob
@@ -15,21 +15,22 @@ import fsspec
 from gpt2.base.errors import DataError
 
 SILENCE_S = 60
-"""after which an HTTP server that sends nothing has failed; a large file may take longer"""
+"""an HTTP server that sends nothing for this long has failed; a whole file may take longer"""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder, here or far away, or the part of one that a glob names.
+    """A local or remote folder, or the files in one that match a glob.
 
-    Names are relative to `folder`. Raises DataError, naming the file, for what cannot be read.
+    Names of files are relative to `folder`. Methods raise DataError, naming the file, if it cannot
+    be read.
     """
 
     root: str
 
     @property
     def path(self) -> Path | None:
-        """The local folder (or glob), or None if it is far away."""
+        """The local folder or glob; None if the storage is remote."""
         return None if is_url(self.root) else Path(self.root).expanduser()
 
     @property
@@ -48,14 +49,14 @@ class Storage:
         return self.folder
 
     def full(self, name: str) -> str:
-        """The whole name of a file."""
+        """The path or URL of a file."""
         return f"{self.folder}/{name}" if self.folder else name
 
     def files(self) -> dict[str, int]:
-        """All files below the folder, or those that the glob names, with their sizes in bytes."""
+        """All files below the folder, or those that match the glob, with their sizes in bytes."""
         with self._errors(self.root):
             try:
-                self._fs.ls(self._home)  # find and glob take a refused connection for no files
+                self._fs.ls(self._home)  # find and glob report no files for a refused connection
             except (FileNotFoundError, NotADirectoryError):
                 return {}
             if self.is_glob:
@@ -67,48 +68,49 @@ class Storage:
         sizes = {
             name.removeprefix(start): entry["size"]
             for name, entry in sorted(found.items())
-            if name.startswith(start) and entry["type"] != "directory"  # links are files too
+            if name.startswith(start) and entry["type"] != "directory"  # links count as files
         }
         return {name: self.size(name) if size is None else size for name, size in sizes.items()}
 
     def read_if_any(self, name: str) -> bytes | None:
-        """The content of a small file, or None if there is none."""
+        """The content of a small file, or None if it does not exist."""
         with self._errors(self.full(name)):
             try:
-                return bytes(self._fs.cat_file(self._far(name)))
+                return bytes(self._fs.cat_file(self._fs_path(name)))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def size(self, name: str) -> int:
         with self._errors(self.full(name)):
-            return int(self._fs.size(self._far(name)))
+            return int(self._fs.size(self._fs_path(name)))
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a file, from a server that sends all of it, too."""
+        """Bytes [start, end) of a file, also if a server without ranges sends all of it."""
         with self._errors(self.full(name)):
-            content = bytes(self._fs.cat_file(self._far(name), start=start, end=end))
+            content = bytes(self._fs.cat_file(self._fs_path(name), start=start, end=end))
         return content if len(content) <= end - start else content[start:end]
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BufferedReader]:
-        """The file, to be read once from its beginning; no copy is kept."""
-        with self._errors(self.full(name)), self._fs.open(self._far(name), "rb") as file:
+        """The file, to be read once from its beginning, without a local copy."""
+        with self._errors(self.full(name)), self._fs.open(self._fs_path(name), "rb") as file:
             yield file
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copies a file to `path`; raises whatever its protocol raises."""
-        self._fs.get_file(self._far(name), str(path))
+        """Copies a file to the local `path`."""
+        with self._errors(self.full(name)):
+            self._fs.get_file(self._fs_path(name), str(path))
 
     @cached_property
     def _fs(self) -> Any:
-        return self._place[0]
+        return self._location[0]
 
     @cached_property
     def _home(self) -> str:
-        return str(self._place[1]).rstrip("/")
+        return str(self._location[1]).rstrip("/")
 
     @cached_property
-    def _place(self) -> tuple[Any, str]:
+    def _location(self) -> tuple[Any, str]:
         try:
             options = _without_time_limit() if self.folder.startswith("http") else {}
             file_system, home = fsspec.core.url_to_fs(self.folder or ".", **options)
@@ -116,7 +118,7 @@ class Storage:
             raise DataError(f"{self.root} cannot be opened: {error}") from error
         return file_system, str(home)
 
-    def _far(self, name: str) -> str:
+    def _fs_path(self, name: str) -> str:
         return f"{self._home}/{name}"
 
     @contextlib.contextmanager
@@ -125,8 +127,8 @@ class Storage:
             yield
         except DataError:
             raise
-        except Exception as error:  # each protocol has errors of its own
-            raise DataError(f"{name} cannot be read: {words(error)}") from error
+        except Exception as error:  # each protocol of fsspec has its own errors
+            raise DataError(f"{name} cannot be read: {describe(error)}") from error
 
 
 def is_url(root: str) -> bool:
@@ -134,8 +136,8 @@ def is_url(root: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.]*(::|://)", root) is not None
 
 
-def words(error: Exception) -> str:
-    """What an error says, in one line."""
+def describe(error: BaseException) -> str:
+    """The message of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
@@ -143,7 +145,7 @@ def words(error: Exception) -> str:
 
 
 def _without_time_limit() -> dict[str, Any]:
-    """aiohttp gives up after five minutes, however well a large file arrives."""
+    """Options without aiohttp's limit of five minutes for a whole file."""
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)

@@ -1,10 +1,11 @@
 """Which rows a step trains on: a pure function of (shard sizes, seed, step). Pure.
 
-A row is `block_size` inputs with their targets. The shards of a split, one after another, form an
-epoch's list of rows; the lists of epochs 0, 1, 2, … follow each other without end, and step N takes
-the N-th portion of `rows_per_step` rows. Nothing is stored to get back to a position.
+A row is `block_size` inputs with their targets. An epoch lists the rows of all shards of a split,
+shard after shard; the lists of epochs 0, 1, 2, … follow each other without end. Step N reads rows
+N * rows_per_step to (N + 1) * rows_per_step - 1 of that sequence, so the step number alone
+determines the position.
 
-Rows are given as an array (R, 2) of int64: shard index, row index within the shard.
+Rows are arrays (R, 2) of int64: shard index, row index within the shard.
 """
 
 from collections.abc import Iterator
@@ -21,12 +22,11 @@ Shuffle = Literal["shards", "rows", "none"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """The endless list of training rows, cut into steps.
+    """The endless sequence of training rows, divided into steps.
 
-    `rows_per_shard` is in name order, `rows_per_step` the rows of one step over all ranks.
-    `shuffle` says what changes from epoch to epoch: nothing (`none`), the order of the shards
-    after epoch 0 (`shards`), or that and, in every epoch, the order of the rows within each shard
-    (`rows`).
+    `rows_per_shard` is in name order; `rows_per_step` counts the rows of one step over all ranks.
+    `shuffle` is what is permuted: nothing (`none`), the shards in every epoch but epoch 0
+    (`shards`), or also the rows within each shard in every epoch (`rows`).
     """
 
     rows_per_shard: tuple[int, ...]
@@ -39,7 +39,7 @@ class Sampler:
         return sum(self.rows_per_shard)
 
     def epoch_at(self, step: int) -> int:
-        """The epoch of the first row of the update that follows `step` finished updates."""
+        """The epoch of the first row of `step`."""
         return step * self.rows_per_step // self.rows_per_epoch
 
     def first_step_of(self, epoch: int) -> int:
@@ -54,7 +54,7 @@ class Sampler:
         return _generator(self.seed, epoch).permutation(count)
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
-        """The rows of `rank` in the update that follows `step` finished updates."""
+        """The rows that `rank` reads in `step`; steps count from 0."""
         mine = share(self.rows_per_step, rank, world_size)
         first = step * self.rows_per_step
         positions = np.arange(first + mine.start, first + mine.stop, dtype=np.int64)
@@ -63,7 +63,7 @@ class Sampler:
         return np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.int64)
 
     def shard_after(self, step: int) -> int:
-        """The shard that comes after the one in which the rows of `step` end."""
+        """The shard that is read after the one that holds the last row of `step`."""
         epoch, offset = divmod((step + 1) * self.rows_per_step - 1, self.rows_per_epoch)
         shards = self.shards_of(epoch)
         ends = np.cumsum(np.asarray(self.rows_per_shard)[shards])
@@ -72,7 +72,7 @@ class Sampler:
         return int(self._locate(following, np.array([offset]))[0, 0])
 
     def _locate(self, epoch: int, offsets: npt.NDArray[np.int64]) -> Rows:
-        rows = _locate(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
+        rows = _rows_at(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
         if self.shuffle == "rows":
             for shard in np.unique(rows[:, 0]).tolist():
                 here = rows[:, 0] == shard
@@ -82,33 +82,33 @@ class Sampler:
 
 
 def share(count: int, rank: int, world_size: int) -> range:
-    """The contiguous share of `rank` in `count` things; shares differ in size by at most one."""
+    """The contiguous share of `rank` in `count` items; sizes of shares differ by at most one."""
     small, larger_ranks = divmod(count, world_size)
     start = rank * small + min(rank, larger_ranks)
     return range(start, start + small + (rank < larger_ranks))
 
 
 def micro_batches(rows: Rows, mini_batch_size: int) -> Iterator[Rows]:
-    """`rows` in portions of at most `mini_batch_size`."""
+    """`rows` in micro-batches of at most `mini_batch_size` rows."""
     for start in range(0, len(rows), mini_batch_size):
         yield rows[start : start + mini_batch_size]
 
 
 def spread(rows_per_shard: tuple[int, ...], count: int) -> Rows:
-    """`count` rows at even distances over the whole split (all of them if there are fewer)."""
+    """`count` rows, evenly spaced over the whole split; all rows if there are fewer."""
     total = sum(rows_per_shard)
     count = min(count, total)
     offsets = np.arange(count, dtype=np.int64) * total // max(count, 1)
     shards = np.arange(len(rows_per_shard), dtype=np.int64)
-    return _locate(np.asarray(rows_per_shard), shards, offsets)
+    return _rows_at(np.asarray(rows_per_shard), shards, offsets)
 
 
-def _locate(
+def _rows_at(
     rows_per_shard: npt.NDArray[np.int64],
     shards: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
 ) -> Rows:
-    """Positions in the list that reads `shards` in this order, as (shard, row)."""
+    """The (shard, row) at `offsets` in the list of the rows of `shards`, in this order."""
     ends = np.cumsum(rows_per_shard[shards])
     slots = np.searchsorted(ends, offsets, side="right")
     rows = offsets - (ends - rows_per_shard[shards])[slots]
@@ -121,6 +121,6 @@ def _row_permutation(seed: int, epoch: int, shard: int, count: int) -> npt.NDArr
 
 
 def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
-    """Independent streams for each epoch's shards (stream 0) and for the rows of each shard."""
-    counter = [0, 0, 0, stream]  # the highest word: streams never meet
+    """An independent stream for each epoch's shards (stream 0) and for the rows of each shard."""
+    counter = [0, 0, 0, stream]  # the highest word: streams never overlap
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=counter))

@@ -1,4 +1,7 @@
-"""Token shards, ours and other people's: found, checked at opening, read from memory maps."""
+"""Token shards: found by a manifest or by their names, checked when opened, read by memory map.
+
+`load_index` lists the shards of a storage, `TokenDataset` reads rows from those of one split.
+"""
 
 import contextlib
 import hashlib
@@ -10,15 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
+from gpt2.base.json_fields import from_json
 from gpt2.data import corpora, formats, tokenizer
-from gpt2.data.cache import Cache
+from gpt2.data.cache import ShardCache
 from gpt2.data.formats import DTYPE, HEAD_BYTES, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
@@ -26,11 +30,11 @@ from gpt2.data.sampler import Rows
 Split = Literal["train", "val"]
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 SAMPLED_IDS = 4096
-MAPS_AT_ONCE = 3
-"""far training shards that are open: the one in use, the one before it and the one after it"""
-AT_ONCE = 16
-"""requests at a time for the headers of foreign shards"""
-NAMING = "names need train or val as a word, as in train.bin and x_val_000000.npy"
+OPEN_REMOTE_SHARDS = 3
+"""remote training shards open at a time: the one in use, the one before and the one after it"""
+PARALLEL_REQUESTS = 16
+"""for the sizes and headers of remote shards"""
+NAMING = "file names must have train or val as a word, as in train.bin and x_val_000000.npy"
 SPLIT_WORDS: dict[str, Split] = {
     "train": "train",
     "val": "val",
@@ -41,7 +45,7 @@ SPLIT_WORDS: dict[str, Split] = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its file, relative to the folder, and what it must hold."""
+    """One shard: its file, relative to the folder, and its expected content."""
 
     file: str
     split: Split
@@ -52,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `gpt2 data` made. It is written last: a folder with one is whole."""
+    """What `gpt2 data` wrote. It is written last: a folder that has one is complete."""
 
     corpus: str
     source: str
@@ -65,7 +69,7 @@ class Manifest:
     documents: int
     empty_documents: int
     replaced_documents: int
-    """documents with bytes that are no UTF-8, which became U+FFFD"""
+    """documents with bytes that are not UTF-8 and became U+FFFD"""
     version: str
     """version of this package that wrote it"""
     shards: tuple[Shard, ...]
@@ -75,33 +79,31 @@ class Manifest:
 
     @classmethod
     def read(cls, storage: Storage) -> "Manifest":
-        """Raises DataError, with the command that helps, if there is none or it is damaged."""
-        content = storage.read_if_any(MANIFEST)
+        """Raises DataError, with the command to use, if it is missing or damaged."""
+        content, source = storage.read_if_any(MANIFEST), storage.full(MANIFEST)
         if content is None:
             raise DataError(_missing(storage))
         try:
-            values: dict[str, Any] = json.loads(content)
-            shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-            return cls(**values, shards=shards)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{storage.full(MANIFEST)} cannot be read ({error}){way_out(storage)}"
-            ) from error
+            values = json.loads(content)
+            shards = tuple(from_json(Shard, item, source) for item in values["shards"])
+            return from_json(cls, {**values, "shards": shards}, source)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{source} cannot be read ({error}){repair_hint(storage)}") from error
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The shards that a run trains on, whoever wrote them."""
+    """The shards of a storage, with or without a manifest."""
 
     storage: Storage
     shards: tuple[Shard, ...]
     vocab_size: int
-    ours: bool
-    """whether there is a manifest, with the SHA-256 of every shard"""
-    cache: Cache | None = None
-    """for copies of shards that are far away, where they are to be read"""
+    has_manifest: bool
+    """whether a manifest gives the SHA-256 of every shard"""
+    cache: ShardCache | None = None
+    """for copies of remote shards; None if they are not read"""
     corpus: str | None = None
-    """its name, where a manifest tells it"""
+    """name of the corpus; None without a manifest"""
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -110,44 +112,45 @@ class DatasetIndex:
         return sum(shard.tokens for shard in self.of(split))
 
     def fingerprint(self) -> str:
-        """Identity of the training data: the same for the same tokens in the same order."""
+        """Identifies the training data: equal for the same tokens in the same order."""
         sums = " ".join(shard.sha256 for shard in self.of("train"))
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
-def load_index(storage: Storage, cache: Cache | None = None) -> DatasetIndex:
-    """The shards of a folder, URL or glob, by its manifest, or by the names of foreign files.
+def load_index(storage: Storage, cache: ShardCache | None = None) -> DatasetIndex:
+    """The index of a folder, URL or glob, from its manifest, else from the names of its files.
 
-    Raises DataError if there are none, they are unfinished, or one is no shard.
+    Raises DataError if there are no shards, their preparation is not finished, or a file is not a
+    shard.
     """
-    found = _catalog_of_ours(storage) or _catalog_of_others(storage)
-    return replace(found, cache=cache)
+    index = _index_by_manifest(storage) or _index_by_names(storage)
+    return replace(index, cache=cache)
 
 
-def _catalog_of_ours(storage: Storage) -> DatasetIndex | None:
+def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
     if storage.is_glob or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
         return None
     manifest = Manifest.read(storage)
     if manifest.tokenizer != tokenizer.NAME:
         raise DataError(
-            f"{storage} was tokenised with {manifest.tokenizer}, runs use {tokenizer.NAME}"
-            f"{way_out(storage)}"
+            f"{storage}: expected tokens of {tokenizer.NAME}, got tokens of {manifest.tokenizer}"
+            f"{repair_hint(storage)}"
         )
-    if storage.path is None:  # here, opening tells
-        with ThreadPoolExecutor(AT_ONCE) as threads:
+    if storage.path is None:  # TokenDataset checks local shards when it opens them
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:
             sizes = threads.map(lambda shard: storage.size(shard.file), manifest.shards)
             for shard, size in zip(manifest.shards, sizes, strict=True):
                 if size != shard.bytes:
                     raise DataError(
-                        f"{storage.full(shard.file)} has {size} bytes instead of {shard.bytes}"
-                        f"{way_out(storage)}"
+                        f"{storage.full(shard.file)}: expected {shard.bytes} bytes, got {size}"
+                        f"{repair_hint(storage)}"
                     )
     return DatasetIndex(
-        storage, manifest.shards, manifest.vocab_size, ours=True, corpus=manifest.corpus
+        storage, manifest.shards, manifest.vocab_size, has_manifest=True, corpus=manifest.corpus
     )
 
 
-def _catalog_of_others(storage: Storage) -> DatasetIndex:
+def _index_by_names(storage: Storage) -> DatasetIndex:
     files = [
         (name, size, split)
         for name, size in storage.files().items()
@@ -155,138 +158,140 @@ def _catalog_of_others(storage: Storage) -> DatasetIndex:
     ]
     if not files:
         raise DataError(_missing(storage))
-    with ThreadPoolExecutor(AT_ONCE) as threads:  # far away, each answer takes a while
-        shards = threads.map(lambda file: _foreign_shard(storage, *file), files)
-        return DatasetIndex(storage, tuple(shards), tokenizer.VOCAB_SIZE, ours=False)
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:  # remote storage answers slowly
+        shards = threads.map(lambda file: _shard_by_header(storage, *file), files)
+        return DatasetIndex(storage, tuple(shards), tokenizer.VOCAB_SIZE, has_manifest=False)
 
 
 class TokenDataset:
     """The shards of one split as rows of `block_size` tokens, memory-mapped.
 
-    A shard gives `(tokens - 1) // block_size` rows; row r is the inputs [r*T, r*T + T) with the
-    targets one further on. Raises DataError, naming the file, for a missing or truncated shard, ids
-    outside the vocabulary, and a shard too short for one row (but for a last one, which holds what
-    is left of a corpus and may give none).
+    A shard has `(tokens - 1) // block_size` rows. Row r has the inputs [r*T, r*T + T); its targets
+    are the same tokens shifted by one. Raises DataError, naming the file, for a missing or
+    truncated shard, ids outside the vocabulary, and a shard too short for one row (except the last
+    one, which holds the rest of a corpus).
 
-    Far training shards are fetched when `read` needs them, or ahead of that by `expect`; what lies
-    here, and the validation split, is opened at once.
+    Remote training shards are downloaded when `read` needs them, or before that by `prefetch`.
+    Local shards, and those of the validation split, are opened by the constructor.
     """
 
-    def __init__(self, shards: DatasetIndex, split: Split, block_size: int) -> None:
+    def __init__(self, index: DatasetIndex, split: Split, block_size: int) -> None:
         self.block_size = block_size
-        self.shards = shards.of(split)
+        self.shards = index.of(split)
         if not self.shards:
             raise DataError(
-                f"{shards.storage} has no {split} shard: its files need {split!r} as a part of "
-                f"their names, as in name_{split}_000000.npy or {split}.bin"
+                f"{index.storage} has no {split} shard; its file names must have {split!r} as a "
+                f"word, as in name_{split}_000000.npy or {split}.bin"
             )
         self.rows_per_shard = tuple(max(0, shard.tokens - 1) // block_size for shard in self.shards)
         for shard, rows in zip(self.shards, self.rows_per_shard, strict=True):
             if rows == 0 and (len(self.shards) == 1 or shard is not self.shards[-1]):
                 raise DataError(
-                    f"{shards.storage.full(shard.file)} has {shard.tokens} tokens, too few for one "
+                    f"{index.storage.full(shard.file)} has {shard.tokens} tokens, too few for one "
                     f"row of block_size={block_size} and its target; use --block_size "
                     f"{max(1, shard.tokens - 1)} or less, or larger shards"
                 )
-        self._catalog = shards
-        self._come_and_go = shards.storage.path is None and split == "train"
-        self._maps: dict[int, Future[_Mapped]] = {}
-        """by number, the one not used for longest first"""
-        if self._come_and_go:
-            _require_room(shards)
+        self._index = index
+        self._on_demand = index.storage.path is None and split == "train"
+        """whether shards are opened when they are needed, and closed after that"""
+        self._open: dict[int, Future[_OpenShard]] = {}
+        """by shard index, the least recently used one first"""
+        if self._on_demand:
+            _require_room(index)
             return
         _allow_open_files(len(self.shards))
-        for index, shard in enumerate(self.shards):
-            self._maps[index] = Future()
-            self._maps[index].set_result(_open(shards, shard))
+        for number, shard in enumerate(self.shards):
+            self._open[number] = Future()
+            self._open[number].set_result(_open_shard(index, shard))
 
     def read(
         self, rows: Rows, stop: threading.Event | None = None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Inputs and targets of `rows`, each (B, T) int64.
 
-        Raises DataError for a token id outside the vocabulary, for a shard that does not arrive,
-        and if `stop` is set while it waits for one.
+        Raises DataError for a token id outside the vocabulary, for a shard that cannot be
+        downloaded, and if `stop` is set during a download.
         """
         length = self.block_size
         tokens = np.empty((len(rows), length + 1), dtype=np.int64)
-        for index, (shard, row) in enumerate(rows.tolist()):
+        for position, (shard, row) in enumerate(rows.tolist()):
             start = row * length
-            tokens[index] = self._tokens(shard, stop)[start : start + length + 1]
-        if tokens.size and (highest := tokens.max()) >= self._catalog.vocab_size:
+            tokens[position] = self._tokens(shard, stop)[start : start + length + 1]
+        if tokens.size and (highest := tokens.max()) >= self._index.vocab_size:
             shard = rows[int(tokens.max(axis=1).argmax())][0]
             raise DataError(
-                f"{self._catalog.storage.full(self.shards[shard].file)} holds the token id "
-                f"{highest}, outside the vocabulary of {self._catalog.vocab_size}"
+                f"{self._index.storage.full(self.shards[shard].file)} holds the token id "
+                f"{highest}, outside the vocabulary of {self._index.vocab_size}"
             )
         return tokens[:, :-1], tokens[:, 1:]
 
-    def expect(self, shard: int) -> None:
-        """Begins to fetch a shard that is needed soon, in the background."""
-        if not self._come_and_go:
+    def prefetch(self, shard: int) -> None:
+        """Starts to download a shard in the background, unless it is open."""
+        if not self._on_demand:
             return
-        known = self._maps.pop(shard, None)
+        known = self._open.pop(shard, None)
         if known is not None and not (known.done() and known.exception()):
-            self._maps[shard] = known  # as the one used last
+            self._open[shard] = known  # now the most recently used one
             return
-        while len(self._maps) >= MAPS_AT_ONCE:
-            oldest = self._maps.pop(next(iter(self._maps)))
-            oldest.add_done_callback(_let_go)
-        future = self._maps[shard] = Future()
-        # A daemon: an exit must not wait for a download.
+        while len(self._open) >= OPEN_REMOTE_SHARDS:
+            oldest = self._open.pop(next(iter(self._open)))
+            oldest.add_done_callback(_close)
+        future = self._open[shard] = Future()
+        # A daemon thread: the process can exit during a download.
         threading.Thread(
-            target=self._fetch, args=(shard, future), name="fetch", daemon=True
+            target=self._download, args=(shard, future), name="download", daemon=True
         ).start()
 
-    def _fetch(self, shard: int, future: "Future[_Mapped]") -> None:
+    def _download(self, shard: int, future: "Future[_OpenShard]") -> None:
         try:
-            future.set_result(_open(self._catalog, self.shards[shard]))
-        except BaseException as error:
+            future.set_result(_open_shard(self._index, self.shards[shard]))
+        except BaseException as error:  # raised by read
             future.set_exception(error)
 
     def _tokens(self, shard: int, stop: threading.Event | None) -> Tokens:
-        self.expect(shard)
-        future = self._maps[shard]
+        self.prefetch(shard)
+        future = self._open[shard]
         while not future.done():
             if stop is not None and stop.is_set():
-                raise DataError("stopped while a shard was being fetched")
+                raise DataError("stopped while a shard was downloaded")
             wait([future], timeout=0.05)
         return future.result().tokens
 
 
-def _let_go(future: "Future[_Mapped]") -> None:
-    """The copy of a shard that is no longer read may be removed from the cache."""
+def _close(future: "Future[_OpenShard]") -> None:
+    """Allows the cache to remove the copy of a shard that is no longer read."""
     if future.exception() is None:
         future.result().copy.close()
 
 
-def open_files_wanted(shards: int) -> int:
-    """Each memory map keeps a file open; the rest is for sockets, libraries and all else."""
+def open_files_needed(shards: int) -> int:
+    """Files that a process has open: two per shard, each kept open by a memory map, and 1024 for
+    sockets, libraries and everything else."""
     return 2 * shards + 1024
 
 
 def _allow_open_files(count: int) -> None:
-    """Many machines allow 1024 unless asked."""
+    """Raises the limit of open files, which is 1024 on many machines."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = open_files_wanted(count)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = open_files_needed(count)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def verify(storage: Storage, shard: Shard) -> str | None:
-    """What is wrong with a shard of ours, by size and SHA-256, or None."""
+    """What is wrong with a shard of a manifest, by its size and SHA-256, or None."""
     try:
         if (size := storage.size(shard.file)) != shard.bytes:
-            return f"{size} bytes instead of {shard.bytes}"
+            return f"expected {shard.bytes} bytes, got {size}"
         with storage.open(shard.file) as file:
-            return _wrong_sum(file, shard)
+            return _check_digest(file, shard)
     except DataError as error:
         return str(error).removeprefix(f"{storage.full(shard.file)} ")
 
 
 def first_tokens(storage: Storage, shard: Shard, count: int) -> list[int]:
-    """The first `count` tokens of a shard, read from where it lies."""
+    """The first `count` tokens of a shard, without a local copy."""
     head = storage.read(shard.file, 0, HEAD_BYTES)
     found = formats.layout(storage.full(shard.file), head, storage.size(shard.file))
     end = found.start + min(count, found.tokens) * found.dtype.itemsize
@@ -294,84 +299,84 @@ def first_tokens(storage: Storage, shard: Shard, count: int) -> list[int]:
     return [int(token) for token in np.frombuffer(content, found.dtype)]
 
 
-def command(folder: Path, again: bool = False) -> str:
-    """The command that makes `folder`; its name is that of the corpus, by convention."""
+def prepare_command(folder: Path, overwrite: bool = False) -> str:
+    """The command that prepares `folder`, which is named after its corpus by convention."""
     corpus = corpora.find(folder.name)
     name = corpus.name.replace("_", "-") if corpus else "NAME"
     out = "" if corpus and folder == Path("data") / folder.name else f" --out {folder}"
     names = "" if corpus else " (gpt2 data --help lists the names)"
-    return f"gpt2 data {name}{out}{' --overwrite' if again else ''}{names}"
+    return f"gpt2 data {name}{out}{' --overwrite' if overwrite else ''}{names}"
 
 
-def way_out(storage: Storage) -> str:
-    """The end of an error about shards of ours: what to do about it."""
+def repair_hint(storage: Storage) -> str:
+    """The end of an error message about shards of a manifest: how to replace them."""
     if storage.path is None:
         return "; upload it again"
     if corpora.find(storage.path.name) is None:
-        return "; make it again with the command that made it and --overwrite"
-    return f"; make it again with: {command(storage.path, again=True)}"
+        return "; prepare it again with the command that made it and --overwrite"
+    return f"; prepare it again with: {prepare_command(storage.path, overwrite=True)}"
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """The tokens of a shard, and what keeps its copy in the cache meanwhile."""
+class _OpenShard:
+    """The tokens of a shard; until `copy` is closed, the cache keeps its local copy."""
 
     tokens: Tokens
     copy: contextlib.ExitStack
 
 
-def _open(shards: DatasetIndex, shard: Shard) -> _Mapped:
-    """The tokens of a shard, fetched if it is far away, and checked."""
-    storage, name = shards.storage, shards.storage.full(shard.file)
-    mend = way_out(storage) if shards.ours else ""
+def _open_shard(index: DatasetIndex, shard: Shard) -> _OpenShard:
+    """The tokens of a shard, checked; a remote one is downloaded."""
+    storage, name = index.storage, index.storage.full(shard.file)
+    hint = repair_hint(storage) if index.has_manifest else ""
 
-    def wrong_on_arrival(path: Path) -> str | None:
+    def check_download(path: Path) -> str | None:
         if (size := path.stat().st_size) != shard.bytes:
-            return f"{size} bytes instead of {shard.bytes}"
-        if shards.ours:
+            return f"expected {shard.bytes} bytes, got {size}"
+        if index.has_manifest:
             with path.open("rb") as file:
-                return _wrong_sum(file, shard)
-        here = Storage(str(path.parent))
-        same = _foreign_shard(here, path.name, size, shard.split).sha256 == shard.sha256
-        return None if same else "it is not the file that was there before"
+                return _check_digest(file, shard)
+        local = Storage(str(path.parent))
+        found = _shard_by_header(local, path.name, size, shard.split)
+        return None if found.sha256 == shard.sha256 else "the file has changed since the run began"
 
     with contextlib.ExitStack() as stack:
         if storage.path is None:
-            assert shards.cache is not None
-            copy = shards.cache.copy(storage, shard.file, shard.bytes, wrong_on_arrival)
+            assert index.cache is not None
+            copy = index.cache.copy(storage, shard.file, shard.bytes, check_download)
             path = stack.enter_context(copy)
         else:
             path = Path(name)
             if not path.exists():
-                raise DataError(f"{name} is in the manifest, but it is missing{mend}")
+                raise DataError(f"{name} is in the manifest, but the file is missing{hint}")
         try:
             tokens = formats.load(path, name)
         except DataError as error:
             unreadable = isinstance(error.__cause__, OSError)
-            raise DataError(f"{error}{'' if unreadable else mend}") from error
-        _require_sound(shards, shard, tokens, mend)
-        return _Mapped(tokens, stack.pop_all())
+            raise DataError(f"{error}{'' if unreadable else hint}") from error
+        _require_sound(index, shard, tokens, hint)
+        return _OpenShard(tokens, stack.pop_all())
 
 
-def _require_sound(shards: DatasetIndex, shard: Shard, tokens: Tokens, mend: str) -> None:
-    name = shards.storage.full(shard.file)
+def _require_sound(index: DatasetIndex, shard: Shard, tokens: Tokens, hint: str) -> None:
+    name = index.storage.full(shard.file)
     if len(tokens) != shard.tokens:
         raise DataError(
-            f"{name} holds {len(tokens)} tokens, the manifest says {shard.tokens}{mend}"
+            f"{name}: expected {shard.tokens} tokens as in the manifest, got {len(tokens)}{hint}"
         )
     halves = tokens[1 : 2 * SAMPLED_IDS : 2]
-    if not shards.ours and tokens.dtype == DTYPE and len(halves) and not halves.any():
-        raise DataError(f"{name} holds 32-bit numbers; without a header only uint16 is known")
+    if not index.has_manifest and tokens.dtype == DTYPE and len(halves) and not halves.any():
+        raise DataError(f"{name}: expected uint16 in a file without a header, got 32-bit numbers")
     highest = int(_sample(tokens).max(initial=0))
-    if highest >= shards.vocab_size:
+    if highest >= index.vocab_size:
         raise DataError(
-            f"{name} holds the token id {highest}, outside the vocabulary of {shards.vocab_size}: "
-            f"it was written with another tokeniser{mend}"
+            f"{name} holds the token id {highest}, outside the vocabulary of {index.vocab_size}: "
+            f"it was written with another tokeniser{hint}"
         )
 
 
-def _foreign_shard(storage: Storage, name: str, size: int, split: Split) -> Shard:
-    """A shard without a manifest; its digest is of its size, its beginning and its end."""
+def _shard_by_header(storage: Storage, name: str, size: int, split: Split) -> Shard:
+    """A shard without a manifest; its digest covers its size, its beginning and its end."""
     head = storage.read(name, 0, min(size, HEAD_BYTES))
     tail = storage.read(name, max(0, size - HEAD_BYTES), size)
     found = formats.layout(storage.full(name), head, size)
@@ -379,26 +384,27 @@ def _foreign_shard(storage: Storage, name: str, size: int, split: Split) -> Shar
     return Shard(name, split, found.tokens, size, digest)
 
 
-def _wrong_sum(file: BufferedReader, shard: Shard) -> str | None:
-    whole = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-    return None if whole else "its SHA-256 is not that of the manifest"
+def _check_digest(file: BufferedReader, shard: Shard) -> str | None:
+    same = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return None if same else "its SHA-256 differs from the manifest's"
 
 
-def _require_room(shards: DatasetIndex) -> None:
-    """The cache must hold the validation split and all training shards that are open at once."""
-    limit = shards.cache.limit_bytes if shards.cache else None
-    train = sorted((shard.bytes for shard in shards.of("train")), reverse=True)
-    needed = sum(shard.bytes for shard in shards.of("val")) + sum(train[:MAPS_AT_ONCE])
+def _require_room(index: DatasetIndex) -> None:
+    """Raises DataError if the cache is too small for the validation split and the training shards
+    that are open at a time."""
+    limit = index.cache.limit_bytes if index.cache else None
+    train = sorted((shard.bytes for shard in index.of("train")), reverse=True)
+    needed = sum(shard.bytes for shard in index.of("val")) + sum(train[:OPEN_REMOTE_SHARDS])
     if limit is not None and needed > limit:
         raise DataError(
-            f"cache_gb={limit / 1e9:g} is too small for {shards.storage}: its validation split and "
-            f"{MAPS_AT_ONCE} training shards take {needed / 1e9:.3g} GB; use --cache_gb "
+            f"cache_gb={limit / 1e9:g} is too small for {index.storage}: its validation split and "
+            f"{OPEN_REMOTE_SHARDS} training shards take {needed / 1e9:.3g} GB; use --cache_gb "
             f"{needed / 1e9 * 1.01:.3g} or more"
         )
 
 
 def _split_of(name: str) -> Split | None:
-    """`train` or `val` as a whole word of the name, not of the folder that was given."""
+    """The split that is a word of a file's name or subfolder, or None."""
     for word in reversed(re.split(r"[/_.\-]", name.lower())):
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
@@ -406,31 +412,36 @@ def _split_of(name: str) -> Split | None:
 
 
 def _sample(tokens: Tokens) -> Tokens:
-    """Tokens at even distances over the whole shard."""
+    """Up to SAMPLED_IDS tokens, evenly spaced over the shard."""
     count = min(SAMPLED_IDS, len(tokens))
-    places = np.arange(count, dtype=np.int64) * len(tokens) // max(count, 1)
-    sampled: Tokens = tokens[places].astype("<u4")
+    positions = np.arange(count, dtype=np.int64) * len(tokens) // max(count, 1)
+    sampled: Tokens = tokens[positions].astype("<u4")
     return sampled
 
 
 def _missing(storage: Storage) -> str:
+    """The error message for a storage without a manifest and without shards that can be used."""
     nothing = f"no training data in {storage.root}"
     if storage.is_glob:
         return f"{nothing}; {NAMING}"
     unfinished = storage.read_if_any(PROGRESS) is not None
     if unfinished and storage.path is None:
-        return f"no {MANIFEST} in {storage}, but a {PROGRESS}: it is unfinished"
+        return f"{storage} is unfinished: it has a {PROGRESS}, but no {MANIFEST}"
     if unfinished and storage.path is not None:
-        return f"{storage} is unfinished: no {MANIFEST}; go on with: {_begun_with(storage.path)}"
+        return f"{storage} is unfinished: no {MANIFEST}; continue with: {_begun_with(storage.path)}"
     if any(name.endswith((".npy", ".bin")) for name in storage.files()):
-        return f"no {MANIFEST} in {storage}; shards of others: {NAMING}"
-    return nothing if storage.path is None else f"{nothing}; make it with: {command(storage.path)}"
+        return f"no {MANIFEST} in {storage}; without one, {NAMING}"
+    return (
+        nothing
+        if storage.path is None
+        else f"{nothing}; make it with: {prepare_command(storage.path)}"
+    )
 
 
 def _begun_with(folder: Path) -> str:
-    """The command that began an unfinished folder, as its journal has it."""
+    """The command that began an unfinished folder, as its progress file records it."""
     try:
         begun = str(json.loads((folder / PROGRESS).read_text())["command"])
     except (OSError, ValueError, KeyError, TypeError):
-        return command(folder)
+        return prepare_command(folder)
     return begun

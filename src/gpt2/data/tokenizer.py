@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding: tiktoken on ranks that ship with the package, no network."""
+"""GPT-2's byte-pair encoding: tiktoken with ranks that are part of this package (no download)."""
 
 import base64
 import codecs
@@ -16,14 +16,14 @@ VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
-# How text is cut before merging (Radford et al. 2019, section 2.2; the pattern is part of the
-# published encoder, as the ranks are).
+# Text is split by this pattern before merging (Radford et al. 2019, section 2.2). Pattern and ranks
+# are those of the published encoder.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """The bytes of each token but <|endoftext|>, and its id, which is also its rank in merging.
+    """The bytes of each token except <|endoftext|>, and its id, which is its rank in merging.
 
     Raises DataError if the rank table is not the published one.
     """
@@ -31,8 +31,9 @@ def ranks() -> dict[bytes, int]:
     digest = hashlib.sha256(table).hexdigest()
     if digest != RANKS_SHA256:
         raise DataError(
-            f"the tokeniser's rank table gpt2.tiktoken has SHA-256 {digest[:12]}…, "
-            f"needed {RANKS_SHA256[:12]}…; reinstall the package: pip install --force-reinstall ."
+            f"the tokeniser's rank table gpt2.tiktoken is damaged: expected SHA-256 "
+            f"{RANKS_SHA256[:12]}…, got {digest[:12]}…; reinstall the package: "
+            "pip install --force-reinstall ."
         )
     pairs = (line.split() for line in table.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
@@ -51,9 +52,9 @@ def load() -> tiktoken.Encoding:
 
 
 def merges() -> list[tuple[bytes, bytes]]:
-    """The two parts that merge into each token of several bytes, by rank (Sennrich et al. 2016).
+    """The two parts of each token of several bytes, by rank (Sennrich et al. 2016).
 
-    Ranks alone do not say them; merging a token's bytes as far as lower ranks go does.
+    They follow from merging the token's bytes with all lower ranks.
     """
     known = ranks()
     return [_parts(token, known) for token in sorted(known, key=known.__getitem__) if token[1:]]
@@ -69,30 +70,30 @@ def _parts(token: bytes, known: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of `text`; the text of a special token is encoded as ordinary text."""
+    """Token ids of `text`; `<|endoftext|>` in it is encoded as ordinary text."""
     return load().encode_ordinary(text)
 
 
 def decode(tokens: list[int]) -> str:
-    """Text of `tokens`; ids of the padded vocabulary (50257 and above) decode to nothing."""
+    """Text of `tokens`; ids of the padding (50257 and above) decode to nothing."""
     return load().decode([token for token in tokens if token < VOCAB_SIZE])
 
 
 class Decoder:
-    """The text of tokens that come one by one; together the same as `decode` of them all.
+    """Decodes tokens one by one; the joined text is that of `decode`.
 
-    A token may end within a character: it is given out when its last byte has come, and bytes that
-    no character begins with as U+FFFD.
+    A token may end within a character, which is returned with its last byte. Invalid bytes become
+    U+FFFD.
     """
 
     def __init__(self) -> None:
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The characters that end with `token`."""
+        """The characters that `token` completes."""
         known = token < VOCAB_SIZE
         return self._characters.decode(load().decode_single_token_bytes(token) if known else b"")
 
     def end(self) -> str:
-        """What remains after the last token."""
+        """The text of an incomplete character after the last token."""
         return self._characters.decode(b"", final=True)

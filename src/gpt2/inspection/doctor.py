@@ -25,7 +25,7 @@ from gpt2.checkpoint import store
 from gpt2.config import flops
 from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
-from gpt2.data.shards import DatasetIndex, TokenDataset, load_index, open_files_wanted
+from gpt2.data.shards import DatasetIndex, TokenDataset, load_index, open_files_needed
 from gpt2.distributed import device as distributed
 from gpt2.distributed.world import World
 from gpt2.evaluation import hellaswag
@@ -258,7 +258,7 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     except UserError as error:
         return None, _problem("data", error)
     steps = run_config.total_steps(sum(train.rows_per_shard))
-    whose = "all in the manifest" if data.ours else "without a manifest"
+    whose = "all in the manifest" if data.has_manifest else "without a manifest"
     fact = (
         f"{storage}: {data.tokens('train'):,} training tokens, {data.tokens('val'):,} for "
         f"validation, {counted(len(data.shards), 'shard')}, {whose}: {steps:,} steps"
@@ -385,7 +385,7 @@ def judge_disk(free: int, needs: list[Need]) -> Finding:
 
 def judge_open_files(limit: int | None, shards: int) -> Finding:
     """The hard limit, because a run raises the soft one to what its shards need."""
-    wanted = open_files_wanted(shards)
+    wanted = open_files_needed(shards)
     if limit is not None and limit < wanted:
         fact = f"{limit:,} allowed, {wanted:,} needed for {counted(shards, 'shard')}"
         remedy = "raise it: LimitNOFILE= of systemd, or nofile in /etc/security/limits.conf"

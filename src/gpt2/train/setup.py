@@ -8,7 +8,7 @@ from gpt2.base.errors import ConfigError, DataError
 from gpt2.checkpoint import store
 from gpt2.config.run import RunConfig
 from gpt2.data import corpora, prepare
-from gpt2.data.cache import Cache
+from gpt2.data.cache import ShardCache
 from gpt2.data.corpora import Corpus
 from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, DatasetIndex, load_index
@@ -30,11 +30,11 @@ def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
     return data
 
 
-def cache_of(run_config: RunConfig) -> Cache:
-    """Where the run keeps copies of far shards."""
+def cache_of(run_config: RunConfig) -> ShardCache:
+    """Where the run keeps copies of remote shards."""
     settings = run_config.data
     limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
-    return Cache(settings.cache_dir, limit_bytes)
+    return ShardCache(settings.cache_dir, limit_bytes)
 
 
 def to_prepare(storage: Storage) -> Corpus | None:
