@@ -52,16 +52,16 @@ def test_best_overall_is_of_the_best_trial_or_not_there(tmp_path: Path):
     assert (overall / trial.WEIGHTS).read_text() == "trial_000"
     (overall / "training").mkdir()
     two.finishes(second, 4.0)
-    found = best.keep(one.study, tmp_path / "one")
+    found = best.export(one.study, tmp_path / "one")
     assert found and found.trial.number == 1 and found.command is None
     assert [path.name for path in overall.iterdir()] == ["training"], "begun by hand: it stays"
-    assert ownership.place_of(one.study, found.trial).endswith(
+    assert ownership.location_of(one.study, found.trial).endswith(
         ":" + str(tmp_path / "two/trial_001")
     )
-    rows = report.rows(one.study, tmp_path / "one")
+    rows = report.trial_rows(one.study, tmp_path / "one")
     assert rows[0].folder == str(tmp_path / "one/trial_000")
     assert rows[1].folder.endswith(":" + str(tmp_path / "two/trial_001"))
-    said = concluded(one)
+    said = summary_of(one)
     assert f"{tmp_path}/two/trial_001" in said and "training in full" not in said
 
 
@@ -71,45 +71,48 @@ def test_what_is_kept_outlives_the_trial(tmp_path: Path):
     trained(tmp_path / "search", job)
     played.finishes(job, 5.0)
     shutil.rmtree(tmp_path / "search" / job.name)
-    found = best.keep(played.study, tmp_path / "search")
+    found = best.export(played.study, tmp_path / "search")
     assert found and found.command and found.command.startswith("gpt2 train --preset demo")
     shutil.rmtree(tmp_path / "search" / best.FOLDER)
-    assert "trial_000, whose files are gone" in concluded(played)
+    assert "trial_000, whose files are gone" in summary_of(played)
 
 
-def test_a_best_trial_that_cannot_be_kept_ends_nothing(tmp_path: Path):
+def test_a_best_trial_that_cannot_be_exported_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     played = Played(tmp_path / "search")
     job = played.next()
     trained(tmp_path / "search", job)
     (tmp_path / "search" / best.FOLDER).write_text("in the way")
     played.finishes(job, 5.0)
     assert played.states == ["COMPLETE"]
-    assert "WARNING: not everything could be written: " in concluded(played)
+    summary_of(played)
+    assert caplog.messages[-1].startswith("the summary could not be written completely: ")
 
 
-def concluded(played: Played, width: int = 300) -> str:
+def summary_of(played: Played, width: int = 300) -> str:
     out = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
-    summary.conclude(played.source._search, played.study, played.source, 0, out)
+    summary.summarize(played.source._search, played.study, played.source, 0, out)
     return out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_there_is_no_summary_of_nothing(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
-    assert "Summary" not in concluded(played)
+    assert "Summary" not in summary_of(played)
     assert not (tmp_path / "search" / report.FOLDER).exists()
     played.validates(job, 9.0)
-    assert report.COMPARISON in concluded(played), "it has a curve"
+    assert report.COMPARISON in summary_of(played), "it has a curve"
 
 
 def test_exit_code_1_has_a_reason(tmp_path: Path):
     address = f"sqlite:///{tmp_path}/shared.db"
     played = Played(tmp_path / "search", storage=address, n_trials=1)
     played.study.ask()
-    assert "Ended: 1 trial without an owner" in concluded(played)
+    assert "Ended: 1 trial without an owner" in summary_of(played)
     other = Played(tmp_path / "other", n_trials=2)
     other.finishes(other.next(), 5.0)
-    assert "Ended: 1 trial left; the same command goes on" in concluded(other)
+    assert "Ended: 1 trial left; run the same command to continue" in summary_of(other)
 
 
 def test_a_trial_that_ends_elsewhere_at_the_last_moment_counts(tmp_path: Path):
@@ -126,14 +129,15 @@ def test_a_trial_that_ends_elsewhere_at_the_last_moment_counts(tmp_path: Path):
         patch.setattr(report, "write", slow)
         out = Console(file=io.StringIO(), width=200)
         asked = one.source._search
-        assert summary.conclude(asked, one.study, one.source, 0, out) == 0
+        assert summary.summarize(asked, one.study, one.source, 0, out) == 0
     assert "Ended elsewhere meanwhile: 1 more trial" in out.file.getvalue()  # type: ignore[attr-defined]
 
 
-def rows_of_the_default_space() -> list[report.Row]:
+def rows_of_the_default_space() -> list[report.TrialRow]:
     values = {item.name: (item.choices or (item.low,))[0] for item in space.default(RUN)}
     return [
-        report.Row(n, "COMPLETE", 5.0803 + n, values, {10: 5.0}, 60.0, "folder") for n in range(6)
+        report.TrialRow(n, "COMPLETE", 5.0803 + n, values, {10: 5.0}, 60.0, "folder")
+        for n in range(6)
     ]
 
 
@@ -151,9 +155,9 @@ def test_trials_without_values_are_shown_too(tmp_path: Path):
     """Enqueued or told by hand."""
     played = Played(tmp_path / "search")
     played.study.tell(played.study.ask().number, 1.0)
-    assert len(report.write(report.rows(played.study, tmp_path), tmp_path, None)) == 2
+    assert len(report.write(report.trial_rows(played.study, tmp_path), tmp_path, None)) == 2
     played.finishes(played.next(), 5.0)
-    rows = report.rows(played.study, tmp_path / "search")
+    rows = report.trial_rows(played.study, tmp_path / "search")
     written = report.write(rows, tmp_path / "search", None)
     assert len(written) == 4
     top = list(csv.DictReader(written[0].read_text().splitlines()))
@@ -165,12 +169,12 @@ def test_the_time_of_a_trial_is_that_of_its_steps(tmp_path: Path):
     job = played.next()
     played.validates(job, 5.0)
     played.tell(job, "finished", result={"train_s": 77.0})
-    assert report.rows(played.study, tmp_path)[0].took_s == 77.0
+    assert report.trial_rows(played.study, tmp_path)[0].took_s == 77.0
 
 
 def test_the_dashboard_command_can_be_typed(tmp_path: Path):
     played = Played(tmp_path / "a $b {x}")
-    line = concluded(played, width=40).splitlines()
+    line = summary_of(played, width=40).splitlines()
     command = next(item for item in line if "optuna-dashboard" in item).split(": ", 1)[1]
     assert shlex.split(command)[0] == "optuna-dashboard"
     assert len(shlex.split(command)) == 2

@@ -24,34 +24,32 @@ from rich.console import Console
 from gpt2 import model
 from gpt2.base.errors import ConfigError
 from gpt2.cli import main, train
-from gpt2.config import options as options_module
-from gpt2.config import presets
+from gpt2.config import options, presets
 from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.results import ResultsStore
 from gpt2.experiments.search import run as run_module
-from gpt2.experiments.search import space, trial, trials
-from gpt2.experiments.search import study as studies
+from gpt2.experiments.search import space, study, trial, trial_source
 from gpt2.experiments.search.spec import Search
-from gpt2.experiments.search.trials import Trials
+from gpt2.experiments.search.trial_source import TrialSource
 from gpt2.train.report import Answer
 from support import ROOT, loss_lines, run_command, small_flags
 
 SLOT = Slot(0, "cpu0", {})
-RUN = options_module.overlay(presets.preset("demo"), {"eval_interval": 10})
+RUN = options.overlay(presets.preset("demo"), {"eval_interval": 10})
 SPACE = space.parse("[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true", RUN, "space")
 
 
 class Played:
     """A search whose trainings are played by the test: no processes."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
-        asked = Search(RUN, SPACE, **{"folder": folder, "n_trials": 4, **options})
-        self.study = studies.opened(asked)
+        asked = Search(RUN, SPACE, **{"folder": folder, "n_trials": 4, **changes})
+        self.study = study.open_study(asked)
         self.store = ResultsStore(folder, asked.description())
-        self.source = Trials(self.study, asked, self.store)
+        self.source = TrialSource(self.study, asked, self.store)
 
     def next(self) -> Job:
         job = self.source.next()
@@ -78,8 +76,8 @@ class Played:
         return [item.state.name for item in self.study.get_trials()]
 
 
-def trial_of(study: Study, job: Job) -> Any:
-    return study.get_trials()[int(job.name.removeprefix("trial_"))]
+def trial_of(optuna_study: Study, job: Job) -> Any:
+    return optuna_study.get_trials()[int(job.name.removeprefix("trial_"))]
 
 
 @pytest.fixture
@@ -91,8 +89,8 @@ def test_a_search_says_if_it_has_few_combinations(tmp_path: Path):
     heads = space.parse("[n_head]\nchoices = [1, 2]", RUN, "space")
     for count, is_said in ((2, False), (3, True)):
         out = Console(file=io.StringIO(), width=160)
-        run_module._introduce(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
-        words = "  - these are only 2 combinations: trials will be alike\n"
+        run_module._print_plan(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
+        words = "  - the space has only 2 combinations: some trials will have the same values\n"
         assert (words in out.file.getvalue()) == is_said  # type: ignore[attr-defined]
 
 
@@ -104,7 +102,7 @@ def test_patience_finishes_a_trial_with_its_best_value(played: Played):
     assert played.tell(job, "reported", metrics={"step": 51, "loss": 3.0}) == "prune"
     event = Event("pruned", SLOT, job, result={"tokens": 5})
     played.source.event(event)
-    assert played.source.shown(event).kind == "finished"
+    assert played.source.as_in_study(event).kind == "finished"
     ended = trial_of(played.study, job)
     assert (ended.state, ended.value) == (TrialState.COMPLETE, 8.0)
     record = played.store.results["trial_000"]
@@ -138,10 +136,10 @@ def test_a_trial_that_diverges_counts_as_pruned(played: Played):
 def test_failed_trials_are_replaced_until_it_is_not_their_fault(played: Played):
     played.tell(played.next(), "failed", reason="a broken cable")
     played.finishes(played.next(), 5.0)
-    for _ in range(trials.FAILURES):
-        assert not played.source.is_broken
+    for _ in range(trial_source.MAX_FAILURES):
+        assert not played.source.has_given_up
         played.tell(played.next(), "failed", reason="no memory")
-    assert played.source.is_broken and played.source.next() is None
+    assert played.source.has_given_up and played.source.next() is None
     assert played.source.done == 1
 
 
@@ -176,7 +174,7 @@ def test_what_a_killed_owner_left_is_taken_up_again(played: Played, tmp_path: Pa
     job = resumed.next()
     assert resumed.tell(job, "reported", metrics={"step": 51, "loss": 3.0}) == "prune"
     fewer = Played(tmp_path / "search", n_trials=2)
-    assert fewer.source.next() is None, "less are wanted now than had begun"
+    assert fewer.source.next() is None, "fewer are requested now than had started"
 
 
 def test_several_machines_share_a_study(tmp_path: Path):
@@ -192,7 +190,7 @@ def test_several_machines_share_a_study(tmp_path: Path):
     assert second.name == "trial_001"
     with pytest.raises(ConfigError, match="n_layer: not searched before, 2, 3 now"):
         other = space.parse("[n_layer]\nchoices = [2, 3]", RUN, "space")
-        studies.opened(replace(again.source._search, space=other))
+        study.open_study(replace(again.source._search, space=other))
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +204,9 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags_of(data_root: Path, out: Path, space_file: Path, count: int) -> list[str]:
-    options = {"max_steps": 4, "eval_interval": 2, "warmup_steps": 1, "mini_batch_size": 8}
+    small = {"max_steps": 4, "eval_interval": 2, "warmup_steps": 1, "mini_batch_size": 8}
     own = ["--space", str(space_file), "--n_trials", str(count), "--no_prune"]
-    return [*small_flags(data_root, out, **options), *own]
+    return [*small_flags(data_root, out, **small), *own]
 
 
 def command(flags: list[str]) -> list[str]:
@@ -289,8 +287,8 @@ def require_files(folder: Path, said: str) -> None:
     typed = shlex.split((overall / "train.sh").read_text().splitlines()[-1])
     assert typed[:2] == ["gpt2", "train"] and "  " + shlex.join(typed) in said
     full = train.parse_train(typed[2:]).run
-    assert full.model == options_module.of_stored(about).model
-    assert full.optim == options_module.of_stored(about).optim
+    assert full.model == options.of_stored(about).model
+    assert full.optim == options.of_stored(about).optim
     assert full.data.max_steps == presets.preset("demo").data.max_steps
 
     summary = folder / "summary"

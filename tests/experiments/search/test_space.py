@@ -45,7 +45,7 @@ def test_combinations_are_counted(heads: str, more: str, count: float):
 
 def test_a_space_is_read():
     found = {item.name: item for item in space.parse(MIXED, RUN, "space.toml")}
-    assert found["learning_rate"].log and not found["learning_rate"].is_whole
+    assert found["learning_rate"].log and not found["learning_rate"].is_integer
     assert list(found["n_layer"].values() or ()) == [2, 4, 6]
     assert found["grad_clip"].choices == (1.0, None)
     assert str(found["learning_rate"]) == "0.0001 to 0.01, log"
@@ -57,12 +57,12 @@ def test_a_space_is_read():
     batch=st.integers(512, 4000),
     modern=st.booleans(),
 )
-def test_every_draw_gives_a_model_of_values_of_the_space(
+def test_every_draw_gives_a_model_with_values_of_the_space(
     heads: int, width: int, batch: int, modern: bool
 ):
     run = options.overlay(RUN, {"architecture": "modern" if modern else "gpt2"})
     drawn = {"n_head": heads, "n_embd": width, "total_batch_size": batch}
-    found = space.fitted(run, space.parse(MIXED, run, "space.toml"), drawn)
+    found = space.apply(run, space.parse(MIXED, run, "space.toml"), drawn)
     assert found.model.n_head in (2, 3, 8) and found.model.n_embd == width
     assert abs(found.data.total_batch_size - batch) <= RUN.model.block_size
     tokens = found.data.total_batch_size * (found.data.max_steps or 0)
@@ -71,18 +71,18 @@ def test_every_draw_gives_a_model_of_values_of_the_space(
         assert found.model.n_head == heads, "what fits is not changed"
 
 
-def test_a_width_of_a_range_moves_to_the_nearest_that_fits():
+def test_a_width_of_a_range_becomes_the_nearest_that_fits():
     found = space.parse("[n_embd]\nlow = 31\nhigh = 64", RUN, "space.toml")
-    assert space.fitted(RUN, found, {"n_embd": 31}).model.n_embd == 32
-    assert space.fitted(RUN, found, {"n_embd": 63}).model.n_embd in (62, 64)
+    assert space.apply(RUN, found, {"n_embd": 31}).model.n_embd == 32
+    assert space.apply(RUN, found, {"n_embd": 63}).model.n_embd in (62, 64)
 
 
-def test_validations_are_at_the_same_tokens():
+def test_validations_follow_the_same_numbers_of_tokens():
     drawn = {"total_batch_size": 2048}
-    found = space.fitted(RUN, space.default(RUN), drawn)
+    found = space.apply(RUN, space.default(RUN), drawn)
     assert (found.data.max_steps, found.evaluation.eval_interval) == (250, 50)
     searched = space.parse("[max_steps]\nlow = 10\nhigh = 20", RUN, "space.toml")
-    assert space.fitted(RUN, searched, {"max_steps": 12}).data.max_steps == 12
+    assert space.apply(RUN, searched, {"max_steps": 12}).data.max_steps == 12
 
 
 @given(
@@ -91,7 +91,7 @@ def test_validations_are_at_the_same_tokens():
     interval=st.integers(1, 40),
     data=st.data(),
 )
-def test_all_trials_are_judged_by_the_same_rows_at_the_same_tokens(
+def test_all_trials_validate_on_the_same_rows_after_the_same_tokens(
     rows: int, eval_batches: int, interval: int, data: st.DataObject
 ):
     asked = {"total_batch_size": rows * 128, "eval_batches": eval_batches}
@@ -99,7 +99,7 @@ def test_all_trials_are_judged_by_the_same_rows_at_the_same_tokens(
     found = {item.name: item for item in space.default(run)}
     drawn = {name: data.draw(st.sampled_from(found[name].choices)) for name in ("n_head", "n_embd")}
     for batch in found["total_batch_size"].choices:
-        trial = space.fitted(run, tuple(found.values()), drawn | {"total_batch_size": batch})
+        trial = space.apply(run, tuple(found.values()), drawn | {"total_batch_size": batch})
         assert trial.eval_rows == run.eval_rows == eval_batches * rows
         every = trial.evaluation.eval_interval
         assert every and every * batch == interval * rows * 128
@@ -109,10 +109,10 @@ def test_all_trials_are_judged_by_the_same_rows_at_the_same_tokens(
 def test_rows_of_validation_for_odd_batches(batch: int, block_size: int):
     text = "[total_batch_size]\nlow = 128\nhigh = 8000\n[block_size]\nchoices = [32, 64, 128]"
     found = space.parse(text, RUN, "space.toml")
-    trial = space.fitted(RUN, found, {"total_batch_size": batch, "block_size": block_size})
+    trial = space.apply(RUN, found, {"total_batch_size": batch, "block_size": block_size})
     assert trial.eval_rows == RUN.eval_rows * 128 // block_size
     tokens = (trial.evaluation.eval_interval or 0) * trial.data.total_batch_size
-    assert abs(tokens / (100 * 1024) - 1) <= space.UNEVEN
+    assert abs(tokens / (100 * 1024) - 1) <= space.TOKEN_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -121,16 +121,18 @@ def test_rows_of_validation_for_odd_batches(batch: int, block_size: int):
         (5, "choices = [512, 2048]", "nearest: 4 or 6"),
         (1, "choices = [512, 2048]", "nearest: 2"),
         (100, "choices = [1024, 1536, 3584]", "nearest: 84 or 105"),
-        (19, "low = 512\nhigh = 2048", "needed are 20 or more"),
+        (19, "low = 512\nhigh = 2048", "use at least 20"),
     ],
 )
-def test_validations_at_other_tokens_are_refused(interval: int, text: str, words: str):
+def test_validations_after_different_numbers_of_tokens_are_refused(
+    interval: int, text: str, words: str
+):
     run = options.overlay(RUN, {"eval_interval": interval})
     with pytest.raises(ConfigError, match=words):
         space.parse(f"[total_batch_size]\n{text}", run, "space.toml")
 
 
-def test_a_batch_that_is_never_used_is_not_asked_about():
+def test_a_batch_size_that_no_trial_uses_is_not_checked():
     text = "[total_batch_size]\nchoices = [1000, 1024]"
     assert space.parse(text, RUN, "space.toml")
 
@@ -154,25 +156,31 @@ def test_the_default_space_of_every_preset_fits(name: str):
     [
         ("[learning_rat]\nlow = 1\nhigh = 2", "learning_rat; did you mean learning_rate"),
         ("[model.learning_rate]\nlow = 1\nhigh = 2", "unknown option model.learning_rate"),
-        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2", "unknown word hig; did you mean high"),
-        ("[learning_rate]\nlow = 1e-3", "needed are low and high, or choices"),
+        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2", "unknown key hig; did you mean high"),
+        ("[learning_rate]\nlow = 1e-3", "expected low and high, or choices"),
         ("[learning_rate]\nlow = 2e-3\nhigh = 1e-3", "low=0.002 must be less than high=0.001"),
         ("[learning_rate]\nlow = 0\nhigh = 1", "learning_rate=0.0 must be more"),
         ("[weight_decay]\nlow = 0\nhigh = 1\nlog = true", "low=0 must be more than 0 with log"),
-        ("[learning_rate]\nlow = inf\nhigh = 1", "needed is a finite number"),
+        ("[learning_rate]\nlow = inf\nhigh = 1", "expected a finite number for low, got inf"),
         ("[beta2]\nlow = 0.9\nhigh = 1.5", "beta2=1.5 must be at least 0 and less than 1"),
-        ("[n_layer]\nlow = 1.5\nhigh = 3", "low=1.5; needed is a whole number"),
+        ("[n_layer]\nlow = 1.5\nhigh = 3", "expected an integer for low, got 1.5"),
         ("[n_layer]\nchoices = [2, 'x']", "n_layer='x' does not fit"),
-        ("[n_layer]\nchoices = [2, 2]", "a choice stands there twice"),
-        ("[n_layer]\nchoices = [2]\nlow = 3", "choices stand alone"),
+        ("[n_layer]\nchoices = [2, 2]", "duplicate choice"),
+        ("[n_layer]\nchoices = [2]\nlow = 3", "choices cannot be combined"),
         ("[shuffle]\nlow = 1\nhigh = 3", "shuffle has no range"),
-        ("n_layer = 3", "needed is a table"),
+        (
+            "n_layer = 3",
+            "expected a table such as [n_layer] with low and high, or choices, got n_layer = 3",
+        ),
         ("[checkpoint_dir]\nchoices = ['a', 'b']", "checkpoint_dir cannot be searched"),
-        ("[n_embd]\nchoices = [32, 33]", "nothing in the space fits to n_embd=33"),
+        ("[n_embd]\nchoices = [32, 33]", "no values of the space fit to n_embd=33"),
         ("[n_head]\nchoices = [3, 5]", "n_embd=64 is not a multiple of n_head=3"),
-        ("[n_head]\nchoices = [2, 3]", "n_head=3 fits to no n_embd of the space"),
-        ("[learning_rate]\nchoices = [1e-3, inf]", "learning_rate: inf is no finite number"),
-        ("", "it names no option"),
+        ("[n_head]\nchoices = [2, 3]", "n_head=3 divides no n_embd of the space"),
+        (
+            "[learning_rate]\nchoices = [1e-3, inf]",
+            "learning_rate: expected a finite number, got inf",
+        ),
+        ("", "expected a table such as [learning_rate], got none"),
         ("[n_layer", "space.toml: "),
     ],
 )
@@ -183,8 +191,8 @@ def test_mistakes_are_named(text: str, words: str):
 
 
 def test_differences_of_two_spaces():
-    before = space.described(space.parse("[n_layer]\nlow = 2\nhigh = 3", RUN, ""))
-    now = space.described(space.parse("[n_layer]\nlow = 2\nhigh = 4", RUN, ""))
+    before = space.describe(space.parse("[n_layer]\nlow = 2\nhigh = 3", RUN, ""))
+    now = space.describe(space.parse("[n_layer]\nlow = 2\nhigh = 4", RUN, ""))
     assert space.differences(before, now) == ["n_layer: 2 to 3 before, 2 to 4 now"]
     assert space.differences({}, now) == ["n_layer: not searched before, 2 to 4 now"]
 
@@ -193,7 +201,7 @@ def test_differences_of_two_spaces():
     ("content", "words"),
     [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is not text in UTF-8")],
 )
-def test_a_file_of_another_editor(tmp_path: Path, content: bytes, words: str):
+def test_encodings_of_the_space_file(tmp_path: Path, content: bytes, words: str):
     path = tmp_path / "space.toml"
     path.write_bytes(content)
     if words:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from experiments.search.test_run import SLOT, Played, trial_of
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.experiments.pool.job import Event, Job
-from gpt2.experiments.search import ownership, study, trials
+from gpt2.experiments.search import ownership, study, trial_source
 
 
 def trained(played: Played, job: Job) -> Path:
@@ -43,7 +43,9 @@ def test_trials_of_another_study_are_never_continued(tmp_path: Path, how: str):
     }
     if how == "deleted":
         study.path(folder).unlink()
-    with pytest.raises(ConfigError, match=r"trial_000; trials of this one would go on from their"):
+    with pytest.raises(
+        ConfigError, match=r"trial_000; trials of this study would continue from their"
+    ):
         Played(folder, **options.get(how, {}))
     if how != "deleted":
         assert Played(folder).next().name == "trial_000", "its own study goes on"
@@ -72,7 +74,7 @@ def test_a_new_trial_never_meets_an_old_folder(tmp_path: Path):
     (tmp_path / "search" / "trial_000").mkdir()
     (tmp_path / "search" / "trial_000" / "latest.pt").write_text("")
     assert played.next().name == "trial_001"
-    assert "is there already" in played.store.results["trial_000"].reason
+    assert "exists and is not of this trial" in played.store.results["trial_000"].reason
 
 
 def test_a_renamed_machine_and_a_moved_folder_keep_their_trials(
@@ -85,8 +87,8 @@ def test_a_renamed_machine_and_a_moved_folder_keep_their_trials(
     (tmp_path / "here").rename(tmp_path / "there")
     again = Played(tmp_path / "there", storage=shared(tmp_path))
     assert again.next().name == job.name
-    place = ownership.place_of(again.study, trial_of(again.study, job))
-    assert place == f"renamed:{tmp_path}/there/trial_000"
+    location = ownership.location_of(again.study, trial_of(again.study, job))
+    assert location == f"renamed:{tmp_path}/there/trial_000"
 
 
 class Cable:
@@ -116,12 +118,14 @@ class Cable:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(study, "LONGEST_PAUSE_S", 0.002)
+    monkeypatch.setattr(study, "MAX_PAUSE_S", 0.002)
 
 
-def test_a_data_base_that_is_away_is_waited_for(tmp_path: Path, short_pauses: None):
-    played, said = Played(tmp_path / "search", n_trials=2), []
-    played.source.patiently.say = said.append
+def test_an_unreachable_database_is_retried(
+    tmp_path: Path, short_pauses: None, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    played = Played(tmp_path / "search", n_trials=2)
     cable = Cable(played)
     for number in range(2):
         cable.failures = 3
@@ -134,8 +138,8 @@ def test_a_data_base_that_is_away_is_waited_for(tmp_path: Path, short_pauses: No
         played.tell(job, "finished", result={})
         assert played.source.done == number + 1
     assert played.states == ["COMPLETE", "COMPLETE"], "nothing was told or asked for twice"
-    assert "server closed the connection; asked again for 5 minutes" in said[0]
-    assert said[1] == "The study answers again"
+    assert "server closed the connection; retrying for 5 minutes" in caplog.messages[0]
+    assert caplog.messages[1] == "the study's database is reachable again"
 
 
 def test_an_outage_ends_the_search_at_last_or_when_it_is_to_stop(
@@ -146,27 +150,32 @@ def test_an_outage_ends_the_search_at_last_or_when_it_is_to_stop(
     cable, metrics = Cable(played), {"step": 10, "val_loss": 9.0}
     cable.failures = 10**9
     with monkeypatch.context() as patch:
-        patch.setattr(study, "OUTAGE_S", 0.05)
-        with pytest.raises(TrainingError, match=r"server closed .*; the same command goes on"):
+        patch.setattr(study, "OUTAGE_TIMEOUT_S", 0.05)
+        with pytest.raises(
+            TrainingError, match=r"server closed .*; run the same command to continue"
+        ):
             played.tell(job, "reported", metrics=metrics)
-    played.source.patiently.is_stopping = lambda: cable.failures < 10**9 - 10
-    with pytest.raises(TrainingError, match="the same command goes on"):
+    played.source.retry.is_stopping = lambda: cable.failures < 10**9 - 10
+    with pytest.raises(TrainingError, match="run the same command to continue"):
         played.tell(job, "reported", metrics=metrics)
 
 
-def test_a_trial_that_is_ended_in_the_study_ends_here(tmp_path: Path):
-    played, said = Played(tmp_path / "search", n_trials=2), []
-    played.source.patiently.say = said.append
+def test_a_trial_that_is_ended_in_the_study_ends_here(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    played = Played(tmp_path / "search", n_trials=2)
     first, second = played.next(), played.next()
     played.validates(first, 9.0)
     played.study.tell(0, state=TrialState.FAIL)
     assert played.validates(first, 8.0, 7.0) == ["prune", "prune"]
     event = Event("pruned", SLOT, first, result={})
     played.source.event(event)
-    assert played.source.shown(event).kind == "failed"
+    assert played.source.as_in_study(event).kind == "failed"
     played.study.tell(1, 3.0)
     played.tell(second, "finished", result={})
-    assert said == [f"trial_00{n} was ended in the study by somebody else" for n in range(2)]
+    assert caplog.messages == [
+        f"trial_00{n} was ended in the study by another process" for n in range(2)
+    ]
     records = played.store.results
     assert records["trial_000"].state == "failed" and records["trial_001"].state == "finished"
     assert played.next().name == "trial_002", "the failed one is replaced"
@@ -176,19 +185,22 @@ def test_a_study_that_is_deleted_ends_the_search_in_words(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
     optuna.delete_study(study_name="search", storage=study.url(tmp_path / "search"))
-    with pytest.raises(TrainingError, match="the study search was deleted while it ran"):
+    with pytest.raises(TrainingError, match="the study search was deleted during the search"):
         played.tell(job, "reported", metrics={"step": 10, "val_loss": 9.0})
 
 
-def test_an_enqueued_trial_with_bad_values_has_failed(tmp_path: Path):
-    played, said = Played(tmp_path / "search", n_trials=1), []
-    played.source.patiently.say = said.append
-    for _ in range(trials.FAILURES):
+def test_an_enqueued_trial_with_bad_values_has_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    played = Played(tmp_path / "search", n_trials=1)
+    for _ in range(trial_source.MAX_FAILURES):
         played.study.enqueue_trial({"learning_rate": -1.0})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert played.next().name == f"trial_{trials.FAILURES:03d}", "others are not to blame"
-    assert said[0].startswith("FAILED trial_000: its values cannot be: ")
+        assert played.next().name == f"trial_{trial_source.MAX_FAILURES:03d}", (
+            "others are not to blame"
+        )
+    assert caplog.messages[0].startswith("trial_000 failed: invalid values: ")
     assert played.store.results["trial_000"].state == "failed"
     assert Played(tmp_path / "search", n_trials=1).next().name == "trial_005"
 
@@ -197,7 +209,7 @@ def test_a_trial_that_nobody_owns_is_replaced(tmp_path: Path, monkeypatch: pytes
     played = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)
     left = played.study.ask()  # killed before it had said whose it is
     assert played.source.next() is None and played.source.ownerless == 1
-    assert played.source.elsewhere == 0
+    assert played.source.running_elsewhere == 0
     again = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)
     now = time.time()
     # Local time of another zone: it seems to have begun in an hour.
@@ -254,7 +266,7 @@ def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path):
     try:
         Played(tmp_path / "q?mark")
     except ConfigError as error:
-        assert "choose another --checkpoint_dir" in str(error)
+        assert "use another --checkpoint_dir" in str(error)
     assert [path.name for path in tmp_path.iterdir()] == ["q?mark"]
 
 
@@ -262,19 +274,19 @@ def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path):
     ("address", "words"),
     [
         ("postgres://user:secret@host/name", r"postgres://user:…@host/name: .*postgresql\+psycopg"),
-        ("nonsense", r"nonsense: .*needed is an address such as postgresql\+psycopg://"),
-        ("mysql+nothing://host/name", "needed is an address"),
+        ("nonsense", r"nonsense: .*expected a URL such as postgresql\+psycopg://"),
+        ("mysql+nothing://host/name", "expected a URL"),
     ],
 )
 def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path, address: str, words: str):
     began = time.monotonic()
     with pytest.raises(ConfigError, match=words):
         Played(tmp_path / "search", storage=address)
-    assert time.monotonic() < began + study.PAUSE_S
+    assert time.monotonic() < began + study.CREATE_PAUSE_S
 
 
 def test_the_id_is_in_the_folder(tmp_path: Path):
     Played(tmp_path / "search")
     about = json.loads((tmp_path / "search" / "study.json").read_text())
-    assert about["id"] == ownership.id_of(tmp_path / "search")
-    assert ownership.id_of(tmp_path) == ""
+    assert about["id"] == ownership.folder_id(tmp_path / "search")
+    assert ownership.folder_id(tmp_path) == ""

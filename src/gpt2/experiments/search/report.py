@@ -1,4 +1,4 @@
-"""What a search has found: a table, two pictures, the five best as a file, and a page of all."""
+"""The report of a search: a table, two pictures, a CSV file of the best trials, an HTML page."""
 
 from __future__ import annotations  # matplotlib is imported where something is drawn
 
@@ -33,38 +33,39 @@ COMPARISON, RELATIONSHIPS = "all_trials_comparison.png", "hyperparameter_relatio
 TOP, PAGE = "top5_trials.csv", "report.html"
 BEST = 5
 USED = "used_"
+"""attributes with this prefix: the value that a trial used in place of the drawn one"""
 GREY, BLUE, RED = "#9a9a9a", "#1f77b4", "#d62728"
-STRETCHED = 20
-"""values of which the largest is so many times the smallest stand on a logarithmic axis"""
-WIDE = 4
-"""plots of relationships in a row"""
+LOG_RATIO = 20
+"""an axis is logarithmic if the largest value is more than this many times the smallest"""
+MAX_COLUMNS = 4
+"""plots of relationships side by side"""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A trial."""
+class TrialRow:
+    """A trial of the study."""
 
     number: int
     state: str
     value: float | None
-    """its lowest validation loss"""
+    """lowest validation loss"""
     values: Mapping[str, Any]
     losses: Mapping[int, float]
-    """validations by their step"""
+    """validation losses by step"""
     took_s: float | None
-    """of its steps, which a stop does not prolong"""
+    """training time in seconds, without interruptions"""
     folder: str
-    """where it is; on another machine with that one's name"""
+    """its folder, with the host in front if it is on another machine"""
     reason: str = ""
 
     @property
     def is_counted(self) -> bool:
-        """Whether it is one of those that were asked for."""
+        """Whether it counts towards `n_trials`."""
         return self.state in ("COMPLETE", "PRUNED")
 
     @property
-    def has_something(self) -> bool:
-        """Whether there is something to say of it: it has ended, or has a validation."""
+    def is_reportable(self) -> bool:
+        """Whether it has ended, or has a validation."""
         return self.is_counted or self.state == "FAIL" or bool(self.losses)
 
     @property
@@ -72,19 +73,19 @@ class Row:
         return {"COMPLETE": "finished", "FAIL": "failed"}.get(self.state, self.state.lower())
 
 
-def used(item: FrozenTrial) -> dict[str, Any]:
-    """The values that a trial trained with: those that it drew, or what was used in their place."""
+def used_values(item: FrozenTrial) -> dict[str, Any]:
+    """The values that a trial trained with: the drawn ones, or those that replaced them."""
     return {name: item.user_attrs.get(USED + name, value) for name, value in item.params.items()}
 
 
-def rows(study: Study, folder: Path) -> list[Row]:
-    """The trials of a study, in their order."""
+def trial_rows(study: Study, folder: Path) -> list[TrialRow]:
+    """The trials of a study in the order of their numbers."""
     return [
-        Row(
+        TrialRow(
             item.number,
             item.state.name,
-            item.value if item.state == TrialState.COMPLETE else lowest(item),
-            used(item),
+            item.value if item.state == TrialState.COMPLETE else lowest_loss(item),
+            used_values(item),
             dict(sorted(item.intermediate_values.items())),
             _took_s(item),
             _folder(study, item, folder),
@@ -103,29 +104,30 @@ def _took_s(item: FrozenTrial) -> float | None:
 
 def _folder(study: Study, item: FrozenTrial, folder: Path) -> str:
     owner = item.user_attrs.get(ownership.OWNER)
-    if owner in (None, ownership.id_of(folder)):
+    if owner in (None, ownership.folder_id(folder)):
         return str(folder / trial.name_of(item.number))
-    return ownership.place_of(study, item)
+    return ownership.location_of(study, item)
 
 
-def names_of(found: Sequence[Row]) -> list[str]:
-    """The options that any of the trials has a value for."""
+def names_of(found: Sequence[TrialRow]) -> list[str]:
+    """The options for which at least one trial has a value."""
     return list(dict.fromkeys(name for row in found for name in row.values))
 
 
-def lowest(item: FrozenTrial) -> float | None:
+def lowest_loss(item: FrozenTrial) -> float | None:
+    """The lowest validation loss of a trial; None without validations."""
     return min(item.intermediate_values.values(), default=None)
 
 
-def top(found: Sequence[Row], count: int = BEST) -> list[Row]:
-    """The best of those that have finished."""
+def top(found: Sequence[TrialRow], count: int = BEST) -> list[TrialRow]:
+    """The finished trials with the lowest losses, the best first."""
     finished = [row for row in found if row.state == "COMPLETE" and row.value is not None]
     return sorted(finished, key=lambda row: (row.value, row.number))[:count]
 
 
-def listing(found: Sequence[Row], out: Console) -> Table:
-    """The best trials, with the values that they had: a column for each, or one for all of them
-    where the console is too narrow."""
+def listing(found: Sequence[TrialRow], out: Console) -> Table:
+    """The table of the best trials, with a column for each option, or a single one for all options
+    if the console is too narrow."""
     names = names_of(found)
     ended = {word: sum(row.state == word for row in found) for word in ("COMPLETE", "PRUNED")}
     title = f"The best of {ended['COMPLETE']} finished and {ended['PRUNED']} pruned trials"
@@ -144,16 +146,16 @@ def listing(found: Sequence[Row], out: Console) -> Table:
 
 
 def cell(value: Any) -> str:
-    """A value as tables show it."""
+    """A value as the tables show it."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return figure(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def write(found: Sequence[Row], folder: Path, command: str | None) -> list[Path]:
-    """Writes the summary of the trials; the files that there are now.
+def write(found: Sequence[TrialRow], folder: Path, command: str | None) -> list[Path]:
+    """Writes the report to `summary` in `folder`; returns its files.
 
-    Raises ConfigError or OSError if one cannot be written.
+    Raises ConfigError or OSError if a file cannot be written.
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
@@ -166,11 +168,11 @@ def write(found: Sequence[Row], folder: Path, command: str | None) -> list[Path]
         plot.write(lambda: draw_relationships(found), target / RELATIONSHIPS)
         written.append(target / RELATIONSHIPS)
     pictures = [path for path in written if path.suffix == ".png"]
-    atomic_files.write_text(target / PAGE, page(found, folder.name, command, pictures))
+    atomic_files.write_text(target / PAGE, html_page(found, folder.name, command, pictures))
     return [*written, target / PAGE]
 
 
-def _write_csv(found: Sequence[Row], path: Path) -> None:
+def _write_csv(found: Sequence[TrialRow], path: Path) -> None:
     text = io.StringIO()
     names = names_of(found)
     writer = csv.writer(text, lineterminator="\n")
@@ -181,28 +183,28 @@ def _write_csv(found: Sequence[Row], path: Path) -> None:
     atomic_files.write_text(path, text.getvalue())
 
 
-def draw_comparison(found: Sequence[Row]) -> Figure:
-    """The validation curves of all trials, and the best so far over the trials."""
+def draw_comparison(found: Sequence[TrialRow]) -> Figure:
+    """Validation curves of all trials, and the lowest loss so far over the trials."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    curves, course = figure.subplots(1, 2)
+    curves, progress = figure.subplots(1, 2)
     best = {row.number for row in top(found, 1)}
     for row in sorted(found, key=lambda row: row.number in best):
         color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
-        faint = 1.0 if row.number in best else 0.55
+        alpha = 1.0 if row.number in best else 0.55
         marker = "o" if len(row.losses) <= plot.MARKED else None
-        style: dict[str, Any] = {"color": color, "alpha": faint, "marker": marker}
+        style: dict[str, Any] = {"color": color, "alpha": alpha, "marker": marker}
         curves.plot(list(row.losses), list(row.losses.values()), markersize=3, **style)
     curves.set_title("validation loss of each trial", loc="left")
     curves.set_xlabel("step")
-    _draw_course(course, found)
-    _explain(figure, found)
+    _draw_progress(progress, found)
+    _add_legend(figure, found)
     return figure
 
 
-def _draw_course(axes: Axes, found: Sequence[Row]) -> None:
-    """The loss of each trial by its number, and the lowest one until then."""
+def _draw_progress(axes: Axes, found: Sequence[TrialRow]) -> None:
+    """The loss of each trial by its number, and the lowest loss so far."""
     from matplotlib.ticker import MaxNLocator
 
     ended = [row for row in found if row.value is not None]
@@ -222,7 +224,7 @@ def _draw_course(axes: Axes, found: Sequence[Row]) -> None:
     axes.set_xlabel("trial")
 
 
-def _explain(figure: Figure, found: Sequence[Row]) -> None:
+def _add_legend(figure: Figure, found: Sequence[TrialRow]) -> None:
     from matplotlib.lines import Line2D
 
     counts = {state: sum(row.state == state for row in found) for state in ("COMPLETE", "PRUNED")}
@@ -235,13 +237,13 @@ def _explain(figure: Figure, found: Sequence[Row]) -> None:
     figure.legend(handles, list(names), loc="outside upper left", ncols=len(names))
 
 
-def draw_relationships(found: Sequence[Row]) -> Figure:
+def draw_relationships(found: Sequence[TrialRow]) -> Figure:
     """Validation loss against each searched value."""
     from matplotlib.figure import Figure
 
     shown = [row for row in found if row.value is not None]
     names = names_of(shown)
-    columns = min(WIDE, len(names))
+    columns = min(MAX_COLUMNS, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.4 * columns, 0.5 + 2.9 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
@@ -251,11 +253,11 @@ def draw_relationships(found: Sequence[Row]) -> Figure:
         _draw_relationship(axes, name, [row for row in shown if name in row.values])
     for row in range(lines):
         grid[row * columns].set_ylabel("validation loss")
-    _explain(figure, shown)
+    _add_legend(figure, shown)
     return figure
 
 
-def _draw_relationship(axes: Axes, name: str, shown: Sequence[Row]) -> None:
+def _draw_relationship(axes: Axes, name: str, shown: Sequence[TrialRow]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     best = {row.number for row in top(shown, 1)}
@@ -264,22 +266,24 @@ def _draw_relationship(axes: Axes, name: str, shown: Sequence[Row]) -> None:
     are_numbers = len(numbers) == len(values) and not any(isinstance(v, bool) for v in values)
     labels = sorted({str(value) for value in values})
     for row, value in zip(shown, values, strict=True):
-        place: Any = value if are_numbers else labels.index(str(value))
+        x: Any = value if are_numbers else labels.index(str(value))
         color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
         order = 3 if row.number in best else 2
         loss = row.value or math.nan
-        axes.scatter([place], [loss], s=24, color=color, alpha=0.8, zorder=order)
+        axes.scatter([x], [loss], s=24, color=color, alpha=0.8, zorder=order)
     if not are_numbers:
         axes.set_xticks(range(len(labels)), labels)
-    elif min(numbers) > 0 and max(numbers) > STRETCHED * min(numbers):
+    elif min(numbers) > 0 and max(numbers) > LOG_RATIO * min(numbers):
         axes.set_xscale("log")
     elif all(isinstance(value, int) for value in numbers):
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_title(name, loc="left")
 
 
-def page(found: Sequence[Row], title: str, command: str | None, pictures: Sequence[Path]) -> str:
-    """A page of its own: the pictures are within."""
+def html_page(
+    found: Sequence[TrialRow], title: str, command: str | None, pictures: Sequence[Path]
+) -> str:
+    """A self-contained page: the pictures are embedded."""
     images = "\n".join(
         f'<img alt="{path.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}">'
@@ -289,7 +293,11 @@ def page(found: Sequence[Row], title: str, command: str | None, pictures: Sequen
     head = "".join(f"<th>{html.escape(name)}" for name in ("trial", "state", "val loss", *names))
     order = [*top(found, len(found)), *(row for row in found if row.state != "COMPLETE")]
     body = "\n".join(f"<tr>{_cells(row, names)}" for row in order)
-    shown = f"<h2>The best one in full</h2><pre>{html.escape(command)}</pre>" if command else ""
+    shown = (
+        f"<h2>Command that trains the best trial in full</h2><pre>{html.escape(command)}</pre>"
+        if command
+        else ""
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
@@ -309,7 +317,7 @@ tr:nth-child(even) {{ background: #f6f6f6; }}
 """
 
 
-def _cells(row: Row, names: Sequence[str]) -> str:
+def _cells(row: TrialRow, names: Sequence[str]) -> str:
     value = "-" if row.value is None else f"{row.value:.4f}"
     texts = [str(row.number), row.outcome, value, *(cell(row.values.get(name)) for name in names)]
     return "".join(f"<td>{html.escape(text)}" for text in texts)

@@ -8,29 +8,29 @@ from typing import Any
 from gpt2.base.errors import ConfigError
 from gpt2.config.run import RunConfig
 from gpt2.experiments.results import ExperimentDescription
-from gpt2.experiments.search import space as spaces
+from gpt2.experiments.search import space
 from gpt2.experiments.search.space import Space
 from gpt2.experiments.training import training_job
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, and how."""
+    """The options of a search."""
 
     run: RunConfig
-    """the training that the space changes"""
+    """the training whose options are searched"""
     space: Space
     n_trials: int = 24
-    """in all, those of earlier starts included"""
+    """trials in all, including those of earlier starts"""
     patience: int | None = 15
-    """validations in a row without a better one, after which a trial ends"""
+    """a trial ends after this many validations in a row without a lower loss; None is never"""
     prune: bool = True
     startup_trials: int = 5
-    """trials that have finished before any is pruned"""
+    """trials that finish before any is pruned"""
     folder: Path = Path("checkpoints/search")
     log_dir: Path = Path("logs")
     storage: str | None = None
-    """URL of a data base that several machines share; None is a file in `folder`"""
+    """URL of a database that several machines share; None is a file in `folder`"""
     study_name: str = "search"
     keep_checkpoints: bool = False
     ranks: int = 1
@@ -42,33 +42,37 @@ class Search:
             raise ConfigError("--eval_interval None: a search compares validation losses")
 
     def description(self) -> ExperimentDescription:
-        """What all trials have in common; more of them may be added later."""
-        searched = spaces.described(self.space)
-        decisive = training_job.result_options(self.run).items()
-        fixed = {name: value for name, value in decisive if name not in searched}
+        """The identity of this search; trials may be added to it later."""
+        searched = space.describe(self.space)
+        all_options = training_job.result_options(self.run)
+        fixed = {name: value for name, value in all_options.items() if name not in searched}
         if {"total_batch_size", "block_size"} & searched.keys():
-            # The tokens of a trial, and of a validation, are counted in what the options say.
+            # The tokens of a trial and of a validation are derived from these options of `run`.
             fixed["tokens_per_step"] = self.run.data.total_batch_size
             fixed["eval_tokens"] = self.run.eval_rows * self.run.model.block_size
-        return ExperimentDescription("search", {**fixed, "space": searched}, total=self.n_trials)
+        fixed["space"] = searched
+        return ExperimentDescription("search", fixed, total=self.n_trials)
 
     def differences(self, before: ExperimentDescription) -> list[str]:
-        """What another search had otherwise."""
+        """How an earlier search differs from this one, a line for each option."""
         return differences(before.fixed, self.description().fixed)
 
     @property
     def is_shared(self) -> bool:
-        """Whether other machines may have trials of the study."""
+        """Whether other machines may have trials in the study."""
         return self.storage is not None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two searches: the values of their spaces, and what all trials share."""
-    spaces_then, spaces_now = before.get("space", {}), now.get("space", {})
-    searched = {*spaces_then, *spaces_now}
+    """The differences between two searches, a line for each option.
+
+    Both are the `fixed` values of their descriptions.
+    """
+    space_before, space_now = before.get("space", {}), now.get("space", {})
+    searched = {*space_before, *space_now}
     rows = [
         f"{name}: {before.get(name)} before, {now.get(name)} now"
         for name in sorted({*before, *now} - {"space"} - searched)
         if before.get(name) != now.get(name)
     ]
-    return rows + spaces.differences(spaces_then, spaces_now)
+    return rows + space.differences(space_before, space_now)

@@ -1,8 +1,9 @@
-"""The Optuna study of a search: opened, compared with what is asked for, its errors in words."""
+"""The Optuna study of a search: opens it, waits for an unreachable database, explains errors."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 import warnings
@@ -26,18 +27,19 @@ from gpt2.experiments.search import ownership, spec
 from gpt2.experiments.search.spec import Search
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 FILE = "optuna_study.db"
 FIXED = "fixed"
-"""where a study keeps what all of its trials have in common"""
-LOCK_WAIT_S = 60.0
-"""for a dashboard that reads"""
-TRIES, PAUSE_S = 5, 1.0
-"""owners that make the same study at the same moment disturb each other"""
-OUTAGE_S = 300.0
-"""for a data base that does not answer to come back"""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-"""between two attempts meanwhile"""
+"""attribute of a study: the values that all of its trials share"""
+LOCK_TIMEOUT_S = 60.0
+"""for SQLite's lock, which a dashboard may hold"""
+CREATE_ATTEMPTS, CREATE_PAUSE_S = 5, 1.0
+"""processes that create the same study at the same time may fail"""
+OUTAGE_TIMEOUT_S = 300.0
+"""how long an unreachable database is retried"""
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
+"""between two attempts during an outage"""
 EXAMPLE = "postgresql+psycopg://user:password@host/name (pip install 'psycopg[binary]')"
 
 
@@ -46,8 +48,7 @@ def path(folder: Path) -> Path:
 
 
 def url(folder: Path) -> str:
-    """As Optuna's own tools take it."""
-    # Optuna puts its version in the place of {SCHEMA_VERSION}.
+    """The URL of the study for Optuna's tools, which replace {SCHEMA_VERSION} in it."""
     return _address(folder).replace("{", "{{").replace("}", "}}")
 
 
@@ -55,54 +56,53 @@ def _address(folder: Path) -> str:
     return URL.create("sqlite", database=str(path(folder))).render_as_string(hide_password=False)
 
 
-def where(search: Search) -> str:
-    """The address of the study, without a password."""
+def location(search: Search) -> str:
+    """The file or URL of the study, without a password."""
     return without_password(search.storage) if search.storage else str(path(search.folder))
 
 
-def opened(search: Search) -> Study:
-    """The study of the search, new or as it was left.
+def open_study(search: Search) -> Study:
+    """The study of the search, which is created if it does not exist.
 
-    Raises ConfigError if it is another search, or the trials in the folder are those of another
+    Raises ConfigError if the study is of another search, or the trials in the folder are of another
     study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = _created(search)
-    fixed = {
-        name: value for name, value in search.description().fixed.items() if name != "data_root"
-    }
+    study = _load_or_create(search)
+    fixed = dict(search.description().fixed)
+    fixed.pop("data_root", None)  # machines may have the data in different folders
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
         listed = "\n".join(f"  {row}" for row in rows)
         raise ConfigError(
-            f"the study {search.study_name} is another search:\n{listed}\ngive the same values, "
-            "or another --study_name"
+            f"the study {search.study_name} is another search:\n{listed}\nuse the same values, or "
+            "another --study_name"
         )
-    name = f"{search.study_name} in {where(search)}"
-    ownership.join(study, search.folder, name, search.is_shared)
+    name = f"{search.study_name} in {location(search)}"
+    ownership.register_folder(study, search.folder, name, search.is_shared)
     if before is None:
         study.set_user_attr(FIXED, fixed)
-    # The same seed again would draw the same values again.
+    # A sampler with the same seed would draw the values of the earlier trials again.
     seed = search.run.machine.seed + len(study.get_trials(deepcopy=False))
-    if search.is_shared:  # nor should two machines that begin at the same moment
-        seed += zlib.crc32(ownership.id_of(search.folder).encode())
-    with warnings.catch_warnings():  # what it says of constant_liar before 5.0
+    if search.is_shared:  # machines that start at the same time need different seeds
+        seed += zlib.crc32(ownership.folder_id(search.folder).encode())
+    with warnings.catch_warnings():  # constant_liar is experimental before Optuna 5.0
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.sampler = TPESampler(seed=seed % 2**32, constant_liar=True)
     return study
 
 
-def _created(search: Search) -> Study:
+def _load_or_create(search: Search) -> Study:
     address = search.storage or url(search.folder.resolve())
     if search.storage:
         _require_driver(search.storage)
     else:
         _require_name(search.folder)
-    # A connection may have been closed since it was used: by a firewall, or a restart over there.
+    # A firewall or a restart of the server may have closed an idle connection.
     options: dict[str, Any] = {"pool_pre_ping": True}
     if address.startswith("sqlite"):
-        options = {"connect_args": {"timeout": LOCK_WAIT_S}}
-    for attempt in range(TRIES):
+        options = {"connect_args": {"timeout": LOCK_TIMEOUT_S}}
+    for attempt in range(CREATE_ATTEMPTS):
         try:
             return optuna.create_study(
                 storage=RDBStorage(address, engine_kwargs=options),
@@ -111,63 +111,66 @@ def _created(search: Search) -> Study:
                 load_if_exists=True,
             )
         except (StorageInternalError, SQLAlchemyError) as error:
-            if attempt == TRIES - 1:
+            if attempt == CREATE_ATTEMPTS - 1:
                 raise ConfigError(
-                    f"the study {without_password(address)} cannot be opened: {_first_line(error)}"
+                    f"cannot open the study {without_password(address)}: {_first_line(error)}"
                 ) from error
-            time.sleep(PAUSE_S)
+            time.sleep(CREATE_PAUSE_S)
     raise AssertionError
 
 
 def _require_name(folder: Path) -> None:
-    """Raises ConfigError for a folder whose name would be read otherwise in an address."""
+    """Raises ConfigError for a folder whose name cannot be part of a database URL."""
     if make_url(_address(folder)).database != str(path(folder)):
         raise ConfigError(
-            f"{folder}: no address of a data base can hold this name; choose another "
-            "--checkpoint_dir"
+            f"{folder}: this name cannot be part of a database URL; use another --checkpoint_dir"
         )
 
 
 def _require_driver(address: str) -> None:
-    """Raises ConfigError for an address that is none, or whose driver is not installed."""
+    """Raises ConfigError for an invalid URL, and if its driver is not installed."""
     try:
         make_url(address).get_dialect().import_dbapi()
     except (ArgumentError, ImportError, ValueError) as error:
         raise ConfigError(
-            f"--storage {without_password(address)}: {_first_line(error)}; needed is an address "
-            f"such as {EXAMPLE}"
+            f"--storage {without_password(address)}: {_first_line(error)}; expected a URL such as "
+            f"{EXAMPLE}"
         ) from error
 
 
 @dataclass
-class Patience:
-    """Does again what failed because the data base did not answer, until it does."""
+class StorageRetry:
+    """Repeats a call that failed because the database was unreachable, until it succeeds."""
 
-    say: Callable[[str], None] = lambda _: None
     is_stopping: Callable[[], bool] = lambda: False
-    """whether somebody wants to end meanwhile"""
+    """whether the search is to end, so that retrying ends too"""
 
-    def __call__(self, do: Callable[[], T]) -> T:
-        """What `do` returns; it is one thing that may be done twice."""
+    def __call__(self, action: Callable[[], T]) -> T:
+        """The return value of `action`, which may be called several times.
+
+        Raises StorageInternalError or SQLAlchemyError if the outage lasts too long.
+        """
         began, pause_s = time.monotonic(), FIRST_PAUSE_S
         while True:
             try:
-                done = do()
+                returned = action()
             except (StorageInternalError, SQLAlchemyError) as error:
-                is_late = time.monotonic() > began + OUTAGE_S
+                is_late = time.monotonic() > began + OUTAGE_TIMEOUT_S
                 if not _is_outage(error) or is_late or self.is_stopping():
                     raise
                 if pause_s == FIRST_PAUSE_S:
-                    self.say(
-                        f"WARNING: the study does not answer: {_first_line(error)}; asked again "
-                        f"for {OUTAGE_S / 60:g} minutes, trainings wait at their next report"
+                    logger.warning(
+                        "the study's database is unreachable: %s; retrying for %g minutes, "
+                        "trainings wait at their next report",
+                        _first_line(error),
+                        OUTAGE_TIMEOUT_S / 60,
                     )
                 self._wait(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
                 continue
             if pause_s > FIRST_PAUSE_S:
-                self.say("The study answers again")
-            return done
+                logger.info("the study's database is reachable again")
+            return returned
 
     def _wait(self, pause_s: float) -> None:
         until = time.monotonic() + pause_s
@@ -180,20 +183,21 @@ def _is_outage(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def errors_explained(study: Study | None = None) -> Iterator[None]:
-    """A data base that cannot be read or written ends the search, and trainings save."""
+def storage_errors(study: Study | None = None) -> Iterator[None]:
+    """Raises TrainingError for errors of the database in the block, and if `study` was deleted."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
         raise TrainingError(
-            f"the study cannot be read or written: {_first_line(error)}; the same command goes on"
+            f"cannot read or write the study: {_first_line(error)}; run the same command to "
+            "continue"
         ) from error
     except KeyError as error:
         if study is None or _exists(study):
             raise
         raise TrainingError(
-            f"the study {study.study_name} was deleted while it ran; its trials are still in "
-            "--checkpoint_dir, but no search goes on with them"
+            f"the study {study.study_name} was deleted during the search; its trials are still in "
+            "--checkpoint_dir, but no search can continue them"
         ) from error
 
 

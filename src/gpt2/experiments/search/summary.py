@@ -1,7 +1,8 @@
-"""The end of a search: its best trials on the console, everything in files, and how it stands."""
+"""The end of a search: prints its best trials, writes its report, and says what is left to do."""
 
 from __future__ import annotations
 
+import logging
 import shlex
 
 from optuna.study import Study
@@ -9,73 +10,83 @@ from rich.console import Console
 
 from gpt2.base.errors import UserError
 from gpt2.base.text import counted
-from gpt2.experiments.search import best, ownership, report, trial
-from gpt2.experiments.search import study as studies
+from gpt2.experiments.search import best, ownership, report, study, trial
 from gpt2.experiments.search.spec import Search
-from gpt2.experiments.search.trials import Trials
+from gpt2.experiments.search.trial_source import TrialSource
+
+logger = logging.getLogger(__name__)
 
 
-def conclude(search: Search, study: Study, source: Trials, number: int, out: Console) -> int:
-    """Shows and writes what was found; the exit code. `number` is the signal that stopped it."""
-    rows = source.patiently(lambda: report.rows(study, search.folder))
+def summarize(
+    search: Search, optuna_study: Study, source: TrialSource, signal_number: int, out: Console
+) -> int:
+    """Prints and writes the results of the search; returns the exit code.
+
+    `signal_number` is that of the signal that stopped the search, or 0.
+    """
+    rows = source.retry(lambda: report.trial_rows(optuna_study, search.folder))
     if any(row.value is not None for row in rows):
         out.print(report.listing(rows, out))
     for row in rows:
         if row.state == "FAIL" and row.reason:
             out.print(f"FAILED {trial.name_of(row.number)}: {row.reason}", style="red")
-    found: best.Best | None = None
+    found: best.BestTrial | None = None
     try:
-        found = source.patiently(lambda: best.keep(study, search.folder))
-        if any(row.has_something for row in rows):
+        found = source.retry(lambda: best.export(optuna_study, search.folder))
+        if any(row.is_reportable for row in rows):
             written = report.write(rows, search.folder, found.command if found else None)
             names = ", ".join(path.name for path in written)
             out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
-    except (OSError, ValueError, UserError) as error:
-        out.print(f"WARNING: not everything could be written: {error}")
+    except (OSError, UserError) as error:
+        logger.warning("the summary could not be written completely: %s", error)
     if found and found.command:
         out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
         out.print(f"  {found.command}", soft_wrap=True)
     elif found:
-        place = ownership.place_of(study, found.trial)
-        out.print(f"Best trial: {place}{_lack(found, search)}", soft_wrap=True)
-    address = search.storage or studies.url(search.folder)
-    command = shlex.join(["optuna-dashboard", studies.without_password(address)])
+        location = ownership.location_of(optuna_study, found.trial)
+        out.print(f"Best trial: {location}{_missing_files(found, search)}", soft_wrap=True)
+    address = search.storage or study.url(search.folder)
+    command = shlex.join(["optuna-dashboard", study.without_password(address)])
     out.print(f"Look into it: {command}", soft_wrap=True)
-    return _say_what_is_left(search, source, sum(row.is_counted for row in rows), number, out)
+    shown = sum(row.is_counted for row in rows)
+    return _print_remaining(search, source, shown, signal_number, out)
 
 
-def _lack(found: best.Best, search: Search) -> str:
-    is_here = ownership.is_mine(found.trial, ownership.id_of(search.folder), search.is_shared)
+def _missing_files(found: best.BestTrial, search: Search) -> str:
+    folder_id = ownership.folder_id(search.folder)
+    is_here = ownership.belongs_to_folder(found.trial, folder_id, search.is_shared)
     return ", whose files are gone" if is_here else ""
 
 
-def _say_what_is_left(search: Search, source: Trials, shown: int, number: int, out: Console) -> int:
-    """The exit code; never 1 without a line that says why."""
-    done, elsewhere, ownerless = source.done, source.elsewhere, source.ownerless
+def _print_remaining(
+    search: Search, source: TrialSource, shown: int, signal_number: int, out: Console
+) -> int:
+    """Prints how many trials are left and why; returns the exit code."""
+    done, elsewhere, ownerless = source.done, source.running_elsewhere, source.ownerless
     left = counted(search.n_trials - done, "trial")
     if done > shown:
         more = counted(done - shown, "more trial")
-        out.print(f"Ended elsewhere meanwhile: {more}; the same command shows them, too")
+        out.print(f"Ended elsewhere meanwhile: {more}; run the same command to show them")
     if done >= search.n_trials:
         return 0
-    if number:
-        out.print(f"Stopped: {left} left; the same command goes on")
-        return 128 + number
-    if source.is_broken:
+    if signal_number:
+        out.print(f"Stopped: {left} left; run the same command to continue")
+        return 128 + signal_number
+    if source.has_given_up:
         out.print(
-            f"Ended: {source.failed_in_a_row} trials have failed one after another; mend the "
-            f"cause, then the same command goes on with the {left} left",
+            f"Ended: {source.failed_in_a_row} trials failed one after another, {left} left; fix "
+            "the cause and run the same command to continue",
             style="red",
         )
         return 1
     if elsewhere:
-        out.print(f"Nothing left to begin here; {counted(elsewhere, 'trial')} left elsewhere")
+        out.print(f"Nothing left to start here; {counted(elsewhere, 'trial')} left elsewhere")
         return 0
     if ownerless:
         out.print(
-            f"Ended: {counted(ownerless, 'trial')} without an owner, which another machine begins "
-            "just now, or was killed when it did; the same command goes on in a minute"
+            f"Ended: {counted(ownerless, 'trial')} without an owner: another machine has just "
+            "created it, or was killed while it did; run the same command in a minute to continue"
         )
     else:
-        out.print(f"Ended: {left} left; the same command goes on")
+        out.print(f"Ended: {left} left; run the same command to continue")
     return 1

@@ -1,8 +1,8 @@
-"""A trial of a search as a job: a training, and the files that people know by name.
+"""A trial of a search as a job: a training, and the files that it leaves in its folder.
 
 `config.json` is the whole configuration, `metrics.csv` the curves of its log, and `best_model.pth`
-the weights at its lowest validation loss: what `torch.save(model.state_dict())` writes, nothing
-else, for `torch.load(path, weights_only=True)`.
+the state dict of the model at its lowest validation loss, for
+`torch.load(path, weights_only=True)`.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from gpt2.train.report import Report
 TARGET = "gpt2.experiments.search.trial:run"
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.csv", "best_model.pth"
 COLUMNS = ("step", "loss", "val_loss", "learning_rate", "tokens_per_s", "elapsed_s")
-KEPT = 2
-"""newest checkpoints, beside the best"""
+KEPT_CHECKPOINTS = 2
+"""newest checkpoints that are kept beside the best one"""
 
 
 def name_of(number: int) -> str:
@@ -45,22 +45,27 @@ def job(
     parameters: Mapping[str, Any],
     ranks: int = 1,
 ) -> Job:
-    """The training of a trial, in a folder of its own in `folder`; it goes on where it was."""
+    """The training of a trial, which continues from its own newest checkpoint.
+
+    Its files are in a subfolder of `folder`. `parameters` are the searched values, for config.json.
+    """
     name = name_of(number)
-    changes = _judged_by_validation(run_config)
+    changes = _checkpoint_options(run_config)
     made = training_job.job(name, run_config, folder / name, ranks=ranks, **changes)
     return replace(
         made, target=TARGET, kwargs={**made.kwargs, "number": number, "parameters": parameters}
     )
 
 
-def _judged_by_validation(run_config: RunConfig) -> dict[str, Any]:
-    """A checkpoint at every validation, so that the best is kept; nothing else is measured."""
-    every, judged = run_config.checkpoint.checkpoint_interval, run_config.evaluation.eval_interval
-    assert judged is not None
+def _checkpoint_options(run_config: RunConfig) -> dict[str, Any]:
+    """Options for a checkpoint at every validation, and without other evaluations."""
+    interval = run_config.checkpoint.checkpoint_interval
+    eval_interval = run_config.evaluation.eval_interval
+    assert eval_interval is not None
+    is_multiple = interval is not None and eval_interval % interval == 0
     return {
-        "checkpoint_interval": every if every and judged % every == 0 else judged,
-        "keep_last": KEPT,
+        "checkpoint_interval": interval if is_multiple else eval_interval,
+        "keep_last": KEPT_CHECKPOINTS,
         "hellaswag_interval": None,
         "sample_interval": None,
     }
@@ -74,9 +79,10 @@ def run(
     parameters: Mapping[str, Any],
     ranks: int = 1,
 ) -> dict[str, Any]:
-    """Trains, and writes the trial's files; `diverged` of the result says why training gave up.
+    """Trains, writes the trial's files and returns the result of the training.
 
-    Raises Stopped if it was stopped, after saving, and JobLost if one of several ranks has died.
+    If training diverged, the result has the reason as `diverged`. Raises Stopped if the training
+    was stopped, after it has saved, and JobLost if one of several ranks died.
     """
     run_config = options.of_stored(run)
     folder = run_config.checkpoint.checkpoint_dir
@@ -84,16 +90,16 @@ def run(
     about = {"trial": number, "parameters": parameters, **run_config.to_dict()}
     atomic_files.write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
     try:
-        facts = training_job.run(report, run, run_name, ranks)
+        result = training_job.run(report, run, run_name, ranks)
     except Diverged as error:
-        facts = {"diverged": str(error)}
+        result = {"diverged": str(error)}
     logged = log_reader.read_runs(folder / "log.txt")
     write_metrics(logged[-1], folder / METRICS)
-    return facts | {"best_step": write_best(folder)}
+    return result | {"best_step": write_best(folder)}
 
 
 def write_best(folder: Path) -> int | None:
-    """Writes the weights of the best checkpoint; its step, or None if nothing was ever judged."""
+    """Writes the weights of the best checkpoint; returns its step, or None without validations."""
     best = store.find_best(store.list_checkpoints(folder))
     if best is None:
         return None
@@ -102,12 +108,14 @@ def write_best(folder: Path) -> int | None:
         with atomic_files.writing(folder / WEIGHTS) as file:
             torch.save({name: tensor.clone() for name, tensor in state["model"].items()}, file)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {folder / WEIGHTS}: {error}; make room") from error
+        raise CheckpointError(
+            f"cannot write {folder / WEIGHTS}: {error}; free disk space"
+        ) from error
     return best.training.step
 
 
 def write_metrics(logged: LoggedRun, path: Path) -> None:
-    """A row for each step; where there was no validation, that column is empty."""
+    """Writes a row for each step; `val_loss` is empty at steps without validation."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -120,7 +128,7 @@ def write_metrics(logged: LoggedRun, path: Path) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Removes what only a training that goes on needs; the marks first, as always."""
+    """Removes the checkpoints of a trial; their metadata first, so that none is left incomplete."""
     for path in [*folder.glob("step_*.json"), *folder.glob("*.pt")]:
         with contextlib.suppress(OSError):
             path.unlink()
