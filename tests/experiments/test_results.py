@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -30,6 +31,53 @@ def test_results_outlive_their_owner(tmp_path: Path):
     assert [row["job"] for row in content["results"]] == ["a", "b", "c"]
 
 
+def test_unknown_fields_of_a_later_version_lose_no_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, logger="gpt2")
+    with results.opened(tmp_path, ABOUT) as first:
+        for job in "ab":
+            first.add(JobResult(job, "finished", {}, {"loss": 1.5}))
+    lines = tmp_path / results.RESULT_LINES_FILE
+    later = [json.loads(line) | {"energy_j": 3.5} for line in lines.read_text().splitlines()]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in later))
+    description = tmp_path / results.EXPERIMENT_FILE
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"owner": "me"}))
+    with results.opened(tmp_path, ABOUT) as second:
+        assert second.is_done("a") and second.is_done("b")
+        assert second.results["a"].result == {"loss": 1.5}
+        second.add(JobResult("c", "finished", {}))
+    assert len([text for text in caplog.messages if "energy_j" in text]) == 1, "not once per line"
+    assert [json.loads(line) for line in lines.read_text().splitlines()[:2]] == later
+    assert json.loads(description.read_text())["owner"] == "me"
+
+
+@pytest.mark.parametrize("damaged", ["nothing", "[1]", '{"state": "finished"}'])
+def test_a_damaged_line_costs_its_job_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+):
+    caplog.set_level(logging.WARNING, logger="gpt2")
+    with results.opened(tmp_path, ABOUT) as first:
+        for job in "ab":
+            first.add(JobResult(job, "finished", {}))
+    lines = tmp_path / results.RESULT_LINES_FILE
+    a, b = lines.read_text().splitlines()
+    lines.write_text(f"{a}\n{damaged}\n{b}\n")
+    assert [result.job for result in results.read_results(tmp_path)] == ["a", "b"]
+    assert "results.jsonl, line 2 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "seeds"}'])
+def test_a_damaged_description_is_an_error(tmp_path: Path, content: str):
+    with results.opened(tmp_path, ABOUT):
+        pass
+    (tmp_path / results.EXPERIMENT_FILE).write_text(content)
+    refused = pytest.raises(CheckpointError, match=r"cannot read .*experiment\.json: .*; repair it")
+    with refused, results.opened(tmp_path, ABOUT):
+        pass
+    assert (tmp_path / results.EXPERIMENT_FILE).read_text() == content
+
+
 def test_torn_line_is_cut_before_the_next_one(tmp_path: Path):
     with results.opened(tmp_path, ABOUT) as first:
         first.add(JobResult("a", "finished", {}))
@@ -39,6 +87,21 @@ def test_torn_line_is_cut_before_the_next_one(tmp_path: Path):
         assert set(second.results) == {"a"}
         second.add(JobResult("c", "finished", {}))
     assert [record.job for record in results.read_results(tmp_path)] == ["a", "c"]
+
+
+def test_results_that_were_never_written_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(_handle: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write 1 result to .*results\.jsonl: .*space"),
+        monkeypatch.context() as patch,
+        results.opened(tmp_path, ABOUT) as book,
+    ):
+        patch.setattr(os, "write", fail)
+        book.add(JobResult("a", "finished", {}))
 
 
 def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

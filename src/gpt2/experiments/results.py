@@ -1,13 +1,17 @@
-"""The folder of an experiment: what it is, who owns it, and what became of its jobs.
+"""The folder of an experiment: its description, its owner, and the results of its jobs.
 
-`results.jsonl` gets a line as soon as a job has ended, and is the truth: a job with a line that
-says finished never runs again. `results.json` holds the same for people and other tools, whole or
-not at all. `experiment.json` says what the experiment is.
+`results.jsonl` gets a line as soon as a job has ended, and decides: a job with a finished line
+never runs again. Lines are only appended, so that nothing in them is lost. `results.json` is a copy
+for people and other tools, replaced as a whole. `experiment.json` describes the experiment.
+
+The owner, which is the process that runs the experiment, writes through a `ResultsStore`; whoever
+shows an experiment uses the `read_` functions.
 """
 
 import contextlib
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,37 +20,42 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from gpt2.base import atomic_files, folder_lock
-from gpt2.base.errors import ConfigError
+from gpt2.base.errors import CheckpointError, ConfigError
+from gpt2.base.json_fields import from_json
+from gpt2.base.text import counted
 from gpt2.checkpoint.store import require_writable
 from gpt2.experiments.pool.job import Event
+
+logger = logging.getLogger(__name__)
 
 EXPERIMENT_FILE = "experiment.json"
 RESULT_LINES_FILE = "results.jsonl"
 RESULTS_FILE = "results.json"
 FLUSH_EVERY_S = 1.0
-"""results that a power cut may cost, and that are made again then"""
+"""results of this time may be lost in a power cut; their jobs run again"""
 
 
 @dataclass(frozen=True)
 class ExperimentDescription:
-    """What an experiment is: jobs of another one must not count as its own."""
+    """What an experiment is. Results of another one must not count as its own."""
 
     kind: str
     """seeds, models, …"""
     fixed: Mapping[str, Any]
-    """what all of its jobs have in common, by name"""
+    """values that all of its jobs share, by name"""
     total: int
-    """jobs that are planned; may grow"""
+    """number of planned jobs; may grow"""
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What became of a job."""
+    """How a job ended, and what it returned."""
 
     job: str
+    """its name"""
     state: Literal["finished", "pruned", "failed"]
     values: Mapping[str, Any]
-    """what tells it from the others: its point of the grid, its seed"""
+    """values that distinguish it from other jobs: its point of the grid, its seed"""
     result: Any = None
     reason: str = ""
     """why it failed"""
@@ -55,11 +64,11 @@ class JobResult:
     elapsed_s: float = 0.0
     slot: str = ""
     time: float = field(default_factory=time.time)
-    """seconds since 1970"""
+    """when it ended, in seconds since 1970"""
 
     @classmethod
     def from_event(cls, event: Event, values: Mapping[str, Any]) -> Self:
-        """The result of a job that has finished, failed or was pruned."""
+        """From an event of kind finished, failed or pruned."""
         assert event.job is not None and event.kind in ("finished", "pruned", "failed")
         return cls(
             job=event.job.name,
@@ -75,27 +84,27 @@ class JobResult:
 
 
 class ResultsStore:
-    """The results of an experiment, as its owner keeps them.
+    """The results of an experiment, for its owner.
 
-    A disk that is full ends nothing: what could not be written is written later.
+    A full disk does not end the experiment: what could not be written is written later.
     """
 
     def __init__(self, folder: Path, description: ExperimentDescription) -> None:
         self.folder, self.description = folder, description
         self.results = {result.job: result for result in read_results(folder)}
-        """the last one of each job"""
-        path = folder / RESULT_LINES_FILE
-        self._lines = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        """the latest one of each job"""
+        self._path = folder / RESULT_LINES_FILE
+        self._lines = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._cut_torn_line()
         self._pending: list[bytes] = []
         self._flushed = time.monotonic()
 
     def is_done(self, job: str) -> bool:
-        """Whether the job need not run again; one that failed must."""
+        """Whether the job need not run again. A failed one must."""
         return job in self.results and self.results[job].state != "failed"
 
     def add(self, result: JobResult) -> None:
-        """Keeps what became of a job: from here on it is not forgotten."""
+        """Appends a result to `results.jsonl`."""
         self.results[result.job] = result
         self._pending.append(json.dumps(asdict(result)).encode() + b"\n")
         self._write_pending()
@@ -105,20 +114,27 @@ class ResultsStore:
         return [result for result in self.results.values() if result.state in states]
 
     def save(self, **more: Any) -> None:
-        """Replaces `results.json`: all results, and what `more` says of them."""
+        """Replaces `results.json`: the description, `more`, and all results."""
         self._write_pending()
         results = [asdict(result) for result in self.results.values()]
         for result in results:
             del result["traceback"]  # results.jsonl has it, and the worker's log
         content = {**asdict(self.description), **more, "results": results}
-        with contextlib.suppress(OSError):  # the next one
-            text = json.dumps(content, indent=1) + "\n"
-            atomic_files.write_text(self.folder / RESULTS_FILE, text)
+        path = self.folder / RESULTS_FILE
+        try:
+            atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            logger.warning("cannot write %s: %s; %s has the results", path, error, self._path)
 
     def close(self) -> None:
-        """Raises OSError if results could not be written."""
+        """Raises CheckpointError if results could not be written."""
         try:
             self._write_pending(last=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {counted(len(self._pending), 'result')} to {self._path}: {error}; "
+                "make room, then give the same command again, which runs these jobs again"
+            ) from error
         finally:
             os.close(self._lines)
 
@@ -135,7 +151,7 @@ class ResultsStore:
                 raise
 
     def _append(self, line: bytes) -> None:
-        """Writes all of the line, or raises OSError and leaves nothing of it."""
+        """Writes the whole line, or raises OSError and leaves no part of it."""
         end = os.lseek(self._lines, 0, os.SEEK_END)
         try:
             if os.write(self._lines, line) < len(line):
@@ -145,8 +161,8 @@ class ResultsStore:
             raise
 
     def _cut_torn_line(self) -> None:
-        """A power cut may leave the beginning of a line, to which nothing may be added."""
-        content = (self.folder / RESULT_LINES_FILE).read_bytes()
+        """Removes the part of a line that a power cut left, before the next line is appended."""
+        content = self._path.read_bytes()
         os.ftruncate(self._lines, content.rfind(b"\n") + 1)
 
 
@@ -156,10 +172,11 @@ def opened(
     description: ExperimentDescription,
     differences: Callable[[ExperimentDescription], list[str]] | None = None,
 ) -> Iterator[ResultsStore]:
-    """The store of `folder`, which is this process's alone while the block runs.
+    """The store of `folder`, which no other process can open within the block.
 
-    Raises CheckpointError if another process owns the folder, and ConfigError if it holds another
-    experiment; `differences` says what is other in the one that it holds.
+    Raises CheckpointError if another process owns the folder or its `experiment.json` cannot be
+    read, and ConfigError if it holds another experiment: `differences` compares the description
+    that it holds, by default all of `fixed`.
     """
     require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):
@@ -168,8 +185,9 @@ def opened(
             _require_same(folder, before, description, differences)
             description = replace(description, total=max(before.total, description.total))
         atomic_files.sweep(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
-        text = json.dumps(asdict(description), indent=1) + "\n"
-        atomic_files.write_text(folder / EXPERIMENT_FILE, text)
+        # A later version may have written more; it stays.
+        content = {**(_read_object(folder / EXPERIMENT_FILE) or {}), **asdict(description)}
+        atomic_files.write_text(folder / EXPERIMENT_FILE, json.dumps(content, indent=1) + "\n")
         store = ResultsStore(folder, description)
         try:
             yield store
@@ -178,24 +196,58 @@ def opened(
 
 
 def read_description(folder: Path) -> ExperimentDescription | None:
-    """What the experiment in `folder` is, or None if there is none."""
-    try:
-        return ExperimentDescription(**json.loads((folder / EXPERIMENT_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+    """The experiment in `folder`, or None if there is none; raises CheckpointError if its file
+    cannot be read."""
+    path = folder / EXPERIMENT_FILE
+    values = _read_object(path)
+    if values is None:
         return None
+    try:
+        return from_json(ExperimentDescription, values, path)
+    except TypeError as error:
+        raise _unreadable(path, error) from error
 
 
 def read_results(folder: Path) -> list[JobResult]:
-    """What became of the jobs in `folder`, one line after another; a torn line is none."""
+    """The results in `folder`, in the order of their lines; a job that failed and ran again has
+    several.
+
+    A last line without end is ignored, and so is a damaged one, with a warning. Raises
+    CheckpointError if the file exists but cannot be read.
+    """
+    path = folder / RESULT_LINES_FILE
     try:
-        *lines, _torn = (folder / RESULT_LINES_FILE).read_bytes().split(b"\n")
-    except OSError:
+        *lines, _torn = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise _unreadable(path, error) from error
     results = []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError):  # a damaged line: its job runs again
-            results.append(JobResult(**json.loads(line)))
+    for number, line in enumerate(lines, start=1):
+        try:
+            results.append(from_json(JobResult, json.loads(line), path))
+        except (ValueError, TypeError) as error:  # no JSON; no object, or one without a job
+            logger.warning("%s, line %d is damaged, its job runs again: %s", path, number, error)
     return results
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None without the file; raises CheckpointError for all else."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(values, dict):
+        raise _unreadable(path, TypeError(f"expected a JSON object, got {values!r:.80}"))
+    return values
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {error}; repair it, or use another folder with --checkpoint_dir"
+    )
 
 
 def _require_same(
@@ -219,7 +271,7 @@ def _require_same(
 
 
 def another_experiment(folder: Path, rows: Sequence[str]) -> ConfigError:
-    """`folder` holds other results than those that are asked for: a row says each difference."""
+    """The error for a folder with results of other values; each row describes a difference."""
     listed = "\n".join(f"  {row}" for row in rows)
     return ConfigError(
         f"{folder} holds another experiment:\n{listed}\ngive the same values, or keep this one "

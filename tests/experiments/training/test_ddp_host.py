@@ -38,7 +38,7 @@ from gpt2.experiments.search import trial
 from gpt2.experiments.search.space import parse as parse_space
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.sweep.sweep import Sweep
-from gpt2.experiments.sweep.training_sweep import Training
+from gpt2.experiments.sweep.training_sweep import TrainingTarget
 from gpt2.experiments.training import ddp_host, ddp_rank, training_job
 from gpt2.train import trainer
 from gpt2.train.report import Answer
@@ -236,13 +236,13 @@ def test_an_error_keeps_its_kind_and_traceback(
 def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path: Path):
     run = small_config(data_root, tmp_path)
     space = parse_space("[n_layer]\nchoices = [1, 2]", run, "space")
-    task = Training(run, ranks=3)
-    assert Sweep(task).job("seed=0", {"seed": 0}).kwargs["ranks"] == 3
+    target = TrainingTarget(run, ranks=3)
+    assert Sweep(target).job("seed=0", {"seed": 0}).kwargs["ranks"] == 3
     assert {job.kwargs["ranks"] for job in Comparison(run, ranks=3).group().jobs} == {3}
     assert trial.job(0, run, tmp_path, {}, ranks=3).kwargs["ranks"] == 3
     two, one = Search(run, space, ranks=2), Search(run, space)
     assert two.description() == one.description(), "a search goes on with another number of GPUs"
-    assert Sweep(task).description() == Sweep(Training(run)).description()
+    assert Sweep(target).description() == Sweep(TrainingTarget(run)).description()
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         training_job.require_data(run, ranks=9)
 

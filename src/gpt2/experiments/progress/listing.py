@@ -1,5 +1,6 @@
 """The experiments in a folder, for people and scripts: which jobs ran, are running and failed."""
 
+import logging
 import shlex
 import socket
 import time
@@ -25,6 +26,8 @@ from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.inspection import runs
 from gpt2.inspection.runs import Run
 from gpt2.train import status
+
+logger = logging.getLogger(__name__)
 
 STYLES = {"running": "green", "failed": "red", "dead": "red", "stopped": "yellow"}
 FIRST_RESULTS = ("val_loss", "best_val_loss", "loss", "train_loss", "hellaswag", "tokens_per_s")
@@ -75,7 +78,8 @@ class Experiment:
 
 
 def find(folder: Path) -> Experiment | None:
-    """The experiment in `folder`, or None if there is none."""
+    """The experiment in `folder`, or None if there is none; raises CheckpointError if its files
+    cannot be read."""
     description = results.read_description(folder)
     if description is None:
         return None
@@ -111,7 +115,16 @@ def require(folder: Path) -> Experiment:
 
 def below(root: Path) -> list[Experiment]:
     """The experiments in `root` and its subfolders."""
-    return [found for folder in _folders(root) if (found := find(folder))]
+    found = []
+    for folder in _folders(root):
+        try:
+            item = find(folder)
+        except CheckpointError as error:  # one damaged folder does not hide the others
+            logger.warning("%s", error)
+            continue
+        if item is not None:
+            found.append(item)
+    return found
 
 
 def trainings(root: Path) -> list[Run]:
