@@ -31,7 +31,11 @@ SMALL_RUN: dict[str, object] = {
     "eval_batches": 2,
     "sample_interval": None,
     "checkpoint_interval": 10,
+    "dtype": "float32",  # `auto` depends on the processor
 }
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
+"""how far the losses of runs with other micro-batches or other numbers of ranks are apart at most
+(docs/operations.md). A processor without products of bfloat16 emulates them, slowly."""
 
 
 def small_documents(skip: int = 0) -> Iterator[Document]:

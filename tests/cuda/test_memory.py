@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gpt2.base.errors import TrainingError
-from gpt2.distributed import world
 from gpt2.train import trainer
 from support import losses, small_config
 
@@ -29,7 +28,9 @@ ROOM_BYTES = 700e6
 @pytest.fixture
 def little_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So much of the GPU and no more for this process."""
-    monkeypatch.setattr(world, "peak_flops", lambda *_: 1e12)  # measuring it takes more
+    monkeypatch.setattr(
+        "gpt2.distributed.device.peak_flops", lambda *_: 1e12
+    )  # measuring it takes more
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM_BYTES) / total)

@@ -24,6 +24,7 @@ LARGER: dict[str, object] = {
     "eval_interval": 4,
     "decay_steps": 8,
     "checkpoint_interval": 4,
+    "dtype": "bfloat16",
 }
 
 

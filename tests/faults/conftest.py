@@ -10,7 +10,7 @@ FLAGS = {"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_int
 
 @pytest.fixture(scope="session")
 def reference(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 steps on 2 ranks, with dropout, never stopped."""
+    """48 steps on 2 ranks, with dropout, uninterrupted."""
     out = tmp_path_factory.mktemp("reference")
     run_command(train_command(small_flags(data_root, out, **FLAGS), ranks=2))
     return out

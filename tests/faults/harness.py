@@ -1,4 +1,4 @@
-"""Real runs under torchrun that can be killed, and the table of what that cost."""
+"""Real runs under torchrun that tests can kill, and the table of what each fault cost."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ from support import ROOT, loss_lines, losses, small_flags, train_command
 
 @dataclass
 class Trials:
-    """What one kind of fault cost, over all its trials."""
+    """The cost of one kind of fault, over all its trials."""
 
     fault: str
     trials: int = 0
@@ -37,9 +37,9 @@ TABLE: dict[str, Trials] = {}
 
 @contextlib.contextmanager
 def trial(fault: str) -> Iterator[list[int]]:
-    """A trial in the table that is printed at the end: survived if the block does not fail.
+    """Counts a trial in the table that pytest prints at the end; it survives if the block does.
 
-    The steps that it cost go into the list.
+    The block appends the number of lost steps to the list.
     """
     row = TABLE.setdefault(fault, Trials(fault))
     row.trials += 1
@@ -52,7 +52,7 @@ def trial(fault: str) -> Iterator[list[int]]:
 
 
 def processes_of(word: str) -> list[int]:
-    """Living processes with `word` in their command line, torchrun's own first."""
+    """Ids of the processes with `word` in their command line, torchrun first."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -60,7 +60,7 @@ def processes_of(word: str) -> list[int]:
         try:
             command = (entry / "cmdline").read_bytes().decode(errors="replace")
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if word in command and state != "Z":
             found.append(("torch.distributed.run" not in command, int(entry.name)))
@@ -68,7 +68,7 @@ def processes_of(word: str) -> list[int]:
 
 
 class Run:
-    """A training under torchrun in processes of its own."""
+    """A training under torchrun, in its own processes."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Run:
         terminal: int | None = None,
         **flags: object,
     ) -> None:
-        """`terminal` is the descriptor of a pseudo-terminal that becomes the run's own."""
+        """`terminal` is the descriptor of a pseudo-terminal, which becomes the controlling one."""
         self.out = out
         out.mkdir(exist_ok=True)
         self.log = out / "logs" / "log.txt"
@@ -107,16 +107,16 @@ class Run:
         return self.output.read_text()
 
     def processes(self) -> list[int]:
-        """torchrun and its ranks, as far as they live."""
+        """Ids of torchrun and its ranks that still run."""
         return processes_of(f"\0{self.out}\0")
 
     def kept(self) -> int:
-        """The step from which a start now would continue."""
+        """The step from which a start would resume now; 0 for none."""
         newest = store.find(self.out / "checkpoints", "latest")
         return int(newest.stem.removeprefix("step_")) if newest else 0
 
     def state(self) -> str:
-        """What `gpt2 status` says of it."""
+        """The state that `gpt2 status` shows."""
         found = runs.newest_run(self.out / "checkpoints")
         return found.state if found else "none"
 
@@ -124,7 +124,7 @@ class Run:
         return [pid for pid in self.processes() if pid != self.agent.pid]
 
     def wait_for(self, text: str, count: int = 1, within_s: float = 60) -> None:
-        """Until the output holds `text` so often."""
+        """Waits until the output contains `text` at least `count` times."""
         deadline = time.monotonic() + within_s
         while self.text().count(text) < count:
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text()}"
@@ -139,7 +139,7 @@ class Run:
             time.sleep(0.01)
 
     def kill(self, victim: str, chance: random.Random) -> None:
-        """kill -9 of any one `rank`, of `torchrun` or of `all`."""
+        """kill -9 of a random `rank`, of `torchrun`, or of `all` processes."""
         assert self.agent.poll() is None, self.text()
         for pid in {
             "rank": [chance.choice(self.ranks())],
@@ -150,9 +150,9 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
 
     def end(self, within_s: float = 60) -> int:
-        """The exit code of torchrun; fails if a process of the run outlives it by long."""
+        """The exit code of torchrun. Fails if a process of the run outlives it for long."""
         code = self.agent.wait(within_s)
-        deadline = time.monotonic() + 40  # a rank that has only begun waits 30 s for torchrun
+        deadline = time.monotonic() + 40  # a rank that has just started waits 30 s for torchrun
         while (left := self.processes()) or self.state() == "running":
             assert time.monotonic() < deadline, f"orphans {left}:\n{self.text()}"
             time.sleep(0.02)
@@ -160,36 +160,46 @@ class Run:
 
 
 def take_terminal() -> None:
-    """Makes standard input the terminal that sends its Ctrl+C and its end to this process."""
+    """Makes standard input the controlling terminal: its Ctrl+C and its end reach this process."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-SLOW = f"""
-import importlib, sys, time
+PATCHED = f"""
+import runpy, sys
 sys.path.insert(0, {str(ROOT / "src")!r})
-from gpt2 import cli_train
-room = importlib.import_module({{room!r}})
-function, calls = room.{{name}}, []
-def slow(*arguments, **options):
-    calls.append(1)
-    if len(calls) == {{call}}:
-        print("now in {{name}}", flush=True)
-        time.sleep({{pause_s}})
-    return function(*arguments, **options)
-room.{{name}} = slow
-sys.exit(cli_train.train_main())
+{{patch}}
+runpy.run_path({str(ROOT / "src" / "train_improved.py")!r}, run_name="__main__")
 """
 
 
-def slow_script(folder: Path, room: str, name: str, call: int = 1, pause_s: float = 3) -> Path:
-    """A train_improved.py in which one call of `room.name` says so and takes long."""
-    script = folder / f"slow_{name}.py"
-    script.write_text(SLOW.format(room=room, name=name, call=call, pause_s=pause_s))
-    return script
+def patched_script(path: Path, patch: str) -> Path:
+    """A train_improved.py that runs the statements of `patch` first."""
+    path.write_text(PATCHED.format(patch=patch))
+    return path
+
+
+SLOW = """
+import importlib, time
+module = importlib.import_module({module!r})
+function, calls = module.{name}, []
+def slow(*arguments, **options):
+    calls.append(1)
+    if len(calls) == {call}:
+        print("now in {name}", flush=True)
+        time.sleep({pause_s})
+    return function(*arguments, **options)
+module.{name} = slow
+"""
+
+
+def slow_script(folder: Path, module: str, name: str, call: int = 1, pause_s: float = 3) -> Path:
+    """A train_improved.py in which one call of `module.name` prints that and takes `pause_s`."""
+    patch = SLOW.format(module=module, name=name, call=call, pause_s=pause_s)
+    return patched_script(folder / f"slow_{name}.py", patch)
 
 
 def last_step(log: Path) -> int:
-    """The last step of a log, 0 for none."""
+    """The last step in a log; 0 if there is none."""
     return max(losses(log), default=0) if log.exists() else 0
 
 
@@ -204,7 +214,7 @@ def starts_of(run: Path) -> list[list[str]]:
 
 
 def has_weights_of(run: Path, reference: Path) -> bool:
-    """Whether weights and moments after the last step are bit for bit the same."""
+    """Whether the final weights and optimiser states of both runs are bit-identical."""
     states = [store.load(out / "checkpoints/latest.pt") for out in (run, reference)]
     left, right = (tree_leaves([state["model"], state["optimizer"]]) for state in states)
     return len(left) == len(right) and all(
@@ -214,12 +224,12 @@ def has_weights_of(run: Path, reference: Path) -> bool:
 
 
 def is_part_of(lines: list[str], reference: Path) -> bool:
-    """Whether every line is one of the run that was never stopped."""
+    """Whether every line also stands in the log of the uninterrupted run."""
     return set(lines) <= set(loss_lines(reference / "logs" / "log.txt"))
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process that runs `script`."""
+    """A Python process that runs `script`."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -18,6 +18,7 @@ from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.train import trainer
+from gpt2.train.report import Answer
 from support import ROOT, small_config, small_flags, train_command
 
 
@@ -185,7 +186,7 @@ exit $code
 def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
     seen = []
 
-    def second(**_: float) -> trainer.Answer:
+    def second(**_: float) -> Answer:
         with pytest.raises(CheckpointError) as caught:
             trainer.run(small_config(data_root, tmp_path, resume="latest"))
         seen.append(str(caught.value))
@@ -229,7 +230,7 @@ def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
             pass
         save(state, file)
 
-    def count(**metrics: float) -> trainer.Answer:
+    def count(**metrics: float) -> Answer:
         if "loss" in metrics:
             steps.append(metrics["step"])
         return "go"

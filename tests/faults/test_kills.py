@@ -23,7 +23,7 @@ VICTIMS = ("rank", "torchrun", "all")
 
 
 def kill_at_random(data_root: Path, out: Path, victim: str, chance: random.Random) -> None:
-    """Once it trains: a second run of the same command continues in `out`."""
+    """Kills a run in `out` once it has trained further than the run before it."""
     before = last_step(out / "logs/log.txt")
     run = Run(data_root, out, **FLAGS)
     run.wait_for_step(before + 1)
@@ -34,7 +34,7 @@ def kill_at_random(data_root: Path, out: Path, victim: str, chance: random.Rando
         run.kill(victim, chance)
         assert run.end() != 0
         lost = max(0, reached - run.kept())
-        assert lost <= 2 * FLAGS["checkpoint_interval"]  # one may be on its way to the disk
+        assert lost <= 2 * FLAGS["checkpoint_interval"]  # one may not be written yet
         steps_lost.append(lost)
 
 
@@ -88,16 +88,16 @@ while True:
 
 
 def kill_while_saving(folder: Path, after_s: float) -> tuple[list[int], int]:
-    """The steps that were saved before the kill, and the step that loads after it."""
+    """The steps saved before the kill, and the step that loads after it."""
     process = python(SAVING, folder)
     assert process.stdout is not None
-    said = process.stdout.readline()
+    output = process.stdout.readline()
     time.sleep(after_s)
     process.kill()
-    said += process.communicate()[0]
-    steps = [int(line.split()[1]) for line in said.splitlines() if line.startswith("saved")]
+    output += process.communicate()[0]
+    steps = [int(line.split()[1]) for line in output.splitlines() if line.startswith("saved")]
     newest = store.find(folder, "latest")
-    assert newest is not None, said
+    assert newest is not None, output
     step = int(store.load(newest)["model"][0])
     assert newest.name == f"step_{step:06d}.pt"
     return steps, step
@@ -107,7 +107,7 @@ def test_killed_while_saving(tmp_path: Path, caplog):
     for after_s in (0.01, 0.04):
         with trial("kill -9 while a checkpoint is written"):
             saved, loaded = kill_while_saving(tmp_path, after_s)
-            assert loaded in (saved[-1], saved[-1] + 1)  # it may be saved and not yet said
+            assert loaded in (saved[-1], saved[-1] + 1)  # saved, but not yet printed
             assert caplog.messages == []
     store.remove_unfinished(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
@@ -124,6 +124,6 @@ def test_soak_killed_while_saving(tmp_path: Path, caplog):
             assert loaded in (saved[-1], saved[-1] + 1)
             assert caplog.messages == []
         strays += bool(list(tmp_path.glob("*.tmp")))
-    assert strays > 10  # or the kills came at other moments than those that this is about
+    assert strays > 10  # most kills hit the moment that this test is about
     store.remove_unfinished(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))

@@ -15,6 +15,7 @@ from gpt2.inspection import runs
 from gpt2.model.gpt2 import GPT2
 from gpt2.optim import build
 from gpt2.train import evaluator, trainer
+from gpt2.train.report import Answer
 from support import losses, small_config
 
 
@@ -117,7 +118,7 @@ def test_a_stop_among_bad_updates_is_not_where_it_goes_back_to(
 ):
     poison(12, 13, 14)
 
-    def stop_at_13(**metrics: float) -> trainer.Answer:
+    def stop_at_13(**metrics: float) -> Answer:
         return "stop" if metrics["step"] == 13 else "go"
 
     config = small_config(data_root, tmp_path, max_bad_steps=3)

@@ -18,7 +18,7 @@ from gpt2.data.loader import Loader, MicroBatch
 from gpt2.distributed.world import World
 from gpt2.metrics import log_reader
 from gpt2.train import status, trainer
-from support import SMALL_CORPUS, loss_lines, losses, small_config
+from support import LOSS_TOLERANCE, SMALL_CORPUS, loss_lines, losses, small_config
 
 
 def load(out: Path, step: int) -> metadata.CheckpointState:
@@ -323,14 +323,18 @@ def test_weights_of_another_run(data_root: Path, tmp_path: Path):
         trainer.run(other)
 
 
-def test_shares_and_micro_batches_do_not_change_the_gradient(data_root: Path, tmp_path: Path):
+@pytest.mark.parametrize(("dtype", "max_steps"), [("float32", 20), ("bfloat16", 4)])
+def test_shares_and_micro_batches_do_not_change_the_gradient(
+    data_root: Path, tmp_path: Path, dtype: str, max_steps: int
+):
     """Eight rows in micro-batches of 8, and of 3, 3 and 2."""
     logs = []
+    changes = {"dtype": dtype, "max_steps": max_steps, "dropout": 0.0, "eval_interval": None}
     for mini_batch_size in (8, 3):
         out = tmp_path / str(mini_batch_size)
-        trainer.run(small_config(data_root, out, mini_batch_size=mini_batch_size, dropout=0.0))
+        trainer.run(small_config(data_root, out, mini_batch_size=mini_batch_size, **changes))
         logs.append(losses(out / "logs" / "log.txt"))
-    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+    assert logs[0] == pytest.approx(logs[1], abs=LOSS_TOLERANCE[dtype])
 
 
 def test_samples_do_not_touch_the_training_stream(data_root: Path, tmp_path: Path):
