@@ -44,7 +44,7 @@ def trained_state() -> metadata.CheckpointState:
     return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def facts(step: int) -> metadata.TrainingMetadata:
+def training(step: int) -> metadata.TrainingMetadata:
     return metadata.TrainingMetadata(step, 0, 0, 3.0, None, 1, "bench", "0")
 
 
@@ -58,12 +58,12 @@ def main() -> None:
         blocked, whole, synchronous = [], [], []
         for number in range(ROUNDS):
             started = time.perf_counter()
-            path = store.save(folder, {**state, "rng": []}, facts(2 * number + 1), keep_last=2)
+            path = store.save(folder, {**state, "rng": []}, training(2 * number + 1), keep_last=2)
             synchronous.append(time.perf_counter() - started)
             before = resident_gb("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
             started = time.perf_counter()
-            saver.save_in_background(facts(2 * number + 2), lambda: state)
+            saver.save_in_background(training(2 * number + 2), lambda: state)
             blocked.append(time.perf_counter() - started)
             saver.wait()
             whole.append(time.perf_counter() - started)

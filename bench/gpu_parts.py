@@ -208,10 +208,10 @@ def checkpoints(learner: Learner, rounds: int) -> Part:
         saver = Saver(learner.world, settings, None, None)
 
         def begin() -> float:
-            facts = metadata.TrainingMetadata(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
+            training = metadata.TrainingMetadata(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
             wait(device)
             started = time.perf_counter()
-            saver.save_in_background(facts, learner.state)
+            saver.save_in_background(training, learner.state)
             elapsed_s = time.perf_counter() - started
             saver.wait()
             return elapsed_s

@@ -14,7 +14,7 @@ from gpt2.distributed import world
 WORLD = world.World(0, 1, torch.device("cpu"))
 
 
-def facts(step: int) -> metadata.TrainingMetadata:
+def training(step: int) -> metadata.TrainingMetadata:
     return metadata.TrainingMetadata(step, 0, 0, 1.0, None, 1, "run", "0")
 
 
@@ -37,7 +37,7 @@ def test_a_copy_is_apart_from_its_original_and_reuses_its_memory():
 def test_tied_weights_are_stored_once(tmp_path: Path):
     weight = torch.zeros(1000)
     saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
-    saver.save_in_background(facts(1), lambda: {"a": weight, "b": weight})
+    saver.save_in_background(training(1), lambda: {"a": weight, "b": weight})
     saver.wait()
     assert (tmp_path / "step_000001.pt").stat().st_size < 2 * weight.nbytes + 20_000
 
@@ -54,10 +54,10 @@ def test_the_next_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(store, "save", slow)
     saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     weight = torch.full((10,), 1.0)
-    saver.save_in_background(facts(1), lambda: {"w": weight})
+    saver.save_in_background(training(1), lambda: {"w": weight})
     weight.fill_(2)
     threading.Timer(0.2, may_end.set).start()
-    saver.save_in_background(facts(2), lambda: {"w": weight})
+    saver.save_in_background(training(2), lambda: {"w": weight})
     assert caplog.messages == [
         "Waiting: the previous checkpoint is still being written",
         f"Saved checkpoint: {tmp_path / 'step_000001.pt'}",
@@ -76,9 +76,9 @@ def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch, ca
 
     saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
     monkeypatch.setattr(store, "save", full)
-    saver.save_in_background(facts(1), lambda: {})
+    saver.save_in_background(training(1), lambda: {})
     with pytest.raises(CheckpointError, match="no space"):
-        saver.save_now(facts(1), lambda: {})
+        saver.save_now(training(1), lambda: {})
     assert caplog.record_tuples == [
         (
             "gpt2.checkpoint.async_save",
@@ -88,9 +88,9 @@ def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch, ca
     ]
     caplog.clear()
     monkeypatch.setattr(store, "save", save)
-    saver.save_now(facts(1), lambda: {})
+    saver.save_now(training(1), lambda: {})
     assert caplog.messages == [f"Saved checkpoint: {tmp_path / 'step_000001.pt'}"]
-    saver.save_now(facts(1), lambda: {})  # there is one
+    saver.save_now(training(1), lambda: {})  # there is one
     assert len(caplog.messages) == 1
 
 

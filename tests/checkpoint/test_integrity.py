@@ -28,17 +28,17 @@ def test_every_flipped_bit_is_found(tmp_path: Path, monkeypatch):
     writer.write(bytes(content))
     path = tmp_path / "file"
 
-    def is_whole() -> bool:
+    def is_intact() -> bool:
         path.write_bytes(content)
         with path.open("rb") as file:
-            return integrity.is_whole(file.fileno(), writer.digests(), 30)
+            return integrity.is_intact(file.fileno(), writer.digests(), 30)
 
-    assert is_whole()
+    assert is_intact()
     for place in range(100):
         content[place] ^= 1 << (place % 8)
-        assert not is_whole()
+        assert not is_intact()
         content[place] ^= 1 << (place % 8)
-    assert is_whole()
+    assert is_intact()
 
 
 def test_a_signature_is_of_one_user_and_one_file(tmp_path: Path, monkeypatch):

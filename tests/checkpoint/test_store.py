@@ -19,7 +19,7 @@ from gpt2.checkpoint import metadata, random_state, store
 CPU = torch.device("cpu")
 
 
-def facts(step: int, val_loss: float | None = None) -> metadata.TrainingMetadata:
+def training(step: int, val_loss: float | None = None) -> metadata.TrainingMetadata:
     return metadata.TrainingMetadata(
         step=step,
         epoch=0,
@@ -34,7 +34,7 @@ def facts(step: int, val_loss: float | None = None) -> metadata.TrainingMetadata
 
 def save(folder: Path, step: int, val_loss: float | None = None, keep_last: int = 10, **options):
     state = {"model": {"weight": torch.full((300,), float(step))}, "step": step}
-    return store.save(folder, state, facts(step, val_loss), keep_last=keep_last, **options)
+    return store.save(folder, state, training(step, val_loss), keep_last=keep_last, **options)
 
 
 class Malicious:
@@ -61,7 +61,7 @@ def test_round_trip(tmp_path: Path, caplog):
     }
 
 
-def test_sidecar_describes_the_file(tmp_path: Path):
+def test_metadata_describes_the_file(tmp_path: Path):
     path = save(tmp_path, 3, val_loss=1.5)
     values = json.loads(path.with_suffix(".json").read_text())
     assert values["sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest()]
@@ -77,7 +77,7 @@ def test_latest_and_best_are_relative_links(tmp_path: Path):
     assert os.readlink(tmp_path / "best.pt") == "step_000002.pt"
 
 
-def test_the_commit_mark_is_written_after_the_file_and_before_the_links(tmp_path, monkeypatch):
+def test_the_metadata_is_written_after_the_file_and_before_the_links(tmp_path, monkeypatch):
     names = []
     replace = os.replace
     monkeypatch.setattr(
@@ -124,21 +124,61 @@ def test_a_clock_that_jumps_back_costs_nothing(tmp_path: Path, monkeypatch):
     assert store.find(tmp_path, "latest").name == "step_000004.pt"
 
 
-def change_sidecar(path: Path, **changes: object) -> None:
-    mark = path.with_suffix(".json")
-    mark.write_text(json.dumps(json.loads(mark.read_text()) | changes))
+def change_metadata(path: Path, **changes: object) -> None:
+    metadata_path = path.with_suffix(".json")
+    metadata_path.write_text(json.dumps(json.loads(metadata_path.read_text()) | changes))
 
 
-def test_a_field_of_a_later_version_is_ignored(tmp_path: Path):
-    change_sidecar(save(tmp_path, 1), invented_later=1)
-    assert store.find(tmp_path, "latest").name == "step_000001.pt"
+def test_a_field_of_a_later_version_is_kept(tmp_path: Path, caplog):
+    path = save(tmp_path, 1)
+    change_metadata(path, invented_later=[1])
+    assert store.find(tmp_path, "latest") == path
+    assert store.load(path)["step"] == 1
+    [warning] = caplog.messages
+    assert warning.endswith("unknown fields, of a later version, are kept: invented_later")
+    found = metadata.read_metadata(path.with_suffix(".json"))
+    assert json.loads(metadata.metadata_to_json(found))["invented_later"] == [1]
+
+
+def test_metadata_is_written_as_it_was_read(tmp_path: Path):
+    metadata_path = save(tmp_path, 1, val_loss=2.5).with_suffix(".json")
+    found = metadata.read_metadata(metadata_path)
+    assert metadata.metadata_to_json(found) == metadata_path.read_text()
+
+
+def test_one_digest_of_the_whole_file_as_the_first_version_wrote_it(tmp_path: Path):
+    path = save(tmp_path, 1)
+    values = json.loads(path.with_suffix(".json").read_text())
+    del values["piece_bytes"]
+    (values["sha256"],) = values["sha256"]
+    path.with_suffix(".json").write_text(json.dumps(values))
+    (found,) = store.list_checkpoints(tmp_path)
+    assert found.metadata.piece_bytes == path.stat().st_size
+    flip_a_bit(path)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        store.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"step": 1'])
+def test_something_else_is_no_metadata(tmp_path: Path, content: bytes):
+    path = tmp_path / "step_000001.json"
+    assert metadata.read_metadata(path) is None
+    path.write_bytes(content)
+    assert metadata.read_metadata(path) is None
+
+
+def test_metadata_that_cannot_be_read_is_not_damaged(tmp_path: Path):
+    (tmp_path / "step_000001.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*step_000001\.json: Is a directory"):
+        store.find(tmp_path, "latest", set_aside=True)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"time": "x"}, {"val_loss": "x"}, {"sha256": 1}, {"step": None}]
+    "changes",
+    [{"time": "x"}, {"val_loss": "x"}, {"sha256": 1}, {"step": None}, {"piece_bytes": 0}],
 )
-def test_unreadable_sidecars_are_no_fresh_start(tmp_path: Path, changes):
-    change_sidecar(save(tmp_path, 1), **changes)
+def test_damaged_metadata_is_no_fresh_start(tmp_path: Path, changes):
+    change_metadata(save(tmp_path, 1), **changes)
     assert store.list_checkpoints(tmp_path) == []
     with pytest.raises(CheckpointError, match="damaged or of another version"):
         store.find(tmp_path, "latest")
@@ -169,7 +209,7 @@ def test_what_is_not_there(tmp_path: Path, which: str, message: str):
         store.find(tmp_path, which)
 
 
-def test_a_file_without_its_commit_mark_does_not_count(tmp_path: Path):
+def test_a_file_without_metadata_does_not_count(tmp_path: Path):
     save(tmp_path, 10)
     save(tmp_path, 20).with_suffix(".json").unlink()
     assert store.find(tmp_path, "latest").name == "step_000010.pt"
@@ -228,8 +268,8 @@ def write_malicious(path: Path, trace: Path) -> None:
     torch.save({"schema": 1, "evil": Malicious(trace)}, path)
 
 
-def write_sidecar_by_hand(path: Path, signature: str | None) -> None:
-    """All that somebody without this user's key can put beside a file."""
+def write_metadata_by_hand(path: Path, signature: str | None) -> None:
+    """All that another user, who has not this user's key, can put beside a file."""
     values = json.loads(save(path.parent / "other", 5).with_suffix(".json").read_text())
     values["bytes"] = path.stat().st_size
     values["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -261,25 +301,25 @@ def test_malicious_pickle_alone_does_not_run(planted, caplog):
 
 
 @pytest.mark.parametrize("signature", [None, "", "0" * 64])
-def test_malicious_pickle_with_a_sidecar_made_by_hand_does_not_run(planted, signature):
+def test_malicious_pickle_with_metadata_made_by_hand_does_not_run(planted, signature):
     path, trace = planted
-    write_sidecar_by_hand(path, signature)
+    write_metadata_by_hand(path, signature)
     assert_refused(store.find(path.parent, "latest"), trace)
 
 
 @pytest.mark.parametrize("signature", [5, "é"])
 def test_odd_signatures_are_no_signatures(tmp_path: Path, signature):
     path = save(tmp_path, 1)
-    change_sidecar(path, hmac=signature)
+    change_metadata(path, hmac=signature)
     assert store.load(path)["step"] == 1
 
 
 def test_an_empty_key_proves_nothing(planted, tmp_path: Path, monkeypatch):
     """As a power cut may leave it: anybody can sign with it."""
     path, trace = planted
-    write_sidecar_by_hand(path, None)
+    write_metadata_by_hand(path, None)
     digest = json.loads(path.with_suffix(".json").read_text())["sha256"]
-    change_sidecar(path, hmac=hmac.new(b"", digest.encode(), "sha256").hexdigest())
+    change_metadata(path, hmac=hmac.new(b"", digest.encode(), "sha256").hexdigest())
     key = tmp_path / "home" / "gpt2-from-scratch" / "key"
     key.parent.mkdir(parents=True)
     key.touch()
@@ -332,11 +372,48 @@ def test_something_else_is_no_checkpoint(tmp_path: Path):
         with pytest.raises(CheckpointError, match=name):
             store.load(tmp_path / name)
     torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"other\.pt is no checkpoint of gpt2-from-scratch"):
+    with pytest.raises(
+        CheckpointError, match=r"other\.pt is not a checkpoint of gpt2-from-scratch"
+    ):
         store.load(tmp_path / "other.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"schema": 1}))
     with pytest.raises(CheckpointError, match=r"plain\.pt"):
         store.load(tmp_path / "plain.pt")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(5, "Input/output error"), "cannot read .*: Input/output error; .* may be intact"),
+        (MemoryError(), "not enough memory to load .*; stop other processes"),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (RuntimeError("PytorchStreamReader failed"), "it is damaged or not a checkpoint"),
+    ],
+)
+def test_each_failure_is_called_what_it_is(tmp_path: Path, monkeypatch, error, message: str):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=message):
+        store.load(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: device-side assert"), torch.OutOfMemoryError("CUDA out of memory")],
+)
+def test_an_error_of_cuda_is_raised_as_it_is(tmp_path: Path, monkeypatch, error: RuntimeError):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError) as caught:
+        store.load(path)
+    assert caught.value is error
 
 
 def test_the_folder_is_made_and_unfinished_files_are_removed(tmp_path: Path):
@@ -364,7 +441,7 @@ def test_random_streams_continue(tmp_path: Path):
     torch.manual_seed(1)
     draw()  # leaves a half-used pair of Gaussians behind
     state = {"rng": random_state.rng_state(CPU)}
-    path = store.save(tmp_path, state, facts(1), keep_last=2)
+    path = store.save(tmp_path, state, training(1), keep_last=2)
     expected = [draw() for _ in range(3)]
     for moved in (path, Path(shutil.copy(path, tmp_path / "moved.pt"))):  # trusted, and not
         random_state.set_rng_state(store.load(moved)["rng"], CPU)

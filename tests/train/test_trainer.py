@@ -146,7 +146,9 @@ def test_what_is_known_of_the_update_before_an_error_is_told(
     assert status.read(tmp_path / "checkpoints").step == 7
 
 
-def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root, tmp_path, capsys):
+def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(
+    data_root, tmp_path, capsys, caplog
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trainer.run(small_config(data_root, whole))
 
@@ -162,12 +164,13 @@ def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root,
     assert status.read(parts / "checkpoints").state == "stopped"
     assert (parts / "checkpoints" / "step_000015.pt").exists()
     capsys.readouterr()
+    caplog.set_level("INFO")
     trainer.run(small_config(data_root, parts, init_from="resume"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
     lines = capsys.readouterr().out.splitlines()
     loading = parts / "checkpoints" / "step_000015.pt"
-    assert lines[:4] == [
-        f"Loading checkpoint from: {loading}",
+    assert caplog.messages[0] == f"Loading checkpoint from: {loading}"
+    assert lines[:3] == [
         "Resuming from:",
         "  - Step: 15",
         "  - Epoch: 0",

@@ -45,7 +45,7 @@ class Saver:
         self.assume_saved(resumed_step)
 
     def assume_saved(self, step: int | None) -> None:
-        """Treats `step` as that of the newest checkpoint, as after a resume; None if there is none."""
+        """Treats `step` as that of the newest checkpoint, as after a resume; None for none."""
         self._last_step = step
         """of the newest checkpoint, which may still be being written; the same on every rank"""
         self._step_on_disk = step

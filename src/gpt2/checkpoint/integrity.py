@@ -1,7 +1,7 @@
-"""Whether a file is whole, and whose it is: SHA-256 of its pieces, and a signature of those.
+"""Integrity and origin of a file: SHA-256 of each piece of it, and a signature of these digests.
 
-Digests of pieces instead of one of the whole, because one SHA-256 cannot use a second core: a
-resume would wait for it longer than for the disk.
+Pieces have digests of their own because one SHA-256 uses one core only: verifying a whole file
+with it would take longer than reading it from the disk.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _READ_BYTES = 4 << 20
 
 
 class HashingWriter:
-    """A file for torch.save that digests what passes; the archive is written front to back."""
+    """A file for torch.save, which writes front to back, that computes the digests on the way."""
 
     def __init__(self, file: BinaryIO, piece_bytes: int = PIECE_BYTES) -> None:
         self._file = file
@@ -44,12 +44,12 @@ class HashingWriter:
         self._file.flush()
 
     def digests(self) -> list[str]:
-        """SHA-256 of each piece so far, the last one as short as it is."""
+        """SHA-256 of each piece so far; the last piece may be shorter."""
         return [*self._done, self._digest.hexdigest()]
 
 
-def is_whole(handle: int, digests: Sequence[str], piece_bytes: int) -> bool:
-    """Whether the pieces of an open file have these digests; as many cores as there are work."""
+def is_intact(handle: int, digests: Sequence[str], piece_bytes: int) -> bool:
+    """Whether the pieces of an open file have these digests; up to 8 cores compute."""
     buffers: list[bytearray] = []
 
     def is_good(number: int) -> bool:
@@ -69,13 +69,13 @@ def is_whole(handle: int, digests: Sequence[str], piece_bytes: int) -> bool:
 
 
 def sign(digests: Sequence[str]) -> str | None:
-    """Proof that this user vouches for the digests; None where no key can be made."""
+    """An HMAC of the digests under this user's key; None if no key can be made."""
     key = _signing_key(create=True)
     return _signature(key, digests) if key else None
 
 
 def is_signed(digests: Sequence[str], signature: str | None) -> bool:
-    """Whether `signature` is what this user's key gives for the digests."""
+    """Whether `signature` is the HMAC of the digests under this user's key."""
     key = _signing_key(create=False)
     if key is None or signature is None:
         return False
@@ -87,7 +87,7 @@ def _signature(key: bytes, digests: Sequence[str]) -> str:
 
 
 def _signing_key(create: bool) -> bytes | None:
-    """This user's key; None where there is none and none can be made (a read-only home)."""
+    """This user's key; None if it does not exist and cannot be made (a read-only home)."""
     try:
         home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         path = Path(home) / "gpt2-from-scratch" / "key"
@@ -99,10 +99,10 @@ def _signing_key(create: bool) -> bytes | None:
                 file.write(secrets.token_bytes(KEY_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):  # another process was first: its key counts
+            with contextlib.suppress(FileExistsError):  # another process was first: its key is used
                 os.link(fresh, path)
             fresh.unlink()
         key = path.read_bytes()
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
-    return key if len(key) == KEY_BYTES else None  # a key that anybody could guess proves nothing
+    return key if len(key) == KEY_BYTES else None  # a shorter key could be guessed

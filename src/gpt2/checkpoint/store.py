@@ -1,8 +1,8 @@
-"""Checkpoints: a kill while one is written costs nothing, and none is loaded unverified.
+"""Checkpoints on disk: saving, listing, finding and loading them.
 
-`step_000250.pt` holds tensors and plain values; `step_000250.json` beside it is the commit mark and
-all that a listing needs: a `.pt` without it was never finished. `latest.pt` and `best.pt` are
-relative symlinks. What is found damaged is renamed to `….corrupt`, never removed.
+`step_000250.pt` holds tensors and plain values. `step_000250.json` holds its metadata and is
+written last: a `.pt` without it is incomplete, so a kill during a save costs nothing. `latest.pt`
+and `best.pt` are relative symlinks. A damaged checkpoint is renamed to `….corrupt`, never removed.
 """
 
 import contextlib
@@ -18,15 +18,14 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import IO, cast
 
 import torch
 
 from gpt2.base import atomic_files
-from gpt2.base.errors import CheckpointError
-from gpt2.checkpoint import integrity
+from gpt2.base.errors import CheckpointError, is_out_of_memory
+from gpt2.checkpoint import integrity, verification
 from gpt2.checkpoint.metadata import (
     SCHEMA,
     CheckpointMetadata,
@@ -35,6 +34,8 @@ from gpt2.checkpoint.metadata import (
     metadata_to_json,
     read_metadata,
 )
+from gpt2.checkpoint.verification import Verified
+from gpt2.distributed.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ CORRUPT_SUFFIX = ".corrupt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint in a folder."""
+    """A complete checkpoint in a folder."""
 
     path: Path
     metadata: CheckpointMetadata
@@ -62,16 +63,17 @@ def save(
     keep_last: int,
     resumed_from: Path | None = None,
 ) -> Path:
-    """Writes a checkpoint, points `latest.pt` and `best.pt`, and removes what is no longer kept.
+    """Writes a checkpoint, updates `latest.pt` and `best.pt`, and prunes older checkpoints.
 
-    Raises CheckpointError if the disk does not take it; the earlier checkpoints are intact then.
+    `resumed_from` is never pruned. Returns the path of the checkpoint. Raises CheckpointError if it
+    cannot be written; the earlier checkpoints are intact then.
     """
     path = folder / f"step_{training.step:06d}.pt"
     try:
         before = list_checkpoints(folder)
-        # A mark of this step, from a way that was left, must not outlive its file.
-        drop_mark = functools.partial(path.with_suffix(".json").unlink, missing_ok=True)
-        with atomic_files.writing(path, before_replacing=drop_mark) as file:
+        # The metadata of an earlier save of this step must not describe the new file.
+        drop_metadata = functools.partial(path.with_suffix(".json").unlink, missing_ok=True)
+        with atomic_files.writing(path, before_replacing=drop_metadata) as file:
             writer = integrity.HashingWriter(file)
             torch.save({"schema": SCHEMA, **state}, cast(IO[bytes], writer))
         digests = writer.digests()
@@ -103,47 +105,47 @@ def save(
 
 
 def prune(complete: list[Checkpoint], keep_last: int, keep: Iterable[Path | None]) -> None:
-    """Removes all but the newest `keep_last` (two at least) and those in `keep`."""
+    """Removes all but the newest `keep_last` (at least two) and those in `keep`."""
     kept = {path.resolve() for path in keep if path is not None}
     for old in complete[: -max(2, keep_last)]:
         if old.path.resolve() not in kept:
-            # The commit mark first: a kill between the two leaves an unfinished file, not a lie.
+            # The metadata first: a kill between the two leaves a file that does not count.
             old.path.with_suffix(".json").unlink(missing_ok=True)
             old.path.unlink(missing_ok=True)
 
 
 def point_at_newest(link: Path, folder: Path) -> None:
-    """Points `link`, beside `folder`, at the newest checkpoint in it, if there is one."""
+    """Points the symlink `link`, which lies beside `folder`, to the newest checkpoint in it."""
     if complete := list_checkpoints(folder):
         atomic_files.point(link, f"{folder.name}/{complete[-1].path.name}")
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The finished checkpoints of `folder`, from their sidecars alone, newest last."""
+    """The complete checkpoints in `folder`, newest last; only their metadata is read."""
     found = []
-    for mark in folder.glob("step_*.json"):
-        path, metadata = mark.with_suffix(".pt"), read_metadata(mark)
+    for metadata_path in folder.glob("step_*.json"):
+        path, metadata = metadata_path.with_suffix(".pt"), read_metadata(metadata_path)
         if metadata is not None and path.exists():
             found.append(Checkpoint(path, metadata))
     return sorted(found, key=lambda item: (item.metadata.sequence, item.training.step))
 
 
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
-    """The one with the lowest validation loss among those that have one."""
-    judged = [
+    """The checkpoint with the lowest validation loss; None if none has a finite one."""
+    evaluated = [
         (item.training.val_loss, item)
         for item in complete
         if item.training.val_loss is not None and math.isfinite(item.training.val_loss)
     ]
-    return min(judged, key=lambda pair: pair[0])[1] if judged else None
+    return min(evaluated, key=lambda pair: pair[0])[1] if evaluated else None
 
 
 def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
-    """The checkpoint that `latest`, `best`, a step or a path means.
+    """The path of the checkpoint that `which` names: `latest`, `best`, a step or a path.
 
-    `latest` skips damaged ones, with a warning, and is None in a folder that never had any;
-    `set_aside` renames those, for a run that will write to the folder. Raises CheckpointError for
-    anything else that is not there.
+    `latest` skips damaged checkpoints, with a warning, and returns None if there are no checkpoints
+    at all. `set_aside` renames damaged ones; only the run that owns `folder` may set it. Raises
+    CheckpointError if all are damaged, or if another `which` does not exist.
     """
     if which == "latest":
         return _find_latest(folder, set_aside)
@@ -170,55 +172,85 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
     return path.resolve()
 
 
-def load(path: Path, *, trust: bool = False) -> CheckpointState:
-    """The state in `path`, mapped from the file, after its size and SHA-256 were checked.
+def load(path: Path, *, trust: bool = False, world: World | None = None) -> CheckpointState:
+    """The state in `path`, mapped from the file, after its size and SHA-256 were verified.
 
-    A file that this user signed is unpickled in full; any other yields tensors and plain values
-    only, unless `trust`: unpickling runs code. Raises CheckpointError if the file is damaged, needs
-    more trust than it has, or is no checkpoint of ours.
+    All ranks of a run call it with their `world`: the first rank of each machine verifies the file,
+    and no rank unpickles it before all machines have.
+
+    A file that this user signed is unpickled in full. Any other yields tensors and plain values
+    only, because unpickling can run code, unless `trust` is set. Raises CheckpointError if the file
+    cannot be read, is damaged, needs `trust`, or is not a checkpoint of this project.
     """
-    metadata = read_metadata(path.with_suffix(".json"))
-    if metadata is None:
-        logger.warning("%s has no readable metadata: it is loaded unverified", path)
-    state = unpickle(path, trust=trust, metadata=metadata)
+    logger.info("Loading checkpoint from: %s", path)
+    verify_it = functools.partial(verification.verify, path)
+    verified = world.run_on_local_rank0(verify_it) if world else verify_it()
+    state = unpickle(path, trust=trust, verified=verified)
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is no checkpoint of gpt2-from-scratch (schema {SCHEMA})")
+        raise CheckpointError(f"{path} is not a checkpoint of gpt2-from-scratch (schema {SCHEMA})")
     return state
 
 
-def unpickle(
-    path: Path, *, trust: bool = False, metadata: CheckpointMetadata | None = None
-) -> object:
-    """What torch.save wrote to `path`, whoever called it; raises CheckpointError as `load` does."""
+def unpickle(path: Path, *, trust: bool = False, verified: Verified | None = None) -> object:
+    """What torch.save wrote to `path`, by this project or another one.
+
+    Raises CheckpointError as `load` does. An error of CUDA is raised as it is.
+    """
     try:
         with path.open("rb") as file:
-            if metadata is not None:
-                _verify(path, file, metadata)
-            own = metadata is not None and integrity.is_signed(metadata.sha256, metadata.hmac)
-            with warnings.catch_warnings(action="ignore"):  # of foreign formats: refused below
+            if verified is not None and verification.version_of(file) != verified.version:
+                # Another file has the name now, or this rank sees the folder through another mount.
+                verified = verification.verify_open_file(path, file, verified.metadata)
+            signed = verified is not None and integrity.is_signed(
+                verified.metadata.sha256, verified.metadata.hmac
+            )
+            with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
                 return torch.load(
-                    f"/proc/self/fd/{file.fileno()}",  # the file that was verified, whatever `path`
-                    map_location="cpu",  # is by now; a path, because only that can be mapped
-                    weights_only=not (own or trust),
+                    f"/proc/self/fd/{file.fileno()}",  # this very file; torch maps only by path
+                    map_location="cpu",
+                    weights_only=not (signed or trust),
                     mmap=True,
                 )
     except CheckpointError:
         raise
+    except OSError as error:
+        raise verification.unreadable(path, error) from error
     except Exception as error:  # a damaged or foreign file can raise anything
-        found = _forbidden(error)
-        if found is None:
-            raise CheckpointError(
-                f"{path} cannot be loaded: it is no checkpoint ({error!r:.80})"
-            ) from error
-        raise CheckpointError(
-            f"{path} is refused: it was not written by this user, and it holds more than tensors "
-            f"and plain values, which could run code ({found}); if you trust its origin, add "
+        if _is_cuda_error(error):
+            raise
+        raise CheckpointError(_reason(path, error)) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why torch could not load `path`, and what to do."""
+    if isinstance(error, MemoryError) or _is_host_out_of_memory(error):
+        return (
+            f"not enough memory to load {path} ({error!r:.120}); stop other processes on this "
+            "machine or use one with more memory"
+        )
+    if imported := _forbidden_import(error):
+        return (
+            f"{path} is refused: it was not written by this user, and contains more than tensors "
+            f"and plain values, which could run code ({imported}); if you trust its origin, add "
             "--trust_checkpoint"
-        ) from error
+        )
+    return f"cannot load {path}: it is damaged or not a checkpoint ({error!r:.80})"
+
+
+def _is_cuda_error(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
+def _is_host_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and (
+        is_out_of_memory(error) or "Cannot allocate memory" in str(error)  # of mmap
+    )
 
 
 def require_writable(folder: Path) -> None:
-    """Makes `folder`; raises CheckpointError if it cannot take files."""
+    """Makes `folder`; raises CheckpointError if no file can be written to it."""
     probe = folder / f"write_test_{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -283,30 +315,17 @@ def _newest_verified(items: list[Checkpoint]) -> tuple[Checkpoint | None, dict[P
     damaged: dict[Path, str] = {}
     for item in reversed(items):
         try:
-            _verify_patiently(item)
+            verification.verify_against(item.path, item.metadata)
             return item, damaged
         except CheckpointError as error:
             damaged[item.path] = str(error)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot read {item.path}: {error.strerror or error}; nothing was changed"
-            ) from error
+            raise verification.unreadable(item.path, error) from error
     return None, damaged
 
 
-def _verify_patiently(item: Checkpoint) -> None:
-    for pause_s in (1, 3, None):
-        try:
-            with item.path.open("rb") as file:
-                return _verify(item.path, file, item.metadata)
-        except OSError:  # network file systems have their moments
-            if pause_s is None:
-                raise
-            time.sleep(pause_s)
-
-
 def _set_aside(path: Path) -> bool:
-    """Takes a damaged checkpoint out of the way: its mark first, as when one is removed."""
+    """Renames a damaged checkpoint: its metadata first, as when one is removed."""
     for part in (path.with_suffix(".json"), path):
         if part.exists():
             os.replace(part, _free_name(part.with_name(part.name + CORRUPT_SUFFIX)))
@@ -318,16 +337,8 @@ def _free_name(path: Path) -> Path:
     return next(item for item in itertools.chain([path], numbers) if not item.exists())
 
 
-def _verify(path: Path, file: BufferedReader, metadata: CheckpointMetadata) -> None:
-    size = os.fstat(file.fileno()).st_size
-    if size != metadata.bytes:
-        raise CheckpointError(f"{path} has {size} bytes, its metadata says {metadata.bytes}")
-    if not integrity.is_whole(file.fileno(), metadata.sha256, metadata.piece_bytes):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of its metadata")
-
-
-def _forbidden(error: Exception) -> str | None:
-    """What a pickle wanted to import or call, if that is why torch refused it."""
+def _forbidden_import(error: Exception) -> str | None:
+    """What a pickle wanted to import or call, if torch refused it for that."""
     if not isinstance(error, pickle.UnpicklingError):
         return None
     found = re.search(r"GLOBAL \S+", str(error))

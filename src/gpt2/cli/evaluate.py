@@ -105,7 +105,7 @@ def evaluate_main() -> int:
             command = parse(EvaluateCommand, sys.argv[1:], quiet=local_rank > 0)
         log.setup(command.log_level, rank=rank)
         with rendezvous.join(MachineConfig(device=command.device)) as world:
-            loaded = load_model(command.source)
+            loaded = load_model(command.source, world)
             # A file that cannot be written, missing tasks and missing data fail before any measure.
             world.run_on_rank0(lambda: _write(command, loaded, []))
             measures = [MEASURES[name](command, loaded, world) for name in command.names]

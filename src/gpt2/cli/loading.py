@@ -1,5 +1,6 @@
 """Loads the trained model that flags name: shared by `generate`, `evaluate` and `export`."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
 from gpt2.config.model import ModelConfig
+from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import runs
 from gpt2.model.base import LanguageModel
@@ -33,8 +35,8 @@ class LoadedModel:
         return self.source if self.step is None else f"{self.source} (step {self.step})"
 
 
-def load_model(source: ModelSource) -> LoadedModel:
-    """The model that `source` names, on the CPU, in float32.
+def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
+    """The model that `source` names, on the CPU, in float32. All ranks of a `world` call it.
 
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
@@ -44,12 +46,13 @@ def load_model(source: ModelSource) -> LoadedModel:
         shape, weights = interchange.read(which, trust=trust)
         weights = {name: part.float() for name, part in weights.items()}
     else:
-        path = store.find(folder, which)
+        find = functools.partial(store.find, folder, which)
+        path = world.run_on_rank0(find) if world else find()
         if path is None:
             others = runs.run_folders(folder, "step_*.json")
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
-        state = store.load(path, trust=trust)
+        state = store.load(path, trust=trust, world=world)
         weights, progress, run = state["model"], state["progress"], state["config"]
         shown = str(path)
         shape = ModelConfig(**run["model"])

@@ -109,19 +109,21 @@ class World:
         result: T = outcome[0]
         return result
 
-    def run_on_local_rank0(self, function: Callable[[], None]) -> None:
+    def run_on_local_rank0(self, function: Callable[[], T]) -> T:
         """Calls `function` on the first rank of each machine. All ranks wait for all machines, and
-        raise the exception of the first that failed."""
-        error: Exception | None = None
+        return the result of their own, or raise the exception of the first that failed."""
+        if self.size == 1:
+            return function()
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_local_rank0:
             try:
-                function()
+                outcome = (function(), None)
             except Exception as raised:
-                error = raised
-        errors: list[Exception | None] = [error]
-        if self.size > 1:
-            errors = [None] * self.size
-            dist.all_gather_object(errors, error, group=self.long_timeout_group)
-        for item in errors:
-            if item is not None:
-                raise item
+                outcome = (None, raised)
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome, group=self.long_timeout_group)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        result: T = outcomes[self.rank - self.local_rank][0]  # torchrun numbers ranks by machine
+        return result

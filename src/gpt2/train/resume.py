@@ -53,7 +53,7 @@ class Start:
 
         path = world.run_on_rank0(locate)
         if path is not None:
-            state = store.load(path, trust=settings.trust_checkpoint)
+            state = store.load(path, trust=settings.trust_checkpoint, world=world)
             return cls(path=path, state=state)
         if wanted is not None:
             logger.warning("no checkpoint in %s: starting a NEW run from step 0", folder)
@@ -61,7 +61,7 @@ class Start:
             return cls()
         if world.is_rank0:
             print(f"Loading weights from: {settings.init_from}", flush=True)
-        return cls(weights=load_weights(run_config))
+        return cls(weights=load_weights(run_config, world))
 
     def require_agreement(self, run_config: RunConfig, data_fingerprint: str) -> None:
         """Raises CheckpointError if the run to continue was another one, field by field."""
@@ -81,8 +81,7 @@ class Start:
         if self.state is None:
             return []
         where = [f"Step: {self.step}", f"Epoch: {epoch}", *self.notes(run_config, world)]
-        head = [f"Loading checkpoint from: {self.path}", "Resuming from:"]
-        return [*head, *(f"  - {line}" for line in where)]
+        return ["Resuming from:", *(f"  - {line}" for line in where)]
 
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """What is not as it was when the checkpoint was written, though it may differ."""
@@ -117,7 +116,7 @@ def _has_saved(folder: Path) -> bool:
     return False
 
 
-def load_weights(run_config: RunConfig) -> dict[str, torch.Tensor]:
+def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str, torch.Tensor]:
     """What `--init_from` names, a checkpoint of ours or of another tool, for the run's model.
 
     Raises CheckpointError if it is not there or has another shape.
@@ -131,7 +130,9 @@ def load_weights(run_config: RunConfig) -> dict[str, torch.Tensor]:
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    state = store.load(path.resolve(), trust=trust)  # the metadata is not beside a link
+    state = store.load(
+        path.resolve(), trust=trust, world=world
+    )  # no link: metadata is beside the file
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     _refuse_contradictions(path, options.changed(state["config"], run_config, shape))
     weights: dict[str, torch.Tensor] = state["model"]

@@ -319,7 +319,7 @@ class Training:
         bad_steps = self.progress.bad_steps
         self.loader.close()
         trust = self.config.checkpoint.trust_checkpoint
-        state = store.load(path, trust=trust)
+        state = store.load(path, trust=trust, world=self.world)
         self._restore(state)
         self.progress.bad_steps, self.progress.left_out = bad_steps, left_out
         self.progress.bad_in_a_row = 0
