@@ -1,0 +1,246 @@
+"""The checks of `gpt2 doctor` on facts that it has gathered: each returns what it found.
+
+They read no file and change nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from gpt2.base.errors import UserError
+from gpt2.base.text import counted
+from gpt2.config.run import RunConfig
+from gpt2.data.shards import open_files_needed
+from gpt2.distributed.world import World
+from gpt2.inspection import machine
+from gpt2.inspection.machine import Gpu, Torch
+from gpt2.train import setup
+
+Level = Literal["ok", "note", "PROBLEM"]
+NCCL_SHARED_MEMORY = 1_000_000_000
+"""what NVIDIA's manual gives a container (docker run --shm-size=1g)"""
+BUSY = 0.1
+"""share of a GPU's memory above which another process, not a desktop, uses it"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found. A problem would end the run early, a note would not."""
+
+    level: Level
+    what: str
+    fact: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Disk space that the run will take."""
+
+    what: str
+    folder: Path
+    bytes: int
+    remedy: str
+
+
+def check_python(version: str, supported: str) -> Finding:
+    """Whether the package supports this Python."""
+    if SpecifierSet(supported).contains(version, prereleases=True):
+        return Finding("ok", "Python", version)
+    fact = f"expected {supported}, got {version}"
+    return Finding("PROBLEM", "Python", fact, "make .venv with another Python")
+
+
+def check_packages(
+    expected: Iterable[Requirement], installed: Mapping[str, str | None]
+) -> Iterator[Finding]:
+    """Whether each package has a tested version; `installed` has None for a missing package."""
+    good = []
+    for item in expected:
+        version = installed[item.name]
+        if version is not None and item.specifier.contains(version, prereleases=True):
+            good.append(f"{item.name} {version}")
+        else:
+            fact = f"expected {item}, got {version or 'no such package'}"
+            yield Finding("PROBLEM", "packages", fact, f"pip install '{item}'")
+    yield Finding("ok", "packages", ", ".join(good))
+
+
+def check_device(option: str, gpus: int, build: Torch, driver: str | None) -> Finding:
+    """What the run computes on. No GPU is not a problem; a GPU that torch cannot use is one."""
+    target = f"CUDA {build.cuda}" if build.cuda else "CPUs alone"
+    software = f"torch {build.version} for {target}, "
+    software += f"driver {driver}" if driver else "no NVIDIA driver"
+    if gpus:
+        return Finding("ok", "device", f"{counted(gpus, 'GPU')}: {software}")
+    if option == "cpu":
+        return Finding("ok", "device", f"CPU: {software}")
+    if driver:
+        remedy = "check the driver with nvidia-smi, and whether CUDA_VISIBLE_DEVICES hides GPUs"
+        if not build.cuda:
+            remedy = "install torch for CUDA, as on pytorch.org"
+        fact = f"torch sees no GPU ({software})"
+        return Finding("PROBLEM", "device", fact, f"{remedy}; or --device cpu")
+    if option == "cuda":
+        fact = f"--device cuda, but torch sees no GPU ({software})"
+        return Finding("PROBLEM", "device", fact, "use --device cpu")
+    return Finding("note", "device", f"CPU, because there is no GPU: {software}")
+
+
+def check_gpus(gpus: list[Gpu], state_bytes: int) -> Iterator[Finding]:
+    """Whether each GPU has room for the training state; activations of a batch are not counted."""
+    # A checkpoint has the weights and both moments; the gradient adds a third of that.
+    needed = state_bytes * 4 // 3
+    for index, gpu in enumerate(gpus):
+        yield _check_gpu(f"GPU {index}", gpu, needed)
+    if len({gpu.name for gpu in gpus}) > 1:
+        yield Finding("note", "GPUs", "are of several kinds: every step waits for the slowest")
+
+
+def _check_gpu(what: str, gpu: Gpu, needed: int) -> Finding:
+    taken = gpu.memory_bytes - gpu.free_bytes
+    fact = f"{gpu.name}, {gigabytes(gpu.memory_bytes)}, {gigabytes(gpu.free_bytes)} free"
+    if needed > gpu.memory_bytes:
+        fact += f"; weights, gradient and moments alone take {gigabytes(needed)}"
+        return Finding("PROBLEM", what, fact, "use a smaller --preset")
+    if needed > gpu.free_bytes or taken > BUSY * gpu.memory_bytes:
+        level: Level = "PROBLEM" if needed > gpu.free_bytes else "note"
+        fact += f": another process has {gigabytes(taken)}"
+        return Finding(level, what, fact, "nvidia-smi shows it; CUDA_VISIBLE_DEVICES chooses GPUs")
+    return Finding("ok", what, fact)
+
+
+def check_nccl(build: Torch) -> Finding:
+    """Whether torch has NCCL, which exchanges gradients between GPUs."""
+    if build.nccl is None:
+        return Finding("PROBLEM", "NCCL", "torch has none", "install torch from pytorch.org")
+    return Finding("ok", "NCCL", build.nccl)
+
+
+def check_precision(dtype: str, fast_bfloat16: bool, device: torch.device) -> Finding:
+    """The number type of the matrix products."""
+    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16):
+        fact = "float32" + ("" if fast_bfloat16 else f": this {_kind(device)} has no fast bfloat16")
+        slow = device.type == "cuda" or fast_bfloat16
+        return Finding("note" if slow else "ok", "precision", fact)
+    if fast_bfloat16:
+        return Finding("ok", "precision", "bfloat16")
+    fact = f"bfloat16, which this {_kind(device)} only emulates"
+    return Finding("note", "precision", fact, "--dtype auto is faster here")
+
+
+def check_batch(run_config: RunConfig, ranks: int, gpus: int) -> Finding:
+    """How the rows of a step are divided among the ranks."""
+    rows, mini = run_config.rows_per_step, run_config.data.mini_batch_size
+    if gpus and ranks > gpus:
+        fact = f"{ranks} ranks on {counted(gpus, 'GPU')}"
+        return Finding("PROBLEM", "batch", fact, f"use --nproc_per_node={gpus}")
+    try:
+        setup.require_enough_rows(run_config, World(0, ranks, torch.device("cpu")))
+    except UserError as error:
+        return problem("batch", error)
+    steps = run_config.grad_accum_steps(ranks, mini)
+    share = f"{rows / ranks:g} rows" if rows % ranks == 0 else f"{rows // ranks} or one row more"
+    fact = (
+        f"{counted(ranks, 'rank')} of {share} per step, {min(mini, -(-rows // ranks))} at once, "
+        f"gradient accumulation {steps}"
+    )
+    if rows % ranks:
+        return Finding("note", "batch", fact + ": every step waits for the ranks with more")
+    return Finding("ok", "batch", fact)
+
+
+def check_folders(
+    folders: Mapping[str, Path], refused: Mapping[str, str | None]
+) -> Iterator[Finding]:
+    """Whether each folder can be written; `refused` has the reason, by flag, where it cannot."""
+    for flag, reason in refused.items():
+        if reason is not None:
+            fact = f"{folders[flag]} cannot be written: {reason}"
+            yield Finding("PROBLEM", "folders", fact, f"choose another with --{flag}")
+    good = [str(folder) for flag, folder in folders.items() if refused[flag] is None]
+    if good:
+        yield Finding("ok", "folders", f"can be written: {', '.join(good)}")
+
+
+def check_disk(free: int, needs: list[Need]) -> Finding:
+    """Whether a disk has room for everything that the run writes to it."""
+    listed = " and ".join(f"{need.what} take {gigabytes(need.bytes)} more" for need in needs)
+    fact = f"{gigabytes(free)} free for {needs[0].folder}; {listed}"
+    if sum(need.bytes for need in needs) > free:
+        return Finding("PROBLEM", "disk", fact, "; ".join(need.remedy for need in needs))
+    return Finding("ok", "disk", fact)
+
+
+def check_open_files(limit: int | None, shards: int) -> Finding:
+    """Whether the hard limit suffices: a run raises its soft limit to what its shards need."""
+    needed = open_files_needed(shards)
+    if limit is not None and limit < needed:
+        fact = f"{needed:,} needed for {counted(shards, 'shard')}, {limit:,} allowed"
+        remedy = "raise it: LimitNOFILE= of systemd, or nofile in /etc/security/limits.conf"
+        return Finding("PROBLEM", "open files", fact, remedy)
+    allowed = "no limit" if limit is None else f"{limit:,} allowed"
+    return Finding("ok", "open files", f"{allowed}, {needed:,} needed")
+
+
+def check_memory(available: int | None, state_bytes: int, ranks_on_cpu: int) -> Finding:
+    """Whether the host has memory for the copy that a checkpoint is written from, and without a GPU
+    for the training state of each rank."""
+    training = ranks_on_cpu * state_bytes * 4 // 3
+    needed = state_bytes + training
+    parts = f"{gigabytes(state_bytes)} for a checkpoint that is being written"
+    if training:
+        parts += f", {gigabytes(training)} for weights, gradients and moments"
+    if available is None:
+        return Finding("note", "memory", f"unknown; needed: {parts}")
+    fact = f"{gigabytes(available)} available; needed beside activations: {parts}"
+    if needed > available:
+        return Finding("PROBLEM", "memory", fact, "free some, or use a smaller --preset")
+    return Finding("ok", "memory", fact)
+
+
+def check_shared_memory(free: int, ranks_on_gpu: int) -> Finding:
+    """Whether NCCL has enough of it, through which it moves gradients if GPUs have no direct link.
+    Nothing else uses it: batches are read by threads, and gloo uses sockets."""
+    fact = f"{gigabytes(free)} free in {machine.SHARED_MEMORY}"
+    if ranks_on_gpu > 1 and free < NCCL_SHARED_MEMORY:
+        fact += f", NCCL wants {gigabytes(NCCL_SHARED_MEMORY)}"
+        return Finding("PROBLEM", "shared memory", fact, "docker run --shm-size=1g")
+    return Finding("ok", "shared memory", fact)
+
+
+def check_host_name(address: str | None, ranks: int) -> Finding:
+    """Whether the machine's own name has an address: ranks connect to it."""
+    if address is not None:
+        return Finding("ok", "host name", f"has the address {address}")
+    level: Level = "PROBLEM" if ranks > 1 else "note"
+    remedy = 'echo "127.0.0.1 $(hostname)" | sudo tee -a /etc/hosts'
+    return Finding(level, "host name", "has no address: ranks cannot connect to each other", remedy)
+
+
+def check_clock(now: float, newest: float) -> Finding:
+    """Whether the clock is behind the newest file. Forecasts use it; no result of training does."""
+    shown = f"{datetime.fromtimestamp(now):%Y-%m-%d %H:%M}"
+    if now < newest:
+        fact = f"{shown}, but a file was written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}"
+        return Finding("note", "clock", fact, "sudo timedatectl set-ntp true")
+    return Finding("ok", "clock", shown)
+
+
+def problem(what: str, error: UserError) -> Finding:
+    """An error as the run would print it, on one line."""
+    return Finding("PROBLEM", what, " ".join(str(error).split()))
+
+
+def _kind(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "CPU"
+
+
+def gigabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from gpt2.config import flops, options, presets
+from gpt2.inspection import checks
+from gpt2.inspection.checks import Finding
+from gpt2.inspection.machine import Gpu, Torch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GB = 10**9
+H200 = Gpu("NVIDIA H200", 150 * GB, 149 * GB, (9, 0))
+FOR_CPU, FOR_CUDA = Torch("2.13.0+cpu", None, None), Torch("2.13.0", "13.0", "2.28.9")
+GPT2_124M = flops.state_bytes(presets.preset("gpt2-124m").model)
+
+
+def levels(findings) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [("3.11.7", "ok"), ("3.15.0b1", "ok"), ("3.10.2", "PROBLEM")]
+)
+def test_python_in_range(version: str, level: str):
+    assert checks.check_python(version, ">=3.11").level == level
+
+
+def test_packages_out_of_range_and_missing_ones_are_named_with_their_command():
+    needed = [Requirement(text) for text in ("torch>=2.9,<=2.13.0", "numpy<3", "tyro>=0.9")]
+    there = {"torch": "2.13.0+cpu", "numpy": "3.0.1", "tyro": None}
+    numpy, tyro, good = checks.check_packages(needed, there)
+    assert numpy == Finding(
+        "PROBLEM", "packages", "expected numpy<3, got 3.0.1", "pip install 'numpy<3'"
+    )
+    assert tyro.fact == "expected tyro>=0.9, got no such package"
+    assert good == Finding("ok", "packages", "torch 2.13.0+cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "build", "driver", "level", "said"),
+    [
+        ("auto", 2, FOR_CUDA, "580.65", "ok", "2 GPUs: torch 2.13.0 for CUDA 13.0, driver 580.65"),
+        ("auto", 0, FOR_CPU, None, "note", "there is no GPU"),
+        ("cpu", 0, FOR_CPU, "580.65", "ok", "CPU: torch 2.13.0+cpu for CPUs alone"),
+        ("auto", 0, FOR_CPU, "580.65", "PROBLEM", "install torch for CUDA"),
+        ("auto", 0, FOR_CUDA, "580.65", "PROBLEM", "check the driver with nvidia-smi"),
+        ("cuda", 0, FOR_CPU, None, "PROBLEM", "use --device cpu"),
+    ],
+)
+def test_no_gpu_is_a_note_and_an_idle_one_a_problem(wanted, gpus, build, driver, level, said):
+    found = checks.check_device(wanted, gpus, build, driver)
+    assert found.level == level
+    assert said in f"{found.fact}; {found.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "level", "said"),
+    [
+        (H200, "ok", "NVIDIA H200, 150.0 GB, 149.0 GB free"),
+        (replace(H200, free_bytes=100 * GB), "note", "another process has 50.0 GB"),
+        (replace(H200, free_bytes=GB), "PROBLEM", "another process has 149.0 GB"),
+        (Gpu("tiny", 2 * GB, 2 * GB, (8, 0)), "PROBLEM", "moments alone take 2.0 GB"),
+    ],
+)
+def test_the_model_fits_beside_others(gpu: Gpu, level: str, said: str):
+    (found,) = checks.check_gpus([gpu], state_bytes=int(1.51 * GB))
+    assert found.level == level
+    assert said in found.fact
+
+
+def test_gpus_of_several_kinds_are_noted():
+    assert levels(checks.check_gpus([H200, H200], GPT2_124M)) == ["ok", "ok"]
+    other = replace(H200, name="NVIDIA A100")
+    assert levels(checks.check_gpus([H200, other], GPT2_124M)) == ["ok", "ok", "note"]
+
+
+def test_nccl():
+    assert checks.check_nccl(FOR_CUDA) == Finding("ok", "NCCL", "2.28.9")
+    assert checks.check_nccl(FOR_CPU).level == "PROBLEM"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "device", "level", "said"),
+    [
+        ("auto", True, CUDA, "ok", "bfloat16"),
+        ("auto", False, CPU, "ok", "float32: this CPU has no fast bfloat16"),
+        ("auto", False, CUDA, "note", "float32: this GPU has no fast bfloat16"),
+        ("float32", True, CUDA, "note", "float32"),
+        ("bfloat16", False, CPU, "note", "bfloat16, which this CPU only emulates"),
+    ],
+)
+def test_precision(dtype, fast, device, level, said):
+    found = checks.check_precision(dtype, fast, device)
+    assert (found.level, found.fact) == (level, said)
+
+
+def test_a_batch_is_divided_among_the_ranks():
+    run = presets.preset("gpt2-124m")
+    even = checks.check_batch(run, 4, 4)
+    said = "4 ranks of 128 rows per step, 64 at once, gradient accumulation 2"
+    assert (even.level, even.fact) == ("ok", said)
+    uneven = checks.check_batch(run, 3, 3)
+    assert (uneven.level, uneven.fact[:36]) == ("note", "3 ranks of 170 or one row more per s")
+    assert checks.check_batch(run, 4, 2).remedy == "use --nproc_per_node=2"
+    few = options.overlay(run, {"total_batch_size": 2048})
+    assert "too few for 4 ranks" in checks.check_batch(few, 4, 4).fact
+
+
+def test_limits():
+    assert checks.check_open_files(4096, 100).level == "ok"
+    assert checks.check_open_files(None, 100).fact == "no limit, 1,224 needed"
+    assert checks.check_open_files(1024, 100).level == "PROBLEM"
+    assert checks.check_memory(2 * GB, GB, ranks_on_cpu=0).level == "ok"
+    assert checks.check_memory(2 * GB, GB, ranks_on_cpu=1).level == "PROBLEM"
+    assert checks.check_memory(None, GB, ranks_on_cpu=1).level == "note"
+    docker = 64 * 2**20
+    assert checks.check_shared_memory(docker, ranks_on_gpu=1).level == "ok"
+    assert checks.check_shared_memory(docker, ranks_on_gpu=2).remedy == "docker run --shm-size=1g"
+
+
+def test_name_and_clock():
+    assert checks.check_host_name("127.0.0.1", 4).level == "ok"
+    assert checks.check_host_name(None, 1).level == "note"
+    assert checks.check_host_name(None, 2).level == "PROBLEM"
+    assert checks.check_clock(now=2e9, newest=1e9).level == "ok"
+    assert checks.check_clock(now=0, newest=1e9).fact.startswith("1970-01-0")
