@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from gpt2.checkpoint import store
-from gpt2.inspection import runs
+from gpt2.inspection import run_status
 from support import ROOT, loss_lines, losses, small_flags, train_command
 
 
@@ -117,7 +117,7 @@ class Run:
 
     def state(self) -> str:
         """The state that `gpt2 status` shows."""
-        found = runs.newest_run(self.out / "checkpoints")
+        found = run_status.newest_run(self.out / "checkpoints")
         return found.state if found else "none"
 
     def ranks(self) -> list[int]:

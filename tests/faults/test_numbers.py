@@ -11,7 +11,7 @@ from gpt2.base.errors import TrainingError
 from gpt2.checkpoint import store
 from gpt2.data.loader import Loader
 from gpt2.distributed.world import World
-from gpt2.inspection import runs
+from gpt2.inspection import run_status
 from gpt2.model.gpt2 import GPT2
 from gpt2.optim import build
 from gpt2.train import evaluator, trainer
@@ -135,7 +135,7 @@ def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
     poison(13, 14, 18, 19)
     with pytest.raises(TrainingError, match=r"2 updates in a row, up to step \d+, had no finite"):
         trainer.run(small_config(data_root, tmp_path, max_bad_steps=2))
-    assert runs.newest_run(tmp_path / "checkpoints").state == "stopped"  # for good
+    assert run_status.newest_run(tmp_path / "checkpoints").state == "stopped"  # for good
 
 
 def test_without_a_checkpoint_it_says_so(data_root: Path, tmp_path: Path, poison):

@@ -14,7 +14,7 @@ import pytest
 
 from faults.conftest import FLAGS
 from faults.harness import last_step, trial
-from gpt2.inspection import runs
+from gpt2.inspection import run_status
 from support import ROOT, small_flags
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -62,7 +62,7 @@ class Place:
             time.sleep(0.05)
 
     def state(self) -> str:
-        found = runs.newest_run(self.folder / "checkpoints")
+        found = run_status.newest_run(self.folder / "checkpoints")
         return found.state if found else "none"
 
     def requeued(self) -> int:
@@ -88,7 +88,7 @@ def test_the_slurm_script_requeues_until_the_end(place: Place):
     reached = last_step(place.folder / "logs/log.txt")
     job = place.start(place.small(script, max_steps=10_000))
     place.wait_for_step(reached + 6)
-    owner = runs.newest_run(place.folder / "checkpoints").status.pid
+    owner = run_status.newest_run(place.folder / "checkpoints").status.pid
     os.kill(owner, signal.SIGKILL)
     job.wait(60)
     assert (place.state(), place.requeued()) == ("dead", 2)
@@ -108,7 +108,7 @@ def test_the_cron_line_starts_what_has_died_and_nothing_else(place: Place):
     place.wait_for_step(6)
     place.start(place.small(line, max_steps=10_000)).wait(60)  # it lives: nothing to do
     assert not (place.folder / "logs/cron.txt").exists()
-    os.kill(runs.newest_run(place.folder / "checkpoints").status.pid, signal.SIGKILL)
+    os.kill(run_status.newest_run(place.folder / "checkpoints").status.pid, signal.SIGKILL)
     run.wait(60)
     reached = last_step(place.folder / "logs/log.txt")
     place.start(place.small(line, max_steps=reached + 4)).wait(60)

@@ -8,6 +8,7 @@ from gpt2.base.errors import ConfigError, DataError
 from gpt2.cli import main
 from gpt2.inspection import plot
 from gpt2.inspection.plot import Curve
+from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import HellaSwagRecord, StepRecord, ValidationRecord
 
@@ -39,7 +40,18 @@ def test_a_log_a_folder_and_an_out_dir_are_read(tmp_path: Path):
         assert len(run.steps) == 20
 
 
-def test_runs_are_told_apart(tmp_path: Path):
+def test_the_learning_rate_is_no_staircase(tmp_path: Path):
+    """Records have all digits, a log of text two; a folder may have either file."""
+    sink = JsonLines(tmp_path / "metrics.jsonl", "a", 0, {})
+    rates = [1e-3 * (1 - step / 1000) for step in range(1, 101)]
+    for step, rate in enumerate(rates, 1):
+        sink.write(StepRecord(step, 0, 3.0, rate, 1.0, 2.0, 500.0, 0.1, []))
+    sink.close()
+    drawn = {axes.get_title(loc="left"): axes for axes in plot.draw(plot.read([tmp_path])).axes}
+    assert drawn["learning rate"].lines[0].get_ydata() == pytest.approx(rates, rel=1e-12)
+
+
+def test_runs_have_distinct_names(tmp_path: Path):
     """By their names in one log; by what was given for them where that is several."""
     one, several = tmp_path / "one.txt", tmp_path / "several.txt"
     write_log(one, "a", [3.0])
@@ -58,11 +70,11 @@ def test_the_folder_of_an_experiment_stands_for_its_trainings(tmp_path: Path):
     assert names == [f"{tmp_path}/models/gpt2", f"{tmp_path}/models/modern"]
 
 
-def test_what_has_nothing_to_show_is_named(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no log at .*nowhere; needed: a log\.txt"):
+def test_a_log_without_a_step_is_named_in_the_error(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no log at .*nowhere; expected a log\.txt"):
         plot.read([tmp_path / "nowhere"])
     write_log(tmp_path / "log.txt", "a", [])
-    with pytest.raises(DataError, match="has no step of a run yet"):
+    with pytest.raises(DataError, match="has no logged step yet"):
         plot.read([tmp_path])
 
 
@@ -102,7 +114,7 @@ def test_the_ending_says_which_kind(tmp_path: Path, kind: str, head: bytes):
 def test_pictures_that_cannot_be_are_refused(tmp_path: Path):
     write_log(tmp_path / "log.txt", "a", [3.0])
     runs = plot.read([tmp_path])
-    with pytest.raises(ConfigError, match=r"x\.gif is no picture .*use \.png, \.svg, \.pdf"):
+    with pytest.raises(ConfigError, match=r"expected a \.png, \.svg, \.pdf file, got .*x\.gif"):
         plot.save(runs, tmp_path / "x.gif")
     with pytest.raises(ConfigError, match="choose another file with -o"):
         plot.save(runs, tmp_path / "no folder" / "x.png")

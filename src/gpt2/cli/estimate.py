@@ -9,7 +9,7 @@ from gpt2.base.text import console
 from gpt2.cli.parse import CommandOptions, run_command
 from gpt2.config import presets
 from gpt2.config.run import PresetName
-from gpt2.inspection import estimate, runs
+from gpt2.inspection import estimate, run_status
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def _run(command: EstimateCommand) -> int:
     out = console()
     flags = (command.preset, command.tokens_per_sec, command.gpus)
     if all(flag is None for flag in flags):
-        if run := runs.newest_run(command.checkpoint_dir):
+        if run := run_status.newest_run(command.checkpoint_dir):
             estimate.print_run_forecast(run, out)
             return 0
         out.print(f"No run found in {command.checkpoint_dir}")

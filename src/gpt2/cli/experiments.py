@@ -84,12 +84,12 @@ def _list(command: ListCommand) -> int:
 def _show(command: ShowCommand) -> int:
     # They import torch: see `gpt2.cli.parse`.
     from gpt2.experiments.progress import listing
-    from gpt2.inspection import runs
+    from gpt2.inspection import run_status
     from gpt2.train import status
 
     item = listing.find(command.folder)
     if item is None and (training := status.read(command.folder)):
-        runs.print_state(runs.Run(command.folder, training), console())
+        run_status.print_state(run_status.Run(command.folder, training), console())
         return 0
     item = item or listing.require(command.folder)
     if command.json:

@@ -13,7 +13,7 @@ from gpt2.cli.model_source import ModelSource
 from gpt2.config.model import ModelConfig
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
-from gpt2.inspection import runs
+from gpt2.inspection import run_status
 from gpt2.model.base import LanguageModel
 
 
@@ -49,7 +49,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
         find = functools.partial(store.find, folder, which)
         path = world.run_on_rank0(find) if world else find()
         if path is None:
-            others = runs.run_folders(folder, "step_*.json")
+            others = run_status.run_folders(folder, "step_*.json")
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = store.load(path, trust=trust, world=world)

@@ -6,7 +6,7 @@ from pathlib import Path
 from gpt2.base.errors import CheckpointError
 from gpt2.base.text import console
 from gpt2.cli.parse import CommandOptions, run_command
-from gpt2.inspection import runs
+from gpt2.inspection import run_status
 
 STATUS_CODES = {"running": 0, "finished": 0, "stopped": 3, "failed": 4, "dead": 4}
 
@@ -25,8 +25,8 @@ def status_main() -> int:
 
 
 def _run(command: StatusCommand) -> int:
-    run = runs.newest_run(command.checkpoint_dir)
+    run = run_status.newest_run(command.checkpoint_dir)
     if run is None:
         raise CheckpointError(f"no run in {command.checkpoint_dir}; use --checkpoint_dir FOLDER")
-    runs.print_state(run, console())
+    run_status.print_state(run, console())
     return STATUS_CODES[run.state]

@@ -1,4 +1,4 @@
-"""The table of checkpoints."""
+"""The table of checkpoints, of `--list_checkpoints`."""
 
 import time
 from pathlib import Path
@@ -8,11 +8,11 @@ from rich.console import Console
 from gpt2.base.text import table
 from gpt2.checkpoint import store
 from gpt2.config.flops import duration
-from gpt2.inspection.runs import run_folders
+from gpt2.inspection.run_status import run_folders
 
 
 def print_checkpoints(root: Path, out: Console) -> None:
-    """The finished checkpoints in `root` and the folders below it, from the sidecars alone."""
+    """Prints the complete checkpoints in `root` and the folders below it, from their metadata."""
     folders = [path for path in run_folders(root, "step_*.json") if _table_rows(path)]
     if not folders:
         out.print(f"No checkpoints in {root}")

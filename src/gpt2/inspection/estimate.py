@@ -1,4 +1,4 @@
-"""The forecast of the end of a run."""
+"""How long a run will take: `gpt2 estimate`."""
 
 import statistics
 import time
@@ -17,9 +17,10 @@ from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import load_index
-from gpt2.inspection.runs import Run
+from gpt2.inspection.run_status import Run
 from gpt2.metrics import log_reader, records
 
+# Without a run and without data, these are assumed.
 ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
 ASSUMED_TOKENS, ASSUMED_SHARDS = 9_900_000_000, 99
 DEVICE_COUNTS = (1, 2, 4, 8)
@@ -28,9 +29,9 @@ SHOWN_EPOCHS = 10
 
 @dataclass(frozen=True)
 class Forecast:
-    """Where a run is and how fast it goes."""
+    """How far a run is and how fast it goes."""
 
-    order: Sampler
+    sampler: Sampler
     step: int
     total_steps: int
     step_s: float
@@ -43,15 +44,15 @@ class Forecast:
         return (self.total_steps - self.step) * self.step_s
 
 
-def print_run_forecast(found: Run, out: Console) -> None:
-    """Progress, speed, time left, milestones and the same on other numbers of devices."""
-    run, plan = found.status, found.status.plan
+def print_run_forecast(run: Run, out: Console) -> None:
+    """Prints progress, speed, time left, milestones, and the time on other numbers of devices."""
+    current, plan = run.status, run.status.plan
     steps = log_reader.read_steps(Path(plan.log_file), plan.run_name)
-    step = max(run.step, steps[-1].step if steps else 0)
+    step = max(current.step, steps[-1].step if steps else 0)
     devices = f"{plan.world_size} × {plan.device}"
-    age = duration(time.time() - run.time)
-    reason = f" ({run.reason})" if run.reason else ""
-    out.print(f"Run {plan.run_name} on {devices}: {found.state}{reason}, status written {age} ago")
+    age = duration(time.time() - current.time)
+    reason = f" ({current.reason})" if current.reason else ""
+    out.print(f"Run {plan.run_name} on {devices}: {run.state}{reason}, status written {age} ago")
     tokens = step * plan.rows_per_step * plan.block_size
     out.print(
         f"Progress: step {step:,} of {plan.total_steps:,} ({step / plan.total_steps:.1%}), "
@@ -59,10 +60,10 @@ def print_run_forecast(found: Run, out: Console) -> None:
     )
     recent = steps[-records.RECENT_STEPS :]
     if not recent:
-        out.print("No step is logged yet: ask again when the first lines are in the log")
+        out.print("No step is logged yet; run this again when the log has its first steps")
         return
     forecast = Forecast(
-        order=Sampler((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
+        sampler=Sampler((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
         step=step,
         total_steps=plan.total_steps,
         step_s=statistics.median(item.elapsed_s for item in recent),
@@ -72,7 +73,7 @@ def print_run_forecast(found: Run, out: Console) -> None:
     )
     out.print(
         f"Recent: {forecast.step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
-        f"(median of {len(recent)} steps; validation and saving come on top)"
+        f"(median of {len(recent)} steps; validation and saving not included)"
     )
     _print_forecast(forecast, plan.device, out)
 
@@ -80,7 +81,7 @@ def print_run_forecast(found: Run, out: Console) -> None:
 def print_assumed_forecast(
     config: RunConfig, tokens_per_s: float | None, gpus: int, out: Console
 ) -> None:
-    """The forecast of a run that has not begun, and what it assumes."""
+    """Prints the forecast of a run that has not begun, and what it assumes."""
     try:
         data = load_index(Storage(config.data.data_root))
         tokens, shards = data.tokens("train"), len(data.of("train"))
@@ -94,7 +95,7 @@ def print_assumed_forecast(
         speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
     else:
         speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
-    order = Sampler(
+    sampler = Sampler(
         tuple([(tokens // shards - 1) // config.model.block_size] * shards),
         config.rows_per_step,
         config.machine.seed,
@@ -103,9 +104,9 @@ def print_assumed_forecast(
     out.print(f"  data   {tokens:,} training tokens: {source}")
     out.print(f"  speed  {speed} (--tokens_per_sec sets it)")
     forecast = Forecast(
-        order=order,
+        sampler=sampler,
         step=0,
-        total_steps=config.total_steps(order.rows_per_epoch),
+        total_steps=config.total_steps(sampler.rows_per_epoch),
         step_s=config.data.total_batch_size / tokens_per_s,
         tokens_per_s=tokens_per_s,
         devices=gpus,
@@ -132,14 +133,14 @@ def _milestones(forecast: Forecast) -> Table:
 
 
 def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
-    order, now, end = forecast.order, forecast.step, forecast.total_steps
+    sampler, step_now, end = forecast.sampler, forecast.step, forecast.total_steps
     rows = []
     every = forecast.checkpoint_interval
-    if every and (following := (now // every + 1) * every) < end:
-        rows.append((following, "next checkpoint"))
-    epoch = order.epoch_at(now) + 1
+    if every and (due := (step_now // every + 1) * every) < end:
+        rows.append((due, "next checkpoint"))
+    epoch = sampler.epoch_at(step_now) + 1
     boundaries = []
-    while (step := order.first_step_of(epoch)) < end:
+    while (step := sampler.first_step_of(epoch)) < end:
         boundaries.append((step, f"epoch {epoch} begins, with its shuffle"))
         epoch += 1
     rows += boundaries[:SHOWN_EPOCHS]

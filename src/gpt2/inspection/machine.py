@@ -1,4 +1,4 @@
-"""Facts of this machine and of what is installed on it, for `gpt2 doctor`; judges nothing."""
+"""Facts about this machine and what is installed on it, for `gpt2 doctor`."""
 
 import contextlib
 import importlib.metadata
@@ -28,7 +28,7 @@ class Gpu:
     name: str
     memory_bytes: int
     free_bytes: int
-    """what neither this nor another process has"""
+    """used by no process"""
     capability: tuple[int, int]
 
 
@@ -42,7 +42,7 @@ class Torch:
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that torch sees; RuntimeError if one does not answer."""
+    """The GPUs that torch sees; raises RuntimeError if one does not respond."""
     return [_gpu(index) for index in range(torch.cuda.device_count())]
 
 
@@ -53,16 +53,16 @@ def _gpu(index: int) -> Gpu:
 
 
 def installed_torch() -> Torch:
-    """The torch that runs now."""
+    """The version of torch in this process, and of what it was built with."""
     nccl = None
     if torch.distributed.is_nccl_available():
-        with contextlib.suppress(Exception):  # raises what it likes where the library is broken
+        with contextlib.suppress(Exception):  # a broken library raises errors of many kinds
             nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return Torch(torch.__version__, torch.version.cuda, nccl)
 
 
 def driver() -> str | None:
-    """Version of NVIDIA's kernel driver, or None if there is none (or none that says it, WSL)."""
+    """Version of NVIDIA's kernel driver; None without one, or under WSL."""
     with contextlib.suppress(OSError):
         if found := re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()):
             return found.group(0)
@@ -74,7 +74,8 @@ def python_version() -> str:
 
 
 def requirements() -> tuple[str, list[str]] | None:
-    """Our Python range and what we need installed; None where we are not installed ourselves."""
+    """The Python versions and the packages that this package requires; None if it is not
+    installed."""
     try:
         about = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -91,19 +92,19 @@ def version_of(package: str) -> str | None:
 
 
 def existing(folder: Path) -> Path:
-    """`folder`, or the nearest one above it that is there."""
+    """`folder`, or the nearest folder above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def disk(folder: Path) -> tuple[int, int]:
-    """(which disk `folder` is on or will be, bytes free on it)."""
-    there = existing(folder)
-    return there.stat().st_dev, shutil.disk_usage(there).free
+    """The device number of the disk that `folder` is or will be on, and the bytes free on it."""
+    nearest = existing(folder)
+    return nearest.stat().st_dev, shutil.disk_usage(nearest).free
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written to `folder`, or None; the probe has no name and leaves nothing."""
+    """Why `folder` cannot be written to, or None if it can; tried with an unnamed file."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return None
@@ -112,13 +113,13 @@ def unwritable(folder: Path) -> str | None:
 
 
 def open_files_limit() -> int | None:
-    """Files that a process may have open if it asks for them; None is no limit."""
+    """The hard limit of open files of a process; None is no limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return None if hard == resource.RLIM_INFINITY else hard
 
 
 def shared_memory_bytes() -> int:
-    """Free shared memory; 0 where there is none."""
+    """Free shared memory; 0 without any."""
     try:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -126,23 +127,23 @@ def shared_memory_bytes() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Memory that can still be had, within the limits of this container; None if unknown."""
+    """Memory that this process can still use, within its container's limits; None if unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         found.append(1024 * _field(Path("/proc/meminfo"), "MemAvailable:"))
     for group in _memory_groups():
         one = "memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes"
         other = "memory.current" if one == "memory.max" else "memory.usage_in_bytes"
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number and no limit
+        with contextlib.suppress(OSError, ValueError):  # no limit is the word "max"
             limit, used = (int((group / name).read_text()) for name in (one, other))
-            cached = _field(group / "memory.stat", "inactive_file")  # given up where it is needed
+            cached = _field(group / "memory.stat", "inactive_file")  # the kernel frees it on demand
             found.append(limit - used + cached)
     return min(found, default=None)
 
 
 def _memory_groups() -> Iterator[Path]:
-    """The control groups whose limits this process is under, its own first: of version 2, or those
-    of version 1's memory controller (cgroups(7), /proc/[pid]/cgroup)."""
+    """The control groups that limit the memory of this process, its own first: of version 2, or of
+    the memory controller of version 1 (cgroups(7), /proc/[pid]/cgroup)."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -153,17 +154,17 @@ def _memory_groups() -> Iterator[Path]:
             root = CGROUP / controllers
             here = root / path.lstrip("/")
             yield from (group for group in (here, *here.parents) if group.is_relative_to(root))
-    yield CGROUP  # in a container, which does not see where it lies
+    yield CGROUP  # in a container, which does not see its own path
 
 
 def _field(path: Path, name: str) -> int:
-    """The number behind `name` in a file of names and numbers."""
+    """The number after `name` in a file of names and numbers; 0 without one."""
     rows = (line.split() for line in path.read_text().splitlines())
     return next((int(row[1]) for row in rows if row[0] == name), 0)
 
 
 def own_address() -> str | None:
-    """The address of this machine's own name, or None if the name means nothing here."""
+    """The address of this machine's host name, or None if it does not resolve."""
     try:
         return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
     except OSError:

@@ -1,10 +1,10 @@
-"""The curves of runs as a picture, from their `metrics.jsonl` and `log.txt`."""
+"""The curves of runs as a picture: `gpt2 plot`."""
 
 from __future__ import annotations  # matplotlib is imported where something is drawn
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.evaluation import baselines
-from gpt2.metrics import log_reader
+from gpt2.metrics import jsonl, log_file, log_reader
 from gpt2.metrics.log_reader import LoggedRun
 
 if TYPE_CHECKING:
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = (".png", ".svg", ".pdf")
+LOG_NAMES = (log_file.LOG_NAME, jsonl.RECORDS_NAME)
 STEEP = 0.05
-"""share of a run, at its beginning, whose losses may lie outside of the picture"""
+"""share of a run, at its beginning, whose losses may be cut off"""
 NOISE = (0.001, 0.995)
-"""quantiles of the losses after that which lie in it"""
+"""quantiles of the other losses between which the picture reaches"""
 SMOOTHED = 0.01
-"""half the width of the window that smooths a curve, as a share of the curve"""
+"""half the width of the smoothing window, as a share of the curve"""
 MARKED = 60
-"""measurements of a curve that are shown as points, too"""
+"""a curve of at most so many measurements has a point at each"""
 HAND_PICKED = 10
-"""runs that can have a colour each from a list; more share a scale of colours"""
+"""so many runs have a colour each from a list; more runs share a colour scale"""
 GPT2_124M_HELLASWAG = baselines.HELLASWAG["completion"][1]
 """acc_norm of the published GPT-2 124M"""
 GUESSING_HELLASWAG = 0.25
@@ -74,36 +75,38 @@ class Panel:
 
 
 def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
-    """The runs in each of `given` (the `last` so many) that trained at all, under names that tell
-    them apart.
+    """The runs in `given` that have a step or a validation, under distinct names.
 
-    Each is a log file, a folder with one, such as an --out_dir, or the folder of an experiment.
-    Where there are several, a run is called after its place. Raises DataError if one has nothing to
-    show.
+    Each of `given` is a log file, a folder with one, such as an --out_dir, or the folder of an
+    experiment; only the `last` so many runs of each log are returned. If there are several logs,
+    the name of a run includes the path of its log. Raises DataError if a log has no such run.
     """
     found = []
     places = [place for item in given for place in _places(item)]
     for place in places:
         runs = [run for run in _read_log(place) if run.steps or run.val_losses]
         if not runs:
-            raise DataError(f"{place} has no step of a run yet; a run writes its log as it trains")
+            raise DataError(f"{place} has no logged step yet; try again when the run has trained")
         runs = runs[-last:] if last else runs
-        if len(places) > 1:
-            for run in runs:
-                run.name = str(place) if len(runs) == 1 else f"{place} {run.name}"
+        if len(places) > 1 and len(runs) == 1:
+            runs = [replace(runs[0], name=str(place))]
+        elif len(places) > 1:
+            runs = [replace(run, name=f"{place} {run.name}") for run in runs]
         found += runs
     return found
 
 
 def _places(given: Path) -> list[Path]:
-    """The folders of an experiment's trainings, where `given` is one that holds them."""
+    """The folders of an experiment's trainings if `given` is an experiment, else `given` itself."""
     if _log_of(given) or not given.is_dir():
         return [given]
-    return sorted(path.parent for path in given.glob("*/log.txt")) or [given]
+    logs = (path for name in LOG_NAMES for path in given.glob(f"*/{name}"))
+    return sorted({path.parent for path in logs}) or [given]
 
 
 def _log_of(place: Path) -> Path | None:
-    paths = (place, place / "logs" / "log.txt", place / "log.txt")
+    folders = (place / "logs", place)
+    paths = [place, *(folder / name for folder in folders for name in LOG_NAMES)]
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -114,23 +117,23 @@ def _read_log(place: Path) -> list[LoggedRun]:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     raise DataError(
-        f"no log at {place}; needed: a log.txt, or a folder with logs/log.txt, such as the "
+        f"no log at {place}; expected a log.txt, or a folder with logs/log.txt, such as the "
         "--out_dir of a run"
     )
 
 
 def save(runs: Sequence[LoggedRun], path: Path) -> None:
-    """Draws the curves of `runs` into a file; its name says of which kind.
+    """Draws the curves of `runs` into a file of the format that its suffix names.
 
-    Raises ConfigError for another kind, and for a file that cannot be written.
+    Raises ConfigError for another suffix than those in KINDS, and if it cannot write the file.
     """
     write(lambda: draw(runs), path)
 
 
 def write(draw: Callable[[], Figure], path: Path) -> None:
-    """What `draw` makes, in the style of all our pictures, as a file; errors as of `save`."""
+    """Saves what `draw` returns, in the common style, as a file; raises as `save` does."""
     if path.suffix.lower() not in KINDS:
-        raise ConfigError(f"{path} is no picture that can be drawn; use {', '.join(KINDS)}")
+        raise ConfigError(f"expected a {', '.join(KINDS)} file, got {path}; use -o NAME{KINDS[0]}")
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -144,7 +147,7 @@ def write(draw: Callable[[], Figure], path: Path) -> None:
 
 
 def draw(runs: Sequence[LoggedRun]) -> Figure:
-    """The picture: a panel for each quantity that some run has, two in a row."""
+    """A panel for each quantity that at least one run has, two in a row."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
     colors = distinct_colors(len(runs))
@@ -162,7 +165,7 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(11, 0.8 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
-    wide = len(panels) % 2  # of an odd number, the first stands alone in its row
+    wide = len(panels) % 2  # if their number is odd, the first one has a row of its own
     for place, (panel, curves) in enumerate(panels, start=wide):
         axes = figure.add_subplot(grid[0, :] if wide and place == 1 else grid[divmod(place, 2)])
         axes.set_title(panel.title, loc="left")
@@ -176,7 +179,7 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
 
 
 def summary(run: LoggedRun) -> str:
-    """`name: step 19,073, loss 3.2812, val loss 3.2901`: where a run is."""
+    """The newest values of a run: `name: step 19,073, loss 3.2812, val loss 3.2901`."""
     last = max([*run.steps, *run.val_losses])
     parts = [f"step {last:,}"]
     if run.steps:
@@ -190,10 +193,10 @@ def summary(run: LoggedRun) -> str:
 
 
 def smoothed(values: Numbers, share: float = SMOOTHED) -> Numbers:
-    """The mean of a window around each value, without those that are no number.
+    """The mean of a window around each value, leaving out NaN and infinity.
 
-    The window, half of which is `share` of the curve in the end, grows with the distance from the
-    beginning, where losses fall steeply: there it would show a curve that never was.
+    Half the window is at most `share` of the curve. It is narrower near the beginning, where losses
+    fall steeply and a wide window would distort them.
     """
     count = len(values)
     places = np.arange(count)
@@ -208,10 +211,10 @@ def smoothed(values: Numbers, share: float = SMOOTHED) -> Numbers:
 
 
 def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, float] | None:
-    """What of the losses to show: all but the `steep` beginning, and the ends of the noise.
+    """The range of losses to show, or None without a finite loss.
 
-    A run that diverges leaves the picture where it is worse than runs are at first, and one that
-    ended long before the others has no say.
+    It cuts off the `steep` beginning, outliers, and losses above those at the first step, as of a
+    run that diverges. A run that ended in the steep beginning of the others does not count.
     """
     first = min(curve.steps[0] for curve in curves)
     steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
@@ -277,7 +280,7 @@ def _draw_speed(axes: Axes, curves: list[Curve]) -> None:
 
 
 def _draw_noisy(axes: Axes, curves: list[Curve]) -> None:
-    """Each curve as it is, lightly, and smoothed; without the light one where nothing is smooth."""
+    """Each curve smoothed, over the raw values in a light colour if they differ."""
     for curve in curves:
         line = smoothed(curve.values)
         if not np.array_equal(line, curve.values, equal_nan=True):
@@ -300,7 +303,7 @@ def _draw_measured(axes: Axes, curves: list[Curve]) -> None:
 
 
 def _name(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
-    """One run is the title, several are a legend."""
+    """Puts the summary of a single run into the title, the names of several into a legend."""
     from matplotlib.lines import Line2D
 
     if len(runs) == 1:

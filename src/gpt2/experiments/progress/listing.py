@@ -23,8 +23,8 @@ from gpt2.experiments.grid import point_name
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import ExperimentState, SlotState, is_finite_number
 from gpt2.experiments.results import ExperimentDescription, JobResult
-from gpt2.inspection import runs
-from gpt2.inspection.runs import Run
+from gpt2.inspection import run_status
+from gpt2.inspection.run_status import Run
 from gpt2.train import status
 
 logger = logging.getLogger(__name__)
@@ -132,14 +132,14 @@ def trainings(root: Path) -> list[Run]:
     experiments = set(_folders(root))
     found = [
         (folder, status.read(folder))
-        for folder in runs.run_folders(root, status.NAME)
+        for folder in run_status.run_folders(root, status.NAME)
         if not experiments & {folder, *folder.parents}
     ]
     return [Run(folder, known) for folder, known in found if known is not None]
 
 
 def _folders(root: Path) -> list[Path]:
-    return runs.run_folders(root, results.EXPERIMENT_FILE)
+    return run_status.run_folders(root, results.EXPERIMENT_FILE)
 
 
 def print_list(root: Path, out: Console) -> None:

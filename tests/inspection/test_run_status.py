@@ -10,7 +10,7 @@ from rich.console import Console
 from gpt2.base import folder_lock
 from gpt2.checkpoint import metadata, store
 from gpt2.config import options, presets
-from gpt2.inspection import checkpoints, estimate, runs
+from gpt2.inspection import checkpoints, estimate, run_status
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import StepRecord
 from gpt2.train import status
@@ -87,19 +87,19 @@ def test_listing_reads_sidecars_alone_and_looks_below(tmp_path: Path, out: Conso
 
 
 def test_newest_run_is_what_was_written_last(tmp_path: Path):
-    assert runs.newest_run(tmp_path) is None
+    assert run_status.newest_run(tmp_path) is None
     for name in ("b", "a"):
         write_run(tmp_path / name, 1, status.Plan(**(PLAN.__dict__ | {"run_name": name})))
         time.sleep(0.01)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "status.json").write_text("{")
-    assert runs.newest_run(tmp_path).status.plan.run_name == "a"
+    assert run_status.newest_run(tmp_path).status.plan.run_name == "a"
 
 
 def test_forecast_of_a_run(tmp_path: Path, out: Console):
     write_run(tmp_path, 200)
     with folder_lock.held(tmp_path):
-        estimate.print_run_forecast(runs.newest_run(tmp_path), out)
+        estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
     printed = text_of(out)
     assert "Run run on 2 × cuda: running, status written 0s ago" in printed
     assert "step 200 of 1,000 (20.0%), epoch 0.80, 6,400 tokens" in printed
@@ -123,17 +123,17 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
 
 def test_forecast_of_finished_and_of_unborn_runs(tmp_path: Path, out: Console):
     write_run(tmp_path / "a", 1000, state="finished")
-    estimate.print_run_forecast(runs.newest_run(tmp_path / "a"), out)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path / "a"), out)
     assert "The last step is reached." in text_of(out)
     write_run(tmp_path / "b", 0)
-    estimate.print_run_forecast(runs.newest_run(tmp_path / "b"), out)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path / "b"), out)
     assert "No step is logged yet" in text_of(out)
 
 
 def test_many_epochs_are_cut(tmp_path: Path, out: Console):
     plan = status.Plan(**(PLAN.__dict__ | {"rows_per_epoch": 40}))
     write_run(tmp_path, 5, plan)
-    estimate.print_run_forecast(runs.newest_run(tmp_path), out)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
     printed = text_of(out)
     assert printed.count("begins, with its shuffle") == estimate.SHOWN_EPOCHS
     assert "… the last of 89 further epochs" in printed
@@ -164,7 +164,7 @@ def test_given_speed_and_prepared_data_count(tmp_path: Path, data_root: Path, ou
 def test_state_of_a_run(tmp_path: Path, out: Console, monkeypatch: pytest.MonkeyPatch):
     """Running is what holds the lock; a run on another machine is believed for a while."""
     write_run(tmp_path, 3)
-    found = runs.newest_run(tmp_path)
+    found = run_status.newest_run(tmp_path)
     assert found.state == "dead"
     with folder_lock.held(tmp_path):
         assert found.state == "running"
@@ -172,14 +172,14 @@ def test_state_of_a_run(tmp_path: Path, out: Console, monkeypatch: pytest.Monkey
     assert found.state == "running"
     monkeypatch.setattr(status, "SILENCE_S", 0)
     assert found.state == "dead"
-    runs.print_state(found, out)
+    run_status.print_state(found, out)
     assert text_of(out).startswith("run: dead\n  step 0 of 1,000\n  process ")
     for state in ("finished", "stopped", "failed"):
         write_run(tmp_path, 3, state=state)
-        assert runs.newest_run(tmp_path).state == state
+        assert run_status.newest_run(tmp_path).state == state
 
 
 def test_forecast_of_a_dead_run_says_so(tmp_path: Path, out: Console):
     write_run(tmp_path, 3)
-    estimate.print_run_forecast(runs.newest_run(tmp_path), out)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
     assert "Run run on 2 × cuda: dead, status written" in text_of(out)

@@ -1,0 +1,54 @@
+"""The state of runs on disk: which run is the newest, and whether it is alive."""
+
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from gpt2.base import folder_lock
+from gpt2.config.flops import duration
+from gpt2.train import status
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: its checkpoint folder and the `status.json` in it."""
+
+    folder: Path
+    status: status.Status
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped` or `failed`; `dead` if no process backs `running`."""
+        if folder_lock.is_held(self.folder):
+            return "running"
+        silent_s = time.time() - self.status.time
+        is_elsewhere = self.status.host != socket.gethostname() and silent_s < status.SILENCE_S
+        return "dead" if self.status.state == "running" and not is_elsewhere else self.status.state
+
+
+def run_folders(root: Path, pattern: str) -> list[Path]:
+    """`root` and the folders below it that hold a file matching `pattern`, sorted."""
+    return sorted({path.parent for path in root.rglob(pattern)}) if root.is_dir() else []
+
+
+def newest_run(root: Path) -> Run | None:
+    """The run in `root`, else the one below it whose status was written last, or None."""
+    if own := status.read(root):
+        return Run(root, own)
+    found = [(folder, status.read(folder)) for folder in run_folders(root, status.NAME)]
+    runs = [Run(folder, item) for folder, item in found if item is not None]
+    return max(runs, key=lambda run: run.status.time, default=None)
+
+
+def print_state(run: Run, out: Console) -> None:
+    """Prints what a run does, where, and how old its status is."""
+    current = run.status
+    reason = f": {current.reason}" if current.reason else ""
+    out.print(f"{current.plan.run_name}: {run.state}{reason}")
+    out.print(f"  step {current.step:,} of {current.plan.total_steps:,}")
+    age = duration(time.time() - current.time)
+    out.print(f"  process {current.pid} on {current.host}, status written {age} ago")
+    out.print(f"  checkpoints {run.folder}")
