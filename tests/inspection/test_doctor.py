@@ -58,7 +58,7 @@ def test_data_is_opened_as_the_run_will(tmp_path: Path, data_root: Path):
     (broken / "small_train_000001.npy").unlink()
     data, found = doctor.find_data(small_config(broken, tmp_path))
     assert (data, found.level) == (None, "PROBLEM")
-    assert "small_train_000001.npy is in the manifest, but it is missing" in found.fact
+    assert "small_train_000001.npy is in the manifest, but the file is missing" in found.fact
     _, found = doctor.find_data(small_config(tmp_path / "python_stdlib", tmp_path))
     assert found.fact.endswith("when the run starts")
     _, found = doctor.find_data(small_config(tmp_path / "nothing", tmp_path))
