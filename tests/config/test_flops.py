@@ -54,7 +54,7 @@ def test_flops_per_token_counts_matrix_products(architecture: str):
     )
     net = model.build(shape)
     tokens_BT = torch.zeros(1, 64, dtype=torch.long)
-    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not see into the fused kernel
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not count the fused kernel
     with plain, FlopCounterMode(display=False) as counter:
         net.logits(tokens_BT)
     forward = counter.get_total_flops() / 64
@@ -68,7 +68,7 @@ def test_mfu():
     assert flops.mfu(speed, shape, 312e12) == pytest.approx(0.5)
 
 
-def test_known_peaks_go_by_the_longest_name():
+def test_the_longest_known_name_determines_the_peak():
     assert flops.known_peak_flops("NVIDIA H100 PCIe") == 756e12
     assert flops.known_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert flops.known_peak_flops("NVIDIA L40S") == 362e12

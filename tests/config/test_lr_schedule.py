@@ -30,7 +30,7 @@ def test_wsd_stays_at_the_peak_and_falls_linearly_at_the_end():
     assert lr_at(110, wsd) == 0.1
 
 
-def test_a_cooldown_longer_than_the_rest_begins_behind_the_warm_up():
+def test_a_long_cooldown_begins_after_the_warm_up():
     wsd = replace(SCHEDULE, shape="wsd", cooldown=1.0)
     assert lr_at(10, wsd) == 1.0 and lr_at(60, wsd) == pytest.approx(0.55)
 

@@ -1,4 +1,4 @@
-"""What holds for every architecture."""
+"""Tests of every architecture."""
 
 import math
 from dataclasses import replace
@@ -10,12 +10,12 @@ from gpt2 import model
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.config.run import OptimConfig
 from gpt2.model.base import LanguageModel
-from gpt2.optim import build as optim
+from gpt2.optim.build import build, set_learning_rate
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, window=5)
 
 
-def build(architecture: str) -> LanguageModel:
+def perturbed(architecture: str) -> LanguageModel:
     torch.manual_seed(0)
     built = model.build(replace(SHAPE, architecture=architecture)).eval()
     with torch.no_grad():  # initial zeros would hide a bias or norm in the wrong place
@@ -26,7 +26,7 @@ def build(architecture: str) -> LanguageModel:
 
 @pytest.fixture(params=ARCHITECTURES)
 def net(request: pytest.FixtureRequest) -> LanguageModel:
-    return build(request.param)
+    return perturbed(request.param)
 
 
 def test_loss_is_a_float32_sum(net: LanguageModel):
@@ -53,16 +53,16 @@ def test_a_token_sees_nothing_after_it(net: LanguageModel):
     assert not torch.allclose(before_BTV[0, 12], after_BTV[0, 12], atol=1e-2)
 
 
-@pytest.mark.parametrize("portions", [[24], [10, 1, 1, 12], [1] * 24])
-def test_cached_logits_are_the_uncached_ones(net: LanguageModel, portions: list[int]):
+@pytest.mark.parametrize("parts", [[24], [10, 1, 1, 12], [1] * 24])
+def test_cached_logits_are_the_uncached_ones(net: LanguageModel, parts: list[int]):
     tokens_BT = torch.randint(50257, (2, 24))
     cache = net.empty_cache(batch_size=2)
     with torch.no_grad():
         expected_BTV = net.logits(tokens_BT)
         for _ in range(2):
-            parts = [net.logits(part, cache) for part in tokens_BT.split(portions, dim=1)]
-            assert torch.allclose(torch.cat(parts, dim=1), expected_BTV, atol=1e-4)
-            cache.length = 0  # forgets
+            found = [net.logits(part, cache) for part in tokens_BT.split(parts, dim=1)]
+            assert torch.allclose(torch.cat(found, dim=1), expected_BTV, atol=1e-4)
+            cache.length = 0
 
 
 def test_next_logits_are_the_last_ones(net: LanguageModel):
@@ -72,7 +72,7 @@ def test_next_logits_are_the_last_ones(net: LanguageModel):
         assert torch.allclose(net.next_logits(tokens_BT), expected_BV, atol=1e-5)
 
 
-def test_a_shared_beginning_goes_through_the_cache_as_one_row(net: LanguageModel):
+def test_a_shared_prefix_is_read_into_the_cache_as_one_row(net: LanguageModel):
     tokens_BT = torch.randint(50257, (3, 24))
     tokens_BT[:, :10] = tokens_BT[0, :10]
     cache = net.empty_cache(batch_size=3)
@@ -84,8 +84,8 @@ def test_a_shared_beginning_goes_through_the_cache_as_one_row(net: LanguageModel
     assert torch.allclose(rest_BTV, expected_BTV[:, 10:], atol=1e-4)
 
 
-def test_a_mask_and_positions_lay_two_texts_out_in_one_row(net: LanguageModel):
-    """Two continuations of eight tokens, of 6 and 4, behind each other, and the second alone."""
+def test_a_mask_and_positions_pack_two_texts_into_one_row(net: LanguageModel):
+    """A prefix of 8 tokens with continuations of 6 and 4, and the prefix with the second alone."""
     tokens_BT = torch.randint(50257, (1, 18))
     hidden_BTT = torch.ones(1, 18, 18, dtype=torch.bool).tril()
     hidden_BTT[:, 14:, 8:14] = False
@@ -99,7 +99,7 @@ def test_a_mask_and_positions_lay_two_texts_out_in_one_row(net: LanguageModel):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_initialisation(architecture: str):
-    """The head tells nothing yet, and what writes to the residual stream is small."""
+    """The loss is that of uniform probabilities; layers that write to the residual are small."""
     torch.manual_seed(0)
     shape = ModelConfig(architecture=architecture, n_layer=8, n_head=4, n_embd=128, block_size=64)
     built = model.build(shape)
@@ -116,12 +116,12 @@ def test_initialisation(architecture: str):
 
 
 @pytest.mark.parametrize("architecture", ["modern", "mlp"])
-def test_it_learns_what_the_frequencies_of_tokens_do_not_tell(architecture: str):
+def test_it_learns_more_than_the_frequencies_of_tokens(architecture: str):
     """Each token is three more than the one before it, modulo 8; all are equally frequent."""
     torch.manual_seed(0)
     net = model.build(replace(SHAPE, architecture=architecture, n_layer=2))
-    optimizer = optim.build(net, OptimConfig())
-    optim.set_learning_rate(optimizer, 1e-2)
+    optimizer = build(net, OptimConfig())
+    set_learning_rate(optimizer, 1e-2)
     for _ in range(40):
         rows_BT = (torch.randint(8, (4, 1)) + 3 * torch.arange(17)) % 8
         loss = net(rows_BT[:, :-1], rows_BT[:, 1:]) / (4 * 16)

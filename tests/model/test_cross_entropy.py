@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2 import model
-from gpt2.config import options as options_module
 from gpt2.config import presets
 from gpt2.config.model import ARCHITECTURES
+from gpt2.config.options import overlay
 from gpt2.distributed import rendezvous
 from gpt2.model import cross_entropy
 from gpt2.model.cross_entropy import summed_cross_entropy
@@ -26,10 +26,10 @@ def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_loss_and_gradients_are_those_of_the_plain_way(
+def test_loss_and_gradients_are_those_of_plain_operations(
     size: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also where one token has all the probability, and the right one none."""
+    """Also if one token has all the probability and the target has none."""
     monkeypatch.setattr(cross_entropy, "TOKENS_AT_ONCE", 7)
     torch.manual_seed(0)
     targets_N = torch.randint(101, (tokens,))
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_plain_way(
 
 
 @pytest.mark.parametrize("size", [0.02, 0.1])
-def test_in_bfloat16_it_is_as_near_to_float32_as_in_the_plain_way(size: float):
+def test_bfloat16_is_as_close_to_float32_as_with_plain_operations(size: float):
     torch.manual_seed(0)
     weight_VD = (size * torch.randn(20000, 64)).requires_grad_()
     features_ND = torch.randn(64, 64).requires_grad_()
@@ -60,9 +60,9 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_in_the_plain_way(size: float):
         loss.backward()
         assert features_ND.grad is not None and weight_VD.grad is not None
         found.append((loss.detach(), features_ND.grad, weight_VD.grad))
-    (loss, *gradients), (near, *near_gradients) = found
-    assert abs(near / loss - 1) < 2e-5
-    for exact, gradient in zip(gradients, near_gradients, strict=True):
+    (loss, *gradients), (rounded, *rounded_gradients) = found
+    assert abs(rounded / loss - 1) < 2e-5
+    for exact, gradient in zip(gradients, rounded_gradients, strict=True):
         assert gradient.dtype is torch.float32
         assert (gradient - exact).norm() < 0.005 * exact.norm()
 
@@ -79,10 +79,10 @@ def test_a_run_learns_the_same_with_it(data_root, tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_its_gradients_in_bfloat16(architecture: str):
-    """Whatever type its features have under autocast."""
+    """Independent of the dtype of its features under autocast."""
     torch.manual_seed(0)
     sizes: dict[str, object] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
-    run = options_module.overlay(presets.preset("demo"), {**sizes, "architecture": architecture})
+    run = overlay(presets.preset("demo"), {**sizes, "architecture": architecture})
     net = model.build(run.model)
     tokens_BT = torch.randint(50257, (2, 16))
     found = []
@@ -100,9 +100,8 @@ def test_every_architecture_has_its_gradients_in_bfloat16(architecture: str):
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_model_learns_as_well_with_it(tmp_path: Path):
-    """300 steps on the standard library, three seeds. The sums are taken in another order, so that
-    the last digits differ: of Muon, and at the highest rates of AdamW, these make more than that of
-    the loss."""
+    """300 steps on the standard library, three seeds. Sums have another order, so their last digits
+    differ; with Muon, and at the highest learning rates of AdamW, that changes the loss by more."""
     data = tmp_path / "stdlib"
     gpt2 = [sys.executable, "-m", "gpt2"]
     run_command([*gpt2, "data", "python-stdlib", "--out", str(data), "--max_tokens", "2000000"])

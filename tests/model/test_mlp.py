@@ -49,7 +49,7 @@ def test_logits_are_those_of_one_token_at_a_time(net: MLP):
         assert torch.allclose(net.logits(torch.tensor([tokens]))[0], expected_TV, atol=1e-4)
 
 
-def test_tokens_before_the_window_do_not_matter_and_the_first_in_it_does(net: MLP):
+def test_a_token_affects_the_logits_of_its_window_only(net: MLP):
     tokens_BT = torch.randint(50257, (1, 16))
     other_BT = tokens_BT.clone()
     other_BT[0, 3] += 1
@@ -63,10 +63,10 @@ def test_without_biases():
     assert not [name for name, _ in built.named_parameters() if name.endswith("bias")]
 
 
-def test_the_window_lies_in_the_context():
+def test_a_window_larger_than_the_context_is_refused():
     model.build(ModelConfig(**{**vars(SHAPE), "window": 16}))
-    with pytest.raises(ConfigError, match=r"window=17 is more than .*; use --window 16 or less"):
+    with pytest.raises(ConfigError, match=r"window=17 is larger than .*; use --window 16 or less"):
         ModelConfig(**{**vars(SHAPE), "window": 17})
     with pytest.raises(ConfigError, match="window=0 is too small"):
         ModelConfig(window=0)
-    assert ModelConfig(block_size=8).window == 16  # which gpt2 does not look at
+    assert ModelConfig(block_size=8).window == 16  # which gpt2 ignores

@@ -83,8 +83,8 @@ def test_logits_are_those_of_plain_loops(net: Modern):
     assert logits_TV.std() > 1
 
 
-def test_attention_depends_on_how_far_apart_tokens_are(net: Modern):
-    """The same row later in a text, and as if its tokens were twice as far apart."""
+def test_attention_depends_on_the_distance_of_tokens(net: Modern):
+    """The same row at later positions, and with twice the distance between tokens."""
     tokens_BT = torch.randint(50257, (2, 8))
     with torch.no_grad():
         here_BTD = net.features(tokens_BT, torch.arange(8), None)
@@ -97,17 +97,17 @@ def test_attention_depends_on_how_far_apart_tokens_are(net: Modern):
     assert not torch.allclose(here_BTD[:, 1:], wider_BTD[:, 1:], atol=1e-2)
 
 
-def test_queries_and_keys_have_one_length_under_bfloat16_too():
+def test_queries_and_keys_are_normalised_in_bfloat16_too():
     rotation = modern.rotation_of(torch.arange(1000, 1016), 64, torch.float32)
     exact_BHTK = torch.randn(2, 3, 16, 64) * 50
-    turned_BHTK = modern.directed(exact_BHTK, rotation)
-    blurred_BHTK = modern.directed(exact_BHTK.bfloat16(), rotation)
+    turned_BHTK = modern.normed_and_rotated(exact_BHTK, rotation)
+    blurred_BHTK = modern.normed_and_rotated(exact_BHTK.bfloat16(), rotation)
     assert turned_BHTK.square().mean(-1) == pytest.approx(1, abs=1e-5)
     assert blurred_BHTK.dtype == torch.bfloat16
     assert (blurred_BHTK.float() - turned_BHTK).abs().max() < 0.05
 
 
-def test_it_has_matrices_alone():
+def test_all_weights_are_matrices():
     built = model.build(ModelConfig(**{**vars(SHAPE), "bias": True}))
     assert {parameter.dim() for parameter in built.parameters()} == {2}
 

@@ -1,11 +1,11 @@
-"""Arithmetic of a run: FLOPs, utilisation, parameters, time. Pure."""
+"""Numbers of a run: parameters, bytes, FLOPs, utilisation, durations. Pure."""
 
 import re
 
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 
-# Dense bfloat16 matrix rate per GPU in FLOP/s, from the makers' data sheets. Longer names first:
-# the first one that occurs in the device's name counts.
+# Dense bfloat16 FLOP/s per GPU, from the manufacturers' data sheets. The first name that occurs in
+# the device's name is used, so longer names stand first.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -28,35 +28,36 @@ PEAK_FLOPS = {
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Weights of the model; the output head shares the token embedding."""
+    """Number of weights; the output head shares the token embedding."""
     return ARCHITECTURES[model.architecture].parameters(model)
 
 
 def state_bytes(model: ModelConfig) -> int:
-    """Bytes of a checkpoint, random states aside: float32 weights and AdamW's two moments."""
+    """Bytes of a checkpoint without random states: float32 weights and AdamW's two moments."""
     return 3 * 4 * parameter_count(model)
 
 
 def flops_per_token(model: ModelConfig) -> float:
     """FLOPs of forward and backward for one token.
 
-    6 per weight that takes part in a matrix product, and, where there is attention, 12 · layers ·
-    width · context for it (Chowdhery et al. 2022, PaLM, appendix B). The position embedding is a
-    look-up and does not count; the token embedding does, as the output head. Norms and rotations
-    are left out, as there.
+    6 per weight of a matrix product, plus 12 · layers · width · context for attention (Chowdhery et
+    al. 2022, PaLM, appendix B). The token embedding counts as the output head. Position embeddings
+    (look-ups), norms and rotations do not count.
     """
-    facts = ARCHITECTURES[model.architecture]
-    attention = 12.0 * model.n_layer * model.n_embd * model.block_size if facts.attends else 0.0
-    return 6.0 * (facts.parameters(model) - facts.look_ups(model)) + attention
+    architecture = ARCHITECTURES[model.architecture]
+    attention = (
+        12.0 * model.n_layer * model.n_embd * model.block_size if architecture.attends else 0.0
+    )
+    return 6.0 * (architecture.parameters(model) - architecture.look_ups(model)) + attention
 
 
 def mfu(tokens_per_s: float, model: ModelConfig, peak_flops: float) -> float:
-    """Model FLOPs utilisation: the share of `peak_flops` (FLOP/s of all devices) that is used."""
+    """Model FLOPs utilisation: the used share of `peak_flops`, the FLOP/s of all devices."""
     return tokens_per_s * flops_per_token(model) / peak_flops
 
 
 def known_peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by its name, or None if the table lacks it."""
+    """Dense bfloat16 FLOP/s of a GPU by its name; None if PEAK_FLOPS does not list it."""
     return next(
         (rate for name, rate in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None
     )

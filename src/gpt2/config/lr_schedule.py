@@ -9,7 +9,7 @@ Shape = Literal["cosine", "wsd"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to `peak`, decay to `floor`, constant afterwards."""
+    """Linear warm-up to `peak`, decay to `floor`, then constant."""
 
     peak: float
     floor: float
@@ -18,14 +18,14 @@ class Schedule:
     """step at which the decay has ended"""
     shape: Shape = "cosine"
     cooldown: float = 0.2
-    """share of `decay_steps`, its last part, in which wsd falls"""
+    """wsd: the last share of `decay_steps`, in which the rate falls"""
 
 
 def lr_at(step: int, schedule: Schedule) -> float:
     """Learning rate of the update that follows `step` finished updates.
 
-    The cosine is that of SGDR without restarts (Loshchilov & Hutter 2017, eq. 5); it starts where
-    the warm-up ends. `wsd` is warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395, section 4)
+    The cosine is that of SGDR without restarts (Loshchilov & Hutter 2017, eq. 5), from the end of
+    the warm-up. `wsd` is warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395, section 4)
     with a linear decay (Hägele et al. 2024, arXiv:2405.18392, section 3).
     """
     if step < schedule.warmup_steps:
@@ -41,5 +41,5 @@ def lr_at(step: int, schedule: Schedule) -> float:
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """Whether work that is done every so many steps falls on `step`; never at 0 or when off."""
+    """Whether `step` is a positive multiple of `every`; never if `every` is None (off)."""
     return every is not None and step > 0 and step % every == 0

@@ -1,7 +1,6 @@
-"""The shape of a model: its flags, their limits, and the sizes that follow from them. Pure.
+"""The flags of a model, their valid values, and the table of architectures. Pure.
 
-ARCHITECTURES is the table of all architectures: a new one is a file in `gpt2.model`, and its entry
-here.
+A new architecture is a file in `gpt2.model` and an entry of ARCHITECTURES.
 """
 
 from collections.abc import Callable
@@ -24,47 +23,49 @@ class ModelConfig:
     n_embd: int = 768
     """width of the residual stream"""
     vocab_size: int = 50304
-    """rows of the embedding: the tokeniser's 50257, padded to a multiple of 128"""
+    """rows of the embedding: the 50257 tokens, padded to a multiple of 128"""
     block_size: int = 1024
     """context length in tokens"""
     window: int = 16
-    """mlp: tokens that it sees, itself included"""
+    """mlp: tokens that each position sees, including its own"""
     dropout: float = 0.0
-    """dropout probability; GPT-2's pretraining runs well without"""
+    """dropout probability; pretraining needs none"""
     bias: bool = True
-    """biases in linear layers and layer norms, as in GPT-2; modern has none, whatever this says"""
+    """biases in linear layers and layer norms, as in GPT-2; modern never has any"""
 
     def __post_init__(self) -> None:
         require(
             self.architecture in ARCHITECTURES,
             f"architecture={self.architecture} is unknown"
             f"{suggestion(self.architecture, list(ARCHITECTURES))}; "
-            f"there are {', '.join(ARCHITECTURES)}",
+            f"expected one of {', '.join(ARCHITECTURES)}",
         )
         require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size", "window")
         ARCHITECTURES[self.architecture].check(self)
         require(
             self.vocab_size >= tokenizer.VOCAB_SIZE,
-            f"vocab_size={self.vocab_size} is smaller than the tokeniser's "
-            f"{tokenizer.VOCAB_SIZE}; use 50304",
+            f"vocab_size={self.vocab_size} is too small; expected {tokenizer.VOCAB_SIZE} tokens or "
+            "more; use --vocab_size 50304",
         )
-        require(0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and less than 1")
+        require(
+            0 <= self.dropout < 1, f"dropout={self.dropout} is invalid; expected 0 <= dropout < 1"
+        )
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of an architecture without building it, and where it is built."""
+    """An entry of the table: the model class, and numbers that are known without building it."""
 
     model: str
-    """`module:class`, of a LanguageModel"""
+    """`module:class` of the LanguageModel"""
     check: Callable[[ModelConfig], None]
-    """raises ConfigError for sizes that it cannot have"""
+    """raises ConfigError for sizes that the architecture does not support"""
     parameters: Callable[[ModelConfig], int]
-    """how many; the output head shares the token embedding"""
+    """number of weights; the output head shares the token embedding"""
     look_ups: Callable[[ModelConfig], int]
-    """those of them that are in no matrix product"""
+    """number of weights that are not part of a matrix product"""
     attends: bool
-    """whether each token looks at all before it"""
+    """whether each token attends to all tokens before it"""
 
 
 def _require_whole_heads(model: ModelConfig) -> None:
@@ -87,7 +88,7 @@ def _require_even_heads(model: ModelConfig) -> None:
 def _require_window_in_context(model: ModelConfig) -> None:
     require(
         model.window <= model.block_size,
-        f"window={model.window} is more than block_size={model.block_size}; "
+        f"window={model.window} is larger than block_size={model.block_size}; "
         f"use --window {model.block_size} or less",
     )
 

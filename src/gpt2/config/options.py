@@ -1,4 +1,4 @@
-"""Options by name: set from flags, TOML files and stored configurations; compared at a resume."""
+"""Options by name: set from flags, TOML files and stored configs, compared on resume. Pure."""
 
 import tomllib
 import types
@@ -14,8 +14,8 @@ from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.config.run import OptimConfig, RunConfig
 
-# What a checkpoint fixes: with other values its weights do not fit, or the tokens of step N would
-# be others than those the run has seen.
+# With other values, the weights of a checkpoint would have the wrong shape, or step N would read
+# other rows.
 FIXED_BY_CHECKPOINT = (
     *(f"model.{part.name}" for part in fields(ModelConfig) if part.name != "dropout"),
     "data.total_batch_size",
@@ -23,7 +23,7 @@ FIXED_BY_CHECKPOINT = (
     "optim.optimizer",
     "machine.seed",
 )
-# What the course of training depends on: free to change at a resume, but never silently.
+# Options that affect training and may change on resume; a change is reported.
 NOTED_AT_RESUME = (
     "model.dropout",
     *(f"optim.{part.name}" for part in fields(OptimConfig) if part.name != "optimizer"),
@@ -32,12 +32,12 @@ NOTED_AT_RESUME = (
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )
-# What checkpoints meant before they said so.
-UNSAID = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
+# Values of options that did not exist when old checkpoints were written.
+IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:
-    """The configuration that a checkpoint keeps; fields of other versions are left out."""
+    """The configuration in a checkpoint; fields that this version does not have are ignored."""
     table = _field_table()
     known = {
         f"{part}.{name}": value
@@ -52,26 +52,26 @@ def of_stored(stored: Mapping[str, Any]) -> RunConfig:
 def changed(
     old: Mapping[str, Any], new: RunConfig, names: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:
-    """(name, old value, new value) of each field in `names` that a stored config has otherwise.
+    """(name, old value, new value) of each field in `names` that differs from the stored config.
 
-    A field that the stored config lacks is one that did not exist when it was written; unless it
-    is UNSAID, it counts as unchanged.
+    A field that the stored config lacks did not exist when it was written: its old value is that in
+    IMPLICIT, else it counts as unchanged.
     """
     rows = []
     plain = new.to_dict()
     for name in names:
         part, field = name.split(".")
-        stored = UNSAID.get(part, {}) | dict(old.get(part, {}))
+        stored = IMPLICIT.get(part, {}) | dict(old.get(part, {}))
         if field in stored and stored[field] != plain[part][field]:
             rows.append((field, stored[field], plain[part][field]))
     return rows
 
 
 def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """`config` with other values, by name: `learning_rate` and `optim.learning_rate` both work.
+    """`config` with some values replaced, by name: `learning_rate` or `optim.learning_rate`.
 
     Values may be nested by part, as in a TOML file. Raises ConfigError for an unknown name, with
-    the nearest known ones, and for a value of the wrong type.
+    the nearest known names, and for a value of the wrong type.
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, value in _flatten(values):
@@ -83,9 +83,9 @@ def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def locate(name: str) -> tuple[str, str, Any]:
-    """The part, the field and the type of an option; "" is the part of RunConfig's own fields.
+    """The part, field and type of an option; the part of RunConfig's own fields is "".
 
-    Raises ConfigError for an unknown name, with the nearest known ones.
+    Raises ConfigError for an unknown name, with the nearest known names.
     """
     part, _, field = name.replace("-", "_").rpartition(".")
     owner, hint = _field_table().get(field, ("", None))
@@ -95,10 +95,13 @@ def locate(name: str) -> tuple[str, str, Any]:
 
 
 def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
-    """`config` with the values of a TOML document; `source` names it in errors."""
+    """`config` with the values of a TOML document; error messages call it `source`."""
     try:
         values = tomllib.loads(text)
-        require("preset" not in values, "preset stands on the command line: --preset NAME")
+        require(
+            "preset" not in values,
+            "preset is not valid in a file; use --preset NAME on the command line",
+        )
         return overlay(config, values)
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -106,12 +109,14 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
 
 @cache
 def _field_table() -> dict[str, tuple[str, Any]]:
-    """Field name -> (the part that owns it, its type); "" owns the fields of RunConfig itself."""
+    """Field name -> (its part, its type); the part of RunConfig's own fields is ""."""
     table: dict[str, tuple[str, Any]] = {}
     for name, hint in get_type_hints(RunConfig).items():
         if is_dataclass(hint):
             for inner, inner_hint in get_type_hints(hint).items():
-                assert inner not in table, f"two parts have a field {inner}: flags would clash"
+                assert inner not in table, (
+                    f"duplicate field {inner}: two parts would have the same flag"
+                )
                 table[inner] = (name, inner_hint)
         else:
             table[name] = ("", hint)
@@ -129,7 +134,7 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of its field: text to Path or back, int to float, "None" to None."""
+    """`value` with the type of its field: str to Path or back, int to float, "None" to None."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value in ("None", "none")):
         return None
@@ -144,8 +149,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         if type(value) is option:
             return value
-    wanted = " or ".join(
-        repr(get_args(option)) if get_origin(option) is Literal else option.__name__
+    expected = " or ".join(
+        " or ".join(map(repr, get_args(option)))
+        if get_origin(option) is Literal
+        else option.__name__
         for option in options
     )
-    raise ConfigError(f"{name}={value!r} does not fit; needed: {wanted}")
+    raise ConfigError(f"{name}: expected {expected}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The complete configurations that `--preset` names."""
+"""The complete configurations that `--preset` names. Pure."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from gpt2.config.run import (
 
 
 def preset(name: str) -> RunConfig:
-    """The preset of that name; raises ConfigError with the nearest names if there is none."""
+    """The preset of that name; raises ConfigError, with the nearest names, for an unknown one."""
     if name not in PRESETS:
         raise ConfigError(
             f"preset={name} is unknown{suggestion(name, list(PRESETS))}; "
-            f"there are {', '.join(PRESETS)}"
+            f"expected one of {', '.join(PRESETS)}"
         )
     return PRESETS[name]
 
@@ -42,8 +42,8 @@ PRESETS: dict[str, RunConfig] = {
     "gpt2-350m": _gpt2("gpt2-350m", 24, 16, 1024, 3e-4, 32),
     "gpt2-774m": _gpt2("gpt2-774m", 36, 20, 1280, 2.5e-4, 16),
     "gpt2-1558m": _gpt2("gpt2-1558m", 48, 25, 1600, 2e-4, 8),
-    # Three minutes on two CPU cores, on text that is on every machine; folders of its own, so that
-    # the real run that follows finds its own empty.
+    # Three minutes on two CPU cores, on text that every machine has. Its folders are separate, so
+    # that a real run after it starts with empty ones.
     "demo": RunConfig(
         preset="demo",
         model=ModelConfig(n_layer=4, n_head=2, n_embd=64, block_size=128),
@@ -60,7 +60,7 @@ PRESETS: dict[str, RunConfig] = {
         evaluation=EvalConfig(
             eval_interval=50,
             eval_batches=16,
-            hellaswag_interval=None,  # it asks about English, which the demo never sees
+            hellaswag_interval=None,  # its tasks are in English, which the demo is not trained on
             sample_interval=175,
             sample_prompt="def",
         ),

@@ -1,4 +1,4 @@
-"""Models. A new one is one file here, and its entry in the table of `gpt2.config.model`."""
+"""Models. A new architecture is a file here and an entry of `gpt2.config.model.ARCHITECTURES`."""
 
 import importlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from gpt2.model.base import LanguageModel
 
 
 def build(config: ModelConfig) -> LanguageModel:
-    """The model that `config` describes, freshly initialised from torch's CPU generator."""
+    """The model that `config` describes; its weights are drawn from torch's CPU generator."""
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     kind: type[LanguageModel] = getattr(importlib.import_module(module), name)
     return kind(config)
@@ -19,7 +19,7 @@ def build(config: ModelConfig) -> LanguageModel:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off within the block; afterwards the model is in the mode that it was in."""
+    """Turns dropout off in the block; then restores the mode of the model."""
     was_training = model.training
     model.eval()
     try:

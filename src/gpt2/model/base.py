@@ -1,4 +1,4 @@
-"""What the rest of the house asks of a model, whatever its architecture.
+"""The interface of all models.
 
 Shape suffixes: B batch, T time, D width (n_embd), V vocabulary.
 """
@@ -21,37 +21,41 @@ RESIDUAL_WRITERS = ("attention.out.weight", "mlp.down.weight")
 
 @dataclass
 class Cache:
-    """What a model keeps of the tokens so far. A length of 0 forgets them.
+    """State of the tokens that a model has read, so that generation does not read them again.
 
-    A beginning that all rows share may go through the model as one row: it is kept for all.
+    A prefix that all rows share can be read as a single row: it counts for all of them. Setting
+    `length` to 0 empties the cache.
     """
 
     length: int
+    """tokens in the cache"""
 
 
 Context = Cache | Tensor | None
+"""what a token sees besides the tokens before it: see `LanguageModel.features`"""
 
 
 class LanguageModel(nn.Module, ABC):
-    """Tells the next token; the head is tied to the embedding.
+    """Predicts the next token; the output head shares the weights of the token embedding.
 
-    An architecture adds its layers and calls `_initialise`, and says what `features` are.
+    A subclass defines `features` and `empty_cache`; its constructor adds layers and then calls
+    `_initialise`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.fast_head = False
-        """whether loss and gradients of the head are computed together: on the CPU only"""
+        """whether the loss and the gradients of the head are computed in one pass; for the CPU"""
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross entropy of `targets_BT` in nats, summed over all B · T targets: a scalar of float32
-        (of float64 in a float64 model)."""
+        """Cross entropy of `targets_BT` in nats, summed over all B · T targets; a float32 scalar
+        (float64 if the model is)."""
         return self.loss(self._read(tokens_BT, None), targets_BT)
 
     def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """The same, of the features of the tokens."""
+        """As `forward`, from the features of the tokens."""
         if self.fast_head and torch.is_grad_enabled():
             features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
             return summed_cross_entropy(features_ND, self.token_embedding.weight, targets_N)
@@ -61,26 +65,27 @@ class LanguageModel(nn.Module, ABC):
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
     def logits(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Scores of the next token, (B, T, V), unnormalised.
+        """Logits of the next token at each position, (B, T, V).
 
-        With a cache, `tokens_BT` continues the tokens that went through it before.
+        With a cache, `tokens_BT` continue the tokens in it.
         """
         return self.unembed(self._read(tokens_BT, cache))
 
     def next_logits(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Scores of the token after `tokens_BT`, (B, V): the last ones of `logits`, alone."""
+        """Logits of the token after `tokens_BT`, (B, V)."""
         return self.unembed(self._read(tokens_BT, cache)[:, -1])
 
     @abstractmethod
     def features(self, tokens_BT: Tensor, positions_T: Tensor, context: Context) -> Tensor:
-        """What the last layer knows at each token, (B, T, D); `unembed` makes logits of it.
+        """Output of the last layer at each token, (B, T, D), which `unembed` turns into logits.
 
-        `positions_T` is (T) or (B, T). Each token sees those before it in its row; with a cache,
-        also those in there; with a mask, (B, T, T), those of its row for which its line is true.
+        `positions_T` is (T) or (B, T). Without `context`, each token sees itself and the tokens
+        before it in its row. With a cache, it also sees the tokens in the cache. With a boolean
+        mask, (B, T, T), token t sees the tokens s of its row where mask[b, t, s] is true.
         """
 
     def hidden_matrices(self) -> Iterator[nn.Parameter]:
-        """The matrices between embedding and head: what takes features to features."""
+        """The matrices between embedding and head: all two-dimensional weights but embeddings."""
         embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
         for part in self.parameters():
             if part.dim() == 2 and id(part) not in embeddings:
@@ -88,14 +93,14 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def empty_cache(self, batch_size: int) -> Cache:
-        """A cache for so many rows of block_size tokens."""
+        """A cache for `batch_size` rows of up to block_size tokens."""
 
     def unembed(self, features_D: Tensor) -> Tensor:
         """Logits, (…, V), of features, (…, D)."""
         return F.linear(features_D, self.token_embedding.weight)
 
     def _read(self, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
-        """Features of `tokens_BT`, (B, T, D), which are in the cache afterwards."""
+        """Features of `tokens_BT`, (B, T, D); adds the tokens to the cache."""
         start = cache.length if cache else 0
         length = tokens_BT.size(1)
         positions_T = torch.arange(start, start + length, device=tokens_BT.device)
@@ -105,8 +110,8 @@ class LanguageModel(nn.Module, ABC):
         return features_BTD
 
     def _initialise(self) -> None:
-        """N(0, 0.02), and the layers that write to the residual stream scaled down by the square
-        root of their number (Radford et al. 2019, section 2.3)."""
+        """Draws weights from N(0, 0.02). Layers that write to the residual stream are scaled down
+        by the square root of their number (Radford et al. 2019, section 2.3)."""
         parameters = dict(self.named_parameters())
         writers = [name for name in parameters if name.endswith(RESIDUAL_WRITERS)]
         for name, parameter in parameters.items():

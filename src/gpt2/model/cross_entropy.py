@@ -1,10 +1,10 @@
 """Loss and gradients of the output head in one pass over the logits, on the CPU.
 
-The plain way writes the logits of all tokens, their log-softmax and its gradient to memory, three
-times N · V numbers, and reads them again. Here some tokens at a time share a buffer: their logits
-become what the softmax sums up, in place, of which the loss and both gradients are taken. Its
-denominator, and the 1 that the gradient subtracts at the target, are applied to what has the width
-of the model: that costs less, and the 1 is not rounded to the eight bits of a bfloat16.
+Plain operations write the logits of all tokens, their log-softmax and its gradient to memory, three
+times N · V numbers, and read them again. Here, chunks of tokens share one buffer: their logits are
+exponentiated in place, and the loss and both gradients are computed from that. The softmax
+denominator, and the 1 that the gradient subtracts at the target, are applied to arrays of the
+model's width: that is cheaper, and the 1 is not rounded to the eight bits of a bfloat16.
 
 Shape suffixes: N tokens, D width, V vocabulary.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TOKENS_AT_ONCE = 1024
-"""a buffer of 200 MB for GPT-2's vocabulary in float32; fewer make the matrix products slower"""
+"""a buffer of 200 MB for GPT-2's vocabulary in float32; smaller matrix products are slower"""
 
 
 def summed_cross_entropy(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """`cross_entropy(features_ND @ weight_VD.T, targets_N, reduction="sum")`, a scalar.
 
-    Of one token at least. Under autocast the matrix products have its type. The gradients are
-    computed with the loss: only for what is differentiated, and once.
+    Needs at least one token. Under autocast, matrix products have its dtype. The gradients are
+    computed together with the loss, so use it only where both are differentiated, once.
     """
     dtype = features_ND.dtype
     if torch.is_autocast_enabled("cpu"):

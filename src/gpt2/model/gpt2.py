@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, the head tied to the embedding.
+"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, output head tied to embedding.
 
 Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head.
 """

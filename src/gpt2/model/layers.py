@@ -1,4 +1,4 @@
-"""What several architectures are made of.
+"""Layers that several architectures share.
 
 Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head.
 """
@@ -15,7 +15,7 @@ from gpt2.model.base import Cache, Context
 
 
 class FeedForward(nn.Module):
-    """Each token by itself, through four times the width."""
+    """Two linear layers, applied to each token, with four times the width between them."""
 
     def __init__(
         self, config: ModelConfig, activation: Callable[[Tensor], Tensor], bias: bool
@@ -32,20 +32,20 @@ class FeedForward(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form (Hendrycks & Gimpel 2016, section 2), which GPT-2 was trained with."""
+    """The tanh approximation (Hendrycks & Gimpel 2016, section 2), which GPT-2 was trained with."""
     return F.gelu(x, approximate="tanh")
 
 
 @dataclass
 class KeyValueCache(Cache):
-    """Keys and values of the tokens so far, one (B, H, T, K) buffer per layer."""
+    """Keys and values of the tokens so far, one (B, H, block_size, K) buffer each per layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, like: Tensor) -> "KeyValueCache":
-        """Of the type and on the device of `like`."""
+        """An empty cache with the dtype and on the device of `like`."""
         width = config.n_embd // config.n_head
         shape = (batch_size, config.n_head, config.block_size, width)
         return cls(
@@ -55,15 +55,17 @@ class KeyValueCache(Cache):
         )
 
     def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values behind the old ones; returns all of as many rows."""
+        """Appends new keys and values; returns all of them, for the number of new rows."""
         rows, end = k_BHTK.size(0), self.length + k_BHTK.size(2)
         self.keys[layer][:, :, self.length : end] = k_BHTK
         self.values[layer][:, :, self.length : end] = v_BHTK
         return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
 
     def causal_mask(self, new: int) -> Tensor | None:
-        """(new, length + new): each new token sees all before it and itself. None where the
-        kernels need no mask for that, and are faster: for a beginning, and for a single token."""
+        """The mask (new, length + new) with which a token sees itself and all tokens before it.
+
+        None if the cache is empty or the token is the only new one: kernels are faster without.
+        """
         if self.length == 0 or new == 1:
             return None
         mask = torch.ones(new, self.length + new, dtype=torch.bool, device=self.keys[0].device)
@@ -78,7 +80,7 @@ def attend(
     context: Context,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention, (B, T, D), through scaled_dot_product_attention: flash kernels on CUDA."""
+    """Causal attention, (B, T, D), by scaled_dot_product_attention, which has flash kernels."""
     mask = None
     if isinstance(context, KeyValueCache):
         k_BHTK, v_BHTK = context.extend(layer, k_BHTK, v_BHTK)
@@ -91,14 +93,14 @@ def attend(
         v_BHTK,
         attn_mask=mask,
         dropout_p=dropout,
-        # Without a mask: all tokens at once, or one that sees all the others.
+        # Without a mask: all tokens at once, or a single one that sees all the others.
         is_causal=mask is None and q_BHTK.size(2) == k_BHTK.size(2),
     )
     return y_BHTK.transpose(1, 2).flatten(2)
 
 
 def split_heads(qkv_BTD: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, (B, H, T, K) each, of their joint product, (B, T, 3 · D)."""
+    """Queries, keys and values, (B, H, T, K) each, from their concatenation, (B, T, 3 · D)."""
     q_BHTK, k_BHTK, v_BHTK = (
         part.view(*part.shape[:2], n_head, -1).transpose(1, 2) for part in qkv_BTD.chunk(3, dim=2)
     )

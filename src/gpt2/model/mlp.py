@@ -1,11 +1,11 @@
-"""A baseline without attention: each token sees a window of tokens, at fixed places.
+"""A baseline without attention: each token sees a fixed window of tokens.
 
-The embeddings of the token and of those before it, side by side, become one vector (Bengio et al.
-2003, section 2), which goes through GPT-2's feed-forward layers. Before a row's first token there
-are zeros.
+The embeddings of the window are concatenated and projected to one vector (Bengio et al. 2003,
+section 2), which passes through GPT-2's feed-forward layers. The window is padded with zeros before
+the first token of a row.
 
-Shape suffixes: B batch, T time, D width (n_embd), W window, newest token first; S tokens that are
-known: those of the cache and T new ones.
+Shape suffixes: B batch, T time, D width (n_embd), W window, newest token first; S tokens in the
+cache that a window reaches, and T new ones.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class MLP(LanguageModel):
         self._initialise()
 
     def features(self, tokens_BT: Tensor, positions_T: Tensor, context: Context) -> Tensor:
-        """As everywhere, but that positions do not matter: the window has the order."""
+        """As in LanguageModel; `positions_T` is not used, as the window has the order."""
         known_BS, new = tokens_BT, tokens_BT.size(1)
         if isinstance(context, TokenCache):
             known_BS = context.extend(tokens_BT, self.config.window)
@@ -69,28 +69,26 @@ class TokenCache(Cache):
     tokens: Tensor
 
     def extend(self, tokens_BT: Tensor, window: int) -> Tensor:
-        """Stores new tokens behind the old ones; returns them behind as many as their windows
-        reach back to, (B, S)."""
+        """Appends new tokens; returns them after the old ones that their windows reach, (B, S)."""
         rows, end = tokens_BT.size(0), self.length + tokens_BT.size(1)
         self.tokens[:, self.length : end] = tokens_BT
         return self.tokens[:rows, max(0, self.length - window + 1) : end]
 
 
 def windows(known_BSD: Tensor, new: int, window: int) -> Tensor:
-    """What each of the last `new` tokens sees, (B, T, W, D): itself and those before it."""
+    """The window of each of the last `new` tokens, (B, T, W, D): itself and those before it."""
     padded = F.pad(known_BSD, (0, 0, window - 1, 0))
     begin = padded.size(1) - new
-    places = [padded[:, begin - back : begin - back + new] for back in range(window)]
-    return torch.stack(places, dim=2)
+    shifted = [padded[:, begin - back : begin - back + new] for back in range(window)]
+    return torch.stack(shifted, dim=2)
 
 
 def windows_of_mask(known_BTD: Tensor, mask_BTT: Tensor, window: int) -> Tensor:
-    """What each token sees, (B, T, W, D), where its line of the mask is true for itself and those
-    before it: the last ones of them."""
+    """The window of each token under a mask, (B, T, W, D): the last W tokens that it may see."""
     length = mask_BTT.size(2)
     numbers_T = torch.arange(1, length + 1, device=mask_BTT.device)
     last_BTW = (mask_BTT * numbers_T).topk(min(window, length), dim=2).values
-    last_BTW = F.pad(last_BTW, (0, window - last_BTW.size(2)))  # 0 is no token
+    last_BTW = F.pad(last_BTW, (0, window - last_BTW.size(2)))  # 0 is the padding
     padded = F.pad(known_BTD, (0, 0, 1, 0))
     rows_B11 = torch.arange(len(padded), device=padded.device)[:, None, None]
     return padded[rows_B11, last_BTW]

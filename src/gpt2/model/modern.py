@@ -1,12 +1,12 @@
-"""GPT-2 with what later models changed.
+"""GPT-2 with changes of later models.
 
 Rotary positions (Su et al. 2021, RoFormer); RMSNorm (Zhang & Sennrich 2019), also of queries and
 keys (Henry et al. 2020); squared ReLU (So et al. 2021, Primer); no biases. The norms have no gain:
-a gain before a linear layer does nothing that its matrix cannot do, and Xu et al. 2019 find models
-without it as good. The head is tied to the embedding, as GPT-2's is.
+the matrix after a norm can represent it, and Xu et al. 2019 find models without it as good. The
+output head is tied to the embedding, as in GPT-2.
 
-Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head, R its half: the pairs
-that are rotated.
+Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head, R half of it: the
+pairs that are rotated.
 """
 
 import torch
@@ -17,8 +17,8 @@ from gpt2.config.model import ModelConfig
 from gpt2.model.base import Context, LanguageModel
 from gpt2.model.layers import FeedForward, KeyValueCache, attend, split_heads
 
-SLOWEST = 10_000.0
-"""tokens per radian of the slowest pair, about (Su et al. 2021, section 3.2.2)"""
+ROTATION_BASE = 10_000.0
+"""about the number of tokens per radian of the slowest pair (Su et al. 2021, section 3.2.2)"""
 EPSILON = 1e-6
 Rotation = tuple[Tensor, Tensor]
 """cosines and sines of each position's angles, (T, R) or (B, 1, T, R)"""
@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, layer: int, context: Context) -> Tensor:
         q_BHTK, k_BHTK, v_BHTK = split_heads(self.query_key_value(x_BTD), self.n_head)
-        q_BHTK, k_BHTK = directed(q_BHTK, rotation), directed(k_BHTK, rotation)
+        q_BHTK, k_BHTK = normed_and_rotated(q_BHTK, rotation), normed_and_rotated(k_BHTK, rotation)
         dropout = self.dropout if self.training else 0.0
         y_BTD = attend(q_BHTK, k_BHTK, v_BHTK, layer, context, dropout)
         out_BTD: Tensor = self.residual_dropout(self.out(y_BTD))
@@ -74,8 +74,8 @@ class Attention(nn.Module):
 
 
 def norm(x: Tensor) -> Tensor:
-    """Each vector at the root mean square 1."""
-    # A fixed epsilon: that of bfloat16 would be larger than an embedding's mean square.
+    """Each vector, scaled to a root mean square of 1."""
+    # The default epsilon of bfloat16 would be larger than the mean square of an embedding.
     return F.rms_norm(x, (x.size(-1),), eps=EPSILON)
 
 
@@ -84,19 +84,20 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def rotation_of(positions_T: Tensor, width: int, dtype: torch.dtype) -> Rotation:
-    """By how far the pairs of a head of `width` turn at each position: pair r by
+    """The rotation of the pairs of a head of `width` at each position: pair r turns by
     10000^(-2 r / width) radians per token."""
     pairs_R = torch.arange(width // 2, device=positions_T.device, dtype=dtype)
-    speeds_R = SLOWEST ** (-2 * pairs_R / width)
+    speeds_R = ROTATION_BASE ** (-2 * pairs_R / width)
     angles_TR = positions_T.unsqueeze(-1) * speeds_R
     if positions_T.dim() == 2:
         angles_TR = angles_TR.unsqueeze(1)  # the same for all heads
     return angles_TR.cos(), angles_TR.sin()
 
 
-def directed(x_BHTK: Tensor, rotation: Rotation) -> Tensor:
-    """Queries or keys at one length, turned by their positions: their product depends on how far
-    apart they are. Computed as exactly as `rotation` is, for bfloat16 would blur positions."""
+def normed_and_rotated(x_BHTK: Tensor, rotation: Rotation) -> Tensor:
+    """Queries or keys, normalised and rotated by their positions: the product of a query and a key
+    depends on their distance. Computed in the dtype of `rotation`, as bfloat16 is too coarse for
+    angles."""
     cos_TR, sin_TR = rotation
     first_BHTR, second_BHTR = norm(x_BHTK.to(cos_TR.dtype)).chunk(2, dim=-1)
     turned = (
