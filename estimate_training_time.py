@@ -1,4 +1,4 @@
-"""How long training takes: of the newest run, or from flags where there is none yet."""
+"""Forecasts how long training takes: of the newest run, or from flags."""
 
 import sys
 from pathlib import Path

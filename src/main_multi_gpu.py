@@ -1,8 +1,8 @@
-"""Every seed of every point of a grid, on all GPUs at once. `--help` lists the options."""
+"""Trains with every seed at every point of a grid, on all GPUs. `--help` lists the options."""
 
 import sys
 
-if __name__ == "__main__":  # workers import this file, too
+if __name__ == "__main__":  # worker processes import this file, too
     try:
         from gpt2.cli.seeds import seeds_main
     except ModuleNotFoundError as missing:

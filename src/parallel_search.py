@@ -1,8 +1,8 @@
-"""A search for the best options, many trainings at the same time. `--help` lists the options."""
+"""Searches for the best options with many trainings side by side. `--help` lists the options."""
 
 import sys
 
-if __name__ == "__main__":  # workers import this file, too
+if __name__ == "__main__":  # worker processes import this file, too
     try:
         from gpt2.cli.search import search_main
     except ModuleNotFoundError as missing:

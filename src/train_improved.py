@@ -1,4 +1,4 @@
-"""What torchrun starts: one training run. `--help` lists the options."""
+"""Trains one model; torchrun starts this script on every rank. `--help` lists the options."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Several models on the same data, at the same time. `--help` lists the options."""
+"""Trains several models on the same data, side by side. `--help` lists the options."""
 
 import sys
 
-if __name__ == "__main__":  # workers import this file, too
+if __name__ == "__main__":  # worker processes import this file, too
     try:
         from gpt2.cli.models import models_main
     except ModuleNotFoundError as missing:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.progress import track
@@ -33,8 +33,9 @@ class Options:
     shard_tokens: int | None = None
     """tokens per shard; default depends on the corpus"""
     val_tokens: int | None = None
-    """tokens of the first shard, which is for validation; default is one shard for a corpus of the
-    list, otherwise 10 million, or a tenth of a small corpus"""
+    """tokens of the first shard, which is for validation;
+    default is one shard for a corpus of the list, otherwise 10 million, or a tenth of the corpus
+    if that is less"""
     max_tokens: int | None = None
     """stop after this many tokens"""
     workers: int | None = None
@@ -58,7 +59,7 @@ class Named(CommandOptions):
 class Hub(CommandOptions):
     """Prepare any dataset of the Hugging Face hub, or of a local folder."""
 
-    repo: tyro.conf.Positional[str]
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]
     """name of the dataset, as for `datasets.load_dataset`"""
     hf_name: str | None = None
     """configuration of the dataset"""
@@ -75,7 +76,7 @@ class Hub(CommandOptions):
 class Files(CommandOptions):
     """Prepare .txt, .jsonl or .parquet files, also .gz and .zst."""
 
-    patterns: tyro.conf.Positional[tuple[str, ...]]
+    patterns: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GLOB …")]
     """files or globs, in quotes: 'texts/**/*.txt'"""
     text_field: str = "text"
     """field that holds the text, in .jsonl and .parquet files"""
@@ -86,7 +87,7 @@ class Files(CommandOptions):
 class Verify(CommandOptions):
     """Check the size and the SHA-256 of every shard."""
 
-    root: tyro.conf.Positional[str]
+    root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """folder or URL with a manifest.json"""
 
 
@@ -94,7 +95,7 @@ class Verify(CommandOptions):
 class Show(CommandOptions):
     """Print the table of shards and the text at the beginning of one shard."""
 
-    root: tyro.conf.Positional[str]
+    root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """folder, glob or URL of shards"""
     shard: int | None = None
     """number of the shard in the table; default is the first training shard"""
@@ -121,7 +122,8 @@ def data_main() -> int:
 
 def _refuse(name: str) -> NoReturn:
     known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
-    raise ConfigError(f"unknown corpus {name}{suggestion(name, known)}; see gpt2 data --help")
+    way_out = suggestion(name, known) or "; see gpt2 data --help"
+    raise ConfigError(f"unknown corpus {name}{way_out}")
 
 
 def _hub(command: Hub) -> int:

@@ -44,12 +44,10 @@ class EvaluateCommand(CommandOptions):
     tasks: str = "hellaswag,val"
     """what to measure, separated by commas"""
     limit: int | None = None
-    """number of HellaSwag tasks, and of rows of the validation split; None is all tasks, and as
-    many rows as the run validates on (for a model of another tool: as a run with default options)
-    """
+    """number of HellaSwag tasks, and of rows of the validation split;
+    None is all tasks, and as many rows as the run validates on"""
     style: Style = "completion"
-    """format of HellaSwag: completion as in replications of GPT-2, harness as in
-    lm-evaluation-harness"""
+    """format of HellaSwag: of GPT-2's replications, or of lm-evaluation-harness"""
     hellaswag_path: Path | None = None
     """file of tasks (.jsonl, .jsonl.gz); None downloads them once to data/hellaswag"""
     data_root: str | None = None

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,7 +15,7 @@ from gpt2.cli.parse import CommandOptions, run_command
 class ExportCommand(CommandOptions):
     """Write a trained model for other tools: transformers, vLLM, llama.cpp, nanoGPT."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """folder to write"""
     format: Literal["hf", "nanogpt"] = "hf"
     """hf: a folder that transformers loads; nanogpt: a folder with ckpt.pt for its sample.py"""

@@ -29,7 +29,7 @@ class CommandOptions:
     """Options of every command."""
 
     log_level: log.Level | None = None
-    """least severe messages to print; default is the variable GPT2_LOG_LEVEL, else info"""
+    """least severe messages to print; default is GPT2_LOG_LEVEL of the environment, else info"""
 
 
 T = TypeVar("T")

@@ -26,22 +26,22 @@ class PoolOptions:
     gpus: str | None = None
     """physical GPUs to use, for example 1,2"""
     slots: int | None = None
-    """jobs that run at the same time; default is one per GPU (or per --ddp GPUs), and without GPUs
-    2, which share the cores"""
+    """jobs that run at the same time; default is one per GPU, or per --ddp GPUs;
+    without GPUs it is 2, which share the cores"""
     ddp: int = 1
     """GPUs of each training, under torchrun; without GPUs, processes that share its cores"""
     retries: int = 1
     """further attempts at a job whose process died, hung or ran out of memory"""
     job_timeout: float | None = None
-    """seconds without a report after which a job counts as hanging; choose more than compiling and
-    saving take, as a training reports each step, and every 15 s during validation"""
+    """seconds without a report after which a job counts as hanging; default is never;
+    trainings report every step, and every 15 s of validation: allow for compiling and saving"""
     grace: float = 60.0
     """seconds that jobs have for saving after Ctrl+C"""
     engine: Literal["local", "ray"] = "local"
     """local: this machine; ray: a Ray cluster whose machines share a file system"""
     ray_address: str | None = None
-    """address of the cluster, for example 10.0.0.1:6379; default is RAY_ADDRESS, else the cluster
-    that runs on this machine, else a new one of this machine alone"""
+    """address of the cluster, for example 10.0.0.1:6379;
+    default is RAY_ADDRESS, else the cluster that runs on this machine, else a new one"""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "slots", "ddp")

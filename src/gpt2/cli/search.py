@@ -21,9 +21,9 @@ from gpt2.experiments.search.space import Space
 class SearchCommand(CommandOptions):
     """Search for the options with the lowest validation loss: an Optuna study of trainings.
 
-    One trial at a time runs on each GPU, or on each group of --ddp GPUs. All options of
-    `gpt2 train` work too and set the options that are not searched. The same command again
-    resumes what was stopped. Exit code: 1 if fewer than --n_trials trials ended without a failure.
+    Each GPU, or each group of --ddp GPUs, runs one trial at a time. All options of `gpt2 train`
+    work too and set the options that are not searched. The same command again resumes what was
+    stopped. Exit code: 1 if fewer than --n_trials trials ended without a failure.
     """
 
     n_trials: int = 24
@@ -39,8 +39,8 @@ class SearchCommand(CommandOptions):
     startup_trials: int = 5
     """trials that must finish before any trial is pruned"""
     storage: str | None = None
-    """database that several machines share, for example
-    postgresql+psycopg://user:password@host/name; default is optuna_study.db in --checkpoint_dir"""
+    """database that several machines share: postgresql+psycopg://user:password@host/name;
+    default is optuna_study.db in --checkpoint_dir"""
     study_name: str = "search"
     """name of the study in the database"""
     keep_checkpoints: bool = False
