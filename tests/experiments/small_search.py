@@ -9,11 +9,9 @@ SPACE = "[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true\n[n_layer]\nlow = 
 
 
 def main(out: Path, count: int, pause: float, storage: str | None = None) -> int:
+    # Here, as workers import this file, too, and these take seconds.
     from gpt2.base.text import console
-    from gpt2.config import (
-        options,
-        presets,  # seconds to import, and workers import this file, too
-    )
+    from gpt2.config import options, presets
     from gpt2.experiments.pool import slots
     from gpt2.experiments.pool.job import Job
     from gpt2.experiments.pool.process import Engine

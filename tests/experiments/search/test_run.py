@@ -303,7 +303,8 @@ def require_files(folder: Path, said: str) -> None:
 
 
 def small_search(out: Path, count: int, pause: float = 0.05) -> subprocess.Popen[bytes]:
-    script = [str(Path(__file__).with_name("small_search.py")), str(out), str(count), str(pause)]
+    file = Path(__file__).parents[1] / "small_search.py"
+    script = [str(file), str(out), str(count), str(pause)]
     with (out / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, *script],
