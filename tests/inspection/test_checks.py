@@ -39,7 +39,7 @@ def test_packages_out_of_range_and_missing_ones_are_named_with_their_command():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "build", "driver", "level", "said"),
+    ("option", "gpus", "build", "driver", "level", "expected"),
     [
         ("auto", 2, FOR_CUDA, "580.65", "ok", "2 GPUs: torch 2.13.0 for CUDA 13.0, driver 580.65"),
         ("auto", 0, FOR_CPU, None, "note", "there is no GPU"),
@@ -49,14 +49,16 @@ def test_packages_out_of_range_and_missing_ones_are_named_with_their_command():
         ("cuda", 0, FOR_CPU, None, "PROBLEM", "use --device cpu"),
     ],
 )
-def test_no_gpu_is_a_note_and_an_idle_one_a_problem(wanted, gpus, build, driver, level, said):
-    found = checks.check_device(wanted, gpus, build, driver)
+def test_no_gpu_is_a_note_and_an_unusable_one_a_problem(
+    option, gpus, build, driver, level, expected
+):
+    found = checks.check_device(option, gpus, build, driver)
     assert found.level == level
-    assert said in f"{found.fact}; {found.remedy}"
+    assert expected in f"{found.fact}; {found.remedy}"
 
 
 @pytest.mark.parametrize(
-    ("gpu", "level", "said"),
+    ("gpu", "level", "expected"),
     [
         (H200, "ok", "NVIDIA H200, 150.0 GB, 149.0 GB free"),
         (replace(H200, free_bytes=100 * GB), "note", "another process has 50.0 GB"),
@@ -64,10 +66,10 @@ def test_no_gpu_is_a_note_and_an_idle_one_a_problem(wanted, gpus, build, driver,
         (Gpu("tiny", 2 * GB, 2 * GB, (8, 0)), "PROBLEM", "moments alone take 2.0 GB"),
     ],
 )
-def test_the_model_fits_beside_others(gpu: Gpu, level: str, said: str):
+def test_the_model_fits_beside_others(gpu: Gpu, level: str, expected: str):
     (found,) = checks.check_gpus([gpu], state_bytes=int(1.51 * GB))
     assert found.level == level
-    assert said in found.fact
+    assert expected in found.fact
 
 
 def test_gpus_of_several_kinds_are_noted():
@@ -82,7 +84,7 @@ def test_nccl():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fast", "device", "level", "said"),
+    ("dtype", "fast", "device", "level", "expected"),
     [
         ("auto", True, CUDA, "ok", "bfloat16"),
         ("auto", False, CPU, "ok", "float32: this CPU has no fast bfloat16"),
@@ -91,16 +93,16 @@ def test_nccl():
         ("bfloat16", False, CPU, "note", "bfloat16, which this CPU only emulates"),
     ],
 )
-def test_precision(dtype, fast, device, level, said):
+def test_precision(dtype, fast, device, level, expected):
     found = checks.check_precision(dtype, fast, device)
-    assert (found.level, found.fact) == (level, said)
+    assert (found.level, found.fact) == (level, expected)
 
 
 def test_a_batch_is_divided_among_the_ranks():
     run = presets.preset("gpt2-124m")
     even = checks.check_batch(run, 4, 4)
-    said = "4 ranks of 128 rows per step, 64 at once, gradient accumulation 2"
-    assert (even.level, even.fact) == ("ok", said)
+    expected = "4 ranks of 128 rows per step, 64 at once, gradient accumulation 2"
+    assert (even.level, even.fact) == ("ok", expected)
     uneven = checks.check_batch(run, 3, 3)
     assert (uneven.level, uneven.fact[:36]) == ("note", "3 ranks of 170 or one row more per s")
     assert checks.check_batch(run, 4, 2).remedy == "use --nproc_per_node=2"

@@ -65,7 +65,7 @@ def test_data_is_opened_as_the_run_will(tmp_path: Path, data_root: Path):
     assert "make it with: gpt2 data" in found.fact
 
 
-def test_far_data_is_reached_and_its_copies_need_room(tmp_path: Path, data_root: Path):
+def test_remote_data_is_opened_and_its_copies_need_room(tmp_path: Path, data_root: Path):
     far = {"data_root": f"file://{data_root}", "cache_dir": tmp_path / "cache"}
     run = options.overlay(small_config(data_root, tmp_path), far)
     data, found = doctor.find_data(run)
@@ -92,7 +92,7 @@ def state_of(run: RunConfig) -> dict:
     return {"config": run.to_dict(), "data_fingerprint": "x", "progress": {"step": 7}}
 
 
-def test_the_beginning_is_checked(tmp_path: Path, data_root: Path):
+def test_where_the_run_begins_is_checked(tmp_path: Path, data_root: Path):
     run = small_config(data_root, tmp_path)
     folder = run.checkpoint.checkpoint_dir
     folder.mkdir()
@@ -149,7 +149,7 @@ def test_memory_of_a_job(tmp_path: Path, monkeypatch, line: str, group: str, lim
     assert machine.memory_bytes() == 400_000
 
 
-def test_weights_to_begin_with_are_looked_at(data_root: Path, tmp_path: Path):
+def test_initial_weights_that_cannot_be_loaded_are_a_problem(data_root: Path, tmp_path: Path):
     for source in ("hf:/nowhere", "/nowhere.pt"):
         run = small_config(data_root, tmp_path, init_from=source)
         assert [found.level for found in doctor.find_checkpoints(run, None)] == ["PROBLEM"]
@@ -160,8 +160,8 @@ def test_problems_are_red_on_a_terminal_and_counted():
     plain = Console(file=io.StringIO(), width=9)
     screen = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
     assert doctor.print_findings(findings, plain) == 1
-    said = "ok       a             b\nPROBLEM  c             [d]; type e\n\n1 problem found\n"
-    assert plain.file.getvalue() == said
+    expected = "ok       a             b\nPROBLEM  c             [d]; type e\n\n1 problem found\n"
+    assert plain.file.getvalue() == expected
     doctor.print_findings(findings, screen)
     assert "\x1b[1;31m" in screen.file.getvalue()
 

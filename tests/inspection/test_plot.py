@@ -52,7 +52,7 @@ def test_the_learning_rate_is_no_staircase(tmp_path: Path):
 
 
 def test_runs_have_distinct_names(tmp_path: Path):
-    """By their names in one log; by what was given for them where that is several."""
+    """By name within one log; several logs add their paths."""
     one, several = tmp_path / "one.txt", tmp_path / "several.txt"
     write_log(one, "a", [3.0])
     for name in ("a", "b", "began and ended"):
@@ -104,14 +104,14 @@ def test_more_runs_than_named_colors_still_differ():
 @pytest.mark.parametrize(
     ("kind", "head"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")]
 )
-def test_the_ending_says_which_kind(tmp_path: Path, kind: str, head: bytes):
+def test_the_suffix_sets_the_format(tmp_path: Path, kind: str, head: bytes):
     write_log(tmp_path / "log.txt", "a $1", [float("nan"), 1e9, float("inf"), 3.0] * 3)
     path = tmp_path / f"curves.{kind}"
     plot.save(plot.read([tmp_path]), path)
     assert path.read_bytes().startswith(head)
 
 
-def test_pictures_that_cannot_be_are_refused(tmp_path: Path):
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path):
     write_log(tmp_path / "log.txt", "a", [3.0])
     runs = plot.read([tmp_path])
     with pytest.raises(ConfigError, match=r"expected a \.png, \.svg, \.pdf file, got .*x\.gif"):
@@ -128,13 +128,13 @@ def test_a_constant_stays_and_noise_shrinks():
 
 
 def test_smoothing_begins_with_the_values_themselves():
-    """A window there would show losses that the run left within its first steps."""
+    """A wide window there would hide how fast losses fall in the first steps."""
     steep = 10 / np.arange(1, 1000)
     assert plot.smoothed(steep)[:10] == pytest.approx(steep[:10])
     assert plot.smoothed(steep) == pytest.approx(steep, rel=0.05)
 
 
-def test_numbers_that_are_none_do_not_spread():
+def test_nan_and_infinity_do_not_spread():
     values = np.full(1000, 2.0)
     values[500] = np.nan
     values[600] = np.inf
@@ -163,8 +163,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     for arguments, picture in ([], "curves.png"), ([".", "-o", "x.svg"], "x.svg"):
         monkeypatch.setattr(sys, "argv", ["gpt2", "plot", *arguments])
         assert main.main() == 0
-        said = f"a: step 10, loss 3.0000, val loss 3.0000\nDrawn: {picture}\n"
-        assert capsys.readouterr().out == said
+        expected = f"a: step 10, loss 3.0000, val loss 3.0000\nDrawn: {picture}\n"
+        assert capsys.readouterr().out == expected
         assert Path(picture).exists()
     monkeypatch.setattr(sys, "argv", ["gpt2", "plot", "nowhere"])
     assert main.main() == 2

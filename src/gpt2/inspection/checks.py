@@ -206,8 +206,8 @@ def check_memory(available: int | None, state_bytes: int, ranks_on_cpu: int) -> 
 
 
 def check_shared_memory(free: int, ranks_on_gpu: int) -> Finding:
-    """Whether NCCL has enough of it, through which it moves gradients if GPUs have no direct link.
-    Nothing else uses it: batches are read by threads, and gloo uses sockets."""
+    """Whether there is enough for NCCL, which moves gradients through it between GPUs without a
+    direct link. Nothing else uses it: threads read the batches, and gloo uses sockets."""
     fact = f"{gigabytes(free)} free in {machine.SHARED_MEMORY}"
     if ranks_on_gpu > 1 and free < NCCL_SHARED_MEMORY:
         fact += f", NCCL wants {gigabytes(NCCL_SHARED_MEMORY)}"
@@ -243,4 +243,5 @@ def _kind(device: torch.device) -> str:
 
 
 def gigabytes(size_bytes: int) -> str:
+    """`1.5 GB`, or `12.0 MB` below a gigabyte."""
     return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from gpt2.base import folder_lock
+from gpt2.config import options, presets
+from gpt2.inspection import estimate, run_status
+from gpt2.train import status
+from inspection.test_run_status import PLAN, text_of, write_run
+
+
+def test_forecast_of_a_run(tmp_path: Path, out: Console):
+    write_run(tmp_path, 200)
+    with folder_lock.held(tmp_path):
+        estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
+    printed = text_of(out)
+    assert "Run run on 2 × cuda: running, status written 0s ago" in printed
+    assert "step 200 of 1,000 (20.0%), epoch 0.80, 6,400 tokens" in printed
+    assert "Recent: 2.00 s per step, 16 tokens/s (median of 50 steps" in printed
+    assert "Left: 26m 40s, finish " in printed
+    milestones = [
+        line.split()[:-3] for line in printed.splitlines() if " begins" in line or "next" in line
+    ]
+    assert milestones == [
+        ["251", "epoch", "1", "begins,", "with", "its", "shuffle", "1m", "42s"],
+        ["300", "next", "checkpoint", "3m", "20s"],
+        ["501", "epoch", "2", "begins,", "with", "its", "shuffle", "10m", "02s"],
+        ["751", "epoch", "3", "begins,", "with", "its", "shuffle", "18m", "22s"],
+    ]
+    table = printed.partition("On other numbers of cudas")[2]
+    scaling = {line.split()[0]: line.split() for line in table.splitlines()[3:] if line.strip()}
+    assert scaling["1"][1:6] == ["8", "1h", "06m", "53m", "20s"]
+    assert scaling["2"][1:4] == ["(this", "run)", "16"]
+    assert scaling["8"][1:6] == ["64", "8m", "20s", "6m", "40s"]
+
+
+def test_forecast_of_runs_that_are_finished_or_have_no_step(tmp_path: Path, out: Console):
+    write_run(tmp_path / "a", 1000, state="finished")
+    estimate.print_run_forecast(run_status.newest_run(tmp_path / "a"), out)
+    assert "The last step is reached." in text_of(out)
+    write_run(tmp_path / "b", 0)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path / "b"), out)
+    assert "No step is logged yet" in text_of(out)
+
+
+def test_many_epochs_are_cut(tmp_path: Path, out: Console):
+    plan = status.Plan(**(PLAN.__dict__ | {"rows_per_epoch": 40}))
+    write_run(tmp_path, 5, plan)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
+    printed = text_of(out)
+    assert printed.count("begins, with its shuffle") == estimate.SHOWN_EPOCHS
+    assert "… the last of 89 further epochs" in printed
+
+
+def test_assumptions_are_printed_without_a_run(out: Console):
+    estimate.print_assumed_forecast(presets.preset("gpt2-124m"), None, 1, out)
+    printed = text_of(out)
+    assert "An estimate for --preset gpt2-124m. Assumed:" in printed
+    assert "9,900,000,000 training tokens: 99 shards of 100 M tokens" in printed
+    assert "1 × A100 at 40% MFU" in printed
+    assert "94,414" in printed  # 5 epochs of 9.9 G tokens in steps of 524,288
+
+
+def test_given_speed_and_prepared_data_count(tmp_path: Path, data_root: Path, out: Console):
+    run = options.overlay(presets.preset("gpt2-124m"), {"data_root": data_root, "block_size": 64})
+    estimate.print_assumed_forecast(run, 1000.0, 2, out)
+    printed = text_of(out)
+    tokens = sum(
+        shard["tokens"]
+        for shard in json.loads((data_root / "manifest.json").read_text())["shards"]
+        if shard["split"] == "train"
+    )
+    assert f"{tokens:,} training tokens: the data in {data_root}" in printed
+    assert "1,000 tokens/s on 2 GPUs, as given" in printed
+
+
+def test_the_forecast_of_a_dead_run_shows_its_state(tmp_path: Path, out: Console):
+    write_run(tmp_path, 3)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
+    assert "Run run on 2 × cuda: dead, status written" in text_of(out)
