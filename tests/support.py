@@ -31,7 +31,8 @@ SMALL_RUN: dict[str, object] = {
     "eval_batches": 2,
     "sample_interval": None,
     "checkpoint_interval": 10,
-    "dtype": "float32",  # `auto` depends on the processor
+    "device": "cpu",  # `auto` depends on the machine, for the dtype too
+    "dtype": "float32",
 }
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
 """how far the losses of runs with other micro-batches or other numbers of ranks are apart at most

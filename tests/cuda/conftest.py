@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where the tests of this folder run; there is no other place that asks for CUDA."""
+    """The device of the tests in this folder, which are skipped without CUDA."""
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     return "cuda"

@@ -1,4 +1,4 @@
-"""A batch that is too large for the memory of the GPU."""
+"""A batch that does not fit into the GPU's memory."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ ROOM_BYTES = 700e6
 
 @pytest.fixture
 def little_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So much of the GPU and no more for this process."""
+    """Limits this process to ROOM_BYTES more of the GPU's memory."""
     monkeypatch.setattr(
         "gpt2.distributed.device.peak_flops", lambda *_: 1e12
     )  # measuring it takes more
@@ -52,9 +52,10 @@ def test_out_of_memory_names_what_fits(device: str, data_root: Path, tmp_path: P
 def test_auto_mini_batch_finds_what_fits(
     device: str, data_root: Path, tmp_path: Path, capsys, request: pytest.FixtureRequest
 ):
-    trainer.run(small_config(data_root, tmp_path / "2", **{**WIDE, "mini_batch_size": 2}))
+    flags: dict[str, object] = {**WIDE, "device": device}
+    trainer.run(small_config(data_root, tmp_path / "2", **{**flags, "mini_batch_size": 2}))
     request.getfixturevalue("little_memory")
-    config = small_config(data_root, tmp_path / "auto", **WIDE, auto_mini_batch=True)
+    config = small_config(data_root, tmp_path / "auto", **flags, auto_mini_batch=True)
     assert trainer.run(config).state == "finished"
     found = re.search(r"--auto_mini_batch: (\d+) rows at once", capsys.readouterr().out)
     assert found is not None

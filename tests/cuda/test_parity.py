@@ -1,4 +1,4 @@
-"""The GPU computes what the CPU does: the same weights and tokens, on each of them."""
+"""The GPU computes the same loss and gradients as the CPU, from the same weights and tokens."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def loss_and_gradients(
     learner = Learner(config, World(0, 1, torch.device(device)))
     with torch.no_grad():
         for part in learner.model.parameters():
-            if part.dim() == 2:  # a new model finds all tokens alike, however wrong it is
+            if part.dim() == 2:  # a new model predicts all tokens alike, even with a bug
                 part.mul_(4)
     drawn = torch.randint(50257, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     tokens_BT, targets_BT = learner.world.to_device(drawn[:, :-1], drawn[:, 1:].contiguous())
@@ -59,7 +59,7 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch):
 def test_loss_and_gradients_are_those_of_the_cpu(
     device: str, architecture: str, dtype: str, of_loss: float, of_gradient: float, tmp_path: Path
 ):
-    """In float32 on the CPU, in either type on the GPU. TF32 instead of float32 would change the
+    """Float32 on the CPU against either dtype on the GPU. TF32 instead of float32 would change the
     gradients by 1e-3, and the exact form of gelu by 6e-4."""
     expected, their_gradients = loss_and_gradients("cpu", "float32", tmp_path, architecture)
     loss, gradients = loss_and_gradients(device, dtype, tmp_path, architecture)

@@ -1,4 +1,4 @@
-"""Several GPUs, as real processes under torchrun with NCCL."""
+"""Several GPUs: ranks in real processes under torchrun, with NCCL."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from support import losses, run_command, small_flags, train_command
 
 
-def test_two_gpus_learn_what_one_does(device: str, data_root: Path, tmp_path: Path):
+def test_two_gpus_train_as_one(device: str, data_root: Path, tmp_path: Path):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     found = {}

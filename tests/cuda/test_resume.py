@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if nothing had happened, its dropout on the GPU included."""
+"""Runs that stop and resume on the GPU are bit-identical, dropout included."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ from gpt2.distributed.world import World
 from gpt2.train.learner import Learner
 from support import loss_lines, run_command, small_config, small_flags, train_command
 
-# Large enough for several blocks of each kernel, which add up in any order unless told not to.
+# Large enough for several blocks of each kernel, which add in any order without --deterministic.
 LARGER: dict[str, object] = {
     "n_layer": 2,
     "n_head": 2,
@@ -33,8 +33,8 @@ LARGER: dict[str, object] = {
 def test_deterministic_run_resumes_bit_identically(
     device: str, compiled: str, data_root: Path, tmp_path: Path
 ):
-    """In processes of their own: cuBLAS reads its setting once, before its first product. The two
-    runs compile for themselves."""
+    """In separate processes: cuBLAS reads its setting once, before its first product. Each run
+    compiles its own kernels."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out, last in ((whole, 8), (parts, 4), (parts, 8)):
         options = {**LARGER, "device": device, "compile": compiled, "max_steps": last}
@@ -54,23 +54,23 @@ def test_deterministic_run_resumes_bit_identically(
 
 
 def draws(device: str) -> list[object]:
-    """One number of every random stream."""
+    """One number from every random stream."""
     of_torch = [torch.rand((), device=where).item() for where in ("cpu", device)]
     return [random.random(), np.random.random(), *of_torch]
 
 
-def test_random_streams_come_back_from_a_file(device: str, tmp_path: Path):
-    torch.rand(7, device=device)  # not at the beginning of the stream
-    path, place = tmp_path / "state.pt", torch.device(device, 0)
-    torch.save(random_state.rng_state(place), path)
+def test_random_streams_are_restored_from_a_file(device: str, tmp_path: Path):
+    torch.rand(7, device=device)  # the stream is past its beginning
+    path, on_gpu = tmp_path / "state.pt", torch.device(device, 0)
+    torch.save(random_state.rng_state(on_gpu), path)
     first, second = draws(device), draws(device)
     assert all(one != other for one, other in zip(first, second, strict=True))
-    # As `checkpoint.load` brings it: on the host, plain values and tensors only.
-    random_state.set_rng_state(torch.load(path, map_location="cpu", weights_only=True), place)
+    # As `store.load` returns it: on the host, with plain values and tensors only.
+    random_state.set_rng_state(torch.load(path, map_location="cpu", weights_only=True), on_gpu)
     assert [draws(device), draws(device)] == [first, second]
 
 
-def test_dropout_goes_on_where_it_was(device: str, data_root: Path, tmp_path: Path):
+def test_dropout_continues_its_random_stream(device: str, data_root: Path, tmp_path: Path):
     config = small_config(
         data_root, tmp_path, device=device, dtype="float32", compile="off", dropout=0.5
     )

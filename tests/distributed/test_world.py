@@ -74,7 +74,7 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
 
 
 @pytest.mark.soak
-def test_shards_far_away_give_the_same_run(data_root: Path, tmp_path: Path, uninterrupted: Path):
+def test_remote_shards_give_the_same_run(data_root: Path, tmp_path: Path, uninterrupted: Path):
     flags = small_flags(data_root, tmp_path, data_root=f"file://{data_root}")
     cache = tmp_path / "cache"
     done = run_command(train_command([*flags, "--cache_dir", str(cache)], ranks=2))
@@ -128,11 +128,11 @@ for path, flags in json.loads(sys.argv[1]):
     optim.gradient_norm = keep if path else gradient_norm
     trainer.run(parse_train(flags).run)
 """
-"""Of each pair, a run with these flags; in float64, if the gradient of its update is to be kept."""
+"""Trains once per pair (path, flags). With a path, in float64, and saves the gradient there."""
 
 
 def run_each(runs: list[tuple[Path | None, list[str]]], folder: Path, ranks: int | None) -> None:
-    """One run after another in the same processes, whose start is what takes long."""
+    """One run after another in the same processes, because starting them takes long."""
     script = folder / "several_runs.py"
     script.write_text(SEVERAL_RUNS)
     given = json.dumps([(str(path) if path else None, flags) for path, flags in runs])
@@ -191,10 +191,10 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
     assert "exitcode  : 2" in failed.stderr
     root_cause = failed.stderr.partition("Root Cause")[2]
     assert "traceback : error: no training data in /nowhere/fineweb_edu; make it" in root_cause
-    assert "train.py" not in failed.stderr  # no traceback of ours
+    assert "train.py" not in failed.stderr  # no traceback
 
 
-def test_ranks_without_a_row_are_refused(data_root: Path, tmp_path: Path):
+def test_more_ranks_than_rows_are_refused(data_root: Path, tmp_path: Path):
     few_rows = small_config(data_root, tmp_path, total_batch_size=16)
     message = "total_batch_size=16 has 1 row of block_size=16, too few for 2 ranks; use"
     with pytest.raises(ConfigError, match=message):
@@ -240,7 +240,7 @@ def test_more_ranks_than_gpus(monkeypatch, wanted: str):
         pass
 
 
-def test_stop_request_remembers_signals_and_leaves_at_the_second_ctrl_c(monkeypatch):
+def test_stop_request_records_signals_and_the_second_ctrl_c_interrupts(monkeypatch):
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -258,7 +258,7 @@ def test_stop_request_remembers_signals_and_leaves_at_the_second_ctrl_c(monkeypa
             signal.raise_signal(signal.SIGTERM)
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
             with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGTERM)  # the second Ctrl+C, as torchrun says it
+                signal.raise_signal(signal.SIGTERM)  # the second Ctrl+C, as torchrun forwards it
             assert signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGHUP, hangup)

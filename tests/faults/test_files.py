@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, a disk that is full, a folder that another run has."""
+"""Damaged checkpoints, a full disk, a folder that another run uses."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_damaged_checkpoint_is_set_aside(
     assert (folder / "step_000020.json.corrupt").exists()
 
 
-def test_looking_at_a_folder_renames_nothing(finished: Path, tmp_path: Path):
+def test_reading_a_folder_renames_nothing(finished: Path, tmp_path: Path):
     folder = Path(shutil.copytree(finished, tmp_path / "checkpoints", symlinks=True))
     flip_a_bit(folder)
     before = sorted(os.listdir(folder))
@@ -114,7 +114,7 @@ def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Pat
 
 @trial("disk full during a save")
 def test_full_disk(data_root: Path, tmp_path: Path):
-    """As RLIMIT_FSIZE gives it: training goes on, the last save fails and says so."""
+    """Simulated by RLIMIT_FSIZE: training continues, and the last save fails with a message."""
     flags = {"checkpoint_interval": 5, "eval_interval": None}
     trainer.run(small_config(data_root, tmp_path, **flags, max_steps=5))
     before = (tmp_path / "checkpoints/step_000005.pt").read_bytes()
@@ -141,13 +141,13 @@ def test_full_disk(data_root: Path, tmp_path: Path):
     assert (tmp_path / "checkpoints/step_000005.pt").read_bytes() == before
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     again = small_config(data_root, tmp_path, **flags, max_steps=20, resume="latest")
-    assert trainer.run(again).step == 20  # there is room again
+    assert trainer.run(again).step == 20  # the limit is gone
 
 
 @pytest.mark.soak
 @trial("disk full in the middle, also for the log")
 def test_a_disk_that_is_full_for_a_while(data_root: Path, tmp_path: Path):
-    """A small tmpfs that holds all that the run writes; there is room again before the end."""
+    """A small tmpfs for all files of the run, which is full for some steps before the end."""
     flags = {"max_steps": 120, "eval_interval": None, "keep_last": 2}
     run = train_command(small_flags(data_root, tmp_path / "run", **flags))
     command = ["unshare", "-rm", "bash", "-c", FULL_FOR_A_WHILE, "bash", str(tmp_path / "run")]
@@ -217,16 +217,16 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
 
 
 @pytest.mark.soak
-def test_saves_do_not_hold_training_up_and_hold_the_state_of_their_step(
+def test_a_save_does_not_delay_training_and_holds_the_state_of_its_step(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """While a checkpoint is being written, the weights move on; the file has those of its step."""
+    """Training continues while a checkpoint is written; the file holds the state of its step."""
     slow, quick = tmp_path / "slow", tmp_path / "quick"
     trainer.run(small_config(data_root, quick))
     save, steps = torch.save, []
 
     def slow_save(state: dict[str, object], file: object) -> None:
-        while len(steps) < 14:  # until training is four steps further on
+        while len(steps) < 14:  # until training has done four more steps
             pass
         save(state, file)
 

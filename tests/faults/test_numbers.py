@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers; batches that do not fit into the memory."""
+"""NaN in losses and gradients; batches that do not fit into memory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +21,7 @@ from support import losses, small_config
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch):
-    """Makes the gradient of some updates NaN: the n-th call of this run, counted from 1."""
+    """Makes the gradients of the given updates NaN, counted from 1 since the test began."""
     calls: list[int] = []
 
     def at(*updates: int) -> None:
@@ -59,7 +59,7 @@ def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsy
 
 
 def record_portions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The portions of data that each loader from here on is given."""
+    """The steps whose data each loader reads that is created from now on."""
     portions: list[list[int]] = []
 
     def recording(shards: object, line: object, steps: Iterable[int], **options: object) -> Loader:
@@ -103,17 +103,17 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     assert portions == [[*range(20)], back, [*range(20)], [23, 24]]
 
 
-def test_it_never_goes_forward_to_a_way_that_was_left(
+def test_it_never_goes_to_a_later_checkpoint_of_an_abandoned_run(
     data_root: Path, tmp_path: Path, poison, capsys
 ):
     trainer.run(small_config(data_root, tmp_path, checkpoint_interval=5))
-    poison(2, 3)  # steps 12 and 13 of a run that leaves 15 and 20 behind
+    poison(2, 3)  # steps 12 and 13, while checkpoints 15 and 20 of the former run exist
     changes = {"max_bad_steps": 2, "checkpoint_interval": 50}
     trainer.run(small_config(data_root, tmp_path, **changes, resume="10", max_steps=21))
     assert "WARNING: back to step 10 " in capsys.readouterr().out
 
 
-def test_a_stop_among_bad_updates_is_not_where_it_goes_back_to(
+def test_it_does_not_go_back_to_a_checkpoint_among_bad_updates(
     data_root: Path, tmp_path: Path, poison, capsys
 ):
     poison(12, 13, 14)
@@ -138,13 +138,15 @@ def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):
     assert run_status.newest_run(tmp_path / "checkpoints").state == "stopped"  # for good
 
 
-def test_without_a_checkpoint_it_says_so(data_root: Path, tmp_path: Path, poison):
+def test_without_a_checkpoint_to_go_back_to_training_fails(data_root: Path, tmp_path: Path, poison):
     poison(3, 4)
     with pytest.raises(TrainingError, match="no checkpoint to go back to; use a lower --learning"):
         trainer.run(small_config(data_root, tmp_path, max_bad_steps=2))
 
 
-def test_a_bad_validation_is_never_the_best(data_root: Path, tmp_path: Path, monkeypatch):
+def test_a_nan_or_infinite_validation_is_never_the_best(
+    data_root: Path, tmp_path: Path, monkeypatch
+):
     values = iter([5.0, float("nan"), 4.0, float("inf"), 6.0])
     monkeypatch.setattr(evaluator, "validation_loss", lambda *_, **__: next(values))
     result = trainer.run(small_config(data_root, tmp_path, checkpoint_interval=5))
@@ -158,7 +160,7 @@ CUDA_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.
 def limit_memory(
     monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError = CUDA_IS_FULL
 ) -> None:
-    """The model's forward pass has no room for more rows than this."""
+    """Makes the model's forward pass raise `error` for more than `rows` rows."""
     forward = GPT2.forward
 
     def limited(net: GPT2, tokens_BT: torch.Tensor, *rest: object, **options: object):

@@ -1,4 +1,4 @@
-"""The scripts of docs/operations.md, as they stand there, on a small run."""
+"""The scripts in docs/operations.md, unchanged, with a small run."""
 
 import os
 import re
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,8 @@ from support import ROOT, small_flags
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 
 
-class Place:
-    """A checkout with a virtual environment, and a SLURM that only writes down what it is told."""
+class Checkout:
+    """A checkout with a virtual environment, and a SLURM that only logs its commands."""
 
     def __init__(self, folder: Path, data_root: Path) -> None:
         self.folder, self.data_root = folder, data_root
@@ -36,7 +35,7 @@ class Place:
         scontrol.chmod(0o755)
 
     def small(self, script: str, max_steps: int) -> str:
-        """`script` with the flags of a small run on two ranks."""
+        """`script` for a small run on two ranks."""
         flags = FLAGS | {"max_steps": max_steps, "eval_interval": None}
         more = small_flags(self.data_root, Path("."), **flags)
         script = script.replace("--nproc_per_node=4", "--nproc_per_node=2")
@@ -66,51 +65,51 @@ class Place:
         return found.state if found else "none"
 
     def requeued(self) -> int:
-        told = self.folder / "scontrol.txt"
-        return told.read_text().count("requeue 77\n") if told.exists() else 0
+        log = self.folder / "scontrol.txt"
+        return log.read_text().count("requeue 77\n") if log.exists() else 0
 
 
 @pytest.fixture
-def place(tmp_path: Path, data_root: Path) -> Iterator[Place]:
-    yield Place(tmp_path, data_root)
+def checkout(tmp_path: Path, data_root: Path) -> Checkout:
+    return Checkout(tmp_path, data_root)
 
 
 @pytest.mark.soak
 @trial("SLURM's warning, a kill, and the end")
-def test_the_slurm_script_requeues_until_the_end(place: Place):
+def test_the_slurm_script_requeues_until_the_end(checkout: Checkout):
     script = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)[0]
-    job = place.start(place.small(script, max_steps=10_000))
-    place.wait_for_step(6)
+    job = checkout.start(checkout.small(script, max_steps=10_000))
+    checkout.wait_for_step(6)
     job.send_signal(signal.SIGUSR1)
     job.wait(60)
-    assert (place.state(), place.requeued()) == ("stopped", 1)
+    assert (checkout.state(), checkout.requeued()) == ("stopped", 1)
 
-    reached = last_step(place.folder / "logs/log.txt")
-    job = place.start(place.small(script, max_steps=10_000))
-    place.wait_for_step(reached + 6)
-    owner = run_status.newest_run(place.folder / "checkpoints").status.pid
+    reached = last_step(checkout.folder / "logs/log.txt")
+    job = checkout.start(checkout.small(script, max_steps=10_000))
+    checkout.wait_for_step(reached + 6)
+    owner = run_status.newest_run(checkout.folder / "checkpoints").status.pid
     os.kill(owner, signal.SIGKILL)
     job.wait(60)
-    assert (place.state(), place.requeued()) == ("dead", 2)
+    assert (checkout.state(), checkout.requeued()) == ("dead", 2)
 
-    reached = last_step(place.folder / "logs/log.txt")
-    job = place.start(place.small(script, max_steps=reached + 4))
+    reached = last_step(checkout.folder / "logs/log.txt")
+    job = checkout.start(checkout.small(script, max_steps=reached + 4))
     job.wait(60)
-    assert (place.state(), place.requeued()) == ("finished", 2)
+    assert (checkout.state(), checkout.requeued()) == ("finished", 2)
 
 
 @pytest.mark.soak
 @trial("the cron line after a kill")
-def test_the_cron_line_starts_what_has_died_and_nothing_else(place: Place):
+def test_the_cron_line_restarts_a_dead_run_only(checkout: Checkout):
     line = re.findall(r"^\*/10 \* \* \* \* (.*)$", PAGE, re.MULTILINE)[0]
     command = "exec .venv/bin/torchrun --nproc_per_node=4 src/train_improved.py --resume latest"
-    run = place.start(place.small(command, max_steps=10_000))
-    place.wait_for_step(6)
-    place.start(place.small(line, max_steps=10_000)).wait(60)  # it lives: nothing to do
-    assert not (place.folder / "logs/cron.txt").exists()
-    os.kill(run_status.newest_run(place.folder / "checkpoints").status.pid, signal.SIGKILL)
+    run = checkout.start(checkout.small(command, max_steps=10_000))
+    checkout.wait_for_step(6)
+    checkout.start(checkout.small(line, max_steps=10_000)).wait(60)  # it lives: nothing to do
+    assert not (checkout.folder / "logs/cron.txt").exists()
+    os.kill(run_status.newest_run(checkout.folder / "checkpoints").status.pid, signal.SIGKILL)
     run.wait(60)
-    reached = last_step(place.folder / "logs/log.txt")
-    place.start(place.small(line, max_steps=reached + 4)).wait(60)
-    assert place.state() == "finished"
-    assert "Resuming from" in (place.folder / "logs/cron.txt").read_text()
+    reached = last_step(checkout.folder / "logs/log.txt")
+    checkout.start(checkout.small(line, max_steps=reached + 4)).wait(60)
+    assert checkout.state() == "finished"
+    assert "Resuming from" in (checkout.folder / "logs/cron.txt").read_text()

@@ -1,4 +1,4 @@
-"""Signals and kills at chosen moments, a terminal's Ctrl+C, and its end."""
+"""Signals and kills at chosen moments, Ctrl+C in a terminal, and the end of the terminal."""
 
 import os
 import pty
@@ -29,7 +29,7 @@ EVAL, SAVE = FLAGS["eval_interval"], FLAGS["checkpoint_interval"]
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signal.Signals):
-    """torchrun dies of SIGUSR1 unless told to hand it on; its ranks save nevertheless."""
+    """torchrun does not forward SIGUSR1 by default, but dies of it. Its ranks still save."""
     run = Run(data_root, tmp_path / "run", **ENDLESS)
     run.wait_for("step 6 |")
     with trial(f"{number.name} to torchrun") as steps_lost:
@@ -42,7 +42,7 @@ def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signa
         steps_lost.append(0)  # as the line on `kept` says
 
 
-MOMENTS = {  # where, in which call, and the steps that a kill there may leave
+MOMENTS = {  # module, function, number of its call, and the newest steps that a kill may leave
     "reading the data": ("gpt2.train.trainer", "open_data", 1, {0}),
     "validating": ("gpt2.evaluation.loss", "evaluating", 2, {EVAL - SAVE, EVAL - 2 * SAVE}),
     "writing a checkpoint": ("gpt2.checkpoint.integrity", "HashingWriter", 2, {SAVE}),
@@ -53,11 +53,11 @@ MOMENTS = {  # where, in which call, and the steps that a kill there may leave
 @pytest.mark.soak
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_any_moment_will_do(
+def test_a_stop_or_kill_at_any_moment_resumes_bit_identically(
     data_root: Path, tmp_path: Path, reference: Path, moment: str, number: signal.Signals
 ):
-    room, name, call, left = MOMENTS[moment]
-    script = slow_script(tmp_path, room, name, call)
+    module, name, call, left = MOMENTS[moment]
+    script = slow_script(tmp_path, module, name, call)
     run = Run(data_root, tmp_path / "run", script=script, **FLAGS)
     run.wait_for(f"now in {name}")
     victims = run.processes() if number == signal.SIGKILL else [run.agent.pid]
@@ -82,7 +82,7 @@ def test_any_moment_will_do(
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The two ends of a pseudo-terminal: a person's and a program's."""
+    """The two ends of a pseudo-terminal: the user's and the program's."""
     ours, theirs = (os.fdopen(end, "r+b", buffering=0) for end in pty.openpty())
     with ours, theirs:
         yield ours, theirs
@@ -102,10 +102,10 @@ def test_ctrl_c_saves(data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO,
 
 @pytest.mark.soak
 @trial("Ctrl+C twice")
-def test_ctrl_c_twice_leaves_at_once(
+def test_ctrl_c_twice_exits_at_once(
     data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO, BinaryIO]
 ):
-    """Here during a save that would take a minute."""
+    """During a save that takes a minute."""
     ours, theirs = terminal
     script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=60)
     flags = ENDLESS | {"checkpoint_interval": 1000}

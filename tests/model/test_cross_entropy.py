@@ -105,7 +105,8 @@ def test_a_model_learns_as_well_with_it(tmp_path: Path):
     data = tmp_path / "stdlib"
     gpt2 = [sys.executable, "-m", "gpt2"]
     run_command([*gpt2, "data", "python-stdlib", "--out", str(data), "--max_tokens", "2000000"])
-    options = "--optimizer adamw --learning_rate 2e-3 --max_steps 300 --sample_interval None"
+    options = "--optimizer adamw --dtype float32 --learning_rate 2e-3 --max_steps 300"
+    options += " --sample_interval None"
     sweep = [*gpt2, "seeds", "--preset", "demo", "--data_root", str(data), *options.split()]
     found = []
     for fast in ("--fast", "--no_fast"):
