@@ -99,7 +99,7 @@ def sweep(
     folder: Path,
     metric: str = "value",
     first_seed: int = 0,
-    listing: MakeTable = statistics.listing,
+    listing: MakeTable = statistics.points_table,
     draw: MakeFigure = statistics.draw,
     engine: Engine | None = None,
     limits: Limits = LIMITS,

@@ -24,7 +24,7 @@ def logged(first: int = 0, steps: int = 40, validated: bool = True) -> LoggedRun
 
 def shown(rows: list[ModelRow]) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(model_table.listing(rows))
+    console.print(model_table.models_table(rows))
     return console.file.getvalue()
 
 

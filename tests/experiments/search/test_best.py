@@ -15,7 +15,7 @@ from experiments.search.test_run import RUN, Played
 from gpt2.config import options, presets
 from gpt2.config import run as run_module
 from gpt2.experiments.pool.job import Job
-from gpt2.experiments.search import best, ownership, report, space, summary, trial
+from gpt2.experiments.search import best, ownership, space, summary, trial, trial_report
 
 
 def trained(folder: Path, job: Job, **parameters: Any) -> None:
@@ -58,7 +58,7 @@ def test_best_overall_is_of_the_best_trial_or_not_there(tmp_path: Path):
     assert ownership.location_of(one.study, found.trial).endswith(
         ":" + str(tmp_path / "two/trial_001")
     )
-    rows = report.trial_rows(one.study, tmp_path / "one")
+    rows = trial_report.trial_rows(one.study, tmp_path / "one")
     assert rows[0].folder == str(tmp_path / "one/trial_000")
     assert rows[1].folder.endswith(":" + str(tmp_path / "two/trial_001"))
     said = summary_of(one)
@@ -100,9 +100,9 @@ def test_there_is_no_summary_of_nothing(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
     assert "Summary" not in summary_of(played)
-    assert not (tmp_path / "search" / report.FOLDER).exists()
+    assert not (tmp_path / "search" / trial_report.FOLDER).exists()
     played.validates(job, 9.0)
-    assert report.COMPARISON in summary_of(played), "it has a curve"
+    assert trial_report.COMPARISON in summary_of(played), "it has a curve"
 
 
 def test_exit_code_1_has_a_reason(tmp_path: Path):
@@ -119,24 +119,24 @@ def test_a_trial_that_ends_elsewhere_at_the_last_moment_counts(tmp_path: Path):
     address = f"sqlite:///{tmp_path}/shared.db"
     one, two = (Played(tmp_path / n, storage=address, n_trials=2) for n in ("one", "two"))
     one.finishes(one.next(), 5.0)
-    job, write = two.next(), report.write
+    job, write = two.next(), trial_report.write
 
     def slow(*args: Any) -> Any:
         two.finishes(job, 4.0)
         return write(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", slow)
+        patch.setattr(trial_report, "write", slow)
         out = Console(file=io.StringIO(), width=200)
         asked = one.source._search
         assert summary.summarize(asked, one.study, one.source, 0, out) == 0
     assert "Ended elsewhere meanwhile: 1 more trial" in out.file.getvalue()  # type: ignore[attr-defined]
 
 
-def rows_of_the_default_space() -> list[report.TrialRow]:
+def rows_of_the_default_space() -> list[trial_report.TrialRow]:
     values = {item.name: (item.choices or (item.low,))[0] for item in space.default(RUN)}
     return [
-        report.TrialRow(n, "COMPLETE", 5.0803 + n, values, {10: 5.0}, 60.0, "folder")
+        trial_report.TrialRow(n, "COMPLETE", 5.0803 + n, values, {10: 5.0}, 60.0, "folder")
         for n in range(6)
     ]
 
@@ -144,7 +144,7 @@ def rows_of_the_default_space() -> list[report.TrialRow]:
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_the_table_keeps_job_and_loss_whole(width: int):
     out = Console(file=io.StringIO(), width=width)
-    out.print(report.listing(rows_of_the_default_space(), out))
+    out.print(trial_report.best_trials_table(rows_of_the_default_space(), out))
     said = out.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= width for line in said.splitlines()) and "…" not in said
     assert "trial_000" in said and "5.0803" in said and "1m 00s" in said
@@ -155,10 +155,13 @@ def test_trials_without_values_are_shown_too(tmp_path: Path):
     """Enqueued or told by hand."""
     played = Played(tmp_path / "search")
     played.study.tell(played.study.ask().number, 1.0)
-    assert len(report.write(report.trial_rows(played.study, tmp_path), tmp_path, None)) == 2
+    assert (
+        len(trial_report.write(trial_report.trial_rows(played.study, tmp_path), tmp_path, None))
+        == 2
+    )
     played.finishes(played.next(), 5.0)
-    rows = report.trial_rows(played.study, tmp_path / "search")
-    written = report.write(rows, tmp_path / "search", None)
+    rows = trial_report.trial_rows(played.study, tmp_path / "search")
+    written = trial_report.write(rows, tmp_path / "search", None)
     assert len(written) == 4
     top = list(csv.DictReader(written[0].read_text().splitlines()))
     assert [bool(row["learning_rate"]) for row in top] == [False, True]
@@ -169,7 +172,7 @@ def test_the_time_of_a_trial_is_that_of_its_steps(tmp_path: Path):
     job = played.next()
     played.validates(job, 5.0)
     played.tell(job, "finished", result={"train_s": 77.0})
-    assert report.trial_rows(played.study, tmp_path)[0].took_s == 77.0
+    assert trial_report.trial_rows(played.study, tmp_path)[0].took_s == 77.0
 
 
 def test_the_dashboard_command_can_be_typed(tmp_path: Path):

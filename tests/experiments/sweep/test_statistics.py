@@ -60,7 +60,7 @@ def test_table_has_a_row_per_point():
     summaries = statistics.summarize([{"rate": 0.1}, {"rate": 0.2}], records, "value")
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(statistics.listing(summaries, "value"))
+        console.print(statistics.points_table(summaries, "value"))
     rows = [line.split() for line in captured.get().splitlines() if line.strip()]
     assert rows[-2] == ["0.1", "3", "-", "0.0100", "0.0100", "-0.0148", "to", "0.0348"]
     assert rows[-1] == ["0.2", "0", "-", "-", "-", "-"]

@@ -76,7 +76,7 @@ def best(rows: Sequence[ModelRow]) -> ModelRow | None:
     return None
 
 
-def listing(rows: Sequence[ModelRow]) -> Table:
+def models_table(rows: Sequence[ModelRow]) -> Table:
     """The table of models; the best loss is bold and marked with a star."""
     columns = ("train loss", "val loss", "tokens/s", "peak memory", "time")
     built = table("Models", "model", "parameters", *columns)

@@ -114,7 +114,7 @@ def _summarize(comparison: Comparison, store: ResultsStore, console: LoggedConso
     if not rows:
         return
     console.print("")
-    console.print(model_table.listing(rows))
+    console.print(model_table.models_table(rows))
     store.save(summary=[asdict(row) for row in rows])
     written = [str(folder / results.RESULTS_FILE), TABLE]
     try:

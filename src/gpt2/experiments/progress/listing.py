@@ -37,7 +37,7 @@ MAX_SUGGESTIONS = 8
 
 
 @dataclass(frozen=True)
-class Experiment:
+class StoredExperiment:
     """An experiment, read from its folder."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Experiment:
         return max(file.stat().st_mtime for file in files if file.exists())
 
 
-def find(folder: Path) -> Experiment | None:
+def find(folder: Path) -> StoredExperiment | None:
     """The experiment in `folder`, or None if there is none; raises CheckpointError if its files
     cannot be read."""
     description = results.read_description(folder)
@@ -85,7 +85,7 @@ def find(folder: Path) -> Experiment | None:
         return None
     by_job = {result.job: result for result in results.read_results(folder)}
     current = state.read(folder)
-    return Experiment(folder, description, current, by_job, _state_name(folder, current))
+    return StoredExperiment(folder, description, current, by_job, _state_name(folder, current))
 
 
 def _state_name(folder: Path, current: ExperimentState | None) -> str:
@@ -99,7 +99,7 @@ def _state_name(folder: Path, current: ExperimentState | None) -> str:
     return current.state if current.is_over or elsewhere else "dead"
 
 
-def require(folder: Path) -> Experiment:
+def require(folder: Path) -> StoredExperiment:
     """The experiment in `folder`; raises CheckpointError, which lists those nearby."""
     if found := find(folder):
         return found
@@ -113,7 +113,7 @@ def require(folder: Path) -> Experiment:
     raise CheckpointError(f"no experiment or training in {folder}; {there}")
 
 
-def below(root: Path) -> list[Experiment]:
+def below(root: Path) -> list[StoredExperiment]:
     """The experiments in `root` and its subfolders."""
     found = []
     for folder in _folders(root):
@@ -157,7 +157,7 @@ def print_list(root: Path, out: Console) -> None:
     out.print(fitted(f"Experiments in {root}", columns, cells, out.width, "folder", least=30))
 
 
-def _experiment_row(item: Experiment) -> list[str | Text]:
+def _experiment_row(item: StoredExperiment) -> list[str | Text]:
     failed = Text(f"{item.failed:,}", style="red" if item.failed else "")
     done = f"{item.done:,} of {item.description.total:,}"
     return [str(item.folder), _styled(item.state), done, failed, item.description.kind]
@@ -172,7 +172,7 @@ def _styled(name: str) -> Text:
     return Text(name, style=STYLES.get(name, ""))
 
 
-def print_experiment(item: Experiment, out: Console, last: int | None) -> None:
+def print_experiment(item: StoredExperiment, out: Console, last: int | None) -> None:
     """Prints the state of an experiment, its slots, the newest `last` jobs and why jobs failed."""
     out.print(f"{item.folder}: {one_line(item.description.kind)}, {item.state}", soft_wrap=True)
     now = item.current
@@ -198,7 +198,7 @@ def print_experiment(item: Experiment, out: Console, last: int | None) -> None:
     _print_failure_reasons(item, out)
 
 
-def _jobs_table(item: Experiment, width: int, last: int | None) -> Table:
+def _jobs_table(item: StoredExperiment, width: int, last: int | None) -> Table:
     """The newest `last` jobs that have ended, in this order, and those that are running."""
     ended = [*item.results.values()]
     shown = ended[-last:] if last else ended
@@ -270,7 +270,7 @@ def _cell(value: Any) -> str:
     return figure(value) if is_finite_number(value) else f"{value}"
 
 
-def _print_failure_reasons(item: Experiment, out: Console) -> None:
+def _print_failure_reasons(item: StoredExperiment, out: Console) -> None:
     """Prints why jobs failed, a line each."""
     for result in item.failures[-MAX_REASONS:]:
         words = f"{result.job}: {one_line(result.reason)}"
@@ -285,7 +285,7 @@ def _print_failure_reasons(item: Experiment, out: Console) -> None:
         )
 
 
-def print_failures(item: Experiment, out: Console, last: int | None) -> None:
+def print_failures(item: StoredExperiment, out: Console, last: int | None) -> None:
     """Prints the newest `last` failures, with the tracebacks of jobs that raised an exception."""
     if not item.failures:
         out.print(f"No job of {item.folder} has failed")
@@ -298,7 +298,7 @@ def print_failures(item: Experiment, out: Console, last: int | None) -> None:
             out.print(f"  {line}", soft_wrap=True)
 
 
-def summary_json(item: Experiment) -> dict[str, Any]:
+def summary_json(item: StoredExperiment) -> dict[str, Any]:
     """State and counts, as `gpt2 experiments list --json` prints them."""
     return {
         "folder": str(item.folder),
@@ -311,7 +311,7 @@ def summary_json(item: Experiment) -> dict[str, Any]:
     }
 
 
-def full_json(item: Experiment) -> dict[str, Any]:
+def full_json(item: StoredExperiment) -> dict[str, Any]:
     """The summary with state and jobs, as `gpt2 experiments show --json` prints it."""
     return {
         **summary_json(item),

@@ -75,7 +75,7 @@ class SlotState:
 
 
 @dataclass(frozen=True)
-class Failure:
+class JobFailure:
     """A job that has used up its attempts."""
 
     job: str
@@ -97,7 +97,7 @@ class ExperimentState:
     failed: int = 0
     retried: int = 0
     """attempts that were lost and started again"""
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[JobFailure, ...] = ()
     state: StateName = "running"
     reason: str = ""
     """what stopping means for the running jobs"""
@@ -194,7 +194,7 @@ def updated(state: ExperimentState, event: Event, now: float) -> ExperimentState
     if event.kind in ("finished", "pruned", "failed", "retried"):
         changes[event.kind] = getattr(state, event.kind) + 1
     if event.kind == "failed" and event.job is not None:
-        failure = Failure(event.job.name, event.slot.name, event.reason)
+        failure = JobFailure(event.job.name, event.slot.name, event.reason)
         changes["failures"] = (*state.failures, failure)[-KEPT_FAILURES:]
     return replace(state, **changes)
 
@@ -257,7 +257,9 @@ def read(folder: Path) -> ExperimentState | None:
         return None
     try:
         content["slots"] = tuple(from_json(SlotState, item, path) for item in content.pop("places"))
-        content["failures"] = tuple(from_json(Failure, item, path) for item in content["failures"])
+        content["failures"] = tuple(
+            from_json(JobFailure, item, path) for item in content["failures"]
+        )
         return from_json(ExperimentState, content, path)
     except (TypeError, LookupError, AttributeError):  # other JSON
         return None

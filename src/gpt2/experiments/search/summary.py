@@ -10,7 +10,7 @@ from rich.console import Console
 
 from gpt2.base.errors import UserError
 from gpt2.base.text import counted
-from gpt2.experiments.search import best, ownership, report, study, trial
+from gpt2.experiments.search import best, ownership, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
 
@@ -24,9 +24,9 @@ def summarize(
 
     `signal_number` is that of the signal that stopped the search, or 0.
     """
-    rows = source.retry(lambda: report.trial_rows(optuna_study, search.folder))
+    rows = source.retry(lambda: trial_report.trial_rows(optuna_study, search.folder))
     if any(row.value is not None for row in rows):
-        out.print(report.listing(rows, out))
+        out.print(trial_report.best_trials_table(rows, out))
     for row in rows:
         if row.state == "FAIL" and row.reason:
             out.print(f"FAILED {trial.name_of(row.number)}: {row.reason}", style="red")
@@ -34,9 +34,9 @@ def summarize(
     try:
         found = source.retry(lambda: best.export(optuna_study, search.folder))
         if any(row.is_reportable for row in rows):
-            written = report.write(rows, search.folder, found.command if found else None)
+            written = trial_report.write(rows, search.folder, found.command if found else None)
             names = ", ".join(path.name for path in written)
-            out.print(f"Summary: {search.folder / report.FOLDER} ({names})")
+            out.print(f"Summary: {search.folder / trial_report.FOLDER} ({names})")
     except (OSError, UserError) as error:
         logger.warning("the summary could not be written completely: %s", error)
     if found and found.command:

@@ -29,7 +29,7 @@ from gpt2.base.errors import ConfigError, UserError
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import JobResult, ResultsStore
-from gpt2.experiments.search import best, outcome, ownership, report, space, study, trial
+from gpt2.experiments.search import best, outcome, ownership, space, study, trial, trial_report
 from gpt2.experiments.search.ownership import OWNER
 from gpt2.experiments.search.spec import Search
 from gpt2.train.report import Answer
@@ -214,7 +214,7 @@ class TrialSource:
         used = outcome.option_values(run_config, search.space)
         for option, value in used.items():
             if value != drawn[option]:
-                self._set_attribute(started, f"{report.USED}{option}", value)
+                self._set_attribute(started, f"{trial_report.USED}{option}", value)
         losses = dict(interrupted.intermediate_values) if interrupted else {}
         ending = interrupted.user_attrs.get(ENDING, "") if interrupted else ""
         self._running[name] = RunningTrial(started, run_config, losses, ending)
@@ -321,14 +321,14 @@ class TrialSource:
         """Stores `result` with the state, the values and the losses that the study has."""
         names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}
         name: Any = names.get(item.state, "failed")
-        returned = {"val_loss": report.lowest_loss(item), **item.user_attrs.get(RESULT, {})}
+        returned = {"val_loss": trial_report.lowest_loss(item), **item.user_attrs.get(RESULT, {})}
         if name == "finished":
             returned["val_loss"] = item.value
         self._store.add(
             replace(
                 result,
                 state=name,
-                values=report.used_values(item),
+                values=trial_report.used_values(item),
                 result=returned,
                 reason=item.user_attrs.get(REASON, result.reason),
             )

@@ -112,7 +112,7 @@ def _summarize(point: Point, results: list[JobResult], metric: str) -> PointSumm
     )
 
 
-def listing(summaries: Sequence[PointSummary], metric: str) -> Table:
+def points_table(summaries: Sequence[PointSummary], metric: str) -> Table:
     """The table of points: a column for each name of the grid, and statistics of the metric."""
     names = list(summaries[0].point)
     built = table(f"{metric} over seeds", *names, "seeds", "failed", "mean", "std", "95 % interval")

@@ -110,7 +110,7 @@ class Sweep:
     folder: Path = Path("checkpoints/seeds")
     log_dir: Path = Path("logs")
     save_every_s: float = 1800.0
-    listing: MakeTable = statistics.listing
+    listing: MakeTable = statistics.points_table
     draw: MakeFigure = statistics.draw
 
     def __post_init__(self) -> None:

@@ -87,7 +87,7 @@ def trial_rows(study: Study, folder: Path) -> list[TrialRow]:
             item.value if item.state == TrialState.COMPLETE else lowest_loss(item),
             used_values(item),
             dict(sorted(item.intermediate_values.items())),
-            _took_s(item),
+            _train_s(item),
             _folder(study, item, folder),
             item.user_attrs.get("reason", ""),
         )
@@ -95,7 +95,7 @@ def trial_rows(study: Study, folder: Path) -> list[TrialRow]:
     ]
 
 
-def _took_s(item: FrozenTrial) -> float | None:
+def _train_s(item: FrozenTrial) -> float | None:
     took_s: float | None = item.user_attrs.get("result", {}).get("train_s")
     if took_s is None and item.duration is not None:
         return item.duration.total_seconds()
@@ -109,9 +109,9 @@ def _folder(study: Study, item: FrozenTrial, folder: Path) -> str:
     return ownership.location_of(study, item)
 
 
-def names_of(found: Sequence[TrialRow]) -> list[str]:
+def option_names(rows: Sequence[TrialRow]) -> list[str]:
     """The options for which at least one trial has a value."""
-    return list(dict.fromkeys(name for row in found for name in row.values))
+    return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
 def lowest_loss(item: FrozenTrial) -> float | None:
@@ -119,22 +119,22 @@ def lowest_loss(item: FrozenTrial) -> float | None:
     return min(item.intermediate_values.values(), default=None)
 
 
-def top(found: Sequence[TrialRow], count: int = BEST) -> list[TrialRow]:
+def top(rows: Sequence[TrialRow], count: int = BEST) -> list[TrialRow]:
     """The finished trials with the lowest losses, the best first."""
-    finished = [row for row in found if row.state == "COMPLETE" and row.value is not None]
+    finished = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     return sorted(finished, key=lambda row: (row.value, row.number))[:count]
 
 
-def listing(found: Sequence[TrialRow], out: Console) -> Table:
+def best_trials_table(rows: Sequence[TrialRow], out: Console) -> Table:
     """The table of the best trials, with a column for each option, or a single one for all options
     if the console is too narrow."""
-    names = names_of(found)
-    ended = {word: sum(row.state == word for row in found) for word in ("COMPLETE", "PRUNED")}
+    names = option_names(rows)
+    ended = {word: sum(row.state == word for row in rows) for word in ("COMPLETE", "PRUNED")}
     title = f"The best of {ended['COMPLETE']} finished and {ended['PRUNED']} pruned trials"
     built = table(title, "job", "val loss", *names, "time")
     narrow = table(title, "job", "val loss", "time", "values")
     narrow.columns[-1].no_wrap, narrow.columns[-1].justify = False, "left"
-    for row in top(found):
+    for row in top(rows):
         took = "-" if row.took_s is None else duration(row.took_s)
         values = [cell(row.values.get(name)) for name in names]
         beginning = (trial.name_of(row.number), f"{row.value:.4f}")
@@ -152,45 +152,45 @@ def cell(value: Any) -> str:
     return figure(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def write(found: Sequence[TrialRow], folder: Path, command: str | None) -> list[Path]:
+def write(rows: Sequence[TrialRow], folder: Path, command: str | None) -> list[Path]:
     """Writes the report to `summary` in `folder`; returns its files.
 
     Raises ConfigError or OSError if a file cannot be written.
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    _write_csv(top(found), target / TOP)
+    _write_csv(top(rows), target / TOP)
     written = [target / TOP]
-    if any(row.losses for row in found):
-        plot.write(lambda: draw_comparison(found), target / COMPARISON)
+    if any(row.losses for row in rows):
+        plot.write(lambda: draw_comparison(rows), target / COMPARISON)
         written.append(target / COMPARISON)
-    if any(row.value is not None and row.values for row in found):
-        plot.write(lambda: draw_relationships(found), target / RELATIONSHIPS)
+    if any(row.value is not None and row.values for row in rows):
+        plot.write(lambda: draw_relationships(rows), target / RELATIONSHIPS)
         written.append(target / RELATIONSHIPS)
     pictures = [path for path in written if path.suffix == ".png"]
-    atomic_files.write_text(target / PAGE, html_page(found, folder.name, command, pictures))
+    atomic_files.write_text(target / PAGE, html_page(rows, folder.name, command, pictures))
     return [*written, target / PAGE]
 
 
-def _write_csv(found: Sequence[TrialRow], path: Path) -> None:
+def _write_csv(rows: Sequence[TrialRow], path: Path) -> None:
     text = io.StringIO()
-    names = names_of(found)
+    names = option_names(rows)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "trial", "val_loss", *names, "seconds", "folder"])
-    for rank, row in enumerate(found, 1):
+    for rank, row in enumerate(rows, 1):
         values = [row.values.get(name) for name in names]
         writer.writerow([rank, row.number, row.value, *values, row.took_s, row.folder])
     atomic_files.write_text(path, text.getvalue())
 
 
-def draw_comparison(found: Sequence[TrialRow]) -> Figure:
+def draw_comparison(rows: Sequence[TrialRow]) -> Figure:
     """Validation curves of all trials, and the lowest loss so far over the trials."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     curves, progress = figure.subplots(1, 2)
-    best = {row.number for row in top(found, 1)}
-    for row in sorted(found, key=lambda row: row.number in best):
+    best = {row.number for row in top(rows, 1)}
+    for row in sorted(rows, key=lambda row: row.number in best):
         color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
         alpha = 1.0 if row.number in best else 0.55
         marker = "o" if len(row.losses) <= plot.MARKED else None
@@ -198,16 +198,16 @@ def draw_comparison(found: Sequence[TrialRow]) -> Figure:
         curves.plot(list(row.losses), list(row.losses.values()), markersize=3, **style)
     curves.set_title("validation loss of each trial", loc="left")
     curves.set_xlabel("step")
-    _draw_progress(progress, found)
-    _add_legend(figure, found)
+    _draw_progress(progress, rows)
+    _add_legend(figure, rows)
     return figure
 
 
-def _draw_progress(axes: Axes, found: Sequence[TrialRow]) -> None:
+def _draw_progress(axes: Axes, rows: Sequence[TrialRow]) -> None:
     """The loss of each trial by its number, and the lowest loss so far."""
     from matplotlib.ticker import MaxNLocator
 
-    ended = [row for row in found if row.value is not None]
+    ended = [row for row in rows if row.value is not None]
     for state, color in (("PRUNED", GREY), ("COMPLETE", BLUE)):
         shown = {row.number: row.value or math.nan for row in ended if row.state == state}
         axes.scatter(list(shown), list(shown.values()), s=22, color=color)
@@ -224,10 +224,10 @@ def _draw_progress(axes: Axes, found: Sequence[TrialRow]) -> None:
     axes.set_xlabel("trial")
 
 
-def _add_legend(figure: Figure, found: Sequence[TrialRow]) -> None:
+def _add_legend(figure: Figure, rows: Sequence[TrialRow]) -> None:
     from matplotlib.lines import Line2D
 
-    counts = {state: sum(row.state == state for row in found) for state in ("COMPLETE", "PRUNED")}
+    counts = {state: sum(row.state == state for row in rows) for state in ("COMPLETE", "PRUNED")}
     names = {
         "best": RED,
         f"finished ({counts['COMPLETE']})": BLUE,
@@ -237,12 +237,12 @@ def _add_legend(figure: Figure, found: Sequence[TrialRow]) -> None:
     figure.legend(handles, list(names), loc="outside upper left", ncols=len(names))
 
 
-def draw_relationships(found: Sequence[TrialRow]) -> Figure:
+def draw_relationships(rows: Sequence[TrialRow]) -> Figure:
     """Validation loss against each searched value."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in found if row.value is not None]
-    names = names_of(shown)
+    shown = [row for row in rows if row.value is not None]
+    names = option_names(shown)
     columns = min(MAX_COLUMNS, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.4 * columns, 0.5 + 2.9 * lines), layout="constrained")
@@ -281,7 +281,7 @@ def _draw_relationship(axes: Axes, name: str, shown: Sequence[TrialRow]) -> None
 
 
 def html_page(
-    found: Sequence[TrialRow], title: str, command: str | None, pictures: Sequence[Path]
+    rows: Sequence[TrialRow], title: str, command: str | None, pictures: Sequence[Path]
 ) -> str:
     """A self-contained page: the pictures are embedded."""
     images = "\n".join(
@@ -289,9 +289,9 @@ def html_page(
         f'{base64.b64encode(path.read_bytes()).decode()}">'
         for path in pictures
     )
-    names = names_of(found)
+    names = option_names(rows)
     head = "".join(f"<th>{html.escape(name)}" for name in ("trial", "state", "val loss", *names))
-    order = [*top(found, len(found)), *(row for row in found if row.state != "COMPLETE")]
+    order = [*top(rows, len(rows)), *(row for row in rows if row.state != "COMPLETE")]
     body = "\n".join(f"<tr>{_cells(row, names)}" for row in order)
     shown = (
         f"<h2>Command that trains the best trial in full</h2><pre>{html.escape(command)}</pre>"
