@@ -77,8 +77,8 @@ def test_models_of_other_tools(trained: Path, data_root: Path, tmp_path: Path, m
     monkeypatch.setattr(hellaswag, "evaluate", None)  # what cannot be done is known before that
     assert evaluate(trained, monkeypatch, theirs, *model) == 2
     assert "name shards with --data_root" in capsys.readouterr().err
-    far = ("--tasks", "val", "--limit", "3", "--data_root", f"file://{data_root}")
-    assert evaluate(trained, monkeypatch, theirs, *model, *far) == 0
+    remote = ("--tasks", "val", "--limit", "3", "--data_root", f"file://{data_root}")
+    assert evaluate(trained, monkeypatch, theirs, *model, *remote) == 0
     assert results(theirs)["val"]["of"] == "3 rows"
 
 

@@ -159,7 +159,7 @@ def test_runs_that_start_together_wait_for_one_preparation(tmp_path: Path, caplo
 
 def test_a_text_on_which_the_regular_expression_fails(tmp_path: Path):
     text = "before\n" + "\n" * 1_000_000 + "after"
-    tokens, lengths = prepare._encode([text])
+    tokens, lengths = prepare.encode_texts([text])
     assert lengths.tolist() == [len(tokens)]
     assert tokenizer.decode(tokens[1:].tolist()) == text
 
@@ -250,11 +250,11 @@ class Killed(BaseException):
 
 
 def in_this_process(documents, workers: int):
-    """As `_tokenised`, without processes; the document "kill" raises Killed."""
+    """As `tokenised_batches`, without processes; the document "kill" raises Killed."""
     while part := list(itertools.islice(documents, workers)):
         if any(document.text == "kill" for document in part):
             raise Killed
-        yield prepare.Batch(part, *prepare._encode([document.text for document in part]))
+        yield prepare.Batch(part, *prepare.encode_texts([document.text for document in part]))
 
 
 @settings(max_examples=60)
@@ -291,7 +291,7 @@ def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataO
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_tokenised", in_this_process)
+        patch.setattr(prepare, "tokenised_batches", in_this_process)
         at_once = prepared(Path(root, "one"))
         assert prepared(Path(root, "other"), *kills) == at_once
         if "manifest.json" in at_once:

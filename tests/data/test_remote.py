@@ -147,7 +147,7 @@ def test_a_damaged_copy_is_downloaded_again(downloads: list[str], tmp_path: Path
 
 
 def test_downloads_are_tried_again_when_the_network_fails(
-    downloads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    downloads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ):
     get_file, failures = MemoryFileSystem.get_file, [ConnectionError("reset"), TimeoutError()]
 
@@ -161,7 +161,22 @@ def test_downloads_are_tried_again_when_the_network_fails(
     dataset = open_train(remote_index(tmp_path))
     dataset.read(np.array([[0, 0]]))
     assert not failures
-    assert downloads == [dataset.shards[0].file]
+    file = dataset.shards[0].file
+    assert downloads == [file]
+    assert caplog.messages == [
+        f"{URL}/{file} could not be downloaded ({reason}); trying again in 0.01 s"
+        for reason in ("TimeoutError", "ConnectionError: reset")
+    ]
+
+
+def test_a_bug_in_a_check_is_not_taken_for_a_failed_download(
+    memory: MemoryFileSystem, tmp_path: Path
+):
+    copy = ShardCache(tmp_path / "cache").copy(
+        Storage(URL), "manifest.json", 10, lambda path: path.no_such_attribute
+    )
+    with pytest.raises(AttributeError, match="no_such_attribute"), copy:
+        pass
 
 
 def test_a_damaged_remote_file_is_named(memory: MemoryFileSystem, tmp_path: Path):
@@ -238,7 +253,7 @@ def test_a_shard_in_use_is_not_removed(downloads: list[str], tmp_path: Path):
         dataset.read(np.array([[shard, 0]]))
     assert len(downloads) == 5
     held = sum(path.stat().st_size for path in copies(tmp_path))
-    ShardCache(tmp_path / "cache", held)._make_room(held)
+    ShardCache(tmp_path / "cache", held).make_room(held)
     kept = {path.stat().st_size for path in copies(tmp_path)}
     assert len(copies(tmp_path)) == 3  # the ones that are open
     assert dataset.shards[0].bytes in kept

@@ -223,6 +223,7 @@ def test_formats_of_other_programs(tmp_path: Path, write, names):
             "expected version 1 of llm.c's format, got 2",
         ),
         (lambda path: path.write_bytes(np.int32(20240520).tobytes()), "its header is incomplete"),
+        (lambda path: path.write_bytes(np.int32([20240520, 1]).tobytes()[:6]), "its header is inc"),
         (lambda path: path.write_bytes(b"odd"), "3 bytes are not a whole number of uint16"),
         (lambda path: path.write_bytes(b""), "0 bytes are not a whole number"),
     ],

@@ -62,9 +62,11 @@ def record_portions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The steps whose data each loader reads that is created from now on."""
     portions: list[list[int]] = []
 
-    def recording(shards: object, line: object, steps: Iterable[int], **options: object) -> Loader:
+    def recording(
+        dataset: object, sampler: object, steps: Iterable[int], **options: object
+    ) -> Loader:
         portions.append(list(steps))
-        return Loader(shards, line, portions[-1], **options)
+        return Loader(dataset, sampler, portions[-1], **options)
 
     monkeypatch.setattr(trainer, "Loader", recording)
     return portions

@@ -109,7 +109,7 @@ class ShardCache:
             wait = _Wait("another download to finish")
             while not _try_lock(lock, fcntl.LOCK_EX):
                 wait.pause()
-            self._make_room(size)
+            self.make_room(size)
             storage.fetch(name, part)
             reason = check(part)
             if reason is None:
@@ -118,7 +118,7 @@ class ShardCache:
                 os.replace(part, path)
             return reason
 
-    def _make_room(self, size: int) -> None:
+    def make_room(self, size: int) -> None:
         """Removes the least recently used copies until `size` more bytes fit."""
         if self.limit_bytes is None:
             return

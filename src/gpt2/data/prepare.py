@@ -206,7 +206,7 @@ def _write(
     limit = recipe.max_tokens
     with _progress_bar(console) as bar:
         task = bar.add_task(corpus.name, total=corpus.count(), speed="")
-        for batch in _tokenised(corpus.documents(position.counts.documents), workers):
+        for batch in tokenised_batches(corpus.documents(position.counts.documents), workers):
             tokens = batch.tokens[position.offset :]
             if limit is not None:
                 tokens = tokens[: limit - writer.written]
@@ -397,7 +397,7 @@ class _ShardWriter:
 # Tokenisation
 
 
-def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
+def tokenised_batches(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
     """Tokens of batches of documents, in the order of the documents."""
     context = multiprocessing.get_context(
         "spawn"
@@ -410,7 +410,7 @@ def _tokenised(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
         for documents_of_batch in _batches(documents):
             texts = [document.text for document in documents_of_batch]
             with _interrupts_blocked():
-                waiting.append((documents_of_batch, pool.submit(_encode, texts)))
+                waiting.append((documents_of_batch, pool.submit(encode_texts, texts)))
             if len(waiting) > BATCHES_PER_WORKER * workers:
                 first, future = waiting.popleft()
                 yield Batch(first, *future.result())
@@ -440,7 +440,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
+def encode_texts(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
     """The tokens of all texts, each after an <|endoftext|>, and their numbers of tokens."""
     encoding = tokenizer.load()
     separator = np.array([tokenizer.END_OF_TEXT], dtype=np.uint32)
