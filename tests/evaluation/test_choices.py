@@ -21,7 +21,9 @@ FULL = torch.autocast("cpu", enabled=False)
 def build(architecture: str = "gpt2") -> LanguageModel:
     torch.manual_seed(3)
     built = model.build(replace(CONFIG, architecture=architecture))
-    for part in built.parameters():  # far from its beginning, where every token is alike
+    for (
+        part
+    ) in built.parameters():  # far from the initial weights, which make all tokens equally likely
         part.data += 0.3 * torch.randn_like(part)
     return built
 
@@ -43,19 +45,19 @@ def random_questions(count: int, longest: int = 18) -> list[Question]:
 
 @torch.no_grad()
 def one_by_one(net: LanguageModel, question: Question) -> list[float]:
-    """Each ending behind its text, one row at a time."""
+    """The loss of each ending after its context, one forward pass each."""
     losses = []
     for ending in question.endings:
         whole = torch.tensor([*question.context, *ending])[-CONFIG.block_size - 1 :]
-        told = min(len(ending), len(whole) - 1)
-        logits = net.logits(whole[None, :-1])[0, -told:, : tokenizer.VOCAB_SIZE]
-        losses.append(float(F.cross_entropy(logits, whole[-told:], reduction="sum")))
+        count = min(len(ending), len(whole) - 1)
+        logits = net.logits(whole[None, :-1])[0, -count:, : tokenizer.VOCAB_SIZE]
+        losses.append(float(F.cross_entropy(logits, whole[-count:], reduction="sum")))
     return losses
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
-def test_a_packed_row_gives_what_each_ending_gives_alone(architecture: str, batch_tokens: int):
+def test_packed_endings_have_the_losses_of_each_ending_alone(architecture: str, batch_tokens: int):
     net = build(architecture)
     questions = random_questions(12)
     expected = [one_by_one(net, question) for question in questions]
@@ -66,7 +68,9 @@ def test_a_packed_row_gives_what_each_ending_gives_alone(architecture: str, batc
     assert len({round(loss, 3) for row in losses for loss in row}) == 48
 
 
-def test_little_padding_and_no_more_than_asked(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+def test_little_padding_and_no_more_tokens_than_the_limit(
+    net: LanguageModel, monkeypatch: pytest.MonkeyPatch
+):
     batches = []
     features = GPT2.features
     monkeypatch.setattr(
@@ -79,17 +83,19 @@ def test_little_padding_and_no_more_than_asked(net: LanguageModel, monkeypatch: 
     for tokens_BT, positions_BT, _ in batches:
         assert tokens_BT.numel() <= 150
         padding_B = (positions_BT[:, 1:] == 0).sum(1)
-        assert padding_B.max() <= (1 - choices.ALIKE) * tokens_BT.size(1)
+        assert padding_B.max() <= (1 - choices.MIN_LENGTH_RATIO) * tokens_BT.size(1)
 
 
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])
-def test_texts_past_the_context_lose_their_beginning(net: LanguageModel, context: int, ending: int):
+def test_texts_longer_than_the_context_are_cut_at_the_beginning(
+    net: LanguageModel, context: int, ending: int
+):
     question = Question(tuple(range(context)), (tuple(range(100, 100 + ending)), (7,)))
     (losses,) = ending_losses(net, [question], ALONE, FULL)
     assert losses == pytest.approx(one_by_one(net, question), rel=1e-5)
 
 
-def test_the_chance_of_padded_ids_is_not_counted(net: LanguageModel):
+def test_padded_ids_get_no_probability(net: LanguageModel):
     question = Question((1, 2), ((3,),))
     (((before,),)) = ending_losses(net, [question], ALONE, FULL)
     louder = model.build(CONFIG)
@@ -107,11 +113,13 @@ def test_dropout_is_off_and_the_mode_is_as_before():
 
 
 def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
-    """The sum over the parts of three ranks is bit for bit what one rank finds."""
+    """The sum over three ranks is bit-identical to the result of one rank."""
     questions = random_questions(7)
     parts = []
-    monkeypatch.setattr(distributed.World, "sum", lambda _, tensor: parts.append(tensor) or tensor)
-    monkeypatch.setattr(distributed.World, "highest", lambda _, value: value)
+    monkeypatch.setattr(
+        distributed.World, "all_reduce_sum", lambda _, tensor: parts.append(tensor) or tensor
+    )
+    monkeypatch.setattr(distributed.World, "all_reduce_max", lambda _, value: value)
     for rank in range(3):
         world = distributed.World(rank, 3, torch.device("cpu"))
         ending_losses(net, questions, world, FULL, batch_tokens=100)
@@ -120,10 +128,10 @@ def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyP
     assert sum(parts[:3]).tolist() == [loss for row in whole for loss in row]
 
 
-def test_a_stop_ends_it(net: LanguageModel):
-    asked = iter([0, 0, 15])
+def test_a_stop_ends_the_evaluation(net: LanguageModel):
+    stops = iter([0, 0, 15])
     questions = random_questions(9)
-    losses = ending_losses(net, questions, ALONE, FULL, batch_tokens=1, stop=lambda: next(asked))
+    losses = ending_losses(net, questions, ALONE, FULL, batch_tokens=1, stop=lambda: next(stops))
     assert losses is None
 
 
@@ -138,7 +146,7 @@ def test_only_the_logits_that_are_needed(net: LanguageModel, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
-def test_logits_in_pieces(net: LanguageModel, monkeypatch: pytest.MonkeyPatch, at_once: int):
+def test_logits_in_parts(net: LanguageModel, monkeypatch: pytest.MonkeyPatch, at_once: int):
     questions = random_questions(4)
     expected = ending_losses(net, questions, ALONE, FULL)
     monkeypatch.setattr(choices, "LOGITS_AT_ONCE", at_once)

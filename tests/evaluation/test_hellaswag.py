@@ -59,7 +59,7 @@ def written(path: Path, items: list[Any]) -> Path:
     return path
 
 
-def pieces(tokens: tuple[int, ...]) -> list[str]:
+def words(tokens: tuple[int, ...]) -> list[str]:
     return [tokenizer.decode([token]) for token in tokens]
 
 
@@ -68,14 +68,14 @@ def texts(task: Task) -> list[str]:
     return [tokenizer.decode([*tokens]) for tokens in (question.context, *question.endings)]
 
 
-def test_completion_takes_the_texts_as_they_are(path: Path):
+def test_completion_keeps_the_texts_as_they_are(path: Path):
     tasks = hellaswag.load(path)
     assert [task.label for task in tasks] == [1, 0, 0, 0, 2, 3, 1, 2]
     first = tasks[0]
-    assert pieces(first.question.context) == [
+    assert words(first.question.context) == [
         *("A", " cook", " holds", " dough", ".", " then", " Anna")
     ]
-    assert pieces(first.question.endings[1]) == [" folds", " the", " dough", " twice", "."]
+    assert words(first.question.endings[1]) == [" folds", " the", " dough", " twice", "."]
     assert first.lengths == (2, 5, 4, 3)  # tokens
     assert texts(tasks[1]) == [
         "[header] How to water ferns [title] Use soft water. [step] Ferns dislike lime.",
@@ -90,11 +90,11 @@ def test_harness_cleans_the_texts(path: Path):
     tasks = hellaswag.load(path, style="harness")
     assert [task.label for task in tasks] == [1, 0, 0, 0, 2, 3, 1, 2]
     first = tasks[0]
-    assert pieces(first.question.context) == [
+    assert words(first.question.context) == [
         *("B", "aking", " bread", ":", " A", " cook", " holds", " dough", "."),
         *(" Then", " ann", "a"),  # str.capitalize makes the rest small
     ]
-    assert pieces(first.question.endings[1]) == [" folds", " the", " dough", " twice", "."]
+    assert words(first.question.endings[1]) == [" folds", " the", " dough", " twice", "."]
     assert first.lengths == (6, 22, 13, 8)  # characters, without the space before
     assert texts(tasks[1]) == [
         "Home and Garden: How to water ferns. Use soft water. Ferns dislike lime.",
@@ -108,8 +108,8 @@ def test_harness_cleans_the_texts(path: Path):
 
 def test_harness_moves_spaces_at_the_end_of_a_text_to_the_endings(path: Path):
     question = hellaswag.load(path, style="harness")[2].question
-    assert pieces(question.context) == ["Making", " coffee", ":", " He", " takes", " beans", "."]
-    assert pieces(question.endings[0]) == [" ", " He", " waits", "."]
+    assert words(question.context) == ["Making", " coffee", ":", " He", " takes", " beans", "."]
+    assert words(question.endings[0]) == [" ", " He", " waits", "."]
 
 
 def test_harness_counts_characters_not_bytes(path: Path):
@@ -118,11 +118,11 @@ def test_harness_counts_characters_not_bytes(path: Path):
     assert texts(task)[1] == " et sert un café ☕."
 
 
-def test_an_ending_of_marks_alone_has_no_mean(path: Path):
+def test_an_ending_of_markup_alone_has_no_mean(path: Path):
     """The harness divides its log-likelihood by 0, which gives minus infinity."""
     task = hellaswag.load(path, style="harness")[4]
     assert task.lengths[0] == 0
-    assert pieces(task.question.endings[0]) == [" "]
+    assert words(task.question.endings[0]) == [" "]
     assert hellaswag.choose(task, [1.0, 50.0, 40.0, 90.0]) == Choice(by_sum=0, by_mean=1)
 
 
@@ -151,7 +151,7 @@ def test_evaluate(path: Path, monkeypatch: pytest.MonkeyPatch):
     assert hellaswag.evaluate(net, tasks, alone, full, stop=lambda: 15) is None
 
 
-def test_a_limit_reads_no_further(path: Path):
+def test_no_line_after_the_limit_is_read(path: Path):
     with path.open("a") as file:
         file.write("{broken\n")
     assert len(hellaswag.load(path, 3)) == 3
@@ -169,23 +169,26 @@ def without(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
-        (without("ctx_b"), "not a task with activity_label, ctx, ctx_a, ctx_b, endings, label"),
-        ([1, 2], "not a task with"),
-        (ITEMS[0] | {"label": "4"}, "label 4 is none of 0 to 3"),
-        (ITEMS[0] | {"label": ""}, "label  is none of 0 to 3"),  # of the test split
-        (ITEMS[0] | {"endings": ENDINGS[:3]}, "not a text and four endings"),
-        (ITEMS[0] | {"endings": 4}, "not a text and four endings"),
-        (ITEMS[0] | {"endings": "four"}, "not a text and four endings"),
-        (ITEMS[0] | {"ctx_a": None}, "not a text and four endings"),
-        (ITEMS[0] | {"endings": [*ENDINGS[:3], " "]}, "its text or an ending is empty"),
-        (ITEMS[0] | {"ctx": ""}, "its text or an ending is empty"),
+        (
+            without("ctx_b"),
+            "expected an object with activity_label, ctx, ctx_a, ctx_b, endings, label",
+        ),
+        ([1, 2], "expected an object with"),
+        (ITEMS[0] | {"label": "4"}, "expected a label from 0 to 3, got 4"),
+        (ITEMS[0] | {"label": ""}, "expected a label from 0 to 3, got "),  # of the test split
+        (ITEMS[0] | {"endings": ENDINGS[:3]}, "expected a text and four endings"),
+        (ITEMS[0] | {"endings": 4}, "expected a text and four endings"),
+        (ITEMS[0] | {"endings": "four"}, "expected a text and four endings"),
+        (ITEMS[0] | {"ctx_a": None}, "expected a text and four endings"),
+        (ITEMS[0] | {"endings": [*ENDINGS[:3], " "]}, "the text or an ending is empty"),
+        (ITEMS[0] | {"ctx": ""}, "the text or an ending is empty"),
     ],
 )
-def test_a_bad_task_is_named_by_its_line(tmp_path: Path, bad: Any, said: str):
+def test_an_invalid_task_is_reported_with_its_line(tmp_path: Path, bad: Any, message: str):
     path = written(tmp_path / "bad.jsonl", [ITEMS[0], bad])
-    assert f"{path}, line 2: {said}" in refusal(path)
+    assert f"{path}, line 2: {message}" in refusal(path)
 
 
 def test_bad_files(path: Path, tmp_path: Path):
@@ -199,19 +202,19 @@ def test_bad_files(path: Path, tmp_path: Path):
     (short := tmp_path / "short.gz").write_bytes(gzip.compress(text)[:-30])
     assert "Compressed file ended" in refusal(short)
     (empty := tmp_path / "empty.jsonl").touch()
-    assert f"{empty} holds no HellaSwag tasks" in refusal(empty)
+    assert f"{empty} contains no HellaSwag tasks" in refusal(empty)
     assert "No such file" in refusal(tmp_path / "missing.jsonl")
     assert "Is a directory" in refusal(tmp_path)
 
 
 def refusal(path: Path) -> str:
-    """The one line that is said about a file."""
+    """The error message for a file, one line."""
     with pytest.raises(DataError) as raised:
         hellaswag.load(path)
-    said = str(raised.value)
-    assert "\n" not in said
-    assert "--hellaswag_path" in said
-    return said
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "--hellaswag_path" in message
+    return message
 
 
 def test_find(path: Path, tmp_path: Path):
@@ -227,7 +230,7 @@ def test_find(path: Path, tmp_path: Path):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that the `datasets` library takes for the data set on the hub."""
+    """A folder that the `datasets` library reads in place of the hub."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -237,7 +240,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_the_hub_is_asked_once(hub: Path, path: Path, tmp_path: Path):
+def test_the_tasks_are_downloaded_once(hub: Path, path: Path, tmp_path: Path):
     written(hub / "train.jsonl", ITEMS[:2])
     validation = written(hub / "validation.jsonl", ITEMS)
     folder = tmp_path / "data" / "hellaswag"
@@ -259,8 +262,8 @@ def test_another_data_set_on_the_hub(hub: Path, tmp_path: Path):
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Known from the name alone; then the library is asked for what it keeps itself, no more: it
-    would try for half a minute."""
+    """If the host name does not resolve, the library looks into its cache only: otherwise it would
+    retry for half a minute."""
 
     def fail(host: str, *_: object) -> None:
         raise socket.gaierror(-2, f"no address of {host}")
@@ -278,6 +281,6 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DataError) as raised:
         hellaswag.load(None, folder=tmp_path)
     assert str(raised.value) == (
-        f"HellaSwag is not in {tmp_path} and cannot be loaded from the Hugging Face hub "
-        "(offline: 1); put hellaswag_val.jsonl there, or name it with --hellaswag_path"
+        f"HellaSwag is not in {tmp_path} and cannot be downloaded from the Hugging Face hub "
+        "(offline: 1); put hellaswag_val.jsonl there, or name a file with --hellaswag_path"
     )

@@ -63,7 +63,7 @@ def test_training_goes_on_where_there_is_no_hellaswag(
 
 def test_a_file_that_was_named_must_be_there(data_root: Path, tmp_path: Path):
     settings = {"hellaswag_interval": 5, "hellaswag_path": tmp_path / "none.jsonl"}
-    with pytest.raises(DataError, match=r"cannot read HellaSwag's tasks from .*none\.jsonl"):
+    with pytest.raises(DataError, match=r"cannot read HellaSwag tasks from .*none\.jsonl"):
         trainer.run(small_config(data_root, tmp_path, **settings))
 
 

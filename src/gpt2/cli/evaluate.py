@@ -30,7 +30,7 @@ from gpt2.data.shards import TokenDataset, load_index
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
-from gpt2.evaluation.baselines import Style
+from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.loss import row_losses
 from gpt2.train.setup import cache_of, require_known_ids
 
@@ -46,7 +46,7 @@ class EvaluateCommand(CommandOptions):
     limit: int | None = None
     """number of HellaSwag tasks, and of rows of the validation split;
     None is all tasks, and as many rows as the run validates on"""
-    style: Style = "completion"
+    style: PromptStyle = "completion"
     """format of HellaSwag: of GPT-2's replications, or of lm-evaluation-harness"""
     hellaswag_path: Path | None = None
     """file of tasks (.jsonl, .jsonl.gz); None downloads them once to data/hellaswag"""

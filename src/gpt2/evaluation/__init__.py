@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation of a model: loss, HellaSwag."""

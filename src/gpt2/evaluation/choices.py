@@ -1,10 +1,11 @@
-"""How likely a model finds each of several endings of a text, computed for many texts at once.
+"""Losses of several endings of a text under a model, computed for many texts at once.
 
-A text and its endings are one row: the text once, every ending behind it, at the positions that it
-would have there, and with a mask that hides the endings from each other. Rows of like length go
-through the model together, and logits are computed only where an ending's token is to be told.
+A context and its endings are packed into one sequence: the context once, then all endings, each at
+the positions that follow the context, with a mask that hides the endings from each other. Sequences
+of similar length form a batch. Logits are computed only where a token of an ending is predicted.
 
-Shapes: B rows, T time, D width, V vocabulary, S places whose logits are needed, E ending tokens.
+Shapes: B sequences, T time, D width, V vocabulary, S positions whose logits are needed, E tokens of
+endings.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,20 +22,20 @@ from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 
 BATCH_TOKENS = 4096
-ALIKE = 0.9
-"""the shortest row of a batch is at least this share of the longest: the rest is padding"""
+MIN_LENGTH_RATIO = 0.9
+"""of the shortest to the longest sequence of a batch: the difference is padding"""
 LOGITS_AT_ONCE = 512
-"""places; float32 logits of 512 take 100 MB"""
-Tokens = tuple[int, ...]
+"""positions; float32 logits of 512 positions take 100 MB"""
+TokenIds = tuple[int, ...]
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a text and of its endings, none of them empty."""
+    """Token ids of a context and of its endings, none of them empty."""
 
-    context: Tokens
-    endings: tuple[Tokens, ...]
+    context: TokenIds
+    endings: tuple[TokenIds, ...]
 
 
 @torch.no_grad()
@@ -47,23 +48,24 @@ def ending_losses(
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[list[float]] | None:
-    """Summed cross entropy in nats of every ending of every question, the same on every rank.
+    """Summed cross entropy in nats of each ending of each question, the same on every rank.
 
-    Ids of the padded vocabulary get no probability. A text that does not fit into the model's
-    context loses its beginning. The ranks share the batches, which do not depend on their number.
-    None if `stop()` was not 0 on some rank before the end; `track` sees the rounds go by.
+    Ids of the padded vocabulary get no probability. A text that is longer than the model's context
+    is cut at its beginning. The ranks share the batches, which do not depend on the number of
+    ranks. Returns None if `stop()` was not 0 on some rank before the end. `track` wraps the loop
+    over rounds of batches, for a progress bar.
     """
     ends = np.cumsum([len(question.endings) for question in questions])
-    rows = list(_rows(questions, model.config.block_size))
-    batches = list(_batches(rows, batch_tokens))
+    sequences = list(_sequences(questions, model.config.block_size))
+    batches = list(_batches(sequences, batch_tokens))
     losses = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
     with evaluating(model):
         for first in track(range(0, len(batches), world.size)):
             if world.all_reduce_max(stop()):
                 return None
             for batch in batches[first + world.rank : first + world.rank + 1]:
-                of, parts = _batch_losses(model, batch, world, autocast)
-                losses.index_add_(0, torch.from_numpy(of), parts)
+                endings, token_losses = _batch_losses(model, batch, world, autocast)
+                losses.index_add_(0, torch.from_numpy(endings), token_losses)
     flat = world.all_reduce_sum(losses.to(world.device)).tolist()
     return [
         flat[end - len(question.endings) : end]
@@ -72,40 +74,41 @@ def ending_losses(
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One text with endings, laid out as a sequence."""
+class _Sequence:
+    """A context and its endings, packed."""
 
     tokens: Integers
     positions: Integers
     segments: Integers
-    """0 for the text, then 1, 2, … for the tokens of each ending"""
+    """0 for tokens of the context, then 1, 2, … for tokens of each ending"""
     sources: Integers
-    """where in the sequence the logits of an ending's token are, for each such token"""
+    """for each token of an ending, the index in the sequence whose logits predict it"""
     targets: Integers
-    """the tokens that are to be told there"""
+    """the tokens of the endings"""
     endings: Integers
-    """the number of the ending, among all of all questions, that they belong to"""
+    """for each of these tokens, the number of its ending among the endings of all questions"""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def _rows(questions: list[Question], block_size: int) -> Iterator[_Row]:
+def _sequences(questions: list[Question], block_size: int) -> Iterator[_Sequence]:
+    """One sequence per question, or one per ending if the question is longer than the context."""
     number = 0
     for question in questions:
         longest = max(map(len, question.endings))
-        if len(question.context) + longest - 1 <= block_size:  # the last token is only told
-            yield _row(question.context, question.endings, number)
+        if len(question.context) + longest - 1 <= block_size:  # the last token is no input
+            yield _pack(question.context, question.endings, number)
         else:
             for offset, ending in enumerate(question.endings):
                 whole = (*question.context, *ending)[-block_size - 1 :]
                 begin = max(1, len(whole) - len(ending))
-                yield _row(whole[:begin], (whole[begin:],), number + offset)
+                yield _pack(whole[:begin], (whole[begin:],), number + offset)
         number += len(question.endings)
 
 
-def _row(context: Tokens, endings: tuple[Tokens, ...], number: int) -> _Row:
-    """A row for endings that are counted from `number`."""
+def _pack(context: TokenIds, endings: tuple[TokenIds, ...], number: int) -> _Sequence:
+    """The sequence of endings whose numbers start at `number`."""
     length = len(context)
     tokens, positions, segments = list(context), list(range(length)), [0] * length
     sources: list[int] = []
@@ -118,59 +121,63 @@ def _row(context: Tokens, endings: tuple[Tokens, ...], number: int) -> _Row:
     targets = [token for ending in endings for token in ending]
     owners = np.repeat(np.arange(number, number + len(endings)), [len(item) for item in endings])
     columns = (tokens, positions, segments, sources, targets, owners)
-    return _Row(*(np.asarray(column, np.int64) for column in columns))
+    return _Sequence(*(np.asarray(column, np.int64) for column in columns))
 
 
-def _batches(rows: list[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """Rows of like length, at most `batch_tokens` with their padding; the longest come first, so
-    that a lack of memory shows at once."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=len, reverse=True):
+def _batches(sequences: list[_Sequence], batch_tokens: int) -> Iterator[list[_Sequence]]:
+    """Sequences of similar length, at most `batch_tokens` with padding. The longest come first, so
+    that lack of memory shows at once."""
+    batch: list[_Sequence] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
         if batch and (
-            (len(batch) + 1) * len(batch[0]) > batch_tokens or len(row) < ALIKE * len(batch[0])
+            (len(batch) + 1) * len(batch[0]) > batch_tokens
+            or len(sequence) < MIN_LENGTH_RATIO * len(batch[0])
         ):
             yield batch
             batch = []
-        batch.append(row)
+        batch.append(sequence)
     if batch:
         yield batch
 
 
 def _batch_losses(
-    model: LanguageModel, batch: list[_Row], world: World, autocast: torch.autocast
+    model: LanguageModel, batch: list[_Sequence], world: World, autocast: torch.autocast
 ) -> tuple[Integers, Tensor]:
-    """The endings whose tokens the batch tells, one entry per token, and the loss of each token."""
+    """For each token of an ending in the batch, the number of its ending and its loss in nats."""
     shape = (len(batch), max(map(len, batch)))
     tokens_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments_BT = np.full(shape, -1)  # nobody looks at padding
-    for line, row in enumerate(batch):
-        tokens_BT[line, : len(row)] = row.tokens
-        positions_BT[line, : len(row)] = row.positions
-        segments_BT[line, : len(row)] = row.segments
-    sources_E = np.concatenate([line * shape[1] + row.sources for line, row in enumerate(batch)])
-    targets_E = np.concatenate([row.targets for row in batch])
-    places_S, place_of_E = np.unique(sources_E, return_inverse=True)
+    segments_BT = np.full(shape, -1)  # of padding: no token attends to it
+    for index, sequence in enumerate(batch):
+        tokens_BT[index, : len(sequence)] = sequence.tokens
+        positions_BT[index, : len(sequence)] = sequence.positions
+        segments_BT[index, : len(sequence)] = sequence.segments
+    sources_E = np.concatenate(
+        [index * shape[1] + sequence.sources for index, sequence in enumerate(batch)]
+    )
+    targets_E = np.concatenate([sequence.targets for sequence in batch])
+    sources_S, source_of_E = np.unique(sources_E, return_inverse=True)
 
-    arrays = (tokens_BT, positions_BT, segments_BT, places_S, place_of_E, targets_E)
-    tokens, positions, segments, places, place_of, targets = world.to_device(
+    arrays = (tokens_BT, positions_BT, segments_BT, sources_S, source_of_E, targets_E)
+    tokens, positions, segments, sources, source_of, targets = world.to_device(
         *map(torch.from_numpy, arrays)
     )
     with autocast:  # not for the logits: bfloat16 has too few digits for near ties
         features_BTD = model.features(tokens, positions, _mask(segments))
-    features_SD = features_BTD.flatten(0, 1)[places].to(model.token_embedding.weight.dtype)
+    features_SD = features_BTD.flatten(0, 1)[sources].to(model.token_embedding.weight.dtype)
     losses_E = torch.empty(len(targets), device=world.device)
-    for begin in range(0, len(places), LOGITS_AT_ONCE):
+    for begin in range(0, len(sources), LOGITS_AT_ONCE):
         logits_SV = model.unembed(features_SD[begin : begin + LOGITS_AT_ONCE])
         logits_SV = logits_SV[:, : tokenizer.VOCAB_SIZE]
-        here = (place_of >= begin) & (place_of < begin + LOGITS_AT_ONCE)
-        at = place_of[here] - begin
+        here = (source_of >= begin) & (source_of < begin + LOGITS_AT_ONCE)
+        at = source_of[here] - begin
         losses_E[here] = logits_SV.logsumexp(1)[at] - logits_SV[at, targets[here]]
-    return np.concatenate([row.endings for row in batch]), losses_E.double().cpu()
+    return np.concatenate([sequence.endings for sequence in batch]), losses_E.double().cpu()
 
 
 def _mask(segments_BT: Tensor) -> Tensor:
-    """(B, T, T): true where the first T may look at the second."""
-    asks_BT1, asked_B1T = segments_BT.unsqueeze(2), segments_BT.unsqueeze(1)
+    """(B, T, T): true where the token of the first T attends to that of the second: earlier tokens
+    of its own ending, and the context."""
+    queries_BT1, keys_B1T = segments_BT.unsqueeze(2), segments_BT.unsqueeze(1)
     length = segments_BT.size(1)
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
-    return causal_TT & ((asked_B1T == asks_BT1) | (asked_B1T == 0))
+    return causal_TT & ((keys_B1T == queries_BT1) | (keys_B1T == 0))

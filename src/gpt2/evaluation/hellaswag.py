@@ -1,12 +1,12 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings goes on with a text?
+"""HellaSwag (Zellers et al. 2019): which of four endings continues a text?
 
-A model chooses the ending that it finds likeliest: by the sum over its tokens (`acc`), or by the
-mean (`acc_norm`), because a sum favours short endings. Two styles of text are in use:
+A model chooses its likeliest ending, by the sum of the token losses (`acc`) or by their mean
+(`acc_norm`), because a sum favours short endings. There are two styles of prompt:
 
 - `completion`, of the replications of GPT-2: the text as it is, each ending after a space, and the
   mean over tokens.
-- `harness`, of EleutherAI's lm-evaluation-harness 0.4: the activity as a heading, marks of WikiHow
-  taken out, and the mean over the characters of an ending.
+- `harness`, of EleutherAI's lm-evaluation-harness 0.4: the activity as a heading, without WikiHow's
+  markup, and the mean over the characters of an ending.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from gpt2.base.errors import DataError
 from gpt2.data import tokenizer
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices
-from gpt2.evaluation.baselines import Style
+from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.choices import Question
 from gpt2.model.base import LanguageModel
 
@@ -48,14 +48,14 @@ class Task:
 
     question: Question
     lengths: tuple[int, ...]
-    """by which the loss of each ending is divided"""
+    """divisor of each ending's loss for `acc_norm`"""
     label: int
-    """the ending that is right"""
+    """index of the right ending"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a model chose in one task: by the sum, and by the mean."""
+    """Indices of the endings that a model chose in one task, by sum and by mean."""
 
     by_sum: int
     by_mean: int
@@ -63,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of tasks that a model got right."""
+    """Shares of tasks for which the model chose the right ending."""
 
     acc: float
     acc_norm: float
@@ -75,7 +75,7 @@ class Score:
 
 
 def find(path: Path | None, folder: Path = FOLDER) -> Path | None:
-    """The file of tasks: `path` if it is given, else one that lies in `folder`."""
+    """The file of tasks: `path` if given, else the one in `folder`, else None."""
     if path is not None:
         return path
     return next((folder / name for name in NAMES if (folder / name).is_file()), None)
@@ -84,19 +84,21 @@ def find(path: Path | None, folder: Path = FOLDER) -> Path | None:
 def load(
     path: Path | None,
     limit: int | None = None,
-    style: Style = "completion",
+    style: PromptStyle = "completion",
     folder: Path = FOLDER,
 ) -> list[Task]:
     """The first `limit` tasks of the validation split, or all of them.
 
-    They come from `path`, or else from `folder`, where the data set from the Hugging Face hub is
-    kept once it is loaded. Raises DataError if they cannot be had.
+    They are read from `path`, else from `folder`, else downloaded from the Hugging Face hub to
+    `folder`. Raises DataError if they cannot be read or downloaded.
     """
     found = find(path, folder)
     items = _read(found) if found else _download(folder)
     tasks = [_task(item, style) for item in itertools.islice(items, limit)]
     if not tasks:
-        raise DataError(f"{found} holds no HellaSwag tasks; choose another with --hellaswag_path")
+        raise DataError(
+            f"{found} contains no HellaSwag tasks; choose another file with --hellaswag_path"
+        )
     return tasks
 
 
@@ -111,7 +113,8 @@ def evaluate(
 ) -> Score | None:
     """How many of `tasks` the model gets right, the same on every rank.
 
-    None if `stop()` was not 0 on some rank before the end; `track` sees the rounds go by.
+    Returns None if `stop()` was not 0 on some rank before the end. `track` wraps the loop over
+    rounds, for a progress bar.
     """
     questions = [task.question for task in tasks]
     losses = choices.ending_losses(model, questions, world, autocast, batch_tokens, stop, track)
@@ -119,8 +122,8 @@ def evaluate(
 
 
 def score(tasks: list[Task], losses: list[list[float]]) -> Score:
-    """The score of choices by `losses`, the summed loss of each ending of each task; NaN if some of
-    them are no finite numbers."""
+    """The score that follows from `losses`, the summed loss of each ending of each task; NaN if a
+    loss is NaN or infinite."""
     if not all(math.isfinite(loss) for of_task in losses for loss in of_task):
         return Score(math.nan, math.nan, len(tasks))
     chosen = [choose(task, of_task) for task, of_task in zip(tasks, losses, strict=True)]
@@ -130,14 +133,14 @@ def score(tasks: list[Task], losses: list[list[float]]) -> Score:
 
 
 def choose(task: Task, losses: list[float]) -> Choice:
-    """The likeliest ending, the first of several that are alike."""
+    """The endings with the lowest sum and mean of `losses`; of equal ones, the first."""
     pairs = zip(losses, task.lengths, strict=True)
-    # The harness cuts an ending of marks alone down to nothing, and never chooses it by the mean.
+    # An ending of markup alone becomes empty in the harness, which never chooses it by the mean.
     means = [loss / length if length else math.inf for loss, length in pairs]
     return Choice(losses.index(min(losses)), means.index(min(means)))
 
 
-def _task(item: dict[str, Any], style: Style) -> Task:
+def _task(item: dict[str, Any], style: PromptStyle) -> Task:
     endings: list[str] = item["endings"]
     context: str = item["ctx"]
     if style == "harness":
@@ -149,25 +152,26 @@ def _task(item: dict[str, Any], style: Style) -> Task:
     return Task(question, tuple(lengths), int(item["label"]))
 
 
-def _question(context: str, endings: list[str], style: Style) -> Question:
+def _question(context: str, endings: list[str], style: PromptStyle) -> Question:
     if style == "completion":
         head = tuple(tokenizer.encode(context))
         tails = [tuple(tokenizer.encode(" " + ending)) for ending in endings]
         return Question(head, tuple(tails))
-    # The harness encodes text and ending in one piece and cuts after the tokens of the text.
+    # The harness encodes context and ending together and splits after the context's tokens.
     head = tuple(tokenizer.encode(context.rstrip()))
     wholes = [tuple(tokenizer.encode(f"{context} {ending}")) for ending in endings]
     return Question(head, tuple(whole[len(head) :] for whole in wholes))
 
 
 def _cleaned(text: str) -> str:
-    """Without the marks of WikiHow, as the harness does it."""
+    """`text` without WikiHow's markup, as the harness removes it."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """The tasks of a `.jsonl` or `.jsonl.gz`, each of them checked."""
+    """The tasks in a `.jsonl` or `.jsonl.gz` file. Raises DataError, with the line, if one is
+    invalid."""
     opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -182,29 +186,29 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     except (OSError, EOFError, zlib.error, ValueError) as error:
         where = f"{path}, line {number}" if number else str(path)
         raise DataError(
-            f"cannot read HellaSwag's tasks from {where}: {error}; --hellaswag_path names "
-            "another file"
+            f"cannot read HellaSwag tasks from {where}: {error}; choose another file with "
+            "--hellaswag_path"
         ) from error
 
 
 def _require_task(item: Any) -> None:
-    """Raises ValueError if it is no task with a right answer."""
+    """Raises ValueError if `item` is not a task with a label."""
     if not isinstance(item, dict) or not item.keys() >= set(FIELDS):
-        raise ValueError(f"not a task with {', '.join(FIELDS)}")
+        raise ValueError(f"expected an object with {', '.join(FIELDS)}")
     texts = [item[name] for name in FIELDS if name not in ("endings", "label")]
     endings = item["endings"] if isinstance(item["endings"], list) else []
     if len(endings) != 4 or not all(isinstance(text, str) for text in (*texts, *endings)):
-        raise ValueError("not a text and four endings")
+        raise ValueError("expected a text and four endings")
     if not item["ctx"].strip() or not all(ending.strip() for ending in endings):
-        raise ValueError("its text or an ending is empty")
+        raise ValueError("the text or an ending is empty")
     if str(item["label"]) not in ("0", "1", "2", "3"):
-        raise ValueError(f"label {item['label']} is none of 0 to 3")
+        raise ValueError(f"expected a label from 0 to 3, got {item['label']}")
 
 
 def _download(folder: Path) -> Iterator[dict[str, Any]]:
-    """The data set from the hub, or from its library's own copy; from then on in `folder`."""
+    """The tasks from the hub, or from the cache of its library; also written to `folder`."""
     try:
-        if not _has_network():  # the library's own tries would take half a minute
+        if not _has_network():  # the library's own retries take half a minute
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import datasets  # seconds to import
 
@@ -212,10 +216,10 @@ def _download(folder: Path) -> Iterator[dict[str, Any]]:
         items = [{name: row[name] for name in FIELDS} for row in rows]
     except Exception as error:  # the hub and the network can raise anything
         raise DataError(
-            f"HellaSwag is not in {folder} and cannot be loaded from the Hugging Face hub "
-            f"({error!s:.100}); put {NAMES[0]} there, or name it with --hellaswag_path"
+            f"HellaSwag is not in {folder} and cannot be downloaded from the Hugging Face hub "
+            f"({error!s:.100}); put {NAMES[0]} there, or name a file with --hellaswag_path"
         ) from error
-    with contextlib.suppress(OSError):  # it is loaded again the next time
+    with contextlib.suppress(OSError):  # the next run downloads it again
         folder.mkdir(parents=True, exist_ok=True)
         atomic_files.write_text(
             folder / NAMES[0], "".join(json.dumps(item) + "\n" for item in items)
@@ -224,7 +228,7 @@ def _download(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _has_network() -> bool:
-    """Whether the hub's name is known, or a proxy knows it."""
+    """Whether the hub's host name resolves, or a proxy is set."""
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
         return bool(urllib.request.getproxies() or socket.getaddrinfo(host, None))

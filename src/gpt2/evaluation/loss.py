@@ -15,7 +15,7 @@ from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 
 ROW_TOKENS = 8192
-"""that go through the model at once, where the loss of each row is asked for"""
+"""tokens per forward pass of `row_losses`"""
 LOGITS_AT_ONCE = 1024
 """tokens; float32 logits of 1024 take 200 MB"""
 
@@ -30,17 +30,19 @@ def validation_loss(
     autocast: torch.autocast,
     stop: Callable[[], int] = lambda: 0,
 ) -> float | None:
-    """Mean cross entropy in nats per token over `rows`, which all ranks share between them.
+    """Mean cross entropy in nats per token over `rows`, the same on every rank.
 
-    `net(tokens_BT, targets_BT)` gives the summed loss. The result is the same on every rank; it is
-    None if `stop()` was not 0 on some rank before the end.
+    The ranks share the rows. `net(tokens_BT, targets_BT)` returns the summed loss. Returns None if
+    `stop()` was not 0 on some rank before the end.
     """
     mine = sampler.share(len(rows), world.rank, world.size)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     micros = sampler.micro_batches(rows[mine.start : mine.stop], mini_batch_size)
     largest_share = -(-len(rows) // world.size)
     with evaluating(net), autocast:
-        for _ in range(-(-largest_share // mini_batch_size)):  # as many rounds on every rank
+        for _ in range(
+            -(-largest_share // mini_batch_size)
+        ):  # every rank takes part in every collective
             if world.all_reduce_max(stop()):
                 return None
             for micro in itertools.islice(micros, 1):
@@ -60,7 +62,7 @@ def row_losses(
 ) -> list[float]:
     """Cross entropy of each of `rows` in nats per token, the same on every rank.
 
-    `track` sees the rounds go by.
+    `track` wraps the loop over rounds, for a progress bar.
     """
     losses = torch.zeros(len(rows), dtype=torch.float64, device=world.device)
     at_once = max(1, ROW_TOKENS // shards.block_size)
