@@ -75,7 +75,7 @@ def spread(tasks: Path, count: int, folder: Path) -> Path:
 def prepare(net: GPT2, tasks: Path, folder: Path) -> None:
     """Puts into `folder` what the harness reads: the exported model, and where the tasks are."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    trained = interchange.Trained(net.config, net.state_dict(), 0, None)
+    trained = interchange.TrainedModel(net.config, net.state_dict(), 0, None)
     interchange.export(trained, "hf", folder / "model", "float32", overwrite=False)
     import lm_eval.tasks  # not above: it reads the environment, and takes seconds
 

@@ -140,7 +140,10 @@ def test_gpt2_names_its_commands(monkeypatch, capsys):
     ("flags", "message"),
     [
         (["--num_samples", "0"], "num_samples=0 is too small; expected 1 or more"),
-        (["--top_p", "95"], "top_p=95.0 must be more than 0 and at most 1; None is off"),
+        (
+            ["--top_p", "95"],
+            "top_p=95.0 is invalid; expected more than 0 and at most 1, or None (off)",
+        ),
         (["--top_k", "None", "--seed", str(2**64)], f"seed={2**64} is too large"),
         (["--interactive", "--prompt", "-"], "both read standard input; leave one of them out"),
     ],

@@ -20,7 +20,7 @@ from gpt2.config.model import ModelConfig
 from gpt2.config.presets import PRESETS
 from gpt2.data import tokenizer
 from gpt2.inference import interchange
-from gpt2.inference.interchange import Trained
+from gpt2.inference.interchange import TrainedModel
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import trainer
 from support import small_config
@@ -42,18 +42,18 @@ def offline(monkeypatch: pytest.MonkeyPatch):
     """No connection is tried."""
 
     def refuse(*_: object) -> None:
-        raise AssertionError("somebody reached for the network")
+        raise AssertionError("a connection was tried")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def trained(**changes: object) -> tuple[GPT2, Trained]:
+def trained(**changes: object) -> tuple[GPT2, TrainedModel]:
     torch.manual_seed(0)
     net = model.build(ModelConfig(**{**vars(SHAPE), **changes})).eval()
     with torch.no_grad():  # initial zeros would hide a bias or norm in the wrong place
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return net, Trained(net.config, net.state_dict(), step=7, best_val_loss=3.5)
+    return net, TrainedModel(net.config, net.state_dict(), step=7, best_val_loss=3.5)
 
 
 def load(source: str, shape: ModelConfig = SHAPE, trust: bool = False) -> dict[str, torch.Tensor]:
@@ -292,7 +292,7 @@ def test_fewer_positions_and_rows_are_the_first_ones(hf_folder: Path, caplog):
 
 
 def test_a_run_starts_from_them(data_root: Path, tmp_path: Path, monkeypatch, capsys):
-    """Trained, exported as it is typed, and trained on: the loss goes on where it was."""
+    """Trained, exported by the command, and trained on: the loss continues where it was."""
     options = {"vocab_size": 50257, "eval_batches": 1, "max_steps": 2}
     first = trainer.run(small_config(data_root, tmp_path / "a", **options))
     flags = ["--checkpoint", "best", "--checkpoint_dir", str(tmp_path / "a" / "checkpoints")]
@@ -317,17 +317,20 @@ def test_a_run_starts_from_them(data_root: Path, tmp_path: Path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; this GPT-2 has 'gpt2'"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'; this GPT-2 has 'gelu_ne"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
-        ({"n_inner": 80}, "n_inner is 80; this GPT-2 has 4 × n_embd = 64"),
-        ({"vocab_size": 32000}, "less than the 50257 of GPT-2's tokeniser"),
-        ({"n_layer": "two"}, "n_layer is 'two', which is no number"),
-        ({"n_layer": 3}, "n_layer: 3 there, 2 here\nits own values: --n_layer 3"),
-        ({"n_positions": 16}, "block_size: 16 there, 32 here"),
-        ({"vocab_size": 50300}, r"wte.weight is \(50257, 16\), not \(50300, 16\)"),
+        ({"model_type": "llama"}, "expected model_type 'gpt2', got 'llama'; only GPT-2"),
+        ({"activation_function": "relu"}, "expected activation_function 'gelu_new', got"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx False, got True",
+        ),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-05, got 1e-06"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings True, got False"),
+        ({"n_inner": 80}, "expected n_inner of 4 × n_embd = 64, got 80"),
+        ({"vocab_size": 32000}, "expected a vocab_size of 50257 or more, got 32000"),
+        ({"n_layer": "two"}, "expected a whole number for n_layer, got 'two'"),
+        ({"n_layer": 3}, "n_layer: 3 in the file, 2 here\nuse --n_layer 3"),
+        ({"n_positions": 16}, "block_size: 16 in the file, 32 here"),
+        ({"vocab_size": 50300}, r"wte.weight of shape \(50300, 16\), got \(50257, 16\)"),
     ],
 )
 def test_other_architectures_are_refused(copied, changes: dict, message: str):
@@ -343,13 +346,13 @@ def test_other_shapes_are_refused_with_the_flags_that_agree(copied):
             ModelConfig(**{**vars(PRESETS["gpt2-124m"].model), "bias": False}),
         )
     assert str(caught.value).split("\n")[1:] == [
-        "  n_layer: 24 there, 12 here",
-        "  n_head: 16 there, 12 here",
-        "  n_embd: 1024 there, 768 here",
-        "  bias: True there, False here",
-        "its own values: --n_layer 24 --n_head 16 --n_embd 1024 --bias",
+        "  n_layer: 24 in the file, 12 here",
+        "  n_head: 16 in the file, 12 here",
+        "  n_embd: 1024 in the file, 768 here",
+        "  bias: True in the file, False here",
+        "use --n_layer 24 --n_head 16 --n_embd 1024 --bias",
     ]
-    assert "its size is that of --preset gpt2-350m" in str(caught.value)
+    assert "it has the shape of --preset gpt2-350m" in str(caught.value)
 
 
 def test_incomplete_folders_are_refused(copied, tmp_path: Path):
@@ -358,7 +361,7 @@ def test_incomplete_folders_are_refused(copied, tmp_path: Path):
     folder = copied()
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     for changed, message in [
-        ({"score.weight": torch.ones(2)}, "has score.weight, which GPT-2 has not"),
+        ({"score.weight": torch.ones(2)}, "has a tensor score.weight, which is not part of GPT-2"),
         ({"lm_head.weight": torch.zeros(50257, 16)}, "GPT-2 has one matrix for both"),
     ]:
         safetensors.torch.save_file(weights | changed, folder / "model.safetensors")
@@ -366,16 +369,18 @@ def test_incomplete_folders_are_refused(copied, tmp_path: Path):
             load(f"hf:{folder}")
     weights.pop("transformer.h.1.mlp.c_fc.bias")
     safetensors.torch.save_file(weights, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has no h.1.mlp.c_fc.bias: it is no whole GPT-2"):
+    with pytest.raises(
+        CheckpointError, match=r"has no h.1.mlp.c_fc.bias: it is not a complete GPT-2"
+    ):
         load(f"hf:{folder}")
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*model.safetensors"):
         load(f"hf:{folder}")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="which this converts: python -c"):
+    with pytest.raises(CheckpointError, match="a pickle, with: python -c"):
         load(f"hf:{folder}")
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*config.json"):
         load(f"hf:{folder}")
 
 
@@ -387,10 +392,16 @@ class Planted:
 def test_other_nanogpt_files_are_refused(nanogpt_file: Path, capsys):
     arguments = torch.load(nanogpt_file)["model_args"]
     for changes, message in [
-        ({"model_args": arguments | {"use_relu": True}}, "use_relu, which nanoGPT's GPT-2 has not"),
-        ({"model_args": arguments | {"vocab_size": 65}}, "it was trained with another one"),
-        ({"model_args": arguments | {"bias": False}}, "its own values: --no_bias"),
-        ({"model_args": None}, "no checkpoint of nanoGPT"),
+        (
+            {"model_args": arguments | {"use_relu": True}},
+            "unknown model_args use_relu; only nanoGPT's",
+        ),
+        (
+            {"model_args": arguments | {"vocab_size": 65}},
+            "it was not trained with GPT-2's tokenizer",
+        ),
+        ({"model_args": arguments | {"bias": False}}, "use --no_bias"),
+        ({"model_args": None}, "is not a checkpoint of nanoGPT"),
         ({"model_args": arguments, "config": Planted()}, "if you trust its origin, add --trust"),
     ]:
         source = rewrite(nanogpt_file, **changes)
@@ -399,29 +410,31 @@ def test_other_nanogpt_files_are_refused(nanogpt_file: Path, capsys):
     assert capsys.readouterr().out == ""
     load(source, trust=True)
     assert capsys.readouterr().out == "it ran\n"
-    with pytest.raises(CheckpointError, match=r"nanogpt: takes the path of a ckpt.pt"):
+    with pytest.raises(CheckpointError, match=r"nanogpt: expects the path of a ckpt.pt"):
         load("nanogpt:nowhere.pt")
 
 
 @pytest.mark.parametrize("architecture", ["modern", "mlp"])
 def test_these_formats_are_for_gpt2_alone(architecture, hf_folder: Path, tmp_path: Path):
     for form in ("hf", "nanogpt"):
-        with pytest.raises(CheckpointError, match=f"--architecture {architecture} cannot be exp"):
+        with pytest.raises(
+            CheckpointError, match=f"cannot export a model of --architecture {architecture}"
+        ):
             source = trained(architecture=architecture)[1]
             interchange.export(source, form, tmp_path / "x", "float32", overwrite=False)
     assert list(tmp_path.iterdir()) == []
     wanted = ModelConfig(**{**vars(SHAPE), "architecture": architecture})
-    with pytest.raises(CheckpointError, match="use --architecture gpt2, or leave --init_from out"):
+    with pytest.raises(CheckpointError, match="use --architecture gpt2, or omit --init_from"):
         load(f"hf:{hf_folder}", wanted)
 
 
-def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch):
+def test_an_export_is_atomic(tmp_path: Path, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fails)
-        with pytest.raises(CheckpointError, match=r"No space left on device; make room"):
+        with pytest.raises(CheckpointError, match=r"No space left on device; free disk space"):
             interchange.export(trained()[1], "nanogpt", tmp_path / "x", "float32", overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -435,7 +448,9 @@ def test_only_an_export_is_overwritten(tmp_path: Path):
     with pytest.raises(CheckpointError, match="add --overwrite to replace it"):
         interchange.export(source, "nanogpt", folder, "float32", overwrite=False)
     (folder / "step_000001.pt").touch()
-    with pytest.raises(CheckpointError, match=r"holds step_000001.pt, which no export wrote"):
+    with pytest.raises(
+        CheckpointError, match=r"contains step_000001.pt, which is not part of an export"
+    ):
         interchange.export(source, "nanogpt", folder, "float32", overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "step_000001.pt"]
 

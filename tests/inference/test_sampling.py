@@ -18,7 +18,7 @@ from gpt2.inference.sampling import Sampling
         ("top_p", float("nan")),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(name: str, value: float):
+def test_invalid_values_are_refused(name: str, value: float):
     with pytest.raises(ConfigError, match=f"^{name}={value} "):
         Sampling(**{name: value})
 

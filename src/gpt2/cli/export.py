@@ -38,7 +38,7 @@ def _run(command: ExportCommand) -> int:
 
     loaded = loading.load_model(command.source)
     net = loaded.model
-    trained = interchange.Trained(
+    trained = interchange.TrainedModel(
         net.config, net.state_dict(), loaded.step or 0, loaded.progress.get("best_val_loss")
     )
     interchange.export(trained, command.format, command.folder, command.dtype, command.overwrite)

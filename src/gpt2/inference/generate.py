@@ -1,6 +1,6 @@
-"""Sampling from a model with a cache.
+"""Sampling from a model with a key-value cache.
 
-Shape suffixes: B samples, T time, V vocabulary, K the likeliest tokens, likeliest first.
+Shape suffixes: B samples, T time, V vocabulary, K the likeliest tokens in falling order.
 """
 
 from collections.abc import Generator, Iterator
@@ -14,10 +14,10 @@ from gpt2.inference.sampling import Sampling
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 
-# What a run shows of itself: the model's own distribution, but for its long tail.
+# Samples during training: the model's own distribution without its long tail.
 IN_TRAINING = Sampling(num_samples=3, max_new_tokens=64, temperature=1.0, top_k=50)
-COLDEST = 1e-5
-"""lower temperatures are 0: logits divided by them overflow"""
+MIN_TEMPERATURE = 1e-5
+"""lower temperatures count as 0, because logits divided by them overflow"""
 
 
 @torch.inference_mode()
@@ -27,8 +27,8 @@ def generate(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> Generator[Tensor, None, None]:
-    """Continues `prompt` (token ids; empty means the start of a document): at each of
-    `max_new_tokens` steps the next token of every sample, (B,), also after an <|endoftext|>.
+    """Continues `prompt` (token ids; empty means the start of a document): yields the next token of
+    every sample, (B,), at each of `max_new_tokens` steps, also after an <|endoftext|>.
 
     When the context is full, its newer half is read again from position 0, and its older half is
     dropped. `generator` belongs to the model's device, so that no other random stream moves.
@@ -52,8 +52,8 @@ def generate(
 
 
 def context_warnings(context: int, prompt: str, sampling: Sampling) -> list[str]:
-    """What a model with a context of so many tokens does not see of `prompt` and its continuation,
-    one message each."""
+    """What a model with a context of `context` tokens will not see of `prompt` and of the text that
+    continues it, one message each."""
     length, kept = len(tokenizer.encode(prompt)), _kept(context)
     found = []
     if length > context:
@@ -111,12 +111,12 @@ def _kept(context: int) -> int:
 def _pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """The next token of each sample, (B, 1).
 
-    Temperature, then top_k, then top_p, as in transformers: top_p is the share of what would be
-    drawn from otherwise. (llama.cpp has the temperature last; there the same top_p keeps more
-    tokens than here where the temperature is below 1, and fewer above.)
+    Temperature, then top_k, then top_p, as in transformers: top_p is a share of the probability
+    that the first two leave. (llama.cpp applies the temperature last: there the same top_p keeps
+    more tokens if the temperature is below 1, and fewer if it is above.)
     """
     top_k, top_p = sampling.top_k, sampling.top_p
-    if sampling.temperature < COLDEST:
+    if sampling.temperature < MIN_TEMPERATURE:
         return logits_BV.argmax(dim=1, keepdim=True)
     if top_k is not None:
         likeliest_BK = logits_BV.topk(min(top_k, logits_BV.size(1))).values
@@ -128,11 +128,11 @@ def _pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 def _nucleus(probabilities_BV: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """`probabilities_BV` within the smallest set whose mass is at least `top_p`, and 0 outside
-    (Holtzman et al. 2020, section 3.1). Not more than `top_k` of them are above 0 (ties aside)."""
+    """`probabilities_BV` inside the smallest set whose mass is at least `top_p`, 0 outside it
+    (Holtzman et al. 2020, section 3.1). At most `top_k` of them are above 0, apart from ties."""
     size = probabilities_BV.size(1)
-    sorted_BK, tokens_BK = probabilities_BV.topk(min(top_k or size, size))  # a sort of all is slow
-    # In float64: a float32 sum of 50,000 shares is off by more than the smallest of them.
+    sorted_BK, tokens_BK = probabilities_BV.topk(min(top_k or size, size))  # sorting all is slow
+    # In float64: the error of a float32 sum of 50,000 terms exceeds the smallest of them.
     likelier_BK = sorted_BK.cumsum(dim=1, dtype=torch.float64) - sorted_BK
     kept_BK = sorted_BK.where(likelier_BK < top_p, 0)
     return torch.zeros_like(probabilities_BV).scatter(1, tokens_BK, kept_BK)

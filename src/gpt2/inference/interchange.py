@@ -1,7 +1,7 @@
-"""To and from other people's tools: GPT-2 as Hugging Face's transformers and as nanoGPT keep it.
+"""Import and export of weights: GPT-2 in the formats of Hugging Face's transformers and of nanoGPT.
 
-Both name the tensors alike; Hugging Face keeps linear layers as (in, out) matrices, as OpenAI did.
-Neither format has a digest: what is read is checked for names, shapes and architecture alone.
+Both use the same names of tensors. Hugging Face stores linear layers as (in, out) matrices, as
+OpenAI did. Neither format has digests: only names, shapes and architecture are checked.
 
 Shape suffixes: D width (n_embd), V vocabulary, T positions.
 """
@@ -32,11 +32,11 @@ from gpt2.data import tokenizer
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["hf", "nanogpt"]
+ExportFormat = Literal["hf", "nanogpt"]
 DType = Literal["float32", "bfloat16", "float16"]
 Weights = dict[str, Tensor]
 
-# Ours -> theirs; the numbers of the blocks lie between.
+# Our names -> theirs; a block's number stands before the names in IN_BLOCK.
 OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
 IN_BLOCK = {
     "attention_norm": "ln_1",
@@ -47,11 +47,17 @@ IN_BLOCK = {
     "mlp.down": "mlp.c_proj",
 }
 HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
-PREFIXES = ("_orig_mod.", "transformer.")  # of torch.compile; of the model around its head
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # what must agree; padding need not
-MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some keep among the weights
+PREFIXES = ("_orig_mod.", "transformer.")  # of torch.compile; of the model with its head
+SHAPE = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "bias",
+)  # what must agree; the padding of the vocabulary need not
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some files contain
 
-# What config.json may say: other values are another architecture. The first is the default.
+# Values of config.json that are GPT-2; any other is another architecture. The first is the default.
 HUGGING_FACE_ALLOWS: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -61,7 +67,7 @@ HUGGING_FACE_ALLOWS: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-# The defaults of their classes are those of ModelConfig.
+# Their names -> names in ModelConfig, whose defaults are the same.
 HUGGING_FACE_SHAPE = {
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -79,17 +85,17 @@ HUGGING_FACE_FILES = (
     "merges.txt",
 )
 NANOGPT_FILE = "ckpt.pt"
-NANOGPT_ARGUMENTS = (*SHAPE, "vocab_size", "dropout")  # all that its GPTConfig takes
+NANOGPT_ARGUMENTS = (*SHAPE, "vocab_size", "dropout")  # all fields of its GPTConfig
 END_OF_TEXT = "<|endoftext|>"
 GELU_NOTE = (
-    "nanoGPT computes the exact GELU (since June 2023), GPT-2 its tanh form: the same weights give "
-    "logits that differ in the third decimal"
+    "nanoGPT computes the exact GELU (since June 2023), GPT-2 its tanh approximation: with the "
+    "same weights, logits differ in the third decimal"
 )
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained model, as an export needs it."""
+class TrainedModel:
+    """What an export writes of a trained model."""
 
     shape: ModelConfig
     weights: Weights
@@ -105,13 +111,13 @@ def is_foreign(init_from: str) -> bool:
 def load(source: str, wanted: ModelConfig, *, trust: bool) -> Weights:
     """The weights of `hf:FOLDER` or `nanogpt:FILE` for a model of the shape `wanted`.
 
-    They are still mapped from the file where they can be, in the file's own type. Raises
-    CheckpointError if they are not there, not a GPT-2, or of another shape, field by field.
+    They keep the file's dtype, and are mapped from the file if possible. Raises CheckpointError if
+    they are missing, are not a GPT-2, or have another shape; it lists the fields that differ.
     """
     if wanted.architecture != "gpt2":
         raise CheckpointError(
-            f"{source} is a GPT-2, which --architecture {wanted.architecture} cannot start with; "
-            "use --architecture gpt2, or leave --init_from out"
+            f"{source} is a GPT-2, which cannot initialise --architecture {wanted.architecture}; "
+            "use --architecture gpt2, or omit --init_from"
         )
     shape, theirs = _open(source, trust)
     _refuse_other_shapes(source, shape, wanted)
@@ -126,24 +132,26 @@ def load(source: str, wanted: ModelConfig, *, trust: bool) -> Weights:
 
 
 def read(source: str, *, trust: bool) -> tuple[ModelConfig, Weights]:
-    """The shape and the weights that `hf:FOLDER` or `nanogpt:FILE` has.
+    """The shape and the weights in `hf:FOLDER` or `nanogpt:FILE`.
 
-    Raises CheckpointError if they are not there or not a GPT-2.
+    Raises CheckpointError if they are missing or are not a GPT-2.
     """
     shape, theirs = _open(source, trust)
     return shape, _as_ours(source, shape, theirs)
 
 
-def export(trained: Trained, form: Format, folder: Path, dtype: DType, overwrite: bool) -> None:
-    """Writes `folder`, whole or not at all.
+def export(
+    trained: TrainedModel, form: ExportFormat, folder: Path, dtype: DType, overwrite: bool
+) -> None:
+    """Writes `folder` atomically.
 
-    Raises CheckpointError if the model is no GPT-2, if something else is there, or if the disk does
-    not take it.
+    Raises CheckpointError if the model is not a GPT-2, if `folder` contains other files, or if it
+    cannot be written.
     """
     if trained.shape.architecture != "gpt2":
         raise CheckpointError(
-            f"a model of --architecture {trained.shape.architecture} cannot be exported: these "
-            "formats are GPT-2's; `gpt2 generate` and `gpt2 evaluate` take its checkpoint as it is"
+            f"cannot export a model of --architecture {trained.shape.architecture}: both formats "
+            "are for GPT-2; `gpt2 generate` and `gpt2 evaluate` read its checkpoint"
         )
     _require_replaceable(folder, overwrite)
     try:
@@ -154,7 +162,7 @@ def export(trained: Trained, form: Format, folder: Path, dtype: DType, overwrite
                 _write_nanogpt(temporary, trained, dtype)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {folder}: {error}; make room, or choose another folder"
+            f"cannot write {folder}: {error}; free disk space, or choose another folder"
         ) from error
 
 
@@ -170,8 +178,8 @@ def their_name(name: str) -> str:
 def to_theirs(ours: Weights, shape: ModelConfig, *, transposed: bool) -> Weights:
     """Our weights under the names of both tools, without the padding of the vocabulary.
 
-    `transposed` gives linear layers as (in, out), and zeros for biases that the model has not: the
-    GPT-2 of transformers always has them.
+    `transposed` returns linear layers as (in, out), and zeros for the biases of a model without
+    them: the GPT-2 of transformers always has biases.
     """
     exported = replace(shape, bias=shape.bias or transposed, vocab_size=tokenizer.VOCAB_SIZE)
     theirs = {}
@@ -188,37 +196,39 @@ def to_theirs(ours: Weights, shape: ModelConfig, *, transposed: bool) -> Weights
 def from_theirs(theirs: Weights, shape: ModelConfig, source: str, *, transposed: bool) -> Weights:
     """Their weights under our names, checked against `shape`.
 
-    Raises CheckpointError for a missing tensor, one of another shape, or one that GPT-2 has not.
+    Raises CheckpointError for a missing tensor, one of another shape, or one that is not GPT-2's.
     """
     left = {_bare(name): tensor for name, tensor in theirs.items() if not name.endswith(MASKS)}
     head, embedding = left.pop(HEAD, None), left.get(their_name(EMBEDDING))
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise CheckpointError(
-            f"{source}: {HEAD} is not the embedding; GPT-2 has one matrix for both"
+            f"{source}: {HEAD} differs from the token embedding; GPT-2 has one matrix for both"
         )
     ours = {}
     for name, like in _expected(shape).items():
         tensor = left.pop(their_name(name), None)
         if tensor is None:
-            raise CheckpointError(f"{source} has no {their_name(name)}: it is no whole GPT-2")
+            raise CheckpointError(f"{source} has no {their_name(name)}: it is not a complete GPT-2")
         if transposed and _is_linear(name) and tensor.dim() == 2:
             tensor = tensor.T
         if tensor.shape != like.shape:
             raise CheckpointError(
-                f"{source}: {their_name(name)} is {tuple(tensor.shape)}, not {tuple(like.shape)}"
+                f"{source}: expected {their_name(name)} of shape {tuple(like.shape)}, got "
+                f"{tuple(tensor.shape)}"
             )
         ours[name] = tensor
     if left:
-        raise CheckpointError(f"{source} has {min(left)}, which GPT-2 has not")
+        raise CheckpointError(f"{source} has a tensor {min(left)}, which is not part of GPT-2")
     return ours
 
 
 def fit(weights: Weights, wanted: ModelConfig) -> Weights:
-    """`weights` with as many rows in the vocabulary and as many positions as `wanted` has.
+    """`weights` with the vocabulary and the number of positions of `wanted`.
 
-    A new row is the mean of the 50257: its logit is the mean of theirs, so by Jensen's inequality
-    it is at most as likely as the average token, and all padding to 50304 raises the loss by less
-    than 0.001. (Rows of zeros would have the logit 0, and GPT-2's own logits are about -100.)
+    A new row of the vocabulary is the mean of the 50257: its logit is the mean of theirs, so by
+    Jensen's inequality it is at most as likely as the average token, and padding to 50304 raises
+    the loss by less than 0.001. (Rows of zeros would have the logit 0, and GPT-2's own logits are
+    about -100.)
     """
     rows_VD, positions_TD = weights[EMBEDDING], weights["position_embedding.weight"]
     missing = wanted.vocab_size - rows_VD.size(0)
@@ -233,8 +243,8 @@ def fit(weights: Weights, wanted: ModelConfig) -> Weights:
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-    """GPT-2's encoding for the `tokenizers` library: the same ids as `gpt2.data.tokenizer`, and
-    <|endoftext|> in a text is the special token."""
+    """GPT-2's tokenizer for the `tokenizers` library: the same ids as `gpt2.data.tokenizer`, but
+    <|endoftext|> in a text becomes the special token."""
     letters = _byte_letters()
 
     def spell(token: bytes) -> str:
@@ -253,7 +263,7 @@ def build_tokenizer() -> tokenizers.Tokenizer:
 
 
 def _open(source: str, trust: bool) -> tuple[ModelConfig, Weights]:
-    """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under its own names."""
+    """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under their names there."""
     kind, _, path = source.partition(":")
     if kind == "hf":
         return _read_hugging_face(Path(path))
@@ -268,14 +278,15 @@ def _as_ours(source: str, shape: ModelConfig, theirs: Weights) -> Weights:
 def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"no config.json in {folder}; hf: takes a folder such as this gives: "
+            f"no config.json in {folder}; hf: expects a folder in Hugging Face's format, as from: "
             f"hf download openai-community/gpt2 --local-dir {shlex.quote(str(folder))}"
         )
     values = _read_json(folder / "config.json")
     for name, allowed in HUGGING_FACE_ALLOWS.items():
         if (given := values.get(name, allowed[0])) not in allowed:
             raise CheckpointError(
-                f"{folder}/config.json: {name} is {given!r}; this GPT-2 has {allowed[0]!r}"
+                f"{folder}/config.json: expected {name} {allowed[0]!r}, got {given!r}; only GPT-2 "
+                "can be loaded"
             )
     shape = _shape(
         f"{folder}/config.json",
@@ -283,14 +294,14 @@ def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
     )
     if values.get("n_inner") not in (None, 4 * shape.n_embd):
         raise CheckpointError(
-            f"{folder}/config.json: n_inner is {values['n_inner']}; "
-            f"this GPT-2 has 4 × n_embd = {4 * shape.n_embd}"
+            f"{folder}/config.json: expected n_inner of 4 × n_embd = {4 * shape.n_embd}, got "
+            f"{values['n_inner']}; only GPT-2 can be loaded"
         )
     return shape, _read_safetensors(folder)
 
 
 def _read_safetensors(folder: Path) -> Weights:
-    """All tensors of a folder: model.safetensors, or the parts that its index lists."""
+    """All tensors of a folder: of model.safetensors, or of the files that its index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.exists() and index.exists():
@@ -303,36 +314,36 @@ def _read_safetensors(folder: Path) -> Weights:
         try:
             weights |= safetensors.torch.load_file(file)
         except FileNotFoundError:
-            raise CheckpointError(f"no {file}{_way_to_convert(folder)}") from None
+            raise CheckpointError(f"no {file}{_conversion_hint(folder)}") from None
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+            raise CheckpointError(f"cannot read {file}: {error}") from error
     return weights
 
 
-def _way_to_convert(folder: Path) -> str:
+def _conversion_hint(folder: Path) -> str:
     if not list(folder.glob("pytorch_model*.bin")):
         return ""
     program = "import sys, transformers as t; f = sys.argv[1]; "
     program += "t.GPT2LMHeadModel.from_pretrained(f).save_pretrained(f)"
     name = shlex.quote(str(folder))
-    return f'; pytorch_model.bin is a pickle, which this converts: python -c "{program}" {name}'
+    return f'; convert pytorch_model.bin, a pickle, with: python -c "{program}" {name}'
 
 
 def _read_nanogpt(path: Path, trust: bool) -> tuple[ModelConfig, Weights]:
     if not path.is_file():
-        raise CheckpointError(f"no file {path}; nanogpt: takes the path of a {NANOGPT_FILE}")
+        raise CheckpointError(f"no file {path}; nanogpt: expects the path of a {NANOGPT_FILE}")
     state = store.unpickle(path, trust=trust)
     match state:
         case {"model": dict(weights), "model_args": dict(arguments)}:
             pass
         case _:
             raise CheckpointError(
-                f"{path} is no checkpoint of nanoGPT: it has no model and model_args; "
-                "one of ours is given without nanogpt:"
+                f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; for a "
+                "checkpoint of this project, omit nanogpt:"
             )
     if unknown := sorted(set(arguments) - set(NANOGPT_ARGUMENTS)):
         raise CheckpointError(
-            f"{path}: model_args has {', '.join(unknown)}, which nanoGPT's GPT-2 has not"
+            f"{path}: unknown model_args {', '.join(unknown)}; only nanoGPT's GPT-2 can be loaded"
         )
     shape = {name: value for name, value in arguments.items() if name != "dropout"}
     return _shape(str(path), shape), weights
@@ -341,33 +352,33 @@ def _read_nanogpt(path: Path, trust: bool) -> tuple[ModelConfig, Weights]:
 def _shape(source: str, values: dict[str, Any]) -> ModelConfig:
     for name, value in values.items():
         if not isinstance(value, int):
-            raise CheckpointError(f"{source}: {name} is {value!r}, which is no number")
+            raise CheckpointError(f"{source}: expected a whole number for {name}, got {value!r}")
     if values.get("vocab_size", tokenizer.VOCAB_SIZE) < tokenizer.VOCAB_SIZE:
         raise CheckpointError(
-            f"{source}: vocab_size is {values['vocab_size']}, less than the "
-            f"{tokenizer.VOCAB_SIZE} of GPT-2's tokeniser; it was trained with another one"
+            f"{source}: expected a vocab_size of {tokenizer.VOCAB_SIZE} or more, got "
+            f"{values['vocab_size']}: it was not trained with GPT-2's tokenizer"
         )
     return ModelConfig(**values)
 
 
 def _refuse_other_shapes(source: str, there: ModelConfig, wanted: ModelConfig) -> None:
-    """Raises CheckpointError, with all fields that differ and the flags that agree."""
+    """Raises CheckpointError if the shapes differ, with the fields and the flags that fit."""
     rows = {
         name: pair for name, pair in _differences(there, wanted).items() if name != "block_size"
     }
-    if there.block_size < wanted.block_size:  # of a longer table the first positions are used
+    if there.block_size < wanted.block_size:  # of a longer context the first positions are used
         rows["block_size"] = (there.block_size, wanted.block_size)
     if not rows:
         return
-    listed = "\n".join(f"  {name}: {old} there, {new} here" for name, (old, new) in rows.items())
+    listed = "\n".join(
+        f"  {name}: {old} in the file, {new} here" for name, (old, new) in rows.items()
+    )
     flags = " ".join(_flag(name, old) for name, (old, _) in rows.items())
     same = [
         name for name, preset in presets.PRESETS.items() if not _differences(there, preset.model)
     ]
-    preset = f" (its size is that of --preset {same[0]})" if same else ""
-    raise CheckpointError(
-        f"{source} does not fit these flags{preset}:\n{listed}\nits own values: {flags}"
-    )
+    preset = f" (it has the shape of --preset {same[0]})" if same else ""
+    raise CheckpointError(f"{source} does not match the flags{preset}:\n{listed}\nuse {flags}")
 
 
 def _differences(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -381,13 +392,13 @@ def _flag(name: str, value: int) -> str:
     return f"--{name} {value}"
 
 
-def _write_hugging_face(folder: Path, trained: Trained, dtype: DType) -> None:
+def _write_hugging_face(folder: Path, trained: TrainedModel, dtype: DType) -> None:
     shape = trained.shape
     ends = {"bos_token_id": tokenizer.END_OF_TEXT, "eos_token_id": tokenizer.END_OF_TEXT}
     cut = replace(shape, vocab_size=tokenizer.VOCAB_SIZE)
     described = {
         "architectures": ["GPT2LMHeadModel"],
-        "n_ctx": shape.block_size,  # what llama.cpp's converter reads
+        "n_ctx": shape.block_size,  # llama.cpp's converter reads it
         "n_inner": None,
         "torch_dtype": dtype,
         **{theirs: getattr(cut, ours) for theirs, ours in HUGGING_FACE_SHAPE.items()},
@@ -400,7 +411,7 @@ def _write_hugging_face(folder: Path, trained: Trained, dtype: DType) -> None:
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": shape.block_size,
         "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,  # decoding gives the text back
+        "clean_up_tokenization_spaces": False,  # so that decoding returns the text
         **tokens,
     }
     built = build_tokenizer()
@@ -413,12 +424,12 @@ def _write_hugging_face(folder: Path, trained: Trained, dtype: DType) -> None:
     safetensors.torch.save_file(
         _as_saved(weights, dtype), folder / "model.safetensors", metadata={"format": "pt"}
     )
-    # safetensors makes a file that this user alone may read.
+    # safetensors creates a file that only this user may read.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
-def _write_nanogpt(folder: Path, trained: Trained, dtype: DType) -> None:
-    """What nanoGPT's train.py saves, but for the optimiser; sample.py does not ask for that."""
+def _write_nanogpt(folder: Path, trained: TrainedModel, dtype: DType) -> None:
+    """What nanoGPT's train.py saves, without the optimiser, which its sample.py does not read."""
     theirs = to_theirs(trained.weights, trained.shape, transposed=False)
     theirs = _as_saved(theirs, dtype)
     theirs[HEAD] = theirs[f"transformer.{their_name(EMBEDDING)}"]  # the same storage, written once
@@ -428,14 +439,14 @@ def _write_nanogpt(folder: Path, trained: Trained, dtype: DType) -> None:
         "model": theirs,
         "model_args": {name: getattr(cut, name) for name in NANOGPT_ARGUMENTS},
         "iter_num": trained.step,
-        "best_val_loss": 1e9 if best is None else best,  # nanoGPT's word for none
+        "best_val_loss": 1e9 if best is None else best,  # nanoGPT's value for none
         "config": {},
     }
     torch.save(state, folder / NANOGPT_FILE)
 
 
 def _as_saved(weights: Weights, dtype: DType) -> Weights:
-    """Compact tensors of that type: a view would be saved with all that it is a view of."""
+    """Contiguous copies in `dtype`: a view would be saved with its whole storage."""
     return {
         name: tensor.to(getattr(torch, dtype)).clone(memory_format=torch.contiguous_format)
         for name, tensor in weights.items()
@@ -444,19 +455,19 @@ def _as_saved(weights: Weights, dtype: DType) -> Weights:
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; name a folder")
+        raise CheckpointError(f"{folder} is a file; choose a folder")
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if others := [name for name in there if name not in (*HUGGING_FACE_FILES, NANOGPT_FILE)]:
         raise CheckpointError(
-            f"{folder} holds {others[0]}, which no export wrote; choose another folder"
+            f"{folder} contains {others[0]}, which is not part of an export; choose another folder"
         )
     if there and not overwrite:
-        raise CheckpointError(f"{folder} holds an export already; add --overwrite to replace it")
+        raise CheckpointError(f"{folder} already contains an export; add --overwrite to replace it")
 
 
 @functools.cache
 def _expected(shape: ModelConfig) -> Weights:
-    """Our names and shapes, without memory."""
+    """Our names and shapes, on the meta device."""
     with torch.device("meta"):
         return model.build(shape).state_dict()
 
@@ -472,8 +483,8 @@ def _bare(name: str) -> str:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in Hugging Face's files: its own in Latin-1 if that can
-    be seen, else one from U+0100 on (the published encoder's `bytes_to_unicode`)."""
+    """The character of each byte in Hugging Face's files: its own in Latin-1 if that is visible,
+    else one from U+0100 on (`bytes_to_unicode` of the published encoder)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {
@@ -485,9 +496,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is no JSON object")
+        raise CheckpointError(f"expected a JSON object in {path}")
     return values
 
 
