@@ -89,7 +89,7 @@ def full(trace: str) -> int:
 
 
 def counts(report: Any, until: int, pause: float = 0.0, trace: str | None = None) -> int:
-    """Reports each number; stops when it is told to."""
+    """Reports each number; ends when the answer is not "go"."""
     if trace:
         note(trace, "counts")
     for number in range(until):

@@ -4,8 +4,8 @@
 never runs again. Lines are only appended, so that nothing in them is lost. `results.json` is a copy
 for people and other tools, replaced as a whole. `experiment.json` describes the experiment.
 
-The owner, which is the process that runs the experiment, writes through a `ResultsStore`; whoever
-shows an experiment uses the `read_` functions.
+The owner, which is the process that runs the experiment, writes through a `ResultsStore`. Commands
+that show an experiment use the `read_` functions.
 """
 
 import contextlib

@@ -65,7 +65,7 @@ def test_what_is_no_message_raises(line: bytes):
         messages.decode(line)
 
 
-def test_plain_values():
+def test_values_that_json_cannot_hold_are_converted():
     values = {
         "numpy": np.float32(0.5),
         "array": np.arange(2),
@@ -74,7 +74,7 @@ def test_plain_values():
         "nan": float("nan"),
         "infinite": (1.0, float("inf")),
     }
-    assert messages.plain(values) == {
+    assert messages.json_ready(values) == {
         "numpy": 0.5,
         "array": [0, 1],
         "torch": 3,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gpt2.base.errors import UserError
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Event, Job, Slot
@@ -24,22 +25,22 @@ SLOTS = [Slot(index, f"cpu{index}", {"SLOT": str(index)}) for index in range(2)]
 
 
 class Given:
-    """A source of given jobs that remembers what it heard."""
+    """A source of given jobs that keeps its events."""
 
     def __init__(self, *jobs: Job, answer: Callable[[Event], Answer] = lambda _: "go") -> None:
         self.jobs = list(jobs)
-        self.heard: list[Event] = []
+        self.events: list[Event] = []
         self._answer = answer
 
     def next(self) -> Job | None:
         return self.jobs.pop(0) if self.jobs else None
 
     def event(self, event: Event) -> Answer:
-        self.heard.append(event)
+        self.events.append(event)
         return self._answer(event)
 
     def of(self, kind: str) -> list[Event]:
-        return [event for event in self.heard if event.kind == kind]
+        return [event for event in self.events if event.kind == kind]
 
     def results(self) -> dict[str, Any]:
         return {event.job.name: event.result for event in self.of("finished") if event.job}
@@ -77,11 +78,11 @@ def test_every_job_runs_once_and_workers_are_reused(tmp_path: Path):
         f"square {seed}" for seed in range(20)
     )
     assert len({line.split()[-1] for line in lines}) <= 2
-    assert not any(is_alive(event.pid) for event in source.heard)
+    assert not any(is_alive(event.pid) for event in source.events)
 
 
-def test_a_source_that_takes_its_time_makes_nobody_late(tmp_path: Path):
-    """A data base may be away for minutes; who waits for an answer meanwhile does not hang."""
+def test_time_that_the_source_takes_is_no_timeout(tmp_path: Path):
+    """A database may not answer for minutes: a job that waits for its reply does not hang."""
     waited = []
 
     def slow(event: Event) -> Answer:
@@ -130,7 +131,7 @@ def test_job_that_raises_fails_alone(tmp_path: Path):
         ("experiments.jobs:returns_a_thing", "not JSON serializable"),
     ],
 )
-def test_job_that_cannot_be_one_fails_with_the_reason(tmp_path: Path, target: str, words: str):
+def test_invalid_job_fails_with_the_reason(tmp_path: Path, target: str, words: str):
     source = Given(Job("bad", target, {}, own_process=False))
     run(source, tmp_path)
     assert words in source.of("failed")[0].reason
@@ -222,24 +223,24 @@ def test_bad_slot_is_taken_out_of_service(tmp_path: Path, error: str, lost: list
     pool = Scheduler(Engine(SLOTS), source, seen.append, log_of=lambda *_: tmp_path / "log")
     pool.run()
     assert [event.slot.index for event in seen if event.kind == "slot_lost"] == lost
-    assert len(source.of("failed")) >= 3 and len(source.heard) == 40
+    assert len(source.of("failed")) >= 3 and len(source.events) == 40
     if lost:
         after = seen[[event.kind for event in seen].index("slot_lost") + 1 :]
         assert {event.slot.index for event in after} == {1}, "it gets no more jobs"
 
 
-def test_a_worker_that_was_told_to_stop_gets_no_more_jobs(tmp_path: Path):
+def test_a_worker_that_got_a_stop_signal_gets_no_more_jobs(tmp_path: Path):
     source = Given(
         job("a", "counts", until=400, pause=0.01),
         *(job(f"{n}", "square", seed=n) for n in range(3)),
     )
 
-    def tell(event: Event) -> Answer:
+    def stop(event: Event) -> Answer:
         if event.kind == "reported" and event.metrics["number"] == 2 and event.attempt == 1:
             os.kill(event.pid, signal.SIGTERM)
         return "go" if event.attempt == 1 else "prune"
 
-    source._answer = tell
+    source._answer = stop
     run(source, tmp_path, slots=SLOTS[:1])
     assert [event.reason for event in source.of("retried")] == [
         "its worker got a stop signal that this command did not send"
@@ -261,9 +262,9 @@ def test_jobs_stop_and_save_when_the_source_raises(tmp_path: Path):
     )
     with pytest.raises(OSError, match="database is locked"):
         run(source, tmp_path)
-    assert {event.kind for event in source.heard} == {"started", "reported", "finished"}
+    assert {event.kind for event in source.events} == {"started", "reported", "finished"}
     assert Path(trace).read_text().splitlines()[-1].startswith("stops "), "it was not killed"
-    assert not any(is_alive(event.pid) for event in source.heard)
+    assert not any(is_alive(event.pid) for event in source.events)
 
 
 def test_results_that_are_too_large_fail_alone(tmp_path: Path):
@@ -331,7 +332,7 @@ def test_lost_machines_cost_no_retries(tmp_path: Path):
     assert {event.host for event in source.of("started")} == {"there"}
 
 
-def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):
+def test_stop_reaches_every_job_and_loses_none(tmp_path: Path):
     source = Given(
         *(job(f"{n}", "counts", until=10_000, pause=0.01) for n in range(2)),
         job("later", "square", seed=1),
@@ -341,10 +342,10 @@ def test_stop_asks_every_job_and_forgets_none(tmp_path: Path):
     assert run(source, tmp_path) == signal.SIGINT
     assert time.monotonic() - begun < 6
     assert len(source.of("stopped")) == 2 and [item.name for item in source.jobs] == ["later"]
-    assert not any(is_alive(event.pid) for event in source.heard)
+    assert not any(is_alive(event.pid) for event in source.events)
 
 
-def test_stop_while_workers_start_is_none_to_explain(tmp_path: Path):
+def test_stop_while_workers_start_needs_no_reason(tmp_path: Path):
     def stops(event: Event) -> Answer:
         if event.kind == "started":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -364,12 +365,24 @@ def test_a_job_that_is_stopped_while_it_loads_does_not_begin():
         assert worker.run_job(job("a", "rises"), report) == JobEnded("stopped")
 
 
+def test_a_bug_in_the_module_of_a_function_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "module_with_a_bug.py").write_text("int('x')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="invalid literal"):
+        worker.find_function("module_with_a_bug:run")
+    for target in ("jobs", ".jobs:run", "experiments.jobs:", "a b:c"):
+        with pytest.raises(UserError, match="expected module:function"):
+            worker.find_function(target)
+
+
 def test_stop_kills_what_does_not_end(tmp_path: Path):
     source = Given(job("a", "hangs"))
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert run(source, tmp_path, grace=0.5) == signal.SIGTERM
     assert source.of("stopped")[0].reason == "it did not end within 0.5 s (--grace)"
-    assert not any(is_alive(event.pid) for event in source.heard)
+    assert not any(is_alive(event.pid) for event in source.events)
 
 
 def test_second_interrupt_kills_at_once(tmp_path: Path):
@@ -379,4 +392,4 @@ def test_second_interrupt_kills_at_once(tmp_path: Path):
     begun = time.monotonic()
     assert run(source, tmp_path) == signal.SIGINT
     assert time.monotonic() - begun < 5
-    assert not any(is_alive(event.pid) for event in source.heard)
+    assert not any(is_alive(event.pid) for event in source.events)

@@ -80,7 +80,7 @@ def ends(channel: Channel) -> None:
 
 
 def test_rank_0_reports_and_has_the_result(monkeypatch: pytest.MonkeyPatch):
-    replies, heard = [], []
+    replies, reported = [], []
 
     def main(channel: Channel) -> None:
         for step in range(3):
@@ -89,12 +89,12 @@ def test_rank_0_reports_and_has_the_result(monkeypatch: pytest.MonkeyPatch):
         channel.send(RankFinished({"loss": 1.5}))
 
     def report(**metrics: float) -> Answer:
-        heard.append(metrics)
+        reported.append(metrics)
         return "prune" if metrics["step"] == 2 else "go"
 
     cast = Cast(monkeypatch, main, ends)
     assert host(report) == {"loss": 1.5}
-    assert heard == [{"step": 0}, {"step": 1}, {"step": 2}]
+    assert reported == [{"step": 0}, {"step": 1}, {"step": 2}]
     assert replies == [Reply("go"), Reply("go"), Reply("prune")]
     assert cast.seen == [RunTraining({"run_name": "x"})] * 2
 
@@ -228,9 +228,9 @@ def test_an_error_keeps_its_kind_and_traceback(
 
     Cast(monkeypatch, ends, part)
     monkeypatch.setattr(ddp_host._Host, "result", lambda host: host._error)
-    heard: Any = host()
-    assert type(heard) is type(sent) and str(heard) == str(sent)
-    assert "On rank 1" in heard.__notes__[0] and "raise error" in heard.__notes__[0]
+    received: Any = host()
+    assert type(received) is type(sent) and str(received) == str(sent)
+    assert "On rank 1" in received.__notes__[0] and "raise error" in received.__notes__[0]
 
 
 def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path: Path):
@@ -321,7 +321,7 @@ def test_two_ranks_train_as_one_process_does(data_root: Path, tmp_path: Path):
 @pytest.mark.parametrize("kills", [1, 2])
 def test_killed_ranks_and_hosts_cost_no_bit(data_root: Path, tmp_path: Path, kills: int):
     """A rank is killed, then the worker that hosts the next attempt; the last one ends as one
-    under torchrun that nobody disturbs, and nearly as a training of one process."""
+    that runs under torchrun undisturbed, and nearly as a training of one process."""
     source = Given(job_of(data_root, tmp_path))
     killed: dict[int, list[int]] = {}
     died_s: list[float] = []
@@ -383,13 +383,13 @@ def test_prune_stop_and_errors_reach_the_other_side(data_root: Path, tmp_path: P
     made["broken"] = replace(made["broken"], target="experiments.broken_rank:run")
     source = Given(*made.values(), answer=answers)
 
-    def tells(event: Event) -> Answer:
+    def stops(event: Event) -> Answer:
         if event.kind == "reported" and event.job and event.job.name == "stopped":
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             source._answer = answers
         return answers(event)
 
-    source._answer = tells
+    source._answer = stops
     assert pool_of(source, tmp_path, retries=0).run() == signal.SIGINT
     assert [event.job.name for event in source.of("pruned") if event.job] == ["pruned"]
     assert 5 <= source.of("pruned")[0].result["step"] < 100

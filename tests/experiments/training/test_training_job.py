@@ -12,13 +12,13 @@ from gpt2.train.report import Answer
 
 
 def test_the_lock_of_a_lost_machine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It tells its owner meanwhile that it lives, and may be told to stop."""
+    """It reports to its owner meanwhile, and stops if the answer says so."""
     monkeypatch.setattr(training_job, "LOCK_POLL_S", 0.05)
-    told: list[float] = []
+    reports: list[float] = []
 
     def report(**_metrics: Any) -> Answer:
-        told.append(time.monotonic())
-        return "go" if len(told) < 1000 else "stop"
+        reports.append(time.monotonic())
+        return "go" if len(reports) < 1000 else "stop"
 
     ready, leave = threading.Event(), threading.Event()
 
@@ -33,7 +33,7 @@ def test_the_lock_of_a_lost_machine_is_waited_for(tmp_path: Path, monkeypatch: p
     threading.Timer(0.5, leave.set).start()
     began = time.monotonic()
     training_job._wait_for_folder(report, tmp_path)
-    assert 0.4 < time.monotonic() - began < 5 and len(told) > 3
+    assert 0.4 < time.monotonic() - began < 5 and len(reports) > 3
     holder.join()
     training_job._wait_for_folder(report, tmp_path / "new")
 

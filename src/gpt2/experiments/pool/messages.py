@@ -156,15 +156,15 @@ def decode(line: bytes) -> Message:
     return from_json(kind, values, "message of another version")
 
 
-def plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """`value` as JSON can hold it: NumPy and torch values as Python's, paths as text, NaN and
     infinity as None. What is none of these stays as it is."""
     if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): json_ready(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_ready(item) for item in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return json_ready(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

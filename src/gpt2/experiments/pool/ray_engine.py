@@ -241,7 +241,8 @@ class Cluster:
                 # Requested after the look for ends: this answer has the last messages of `ending`.
                 pending = self.mailbox.next_for_owner.remote()
         except Exception as error:  # whatever it is, no worker can be reached any more
-            logger.debug("the thread that receives from workers ends", exc_info=True)
+            if not isinstance(error, RayError):
+                logger.exception("the thread that receives from the Ray cluster failed:")
             self._lost = f"the Ray cluster is lost: {_first_line(error)}"
             for worker in self._workers.values():
                 worker.on_end(Ending(self._lost, is_machine_lost=True))

@@ -126,7 +126,7 @@ class Reporter:
     def __call__(self, **metrics: Any) -> Answer:
         if self.is_over:
             return "stop"
-        self._channel.send(Report(messages.plain(metrics)))
+        self._channel.send(Report(messages.json_ready(metrics)))
         reply = self._channel.wait()
         if reply is None:  # the owner is gone
             os._exit(1)
@@ -137,14 +137,17 @@ class Reporter:
 
 def find_function(target: str) -> Callable[..., Any]:
     """The function `module:function`; raises UserError if it cannot be imported."""
-    module, _, name = target.partition(":")
+    module_name, _, name = target.partition(":")
     expected = "expected module:function, importable from this folder"
-    if not module or not name:
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise UserError(f"no function {target}; {expected}")
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
         raise UserError(f"no function {target} ({error}); {expected}") from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if function is None:
+        raise UserError(f"no function {target}: {module_name} has no {name}; {expected}")
     if not callable(function):
         raise UserError(f"{target} is not a function; {expected}")
     return function
@@ -205,7 +208,7 @@ def _call(job: Job, report: Reporter) -> Any:
         raise Stopped
     if job.wants_numbers:
         _require_numbers(job.target, result)
-    return messages.plain(result)
+    return messages.json_ready(result)
 
 
 def _require_numbers(target: str, result: Any) -> None:

@@ -76,12 +76,12 @@ class HostConnection:
 
     def report(self, **metrics: Any) -> Answer:
         """The `report` of the training: returns the owner's answer."""
-        self._channel.send(Report(messages.plain(metrics)))
+        self._channel.send(Report(messages.json_ready(metrics)))
         answer = self._answers.get()
         return "stop" if self._is_stopping else answer
 
     def send_result(self, result: Mapping[str, Any]) -> None:
-        self._channel.send(RankFinished(messages.plain(result)))
+        self._channel.send(RankFinished(messages.json_ready(result)))
 
     def send_error(self, error: Exception) -> None:
         trace = "".join(traceback.format_exception(error)).rstrip()
