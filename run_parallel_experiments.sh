@@ -39,7 +39,7 @@ while (($#)); do
             set -- "$1=$2" "${@:3}" ;;
         --gpus=*)
             listed=${1#*=}
-            read_gpus "$listed" || refuse "--gpus '$listed' must be as 0,2; --slots N is for the CPU"
+            read_gpus "$listed" || refuse "--gpus '$listed': expected ids such as 0,2; use --slots N for the CPU"
             shift ;;
         --slots=*) slots=${1#*=}; shift ;;
         -h | --help) usage; exit 0 ;;
@@ -49,8 +49,8 @@ while (($#)); do
     esac
 done
 ((${#specs[@]})) || { usage >&2; exit 2; }
-[[ -z $slots || $slots =~ ^[1-9][0-9]*$ ]] || refuse "--slots $slots is no number of experiments"
-[[ -z $slots || -z $listed ]] || refuse "--gpus and --slots contradict each other"
+[[ -z $slots || $slots =~ ^[1-9][0-9]*$ ]] || refuse "--slots $slots: expected a number of 1 or more"
+[[ -z $slots || -z $listed ]] || refuse "use either --gpus or --slots"
 
 # Where an experiment with these flags keeps its logs.
 logs_of() {
@@ -74,7 +74,7 @@ for spec in "${specs[@]}"; do
     [[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
         refuse "'$spec' must begin with a name of letters, digits, . _ and -"
     [[ -z ${flags_of[$name]+set} ]] || refuse "two experiments have the name $name"
-    xargs -n 1 <<<"$flags" >/dev/null 2>&1 || refuse "'$spec' has a quote that does not end"
+    xargs -n 1 <<<"$flags" >/dev/null 2>&1 || refuse "'$spec' has an unmatched quote"
     words=()
     [[ -z $flags ]] || mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$flags") # reads quotes
     words=("${common[@]}" "${words[@]}" --experiment_name "$name")
@@ -110,7 +110,7 @@ for gpu in "${gpus[@]}"; do
 done
 
 declare -A slot_of=() log_of=() name_of=() begun=()
-waiting=("${names[@]}") free=("${!gpus[@]}") finished=() failed=() signal='' told=''
+waiting=("${names[@]}") free=("${!gpus[@]}") finished=() failed=() signal='' sent=''
 
 # Whether an experiment may begin in this slot: not if it had another of these GPUs before.
 suits() {
@@ -122,7 +122,7 @@ suits() {
     return 0
 }
 
-# Nothing starts once a signal came, and what started in the same moment is told of it.
+# Starts nothing after a signal; passes on a signal that arrives while an experiment starts.
 start() {
     local name=$1 slot=$2 gpu=${gpus[$2]} folder=${folder_of[$1]}${ids[$2]} now words log
     printf -v now '%(%Y%m%d_%H%M%S)T' -1
@@ -133,7 +133,7 @@ start() {
     env "${threads[@]}" CUDA_VISIBLE_DEVICES="$gpu" "$python" "$root/src/train_improved.py" \
         "${words[@]}" </dev/null >"$log" 2>&1 &
     slot_of[$!]=$slot log_of[$!]=$log begun[$!]=$SECONDS name_of[$!]=$name
-    [[ -z $told ]] || kill -s "$told" $!
+    [[ -z $sent ]] || kill -s "$sent" $!
     echo "started   $name on ${gpu:+gpu }${ids[slot]}, process $!, $log"
 }
 
@@ -165,30 +165,30 @@ finish() {
         finished+=("$name")
     else
         failed+=("$name")
-        tail -n 1 "${log_of[$pid]}" 2>/dev/null | sed 's/^/          /' # it may have none yet
+        tail -n 1 "${log_of[$pid]}" 2>/dev/null | sed 's/^/          /' # the log may not exist yet
     fi
     free+=("${slot_of[$pid]}")
     unset "name_of[$pid]"
 }
 
-# Jobs of a script have SIGINT ignored, so they are told by SIGTERM, after which they save.
+# Background jobs of a script ignore SIGINT, so SIGTERM is sent to them, after which they save.
 stop() {
     local words="Stopping: ${#name_of[@]} experiments save and end; once more kills them"
     [[ -z $signal ]] || words="Killing ${#name_of[@]} experiments"
-    told=${signal:+KILL} told=${told:-TERM} signal=${signal:-$1}
-    tell "$told"
+    sent=${signal:+KILL} sent=${sent:-TERM} signal=${signal:-$1}
+    send "$sent"
     echo "$words"
 }
-tell() { ((${#name_of[@]} == 0)) || kill -s "$1" "${!name_of[@]}" 2>/dev/null; }
+send() { ((${#name_of[@]} == 0)) || kill -s "$1" "${!name_of[@]}" 2>/dev/null; }
 trap 'stop 2' INT
 trap 'stop 15' TERM
 trap 'stop 1' HUP
 
-# From here on only the end of the last experiment ends the script, neither a helper that fails nor
-# a reader of its output that goes away; should it end nevertheless, none goes on unseen.
+# From here on the script ends with the last experiment: not when a helper fails, nor when a reader of
+# its output closes the pipe. If it ends earlier all the same, the experiments save and end, too.
 set +e
 trap : PIPE
-trap 'tell TERM' EXIT
+trap 'send TERM' EXIT
 
 start_what_fits
 while ((${#name_of[@]})); do

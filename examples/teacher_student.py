@@ -5,8 +5,8 @@ least that rank. Both methods know the same linear measurements <A_i, teacher>, 
 all that these leave open. The problem, and what guess and check means, are those of Alexander,
 Slutzky, Ran-Milo and Cohen, "Do Neural Networks Need Gradient Descent to Generalize?"
 (arXiv:2506.03931): students are drawn at random, each with weights of its own, until one fits the
-measurements. Sizes, prior and tolerance are ours, for minutes on a CPU. The same command again goes
-on, or shows what is known; --help lists the flags.
+measurements. Sizes, prior and tolerance are chosen to take minutes on a CPU. The same command again
+resumes, or shows the results; --help lists the flags.
 """
 
 import itertools
@@ -33,7 +33,7 @@ METHODS = {"gd": "gradient descent", "gnc": "guess and check"}
 AT_ONCE = 5_000  # guesses between two reports
 GD_STEPS, GD_AIM, GD_START = 10_000, 1e-5, 0.01
 """steps at most; training error that ends it; size of the first weights: small finds low ranks"""
-UNCHECKED = 2.0  # expected test error of a guess that nobody has checked
+UNCHECKED = 2.0  # expected test error of a guess without the check
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _draw_panel(axes: "Axes", points: Sequence[PointSummary]) -> None:
 
 def run() -> int:
     command = parse(Command, sys.argv[1:])
-    asked = [name for name in METHODS if getattr(command, name)] or [*METHODS]
+    methods = [name for name in METHODS if getattr(command, name)] or [*METHODS]
     pairs = [*itertools.product(command.teacher_ranks, command.student_dims)]
     if max(command.student_dims) < min(command.teacher_ranks):
         raise ConfigError("every student is narrower than its teacher; use larger --student_dims")
@@ -230,7 +230,7 @@ def run() -> int:
         print(f"Left out, as narrower than the teacher: student dim {', '.join(narrow)}")
     points = [
         {"measurements": amount, "teacher_rank": rank, "student_dim": dim, "method": method}
-        for amount, (rank, dim), method in itertools.product(command.measurements, pairs, asked)
+        for amount, (rank, dim), method in itertools.product(command.measurements, pairs, methods)
         if dim >= rank
     ]
     return sweep(

@@ -67,6 +67,21 @@ def test_help_and_steps_load_nothing_heavy():
         )
 
 
+def test_help_of_a_command_loads_no_torch():
+    """`train` and `evaluate` load it to find out which rank prints."""
+    program = """
+import contextlib, sys
+from gpt2.cli import main
+actions = {"data": ["files"], "experiments": ["list"]}
+for command in set(main.COMMANDS) - {"train", "evaluate"}:
+    sys.argv = ["gpt2", command, *actions.get(command, []), "--help"]
+    with contextlib.suppress(SystemExit):
+        main.main()
+assert not {"torch", "optuna", "ray", "matplotlib", "datasets"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_hyphens_and_underscores_are_the_same():
     one = cli_train.parse_train(
         ["--use_tensorboard", "--mini_batch_size", "2", "--eval_interval", "None"]

@@ -31,12 +31,15 @@ def environment() -> dict[str, str]:
         (["a --seed 1", "b", "a --seed 2"], "two experiments have the name a"),
         (["../a"], "'../a' must begin with a name of letters, digits, . _ and -"),
         (["--learning_rate 1"], "unknown option --learning_rate 1; flags of all experiments come"),
-        (["a --sample_prompt 'b"], "has a quote that does not end"),
-        (["--slots", "0", "a"], "--slots 0 is no number of experiments"),
-        (["--gpus=0", "--slots=2", "a"], "--gpus and --slots contradict each other"),
+        (["a --sample_prompt 'b"], "has an unmatched quote"),
+        (["--slots", "0", "a"], "--slots 0: expected a number of 1 or more"),
+        (["--gpus=0", "--slots=2", "a"], "use either --gpus or --slots"),
         (["--gpus"], "--gpus needs a value"),
-        (["--gpus", "0,-1", "a"], "--gpus '0,-1' must be as 0,2; --slots N is for the CPU"),
-        (["--gpus=", "a"], "--gpus '' must be as 0,2"),
+        (
+            ["--gpus", "0,-1", "a"],
+            "--gpus '0,-1': expected ids such as 0,2; use --slots N for the CPU",
+        ),
+        (["--gpus=", "a"], "--gpus '': expected ids such as 0,2"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str):
