@@ -160,7 +160,7 @@ class WatchConfig:
     """Logs and TensorBoard."""
 
     log_dir: Path = Path("logs")
-    """folder of log.txt; every run appends to it"""
+    """folder of log.txt and metrics.jsonl; every run appends to them"""
     runs_dir: Path = Path("runs")
     """folder of TensorBoard runs"""
     use_tensorboard: bool = False
