@@ -47,8 +47,8 @@ def empty_the_metadata(folder: Path) -> None:
 
 
 def forge_the_size(folder: Path) -> None:
-    mark = folder / "step_000020.json"
-    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"bytes": 5}))
+    path = folder / "step_000020.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bytes": 5}))
 
 
 @pytest.mark.parametrize(

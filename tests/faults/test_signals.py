@@ -46,7 +46,7 @@ MOMENTS = {  # module, function, number of its call, and the newest steps that a
     "reading the data": ("gpt2.train.trainer", "open_data", 1, {0}),
     "validating": ("gpt2.evaluation.loss", "evaluating", 2, {EVAL - SAVE, EVAL - 2 * SAVE}),
     "writing a checkpoint": ("gpt2.checkpoint.integrity", "HashingWriter", 2, {SAVE}),
-    "between a checkpoint and its mark": ("gpt2.checkpoint.integrity", "sign", 2, {SAVE}),
+    "between a checkpoint and its metadata": ("gpt2.checkpoint.integrity", "sign", 2, {SAVE}),
 }
 
 

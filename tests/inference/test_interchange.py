@@ -19,7 +19,7 @@ from gpt2.cli import export, main
 from gpt2.config.model import ModelConfig
 from gpt2.config.presets import PRESETS
 from gpt2.data import tokenizer
-from gpt2.inference import interchange
+from gpt2.inference import interchange, tokenizer_export
 from gpt2.inference.interchange import TrainedModel
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import trainer
@@ -128,7 +128,7 @@ def test_transformers_gives_the_same_tokens(offline, hf_folder: Path):
 
 def test_every_character_has_the_same_tokens(hf_folder: Path):
     """The two libraries have regular expressions, and tables of Unicode, of their own."""
-    theirs = interchange.build_tokenizer()
+    theirs = tokenizer_export.build()
     characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
     for start in range(0, len(characters), 1000):
         text = "".join(f"a{letter} " for letter in characters[start : start + 1000])

@@ -117,7 +117,8 @@ class Saver:
 
     def _update_link(self) -> None:
         if self._link is not None and self._world.is_rank0:
-            with contextlib.suppress(OSError):  # it keeps its target; the next save tries again
+            # If it fails, the link keeps its target, and the next save tries again.
+            with contextlib.suppress(OSError, CheckpointError):
                 store.point_at_newest(self._link, self._settings.checkpoint_dir)
 
 

@@ -17,9 +17,7 @@ from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from gpt2 import model
@@ -29,6 +27,7 @@ from gpt2.checkpoint import store
 from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.data import tokenizer
+from gpt2.inference import tokenizer_export
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,6 @@ HUGGING_FACE_FILES = (
 )
 NANOGPT_FILE = "ckpt.pt"
 NANOGPT_ARGUMENTS = (*SHAPE, "vocab_size", "dropout")  # all fields of its GPTConfig
-END_OF_TEXT = "<|endoftext|>"
 GELU_NOTE = (
     "nanoGPT computes the exact GELU (since June 2023), GPT-2 its tanh approximation: with the "
     "same weights, logits differ in the third decimal"
@@ -242,26 +240,6 @@ def fit(weights: Weights, wanted: ModelConfig) -> Weights:
     }
 
 
-def build_tokenizer() -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer for the `tokenizers` library: the same ids as `gpt2.data.tokenizer`, but
-    <|endoftext|> in a text becomes the special token."""
-    letters = _byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocab = {spell(token): number for token, number in tokenizer.ranks().items()}
-    vocab[END_OF_TEXT] = tokenizer.END_OF_TEXT
-    merges = [(spell(first), spell(second)) for first, second in tokenizer.merges()]
-    built = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # ByteLevel has GPT-2's pattern built in.
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.post_processor = processors.ByteLevel(trim_offsets=False)
-    built.decoder = decoders.ByteLevel()
-    built.add_special_tokens([END_OF_TEXT])
-    return built
-
-
 def _open(source: str, trust: bool) -> tuple[ModelConfig, Weights]:
     """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under their names there."""
     kind, _, path = source.partition(":")
@@ -406,7 +384,7 @@ def _write_hugging_face(folder: Path, trained: TrainedModel, dtype: DType) -> No
         **{f"{place}_pdrop": shape.dropout for place in ("attn", "embd", "resid")},
         **ends,
     }
-    tokens = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")}
+    tokens = {f"{kind}_token": tokenizer_export.END_OF_TEXT for kind in ("bos", "eos", "unk")}
     tokenizer_described = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": shape.block_size,
@@ -414,7 +392,7 @@ def _write_hugging_face(folder: Path, trained: TrainedModel, dtype: DType) -> No
         "clean_up_tokenization_spaces": False,  # so that decoding returns the text
         **tokens,
     }
-    built = build_tokenizer()
+    built = tokenizer_export.build()
     built.save(str(folder / "tokenizer.json"))
     built.model.save(str(folder))  # vocab.json and merges.txt, for older readers
     _write_json(folder / "config.json", described)
@@ -480,16 +458,6 @@ def _bare(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def _byte_letters() -> dict[int, str]:
-    """The character of each byte in Hugging Face's files: its own in Latin-1 if that is visible,
-    else one from U+0100 on (`bytes_to_unicode` of the published encoder)."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {
-        byte: chr(0x100 + number) for number, byte in enumerate(others)
-    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
