@@ -31,7 +31,7 @@ def begun(trace: Path) -> list[str]:
 
 
 def place(tmp_path: Path) -> dict[str, Any]:
-    """Where an experiment runs and is kept; `out` is what it says."""
+    """Keyword arguments of an experiment: folders, slots, and a console that `said` reads."""
     out = Console(file=io.StringIO(), width=160)
     return {"folder": tmp_path / "kept", "log_dir": tmp_path / "logs", "engine": ENGINE, "out": out}
 
@@ -41,7 +41,7 @@ def said(given: dict[str, Any]) -> str:
     return text
 
 
-def test_a_function_is_swept_and_what_is_known_never_runs_again(tmp_path: Path, trace: Path):
+def test_a_function_is_swept_and_finished_jobs_never_run_again(tmp_path: Path, trace: Path):
     swept = api.sweep(jobs.measured, {"rate": [1.5, 2]}, 2, **(given := place(tmp_path)))
     assert begun(trace) == ["1.5 0", "1.5 1", "2 0", "2 1"]
     assert swept.exit_code == 0 and len(swept.records) == 4
@@ -59,7 +59,7 @@ def test_a_function_is_swept_and_what_is_known_never_runs_again(tmp_path: Path, 
 
 
 def test_parameters_may_have_any_name(tmp_path: Path):
-    """One that is called as the function is in the files neither hides that nor is hidden."""
+    """A parameter called like a key of experiment.json does not collide with it."""
     swept = functools.partial(jobs.named, target=1, grid=1)
     api.sweep(swept, [{}], 1, **(given := place(tmp_path)))
     assert "Sweep of experiments.jobs:named: 1 seed (0), 1 job\n" in said(given)
@@ -68,7 +68,7 @@ def test_parameters_may_have_any_name(tmp_path: Path):
             api.sweep(functools.partial(function, target=1, **changed), [{}], 1, **place(tmp_path))
 
 
-def test_values_of_a_partial_decide_over_results(tmp_path: Path):
+def test_results_depend_on_the_values_of_a_partial(tmp_path: Path):
     def sweep(pause: float) -> api.Swept:
         return api.sweep(functools.partial(jobs.square, pause=pause), [{}], 3, **place(tmp_path))
 
@@ -77,7 +77,7 @@ def test_values_of_a_partial_decide_over_results(tmp_path: Path):
         sweep(0.02)
 
 
-def test_table_and_picture_of_ones_own(tmp_path: Path):
+def test_custom_table_and_picture(tmp_path: Path):
     from matplotlib.figure import Figure
 
     def listing(points: Any, metric: str) -> str:
@@ -93,7 +93,7 @@ def test_table_and_picture_of_ones_own(tmp_path: Path):
     assert "value: [1.66" in said(given) and (tmp_path / "kept" / "value.png").exists()
 
 
-def test_a_function_that_returns_no_number_has_failed(tmp_path: Path):
+def test_a_function_that_returns_no_number_fails(tmp_path: Path):
     given = place(tmp_path) | {"engine": api.Engine(slots.of_cores(1, threads="1"))}
     swept = api.sweep(jobs.odd, [{}], 6, metric="loss", **given)
     states = [record.state for record in swept.records]
@@ -160,13 +160,13 @@ def inner() -> Callable[[int], int]:
         ("experiments.jobs:measure", [{}], "no function"),
     ],
 )
-def test_what_cannot_run_is_refused(tmp_path: Path, function: Any, points: Any, words: str):
+def test_invalid_sweeps_are_refused(tmp_path: Path, function: Any, points: Any, words: str):
     with pytest.raises(api.UserError, match=words):
         api.sweep(function, points, **place(tmp_path))
     assert not (tmp_path / "kept").exists()
 
 
-def test_jobs_that_cannot_run_are_refused(tmp_path: Path):
+def test_invalid_jobs_are_refused(tmp_path: Path):
     with pytest.raises(api.ConfigError, match="cannot be part of a file name"):
         api.together({"a/b": jobs.hangs}, **place(tmp_path))
     with pytest.raises(api.ConfigError, match="cannot be called with nothing: missing"):
@@ -175,7 +175,7 @@ def test_jobs_that_cannot_run_are_refused(tmp_path: Path):
 
 
 class Doubling:
-    """Asks with what came back, until that is enough: it has no job while one runs."""
+    """Each job depends on the result of the one before, so there is no job while one runs."""
 
     def __init__(self) -> None:
         self.number, self.waits = 1, False
@@ -193,7 +193,7 @@ class Doubling:
         return "go"
 
 
-def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_custom_job_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     source, events = Doubling(), list[api.Event]()
     assert api.Pool(ENGINE, source, events.append, limits=api.Limits(retries=0)).run() == 0
@@ -201,7 +201,7 @@ def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert [event.result for event in events if event.kind == "finished"] == [2, 4, 8]
 
 
-def test_plans_need_no_torch():
+def test_jobs_can_be_imported_without_torch():
     code = "import sys, gpt2.experiments.pool.job; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

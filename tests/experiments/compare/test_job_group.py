@@ -32,7 +32,7 @@ def test_time_saved():
         (2, 1, "- one after another, on cpu0\n"),
     ],
 )
-def test_slots_that_are_used_are_named(tmp_path: Path, count: int, available: int, words: str):
+def test_used_slots_are_printed(tmp_path: Path, count: int, available: int, words: str):
     names = [f"{number}" for number in range(count)]
     group = JobGroup("jobs", "Jobs", [Job(name, "a:b", {}) for name in names], {}, log_dir=tmp_path)
     out = Console(file=io.StringIO(), width=160)

@@ -58,7 +58,7 @@ def compared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def call(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of `gpt2 models`, and what it said."""
+    """The exit code and the output of `gpt2 models`."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gpt2", "models", *arguments])
@@ -77,7 +77,7 @@ def test_slots_of_models():
     assert preferred_slots(2, 4) == [0, 1]
 
 
-def test_two_at_a_time_unless_more_are_named(monkeypatch: pytest.MonkeyPatch):
+def test_two_at_a_time_unless_more_are_requested(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gpt2.experiments.pool.slots._visible_gpus", lambda _: ["0", "1", "2", "3"])
 
     def names(**given: Any) -> list[str]:
@@ -115,7 +115,7 @@ def test_two_train_at_once_and_the_third_follows_on_the_second_slot(compared: Co
     assert len(pids) == 3 and str(os.getpid()) not in pids
 
 
-def test_the_end_tells_all_and_keeps_it(compared: Compared):
+def test_the_comparison_is_printed_and_written(compared: Compared):
     rows = json.loads((compared.folder / "results.json").read_text())["summary"]
     assert [row["model"] for row in rows] == ["gpt2", "modern", "mlp"]
     for row in rows:
@@ -132,7 +132,7 @@ def test_the_end_tells_all_and_keeps_it(compared: Compared):
     assert (compared.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_command_does_nothing_again(compared: Compared):
+def test_finished_models_are_not_trained_again(compared: Compared):
     before = compared.records
     code, said = call(compared.arguments)
     assert code == 0 and "finished already: gpt2, modern, mlp" in said
@@ -157,7 +157,7 @@ def test_the_same_command_does_nothing_again(compared: Compared):
         (["--gpus", "7"], "no GPU 7"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(
+def test_invalid_options_are_refused_before_anything_starts(
     compared: Compared, more: list[str], words: str
 ):
     logs = sorted((compared.out / "logs").iterdir())
@@ -167,8 +167,8 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 
 
 @pytest.mark.soak
-def test_a_model_that_fails_or_is_killed_harms_no_other(data_root: Path, tmp_path: Path):
-    """One after another: `killed` dies once and goes on from its checkpoint behind the others."""
+def test_a_failed_or_killed_model_does_not_affect_the_others(data_root: Path, tmp_path: Path):
+    """One after another: `killed` dies once and resumes from its checkpoint after the others."""
     run = small_config(data_root, tmp_path, max_steps=24)
     stand_ins = {"killed": {"n_layer": 2}, "bad": {"data_root": str(tmp_path / "nowhere")}}
     asked = Comparison(run, stand_ins, tmp_path / "models", tmp_path / "logs")

@@ -115,7 +115,7 @@ def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, 
     pids = started(owner, tmp_path, 2)
     owner.send_signal(signal.SIGINT)
     said, _ = owner.communicate(timeout=60)
-    assert owner.returncode == 130 and "the same command goes on" in said
+    assert owner.returncode == 130 and "run the same command to continue" in said
     assert (tmp_path / "trace").read_text().count("stops") == 2
     assert not any(map(is_alive, pids))
     said = run_command(command).stdout

@@ -69,7 +69,7 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("comes_back", ["in time", "too late"])
-def test_a_reader_that_stalls_holds_up_no_job(
+def test_a_stalled_reader_does_not_delay_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: str
 ):
     monkeypatch.setattr(live_view, "DRAW_EVERY_S", 0.01)
@@ -103,7 +103,7 @@ def test_a_reader_that_stalls_holds_up_no_job(
     assert len(lines) == 2000 + 199 + 2
 
 
-def test_a_job_that_takes_long_is_heard_of_ever_more_seldom():
+def test_a_long_job_gets_lines_at_growing_intervals():
     tracker, clock = tracker_of(total=4)
     reporter = LineReporter(tracker, every=10)
     train(tracker, clock, 0, "a", range(1, 21), total=100_000)
@@ -119,7 +119,7 @@ def test_a_job_that_takes_long_is_heard_of_ever_more_seldom():
     assert pauses[0] == 60 and max(pauses) == 600 and pauses == sorted(pauses)
 
 
-def test_jobs_with_a_process_of_their_own_have_a_line_each():
+def test_jobs_with_their_own_process_get_a_line_each():
     tracker, _ = tracker_of(total=4)
     reporter = LineReporter(tracker, every=10)
     lines = [
@@ -150,7 +150,7 @@ def screen(tracker: StateTracker, clock: Clock, width: int) -> list[str]:
     return text_of(out).splitlines()
 
 
-def test_picture_fits_into_any_width():
+def test_the_live_view_fits_into_any_width():
     tracker, clock = tracker_of(total=100, before=5)
     train(
         tracker,
@@ -219,7 +219,9 @@ def test_live_view_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "failed: seed=[2]" in (tmp_path / live_view.LOG).read_text()
 
 
-def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_closed_terminal_does_not_end_the_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(live_view, "DRAW_EVERY_S", 0.01)
     tracker, _ = tracker_of(total=2)
@@ -234,7 +236,7 @@ def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path, monkeypatch: pyt
     assert "finished: 0 of 2 done, 2 failed" in (tmp_path / live_view.LOG).read_text()
 
 
-def test_a_pool_that_is_watched(tmp_path: Path):
+def test_progress_of_a_scheduler(tmp_path: Path):
     jobs = [real_job(f"seed={n}", "square", seed=n) for n in range(12)]
     source, out = Given(*jobs, real_job("bad", "rises")), plain()
     tracker = StateTracker("seeds", 13, SLOTS)

@@ -36,7 +36,7 @@ def tracker_of(total: int, before: int = 0) -> tuple[StateTracker, Clock]:
 def train(
     tracker: StateTracker, clock: Clock, slot: int, name: str, steps: range, total: int
 ) -> None:
-    """A training that takes a second to begin, and then one for each step."""
+    """A training that takes a second to start, and a second for each step."""
     clock.now = 1000.0
     tracker.update(event("started", slot, name))
     for seconds, step in enumerate(steps, 1):
@@ -74,7 +74,7 @@ def test_counts_and_slots_follow_the_events():
     assert tracker.current.state == "stopped" and tracker.current.left_s(clock.now) is None
 
 
-def test_failures_that_are_kept_are_the_newest():
+def test_the_newest_failures_are_kept():
     tracker, _ = tracker_of(total=1000)
     for number in range(100):
         tracker.update(event("failed", 0, f"{number}", reason="no"))
@@ -82,7 +82,7 @@ def test_failures_that_are_kept_are_the_newest():
     assert [item.job for item in tracker.current.failures] == [f"{n}" for n in range(80, 100)]
 
 
-def test_time_left_of_a_training_counts_from_where_it_went_on():
+def test_time_left_counts_from_the_step_where_a_training_resumed():
     tracker, clock = tracker_of(total=1)
     train(tracker, clock, 0, "a", range(901, 912), total=1000)
     slot = tracker.current.slots[0]
@@ -91,7 +91,7 @@ def test_time_left_of_a_training_counts_from_where_it_went_on():
     assert tracker.current.left_s(clock.now) == pytest.approx(89)
 
 
-def test_time_left_of_all_counts_what_waits_and_the_slots_that_serve():
+def test_time_left_counts_waiting_jobs_and_slots_in_service():
     tracker, clock = tracker_of(total=4)
     train(tracker, clock, 0, "a", range(1, 12), total=101)
     train(tracker, clock, 1, "b", range(1, 12), total=101)

@@ -39,7 +39,7 @@ def test_the_command_of_the_best_trial():
     assert searched[6:10] == ["--max_steps", "7", "--decay_steps", "7"]
 
 
-def test_best_overall_is_of_the_best_trial_or_not_there(tmp_path: Path):
+def test_best_overall_has_the_best_trial_or_nothing(tmp_path: Path):
     one, two = (
         Played(tmp_path / name, storage=f"sqlite:///{tmp_path}/shared.db")
         for name in ("one", "two")
@@ -65,7 +65,7 @@ def test_best_overall_is_of_the_best_trial_or_not_there(tmp_path: Path):
     assert f"{tmp_path}/two/trial_001" in said and "training in full" not in said
 
 
-def test_what_is_kept_outlives_the_trial(tmp_path: Path):
+def test_an_exported_trial_outlives_its_folder(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
     trained(tmp_path / "search", job)
@@ -96,7 +96,7 @@ def summary_of(played: Played, width: int = 300) -> str:
     return out.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_there_is_no_summary_of_nothing(tmp_path: Path):
+def test_no_summary_without_results(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
     assert "Summary" not in summary_of(played)
@@ -105,7 +105,7 @@ def test_there_is_no_summary_of_nothing(tmp_path: Path):
     assert trial_report.COMPARISON in summary_of(played), "it has a curve"
 
 
-def test_exit_code_1_has_a_reason(tmp_path: Path):
+def test_exit_code_1_is_explained(tmp_path: Path):
     address = f"sqlite:///{tmp_path}/shared.db"
     played = Played(tmp_path / "search", storage=address, n_trials=1)
     played.study.ask()
@@ -115,7 +115,7 @@ def test_exit_code_1_has_a_reason(tmp_path: Path):
     assert "Ended: 1 trial left; run the same command to continue" in summary_of(other)
 
 
-def test_a_trial_that_ends_elsewhere_at_the_last_moment_counts(tmp_path: Path):
+def test_a_trial_that_ends_on_another_machine_during_the_summary_counts(tmp_path: Path):
     address = f"sqlite:///{tmp_path}/shared.db"
     one, two = (Played(tmp_path / n, storage=address, n_trials=2) for n in ("one", "two"))
     one.finishes(one.next(), 5.0)
@@ -142,7 +142,7 @@ def rows_of_the_default_space() -> list[trial_report.TrialRow]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_the_table_keeps_job_and_loss_whole(width: int):
+def test_the_table_never_cuts_job_and_loss(width: int):
     out = Console(file=io.StringIO(), width=width)
     out.print(trial_report.best_trials_table(rows_of_the_default_space(), out))
     said = out.file.getvalue()  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ def test_the_table_keeps_job_and_loss_whole(width: int):
 
 
 def test_trials_without_values_are_shown_too(tmp_path: Path):
-    """Enqueued or told by hand."""
+    """The user may enqueue trials, and tell the study their values."""
     played = Played(tmp_path / "search")
     played.study.tell(played.study.ask().number, 1.0)
     assert (
@@ -167,7 +167,7 @@ def test_trials_without_values_are_shown_too(tmp_path: Path):
     assert [bool(row["learning_rate"]) for row in top] == [False, True]
 
 
-def test_the_time_of_a_trial_is_that_of_its_steps(tmp_path: Path):
+def test_the_time_of_a_trial_is_the_sum_of_its_steps(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
     played.validates(job, 5.0)
@@ -175,7 +175,7 @@ def test_the_time_of_a_trial_is_that_of_its_steps(tmp_path: Path):
     assert trial_report.trial_rows(played.study, tmp_path)[0].took_s == 77.0
 
 
-def test_the_dashboard_command_can_be_typed(tmp_path: Path):
+def test_the_dashboard_command_is_quoted(tmp_path: Path):
     played = Played(tmp_path / "a $b {x}")
     line = summary_of(played, width=40).splitlines()
     command = next(item for item in line if "optuna-dashboard" in item).split(": ", 1)[1]

@@ -42,7 +42,7 @@ SPACE = space.parse("[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true", RUN,
 
 
 class Played:
-    """A search whose trainings are played by the test: no processes."""
+    """A search without processes: the test sends the events of its trainings."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def played(tmp_path: Path) -> Played:
     return Played(tmp_path / "search", startup_trials=2, patience=3)
 
 
-def test_a_search_says_if_it_has_few_combinations(tmp_path: Path):
+def test_few_combinations_are_reported(tmp_path: Path):
     heads = space.parse("[n_head]\nchoices = [1, 2]", RUN, "space")
     for count, is_said in ((2, False), (3, True)):
         out = Console(file=io.StringIO(), width=160)
@@ -124,7 +124,7 @@ def test_worse_than_the_median_is_pruned_but_not_at_the_end(played: Played):
 
 
 def test_a_trial_that_diverges_counts_as_pruned(played: Played):
-    """Infinity would be COMPLETE, and FAILED would teach the sampler nothing."""
+    """COMPLETE needs a finite value, and the sampler does not learn from FAILED trials."""
     first, second = played.next(), played.next()
     assert played.validates(first, 9.0, None) == ["go", "prune"]  # null is what JSON makes of NaN
     played.tell(first, "pruned", result={})
@@ -133,8 +133,8 @@ def test_a_trial_that_diverges_counts_as_pruned(played: Played):
     assert played.store.results["trial_001"].reason == "5 updates in a row"
 
 
-def test_failed_trials_are_replaced_until_it_is_not_their_fault(played: Played):
-    played.tell(played.next(), "failed", reason="a broken cable")
+def test_failed_trials_are_replaced_up_to_a_limit_in_a_row(played: Played):
+    played.tell(played.next(), "failed", reason="out of disk space")
     played.finishes(played.next(), 5.0)
     for _ in range(trial_source.MAX_FAILURES):
         assert not played.source.has_given_up
@@ -143,7 +143,7 @@ def test_failed_trials_are_replaced_until_it_is_not_their_fault(played: Played):
     assert played.source.done == 1
 
 
-def test_what_a_killed_owner_left_is_taken_up_again(played: Played, tmp_path: Path):
+def test_interrupted_trials_continue(played: Played, tmp_path: Path):
     done, running = played.next(), played.next()
     played.finishes(done, 5.0)
     played.validates(running, 9.0, 8.0)
@@ -178,7 +178,7 @@ def test_what_a_killed_owner_left_is_taken_up_again(played: Played, tmp_path: Pa
 
 
 def test_several_machines_share_a_study(tmp_path: Path):
-    """Each owner has a folder of its own; together they ask for n, and take up only their own."""
+    """Each machine has its own folder; together they run n trials, and each continues its own."""
     address = f"sqlite:///{tmp_path}/shared.db"
     one, two = (Played(tmp_path / name, storage=address, n_trials=3) for name in ("one", "two"))
     first, second = one.next(), two.next()
@@ -214,7 +214,7 @@ def command(flags: list[str]) -> list[str]:
 
 
 def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: Path):
-    """One trial, killed in the middle; then exactly two."""
+    """One trial, killed in the middle; then two in all."""
     folder = tmp_path / "checkpoints" / "search"
     running = subprocess.Popen(
         command(flags_of(data_root, tmp_path, space_file, 1)), stdout=subprocess.PIPE
@@ -253,7 +253,7 @@ def changed(space_file: Path) -> Path:
 
 
 def call(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of `gpt2 search`, and what it said."""
+    """The exit code and the output of `gpt2 search`."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gpt2", "search", *arguments])
@@ -267,7 +267,7 @@ def trials_in(folder: Path) -> list[Any]:
 
 
 def require_files(folder: Path, said: str) -> None:
-    """What people look for after a search."""
+    """Checks the files that a search documents."""
     best = min(trials_in(folder), key=lambda item: item.value)
     mine = folder / trial.name_of(best.number)
     assert sorted(path.name for path in folder.glob("*/*.pth*")) == ["best_model.pth"] * 3
@@ -315,7 +315,7 @@ def small_search(out: Path, count: int, pause: float = 0.05) -> subprocess.Popen
 
 
 def killed_search(out: Path, count: int, chosen: random.Random, kills: int) -> None:
-    """Kills owners at random instants, then lets one end; every trial is there once."""
+    """Kills the search at random times, then lets it end; every trial has run exactly once."""
     out.mkdir(exist_ok=True)
     for kill in range(kills):
         running, lines = small_search(out, count), starts(out)

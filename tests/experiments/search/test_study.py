@@ -1,4 +1,4 @@
-"""What happens to a study besides the search: it is another one, it is away, others write to it."""
+"""The study of a search: another study, an unreachable database, other processes that write."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ from gpt2.experiments.search import ownership, study, trial_source
 
 
 def trained(played: Played, job: Job) -> Path:
-    """The folder of a trial that has begun."""
+    """The folder of a trial that has started, with a checkpoint."""
     folder = Path(job.kwargs["run"]["checkpoint"]["checkpoint_dir"])
     folder.mkdir()
     (folder / "step_000010.json").write_text("")
@@ -53,7 +53,7 @@ def test_trials_of_another_study_are_never_continued(tmp_path: Path, how: str):
 
 def test_results_of_another_study_do_not_count(tmp_path: Path):
     played = Played(tmp_path / "search")
-    played.tell(played.next(), "failed", reason="a broken cable")
+    played.tell(played.next(), "failed", reason="out of disk space")
     study.path(tmp_path / "search").unlink()
     with pytest.raises(ConfigError, match=r"not in the study search in .*trial_000"):
         Played(tmp_path / "search")
@@ -68,8 +68,8 @@ def test_a_folder_that_went_to_another_study_before_its_first_trial(tmp_path: Pa
         Played(folder, storage=shared(tmp_path))
 
 
-def test_a_new_trial_never_meets_an_old_folder(tmp_path: Path):
-    """Somebody has put it there since the search began."""
+def test_a_new_trial_never_uses_an_old_folder(tmp_path: Path):
+    """The folder appears during the search."""
     played = Played(tmp_path / "search")
     (tmp_path / "search" / "trial_000").mkdir()
     (tmp_path / "search" / "trial_000" / "latest.pt").write_text("")
@@ -91,8 +91,8 @@ def test_a_renamed_machine_and_a_moved_folder_keep_their_trials(
     assert location == f"renamed:{tmp_path}/there/trial_000"
 
 
-class Cable:
-    """Between a search and the storage of its study; it can be pulled out."""
+class BreakableStorage:
+    """The storage of a study, with failures as of a lost connection."""
 
     def __init__(self, played: Played) -> None:
         self._storage = played.study._storage
@@ -126,15 +126,15 @@ def test_an_unreachable_database_is_retried(
 ):
     caplog.set_level("INFO")
     played = Played(tmp_path / "search", n_trials=2)
-    cable = Cable(played)
+    storage = BreakableStorage(played)
     for number in range(2):
-        cable.failures = 3
+        storage.failures = 3
         job = played.next()
         for step in (10, 20):
-            cable.failures = 2
+            storage.failures = 2
             metrics = {"step": step, "val_loss": 9.0 - step, "total_steps": 500}
             assert played.tell(job, "reported", metrics=metrics) == "go"
-        cable.failures = 4
+        storage.failures = 4
         played.tell(job, "finished", result={})
         assert played.source.done == number + 1
     assert played.states == ["COMPLETE", "COMPLETE"], "nothing was told or asked for twice"
@@ -142,25 +142,25 @@ def test_an_unreachable_database_is_retried(
     assert caplog.messages[1] == "the study's database is reachable again"
 
 
-def test_an_outage_ends_the_search_at_last_or_when_it_is_to_stop(
+def test_a_long_outage_ends_the_search_and_a_stop_ends_retrying(
     tmp_path: Path, short_pauses: None, monkeypatch: pytest.MonkeyPatch
 ):
     played = Played(tmp_path / "search")
     job = played.next()
-    cable, metrics = Cable(played), {"step": 10, "val_loss": 9.0}
-    cable.failures = 10**9
+    storage, metrics = BreakableStorage(played), {"step": 10, "val_loss": 9.0}
+    storage.failures = 10**9
     with monkeypatch.context() as patch:
         patch.setattr(study, "OUTAGE_TIMEOUT_S", 0.05)
         with pytest.raises(
             TrainingError, match=r"server closed .*; run the same command to continue"
         ):
             played.tell(job, "reported", metrics=metrics)
-    played.source.retry.is_stopping = lambda: cable.failures < 10**9 - 10
+    played.source.retry.is_stopping = lambda: storage.failures < 10**9 - 10
     with pytest.raises(TrainingError, match="run the same command to continue"):
         played.tell(job, "reported", metrics=metrics)
 
 
-def test_a_trial_that_is_ended_in_the_study_ends_here(
+def test_a_trial_that_another_process_ends_in_the_study_ends(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     played = Played(tmp_path / "search", n_trials=2)
@@ -181,7 +181,7 @@ def test_a_trial_that_is_ended_in_the_study_ends_here(
     assert played.next().name == "trial_002", "the failed one is replaced"
 
 
-def test_a_study_that_is_deleted_ends_the_search_in_words(tmp_path: Path):
+def test_a_deleted_study_ends_the_search_with_a_message(tmp_path: Path):
     played = Played(tmp_path / "search")
     job = played.next()
     optuna.delete_study(study_name="search", storage=study.url(tmp_path / "search"))
@@ -189,7 +189,7 @@ def test_a_study_that_is_deleted_ends_the_search_in_words(tmp_path: Path):
         played.tell(job, "reported", metrics={"step": 10, "val_loss": 9.0})
 
 
-def test_an_enqueued_trial_with_bad_values_has_failed(
+def test_an_enqueued_trial_with_invalid_values_fails(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     played = Played(tmp_path / "search", n_trials=1)
@@ -205,7 +205,7 @@ def test_an_enqueued_trial_with_bad_values_has_failed(
     assert Played(tmp_path / "search", n_trials=1).next().name == "trial_005"
 
 
-def test_a_trial_that_nobody_owns_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_trial_without_an_owner_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     played = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)
     left = played.study.ask()  # killed before it had said whose it is
     assert played.source.next() is None and played.source.ownerless == 1
@@ -219,7 +219,7 @@ def test_a_trial_that_nobody_owns_is_replaced(tmp_path: Path, monkeypatch: pytes
     assert left.number == 0
 
 
-def test_an_idle_slot_does_not_ask_without_end(tmp_path: Path):
+def test_an_idle_slot_does_not_read_the_study_all_the_time(tmp_path: Path):
     played = Played(tmp_path / "search", n_trials=1)
     job = played.next()
     assert played.source.next() is None
@@ -233,11 +233,11 @@ def test_an_idle_slot_does_not_ask_without_end(tmp_path: Path):
 
     played.study.get_trials = counted  # type: ignore[method-assign]
     assert [played.source.next() for _ in range(20)] == [None] * 20 and reads == 0
-    played.tell(job, "failed", reason="a broken cable")
+    played.tell(job, "failed", reason="out of disk space")
     assert played.next().name == "trial_001", "at once, after an event"
 
 
-def test_checkpoints_that_a_killed_owner_left_are_dropped(tmp_path: Path):
+def test_checkpoints_of_ended_trials_are_dropped_at_the_next_start(tmp_path: Path):
     played = Played(tmp_path / "search")
     folders = [trained(played, job := played.next())]
     played.finishes(job, 5.0)
@@ -261,7 +261,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str):
     assert optuna.load_study(study_name="search", storage=study.url(tmp_path / name)).trials
 
 
-def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path):
+def test_a_folder_that_no_url_can_contain_is_refused(tmp_path: Path):
     """A question mark, before SQLAlchemy 2.1."""
     try:
         Played(tmp_path / "q?mark")
@@ -278,7 +278,7 @@ def test_a_folder_that_no_address_can_name_is_refused(tmp_path: Path):
         ("mysql+nothing://host/name", "expected a URL"),
     ],
 )
-def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path, address: str, words: str):
+def test_an_invalid_url_is_refused_at_once(tmp_path: Path, address: str, words: str):
     began = time.monotonic()
     with pytest.raises(ConfigError, match=words):
         Played(tmp_path / "search", storage=address)
@@ -290,3 +290,12 @@ def test_the_id_is_in_the_folder(tmp_path: Path):
     about = json.loads((tmp_path / "search" / "study.json").read_text())
     assert about["id"] == ownership.folder_id(tmp_path / "search")
     assert ownership.folder_id(tmp_path) == ""
+
+
+def test_a_damaged_study_file_is_named_and_kept(tmp_path: Path):
+    Played(tmp_path / "search")
+    path = tmp_path / "search" / "study.json"
+    path.write_text('{"id": "41d7')
+    with pytest.raises(ConfigError, match=f"{path} is damaged"):
+        Played(tmp_path / "search")
+    assert path.read_text() == '{"id": "41d7'

@@ -48,8 +48,8 @@ def test_points_keep_their_own_seeds():
         ([], ""),
     ],
 )
-def test_nothing_to_compare_has_a_reason(results: list[object], words: str):
-    """None is what is kept of NaN."""
+def test_a_missing_metric_is_explained(results: list[object], words: str):
+    """NaN is stored as None."""
     records = [record(seed, result) for seed, result in enumerate(results)]
     said = statistics.missing_metric([*records, record(9, None, state="failed")], "loss")
     assert said.startswith(words) and bool(said) == bool(words)

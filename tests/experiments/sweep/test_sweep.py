@@ -25,7 +25,7 @@ def command(*flags: object) -> list[str]:
 
 
 def sweep(tmp_path: Path, *flags: object, expect: int = 0, **environment: str) -> Any:
-    """A sweep of `jobs.measured` in a process of its own, in `tmp_path`."""
+    """A sweep of `jobs.measured` in its own process, in `tmp_path`."""
     environment |= {"TRACE": str(tmp_path / "trace"), "PYTHONPATH": os.pathsep.join(sys.path)}
     target = ("--target", "experiments.jobs:measured")
     return run_command(command(*target, *flags), cwd=tmp_path, expect=expect, **environment)
@@ -37,7 +37,7 @@ def starts(tmp_path: Path) -> list[str]:
     return [" ".join(line.split()[:2]) for line in lines]
 
 
-def test_sweep_keeps_results_and_goes_on(tmp_path: Path):
+def test_a_sweep_stores_results_and_continues(tmp_path: Path):
     flags = ("--num_seeds", 5, "--grid", "rate=1.5,2")
     failed = sweep(tmp_path, *flags, expect=1, FAIL="1")
     assert "FAILED rate=1.5,seed=3: RuntimeError: three is bad" in failed.stdout
@@ -68,7 +68,7 @@ def test_sweep_keeps_results_and_goes_on(tmp_path: Path):
         ("--no_keep_checkpoints", "--no_keep_checkpoints"),
     ],
 )
-def test_a_function_has_no_options_of_a_training(
+def test_options_of_a_training_are_refused_for_a_function(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, named: str
 ):
     target = ["--target", "experiments.jobs:measured"]
@@ -131,7 +131,7 @@ def test_points_with_different_batch_sizes_validate_on_the_same_rows(
 
 
 @pytest.mark.soak
-def test_interrupted_sweep_goes_on(tmp_path: Path):
+def test_an_interrupted_sweep_continues(tmp_path: Path):
     environment = os.environ | {
         "TRACE": str(tmp_path / "trace"),
         "PAUSE": "0.1",
@@ -155,7 +155,9 @@ def test_interrupted_sweep_goes_on(tmp_path: Path):
 
 
 @pytest.mark.soak
-def test_interrupted_trainings_give_what_they_give_alone(data_root: Path, tmp_path: Path):
+def test_interrupted_trainings_give_the_results_of_undisturbed_ones(
+    data_root: Path, tmp_path: Path
+):
     shortened = {"max_steps": 16, "eval_interval": 16}
     folder = tmp_path / "sweep"
     flags = command(
