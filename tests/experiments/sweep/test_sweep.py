@@ -87,7 +87,7 @@ def test_options_of_a_training_are_refused_for_a_function(
             "os:getcwd cannot be called with seed",
         ),
         (["--grid", "learning_rat=1,2"], "did you mean learning_rate"),
-        (["--grid", "n_layer=2.5,x"], "n_layer=2.5 does not fit"),
+        (["--grid", "n_layer=2.5,x"], "n_layer: expected int, got 2.5"),
         (["--grid", "seed=1,2"], "the seeds of a sweep are set by --num_seeds"),
         (["--seed", "7"], "the seeds of a sweep are set by --num_seeds"),
         (["--experiment_name", "a"], "are for one run"),

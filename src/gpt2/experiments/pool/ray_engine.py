@@ -206,7 +206,7 @@ class Cluster:
         """A worker on the first machine that has room, now or later; raises TrainingError if the
         cluster is lost."""
         if self._lost:
-            raise TrainingError(f"{self._lost}; the same command goes on")
+            raise TrainingError(f"{self._lost}; run the same command to continue")
         number = next(self._numbers)
         task = (
             ray.remote(guard)
@@ -346,7 +346,7 @@ class RemoteWorker:
         assert ending is not None
         if ending.is_refused:
             self._ending = replace(ending, is_refused=False)
-            raise TrainingError(f"{ending.reason}; the same command goes on")
+            raise TrainingError(f"{ending.reason}; run the same command to continue")
         with self._lock:
             os.close(self._readable)
         return ending.reason

@@ -247,7 +247,8 @@ class Scheduler:
                 slot.worker = self._engine.start_worker(slot.spec, self._log_of(slot.spec, job))
             except OSError as error:
                 raise TrainingError(
-                    f"cannot start a worker for {job.name}: {error}; the same command goes on"
+                    f"cannot start a worker for {job.name}: {error}; run the same command to "
+                    "continue"
                 ) from error
         now = time.monotonic()
         slot.running = _RunningJob(
