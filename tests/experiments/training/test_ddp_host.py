@@ -79,6 +79,11 @@ def ends(channel: Channel) -> None:
     channel.send(RankFinished({}))
 
 
+def fails_elsewhere(channel: Channel) -> None:
+    """A rank whose error another rank reports."""
+    channel.send(RankFinished(None))
+
+
 def test_rank_0_reports_and_has_the_result(monkeypatch: pytest.MonkeyPatch):
     replies, reported = [], []
 
@@ -142,6 +147,7 @@ def test_a_rank_outlives_torchrun_to_save(monkeypatch: pytest.MonkeyPatch):
     ("parts", "kind", "words"),
     [
         ((raising(Diverged("nan"), 0.2), raising(ConfigError("no"))), ConfigError, "no"),
+        ((fails_elsewhere, raising(Diverged("nan"), 0.2)), Diverged, "nan"),
         ((raising(Stopped()), raising(Stopped())), Stopped, r"^\nOn rank"),
         ((dying(0.2), raising(RuntimeError("CUDA error"))), RuntimeError, "CUDA error"),
         (

@@ -83,7 +83,8 @@ class StopTraining:
 class RankFinished:
     """Rank to host: the training has ended; rank 0 has its result."""
 
-    result: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+    """None if the training failed, and another rank sends RankFailed"""
 
 
 @dataclass(frozen=True)

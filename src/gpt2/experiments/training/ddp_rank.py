@@ -43,7 +43,7 @@ def main(address: str) -> int:
         result = training_job.run(host.report, **host.kwargs, on_failure=host.send_error)
         host.send_result(result)
     except ReportedByOtherRank:
-        host.send_result({})
+        host.send_result(None)
     except Exception as error:
         if watchdog.is_contact_lost(error):  # another rank has died, which the host sees
             raise
@@ -80,7 +80,7 @@ class HostConnection:
         answer = self._answers.get()
         return "stop" if self._is_stopping else answer
 
-    def send_result(self, result: Mapping[str, Any]) -> None:
+    def send_result(self, result: Mapping[str, Any] | None) -> None:
         self._channel.send(RankFinished(messages.json_ready(result)))
 
     def send_error(self, error: Exception) -> None:
