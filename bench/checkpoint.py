@@ -36,7 +36,7 @@ def trained_state() -> metadata.CheckpointState:
     """Weights and moments of GPT-2 124M after one update."""
     preset = presets.preset("gpt2-124m")
     net = model.build(preset.model)
-    optimizer = build.build(net, preset.optim)
+    optimizer = build.build_optimizer(net, preset.optim)
     for part in net.parameters():
         part.grad = torch.randn_like(part)
     optimizer.step()

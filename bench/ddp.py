@@ -19,7 +19,8 @@ from gpt2.config import presets
 from gpt2.config import run as run_module
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
-from gpt2.train.learner import Learner
+from gpt2.train import trainer
+from gpt2.train.replica import Replica
 from train import LEARNING_RATE, SHAPES
 
 RANKS = 2
@@ -30,7 +31,7 @@ def timed(accumulation: int, world: World) -> Timed:
     shape = SHAPES["small"]
     rows, length = shape["mini_batch_size"], shape["block_size"]
     values = {"total_batch_size": RANKS * accumulation * rows * length, "device": "cpu"}
-    learner = Learner(options_module.overlay(presets.preset("gpt2-124m"), shape | values), world)
+    replica = Replica(options_module.overlay(presets.preset("gpt2-124m"), shape | values), world)
     torch.manual_seed(world.rank)
     count = RANKS * accumulation // world.size
     drawn = torch.randint(50257, (count, rows, length + 1))
@@ -40,7 +41,7 @@ def timed(accumulation: int, world: World) -> Timed:
         times = []
         for _ in range(world.all_reduce_max(steps)):
             started = time.perf_counter()
-            learner.learn(micros, LEARNING_RATE)
+            trainer.train_step(replica, micros, LEARNING_RATE)
             times.append(time.perf_counter() - started)
         return times
 

@@ -68,7 +68,8 @@ with tokenizer_or_none():
     from gpt2.distributed import device as device_module
     from gpt2.distributed import rendezvous
     from gpt2.distributed.world import World
-    from gpt2.train.learner import Learner, Underway
+    from gpt2.train import trainer
+    from gpt2.train.replica import Replica
 
 T = TypeVar("T")
 Step = Callable[[Tensor, Tensor], object]
@@ -163,14 +164,11 @@ def run_of(size: Size, batch: int, device: torch.device) -> RunConfig:
 
 
 def our_step(run: RunConfig, world: World, compiled: bool) -> Step:
-    """As the training loop has it: what an update was like is heard when the next one has begun."""
-    learner = Learner(options_module.overlay(run, {"compile": "on" if compiled else "off"}), world)
-    begun: list[Underway] = []
+    """One update as the training loop does it."""
+    replica = Replica(options_module.overlay(run, {"compile": "on" if compiled else "off"}), world)
 
     def step(inputs: Tensor, targets: Tensor) -> None:
-        begun.append(learner.begin([(inputs, targets)], LEARNING_RATE))
-        if len(begun) > learner.runs_ahead:
-            begun.pop(0).result()
+        trainer.train_step(replica, [(inputs, targets)], LEARNING_RATE)
 
     return step
 

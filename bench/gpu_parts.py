@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from turns import spread
 
 from gpt2 import model
-from gpt2.checkpoint import metadata, store
+from gpt2.checkpoint import metadata
 from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import CheckpointConfig, RunConfig
 from gpt2.data import tokenizer
@@ -32,8 +32,8 @@ from gpt2.distributed.device import Moment
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question
-from gpt2.optim import build
-from gpt2.train.learner import Learner
+from gpt2.optim.build import gradient_norm
+from gpt2.train.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def measurements(
     run: RunConfig, batch: MicroBatch, world: World, effort: Effort
 ) -> Iterator[Callable[[], Part]]:
     """What measures each of them; head and update for this batch."""
-    learner = Learner(run, world)
+    replica = Replica(run, world)
     net = plain.GPT2(run.model).to(world.device)
-    yield partial(head, learner, net, batch, effort)
-    yield partial(optimizer, learner, net, effort)
+    yield partial(head, replica, net, batch, effort)
+    yield partial(optimizer, replica, net, effort)
     del net
-    yield partial(hellaswag, learner, effort)
+    yield partial(hellaswag, replica, effort)
     yield partial(generation, run, effort, world.device)
-    yield partial(checkpoints, learner, effort.rounds)
+    yield partial(checkpoints, replica, effort.rounds)
 
 
 def in_turn(
@@ -111,12 +111,12 @@ def device_ms(work: Callable[[], object], repeats: int, device: torch.device) ->
     return 1000 * statistics.median(after.since(before) for before, after in moments)
 
 
-def head(learner: Learner, net: plain.GPT2, batch: MicroBatch, effort: Effort) -> Part:
+def head(replica: Replica, net: plain.GPT2, batch: MicroBatch, effort: Effort) -> Part:
     """Logits, loss and their gradients, compiled, of the same features."""
-    tokens_BT, targets_BT = learner.world.to_device(*batch)
+    tokens_BT, targets_BT = replica.world.to_device(*batch)
     positions_T = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
-    with torch.no_grad(), learner.autocast:
-        features_BTD = learner.model.features(tokens_BT, positions_T, None)
+    with torch.no_grad(), replica.autocast:
+        features_BTD = replica.model.features(tokens_BT, positions_T, None)
     features_BTD.requires_grad_()
 
     def plain_loss(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -124,28 +124,28 @@ def head(learner: Learner, net: plain.GPT2, batch: MicroBatch, effort: Effort) -
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
     def both_ways(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        with learner.autocast:
+        with replica.autocast:
             loss = loss_of(features_BTD, targets_BT)
         (loss / targets_BT.numel()).backward()
-        for part in (features_BTD, net.tokens.weight, learner.model.token_embedding.weight):
+        for part in (features_BTD, net.tokens.weight, replica.model.token_embedding.weight):
             part.grad = None
 
     ours, theirs = (
         partial(device_ms, partial(both_ways, torch.compile(way)), effort.steps, tokens_BT.device)
-        for way in (learner.model.loss, plain_loss)
+        for way in (replica.model.loss, plain_loss)
     )
     return in_turn("head and loss, both ways", "ms", effort.rounds, ours, theirs)
 
 
-def optimizer(learner: Learner, net: plain.GPT2, effort: Effort) -> Part:
+def optimizer(replica: Replica, net: plain.GPT2, effort: Effort) -> Part:
     """The update alone, clipping included."""
-    device, adamw = learner.world.device, plain.adamw(net, fused=True)
-    for part in (*learner.model.parameters(), *net.parameters()):
+    device, adamw = replica.world.device, plain.adamw(net, fused=True)
+    for part in (*replica.model.parameters(), *net.parameters()):
         part.grad = torch.full_like(part, 1e-3)
 
     def our_update() -> None:
-        norm = build.gradient_norm(learner.model)
-        learner.optimizer.update(norm, 1.0, norm.isfinite())
+        norm = gradient_norm(replica.model)
+        replica.optimizer.clip_and_step(norm, 1.0, norm.isfinite())
 
     def plain_update() -> None:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -171,7 +171,7 @@ def questions(count: int) -> list[Question]:
     return asked
 
 
-def hellaswag(learner: Learner, effort: Effort) -> Part:
+def hellaswag(replica: Replica, effort: Effort) -> Part:
     """Packed rows, and one task at a time in padded ones."""
     asked = questions(effort.tasks)
 
@@ -181,11 +181,11 @@ def hellaswag(learner: Learner, effort: Effort) -> Part:
         return len(asked) / (time.perf_counter() - started)
 
     def padded() -> None:
-        with learner.autocast:
+        with replica.autocast:
             for question in asked:
-                plain.ending_losses(learner.model, question)
+                plain.ending_losses(replica.model, question)
 
-    packed = partial(choices.ending_losses, learner.model, asked, learner.world, learner.autocast)
+    packed = partial(choices.ending_losses, replica.model, asked, replica.world, replica.autocast)
     ours, theirs = partial(rate, packed), partial(rate, padded)
     return in_turn("HellaSwag; padded, one by one", "tasks/s", effort.rounds, ours, theirs)
 
@@ -200,18 +200,18 @@ def generation(run: RunConfig, effort: Effort, device: torch.device) -> Part:
     return Part("generation; without cache", "tokens/s", cached, uncached)
 
 
-def checkpoints(learner: Learner, rounds: int) -> Part:
+def checkpoints(replica: Replica, rounds: int) -> Part:
     """Seconds for which training waits: for our copy, after the first; for torch.save."""
-    device, numbers = learner.world.device, itertools.count(1)
+    device, numbers = replica.world.device, itertools.count(1)
     with tempfile.TemporaryDirectory(dir=".") as root:
         settings = CheckpointConfig(checkpoint_dir=Path(root), keep_last=2)
-        saver = Saver(learner.world, settings, None, None)
+        saver = Saver(replica.world, settings, None, None)
 
         def begin() -> float:
             training = metadata.TrainingMetadata(next(numbers), 0, 0, 3.0, None, 1, "bench", "0")
             wait(device)
             started = time.perf_counter()
-            saver.save_in_background(training, learner.state)
+            saver.save_in_background(training, replica.state_dict)
             elapsed_s = time.perf_counter() - started
             saver.wait()
             return elapsed_s
@@ -219,11 +219,10 @@ def checkpoints(learner: Learner, rounds: int) -> Part:
         def save() -> float:
             wait(device)
             started = time.perf_counter()
-            torch.save(learner.state(), Path(root) / "plain")
+            torch.save(replica.state_dict(), Path(root) / "plain")
             return time.perf_counter() - started
 
         part = in_turn("checkpoint; torch.save", "s", rounds, begin, save)
-        assert store.list_checkpoints(Path(root))[-1].training.step == next(numbers) - 1
     return part
 
 

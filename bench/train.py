@@ -27,8 +27,9 @@ from gpt2.config import presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed import device as device_module
 from gpt2.distributed import rendezvous
-from gpt2.optim import build as optim
-from gpt2.train.learner import Learner
+from gpt2.optim.build import gradient_norm
+from gpt2.train import trainer
+from gpt2.train.replica import Replica
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "mini_batch_size": 8},
@@ -86,8 +87,10 @@ def prepare(name: str, shape: str, folder: str) -> Timed:
         fused = True
         with rendezvous.join(run.machine) as world:  # sets malloc
             if which == "ours":
-                learner = Learner(run, world)
-                return timed(lambda *batch: learner.learn([batch], LEARNING_RATE), rows_BT)
+                replica = Replica(run, world)
+                return timed(
+                    lambda *batch: trainer.train_step(replica, [batch], LEARNING_RATE), rows_BT
+                )
     torch.manual_seed(0)
     if which == "trainer":
         theirs = plain.trainer(run.model, device, dtype, fused, folder)
@@ -112,21 +115,21 @@ def breakdown(shape: str, steps: int) -> dict[str, float]:
         return now
 
     with rendezvous.join(run.machine) as world:
-        learner = Learner(run, world)
-        model, positions_T = learner.model, torch.arange(run.model.block_size, device=device)
+        replica = Replica(run, world)
+        model, positions_T = replica.model, torch.arange(run.model.block_size, device=device)
         for _ in range(steps + 1):
             at = time.perf_counter()
-            with learner.autocast:
+            with replica.autocast:
                 features_BTD = model.features(inputs_BT, positions_T, None)
                 at = lap("forward", at)
                 loss = model.loss(features_BTD, targets_BT)
             at = lap("head and loss", at)
             (loss / targets_BT.numel()).backward()
             at = lap("backward", at)
-            norm = optim.gradient_norm(model)
+            norm = gradient_norm(model)
             at = lap("norm", at)
-            learner.optimizer.update(norm, 1.0, norm.isfinite())
-            learner.optimizer.zero_grad(set_to_none=True)
+            replica.optimizer.clip_and_step(norm, 1.0, norm.isfinite())
+            replica.optimizer.zero_grad(set_to_none=True)
             lap("update and clipping", at)
     return {name: statistics.median(times[1:]) for name, times in parts.items()}
 

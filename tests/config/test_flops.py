@@ -38,7 +38,7 @@ def test_gpt2_has_124_million_parameters():
 def test_a_checkpoint_is_as_large_as_its_state(architecture: str, tmp_path: Path):
     shape = ModelConfig(architecture=architecture, n_layer=1, n_head=2, n_embd=16, block_size=16)
     built = model.build(shape)
-    optimizer = build.build(built, OptimConfig())
+    optimizer = build.build_optimizer(built, OptimConfig())
     built(*torch.zeros(2, 1, 8, dtype=torch.long)).backward()
     optimizer.step()
     torch.save([built.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")

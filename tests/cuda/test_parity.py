@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2.distributed.world import World
-from gpt2.train.learner import Learner
+from gpt2.train.replica import Replica
 from support import small_config
 
 ROWS, LENGTH = 4, 128
@@ -19,22 +19,22 @@ def loss_and_gradients(
     shape = {"n_layer": 3, "n_head": 2, "n_embd": 128, "block_size": LENGTH, "dropout": 0.0}
     machine = {"device": device, "dtype": dtype, "compile": "off", "architecture": architecture}
     config = small_config(folder, folder, **shape, **machine)
-    learner = Learner(config, World(0, 1, torch.device(device)))
+    replica = Replica(config, World(0, 1, torch.device(device)))
     with torch.no_grad():
-        for part in learner.model.parameters():
+        for part in replica.model.parameters():
             if part.dim() == 2:  # a new model predicts all tokens alike, even with a bug
                 part.mul_(4)
     drawn = torch.randint(50257, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    tokens_BT, targets_BT = learner.world.to_device(drawn[:, :-1], drawn[:, 1:].contiguous())
-    with learner.autocast:
-        loss = learner.model(tokens_BT, targets_BT) / targets_BT.numel()
+    tokens_BT, targets_BT = replica.world.to_device(drawn[:, :-1], drawn[:, 1:].contiguous())
+    with replica.autocast:
+        loss = replica.model(tokens_BT, targets_BT) / targets_BT.numel()
     loss.backward()
     gradients = {
         name: part.grad.double().cpu()
-        for name, part in learner.model.named_parameters()
+        for name, part in replica.model.named_parameters()
         if part.grad is not None
     }
-    assert gradients.keys() == dict(learner.model.named_parameters()).keys()
+    assert gradients.keys() == dict(replica.model.named_parameters()).keys()
     return loss.item(), gradients
 
 

@@ -9,7 +9,8 @@ import torch
 
 from gpt2.checkpoint import random_state, store
 from gpt2.distributed.world import World
-from gpt2.train.learner import Learner
+from gpt2.train import trainer
+from gpt2.train.replica import Replica
 from support import loss_lines, run_command, small_config, small_flags, train_command
 
 # Large enough for several blocks of each kernel, which add in any order without --deterministic.
@@ -78,20 +79,20 @@ def test_dropout_continues_its_random_stream(device: str, data_root: Path, tmp_p
     drawn = torch.randint(50257, (8, config.model.block_size + 1))
     batch = (drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
 
-    def losses(learner: Learner) -> list[float]:
-        return [learner.learn([batch], 1e-2).loss for _ in range(3)]
+    def losses(replica: Replica) -> list[float]:
+        return [trainer.train_step(replica, [batch], 1e-2).loss for _ in range(3)]
 
-    learner = Learner(config, world)
-    losses(learner)
+    replica = Replica(config, world)
+    losses(replica)
     path = tmp_path / "state.pt"
-    torch.save({**learner.state(), "rng": [random_state.rng_state(world.device)]}, path)
-    expected = losses(learner)
+    torch.save({**replica.state_dict(), "rng": [random_state.rng_state(world.device)]}, path)
+    expected = losses(replica)
 
-    learner = Learner(config, world)
-    learner.restore(torch.load(path, map_location="cpu"), step=3)
-    resumed = losses(learner)
-    learner.restore(torch.load(path, map_location="cpu"), step=3)
+    replica = Replica(config, world)
+    replica.load_state_dict(torch.load(path, map_location="cpu"), step=3)
+    resumed = losses(replica)
+    replica.load_state_dict(torch.load(path, map_location="cpu"), step=3)
     torch.rand(1, device=device)  # the stream is one draw further
-    other = losses(learner)
+    other = losses(replica)
     assert resumed == pytest.approx(expected, rel=1e-4)
     assert other != pytest.approx(expected, rel=1e-3), "dropout does not matter here"

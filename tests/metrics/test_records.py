@@ -16,6 +16,7 @@ from gpt2.metrics.records import (
     SamplesRecord,
     StepRecord,
     ValidationRecord,
+    events_to,
 )
 
 RECORD = StepRecord(
@@ -90,7 +91,7 @@ def test_log_messages_are_events_until_metrics_are_closed():
     metrics = Metrics([sink])
     logger.info("%d shards", 3)
     logger.debug("not in the log of a run")
-    metrics.message("100 % done")
+    logger.info("100 % done")
     metrics.close()
     logger.warning("after the end")
     assert sink.messages() == ["INFO 3 shards", "INFO 100 % done"]
@@ -178,9 +179,18 @@ def test_a_sink_that_cannot_be_closed_keeps_no_other_from_it():
     assert "Stuck failed" in good.messages()[0]
 
 
+def test_messages_of_before_come_first():
+    sink = Recorder()
+    with events_to((early := []).append):
+        logger.info("Loading checkpoint from: a")
+    metrics = Metrics([sink], early)
+    logger.info("Resuming from:")
+    metrics.close()
+    assert sink.messages() == ["INFO Loading checkpoint from: a", "INFO Resuming from:"]
+
+
 def test_without_sinks_nothing_is_logged(caplog):
     metrics = Metrics([])
-    metrics.message("of another rank")
     metrics.step(RECORD)
     metrics.close()
     assert not caplog.records

@@ -10,7 +10,7 @@ from gpt2 import model
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.config.run import OptimConfig
 from gpt2.model.base import LanguageModel
-from gpt2.optim.build import build, set_learning_rate
+from gpt2.optim.build import build_optimizer, set_learning_rate
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, window=5)
 
@@ -120,7 +120,7 @@ def test_it_learns_more_than_the_frequencies_of_tokens(architecture: str):
     """Each token is three more than the one before it, modulo 8; all are equally frequent."""
     torch.manual_seed(0)
     net = model.build(replace(SHAPE, architecture=architecture, n_layer=2))
-    optimizer = build(net, OptimConfig())
+    optimizer = build_optimizer(net, OptimConfig())
     set_learning_rate(optimizer, 1e-2)
     for _ in range(40):
         rows_BT = (torch.randint(8, (4, 1)) + 3 * torch.arange(17)) % 8

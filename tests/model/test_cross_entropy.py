@@ -16,7 +16,7 @@ from gpt2.distributed import rendezvous
 from gpt2.model import cross_entropy
 from gpt2.model.cross_entropy import summed_cross_entropy
 from gpt2.train import trainer
-from gpt2.train.learner import Learner
+from gpt2.train.replica import Replica
 from support import losses, run_command, small_config
 
 
@@ -133,4 +133,4 @@ def test_a_model_learns_as_well_with_it(tmp_path: Path):
 def test_where_it_is_used(data_root, tmp_path, options: dict[str, object], expected: bool):
     run = small_config(data_root, tmp_path, **{"dtype": "float32"} | options)
     with rendezvous.join(run.machine) as world:
-        assert Learner(run, world).model.fast_head is expected
+        assert Replica(run, world).model.fast_head is expected

@@ -18,7 +18,7 @@ SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 
 def test_matrices_decay_and_vectors_do_not():
     net = model.build(SHAPE)
-    decayed, plain = build.build(net, OptimConfig(weight_decay=0.3)).param_groups
+    decayed, plain = build.build_optimizer(net, OptimConfig(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert all(part.dim() >= 2 for part in decayed["params"])
     assert all(part.dim() < 2 for part in plain["params"])
@@ -26,7 +26,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 def test_learning_rate_reaches_every_group():
-    optimizer = build.build(model.build(SHAPE), OptimConfig())
+    optimizer = build.build_optimizer(model.build(SHAPE), OptimConfig())
     build.set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
@@ -36,7 +36,7 @@ def with_gradients(optimizer: str, seed: int = 0) -> tuple[LanguageModel, Any]:
     net = model.build(SHAPE)
     for part in net.parameters():
         part.grad = torch.randn_like(part)
-    return net, build.build(net, OptimConfig(optimizer=optimizer))
+    return net, build.build_optimizer(net, OptimConfig(optimizer=optimizer))
 
 
 @pytest.mark.parametrize("limit", [1.0, 1e9, None])
@@ -46,10 +46,10 @@ def test_an_update_is_a_step_with_clipped_gradients(optimizer: str, limit: float
     for _ in range(2):  # the second one shows what the first has left
         norm = torch.nn.utils.clip_grad_norm_(other.parameters(), limit or float("inf"))
         assert float(norm) > 10
-        for part in theirs.parts if isinstance(theirs, combined.Together) else [theirs]:
+        for part in theirs.parts if isinstance(theirs, combined.CombinedOptimizer) else [theirs]:
             part.step()
         assert float(build.gradient_norm(net)) == pytest.approx(float(norm))
-        ours.update(build.gradient_norm(net), limit, torch.tensor(True))
+        ours.clip_and_step(build.gradient_norm(net), limit, torch.tensor(True))
         for one, two in zip(net.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
             one.grad, two.grad = torch.full_like(one, 0.1), torch.full_like(two, 0.1)
@@ -58,22 +58,24 @@ def test_an_update_is_a_step_with_clipped_gradients(optimizer: str, limit: float
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_update_that_is_no_good_changes_nothing(optimizer: str):
     net, ours = with_gradients(optimizer)
-    ours.update(build.gradient_norm(net), 1.0, torch.tensor(True))
-    parts = ours.parts if isinstance(ours, combined.Together) else [ours]
+    ours.clip_and_step(build.gradient_norm(net), 1.0, torch.tensor(True))
+    parts = ours.parts if isinstance(ours, combined.CombinedOptimizer) else [ours]
 
     def all_that_changes() -> list[Any]:
         return [net.state_dict(), *(part.state_dict()["state"] for part in parts)]
 
     before = copy.deepcopy(all_that_changes())
     next(net.parameters()).grad[0, 0] = float("nan")
-    ours.update(build.gradient_norm(net), 1.0, torch.tensor(False))
+    ours.clip_and_step(build.gradient_norm(net), 1.0, torch.tensor(False))
     torch.testing.assert_close(all_that_changes(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "modern", "mlp"])
 def test_muon_has_the_hidden_matrices_and_adamw_the_rest(architecture: str):
     net = model.build(replace(SHAPE, architecture=architecture, window=8))
-    optimizer = build.build(net, OptimConfig(optimizer="muon", weight_decay=0.3, beta2=0.9))
+    optimizer = build.build_optimizer(
+        net, OptimConfig(optimizer="muon", weight_decay=0.3, beta2=0.9)
+    )
     hidden, decayed, plain = optimizer.param_groups
     names = {id(part): name for name, part in net.named_parameters()}
     found = [[names[id(part)] for part in group["params"]] for group in (hidden, decayed, plain)]
@@ -92,10 +94,12 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw():
     torch.manual_seed(0)
     net = model.build(replace(SHAPE, n_embd=32))
     before = net.blocks[0].mlp.up.weight.detach().clone()
-    optimizer = build.build(net, OptimConfig(optimizer="muon", learning_rate=1.0, weight_decay=0.0))
+    optimizer = build.build_optimizer(
+        net, OptimConfig(optimizer="muon", learning_rate=1.0, weight_decay=0.0)
+    )
     for part in net.parameters():
         part.grad = torch.randn_like(part)
-    optimizer.update(build.gradient_norm(net), None, torch.tensor(True))
+    optimizer.clip_and_step(build.gradient_norm(net), None, torch.tensor(True))
     change = net.blocks[0].mlp.up.weight.detach() - before
     sizes = torch.linalg.svdvals(change)
     assert float(sizes.max() / sizes.min()) < 2.5, "those of the gradient differ by more"
@@ -109,9 +113,9 @@ def test_an_update_loads_no_compiler(optimizer: str):
         "import sys, torch\nfrom gpt2 import model\nfrom gpt2.optim import build\n"
         "from gpt2.config.model import ModelConfig\nfrom gpt2.config.run import OptimConfig\n"
         "net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))\n"
-        "optimizer = build.build(net, OptimConfig(optimizer=sys.argv[1]))\n"
+        "optimizer = build.build_optimizer(net, OptimConfig(optimizer=sys.argv[1]))\n"
         "net(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()\n"
-        "optimizer.update(build.gradient_norm(net), 1.0, torch.tensor(True))\n"
+        "optimizer.clip_and_step(build.gradient_norm(net), 1.0, torch.tensor(True))\n"
         "optimizer.zero_grad(set_to_none=True)\n"
         "optimizer.load_state_dict(optimizer.state_dict())\n"
         "assert 'torch._dynamo' not in sys.modules\n"

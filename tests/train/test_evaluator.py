@@ -8,18 +8,26 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gpt2.base import log
 from gpt2.base.errors import DataError
 from gpt2.checkpoint import store
 from gpt2.data.remote import Storage
 from gpt2.data.shards import load_index
-from gpt2.distributed import world as distributed
+from gpt2.distributed.world import World
 from gpt2.evaluation import hellaswag
 from gpt2.train import trainer
-from gpt2.train.evaluator import Judge
-from gpt2.train.learner import Learner
+from gpt2.train.evaluator import Evaluator
+from gpt2.train.replica import Replica
+from gpt2.train.report import Answer
 from support import small_config, write_tasks
 
 LINE = r"step (\d+) \| epoch 0 \| hellaswag: (0\.\d{4}) acc_norm \| (0\.\d{4}) acc \| 5 tasks"
+
+
+@pytest.fixture(autouse=True)
+def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages on standard output, warnings on standard error."""
+    log.setup(info_stream="stdout")
 
 
 def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
@@ -27,7 +35,7 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     tasks = write_tasks(tmp_path / "tasks.jsonl")
     told = []
 
-    def report(**metrics: float) -> trainer.Answer:
+    def report(**metrics: float) -> Answer:
         told.append(metrics)
         return "go"
 
@@ -57,7 +65,7 @@ def test_training_goes_on_where_there_is_no_hellaswag(
     monkeypatch.setattr(hellaswag, "load", nowhere)
     result = trainer.run(small_config(data_root, tmp_path, hellaswag_interval=5))
     assert (result.state, result.hellaswag) == ("finished", None)
-    [warning] = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "HellaSwag" in line]
     assert warning.startswith("WARNING: training goes on without HellaSwag: HellaSwag is not in")
 
 
@@ -69,13 +77,13 @@ def test_a_file_that_was_named_must_be_there(data_root: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("corpus", "loss"), [("fineweb_edu", 3.2924), ("fineweb", 3.425)])
 def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_path, corpus, loss):
-    world = distributed.World(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     run = small_config(data_root, tmp_path)
-    learner = Learner(run, world)
+    replica = Replica(run, world)
     data = load_index(Storage(str(data_root)))
-    assert Judge(run, world, learner, data).references() == {}
+    assert Evaluator(run, world, replica, data).references() == {}
     fineweb = replace(data, corpus=corpus)
-    assert Judge(run, world, learner, fineweb).references() == {"loss/gpt2_124m": loss}
+    assert Evaluator(run, world, replica, fineweb).references() == {"loss/gpt2_124m": loss}
 
 
 def test_a_stop_within_hellaswag_loses_no_validation(

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from gpt2.base import log
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli import train
 from gpt2.config import options, presets
 from gpt2.train import experiment_folder, trainer
+from gpt2.train.report import Answer
 from support import losses, small_config, small_flags, train_command
 
 SHORT = {"device": "cpu", "eval_interval": None, "total_batch_size": 64}
@@ -23,6 +25,12 @@ def named_config(data_root: Path, out: Path, name: str, gpu_id: str = "2", **cha
     return small_config(
         data_root, out, experiment_name=name, gpu_id=gpu_id, **{"max_steps": 4, **SHORT, **changes}
     )
+
+
+@pytest.fixture(autouse=True)
+def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages on standard output, warnings on standard error."""
+    log.setup(info_stream="stdout")
 
 
 def test_a_run_without_a_name_stays_as_it_is():
@@ -93,7 +101,7 @@ def test_the_way_of_an_experiment(data_root: Path, tmp_path: Path, capsys, caplo
     last = newest.training.step + 3
     capsys.readouterr()
 
-    def look(**_: float) -> trainer.Answer:
+    def look(**_: float) -> Answer:
         assert link.resolve(strict=True).suffix == ".pt"
         return "go"
 

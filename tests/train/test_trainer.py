@@ -1,24 +1,34 @@
 """Whole runs in this process, a world of one; several ranks are in test_distributed.py."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gpt2.base import log
 from gpt2.base.errors import CheckpointError, ConfigError, DataError
 from gpt2.checkpoint import metadata, store
 from gpt2.config.model import ARCHITECTURES
 from gpt2.data import prepare
-from gpt2.data.loader import Loader, MicroBatch
-from gpt2.distributed.world import World
 from gpt2.metrics import log_reader
-from gpt2.train import status, trainer
+from gpt2.metrics.records import Metrics
+from gpt2.train import banner, evaluator, status, trainer
+from gpt2.train.report import Answer
 from support import LOSS_TOLERANCE, SMALL_CORPUS, loss_lines, losses, small_config
+
+
+@pytest.fixture(autouse=True)
+def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages on standard output, warnings on standard error."""
+    log.setup(info_stream="stdout")
 
 
 def load(out: Path, step: int) -> metadata.CheckpointState:
@@ -92,67 +102,68 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
         assert_same(one[same], other[same])
 
 
-def stop_at_7(**metrics: float) -> trainer.Answer:
+def stop_at_7(**metrics: float) -> Answer:
     return "stop" if metrics["step"] == 7 else "go"
 
 
-def test_a_host_that_is_ahead_of_the_device_does_the_same(
+def test_a_stop_is_heeded_before_the_next_update(data_root: Path, tmp_path: Path):
+    result = trainer.run(small_config(data_root, tmp_path), report=stop_at_7)
+    assert (result.state, result.step) == ("stopped", 7)
+
+
+def test_the_checkpoint_of_a_step_is_saved_before_that_step_is_evaluated(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """It hears of an update while the device is at the next one, but for the last before others
-    look at the model; so a stop comes an update later, if they are short."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer.run(small_config(data_root, whole))
-    heard: list[int] = []
+    """A validation that fails costs no training; the resumed run makes it up."""
+    validate, calls = evaluator.validation_loss, itertools.count()
 
-    def listen(**metrics: float) -> trainer.Answer:
-        heard.append(int(metrics["step"]))
-        return stop_at_7(**metrics)
+    def fails_at_step_10(*given: Any) -> float | None:
+        if next(calls) == 2:  # steps 0, 5, 10
+            raise ZeroDivisionError("validation")
+        return validate(*given)
 
-    monkeypatch.setattr(World, "queues_work", True)
-    result = trainer.run(small_config(data_root, parts), report=listen)
-    assert (result.state, result.step) == ("stopped", 8)
-    assert heard == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]  # of 0 and 5 the validation, too
-    trainer.run(small_config(data_root, parts, resume="latest"))
-    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
-    one, other = load(whole, 20), load(parts, 20)
-    for same in ("model", "optimizer", "rng", "progress"):
-        assert_same(one[same], other[same])
+    monkeypatch.setattr(evaluator, "validation_loss", fails_at_step_10)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run(small_config(data_root, tmp_path / "parts"))
+    (kept,) = store.list_checkpoints(tmp_path / "parts" / "checkpoints")
+    assert (kept.training.step, kept.training.val_loss) == (10, None)
+    trainer.run(small_config(data_root, tmp_path / "parts", resume="latest"))
+    trainer.run(small_config(data_root, tmp_path / "whole"))
+    whole, parts = (
+        [item.training for item in store.list_checkpoints(tmp_path / name / "checkpoints")]
+        for name in ("whole", "parts")
+    )
+    assert [item.val_loss for item in parts] == [item.val_loss for item in whole]
+    assert all(item.is_evaluated for item in parts)
+    logs = [loss_lines(tmp_path / name / "logs/log.txt") for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
 
 
-def test_a_stop_waits_for_one_long_update_only(
+def test_a_run_that_cannot_be_built_leaves_nothing_behind(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(World, "queues_work", True)
-    monkeypatch.setattr(trainer, "SHORT_S", 0.0)
-    assert trainer.run(small_config(data_root, tmp_path), report=stop_at_7).step == 7
+    """No thread, no open sink, no status that says it is running."""
 
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError("the banner")
 
-def test_what_is_known_of_the_update_before_an_error_is_told(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    whole = Loader.next_step
-
-    def damaged_at_the_8th(loader: Loader) -> list[MicroBatch]:
-        if (tmp_path / "logs/log.txt").read_text().count("| loss:") == 6:
-            raise DataError("a shard is damaged")
-        return whole(loader)
-
-    monkeypatch.setattr(World, "queues_work", True)
-    monkeypatch.setattr(Loader, "next_step", damaged_at_the_8th)
-    with pytest.raises(DataError):
+    closed: list[object] = []
+    close = Metrics.close
+    monkeypatch.setattr(Metrics, "close", lambda own: [closed.append(own), close(own)])
+    monkeypatch.setattr(banner, "log", breaks)
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
         trainer.run(small_config(data_root, tmp_path))
-    assert list(losses(tmp_path / "logs" / "log.txt")) == [1, 2, 3, 4, 5, 6, 7]
-    assert status.read(tmp_path / "checkpoints").step == 7
+    assert threading.active_count() == before
+    assert len(closed) == 1
+    assert status.read(tmp_path / "checkpoints") is None
 
 
-def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(
-    data_root, tmp_path, capsys, caplog
-):
+def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trainer.run(small_config(data_root, whole))
 
-    def interrupt(**metrics: float) -> trainer.Answer:
+    def interrupt(**metrics: float) -> Answer:
         if metrics["step"] == 15 and "loss" in metrics:  # 15 is due for validation
             signal.raise_signal(signal.SIGTERM)
         return "go"
@@ -164,17 +175,17 @@ def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(
     assert status.read(parts / "checkpoints").state == "stopped"
     assert (parts / "checkpoints" / "step_000015.pt").exists()
     capsys.readouterr()
-    caplog.set_level("INFO")
     trainer.run(small_config(data_root, parts, init_from="resume"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
     lines = capsys.readouterr().out.splitlines()
     loading = parts / "checkpoints" / "step_000015.pt"
-    assert caplog.messages[0] == f"Loading checkpoint from: {loading}"
-    assert lines[:3] == [
+    assert lines[:4] == [
+        f"Loading checkpoint from: {loading}",
         "Resuming from:",
         "  - Step: 15",
         "  - Epoch: 0",
     ]
+    assert "\n".join(lines[:4]) in (parts / "logs/log.txt").read_text()
 
 
 def test_a_run_keeps_its_name_when_it_goes_on(data_root: Path, tmp_path: Path):
@@ -190,7 +201,7 @@ def test_a_run_keeps_its_name_when_it_goes_on(data_root: Path, tmp_path: Path):
 def test_report_steers(data_root: Path, tmp_path: Path):
     seen = []
 
-    def stop_at_7(**metrics: float) -> trainer.Answer:
+    def stop_at_7(**metrics: float) -> Answer:
         seen.append(metrics)
         return "stop" if metrics["step"] == 7 else "go"
 
@@ -251,10 +262,11 @@ def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys)
     assert (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns == before
 
 
-def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, caplog):
+def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, capsys):
     result = trainer.run(small_config(data_root, tmp_path, max_steps=2, resume="latest"))
     assert result.step == 2
-    assert "no checkpoint in" in caplog.text and "starting a NEW run" in caplog.text
+    text = capsys.readouterr().err
+    assert "WARNING: no checkpoint in" in text and "starting a NEW run" in text
 
 
 def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Path):
@@ -352,7 +364,7 @@ def test_tensorboard_curves_over_a_kill_and_a_resume(data_root: Path, tmp_path: 
     class Killed(Exception):
         pass
 
-    def kill(**metrics: float) -> trainer.Answer:
+    def kill(**metrics: float) -> Answer:
         if metrics["step"] == 13:
             raise Killed
         return "go"

@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Literal, TextIO
+from typing import Literal
 
 Level = Literal["debug", "info", "warning", "error"]
+Stream = Literal["stdout", "stderr"]
 ROOT = "gpt2"
 LEVEL_VARIABLE = "GPT2_LOG_LEVEL"
 """environment variable that hands the level to worker processes and the ranks of their trainings"""
@@ -26,7 +27,7 @@ class RankHandler(logging.Handler):
     Warnings and errors go to standard error, the rest to `info_stream`.
     """
 
-    def __init__(self, rank: int, info_stream: TextIO | None) -> None:
+    def __init__(self, rank: int, info_stream: Stream) -> None:
         super().__init__()
         self.rank, self._info_stream = rank, info_stream
 
@@ -34,9 +35,8 @@ class RankHandler(logging.Handler):
         is_debugging = logging.getLogger(ROOT).isEnabledFor(logging.DEBUG)
         if self.rank > 0 and record.levelno < logging.ERROR and not is_debugging:
             return
-        stream = self._info_stream or sys.stderr
-        if record.levelno >= logging.WARNING:
-            stream = sys.stderr
+        is_info = record.levelno < logging.WARNING and self._info_stream == "stdout"
+        stream = sys.stdout if is_info else sys.stderr
         try:
             line = line_of(record, self.rank)
         except Exception:  # the arguments do not match the text: a bug, but never the end of a run
@@ -63,12 +63,12 @@ def line_of(record: logging.LogRecord, rank: int = 0) -> str:
     return text
 
 
-def setup(level: Level | None = None, *, rank: int = 0, info_stream: TextIO | None = None) -> None:
+def setup(level: Level | None = None, *, rank: int = 0, info_stream: Stream = "stderr") -> None:
     """Prints the package's messages of `level` and above from now on; a second call replaces the
     first.
 
     Without `level`, it is what the parent process set up, else `info`. `info_stream` takes the
-    messages below a warning; None is standard error, for commands whose output is a result.
+    messages below a warning: standard error for commands whose output is a result.
     """
     chosen = (level or os.environ.get(LEVEL_VARIABLE) or "info").upper()
     os.environ[LEVEL_VARIABLE] = chosen.lower()

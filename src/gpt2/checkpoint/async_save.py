@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpt2.base.errors import CheckpointError
-from gpt2.checkpoint import random_state, store
+from gpt2.checkpoint import measurements, random_state, store
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config.run import CheckpointConfig
 from gpt2.distributed.world import World
@@ -42,6 +42,10 @@ class Saver:
         self._resumed_from, self._link = resumed_from, link
         self._update_link()  # it dangles if its checkpoint was damaged and has been renamed
         self._writer = BackgroundWriter()
+        self._lock = threading.Lock()
+        self._is_writing = False
+        self._measured: dict[str, Any] = {}
+        """what is to be added to the metadata of the checkpoint that is being written"""
         self.assume_saved(resumed_step)
 
     def assume_saved(self, step: int | None) -> None:
@@ -65,6 +69,7 @@ class Saver:
         self._world.run_on_rank0(self._wait_for_previous)
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
         if self._world.is_rank0:
+            self._is_writing, self._measured = True, {}
             self._writer.start(
                 {**state(), "rng": rng}, lambda copied: self._write(copied, training)
             )
@@ -79,6 +84,25 @@ class Saver:
         path = self._world.run_on_rank0(lambda: self._write({**state(), "rng": rng}, training))
         self._last_step = training.step
         logger.info("Saved checkpoint: %s", path)
+
+    def add_measured(self, step: int, **measured: Any) -> None:
+        """Adds what was measured at `step` to the metadata of its checkpoint, if there is one (see
+        `measurements.add`): at once, or by the writing thread when the checkpoint is on the disk.
+        """
+        if not self._world.is_rank0 or step != self._last_step:
+            return
+        with self._lock:
+            self._measured |= measured
+            if not self._is_writing:
+                self._write_measured(step)
+
+    def _write_measured(self, step: int) -> None:
+        measured, self._measured = self._measured, {}
+        path = self._settings.checkpoint_dir / store.file_name(step)
+        try:
+            measurements.add(path, **measured)
+        except (OSError, CheckpointError) as error:
+            logger.warning("cannot add %s to the metadata of %s: %s", measured, path, error)
 
     def log_outcomes(self) -> None:
         """Logs the result of each background save that ended since the last call."""
@@ -104,14 +128,20 @@ class Saver:
             self.wait()
 
     def _write(self, state: CheckpointState, training: TrainingMetadata) -> Path:
-        path = store.save(
-            self._settings.checkpoint_dir,
-            state,
-            training,
-            keep_last=self._settings.keep_last,
-            resumed_from=self._resumed_from,
-        )
-        self._step_on_disk = training.step
+        try:
+            path = store.save(
+                self._settings.checkpoint_dir,
+                state,
+                training,
+                keep_last=self._settings.keep_last,
+                resumed_from=self._resumed_from,
+            )
+            self._step_on_disk = training.step
+        finally:
+            with self._lock:
+                self._is_writing = False
+                if self._measured and self._step_on_disk == training.step:
+                    self._write_measured(training.step)
         self._update_link()
         return path
 

@@ -29,6 +29,10 @@ class TrainingMetadata:
     world_size: int
     run_name: str
     config_digest: str
+    hellaswag: float | None = None
+    """acc_norm at this very step; None if it was not measured there"""
+    is_evaluated: bool = False
+    """whether everything that was due at this step is measured"""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def save(
     `resumed_from` is never pruned. Returns the path of the checkpoint. Raises CheckpointError if it
     cannot be written; the earlier checkpoints are intact then.
     """
-    path = folder / f"step_{training.step:06d}.pt"
+    path = folder / file_name(training.step)
     try:
         before = list_checkpoints(folder)
         # The metadata of an earlier save of this step must not describe the new file.
@@ -102,6 +102,11 @@ def save(
     with contextlib.suppress(OSError):  # the next save prunes again
         prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
     return path
+
+
+def file_name(step: int) -> str:
+    """The name of the checkpoint of `step`: step_000250.pt"""
+    return f"step_{step:06d}.pt"
 
 
 def prune(complete: list[Checkpoint], keep_last: int, keep: Iterable[Path | None]) -> None:

@@ -32,7 +32,7 @@ from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.loss import row_losses
-from gpt2.train.setup import cache_of, require_known_ids
+from gpt2.train.dataset import cache_of, require_known_ids
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def train_main() -> int:
     def body() -> int:
         with rendezvous.reported_by_local_rank0():
             command = parse_train(sys.argv[1:], quiet=local_rank > 0)
-        log.setup(command.log_level, rank=rank, info_stream=sys.stdout)
+        log.setup(command.log_level, rank=rank, info_stream="stdout")
         if command.list_checkpoints:
             return _list_checkpoints(command.run) if rank == 0 else 0
         return _train(command.run, rank, world_size)

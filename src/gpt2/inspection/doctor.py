@@ -28,7 +28,7 @@ from gpt2.inspection import checks, machine
 from gpt2.inspection.checks import Finding, Level, Need
 from gpt2.inspection.machine import Gpu
 from gpt2.metrics import wandb
-from gpt2.train import experiment_folder, resume, setup
+from gpt2.train import dataset, experiment_folder, resume
 
 COLORS: dict[Level, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
 INSTALL = "pip install --editable ."
@@ -117,12 +117,12 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     Copies no remote shards.
     """
     storage = Storage(run_config.data.data_root)
-    if corpus := setup.to_prepare(storage):
+    if corpus := dataset.to_prepare(storage):
         fact = f"{storage} is prepared from {corpus.source} when the run starts"
         return None, Finding("ok", "data", fact)
     try:
-        data = load_index(storage, setup.cache_of(run_config))
-        setup.require_known_ids(run_config, data)
+        data = load_index(storage, dataset.cache_of(run_config))
+        dataset.require_known_ids(run_config, data)
         train = TokenDataset(data, "train", run_config.model.block_size)
         if storage.path is not None:  # of remote data, that would fetch the whole split
             TokenDataset(data, "val", run_config.model.block_size)
@@ -179,10 +179,12 @@ def _beginning(run_config: RunConfig, data: DatasetIndex | None) -> Finding:
         if path is not None:
             trust = settings.trust_checkpoint
             state = store.load(path, trust=trust)
-            begin = resume.Start(path=path, state=state)
+            start = resume.StartingPoint(path=path, checkpoint=state)
             fingerprint = data.fingerprint() if data else state["data_fingerprint"]
-            begin.require_agreement(run_config, fingerprint)
-            return Finding("ok", "begins", f"at step {begin.step}, with {path}, which is whole")
+            start.require_agreement(run_config, fingerprint)
+            return Finding(
+                "ok", "begins", f"at step {state['progress']['step']}, with {path}, which is whole"
+            )
         weights, origin = settings.init_from, ""
         if weights not in ("scratch", "resume"):
             resume.load_weights(run_config)
@@ -203,7 +205,7 @@ def writable_folders(run_config: RunConfig) -> dict[str, Path]:
     storage = Storage(run_config.data.data_root)
     if storage.path is None:
         folders["cache_dir"] = run_config.data.cache_dir
-    elif setup.to_prepare(storage):
+    elif dataset.to_prepare(storage):
         folders["data_root"] = storage.path
     return folders
 
@@ -222,7 +224,7 @@ def disk_needs(run_config: RunConfig, data: DatasetIndex | None) -> list[Need]:
             "make room, lower --keep_last, or choose another --checkpoint_dir",
         )
     ]
-    cache = setup.cache_of(run_config)
+    cache = dataset.cache_of(run_config)
     if data is not None and data.storage.path is None:
         whole = sum(shard.bytes for shard in data.shards)
         share = whole if cache.limit_bytes is None else min(whole, cache.limit_bytes)

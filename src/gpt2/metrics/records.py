@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -109,12 +109,15 @@ class Metrics:
     Without sinks (on ranks other than 0) it does nothing. No error of a sink ends the training.
     """
 
-    def __init__(self, sinks: list[Sink]) -> None:
+    def __init__(self, sinks: list[Sink], events: Iterable[EventRecord] = ()) -> None:
+        """`events` are messages that were logged before the sinks were opened."""
         self._sinks = [_GuardedSink(sink) for sink in sinks]
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._handlers = contextlib.ExitStack()
         if sinks:
             self._handlers.enter_context(events_to(self._write))
+        for event in events:
+            self._write(event)
 
     def step(self, record: StepRecord) -> None:
         self._recent_s.append(record.elapsed_s)
@@ -131,11 +134,6 @@ class Metrics:
 
     def samples(self, step: int, texts: list[str]) -> None:
         self._write(SamplesRecord(step, texts))
-
-    def message(self, text: str) -> None:
-        """Logs a message; new code calls `logging` itself."""
-        if self._sinks:
-            logger.info("%s", text)
 
     def flush(self) -> None:
         """Hands all records to the operating system, which keeps them if this process is killed."""

@@ -1,4 +1,4 @@
-"""AdamW, which clips and leaves an update out on the device."""
+"""AdamW that clips the gradients, and leaves out an update that is not finite, on the device."""
 
 import inspect
 
@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 
 class Uncompiled:
-    """torch's optimiser without the wrappers that load torch.compile's machinery: two seconds of
-    work for each process, at the first update, for an optimiser that is never compiled."""
+    """torch's optimiser without the wrappers that import torch.compile's machinery: that costs
+    every process two seconds at its first update, and an optimiser is never compiled here."""
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
@@ -18,17 +18,21 @@ class Uncompiled:
 
 
 class AdamW(Uncompiled, torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel."""
+
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    waits = False
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
 
-    def update(self, norm: Tensor, largest_norm: float | None, is_good: Tensor) -> None:
-        """Steps with gradients, whose norm is given, scaled down to `largest_norm`; leaves all as
-        it is unless `is_good`. Its kernel does both on the way, as for a GradScaler: there is no
-        pass over the gradients for that, and the host does not wait for the device."""
-        self.found_inf = is_good.logical_not().float()
-        if largest_norm is not None:
-            self.grad_scale = (norm / largest_norm).clamp(min=1).float()
+    def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
+        """Clips the gradients, whose L2 norm is `norm`, to `max_norm` (None: no clipping), and
+        updates the weights; leaves weights and moments as they are unless `is_finite`.
+
+        The fused kernel does both, as it does for a GradScaler: no extra pass over the gradients,
+        and the host does not wait for the device.
+        """
+        self.found_inf = is_finite.logical_not().float()
+        if max_norm is not None:
+            self.grad_scale = (norm / max_norm).clamp(min=1).float()
         self.step()
         self.found_inf = self.grad_scale = None

@@ -6,16 +6,16 @@ from torch import Tensor, nn
 from gpt2.config.run import OptimConfig
 from gpt2.model.base import LanguageModel
 from gpt2.optim.adamw import AdamW
-from gpt2.optim.combined import Together
+from gpt2.optim.combined import CombinedOptimizer
 from gpt2.optim.muon import Muon
 
 
-def build(model: LanguageModel, config: OptimConfig) -> AdamW | Together:
-    """AdamW (Loshchilov & Hutter 2019), fused; matrices and embeddings decay, vectors do not.
+def build_optimizer(model: LanguageModel, config: OptimConfig) -> AdamW | CombinedOptimizer:
+    """The optimiser that `config` names. Matrices and embeddings have weight decay, vectors do not.
 
-    With `optimizer` muon, Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) trains the
-    matrices between embedding and head. Its updates are scaled to the size of AdamW's, so that both
-    have the same learning rate and decay (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+    With `muon`, Muon trains the matrices between embedding and head, and AdamW the rest. Muon's
+    updates are scaled to the size of AdamW's, so that both have the same learning rate and decay
+    (Liu et al. 2025, arXiv:2502.16982, eq. 4).
     """
     hidden = [] if config.optimizer == "adamw" else list(model.hidden_matrices())
     taken = {id(part) for part in hidden}
@@ -38,11 +38,11 @@ def build(model: LanguageModel, config: OptimConfig) -> AdamW | Together:
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together([muon, adamw])
+    return CombinedOptimizer([muon, adamw])
 
 
-def set_options(optimizer: AdamW | Together, config: OptimConfig) -> None:
-    """Sets what a loaded state would bring along from another configuration."""
+def set_options(optimizer: AdamW | CombinedOptimizer, config: OptimConfig) -> None:
+    """Sets the options of `config` again after a state was loaded, which brings its own along."""
     for group in optimizer.param_groups:
         if any(part.dim() >= 2 for part in group["params"]):
             group["weight_decay"] = config.weight_decay
@@ -50,7 +50,8 @@ def set_options(optimizer: AdamW | Together, config: OptimConfig) -> None:
             group["betas"] = (config.beta1, config.beta2)
 
 
-def set_learning_rate(optimizer: AdamW | Together, rate: float) -> None:
+def set_learning_rate(optimizer: AdamW | CombinedOptimizer, rate: float) -> None:
+    """Sets the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

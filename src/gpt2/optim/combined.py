@@ -1,4 +1,4 @@
-"""Several optimisers of different weights as one."""
+"""Several optimisers, each of other weights, as one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Together:
-    """Several optimisers of different weights as one, with one state."""
-
-    waits = True
-    """whether an update waits for the device"""
+class CombinedOptimizer:
+    """Several optimisers, each of other weights, with one state."""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = parts
@@ -21,12 +18,13 @@ class Together:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
-    def update(self, norm: Tensor, largest_norm: float | None, is_good: Tensor) -> None:
-        """As AdamW's. Muon knows neither a scale nor a step that is left out: the host waits."""
-        if is_good:
-            if largest_norm is not None:
+    def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
+        """As that of AdamW, but the host waits for the device: torch's Muon can neither scale
+        gradients nor leave a step out by itself."""
+        if is_finite:
+            if max_norm is not None:
                 weights = [part for group in self.param_groups for part in group["params"]]
-                torch.nn.utils.clip_grads_with_norm_(weights, largest_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
             for part in self.parts:
                 part.step()
 

@@ -1,6 +1,6 @@
-"""What a run says of itself before its first step: what trains, on what, and where it is kept."""
+"""What a run logs before its first step: what trains, on what, and where it is kept."""
 
-from pathlib import Path
+import logging
 
 from gpt2.base.text import counted
 from gpt2.config.run import RunConfig
@@ -8,42 +8,48 @@ from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
-from gpt2.train.learner import Learner
+from gpt2.train import experiment_folder
+from gpt2.train.replica import Replica
 from gpt2.train.status import Plan
+from gpt2.train.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
-def lines(
-    run_config: RunConfig,
-    plan: Plan,
-    data: DatasetIndex,
-    shards: TokenDataset,
-    learner: Learner,
-    link: Path | None,
-) -> list[str]:
-    return [
-        _of_model(plan, learner),
-        *_of_data(data, shards),
-        *_of_plan(plan, run_config, learner.mini_batch_size),
-        *_of_places(run_config, plan.run_name, link),
-    ]
+def log(run: TrainingRun, data: DatasetIndex, plan: Plan, notes: list[str] | None) -> None:
+    """Logs the banner of a run. `notes` say what differs from the checkpoint that it resumes; None
+    for a run that does not resume."""
+    if run.evaluator.warning is not None:
+        logger.warning(run.evaluator.warning)
+    if notes is not None:
+        logger.info("Resuming from:")
+        for note in (f"Step: {run.state.step}", f"Epoch: {run.next_epoch()}", *notes):
+            logger.info("  - %s", note)
+    for line in (
+        _model_line(plan, run.replica),
+        *_data_lines(data, run.dataset),
+        *_plan_lines(plan, run.config, run.replica.mini_batch_size),
+        *_folder_lines(run.config, plan.run_name),
+    ):
+        logger.info(line)
 
 
-def _of_model(plan: Plan, learner: Learner) -> str:
-    weights = sum(part.numel() for part in learner.model.parameters())
-    kind = str(learner.dtype).removeprefix("torch.")
+def _model_line(plan: Plan, replica: Replica) -> str:
+    weights = sum(part.numel() for part in replica.model.parameters())
+    kind = str(replica.dtype).removeprefix("torch.")
     where = f"{plan.world_size} × {plan.device}, {kind}"
     return f"Run {plan.run_name}: {weights / 1e6:.1f} M parameters on {where}"
 
 
-def _of_data(data: DatasetIndex, shards: TokenDataset) -> list[str]:
+def _data_lines(data: DatasetIndex, dataset: TokenDataset) -> list[str]:
     line = (
         f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
-        f"{counted(len(shards.shards), 'shard')}, {data.tokens('val'):,} for validation"
+        f"{counted(len(dataset.shards), 'shard')}, {data.tokens('val'):,} for validation"
     )
     return [line] if data.storage.path is not None else [line, f"  - {data.cache}"]
 
 
-def _of_plan(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
+def _plan_lines(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
     accumulation = run_config.grad_accum_steps(plan.world_size, mini_batch_size)
     line = (
         f"Plan: {plan.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
@@ -55,23 +61,23 @@ def _of_plan(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[st
     return [line, f"  - --auto_mini_batch: {mini_batch_size} rows at once"]
 
 
-def _of_places(run_config: RunConfig, run_name: str, link: Path | None) -> list[str]:
-    folder = run_config.checkpoint.checkpoint_dir
+def _folder_lines(run_config: RunConfig, run_name: str) -> list[str]:
+    folder, link = run_config.checkpoint.checkpoint_dir, experiment_folder.link(run_config)
     kept = [f"checkpoints {folder}", *sinks.places(run_config, run_name)]
     line = "Kept in: " + ", ".join(kept)
     return [line] if link is None else [line, f"Checkpoint will be saved as {link}"]
 
 
 def plan_of(
-    run_config: RunConfig, run_name: str, total_steps: int, order: Sampler, world: World
+    run_config: RunConfig, run_name: str, total_steps: int, sampler: Sampler, world: World
 ) -> Plan:
-    """What `status.json` says of it."""
+    """What the run will do, for `status.json`."""
     return Plan(
         run_name=run_name,
         preset=run_config.preset,
         total_steps=total_steps,
         rows_per_step=run_config.rows_per_step,
-        rows_per_epoch=order.rows_per_epoch,
+        rows_per_epoch=sampler.rows_per_epoch,
         block_size=run_config.model.block_size,
         checkpoint_interval=run_config.checkpoint.checkpoint_interval,
         world_size=world.size,

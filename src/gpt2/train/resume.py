@@ -1,4 +1,4 @@
-"""Where a run begins: its data, and afresh, with given weights, or where a checkpoint left off."""
+"""Where a run starts: from scratch, with given weights, or where a checkpoint left off."""
 
 import contextlib
 import json
@@ -12,108 +12,100 @@ import torch
 from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
 from gpt2.base.text import counted
-from gpt2.checkpoint import metadata, store
+from gpt2.checkpoint import store
+from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options
 from gpt2.config.run import RunConfig
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
+from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
-
 LAUNCH = "launch.json"
 """which command trains in a folder, and the newest checkpoint that it found there"""
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins: at a checkpoint's state, with somebody's weights, or afresh."""
+class StartingPoint:
+    """A checkpoint to resume, weights to start with, or neither: a run from scratch."""
 
     path: Path | None = None
-    state: metadata.CheckpointState | None = None
+    """of the checkpoint"""
+    checkpoint: CheckpointState | None = None
     weights: dict[str, torch.Tensor] | None = None
 
-    @property
-    def step(self) -> int | None:
-        return None if self.state is None else self.state["progress"]["step"]
-
     @classmethod
-    def find(cls, run_config: RunConfig, world: World) -> "Start":
+    def find(cls, run_config: RunConfig, world: World) -> "StartingPoint":
+        """What --resume and --init_from name; every rank calls it.
+
+        Raises CheckpointError if it is not there, is damaged, or is not trusted.
+        """
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
         # torchrun --max-restarts starts the same command again, which may have saved since.
-        begun = world.run_on_rank0(lambda: _has_saved(folder))
-        wanted = "latest" if begun else settings.resume_from
+        has_saved = world.run_on_rank0(lambda: _has_saved(folder))
+        requested = "latest" if has_saved else settings.resume_from
 
         def locate() -> Path | None:
-            if wanted is not None:
-                return store.find(folder, wanted, set_aside=True)
+            if requested is not None:
+                return store.find(folder, requested, set_aside=True)
             require_fresh(folder)
             return None
 
         path = world.run_on_rank0(locate)
         if path is not None:
             state = store.load(path, trust=settings.trust_checkpoint, world=world)
-            return cls(path=path, state=state)
-        if wanted is not None:
+            return cls(path=path, checkpoint=state)
+        if requested is not None:
             logger.warning("no checkpoint in %s: starting a NEW run from step 0", folder)
         if settings.init_from in ("scratch", "resume"):
             return cls()
-        if world.is_rank0:
-            print(f"Loading weights from: {settings.init_from}", flush=True)
+        logger.info("Loading weights from: %s", settings.init_from)
         return cls(weights=load_weights(run_config, world))
 
     def require_agreement(self, run_config: RunConfig, data_fingerprint: str) -> None:
-        """Raises CheckpointError if the run to continue was another one, field by field."""
-        if self.state is None or self.path is None:
+        """Raises CheckpointError if the checkpoint is of another run, field by field."""
+        if self.checkpoint is None or self.path is None:
             return
-        rows = options.changed(self.state["config"], run_config, options.FIXED_BY_CHECKPOINT)
-        if self.state["data_fingerprint"] != data_fingerprint:
-            then = f"{self.state['config']['data']['data_root']} ({self.state['data_fingerprint']})"
+        stored = self.checkpoint["config"]
+        rows = options.changed(stored, run_config, options.FIXED_BY_CHECKPOINT)
+        if self.checkpoint["data_fingerprint"] != data_fingerprint:
+            before = f"{stored['data']['data_root']} ({self.checkpoint['data_fingerprint']})"
             now = f"{run_config.data.data_root} ({data_fingerprint})"
-            rows.append(("training data", then, now))
-        made_with = self.state["config"]["preset"]
-        preset = "" if made_with == run_config.preset else f"it was made with --preset {made_with}"
-        _refuse_contradictions(self.path, rows, preset)
-
-    def lines(self, run_config: RunConfig, world: World, epoch: int) -> list[str]:
-        """Where a run goes on from; nothing for one that begins."""
-        if self.state is None:
-            return []
-        where = [f"Step: {self.step}", f"Epoch: {epoch}", *self.notes(run_config, world)]
-        return ["Resuming from:", *(f"  - {line}" for line in where)]
+            rows.append(("training data", before, now))
+        has_other_preset = stored["preset"] != run_config.preset
+        hint = f"it was made with --preset {stored['preset']}" if has_other_preset else ""
+        _refuse_contradictions(self.path, rows, hint)
 
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
-        """What is not as it was when the checkpoint was written, though it may differ."""
-        assert self.state is not None
-        rows = options.changed(self.state["config"], run_config, options.NOTED_AT_RESUME)
+        """What differs from the checkpoint, and may; for the banner."""
+        assert self.checkpoint is not None
+        rows = options.changed(self.checkpoint["config"], run_config, options.NOTED_AT_RESUME)
         notes = [f"{name}: {old} before, {new} from here" for name, old, new in rows]
-        ranks = len(self.state["rng"])
+        ranks = len(self.checkpoint["rng"])
         if ranks != world.size:
             notes.append(f"Ranks: {ranks} before, {world.size} from here; the data is the same")
             if run_config.model.dropout > 0:
-                notes.append("Dropout draws other numbers: its streams belong to the ranks")
+                notes.append("Dropout draws other numbers: its random streams belong to the ranks")
         return notes
 
 
-def _has_saved(folder: Path) -> bool:
-    """Whether this very command has made a checkpoint before torchrun restarted it."""
-    newest = max((i.metadata.sequence for i in store.list_checkpoints(folder)), default=0)
-    record = folder / LAUNCH
-    if rendezvous.is_restart():
-        try:
-            before = json.loads(record.read_text())
-        except (OSError, ValueError):
-            return True
-        # Another launch wrote it: rank 0 was on another machine before.
-        same = before["launch"] == rendezvous.launch()
-        return not same or newest > int(before["newest"])
-    with contextlib.suppress(OSError):  # a full disk: then a restart takes the newest
-        record.unlink(missing_ok=True)
-        atomic_files.write_text(
-            record, json.dumps({"launch": rendezvous.launch(), "newest": newest})
-        )
-    return False
+def train_state(checkpoint: CheckpointState, path: Path) -> TrainState:
+    """The state that a checkpoint holds, with what was measured after it was saved, which is in the
+    metadata beside it."""
+    state = TrainState.from_dict(checkpoint["progress"])
+    metadata = read_metadata(path.with_suffix(".json"))
+    if metadata is None or metadata.training.step != state.step:
+        return state
+    measured = metadata.training
+    if measured.val_loss is not None and state.validated_step != state.step:
+        state.add_validation(measured.val_loss)
+    if measured.hellaswag is not None and state.scored_step != state.step:
+        state.add_hellaswag(measured.hellaswag)
+    if measured.is_evaluated:
+        state.evaluated_step = state.step
+    return state
 
 
 def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str, torch.Tensor]:
@@ -130,9 +122,8 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    state = store.load(
-        path.resolve(), trust=trust, world=world
-    )  # no link: metadata is beside the file
+    # The metadata lies beside the file, not beside a link to it.
+    state = store.load(path.resolve(), trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     _refuse_contradictions(path, options.changed(state["config"], run_config, shape))
     weights: dict[str, torch.Tensor] = state["model"]
@@ -140,7 +131,8 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
 
 
 def require_fresh(folder: Path) -> None:
-    """A new run must not mix with, or prune away, the checkpoints of an earlier one."""
+    """Raises CheckpointError if an earlier run has checkpoints in the folder: a new run would mix
+    with them, and remove them as its own grow old."""
     earlier = sorted(folder.glob("step_*.json"))
     if earlier:
         raise CheckpointError(
@@ -148,6 +140,25 @@ def require_fresh(folder: Path) -> None:
             f"{earlier[-1].stem}; continue it with --resume latest, or keep a new run "
             "elsewhere with --out_dir NAME or --experiment_name NAME"
         )
+
+
+def _has_saved(folder: Path) -> bool:
+    """Whether this very command has saved a checkpoint before torchrun restarted it."""
+    newest = max((item.metadata.sequence for item in store.list_checkpoints(folder)), default=0)
+    record = folder / LAUNCH
+    if rendezvous.is_restart():
+        try:
+            before = json.loads(record.read_text())
+        except (OSError, ValueError):
+            return True
+        # Another launch wrote it: rank 0 was on another machine before.
+        is_same = before["launch"] == rendezvous.launch()
+        return not is_same or newest > int(before["newest"])
+    with contextlib.suppress(OSError):  # a full disk: then a restart takes the newest
+        record.unlink(missing_ok=True)
+        launch = {"launch": rendezvous.launch(), "newest": newest}
+        atomic_files.write_text(record, json.dumps(launch))
+    return False
 
 
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:

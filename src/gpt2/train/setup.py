@@ -1,57 +1,129 @@
-"""What a run needs before its first step: data, and a checkpoint folder of its own."""
+"""Builds a run: everything that `trainer.train` uses, from configuration and starting point."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from gpt2.base import folder_lock
-from gpt2.base.errors import ConfigError, DataError
+from gpt2.base.errors import ConfigError
 from gpt2.checkpoint import store
+from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import RunConfig
-from gpt2.data import corpora, prepare
-from gpt2.data.cache import ShardCache
-from gpt2.data.corpora import Corpus
-from gpt2.data.remote import Storage
-from gpt2.data.shards import MANIFEST, DatasetIndex, load_index
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.distributed import device
+from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
+from gpt2.metrics import sinks
+from gpt2.metrics.records import EventRecord, events_to
+from gpt2.train import banner, experiment_folder, resume
+from gpt2.train.evaluator import Evaluator
+from gpt2.train.replica import Replica
+from gpt2.train.report import Report
+from gpt2.train.resume import StartingPoint
+from gpt2.train.state import TrainState
+from gpt2.train.status import StatusFile
+from gpt2.train.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
-def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
-    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
-    storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
+def build(
+    run_config: RunConfig,
+    run_name: str,
+    world: World,
+    data: DatasetIndex,
+    report: Report,
+    stop: StopRequest,
+) -> TrainingRun:
+    """The parts of a run, ready for its next step; every rank calls it.
 
-    def find() -> DatasetIndex:
-        if corpus := to_prepare(storage):
-            assert storage.path is not None
-            prepare.prepare(corpus, storage.path, wait=True)
-        return load_index(storage, cache)
+    What can be refused is refused before anything of an earlier run is touched. If it raises, no
+    thread runs, no sink is open, and `status.json` is as it was.
+    """
+    early_events: list[EventRecord] = []  # for the sinks, which are not open yet
+    with events_to(early_events.append):
+        start = StartingPoint.find(run_config, world)
+    dataset = TokenDataset(data, "train", run_config.model.block_size)
+    rows, seed = run_config.rows_per_step, run_config.machine.seed
+    sampler = Sampler(dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
+    total_steps = run_config.total_steps(sampler.rows_per_epoch)
+    require_enough_rows(run_config, world)
+    start.require_agreement(run_config, fingerprint := data.fingerprint())
+    world.run_on_rank0(lambda: sinks.require_folders(run_config))
+    replica = Replica(run_config, world, start.weights)
+    evaluator = Evaluator(run_config, world, replica, data)
+    state, notes = TrainState(), None
+    if start.checkpoint is not None and start.path is not None:
+        state = resume.train_state(start.checkpoint, start.path)
+        run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
+        notes = start.notes(run_config, world)
+        replica.load_state_dict(start.checkpoint, state.step)
 
-    data = world.run_on_rank0(find)
-    require_known_ids(run_config, data)
-    return data
+    folder = run_config.checkpoint.checkpoint_dir.resolve()
+    plan = banner.plan_of(run_config, run_name, total_steps, sampler, world)
+    run = TrainingRun(
+        config=run_config,
+        name=run_name,
+        world=world,
+        dataset=dataset,
+        data_fingerprint=fingerprint,
+        sampler=sampler,
+        schedule=run_config.lr_schedule(total_steps),
+        total_steps=total_steps,
+        replica=replica,
+        evaluator=evaluator,
+        saver=_saver(run_config, world, start, state.step),
+        status=StatusFile(folder if world.is_rank0 else None, plan),
+        stop=stop,
+        report=report,
+        peak_flops=device.peak_flops(world, replica.dtype),
+        state=state,
+        first_step=state.step,
+        resumed_from=start.path,
+        earlier_saves=world.run_on_rank0(lambda: _saves_beyond(folder, state.step)),
+    )
+    run.open(early_events)
+    with _closed_on_error(run):
+        banner.log(run, data, plan, notes)
+    run.status.write("running", state.step)
+    return run
 
 
-def cache_of(run_config: RunConfig) -> ShardCache:
-    """Where the run keeps copies of remote shards."""
-    settings = run_config.data
-    limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
-    return ShardCache(settings.cache_dir, limit_bytes)
+@contextlib.contextmanager
+def _closed_on_error(run: TrainingRun) -> Iterator[None]:
+    """Closes the run if the block raises."""
+    try:
+        yield
+    except BaseException:
+        run.close()
+        raise
 
 
-def to_prepare(storage: Storage) -> Corpus | None:
-    """The embedded corpus that a run prepares by itself, because it is not there yet."""
-    folder = storage.path
-    corpus = corpora.find(folder.name) if folder else None
-    missing = folder and corpus and corpus.embedded and not (folder / MANIFEST).exists()
-    return corpus if missing else None
+def _saver(run_config: RunConfig, world: World, start: StartingPoint, step: int) -> Saver:
+    """What saves the run's checkpoints; while it is writing, this process is not ended early."""
+    folder = run_config.checkpoint.checkpoint_dir.resolve()
+    is_in_folder = start.path is not None and start.path.resolve().parent == folder
+    saver = Saver(
+        world,
+        run_config.checkpoint,
+        resumed_from=start.path,
+        resumed_step=step if is_in_folder else None,
+        link=experiment_folder.link(run_config),
+    )
+    if world.watchdog is not None:
+        world.watchdog.wait_while(lambda: saver.is_busy)
+    return saver
 
 
-def require_known_ids(run_config: RunConfig, data: DatasetIndex) -> None:
-    """Raises DataError if the data has token ids that the model has not."""
-    if data.vocab_size > run_config.model.vocab_size:
-        raise DataError(
-            f"{data.storage} has token ids up to {data.vocab_size - 1}, the model only "
-            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
-        )
+def _saves_beyond(folder: Path, step: int) -> frozenset[int]:
+    """The sequence numbers of the checkpoints in `folder` that are further on than `step`."""
+    return frozenset(
+        item.metadata.sequence
+        for item in store.list_checkpoints(folder)
+        if item.training.step > step
+    )
 
 
 @contextlib.contextmanager

@@ -1,51 +1,104 @@
-"""How far a run is, and how it ended."""
+"""What a run is made of beside weights and optimiser: how far it is, and how it ended. Pure."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 End = Literal["finished", "stopped", "pruned"]
+# Keys of checkpoints that earlier versions wrote.
+FORMER_NAMES = {"judged_step": "evaluated_step"}
 
 
 @dataclass(frozen=True)
-class Result:
+class Update:
+    """What one update of the weights was like."""
+
+    loss: float
+    """mean over the global batch, before the update, nats per token"""
+    grad_norm: float
+    """L2 norm of all gradients, before clipping"""
+    applied: bool
+    """whether the weights changed: not if loss or norm is NaN or infinite"""
+    elapsed_s: float
+    rank_s: list[float]
+    """seconds that each rank computed before it waited for the other ranks' gradients"""
+
+
+@dataclass(frozen=True)
+class RunResult:
     """How a run ended."""
 
     state: End
     step: int
     train_loss: float | None
     val_loss: float | None
+    """at `step`; None if it was not measured there"""
     best_val_loss: float | None
     hellaswag: float | None
+    """acc_norm, when it was last measured"""
     exit_code: int
 
 
 @dataclass
-class Progress:
-    """What changes while a run trains, beside weights and optimiser; kept in every checkpoint."""
+class TrainState:
+    """What changes while a run trains; every checkpoint holds it, under the key `progress`."""
 
     step: int = 0
+    """finished updates"""
     train_loss: float | None = None
     val_loss: float | None = None
+    """at `validated_step`"""
     best_val_loss: float | None = None
     hellaswag: float | None = None
     """acc_norm, when it was last measured"""
     validated_step: int | None = None
-    """the step that `val_loss` belongs to"""
-    judged_step: int | None = None
-    """the step whose validation, HellaSwag and samples are all done"""
+    scored_step: int | None = None
+    """the step that `hellaswag` belongs to"""
+    evaluated_step: int | None = None
+    """the step at which everything that was due is measured"""
     bad_steps: int = 0
-    """updates left out so far, because loss or gradient was no finite number"""
+    """updates left out so far, because loss or gradient was NaN or infinite"""
     bad_in_a_row: int = 0
     left_out: tuple[int, int] | None = None
-    """the portions of data that are never trained on: the first one and how many"""
+    """the steps of data that are never trained on: the first one and how many"""
 
-    def result(self, state: End, exit_code: int = 0) -> Result:
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":
+        """The state that a checkpoint holds, also one of an earlier version."""
+        named = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+        return cls(**{name: named[name] for name in cls.__dataclass_fields__ if name in named})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def add_validation(self, loss: float) -> None:
+        """The validation loss of this step."""
+        self.val_loss, self.validated_step = loss, self.step
+        if math.isfinite(loss):
+            best = self.best_val_loss
+            self.best_val_loss = loss if best is None else min(loss, best)
+
+    def add_hellaswag(self, acc_norm: float) -> None:
+        """The HellaSwag score of this step."""
+        self.hellaswag, self.scored_step = acc_norm, self.step
+
+    def data_step(self, step: int) -> int:
+        """Which step of the sampler the update after `step` finished updates trains on.
+
+        The two differ after data was left out.
+        """
+        if self.left_out is None or step < self.left_out[0]:
+            return step
+        return step + self.left_out[1]
+
+    def result(self, state: End, exit_code: int = 0) -> RunResult:
         """That of a run which ends here."""
-        return Result(
+        return RunResult(
             state,
             self.step,
             self.train_loss,
-            self.val_loss,
+            self.val_loss if self.validated_step == self.step else None,
             self.best_val_loss,
             self.hellaswag,
             exit_code,

@@ -7,20 +7,20 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gpt2.base import atomic_files
 
 NAME = "status.json"
 BEAT_EVERY_S = 15
 SILENCE_S = 900
-"""a run on another machine that was not heard of for this long is dead"""
+"""a run on another machine whose status is older than this counts as dead"""
 RunState = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will do, as far as a forecast needs it."""
+    """What the run will do, as far as a forecast needs to know."""
 
     run_name: str
     preset: str
@@ -53,31 +53,42 @@ def write(folder: Path, plan: Plan, state: RunState, step: int, reason: str | No
     atomic_files.write_text(folder / NAME, json.dumps(asdict(status), indent=2) + "\n")
 
 
-class Heartbeat:
-    """Keeps the status of a run current, so that a dead run can be told from a living one."""
+class StatusFile:
+    """Keeps `status.json` of a run current, so that a dead run is recognised by its age."""
 
     def __init__(self, folder: Path | None, plan: Plan) -> None:
-        """`folder` is None where it is not to be written, which is on all ranks but the first."""
+        """`folder` is None on the ranks that do not write it, which are all but rank 0."""
         self._folder, self._plan = folder, plan
         self._written = 0.0
 
     def write(self, state: RunState, step: int, reason: str | None = None) -> None:
         self._written = time.monotonic()
         if self._folder is not None:
-            with contextlib.suppress(OSError):  # it informs; a full disk is for `save` to report
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk is reported by the checkpoint, not here
                 write(self._folder, self._plan, state, step, reason)
 
     def beat(self, step: int) -> bool:
-        """Writes that the run lives, if that is due; whether it was."""
+        """Writes that the run is running if the last write is BEAT_EVERY_S ago; returns whether it
+        was."""
         if late := time.monotonic() - self._written > BEAT_EVERY_S:
             self.write("running", step)
         return late
 
 
 def read(folder: Path) -> Status | None:
-    """The status in `folder`, or None if there is none that can be read."""
+    """The status in `folder`, or None if there is none that can be read.
+
+    Keys that this version does not know are passed over.
+    """
     try:
         values = json.loads((folder / NAME).read_text())
-        return Status(plan=Plan(**values.pop("plan")), **values)
-    except (OSError, ValueError, KeyError, TypeError):
+        plan = Plan(**_known(values.pop("plan"), Plan))
+        return Status(plan=plan, **_known(values, Status))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _known(values: dict[str, Any], kind: type[Plan] | type[Status]) -> dict[str, Any]:
+    return {name: values[name] for name in kind.__dataclass_fields__ if name in values}

@@ -22,8 +22,9 @@ from gpt2.experiments.pool.job import Job, Stopped
 from gpt2.experiments.training import ddp_host
 from gpt2.metrics import log_reader
 from gpt2.train import trainer
+from gpt2.train.dataset import open_data
 from gpt2.train.report import Answer, Report
-from gpt2.train.setup import open_data, require_enough_rows
+from gpt2.train.setup import require_enough_rows
 
 TARGET = "gpt2.experiments.training.training_job:run"
 REPORT_EVERY_S = 0.5

@@ -1,0 +1,49 @@
+"""The training data of a run: found, or prepared where it comes with Python."""
+
+from gpt2.base.errors import DataError
+from gpt2.config.run import RunConfig
+from gpt2.data import corpora, prepare
+from gpt2.data.cache import ShardCache
+from gpt2.data.corpora import Corpus
+from gpt2.data.remote import Storage
+from gpt2.data.shards import MANIFEST, DatasetIndex, load_index
+from gpt2.distributed.world import World
+
+
+def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
+    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
+    storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
+
+    def find() -> DatasetIndex:
+        if corpus := to_prepare(storage):
+            assert storage.path is not None
+            prepare.prepare(corpus, storage.path, wait=True)
+        return load_index(storage, cache)
+
+    data = world.run_on_rank0(find)
+    require_known_ids(run_config, data)
+    return data
+
+
+def cache_of(run_config: RunConfig) -> ShardCache:
+    """Where the run keeps copies of remote shards."""
+    settings = run_config.data
+    limit_bytes = None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
+    return ShardCache(settings.cache_dir, limit_bytes)
+
+
+def to_prepare(storage: Storage) -> Corpus | None:
+    """The embedded corpus that a run prepares by itself, because it is not there yet."""
+    folder = storage.path
+    corpus = corpora.find(folder.name) if folder else None
+    missing = folder and corpus and corpus.embedded and not (folder / MANIFEST).exists()
+    return corpus if missing else None
+
+
+def require_known_ids(run_config: RunConfig, data: DatasetIndex) -> None:
+    """Raises DataError if the data has token ids that the model has not."""
+    if data.vocab_size > run_config.model.vocab_size:
+        raise DataError(
+            f"{data.storage} has token ids up to {data.vocab_size - 1}, the model only "
+            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
+        )

@@ -1,0 +1,87 @@
+"""Updates that were left out because loss or gradient was NaN or infinite: counted, and after too
+many in a row the run goes back to a checkpoint and leaves out the data that they had."""
+
+import logging
+from pathlib import Path
+
+from gpt2.base.errors import Diverged
+from gpt2.checkpoint import store
+from gpt2.train import resume
+from gpt2.train.state import Update
+from gpt2.train.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+
+def go_back_if_bad(run: TrainingRun, update: Update) -> None:
+    """Counts the update if it was left out. After `max_bad_steps` in a row, goes back to the newest
+    checkpoint before them.
+
+    Raises Diverged if there is no such checkpoint, or if the run went back before: then the data
+    is not the cause.
+    """
+    state, limit = run.state, run.config.optim.max_bad_steps
+    if update.applied:
+        state.bad_in_a_row = 0
+        return
+    state.bad_steps += 1
+    state.bad_in_a_row += 1
+    logger.warning(
+        "step %d: loss %s, gradient norm %s: no update (%d in a row, %d in all)",
+        state.step,
+        update.loss,
+        update.grad_norm,
+        state.bad_in_a_row,
+        state.bad_steps,
+    )
+    if state.bad_in_a_row < limit:
+        return
+    reason = f"{limit} updates in a row, up to step {state.step}, had no finite loss or gradient"
+    if state.left_out is not None:
+        raise Diverged(
+            f"{reason}, also after leaving out the data of steps {state.left_out[0] + 1} to "
+            f"{sum(state.left_out)}; use a lower --learning_rate from an earlier checkpoint"
+        )
+    first = state.step - state.bad_in_a_row
+    path = run.world.run_on_rank0(lambda: _newest_checkpoint(run, up_to_step=first))
+    if path is None:
+        raise Diverged(
+            f"{reason}, and there is no checkpoint to go back to; use a lower --learning_rate, "
+            "a longer --warmup_steps or a smaller --checkpoint_interval"
+        )
+    _go_back(run, path, left_out=(first, state.bad_in_a_row))
+
+
+def _newest_checkpoint(run: TrainingRun, up_to_step: int) -> Path | None:
+    """The newest undamaged checkpoint of this run up to a step, or the one that it resumed from."""
+    run.saver.wait()
+    candidates = [
+        item
+        for item in store.list_checkpoints(run.config.checkpoint.checkpoint_dir)
+        if item.training.step <= up_to_step and item.metadata.sequence not in run.earlier_saves
+    ]
+    good = store.newest_good(candidates)
+    if good is not None:
+        return good.path
+    return run.resumed_from if run.first_step <= up_to_step else None
+
+
+def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
+    bad_steps = run.state.bad_steps
+    run.loader.close()
+    run.metrics.close()
+    trust = run.config.checkpoint.trust_checkpoint
+    state = store.load(path, trust=trust, world=run.world)
+    run.state = resume.train_state(state, path)
+    run.replica.load_state_dict(state, run.state.step)
+    run.state.bad_steps, run.state.left_out = bad_steps, left_out
+    run.state.bad_in_a_row = 0
+    run.saver.assume_saved(run.state.step)
+    run.open()
+    logger.warning(
+        "back to step %d (%s); the data of steps %d to %d is left out from here on",
+        run.state.step,
+        path,
+        left_out[0] + 1,
+        sum(left_out),
+    )

@@ -1,0 +1,184 @@
+"""This rank's replica of what is trained: model, optimiser and random streams.
+
+Shapes: B rows, T time.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2 import model
+from gpt2.base.errors import TrainingError, is_out_of_memory
+from gpt2.checkpoint import random_state
+from gpt2.checkpoint.metadata import CheckpointState
+from gpt2.config.run import RunConfig
+from gpt2.data import sampler
+from gpt2.distributed import device
+from gpt2.distributed.world import World
+from gpt2.model.base import LanguageModel
+from gpt2.optim.build import build_optimizer, set_options
+from gpt2.train.compile_cache import compiled
+
+
+class Replica:
+    """The model, its optimiser and the random streams of this rank.
+
+    `model` is the plain module, `local_net` the same as it computes on this rank (compiled or not),
+    and `net` the one to train: wrapped by DDP where there are several ranks.
+    """
+
+    def __init__(
+        self, run_config: RunConfig, world: World, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Weights are drawn from the seed, the same on every rank, unless some are given."""
+        self.config, self.world = run_config, world
+        self.dtype = _autocast_dtype(run_config, world)
+        self.autocast = torch.autocast(
+            world.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16
+        )
+        machine = run_config.machine
+        torch.manual_seed(machine.seed)
+        self.model: LanguageModel = model.build(run_config.model).to(world.device)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+            weights.clear()  # the copy on the host is not needed for the days that follow
+        self.optimizer = build_optimizer(self.model, run_config.optim)
+        on_cuda = world.device.type == "cuda"
+        is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
+        self.model.fast_head = machine.fast and not on_cuda and not is_compiled
+        self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
+        self.mini_batch_size = run_config.data.mini_batch_size
+        if run_config.data.auto_mini_batch:
+            self._fit_mini_batch()
+        self.net = self.local_net
+        if world.size > 1:
+            # No static_graph: after no_sync it exchanges nothing (pytorch pull request 187732).
+            self.net = DistributedDataParallel(
+                self.local_net,
+                device_ids=[world.device] if on_cuda else None,
+                gradient_as_bucket_view=True,
+            )
+            self._settle_buckets(is_compiled)
+        _seed_streams(machine.seed, world.rank)
+
+    def exchanging_gradients(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """DDP exchanges the gradients of a step once, during its last micro-batch's backward."""
+        if is_last or not isinstance(self.net, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.net.no_sync()
+
+    def state_dict(self) -> CheckpointState:
+        """What a checkpoint keeps of it, beside the random streams."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: CheckpointState, step: int) -> None:
+        """Takes weights, optimiser and random streams out of the checkpoint of `step`.
+
+        With another number of ranks than the checkpoint's, the streams begin anew from
+        (seed, rank, step).
+        """
+        self.model.load_state_dict(state.pop("model"))  # popped: the copy on the host is not needed
+        self.optimizer.load_state_dict(_copied(state.pop("optimizer")))
+        set_options(self.optimizer, self.config.optim)
+        streams = state["rng"]
+        if len(streams) == self.world.size:
+            random_state.set_rng_state(streams[self.world.rank], self.world.device)
+        else:
+            _seed_streams(self.config.machine.seed, self.world.rank, step)
+
+    def _fit_mini_batch(self) -> None:
+        """Halves `mini_batch_size` until every rank has the memory for one micro-batch."""
+        while not self._fits(self.mini_batch_size):
+            if self.mini_batch_size == 1:
+                raise TrainingError(
+                    f"a single row of block_size={self.config.model.block_size} does not fit into "
+                    "the memory; use a smaller --block_size or --preset"
+                )
+            self.mini_batch_size //= 2
+            torch.compiler.reset()  # or a second size would be compiled as one of any size
+
+    def _fits(self, rows: int) -> bool:
+        """Whether a micro-batch of `rows` fits beside everything that training keeps, on every
+        rank."""
+        rows = min(rows, -(-self.config.rows_per_step // self.world.size))
+        shape = (rows, self.config.model.block_size)
+        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
+        failed = False
+        try:
+            # As much as the optimiser will keep: two moments of every weight.
+            moments = [torch.empty_like(part) for part in self.model.parameters() for _ in range(2)]
+            with self.autocast:
+                loss = self.local_net(tokens_BT, tokens_BT.clone())
+            loss.backward()
+            del moments, loss
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return not self.world.all_reduce_max(failed)
+
+    def _settle_buckets(self, is_compiled: bool) -> None:
+        """One backward whose gradients are thrown away.
+
+        After its first backward, DDP lays its buckets out anew, which changes the order in which
+        three and more ranks' gradients are added. Without this, the first step after a resume
+        would differ in the last bit from the same step of a run that was never stopped.
+        """
+        share = len(sampler.share(self.config.rows_per_step, self.world.rank, self.world.size))
+        rows = min(self.mini_batch_size, share) if is_compiled else 1  # for the real shape
+        shape = (rows, self.config.model.block_size)
+        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
+        with out_of_memory_explained(*shape):
+            with self.autocast:
+                loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
+            loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(rows: int, block_size: int) -> Iterator[None]:
+    """Turns an out-of-memory error into a TrainingError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "use a smaller --block_size or --preset"
+        if rows > 1:
+            smaller = 1 << ((rows - 1).bit_length() - 1)
+            remedy = f"use --mini_batch_size {smaller} (the total batch stays), "
+            remedy += "or --auto_mini_batch"
+        raise TrainingError(
+            f"{rows} rows of block_size={block_size} at once do not fit into the memory; {remedy}"
+        ) from error
+
+
+def _copied(state: Any) -> Any:
+    """An optimiser's state in memory of its own: tensors of a checkpoint are mapped from the file,
+    and torch would keep using them there."""
+    if isinstance(state, dict):
+        return {name: _copied(part) for name, part in state.items()}
+    return state.clone() if isinstance(state, torch.Tensor) else state
+
+
+def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:
+    wanted = run_config.machine.dtype
+    fast = wanted == "auto" and device.has_fast_bfloat16(world.device)
+    return torch.bfloat16 if wanted == "bfloat16" or fast else torch.float32
+
+
+def _seed_streams(seed: int, rank: int, step: int = 0) -> None:
+    """Seeds the random streams of this process from (seed, rank, step)."""
+    words = np.random.SeedSequence([seed, rank, step]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))

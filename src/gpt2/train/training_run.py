@@ -1,0 +1,276 @@
+"""A run that is ready to train: its parts, and what happens around an update."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpt2.checkpoint.async_save import Saver
+from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
+from gpt2.config import flops
+from gpt2.config.lr_schedule import Schedule, is_due
+from gpt2.config.run import RunConfig
+from gpt2.data.loader import Loader
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import TokenDataset
+from gpt2.distributed import device
+from gpt2.distributed.signals import StopRequest
+from gpt2.distributed.watchdog import TORCHRUN_IS_GONE
+from gpt2.distributed.world import World
+from gpt2.metrics import sinks
+from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
+from gpt2.train.evaluator import EvaluationStopped, Evaluator
+from gpt2.train.replica import Replica
+from gpt2.train.report import Report
+from gpt2.train.state import RunResult, TrainState, Update
+from gpt2.train.status import RunState, StatusFile
+
+logger = logging.getLogger(__name__)
+# Answers of `report` share a number line with signals, so that ranks can agree on one number.
+STOP, PRUNE = 1001, 1002
+DATA_SLICE_S = 1.0
+"""how long a rank waits for its batches before the ranks agree whether to stop"""
+
+
+@dataclass
+class TrainingRun:
+    """The parts of a run. Every rank has one, and calls the same methods in the same order."""
+
+    config: RunConfig
+    name: str
+    world: World
+    dataset: TokenDataset
+    """the training split"""
+    data_fingerprint: str
+    sampler: Sampler
+    schedule: Schedule
+    total_steps: int
+    replica: Replica
+    evaluator: Evaluator
+    saver: Saver
+    status: StatusFile
+    stop: StopRequest
+    report: Report
+    """called on rank 0; it steers the run"""
+    peak_flops: float
+    """of all devices together, FLOP/s"""
+    state: TrainState
+    first_step: int
+    """where this process began"""
+    resumed_from: Path | None
+    earlier_saves: frozenset[int]
+    """sequence numbers of checkpoints in the folder that are further on than `first_step`: they
+    belong to an earlier course of the run"""
+    metrics: Metrics = field(init=False)
+    loader: Loader = field(init=False)
+
+    def open(self, events: Iterable[EventRecord] = ()) -> None:
+        """Opens the metrics sinks, records `events` first, and starts to read data from
+        `state.step` on."""
+        found: list[Sink] = []  # stays empty off rank 0
+        references = self.evaluator.references()
+        self.world.run_on_rank0(
+            lambda: found.extend(
+                sinks.open_sinks(self.config, self.name, self.state.step, references)
+            )
+        )
+        self.metrics = Metrics(found, events)
+        try:
+            self.loader = Loader(
+                self.dataset,
+                self.sampler,
+                map(self.state.data_step, range(self.state.step, self.total_steps)),
+                rank=self.world.rank,
+                world_size=self.world.size,
+                mini_batch_size=self.replica.mini_batch_size,
+                pin_memory=self.world.device.type == "cuda",
+            )
+        except BaseException:
+            self.metrics.close()
+            raise
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written, ends the loader's thread, closes the
+        sinks."""
+        try:
+            self.saver.wait()
+        finally:
+            self.loader.close()
+            self.metrics.close()
+
+    def save_if_due(self) -> None:
+        """Begins to save a checkpoint every `checkpoint_interval` steps."""
+        step = self.state.step
+        if not is_due(step, self.config.checkpoint.checkpoint_interval):
+            return
+        if self.state.bad_in_a_row:
+            logger.warning("no checkpoint of step %d: its update was left out", step)
+            return
+        self.saver.save_in_background(self.metadata(), self.checkpoint_state)
+        self.metrics.flush()  # a kill loses no curve up to a step that is kept
+
+    def evaluate_if_due(self, is_last: bool = False) -> None:
+        """Measures what is due at this step and is not measured yet. A stop ends it early; a run
+        that resumes here measures the rest."""
+        if self.state.evaluated_step == self.state.step:
+            return
+        with contextlib.suppress(EvaluationStopped):
+            self._evaluate(is_last)
+            self.state.evaluated_step = self.state.step
+
+    def _evaluate(self, is_last: bool) -> None:
+        state, step, epoch = self.state, self.state.step, self._epoch()
+
+        def stop_reason() -> int:  # before every batch
+            if self.status.beat(step):
+                self._report(step=step)
+            return self.stop.number
+
+        if state.validated_step != step:
+            loss = self.evaluator.validation_loss(step, stop_reason, is_last)
+            if loss is not None:
+                state.add_validation(loss)
+                self.metrics.validation(step, epoch, loss)
+                self.saver.add_measured(step, val_loss=loss)
+                self._report(step=step, val_loss=loss)
+        if state.scored_step != step:
+            score = self.evaluator.hellaswag(step, stop_reason, is_last)
+            if score is not None:
+                state.add_hellaswag(score.acc_norm)
+                self.metrics.hellaswag(step, epoch, score.acc, score.acc_norm, score.tasks)
+                self.saver.add_measured(step, hellaswag=score.acc_norm)
+                self._report(step=step, hellaswag=score.acc_norm)
+        if texts := self.evaluator.samples(step, is_last):
+            self.metrics.samples(step, texts)
+        self.saver.add_measured(step, is_evaluated=True)
+
+    def announce_epochs(self) -> None:
+        """Logs the epochs that the last update has completed."""
+        if self.state.step == 0:
+            return
+        for epoch in range(self._epoch(), self.next_epoch()):
+            logger.info("Completed Epoch %d", epoch)
+            if self.state.step < self.total_steps:
+                if self.sampler.shuffle != "none":
+                    count = len(self.dataset.shards)
+                    logger.info("Shuffled %d training shards for new epoch", count)
+                logger.info("Starting Epoch %d", epoch + 1)
+
+    def wait_for_batches(self) -> int:
+        """Waits until every rank has its batches of the next step, and returns 0; or returns the
+        reason to stop, if one comes first.
+
+        The ranks agree on both with one number. While a shard is being downloaded, no rank waits in
+        a collective for longer than DATA_SLICE_S.
+        """
+        while True:
+            is_ready = self.loader.is_ready(within_s=DATA_SLICE_S)
+            agreed = self.world.all_reduce_max(2 * self.stop.number + (not is_ready))
+            if agreed == 0 or agreed >= 2:
+                return agreed // 2
+            self.status.beat(self.state.step)
+
+    def log_step(self, update: Update, learning_rate: float) -> None:
+        """Records the update that led to this step, and reports it."""
+        state = self.state
+        state.train_loss = update.loss
+        tokens_per_s = self.config.data.total_batch_size / update.elapsed_s
+        self.metrics.step(
+            StepRecord(
+                step=state.step,
+                epoch=self._epoch(),
+                loss=update.loss,
+                learning_rate=learning_rate,
+                grad_norm=update.grad_norm,
+                applied=update.applied,
+                elapsed_s=update.elapsed_s,
+                tokens_per_s=tokens_per_s,
+                mfu=flops.mfu(tokens_per_s, self.config.model, self.peak_flops),
+                rank_s=update.rank_s,
+                gpu=device.gpu_usage(self.world.device),
+                steps_left=self.total_steps - state.step,
+            )
+        )
+        self._report(
+            step=state.step,
+            total_steps=self.total_steps,
+            loss=update.loss,
+            tokens_per_s=tokens_per_s,
+        )
+        self.saver.log_outcomes()
+        self.status.beat(state.step)
+
+    def stopped(self, reason: int) -> RunResult:
+        """Ends the run before its last step: saves, unless it is pruned."""
+        if reason == PRUNE:
+            self.status.write("stopped", self.state.step, "pruned")
+            return self.state.result("pruned")
+        self.saver.save_now(self.metadata(), self.checkpoint_state)
+        names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
+        by = names.get(reason, f"by signal {reason}")
+        logger.info("Stopped %s at step %d; --resume latest goes on", by, self.state.step)
+        ending: RunState = "failed" if reason == TORCHRUN_IS_GONE else "stopped"
+        self.status.write(ending, self.state.step, by)
+        return self.state.result("stopped", exit_code=0 if reason == STOP else 128 + reason)
+
+    def finished(self) -> RunResult:
+        """Ends the run at its last step: saves, then measures."""
+        step = self.state.step
+        if step == self.first_step and self.resumed_from is not None:
+            logger.info(
+                "Nothing to do: step %d of %d is reached; raise --max_steps or --epochs to go on",
+                step,
+                self.total_steps,
+            )
+        else:
+            self.announce_epochs()
+        self.saver.save_now(self.metadata(), self.checkpoint_state)
+        self.evaluate_if_due(is_last=True)
+        if self.state.evaluated_step != step:
+            return self.stopped(self.world.all_reduce_max(self.stop.number))
+        self.status.write("finished", step)
+        return self.state.result("finished")
+
+    def metadata(self) -> TrainingMetadata:
+        """What the JSON beside a checkpoint of this step says of the training."""
+        state, plain_config = self.state, json.dumps(self.config.to_dict())
+        return TrainingMetadata(
+            step=state.step,
+            epoch=self._epoch(),
+            tokens=state.step * self.config.data.total_batch_size,
+            train_loss=state.train_loss,
+            val_loss=state.val_loss if state.validated_step == state.step else None,
+            hellaswag=state.hellaswag if state.scored_step == state.step else None,
+            is_evaluated=state.evaluated_step == state.step,
+            world_size=self.world.size,
+            run_name=self.name,
+            config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
+        )
+
+    def checkpoint_state(self) -> CheckpointState:
+        """What a checkpoint of this step holds, beside the random states of all ranks."""
+        return {
+            "progress": self.state.to_dict(),
+            "epoch": self._epoch(),
+            "tokens": self.state.step * self.config.data.total_batch_size,
+            "run_name": self.name,
+            "data_fingerprint": self.data_fingerprint,
+            "config": self.config.to_dict(),
+            **self.replica.state_dict(),
+        }
+
+    def next_epoch(self) -> int:
+        """The epoch of the next update."""
+        return self.sampler.epoch_at(self.state.data_step(self.state.step))
+
+    def _epoch(self) -> int:
+        """The epoch of the last update (of the first one, before it)."""
+        return self.sampler.epoch_at(self.state.data_step(max(0, self.state.step - 1)))
+
+    def _report(self, **metrics: float) -> None:
+        if self.world.is_rank0:
+            answer = self.report(**metrics)
+            self.stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[answer])
