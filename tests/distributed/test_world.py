@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.checkpoint import store
 from gpt2.config.run import MachineConfig
@@ -88,6 +89,7 @@ def test_remote_shards_give_the_same_run(data_root: Path, tmp_path: Path, uninte
 
 def test_number_of_ranks_may_change_at_a_resume(data_root: Path, tmp_path: Path, capsys):
     """1 → 2 → 1 gives the losses of a run on one process, and two ranks the same HellaSwag."""
+    log.setup(info_stream="stdout")
     tasks = write_tasks(tmp_path / "tasks.jsonl", count=50)  # of three lengths
     flags = {
         "dropout": 0.0,
@@ -116,16 +118,15 @@ SEVERAL_RUNS = """
 import json, os, sys, torch
 from gpt2 import model
 from gpt2.cli.train import parse_train
-from gpt2.optim import build as optim
 from gpt2.train import trainer
-build, gradient_norm = model.build, optim.gradient_norm
+build, gradient_norm = model.build, trainer.gradient_norm
 def keep(net):
     if os.environ.get("RANK", "0") == "0":
         torch.save({name: part.grad for name, part in net.named_parameters()}, path)
     return gradient_norm(net)
 for path, flags in json.loads(sys.argv[1]):
     model.build = (lambda shape: build(shape).double()) if path else build
-    optim.gradient_norm = keep if path else gradient_norm
+    trainer.gradient_norm = keep if path else gradient_norm
     trainer.run(parse_train(flags).run)
 """
 """Trains once per pair (path, flags). With a path, in float64, and saves the gradient there."""

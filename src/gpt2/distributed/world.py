@@ -43,21 +43,9 @@ class World:
         """Whether this is the first rank of its machine."""
         return self.local_rank == 0
 
-    @property
-    def queues_work(self) -> bool:
-        """Whether the device computes asynchronously: the host waits where it reads a result."""
-        return self.device.type == "cuda"
-
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors on this rank's device. The host does not wait for pinned ones."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy on the host, valid once a `Moment` that is taken after this call has passed."""
-        if not tensor.is_cuda:
-            return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over all ranks, in place."""
