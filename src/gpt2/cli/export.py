@@ -38,8 +38,9 @@ def _run(command: ExportCommand) -> int:
 
     loaded = loading.load_model(command.source)
     net = loaded.model
+    best_val_loss = loaded.train_state.best_val_loss if loaded.train_state else None
     trained = interchange.TrainedModel(
-        net.config, net.state_dict(), loaded.step or 0, loaded.progress.get("best_val_loss")
+        net.config, net.state_dict(), loaded.step or 0, best_val_loss
     )
     interchange.export(trained, command.format, command.folder, command.dtype, command.overwrite)
     names = ", ".join(sorted(file.name for file in command.folder.iterdir()))

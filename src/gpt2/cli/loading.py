@@ -15,6 +15,8 @@ from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
 from gpt2.model.base import LanguageModel
+from gpt2.train import resume
+from gpt2.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,14 @@ class LoadedModel:
 
     source: str
     model: LanguageModel
-    progress: dict[str, Any]
+    train_state: TrainState | None
+    """with what was measured after it was saved; None for a model of another tool"""
     config: dict[str, Any] | None
     """configuration of its run; None for a model of another tool"""
 
     @property
     def step(self) -> int | None:
-        return self.progress.get("step")
+        return None if self.train_state is None else self.train_state.step
 
     def __str__(self) -> str:
         return self.source if self.step is None else f"{self.source} (step {self.step})"
@@ -41,7 +44,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
     which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
-    progress, run, shown = {}, None, which
+    train_state, run, shown = None, None, which
     if interchange.is_foreign(which):
         shape, weights = interchange.read(which, trust=trust)
         weights = {name: part.float() for name, part in weights.items()}
@@ -53,7 +56,8 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = store.load(path, trust=trust, world=world)
-        weights, progress, run = state["model"], state["progress"], state["config"]
+        weights, run = state["model"], state["config"]
+        train_state = resume.train_state(state, path)
         shown = str(path)
         shape = ModelConfig(**run["model"])
     if not all(bool(part.isfinite().all()) for part in weights.values()):
@@ -63,4 +67,4 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     with torch.device("meta"):  # no random numbers for weights that are replaced below
         net = model.build(shape)
     net.load_state_dict(weights, assign=True)
-    return LoadedModel(shown, net, progress, run)
+    return LoadedModel(shown, net, train_state, run)
