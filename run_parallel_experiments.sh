@@ -208,7 +208,7 @@ echo "${#finished[@]} of ${#names[@]} finished${finished[*]:+: ${finished[*]}}"
 ((${#failed[@]} == 0)) || echo "${#failed[@]} ended early: ${failed[*]}"
 ((${#waiting[@]} == 0)) || echo "${#waiting[@]} never began: ${waiting[*]}"
 if [[ -n $signal ]]; then
-    echo "The same command goes on with --resume latest among the flags of all"
+    echo "To continue, run the same command with --resume latest after --"
     exit $((128 + signal))
 fi
 ((${#failed[@]} == 0))

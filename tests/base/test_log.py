@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gpt2.base import log
+from gpt2.base.errors import ConfigError
 
 logger = logging.getLogger("gpt2.somewhere.module")
 
@@ -115,6 +116,12 @@ def test_the_level_is_handed_to_child_processes(capsys):
     log.setup()  # as a worker process does
     log_all()
     assert capsys.readouterr().err == "WARNING: a warning\nERROR: an error\n"
+
+
+def test_an_unknown_level_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(log.LEVEL_VARIABLE, "loud")
+    with pytest.raises(ConfigError, match="GPT2_LOG_LEVEL=loud is unknown; expected debug, info"):
+        log.setup()
 
 
 def test_info_is_the_default_level(monkeypatch: pytest.MonkeyPatch):

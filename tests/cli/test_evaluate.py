@@ -10,8 +10,8 @@ import torch
 
 from gpt2.base.errors import ConfigError
 from gpt2.checkpoint import store
-from gpt2.cli import evaluate as cli_evaluate
 from gpt2.cli import main
+from gpt2.cli.evaluate import EvaluateCommand
 from gpt2.evaluation import hellaswag
 from gpt2.train import trainer
 from support import run_command, small_config, write_tasks
@@ -138,7 +138,7 @@ def test_a_model_that_diverged(trained: Path, tmp_path: Path, monkeypatch, capsy
 )
 def test_wrong_flags(flags: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
-        cli_evaluate.EvaluateCommand(**flags)
+        EvaluateCommand(**flags)
 
 
 def test_results_that_cannot_be_written(trained: Path, tmp_path: Path, monkeypatch, capsys):

@@ -18,9 +18,9 @@ from gpt2 import model
 from gpt2.base import log
 from gpt2.checkpoint import metadata, store
 from gpt2.cli import generate_output
-from gpt2.config import options as options_module
 from gpt2.config import presets
 from gpt2.config.model import ModelConfig
+from gpt2.config.options import overlay
 from gpt2.data import tokenizer
 from gpt2.inference.generate import generate_text
 from gpt2.inference.sampling import Sampling
@@ -157,7 +157,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(net: GPT2, tmp_path: Path):
         net.final_norm.weight.zero_()
         net.final_norm.bias.fill_(1)
         net.token_embedding.weight[tokenizer.encode("a")] = 10
-    run = options_module.overlay(presets.preset("demo"), asdict(SHAPE))
+    run = overlay(presets.preset("demo"), asdict(SHAPE))
     state = {"model": net.state_dict(), "config": run.to_dict(), "progress": {"step": 1}}
     facts = metadata.TrainingMetadata(1, 0, 0, 3.0, None, 1, "test", "0")
     store.save(tmp_path, {**state, "rng": []}, facts, keep_last=2)

@@ -9,7 +9,7 @@ import pytest
 from gpt2.base import log
 from gpt2.base.errors import DataError, ReportedByOtherRank
 from gpt2.cli import main
-from gpt2.cli import train as cli_train
+from gpt2.cli.train import train_main
 from gpt2.data import prepare
 from gpt2.train import trainer
 
@@ -89,7 +89,7 @@ def test_other_ranks_print_errors_only(monkeypatch, capsys):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(sys, "argv", ["train_improved.py"])
-    assert cli_train.train_main() == 2
+    assert train_main() == 2
     assert capsys.readouterr() == ("", "rank 1: ERROR: an error\n")
 
 

@@ -16,8 +16,7 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
     from gpt2.experiments.pool.job import Job
     from gpt2.experiments.pool.process import Engine
     from gpt2.experiments.pool.scheduler import Limits
-    from gpt2.experiments.search import run as run_module
-    from gpt2.experiments.search import space, spec, trial
+    from gpt2.experiments.search import run, space, spec, trial
     from gpt2.experiments.training import training_job
 
     def job(number: int, _run: object, folder: Path, _values: object, _ranks: int) -> Job:
@@ -29,16 +28,16 @@ def main(out: Path, count: int, pause: float, storage: str | None = None) -> int
 
     trial.job = job  # type: ignore[assignment]
     training_job.require_data = lambda *_: None
-    run = options.overlay(presets.preset("demo"), {"eval_interval": 1})
+    run_config = options.overlay(presets.preset("demo"), {"eval_interval": 1})
     asked = spec.Search(
-        run,
-        space.parse(SPACE, run, "space"),
+        run_config,
+        space.parse(SPACE, run_config, "space"),
         count,
         folder=out / "search",
         log_dir=out / "logs",
         storage=storage,
     )
-    return run_module.run(asked, Engine(slots.of_cores(2, "1")), Limits(retries=99), console())
+    return run.run(asked, Engine(slots.of_cores(2, "1")), Limits(retries=99), console())
 
 
 if __name__ == "__main__":

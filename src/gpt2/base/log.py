@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
+
+from gpt2.base.validation import require
 
 Level = Literal["debug", "info", "warning", "error"]
 Stream = Literal["stdout", "stderr"]
@@ -68,9 +70,15 @@ def setup(level: Level | None = None, *, rank: int = 0, info_stream: Stream = "s
     first.
 
     Without `level`, it is what the parent process set up, else `info`. `info_stream` takes the
-    messages below a warning: standard error for commands whose output is a result.
+    messages below a warning: standard error for commands whose output is a result. Raises
+    ConfigError for a value of GPT2_LOG_LEVEL that is not a level.
     """
     chosen = (level or os.environ.get(LEVEL_VARIABLE) or "info").upper()
+    levels = get_args(Level)
+    require(
+        chosen.lower() in levels,
+        f"{LEVEL_VARIABLE}={chosen.lower()} is unknown; expected {', '.join(levels)}",
+    )
     os.environ[LEVEL_VARIABLE] = chosen.lower()
     handler = RankHandler(rank, info_stream)
     handler.setLevel(chosen)

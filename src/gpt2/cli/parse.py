@@ -133,8 +133,8 @@ def guarded(
         if isinstance(stream, io.TextIOWrapper):
             # A terminal may have no encoding for a character of a path or a generated text.
             stream.reconfigure(errors="backslashreplace")
-    log.setup(rank=rank)
     try:
+        log.setup(rank=rank)
         code = body()
         sys.stdout.flush()
         return code

@@ -22,7 +22,7 @@ from gpt2.inspection import machine
 from gpt2.inspection.machine import Gpu, Torch
 from gpt2.train import setup
 
-Level = Literal["ok", "note", "PROBLEM"]
+Severity = Literal["ok", "note", "PROBLEM"]
 NCCL_SHARED_MEMORY = 1_000_000_000
 """what NVIDIA's manual gives a container (docker run --shm-size=1g)"""
 BUSY = 0.1
@@ -33,7 +33,7 @@ BUSY = 0.1
 class Finding:
     """What a check found. A problem would end the run early, a note would not."""
 
-    level: Level
+    level: Severity
     what: str
     fact: str
     remedy: str = ""
@@ -110,7 +110,7 @@ def _check_gpu(what: str, gpu: Gpu, needed: int) -> Finding:
         fact += f"; weights, gradient and moments alone take {gigabytes(needed)}"
         return Finding("PROBLEM", what, fact, "use a smaller --preset")
     if needed > gpu.free_bytes or taken > BUSY * gpu.memory_bytes:
-        level: Level = "PROBLEM" if needed > gpu.free_bytes else "note"
+        level: Severity = "PROBLEM" if needed > gpu.free_bytes else "note"
         fact += f": another process has {gigabytes(taken)}"
         return Finding(level, what, fact, "nvidia-smi shows it; CUDA_VISIBLE_DEVICES chooses GPUs")
     return Finding("ok", what, fact)
@@ -219,7 +219,7 @@ def check_host_name(address: str | None, ranks: int) -> Finding:
     """Whether the machine's own name has an address: ranks connect to it."""
     if address is not None:
         return Finding("ok", "host name", f"has the address {address}")
-    level: Level = "PROBLEM" if ranks > 1 else "note"
+    level: Severity = "PROBLEM" if ranks > 1 else "note"
     remedy = 'echo "127.0.0.1 $(hostname)" | sudo tee -a /etc/hosts'
     return Finding(level, "host name", "has no address: ranks cannot connect to each other", remedy)
 

@@ -25,12 +25,12 @@ from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 from gpt2.distributed.device import has_fast_bfloat16
 from gpt2.evaluation import hellaswag
 from gpt2.inspection import checks, machine
-from gpt2.inspection.checks import Finding, Level, Need
+from gpt2.inspection.checks import Finding, Need, Severity
 from gpt2.inspection.machine import Gpu
 from gpt2.metrics import wandb
 from gpt2.train import dataset, experiment_folder, resume
 
-COLORS: dict[Level, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
+COLORS: dict[Severity, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
 INSTALL = "pip install --editable ."
 
 

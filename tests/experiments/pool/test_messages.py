@@ -14,13 +14,13 @@ from gpt2.experiments.pool.messages import (
     EndWhenIdle,
     JobEnded,
     JobLoaded,
+    JobReported,
     Kill,
     Message,
     RankConnected,
     RankFailed,
     RankFinished,
     Reply,
-    Report,
     RunTraining,
     SendSignal,
     StopTraining,
@@ -30,7 +30,7 @@ from gpt2.experiments.pool.messages import (
 EXAMPLES: list[Message] = [
     Job("a", "module:function", {"rate": 0.1, "layers": [1, 2]}, own_process=False, slot=1),
     JobLoaded(),
-    Report({"step": 3, "note": "line\nbreak", "word": "Größe"}),
+    JobReported({"step": 3, "note": "line\nbreak", "word": "Größe"}),
     Reply("prune"),
     JobEnded("failed", reason="no", traceback="where", is_device_error=True, takes_no_more=True),
     RankConnected(3),
@@ -59,7 +59,9 @@ def test_an_unknown_field_is_ignored_with_a_warning(caplog: pytest.LogCaptureFix
     assert "urgency" in caplog.text
 
 
-@pytest.mark.parametrize("line", [b"{}", b'{"message": "Hello"}', b"nothing"])
+@pytest.mark.parametrize(
+    "line", [b"{}", b"[1]", b'{"message": "Hello"}', b'{"message": "Reply"}', b"nothing", b"\xff{"]
+)
 def test_what_is_no_message_raises(line: bytes):
     with pytest.raises(ValueError):
         messages.decode(line)

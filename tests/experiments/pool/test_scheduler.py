@@ -377,6 +377,12 @@ def test_a_bug_in_the_module_of_a_function_is_not_hidden(
             worker.find_function(target)
 
 
+def test_a_script_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "2nd-sweep.py").write_text("def run(seed): return seed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert worker.find_function("2nd-sweep:run")(3) == 3
+
+
 def test_stop_kills_what_does_not_end(tmp_path: Path):
     source = Given(job("a", "hangs"))
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()

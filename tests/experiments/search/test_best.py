@@ -13,7 +13,7 @@ from rich.console import Console
 
 from experiments.search.test_run import RUN, Played
 from gpt2.config import options, presets
-from gpt2.config import run as run_module
+from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Job
 from gpt2.experiments.search import best, ownership, space, summary, trial, trial_report
 
@@ -27,7 +27,7 @@ def trained(folder: Path, job: Job, **parameters: Any) -> None:
     (mine / trial.CONFIG).write_text(json.dumps(about))
 
 
-def flags(run: run_module.RunConfig, *searched: str) -> list[str]:
+def flags(run: RunConfig, *searched: str) -> list[str]:
     return shlex.split(best.command_of(run, Path("out dir"), searched))
 
 

@@ -29,8 +29,8 @@ from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.results import ResultsStore
-from gpt2.experiments.search import run as run_module
 from gpt2.experiments.search import space, study, trial, trial_source
+from gpt2.experiments.search.run import _print_plan
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
 from gpt2.train.report import Answer
@@ -89,7 +89,7 @@ def test_few_combinations_are_reported(tmp_path: Path):
     heads = space.parse("[n_head]\nchoices = [1, 2]", RUN, "space")
     for count, is_said in ((2, False), (3, True)):
         out = Console(file=io.StringIO(), width=160)
-        run_module._print_plan(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
+        _print_plan(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
         words = "  - the space has only 2 combinations: some trials will have the same values\n"
         assert (words in out.file.getvalue()) == is_said  # type: ignore[attr-defined]
 

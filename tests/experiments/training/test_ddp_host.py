@@ -24,18 +24,17 @@ from gpt2.experiments.compare.models import Comparison
 from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Event, Job, JobLost, Slot, Stopped
 from gpt2.experiments.pool.messages import (
+    JobReported,
     RankConnected,
     RankFailed,
     RankFinished,
     Reply,
-    Report,
     RunTraining,
     StopTraining,
 )
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
-from gpt2.experiments.search import trial
-from gpt2.experiments.search.space import parse as parse_space
+from gpt2.experiments.search import space, trial
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.sweep.sweep import Sweep
 from gpt2.experiments.sweep.training_sweep import TrainingTarget
@@ -89,7 +88,7 @@ def test_rank_0_reports_and_has_the_result(monkeypatch: pytest.MonkeyPatch):
 
     def main(channel: Channel) -> None:
         for step in range(3):
-            channel.send(Report({"step": step}))
+            channel.send(JobReported({"step": step}))
             replies.append(channel.wait())
         channel.send(RankFinished({"loss": 1.5}))
 
@@ -192,7 +191,7 @@ def test_no_rank_outlives_a_host_that_gives_up(monkeypatch: pytest.MonkeyPatch):
     ended = threading.Event()
 
     def waits(channel: Channel) -> None:
-        channel.send(Report({"step": 1}))
+        channel.send(JobReported({"step": 1}))
         if channel.wait() is None:
             ended.set()
 
@@ -241,13 +240,13 @@ def test_an_error_keeps_its_kind_and_traceback(
 
 def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path: Path):
     run = small_config(data_root, tmp_path)
-    space = parse_space("[n_layer]\nchoices = [1, 2]", run, "space")
+    searched = space.parse("[n_layer]\nchoices = [1, 2]", run, "space")
     target = TrainingTarget(run, ranks=3)
     assert Sweep(target).job("seed=0", {"seed": 0}).kwargs["ranks"] == 3
     assert {job.kwargs["ranks"] for job in Comparison(run, ranks=3).group().jobs} == {3}
     assert trial.job(0, run, tmp_path, {}, ranks=3).kwargs["ranks"] == 3
-    two, one = Search(run, space, ranks=2), Search(run, space)
-    assert two.description() == one.description(), "a search goes on with another number of GPUs"
+    two, one = Search(run, searched, ranks=2), Search(run, searched)
+    assert two.description() == one.description(), "a search continues with another number of GPUs"
     assert Sweep(target).description() == Sweep(TrainingTarget(run)).description()
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         training_job.require_data(run, ranks=9)

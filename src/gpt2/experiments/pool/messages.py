@@ -6,8 +6,8 @@ Three links carry them:
     worker <-> the ranks of its training       a Unix socket: see `training.ddp_host`, `ddp_rank`
     owner <-> guard on another machine         a Ray actor, which forwards: see `ray_engine`
 
-A line is `{"message": "Report", "metrics": {"step": 3}}`. A field that this version does not know
-is ignored with a warning, so that both ends may differ by a version.
+A line is `{"message": "JobReported", "metrics": {"step": 3}}`. A field that this version does not
+know is ignored with a warning, so that both ends may differ by a version.
 """
 
 import json
@@ -28,7 +28,7 @@ class JobLoaded:
 
 
 @dataclass(frozen=True)
-class Report:
+class JobReported:
     """Worker to owner, rank 0 to its host: what the job called `report` with. Wants a Reply."""
 
     metrics: Mapping[str, Any]
@@ -36,7 +36,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to a Report."""
+    """The answer to JobReported."""
 
     answer: Answer
 
@@ -125,7 +125,7 @@ class Kill:
 Message = (
     Job
     | JobLoaded
-    | Report
+    | JobReported
     | Reply
     | JobEnded
     | RankConnected
@@ -149,12 +149,15 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """The message of a line; raises ValueError if the line is none."""
+    """The message of a line; raises ValueError if the line is not one."""
     values = json.loads(line)
-    kind = KINDS.get(values.pop("message", ""))
+    kind = KINDS.get(values.pop("message", "")) if isinstance(values, dict) else None
     if kind is None:
         raise ValueError(f"expected a message of {', '.join(KINDS)}, got {line[:200]!r}")
-    return from_json(kind, values, "message of another version")
+    try:
+        return from_json(kind, values, "message of another version")
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f"incomplete message {line[:200]!r}: {error}") from error
 
 
 def json_ready(value: Any) -> Any:

@@ -19,7 +19,7 @@ from gpt2.base.errors import TrainingError
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.job import Event, EventKind, Job, JobSource, Slot
-from gpt2.experiments.pool.messages import JobEnded, JobLoaded, Message, Reply, Report
+from gpt2.experiments.pool.messages import JobEnded, JobLoaded, JobReported, Message, Reply
 from gpt2.experiments.pool.process import Engine, Worker
 from gpt2.train.report import Answer
 
@@ -299,7 +299,7 @@ class Scheduler:
         match message:
             case JobLoaded():
                 running.is_loaded = True
-            case Report(metrics):
+            case JobReported(metrics):
                 slot.last_progress, running.lost_machines = running.last_message_at, 0
                 answer = self._notify(slot, running, "reported", metrics=metrics)
                 its_worker.send(Reply("stop" if self._stopping else answer))

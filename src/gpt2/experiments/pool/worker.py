@@ -1,9 +1,9 @@
 """The worker process of a slot: runs the jobs that the owner sends, one after another.
 
 `process.WorkerProcess` starts it with `serve`. Owner and worker exchange `messages` over a socket:
-the owner sends a Job; the worker answers with JobLoaded, any number of Reports, each of which gets
-a Reply, and one JobEnded. A worker never outlives its owner, and what a job starts never outlives
-the worker.
+the owner sends a Job; the worker answers with JobLoaded, any number of JobReported, each of which
+gets a Reply, and one JobEnded. A worker never outlives its owner, and what a job starts never
+outlives the worker.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from gpt2.distributed.watchdog import PR_SET_PDEATHSIG
 from gpt2.experiments.pool import log_lines, messages
 from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Job, JobLost, Stopped
-from gpt2.experiments.pool.messages import JobEnded, JobLoaded, Reply, Report
+from gpt2.experiments.pool.messages import JobEnded, JobLoaded, JobReported, Reply
 from gpt2.train.report import Answer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Reporter:
     def __call__(self, **metrics: Any) -> Answer:
         if self.is_over:
             return "stop"
-        self._channel.send(Report(messages.json_ready(metrics)))
+        self._channel.send(JobReported(messages.json_ready(metrics)))
         reply = self._channel.wait()
         if reply is None:  # the owner is gone
             os._exit(1)
@@ -139,7 +139,8 @@ def find_function(target: str) -> Callable[..., Any]:
     """The function `module:function`; raises UserError if it cannot be imported."""
     module_name, _, name = target.partition(":")
     expected = "expected module:function, importable from this folder"
-    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+    # Not `isidentifier` for the module: a script, such as my-sweep.py, may have any name.
+    if not module_name or module_name.startswith(".") or not name.isidentifier():
         raise UserError(f"no function {target}; {expected}")
     try:
         module = importlib.import_module(module_name)

@@ -2,8 +2,8 @@
 
 The worker calls `run_on_ranks`, which starts torchrun; torchrun starts the ranks, each of which
 runs `ddp_rank.main` and connects to the host. Host and ranks exchange `pool.messages`: a rank sends
-RankConnected and gets RunTraining; rank 0 sends Reports, and each gets the Reply of the owner, to
-which the worker forwards it; at the end each rank sends RankFinished or RankFailed.
+RankConnected and gets RunTraining; rank 0 sends JobReported, which the host forwards to the owner,
+and gets the owner's Reply; at the end each rank sends RankFinished or RankFailed.
 
 The socket has a name in Linux's abstract namespace, which leaves no file behind when the host is
 killed. Host and ranks refuse a peer that the kernel says is another user.
@@ -31,12 +31,12 @@ from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import JobLost, Stopped
 from gpt2.experiments.pool.messages import (
+    JobReported,
     Message,
     RankConnected,
     RankFailed,
     RankFinished,
     Reply,
-    Report,
     RunTraining,
     StopTraining,
 )
@@ -211,7 +211,7 @@ class _Host:
         match message:
             case RankConnected(number):
                 rank.number = number
-            case Report(metrics):
+            case JobReported(metrics):
                 rank.send(Reply(self._report(**metrics)))
             case RankFinished(result):
                 rank.has_ended = True

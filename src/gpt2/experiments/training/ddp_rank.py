@@ -16,11 +16,11 @@ from gpt2.distributed import watchdog
 from gpt2.experiments.pool import messages
 from gpt2.experiments.pool.job import Stopped
 from gpt2.experiments.pool.messages import (
+    JobReported,
     RankConnected,
     RankFailed,
     RankFinished,
     Reply,
-    Report,
     RunTraining,
     StopTraining,
 )
@@ -76,7 +76,7 @@ class HostConnection:
 
     def report(self, **metrics: Any) -> Answer:
         """The `report` of the training: returns the owner's answer."""
-        self._channel.send(Report(messages.json_ready(metrics)))
+        self._channel.send(JobReported(messages.json_ready(metrics)))
         answer = self._answers.get()
         return "stop" if self._is_stopping else answer
 
