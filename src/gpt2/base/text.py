@@ -20,7 +20,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def figure(value: float) -> str:
+def four_digits(value: float) -> str:
     """A number with about four significant digits: 19,073, 3.4451, 0.00012."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"

@@ -76,7 +76,7 @@ class EvaluateCommand(CommandOptions):
 
 
 @dataclass(frozen=True)
-class Figure:
+class MeasuredValue:
     """One row of the table."""
 
     task: str
@@ -88,10 +88,10 @@ class Figure:
     """standard error"""
     count: str
     gpt2: float | None = None
-    """the figure of GPT-2 124M"""
+    """the published value of GPT-2 124M"""
 
 
-Measure = Callable[[], list[Figure]]
+Measure = Callable[[], list[MeasuredValue]]
 
 
 def evaluate_main() -> int:
@@ -108,13 +108,13 @@ def evaluate_main() -> int:
             world.run_on_rank0(lambda: _write(command, loaded, []))
             measures = [MEASURES[name](command, loaded, world) for name in command.names]
             loaded.model.to(world.device)
-            figures: list[Figure] = []
+            measured: list[MeasuredValue] = []
             for measure in measures:
-                figures += measure()
+                measured += measure()
                 if world.is_rank0:
-                    _write(command, loaded, figures)
+                    _write(command, loaded, measured)
             if world.is_rank0:
-                _show(loaded, figures)
+                _show(loaded, measured)
                 print(f"Written to {command.output}")
         return 0
 
@@ -126,7 +126,7 @@ def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> M
         lambda: hellaswag.load(command.hellaswag_path, command.limit, command.style)
     )
 
-    def measure() -> list[Figure]:
+    def measure() -> list[MeasuredValue]:
         score = hellaswag.evaluate(
             loaded.model,
             tasks,
@@ -140,7 +140,7 @@ def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> M
         shares = {"acc": score.acc, "acc_norm": score.acc_norm}
         references = baselines.HELLASWAG[command.style]
         return [
-            Figure("hellaswag", about, metric, share, score.error(share), count, reference)
+            MeasuredValue("hellaswag", about, metric, share, score.error(share), count, reference)
             for (metric, share), reference in zip(shares.items(), references, strict=True)
         ]
 
@@ -163,7 +163,7 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
     shards = TokenDataset(data, "val", loaded.model.config.block_size)
     rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
 
-    def measure() -> list[Figure]:
+    def measure() -> list[MeasuredValue]:
         losses = row_losses(
             loaded.model, shards, rows, world, _autocast(command, world), _progress("val", world)
         )
@@ -174,8 +174,8 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         count, about = counted(len(losses), "row"), {"data": root}
         reference = baselines.LOSS.get(data.corpus or "")
         return [
-            Figure("val", about, "loss", mean, error, count, reference),
-            Figure("val", about, "perplexity", perplexity, perplexity * error, count),
+            MeasuredValue("val", about, "loss", mean, error, count, reference),
+            MeasuredValue("val", about, "perplexity", perplexity, perplexity * error, count),
         ]
 
     return measure
@@ -187,22 +187,22 @@ MEASURES: dict[str, Callable[[EvaluateCommand, LoadedModel, World], Measure]] = 
 }
 
 
-def _show(loaded: LoadedModel, figures: list[Figure]) -> None:
+def _show(loaded: LoadedModel, measured: list[MeasuredValue]) -> None:
     listing = table(str(loaded), "what", "metric", "value", "± std. error", "of", "GPT-2 124M")
-    for figure in figures:
-        reference = "" if figure.gpt2 is None else f"{figure.gpt2:.4f}"
-        value, error = f"{figure.value:.4f}", f"{figure.error:.4f}"
-        what = f"{figure.task} ({', '.join(figure.about.values())})"
-        listing.add_row(what, figure.metric, value, error, figure.count, reference)
+    for item in measured:
+        reference = "" if item.gpt2 is None else f"{item.gpt2:.4f}"
+        value, error = f"{item.value:.4f}", f"{item.error:.4f}"
+        what = f"{item.task} ({', '.join(item.about.values())})"
+        listing.add_row(what, item.metric, value, error, item.count, reference)
     console().print(listing)
 
 
-def _write(command: EvaluateCommand, loaded: LoadedModel, figures: list[Figure]) -> None:
+def _write(command: EvaluateCommand, loaded: LoadedModel, measured: list[MeasuredValue]) -> None:
     results: dict[str, dict[str, Any]] = {}
-    for figure in figures:
-        values = {figure.metric: figure.value, f"{figure.metric}_stderr": figure.error}
+    for item in measured:
+        values = {item.metric: item.value, f"{item.metric}_stderr": item.error}
         numbers = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        results.setdefault(figure.task, {**figure.about, "of": figure.count}).update(numbers)
+        results.setdefault(item.task, {**item.about, "of": item.count}).update(numbers)
     report = {
         "model": loaded.source,
         "step": loaded.step,

@@ -3,7 +3,8 @@
 A command's module holds a dataclass, whose fields are the flags, and a function that runs it.
 Flags are parsed before modules that import torch, which takes 2 s, are imported: their imports
 stand at the top of the function that runs the command, not of the module, so that `--help` and a
-mistyped flag are answered at once.
+mistyped flag are answered at once. `train` and `evaluate` import torch first: under torchrun, one
+rank alone prints what is wrong with the flags.
 """
 
 import contextlib

@@ -37,13 +37,12 @@ from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
 from gpt2.data import shards, tokenizer
 from gpt2.data.corpora import Corpus, Document
-from gpt2.data.formats import DTYPE
+from gpt2.data.formats import DTYPE, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split
 
 logger = logging.getLogger(__name__)
 
-Tokens = npt.NDArray[np.uint16]
 BATCH_CHARACTERS = 500_000  # per task of a worker: enough to make its overhead negligible
 BATCHES_PER_WORKER = 2  # submitted at a time: no worker waits, and memory is bounded
 PR_SET_PDEATHSIG = 1  # prctl.h

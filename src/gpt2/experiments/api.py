@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from gpt2.base.errors import ConfigError, UserError
-from gpt2.base.text import console, figure, table
+from gpt2.base.text import console, four_digits, table
 from gpt2.config.flops import duration
 from gpt2.experiments import grid
 from gpt2.experiments.compare import job_group
@@ -138,7 +138,7 @@ def results(records: Records) -> RenderableType:
     columns = list(dict.fromkeys(name for numbers in found.values() for name in numbers))
     built = table("Results", "job", "state", *columns, "time")
     for name, record in records.items():
-        cells = [figure(found[name][key]) if key in found[name] else "-" for key in columns]
+        cells = [four_digits(found[name][key]) if key in found[name] else "-" for key in columns]
         built.add_row(name, record.state, *cells, duration(record.elapsed_s))
     return built
 
@@ -184,12 +184,12 @@ def together(
         log_dir=log_dir,
     )
 
-    def summarize(store: ResultsStore, console: LoggedConsole) -> None:
+    def summarize(store: ResultsStore, logged: LoggedConsole) -> None:
         records = {name: store.results[name] for name in calls if name in store.results}
         if records:
-            console.print(listing(records))
+            logged.print(listing(records))
             store.save()
-            console.print(f"Results: {folder / RESULTS_FILE}{draw_picture(records)}")
+            logged.print(f"Results: {folder / RESULTS_FILE}{draw_picture(records)}")
 
     def draw_picture(records: Records) -> str:
         if draw is None or all(result.state == "failed" for result in records.values()):

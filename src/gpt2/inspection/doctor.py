@@ -246,4 +246,4 @@ def _of_this_machine(run_config: RunConfig, ranks: int, device: torch.device) ->
     )
     yield checks.check_clock(time.time(), newest)
     if on_gpu and find_spec("pynvml") is None:
-        yield Finding("note", "GPU watch", "no utilisation", "pip install nvidia-ml-py")
+        yield Finding("note", "GPU load", "is not logged", "pip install nvidia-ml-py")

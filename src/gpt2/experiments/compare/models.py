@@ -1,5 +1,6 @@
 """Trains several models on the same data and token budget, and compares them."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from gpt2.experiments.pool.scheduler import Limits
 from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.training import training_job
 from gpt2.inspection import plot
+
+logger = logging.getLogger(__name__)
 
 TABLE, PICTURE = "comparison.csv", "comparison.png"
 MODELS: dict[str, dict[str, Any]] = {name: {"architecture": name} for name in ARCHITECTURES}
@@ -125,7 +128,7 @@ def _summarize(comparison: Comparison, store: ResultsStore, console: LoggedConso
             written.append(PICTURE)
         console.print(f"Kept: {', '.join(written)}")
     except (ConfigError, OSError) as error:
-        console.print(f"WARNING: the comparison could not be written completely: {error}")
+        logger.warning("the comparison could not be written completely: %s", error)
 
 
 def _row(comparison: Comparison, result: JobResult) -> ModelRow:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError
-from gpt2.base.text import figure, fitted, one_line
+from gpt2.base.text import fitted, four_digits, one_line
 from gpt2.config.flops import duration
 from gpt2.experiments import results
 from gpt2.experiments.grid import point_name
@@ -267,7 +267,7 @@ def _metrics(result: Any) -> dict[str, float]:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return figure(value) if is_finite_number(value) else f"{value}"
+    return four_digits(value) if is_finite_number(value) else f"{value}"
 
 
 def _print_failure_reasons(item: StoredExperiment, out: Console) -> None:

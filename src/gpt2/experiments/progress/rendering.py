@@ -7,7 +7,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpt2.base.text import counted, figure, fitted, one_line, shortened
+from gpt2.base.text import counted, fitted, four_digits, one_line, shortened
 from gpt2.config.flops import duration
 from gpt2.experiments.progress.state import ExperimentState, SlotState, is_finite_number
 
@@ -150,7 +150,7 @@ def _other_metrics(slot: SlotState) -> str:
         if name not in STANDARD_METRICS and is_finite_number(value)
     }
     shown = [*numbers.items()][:MAX_OTHER_METRICS]
-    return "  ".join(f"{name} {figure(value)}" for name, value in shown)
+    return "  ".join(f"{name} {four_digits(value)}" for name, value in shown)
 
 
 def _speed(jobs_per_s: float) -> str:

@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from gpt2.base import atomic_files
-from gpt2.base.text import figure, table
+from gpt2.base.text import four_digits, table
 from gpt2.config.flops import duration
 from gpt2.experiments.search import ownership, trial
 from gpt2.inspection import plot
@@ -149,7 +149,9 @@ def cell(value: Any) -> str:
     """A value as the tables show it."""
     if isinstance(value, float):
         return f"{value:.3g}"
-    return figure(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return four_digits(value)
+    return str(value)
 
 
 def write(rows: Sequence[TrialRow], folder: Path, command: str | None) -> list[Path]:
