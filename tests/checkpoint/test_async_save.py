@@ -94,6 +94,35 @@ def test_a_failed_save_is_tried_again_at_the_end(tmp_path: Path, monkeypatch, ca
     assert len(caplog.messages) == 1
 
 
+def test_a_measurement_is_added_to_the_checkpoint_of_its_step_only(tmp_path: Path, monkeypatch):
+    """Step 1 has a checkpoint of an earlier course of the run, which is not replaced."""
+    save, may_end = store.save, threading.Event()
+    save(tmp_path, {}, training(1), keep_last=3)
+
+    def full(*_: object, **__: object) -> Path:
+        assert may_end.wait(10)
+        raise CheckpointError("cannot save: no space")
+
+    saver = Saver(WORLD, CheckpointConfig(checkpoint_dir=tmp_path), None, None)
+    monkeypatch.setattr(store, "save", full)
+    saver.save_in_background(training(1), lambda: {})
+    saver.add_measured(1, val_loss=3.0)  # while it is being written
+    may_end.set()
+    saver.wait()
+    saver.add_measured(1, hellaswag=0.3)
+    monkeypatch.setattr(store, "save", save)
+    saver.save_now(training(2), lambda: {})
+    saver.add_measured(1, val_loss=3.0)
+    kept = [item.training for item in store.list_checkpoints(tmp_path)]
+    assert [(item.step, item.val_loss, item.hellaswag) for item in kept] == [
+        (1, None, None),
+        (2, None, None),
+    ]
+    saver.add_measured(2, val_loss=2.0, is_evaluated=True)
+    newest = store.list_checkpoints(tmp_path)[-1].training
+    assert (newest.val_loss, newest.is_evaluated) == (2.0, True)
+
+
 def test_what_is_no_checkpoint_error_is_raised():
     writer = BackgroundWriter()
     writer.start({}, lambda state: 1 / 0)

@@ -69,7 +69,7 @@ class Saver:
         self._world.run_on_rank0(self._wait_for_previous)
         rng = self._world.gather_objects(random_state.rng_state(self._world.device))
         if self._world.is_rank0:
-            self._is_writing, self._measured = True, {}
+            self._is_writing = True
             self._writer.start(
                 {**state(), "rng": rng}, lambda copied: self._write(copied, training)
             )
@@ -92,12 +92,12 @@ class Saver:
         if not self._world.is_rank0 or step != self._last_step:
             return
         with self._lock:
-            self._measured |= measured
-            if not self._is_writing:
-                self._write_measured(step)
+            if self._is_writing:
+                self._measured |= measured
+            elif step == self._step_on_disk:  # not if its save failed
+                self._write_measured(step, measured)
 
-    def _write_measured(self, step: int) -> None:
-        measured, self._measured = self._measured, {}
+    def _write_measured(self, step: int, measured: dict[str, Any]) -> None:
         path = self._settings.checkpoint_dir / store.file_name(step)
         try:
             measurements.add(path, **measured)
@@ -140,8 +140,9 @@ class Saver:
         finally:
             with self._lock:
                 self._is_writing = False
-                if self._measured and self._step_on_disk == training.step:
-                    self._write_measured(training.step)
+                measured, self._measured = self._measured, {}
+                if measured and self._step_on_disk == training.step:
+                    self._write_measured(training.step, measured)
         self._update_link()
         return path
 
