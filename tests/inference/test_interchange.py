@@ -305,6 +305,8 @@ def test_a_run_starts_from_them(data_root: Path, tmp_path: Path, monkeypatch, ca
         monkeypatch.setattr(sys, "argv", command)
         assert main.main() == 0
         assert f"step_000002.pt (step 2) to {folder}: " in capsys.readouterr().out
+        if form == "nanogpt":  # measured after the checkpoint was saved
+            assert torch.load(f"{folder}{file}")["best_val_loss"] == first.best_val_loss
         options |= {"init_from": f"{form}:{folder}{file}", "vocab_size": vocab_size}
         seen = []
         trainer.run(

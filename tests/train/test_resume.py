@@ -1,11 +1,18 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from gpt2.checkpoint import measurements, store
+from gpt2.checkpoint.metadata import TrainingMetadata, read_metadata
 from gpt2.config import options
 from gpt2.distributed import world
+from gpt2.train import resume
 from gpt2.train.resume import StartingPoint
 from support import small_config
+
+T = TypeVar("T")
 
 
 def test_it_says_that_dropout_cannot_go_on_on_another_number_of_ranks(tmp_path: Path):
@@ -21,3 +28,22 @@ def test_it_says_that_dropout_cannot_go_on_on_another_number_of_ranks(tmp_path: 
     assert before.notes(without, worlds[1])[-1] == (
         "Ranks: 3 before, 2 from here; the data is the same"
     )
+
+
+def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):
+    """An older copy of the metadata on another machine would send its ranks to another collective
+    than rank 0."""
+    training = TrainingMetadata(5, 0, 0, 1.0, None, 1, "run", "0")
+    path = store.save(tmp_path, {}, training, keep_last=3)
+    before = read_metadata(path.with_suffix(".json"))
+    measurements.add(path, val_loss=3.0, is_evaluated=True)
+
+    class Rank1(world.World):
+        def run_on_rank0(self, function: Callable[[], T]) -> T:
+            return before
+
+    checkpoint = {"progress": {"step": 5}}
+    rank_1 = Rank1(1, 2, torch.device("cpu"))
+    assert resume.train_state(checkpoint, path, rank_1).evaluated_step is None
+    rank_0 = resume.train_state(checkpoint, path)
+    assert (rank_0.val_loss, rank_0.best_val_loss, rank_0.evaluated_step) == (3.0, 3.0, 5)

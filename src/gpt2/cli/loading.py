@@ -57,7 +57,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = store.load(path, trust=trust, world=world)
         weights, run = state["model"], state["config"]
-        train_state = resume.train_state(state, path)
+        train_state = resume.train_state(state, path, world)
         shown = str(path)
         shape = ModelConfig(**run["model"])
     if not all(bool(part.isfinite().all()) for part in weights.values()):

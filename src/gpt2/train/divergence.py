@@ -69,14 +69,14 @@ def _newest_checkpoint(run: TrainingRun, up_to_step: int) -> Path | None:
 def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
     bad_steps = run.state.bad_steps
     run.loader.close()
-    run.metrics.close()
     trust = run.config.checkpoint.trust_checkpoint
-    state = store.load(path, trust=trust, world=run.world)
-    run.state = resume.train_state(state, path)
-    run.replica.load_state_dict(state, run.state.step)
+    checkpoint = store.load(path, trust=trust, world=run.world)
+    run.state = resume.train_state(checkpoint, path, run.world)
+    run.replica.load_state_dict(checkpoint, run.state.step)
     run.state.bad_steps, run.state.left_out = bad_steps, left_out
     run.state.bad_in_a_row = 0
     run.saver.assume_saved(run.state.step)
+    run.metrics.close()
     run.open()
     logger.warning(
         "back to step %d (%s); the data of steps %d to %d is left out from here on",

@@ -1,6 +1,7 @@
 """Where a run starts: from scratch, with given weights, or where a checkpoint left off."""
 
 import contextlib
+import functools
 import json
 import logging
 from dataclasses import dataclass
@@ -91,11 +92,16 @@ class StartingPoint:
         return notes
 
 
-def train_state(checkpoint: CheckpointState, path: Path) -> TrainState:
+def train_state(checkpoint: CheckpointState, path: Path, world: World | None = None) -> TrainState:
     """The state that a checkpoint holds, with what was measured after it was saved, which is in the
-    metadata beside it."""
+    metadata beside it.
+
+    All ranks of a `world` call it, and take the metadata that rank 0 reads: machines may have
+    copies of different age, but all ranks must agree on what is left to measure.
+    """
     state = TrainState.from_dict(checkpoint["progress"])
-    metadata = read_metadata(path.with_suffix(".json"))
+    read_it = functools.partial(read_metadata, path.with_suffix(".json"))
+    metadata = world.run_on_rank0(read_it) if world else read_it()
     if metadata is None or metadata.training.step != state.step:
         return state
     measured = metadata.training

@@ -56,7 +56,7 @@ def build(
     evaluator = Evaluator(run_config, world, replica, data)
     state, notes = TrainState(), None
     if start.checkpoint is not None and start.path is not None:
-        state = resume.train_state(start.checkpoint, start.path)
+        state = resume.train_state(start.checkpoint, start.path, world)
         run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
         notes = start.notes(run_config, world)
         replica.load_state_dict(start.checkpoint, state.step)
