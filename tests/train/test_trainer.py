@@ -245,6 +245,18 @@ def test_epoch_boundaries_are_announced_once(short_epochs: Path, tmp_path: Path,
     ) in second
 
 
+def test_a_stop_at_the_end_of_an_epoch_leaves_the_announcement_to_the_resumed_run(
+    short_epochs: Path, tmp_path: Path, capsys
+):
+    def stop_at_2(**metrics: float) -> Answer:
+        return "stop" if metrics["step"] == 2 else "go"
+
+    trainer.run(small_config(short_epochs, tmp_path, **LONG_ROWS, max_steps=3), stop_at_2)
+    more = {**LONG_ROWS, "max_steps": 3, "resume": "latest"}
+    trainer.run(small_config(short_epochs, tmp_path, **more))
+    assert capsys.readouterr().out.count("Completed Epoch 0\n") == 1
+
+
 def test_epochs_end_the_run(short_epochs: Path, tmp_path: Path, capsys):
     more = {**LONG_ROWS, "max_steps": None, "epochs": 2}
     result = trainer.run(small_config(short_epochs, tmp_path, **more))

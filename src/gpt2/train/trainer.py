@@ -32,9 +32,9 @@ def train(run: TrainingRun) -> RunResult:
     while run.state.step < run.total_steps:
         run.save_if_due()
         run.evaluate_if_due()
-        run.announce_epochs()
         if reason := run.wait_for_batches():
             return run.stopped(reason)
+        run.announce_epochs()
         learning_rate = lr_at(run.state.step, run.schedule)
         update = train_step(run.replica, run.loader.next_step(), learning_rate)
         run.state.step += 1
