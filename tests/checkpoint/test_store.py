@@ -335,18 +335,18 @@ def test_trust_unpickles_it(planted):
 
 def test_own_file_loads_with_full_unpickling_and_a_foreign_one_without(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
-    asked = []
+    requested = []
     load = torch.load
 
     def spy(*arguments, **options):
-        asked.append(options["weights_only"])
+        requested.append(options["weights_only"])
         return load(*arguments, **options)
 
     monkeypatch.setattr(torch, "load", spy)
     store.load(path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another_user"))
     assert store.load(path)["step"] == 1
-    assert asked == [False, True]
+    assert requested == [False, True]
 
 
 def test_no_home_to_keep_a_key_in(tmp_path: Path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Updates that the host does not wait for."""
+"""Updates of the weights on the GPU."""
 
 from pathlib import Path
 

@@ -63,18 +63,18 @@ def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsy
     assert losses(tmp_path / "logs/log.txt")[20] < 10
 
 
-def record_portions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def record_data_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The steps whose data each loader reads that is created from now on."""
-    portions: list[list[int]] = []
+    data_steps: list[list[int]] = []
 
     def recording(
         dataset: object, sampler: object, steps: Iterable[int], **options: object
     ) -> Loader:
-        portions.append(list(steps))
-        return Loader(dataset, sampler, portions[-1], **options)
+        data_steps.append(list(steps))
+        return Loader(dataset, sampler, data_steps[-1], **options)
 
     monkeypatch.setattr(training_run, "Loader", recording)
-    return portions
+    return data_steps
 
 
 @trial("NaN until it goes back")
@@ -82,7 +82,7 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     data_root: Path, tmp_path: Path, poison, capsys, monkeypatch
 ):
     poison(13, 14, 15)
-    portions = record_portions(monkeypatch)
+    data_steps = record_data_steps(monkeypatch)
     changes = {"max_bad_steps": 3, "dropout": 0.0, "eval_interval": None}
     trainer.run(small_config(data_root, tmp_path / "bad", **changes))
     out = capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     )
 
     back = [*range(10, 12), *range(15, 23)]  # the data of steps 13 to 15 is left out
-    assert portions == [[*range(20)], back, [*range(20)], [23, 24]]
+    assert data_steps == [[*range(20)], back, [*range(20)], [23, 24]]
 
 
 def test_it_never_goes_to_a_later_checkpoint_of_an_abandoned_run(

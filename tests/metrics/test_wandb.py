@@ -45,12 +45,12 @@ class FakeWandB(types.ModuleType):
         super().__init__("wandb")
         self.errors = types.SimpleNamespace(UsageError=self.UsageError)
         self.failure, self.run = failure, FakeRun()
-        self.begun: list[dict[str, object]] = []
+        self.started: list[dict[str, object]] = []
         self.Html = str
         self.Settings, self.setup, self.teardown = dict, lambda settings: None, lambda: None
 
     def init(self, **options: object) -> FakeRun:
-        self.begun.append(options)
+        self.started.append(options)
         if self.failure and options["mode"] != "offline":
             raise self.failure
         return self.run
@@ -65,9 +65,9 @@ def open_wandb(monkeypatch, module: object, logged_step: int = 0, **settings: st
 def test_a_run_keeps_its_id_and_logs_no_step_twice(monkeypatch):
     fake = FakeWandB()
     logged = open_wandb(monkeypatch, fake, logged_step=5, experiment_name="exp", wandb_project="p")
-    begun = fake.begun[0]
-    assert (begun["id"], begun["resume"]) == ("exp_gpu_2_20260101_000000", "allow")
-    assert (begun["project"], begun["name"], begun["dir"]) == ("p", "exp", "runs")
+    started = fake.started[0]
+    assert (started["id"], started["resume"]) == ("exp_gpu_2_20260101_000000", "allow")
+    assert (started["project"], started["name"], started["dir"]) == ("p", "exp", "runs")
     for step in (4, 5, 6):
         logged.write(replace(RECORD, step=step))
     logged.write(ValidationRecord(5, 0, 3.0))

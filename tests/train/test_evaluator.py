@@ -33,17 +33,17 @@ def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     flags = {"hellaswag_interval": 8, "hellaswag_limit": 5, "use_tensorboard": True}
     tasks = write_tasks(tmp_path / "tasks.jsonl")
-    told = []
+    reported = []
 
     def report(**metrics: float) -> Answer:
-        told.append(metrics)
+        reported.append(metrics)
         return "go"
 
     result = trainer.run(small_config(data_root, tmp_path, **flags, hellaswag_path=tasks), report)
     found = re.findall(LINE, (tmp_path / "logs/log.txt").read_text())
     assert [int(step) for step, *_ in found] == [8, 16, 20]
     assert re.findall(LINE, capsys.readouterr().out) == found
-    assert [(item["step"], item["hellaswag"]) for item in told if "hellaswag" in item] == [
+    assert [(item["step"], item["hellaswag"]) for item in reported if "hellaswag" in item] == [
         (int(step), pytest.approx(float(norm), abs=1e-4)) for step, norm, _ in found
     ]
     assert result.hellaswag == pytest.approx(float(found[-1][1]), abs=1e-4)

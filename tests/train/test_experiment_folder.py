@@ -71,9 +71,9 @@ def test_name_and_gpu_give_the_folders(monkeypatch, preset: str):
     assert experiment_folder.link(run) == Path("checkpoints/ckpt_exp_exp_gpu_cpu.pt")
 
 
-def test_the_way_of_an_experiment(data_root: Path, tmp_path: Path, capsys, caplog):
-    """Begun in a process; another is refused, a third trains beside it; killed; continued, though
-    its newest checkpoint is damaged; its link is never in the air."""
+def test_an_experiment_from_its_start_to_a_resume(data_root: Path, tmp_path: Path, capsys, caplog):
+    """It runs in a process; a second run of it is refused, and another experiment trains beside it.
+    After a kill it resumes, though its newest checkpoint is damaged. Its link never dangles."""
     folder = tmp_path / "checkpoints" / "exp_gpu_2"
     link = tmp_path / "checkpoints" / "ckpt_exp_exp_gpu_2.pt"
     flags = SHORT | {"experiment_name": "exp", "max_steps": 100_000, "checkpoint_interval": 10}
@@ -162,10 +162,10 @@ def test_what_is_not_there_cannot_be_resumed(data_root: Path, tmp_path: Path, ca
 def test_a_file_in_the_place_of_the_link_is_not_replaced(data_root: Path, tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     file = tmp_path / "checkpoints" / "ckpt_exp_exp_gpu_2.pt"
-    file.write_text("somebody's checkpoint")
+    file.write_text("another program's checkpoint")
     with pytest.raises(CheckpointError, match=r"is a file of its own.*move it away"):
         trainer.run(named_config(data_root, tmp_path, "exp"))
-    assert file.read_text() == "somebody's checkpoint"
+    assert file.read_text() == "another program's checkpoint"
 
 
 def test_checkpoints_of_a_name_are_listed(data_root: Path, tmp_path: Path, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def evaluate_main() -> int:
                 print(f"Written to {command.output}")
         return 0
 
-    return guarded(body, rank=rank, report=rendezvous.tell_torchrun)
+    return guarded(body, rank=rank, report=rendezvous.report_to_torchrun)
 
 
 def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> Measure:

@@ -46,7 +46,7 @@ def train_main() -> int:
             return _list_checkpoints(command.run) if rank == 0 else 0
         return _train(command.run, rank, world_size)
 
-    return guarded(body, rank=rank, report=rendezvous.tell_torchrun)
+    return guarded(body, rank=rank, report=rendezvous.report_to_torchrun)
 
 
 def _train(run_config: RunConfig, rank: int, world_size: int) -> int:

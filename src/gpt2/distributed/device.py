@@ -45,12 +45,9 @@ class Moment:
             self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
     def since(self, earlier: "Moment") -> float:
-        """Seconds from `earlier` to this moment. Call `wait` first."""
+        """Seconds from `earlier` to this moment; the device must have passed both, as it has when a
+        later result was read on the host."""
         if self._event is not None:
             return float(earlier._event.elapsed_time(self._event)) / 1000
         return self._time_s - earlier._time_s

@@ -52,7 +52,7 @@ def launch() -> str:
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
-def tell_torchrun(message: str) -> None:
+def report_to_torchrun(message: str) -> None:
     """Puts `message` into the report that torchrun prints when it ends, below its own traceback.
 
     Without torchrun it does nothing. The format is that of torch's elastic ErrorHandler.

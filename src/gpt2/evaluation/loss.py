@@ -40,9 +40,8 @@ def validation_loss(
     micros = sampler.micro_batches(rows[mine.start : mine.stop], mini_batch_size)
     largest_share = -(-len(rows) // world.size)
     with evaluating(net), autocast:
-        for _ in range(
-            -(-largest_share // mini_batch_size)
-        ):  # every rank takes part in every collective
+        # As many rounds on every rank: each takes part in every collective.
+        for _ in range(-(-largest_share // mini_batch_size)):
             if world.all_reduce_max(stop()):
                 return None
             for micro in itertools.islice(micros, 1):

@@ -47,13 +47,8 @@ IN_BLOCK = {
 }
 HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 PREFIXES = ("_orig_mod.", "transformer.")  # of torch.compile; of the model with its head
-SHAPE = (
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "bias",
-)  # what must agree; the padding of the vocabulary need not
+# What must agree; the padding of the vocabulary need not.
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some files contain
 
 # Values of config.json that are GPT-2; any other is another architecture. The first is the default.

@@ -35,7 +35,7 @@ class WandB:
         hparams: dict[str, Any],
         logged_step: int,
     ) -> None:
-        """Raises ConfigError if wandb is not installed, or nobody is logged in."""
+        """Raises ConfigError if wandb is not installed, or no user is logged in."""
         self._wandb = _load()
         self._logged_step = logged_step
         try:

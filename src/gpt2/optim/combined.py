@@ -20,7 +20,7 @@ class CombinedOptimizer:
 
     def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
         """As that of AdamW, but the host waits for the device: torch's Muon can neither scale
-        gradients nor leave a step out by itself."""
+        gradients nor skip a step."""
         if is_finite:
             if max_norm is not None:
                 weights = [part for group in self.param_groups for part in group["params"]]

@@ -4,9 +4,7 @@ import logging
 
 from gpt2.base.text import counted
 from gpt2.config.run import RunConfig
-from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
-from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.train import experiment_folder
 from gpt2.train.replica import Replica
@@ -66,21 +64,3 @@ def _folder_lines(run_config: RunConfig, run_name: str) -> list[str]:
     kept = [f"checkpoints {folder}", *sinks.places(run_config, run_name)]
     line = "Kept in: " + ", ".join(kept)
     return [line] if link is None else [line, f"Checkpoint will be saved as {link}"]
-
-
-def plan_of(
-    run_config: RunConfig, run_name: str, total_steps: int, sampler: Sampler, world: World
-) -> Plan:
-    """What the run will do, for `status.json`."""
-    return Plan(
-        run_name=run_name,
-        preset=run_config.preset,
-        total_steps=total_steps,
-        rows_per_step=run_config.rows_per_step,
-        rows_per_epoch=sampler.rows_per_epoch,
-        block_size=run_config.model.block_size,
-        checkpoint_interval=run_config.checkpoint.checkpoint_interval,
-        world_size=world.size,
-        device=world.device.type,
-        log_file=str(sinks.log_file(run_config).resolve()),
-    )

@@ -1,4 +1,4 @@
-"""The training data of a run: found, or prepared where it comes with Python."""
+"""The training data of a run: found, or prepared first if its text comes with Python."""
 
 from gpt2.base.errors import DataError
 from gpt2.config.run import RunConfig
@@ -11,7 +11,10 @@ from gpt2.distributed.world import World
 
 
 def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
-    """The shards of the training data; an embedded corpus that is not prepared yet is now."""
+    """The shards of the training data; an embedded corpus is prepared first if necessary.
+
+    Raises DataError if there are none, or if they do not fit the model.
+    """
     storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
 
     def find() -> DatasetIndex:
@@ -33,7 +36,8 @@ def cache_of(run_config: RunConfig) -> ShardCache:
 
 
 def to_prepare(storage: Storage) -> Corpus | None:
-    """The embedded corpus that a run prepares by itself, because it is not there yet."""
+    """The embedded corpus that the run prepares first because `storage` lacks it; None if there is
+    nothing to prepare."""
     folder = storage.path
     corpus = corpora.find(folder.name) if folder else None
     missing = folder and corpus and corpus.embedded and not (folder / MANIFEST).exists()

@@ -13,7 +13,7 @@ from gpt2.distributed import device
 
 
 class Experiment(NamedTuple):
-    """One that has been trained."""
+    """A named run with a checkpoint."""
 
     name: str
     gpu_id: str
@@ -21,7 +21,7 @@ class Experiment(NamedTuple):
 
 
 def resolve(run_config: RunConfig) -> RunConfig:
-    """The run with the folders of its name and GPU; one without a name as it is."""
+    """The run with the folders of its name and GPU; a run without a name is returned unchanged."""
     settings = run_config.experiment
     if settings.name is None:
         return run_config
@@ -29,7 +29,7 @@ def resolve(run_config: RunConfig) -> RunConfig:
 
 
 def place(run_config: RunConfig, gpu_id: str) -> RunConfig:
-    """The named run with its name and folders, as they are on that GPU; once more is the same."""
+    """The named run with its name and its folders for that GPU; idempotent."""
     name = run_config.experiment.name
     assert name is not None
     label = experiment_name.label(name, gpu_id)

@@ -1,4 +1,4 @@
-"""How the owner of a training steers it: a report of metrics is answered with what to do. Pure."""
+"""How a caller steers a training: it answers each report of metrics with what to do. Pure."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,5 +9,5 @@ Report = Callable[..., Answer]
 
 
 def always_go(**_metrics: float) -> Answer:
-    """The report of a training that nobody steers."""
+    """The report of a training that is not steered."""
     return "go"

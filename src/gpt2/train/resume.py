@@ -1,4 +1,4 @@
-"""Where a run starts: from scratch, with given weights, or where a checkpoint left off."""
+"""Where a run starts: from scratch, with given weights, or at a checkpoint."""
 
 import contextlib
 import functools

@@ -23,7 +23,7 @@ from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.resume import StartingPoint
 from gpt2.train.state import TrainState
-from gpt2.train.status import StatusFile
+from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def build(
         replica.load_state_dict(start.checkpoint, state.step)
 
     folder = run_config.checkpoint.checkpoint_dir.resolve()
-    plan = banner.plan_of(run_config, run_name, total_steps, sampler, world)
+    plan = _plan(run_config, run_name, total_steps, sampler, world)
     run = TrainingRun(
         config=run_config,
         name=run_name,
@@ -101,8 +101,27 @@ def _closed_on_error(run: TrainingRun) -> Iterator[None]:
         raise
 
 
+def _plan(
+    run_config: RunConfig, run_name: str, total_steps: int, sampler: Sampler, world: World
+) -> Plan:
+    """What the run will do, for `status.json`."""
+    return Plan(
+        run_name=run_name,
+        preset=run_config.preset,
+        total_steps=total_steps,
+        rows_per_step=run_config.rows_per_step,
+        rows_per_epoch=sampler.rows_per_epoch,
+        block_size=run_config.model.block_size,
+        checkpoint_interval=run_config.checkpoint.checkpoint_interval,
+        world_size=world.size,
+        device=world.device.type,
+        log_file=str(sinks.log_file(run_config).resolve()),
+    )
+
+
 def _saver(run_config: RunConfig, world: World, start: StartingPoint, step: int) -> Saver:
-    """What saves the run's checkpoints; while it is writing, this process is not ended early."""
+    """What saves the run's checkpoints. After another rank's failure, the watchdog gives it the
+    time to complete the file that it writes."""
     folder = run_config.checkpoint.checkpoint_dir.resolve()
     is_in_folder = start.path is not None and start.path.resolve().parent == folder
     saver = Saver(
@@ -128,7 +147,11 @@ def _saves_beyond(folder: Path, step: int) -> frozenset[int]:
 
 @contextlib.contextmanager
 def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
-    """The checkpoint folder is this run's alone; what a killed one left unfinished is gone."""
+    """Locks the checkpoint folder for this run while the block runs, and removes the temporary
+    files of a killed one.
+
+    Raises CheckpointError if it cannot be written to, or another run holds it.
+    """
     folder = run_config.checkpoint.checkpoint_dir
 
     with contextlib.ExitStack() as claim:

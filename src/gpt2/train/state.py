@@ -1,4 +1,4 @@
-"""What a run is made of beside weights and optimiser: how far it is, and how it ended. Pure."""
+"""The state of a run beside weights and optimiser, and its result. Pure."""
 
 import math
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class TrainState:
     """updates left out so far, because loss or gradient was NaN or infinite"""
     bad_in_a_row: int = 0
     left_out: tuple[int, int] | None = None
-    """the steps of data that are never trained on: the first one and how many"""
+    """the sampler's steps that are never trained on, as (first, count)"""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":
@@ -73,18 +73,18 @@ class TrainState:
         return asdict(self)
 
     def add_validation(self, loss: float) -> None:
-        """The validation loss of this step."""
+        """Records the validation loss of this step."""
         self.val_loss, self.validated_step = loss, self.step
         if math.isfinite(loss):
             best = self.best_val_loss
             self.best_val_loss = loss if best is None else min(loss, best)
 
     def add_hellaswag(self, acc_norm: float) -> None:
-        """The HellaSwag score of this step."""
+        """Records the HellaSwag score of this step."""
         self.hellaswag, self.scored_step = acc_norm, self.step
 
     def data_step(self, step: int) -> int:
-        """Which step of the sampler the update after `step` finished updates trains on.
+        """The step of the sampler on which the update after `step` finished updates trains.
 
         The two differ after data was left out.
         """
@@ -93,7 +93,7 @@ class TrainState:
         return step + self.left_out[1]
 
     def result(self, state: End, exit_code: int = 0) -> RunResult:
-        """That of a run which ends here."""
+        """The result of a run that ends at this step."""
         return RunResult(
             state,
             self.step,

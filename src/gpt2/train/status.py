@@ -7,9 +7,10 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gpt2.base import atomic_files
+from gpt2.base.json_fields import from_json
 
 NAME = "status.json"
 BEAT_EVERY_S = 15
@@ -49,6 +50,7 @@ class Status:
 
 
 def write(folder: Path, plan: Plan, state: RunState, step: int, reason: str | None = None) -> None:
+    """Replaces `status.json` in `folder`; raises OSError if the disk does not take it."""
     status = Status(plan, state, step, reason, socket.gethostname(), os.getpid(), time.time())
     atomic_files.write_text(folder / NAME, json.dumps(asdict(status), indent=2) + "\n")
 
@@ -62,11 +64,10 @@ class StatusFile:
         self._written = 0.0
 
     def write(self, state: RunState, step: int, reason: str | None = None) -> None:
+        """Writes what the run does now, and why; a write that fails changes nothing."""
         self._written = time.monotonic()
         if self._folder is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk is reported by the checkpoint, not here
+            with contextlib.suppress(OSError):  # saving a checkpoint reports a full disk
                 write(self._folder, self._plan, state, step, reason)
 
     def beat(self, step: int) -> bool:
@@ -80,15 +81,12 @@ class StatusFile:
 def read(folder: Path) -> Status | None:
     """The status in `folder`, or None if there is none that can be read.
 
-    Keys that this version does not know are passed over.
+    Keys that this version does not know are ignored, with a warning.
     """
+    path = folder / NAME
     try:
-        values = json.loads((folder / NAME).read_text())
-        plan = Plan(**_known(values.pop("plan"), Plan))
-        return Status(plan=plan, **_known(values, Status))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = json.loads(path.read_text())
+        plan = from_json(Plan, values["plan"], path)
+        return from_json(Status, values | {"plan": plan}, path)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _known(values: dict[str, Any], kind: type[Plan] | type[Status]) -> dict[str, Any]:
-    return {name: values[name] for name in kind.__dataclass_fields__ if name in values}

@@ -102,7 +102,7 @@ class TrainingRun:
             self.metrics.close()
 
     def save_if_due(self) -> None:
-        """Begins to save a checkpoint every `checkpoint_interval` steps."""
+        """Saves a checkpoint in the background every `checkpoint_interval` steps."""
         step = self.state.step
         if not is_due(step, self.config.checkpoint.checkpoint_interval):
             return
