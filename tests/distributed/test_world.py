@@ -274,8 +274,7 @@ def test_time_between_moments():
     first = device.Moment(torch.device("cpu"))
     time.sleep(0.02)
     second = device.Moment(torch.device("cpu"))
-    second.wait()
-    assert 0.02 <= second.since(first) < 1
+    assert second.since(first) >= 0.02
 
 
 def test_deterministic(monkeypatch: pytest.MonkeyPatch):

@@ -88,6 +88,8 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     out = capsys.readouterr().err
     assert "WARNING: back to step 10 " in out
     assert "the data of steps 13 to 15 is left out from here on" in out
+    loading = f"Loading checkpoint from: {tmp_path}/bad/checkpoints/step_000010.pt\n"
+    assert loading in (tmp_path / "bad/logs/log.txt").read_text()
     bad = losses(tmp_path / "bad/logs/log.txt")
     assert list(bad) == list(range(1, 21))
     trainer.run(small_config(data_root, tmp_path / "good", **changes, checkpoint_interval=12))

@@ -1,4 +1,5 @@
-"""Whole runs in this process, a world of one; several ranks are in test_distributed.py."""
+"""Whole runs in this process, a world of one; several ranks are in
+tests/distributed/test_world.py."""
 
 import itertools
 import json

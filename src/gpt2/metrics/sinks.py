@@ -42,7 +42,7 @@ def open_sinks(
     Raises ConfigError if one cannot be opened; the others are closed then.
     """
     path, runs_dir = log_file(run_config), run_config.watch.runs_dir
-    hparams, logged_step = run_config.to_dict(), log_reader.furthest_step(path, run_name)
+    hparams = run_config.to_dict()
     about = {
         "preset": run_config.preset,
         "seed": run_config.machine.seed,
@@ -67,6 +67,7 @@ def open_sinks(
         if run_config.watch.use_tensorboard:
             add(TensorBoard(runs_dir / run_name, hparams, step, references))
         if run_config.experiment.use_wandb:
+            logged_step = log_reader.furthest_step(path, run_name)  # seconds for a long log
             with events_to(log.write):  # it warns if it cannot connect
                 add(WandB(run_config.experiment, runs_dir, run_name, hparams, logged_step))
         opened.pop_all()
