@@ -6,6 +6,9 @@ COMMA := ,
 GPUS := $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))),\
 	$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'))
 RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# CPU=1 installs PyTorch's CPU build (0.2 GB) instead of the one for CUDA (several GB).
+CPU ?= $(if $(filter-out 0,$(GPUS)),0,1)
+CPU_BUILD := 'torch==2.13.0' --no-deps --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 
 .PHONY: help install demo test soak browser bench lint format clean
 
@@ -19,11 +22,16 @@ help:
 	@echo "make lint     check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and caches; checkpoints, runs, logs and data stay"
+	@echo "CPU=1 or CPU=0 behind a command installs PyTorch's CPU build or the one for CUDA;"
+	@echo "by default it depends on whether nvidia-smi lists a GPU"
 
 install: .venv/installed
 .venv/installed: pyproject.toml
 	@echo "Installing into .venv: a few minutes the first time"
 	$(PYTHON) -m venv .venv
+	@if [ "$(CPU)" = 1 ]; then \
+		echo "No GPU: PyTorch's CPU build. With an NVIDIA GPU: make clean install CPU=0"; \
+		$(BIN)/pip install --quiet $(CPU_BUILD); fi
 	$(BIN)/pip install --quiet --editable '.[search]'
 	touch $@
 

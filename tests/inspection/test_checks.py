@@ -21,10 +21,11 @@ def levels(findings) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("version", "level"), [("3.11.7", "ok"), ("3.15.0b1", "ok"), ("3.10.2", "PROBLEM")]
+    ("version", "level"),
+    [("3.11.7", "ok"), ("3.12.1", "note"), ("3.15.0b1", "note"), ("3.10.2", "PROBLEM")],
 )
 def test_python_in_range(version: str, level: str):
-    assert checks.check_python(version, ">=3.11").level == level
+    assert checks.check_python(version, ">=3.11", ["3.11", "3.13"]).level == level
 
 
 def test_packages_out_of_range_and_missing_ones_are_named_with_their_command():

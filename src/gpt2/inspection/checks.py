@@ -3,7 +3,7 @@
 They read no file and change nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -49,12 +49,14 @@ class Need:
     remedy: str
 
 
-def check_python(version: str, supported: str) -> Finding:
-    """Whether the package supports this Python."""
-    if SpecifierSet(supported).contains(version, prereleases=True):
-        return Finding("ok", "Python", version)
-    fact = f"expected {supported}, got {version}"
-    return Finding("PROBLEM", "Python", fact, "make .venv with another Python")
+def check_python(version: str, supported: str, tested: Sequence[str]) -> Finding:
+    """Whether the package supports this Python, and was tested with it (`tested` has 3.11, …)."""
+    if not SpecifierSet(supported).contains(version, prereleases=True):
+        fact = f"expected {supported}, got {version}"
+        return Finding("PROBLEM", "Python", fact, "make .venv with another Python")
+    if version.rpartition(".")[0] not in tested:
+        return Finding("note", "Python", f"{version} is not tested; {', '.join(tested)} are")
+    return Finding("ok", "Python", version)
 
 
 def check_packages(

@@ -81,11 +81,12 @@ def _software(run_config: RunConfig) -> Iterator[Finding]:
     if requirements is None:
         yield Finding("note", "packages", "gpt2-from-scratch is not installed", INSTALL)
     else:
-        python_range, packages = requirements
-        all_of_them = [Requirement(text) for text in packages]
+        all_of_them = [Requirement(text) for text in requirements.packages]
         expected = [item for item in all_of_them if item.marker is None or item.marker.evaluate()]
         installed = {item.name: machine.version_of(item.name) for item in expected}
-        yield checks.check_python(machine.python_version(), python_range)
+        yield checks.check_python(
+            machine.python_version(), requirements.python, requirements.tested_pythons
+        )
         yield from checks.check_packages(expected, installed)
     if run_config.experiment.use_wandb and find_spec("wandb") is None:
         yield Finding("PROBLEM", "W&B", "is not installed", wandb.INSTALL)

@@ -73,14 +73,31 @@ def python_version() -> str:
     return platform.python_version()
 
 
-def requirements() -> tuple[str, list[str]] | None:
-    """The Python versions and the packages that this package requires; None if it is not
-    installed."""
+@dataclass(frozen=True)
+class Requirements:
+    """What this package requires."""
+
+    python: str
+    """supported versions, as `>=3.11`"""
+    tested_pythons: list[str]
+    packages: list[str]
+
+
+def requirements() -> Requirements | None:
+    """What the metadata of this package say that it requires; None if it is not installed."""
     try:
         about = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
-    return about["Requires-Python"], about.get_all("Requires-Dist") or []
+    language = "Programming Language :: Python :: "
+    classifiers = about.get_all("Classifier") or []
+    return Requirements(
+        python=about["Requires-Python"],
+        tested_pythons=[
+            item.removeprefix(language) for item in classifiers if item.startswith(language)
+        ],
+        packages=about.get_all("Requires-Dist") or [],
+    )
 
 
 def version_of(package: str) -> str | None:
