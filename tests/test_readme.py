@@ -72,7 +72,7 @@ def test_commands_exist(path: Path):
 
 def test_options_in_commands_exist():
     known = OPTIONS | {"module", "standalone", "nproc_per_node", "port", "help"}
-    known |= {"local", "outfile"}  # of `hf download` and llama.cpp
+    known |= {"local", "outfile", "torch"}  # of `hf download`, llama.cpp, and uv (--torch-backend)
     assert set(re.findall(r"--([a-z]\w+)", README)) <= known
     ours = OPTIONS | {"nproc_per_node", "student_dims", "teacher_ranks", "lm_eval", "data_dir"}
     for path in GUIDES:  # an option of another tool rarely has an underscore
