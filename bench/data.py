@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from gpt2.data import corpora, prepare, tokenizer
-from gpt2.data.corpora import Corpus, Document
+from gpt2.data.corpus import Corpus, Document
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import TokenDataset, load_index

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
-from gpt2.data.corpora import Corpus, Document
+from gpt2.data.corpus import Corpus, Document
 
 ROOT = Path(__file__).parents[1]
 SMALL_RUN: dict[str, object] = {

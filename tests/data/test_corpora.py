@@ -10,6 +10,7 @@ import zstandard
 
 from gpt2.base.errors import DataError
 from gpt2.data import corpora
+from gpt2.data.corpus import Corpus, Document
 
 
 def test_the_standard_library_is_its_source_files_in_sorted_order(tmp_path: Path, monkeypatch):
@@ -42,7 +43,7 @@ def test_hyphens_and_underscores_are_equivalent():
     assert corpora.find("nothing") is None
 
 
-def texts(corpus: corpora.Corpus, skip: int = 0) -> list[str]:
+def texts(corpus: Corpus, skip: int = 0) -> list[str]:
     return [document.text for document in corpus.documents(skip)]
 
 
@@ -103,7 +104,7 @@ def test_files_in_sorted_order(tmp_path: Path, kind: str, expected: list[str]):
 def test_bytes_that_are_not_utf8_are_replaced_and_noted(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (document,) = corpora.local_files("x", [str(tmp_path / "*.txt")]).documents(0)
-    assert document == corpora.Document("caf\ufffd", replaced=True)
+    assert document == Document("caf\ufffd", replaced=True)
 
 
 def test_files_that_are_not_one_corpus(tmp_path: Path):

@@ -24,7 +24,7 @@ from rich.console import Console
 import support
 from gpt2.base.errors import DataError
 from gpt2.data import prepare, tokenizer
-from gpt2.data.corpora import Corpus, Document
+from gpt2.data.corpus import Corpus, Document
 
 
 def shard_tokens(folder: Path) -> list[int]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gpt2 import model
+from gpt2.base.errors import ConfigError
 from gpt2.config.model import ModelConfig
-from gpt2.config.run import OptimConfig
+from gpt2.config.run import OPTIMIZERS, OptimConfig
 from gpt2.model.base import LanguageModel
 from gpt2.optim import build, combined
 
@@ -31,6 +32,11 @@ def test_learning_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
+def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="optimizer=adam is unknown.*adamw.*expected one of"):
+        OptimConfig(optimizer="adam")
+
+
 def with_gradients(optimizer: str, seed: int = 0) -> tuple[LanguageModel, Any]:
     torch.manual_seed(seed)
     net = model.build(SHAPE)
@@ -40,7 +46,7 @@ def with_gradients(optimizer: str, seed: int = 0) -> tuple[LanguageModel, Any]:
 
 
 @pytest.mark.parametrize("limit", [1.0, 1e9, None])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_update_is_a_step_with_clipped_gradients(optimizer: str, limit: float | None):
     (net, ours), (other, theirs) = with_gradients(optimizer), with_gradients(optimizer)
     for _ in range(2):  # the second one shows what the first has left
@@ -55,7 +61,7 @@ def test_an_update_is_a_step_with_clipped_gradients(optimizer: str, limit: float
             one.grad, two.grad = torch.full_like(one, 0.1), torch.full_like(two, 0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_update_that_is_no_good_changes_nothing(optimizer: str):
     net, ours = with_gradients(optimizer)
     ours.clip_and_step(build.gradient_norm(net), 1.0, torch.tensor(True))

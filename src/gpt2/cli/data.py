@@ -18,7 +18,7 @@ from gpt2.base.text import console, counted, table
 from gpt2.base.validation import require_at_least, suggestion
 from gpt2.cli.parse import CommandOptions, guarded, run_command
 from gpt2.data import corpora, prepare, shards, tokenizer
-from gpt2.data.corpora import Corpus
+from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
 ON_INTERRUPT = "Interrupted; the same command again resumes"

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.loss import row_losses
+from gpt2.evaluation.measured_value import Measure, MeasuredValue
 from gpt2.train.dataset import cache_of, require_known_ids
 
 
@@ -73,25 +74,6 @@ class EvaluateCommand(CommandOptions):
     @property
     def names(self) -> list[str]:
         return [name.strip() for name in self.tasks.split(",")]
-
-
-@dataclass(frozen=True)
-class MeasuredValue:
-    """One row of the table."""
-
-    task: str
-    about: Mapping[str, str]
-    """settings of the task"""
-    metric: str
-    value: float
-    error: float
-    """standard error"""
-    count: str
-    gpt2: float | None = None
-    """the published value of GPT-2 124M"""
-
-
-Measure = Callable[[], list[MeasuredValue]]
 
 
 def evaluate_main() -> int:
@@ -185,6 +167,8 @@ MEASURES: dict[str, Callable[[EvaluateCommand, LoadedModel, World], Measure]] = 
     "hellaswag": _hellaswag,
     "val": _validation,
 }
+"""tasks by name: each reads what it needs and returns the measurement; a new task is a file in
+`gpt2.evaluation` and an entry here"""
 
 
 def _show(loaded: LoadedModel, measured: list[MeasuredValue]) -> None:
@@ -192,7 +176,7 @@ def _show(loaded: LoadedModel, measured: list[MeasuredValue]) -> None:
     for item in measured:
         reference = "" if item.gpt2 is None else f"{item.gpt2:.4f}"
         value, error = f"{item.value:.4f}", f"{item.error:.4f}"
-        what = f"{item.task} ({', '.join(item.about.values())})"
+        what = item.task + (f" ({', '.join(item.about.values())})" if item.about else "")
         listing.add_row(what, item.metric, value, error, item.count, reference)
     console().print(listing)
 

@@ -10,13 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2.base.validation import nearest_multiples, require, require_at_least
+from gpt2.base.validation import nearest_multiples, require, require_at_least, suggestion
 from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
 from gpt2.config.model import ModelConfig
 from gpt2.data.sampler import Shuffle
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
+OPTIMIZERS = {
+    "adamw": "gpt2.optim.adamw:build_adamw",
+    "muon": "gpt2.optim.muon:build_muon",
+}
+"""`module:function` of each optimiser, which `gpt2.optim.build` calls; a new optimiser is a file in
+`gpt2.optim` and an entry here"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class DataConfig:
 class OptimConfig:
     """The optimiser, its learning rate and its schedule (Brown et al. 2020, appendix B)."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the hidden matrices with Muon, and everything else with AdamW"""
+    optimizer: str = "adamw"
+    """adamw; muon: Muon for the hidden matrices, and AdamW for everything else"""
     learning_rate: float = 6e-4
     """peak learning rate"""
     min_lr_ratio: float = 0.1
@@ -78,6 +84,11 @@ class OptimConfig:
     """consecutive steps with a NaN or infinite loss or gradient before the run goes back"""
 
     def __post_init__(self) -> None:
+        require(
+            self.optimizer in OPTIMIZERS,
+            f"optimizer={self.optimizer} is unknown{suggestion(self.optimizer, list(OPTIMIZERS))}; "
+            f"expected one of {', '.join(OPTIMIZERS)}",
+        )
         require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
         require_at_least(self, 1, "decay_steps", "max_bad_steps")
         require(

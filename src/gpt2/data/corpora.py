@@ -1,4 +1,8 @@
-"""Sources of documents. A new corpus is an entry of CORPORA, or a function like `hub`."""
+"""The corpora that `gpt2 data` knows by name, and those of the hub and of local files.
+
+A new corpus is an entry of CORPORA; where `hub` does not read it, its documents come from a file of
+its own.
+"""
 
 import glob
 import hashlib
@@ -6,40 +10,14 @@ import itertools
 import logging
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import DataError
+from gpt2.data.corpus import Corpus, Document
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text; `replaced` says whether it had bytes that are not UTF-8 and became U+FFFD."""
-
-    text: str
-    replaced: bool = False
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A named source of documents, which are the same in the same order each time."""
-
-    name: str
-    source: str
-    """where the text comes from; name and source identify the corpus"""
-    tokens_per_shard: int
-    documents: Callable[[int], Iterator[Document]]
-    """the documents after the first n"""
-    val_tokens: int | None = None
-    """tokens of the validation split, at most a tenth of the corpus; None is exactly one shard"""
-    count: Callable[[], int | None] = lambda: None
-    """number of documents, if it is known without reading them"""
-    embedded: bool = False
-    """whether every machine has it, so that a run can prepare it without a download"""
 
 
 def python_stdlib(skip: int = 0) -> Iterator[Document]:

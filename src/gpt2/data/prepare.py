@@ -36,7 +36,7 @@ from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
 from gpt2.data import shards, tokenizer
-from gpt2.data.corpora import Corpus, Document
+from gpt2.data.corpus import Corpus, Document
 from gpt2.data.formats import DTYPE, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split

@@ -2,7 +2,7 @@
 
 Steps are counted in finished updates: `step 250` is the 250th update, after which the validation of
 step 250 is measured and `step_000250.pt` is written. A new sink is one class with the methods of
-`Sink` and one line in `sinks.open_sinks`.
+`Sink` and an entry of `sinks.SINKS`.
 """
 
 import contextlib

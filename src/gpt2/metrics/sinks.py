@@ -1,6 +1,8 @@
 """Which sinks a run has, and where they keep its records."""
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.base.errors import ConfigError
@@ -9,9 +11,28 @@ from gpt2.metrics import log_reader
 from gpt2.metrics.console import Console
 from gpt2.metrics.jsonl import RECORDS_NAME, JsonLines
 from gpt2.metrics.log_file import LOG_NAME, LogFile
-from gpt2.metrics.records import Sink, events_to
+from gpt2.metrics.records import EventRecord, Sink, events_to
 from gpt2.metrics.tensorboard import TensorBoard
 from gpt2.metrics.wandb import WandB
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a sink is opened with."""
+
+    config: RunConfig
+    name: str
+    """of the run"""
+    step: int
+    """where this process goes on"""
+    logged_step: int
+    """the furthest one that an earlier process of the run logged"""
+    references: dict[str, float]
+    """values of constant curves, by name"""
+
+    @property
+    def log_dir(self) -> Path:
+        return self.config.watch.log_dir
 
 
 def log_file(run_config: RunConfig) -> Path:
@@ -39,39 +60,65 @@ def open_sinks(
 ) -> list[Sink]:
     """The sinks of a run that goes on from `step`; `references` are constant curves by name.
 
-    Raises ConfigError if one cannot be opened; the others are closed then.
+    A message that is logged meanwhile goes to the sinks that are open by then. Raises ConfigError
+    if one cannot be opened; the others are closed then.
     """
-    path, runs_dir = log_file(run_config), run_config.watch.runs_dir
-    hparams = run_config.to_dict()
-    about = {
-        "preset": run_config.preset,
-        "seed": run_config.machine.seed,
-        "tokens_per_step": run_config.data.total_batch_size,
-    }
-    sinks: list[Sink] = [Console()]
-    with contextlib.ExitStack() as opened:
+    logged_step = log_reader.furthest_step(log_file(run_config), run_name)
+    start = RunStart(run_config, run_name, step, logged_step, references)
+    sinks: list[Sink] = []
 
-        def add(sink: Sink) -> None:
-            opened.callback(sink.close)
-            sinks.append(sink)
+    def write(event: EventRecord) -> None:
+        for sink in sinks:
+            sink.write(event)
 
-        try:
-            log = LogFile(path, run_name, step)
-            add(log)
-            add(JsonLines(path.with_name(RECORDS_NAME), run_name, step, about))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {error.filename}: {error.strerror}; choose another folder with "
-                "--log_dir or --out_dir"
-            ) from error
-        if run_config.watch.use_tensorboard:
-            add(TensorBoard(runs_dir / run_name, hparams, step, references))
-        if run_config.experiment.use_wandb:
-            logged_step = log_reader.furthest_step(path, run_name)  # seconds for a long log
-            with events_to(log.write):  # it warns if it cannot connect
-                add(WandB(run_config.experiment, runs_dir, run_name, hparams, logged_step))
+    with contextlib.ExitStack() as opened, events_to(write):
+        for open_sink in SINKS.values():
+            try:
+                sink = open_sink(start)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write {error.filename}: {error.strerror}; choose another folder with "
+                    "--log_dir, --runs_dir or --out_dir"
+                ) from error
+            if sink is not None:
+                opened.callback(sink.close)
+                sinks.append(sink)
         opened.pop_all()
     return sinks
+
+
+def _json_lines(start: RunStart) -> Sink:
+    about = {
+        "preset": start.config.preset,
+        "seed": start.config.machine.seed,
+        "tokens_per_step": start.config.data.total_batch_size,
+    }
+    return JsonLines(start.log_dir / RECORDS_NAME, start.name, start.step, about)
+
+
+def _tensorboard(start: RunStart) -> Sink | None:
+    if not start.config.watch.use_tensorboard:
+        return None
+    folder, hparams = start.config.watch.runs_dir / start.name, start.config.to_dict()
+    return TensorBoard(folder, hparams, start.step, start.references)
+
+
+def _wandb(start: RunStart) -> Sink | None:
+    settings, runs_dir = start.config.experiment, start.config.watch.runs_dir
+    if not settings.use_wandb:
+        return None
+    return WandB(settings, runs_dir, start.name, start.config.to_dict(), start.logged_step)
+
+
+SINKS: dict[str, Callable[[RunStart], Sink | None]] = {
+    "console": lambda _: Console(),
+    "log": lambda start: LogFile(start.log_dir / LOG_NAME, start.name, start.step),
+    "records": _json_lines,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}
+"""opens the sinks, in this order; None is a sink that the run does not want. A new sink is a file in
+`gpt2.metrics` and an entry here"""
 
 
 def places(run_config: RunConfig, run_name: str) -> list[str]:

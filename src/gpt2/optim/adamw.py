@@ -1,10 +1,15 @@
 """AdamW that clips the gradients, and leaves out an update that is not finite, on the device."""
 
 import inspect
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from gpt2.config.run import OptimConfig
+from gpt2.model.base import LanguageModel
 
 
 class Uncompiled:
@@ -36,3 +41,29 @@ class AdamW(Uncompiled, torch.optim.AdamW):
             self.grad_scale = (norm / max_norm).clamp(min=1).float()
         self.step()
         self.found_inf = self.grad_scale = None
+
+
+def build_adamw(model: LanguageModel, config: OptimConfig) -> AdamW:
+    """AdamW for all weights."""
+    return adamw_of(model.parameters(), config)
+
+
+def adamw_of(weights: Iterable[nn.Parameter], config: OptimConfig) -> AdamW:
+    """AdamW for some weights."""
+    return AdamW(
+        decay_groups(weights, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def decay_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameter groups of those weights that are trained: matrices and embeddings have weight
+    decay, vectors do not."""
+    trained = [part for part in weights if part.requires_grad]
+    return [
+        {"params": [part for part in trained if part.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [part for part in trained if part.dim() < 2], "weight_decay": 0.0},
+    ]

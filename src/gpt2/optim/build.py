@@ -1,47 +1,39 @@
-"""The optimiser and its parameter groups."""
+"""The optimiser of a run, by the name that its configuration gives."""
+
+import importlib
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gpt2.config.run import OptimConfig
+from gpt2.config.run import OPTIMIZERS, OptimConfig
 from gpt2.model.base import LanguageModel
-from gpt2.optim.adamw import AdamW
-from gpt2.optim.combined import CombinedOptimizer
-from gpt2.optim.muon import Muon
 
 
-def build_optimizer(model: LanguageModel, config: OptimConfig) -> AdamW | CombinedOptimizer:
-    """The optimiser that `config` names. Matrices and embeddings have weight decay, vectors do not.
+class TrainOptimizer(Protocol):
+    """What training needs of an optimiser. `CombinedOptimizer([…])` makes one of any of torch's."""
 
-    With `muon`, Muon trains the matrices between embedding and head, and AdamW the rest. Muon's
-    updates are scaled to the size of AdamW's, so that both have the same learning rate and decay
-    (Liu et al. 2025, arXiv:2502.16982, eq. 4).
-    """
-    hidden = [] if config.optimizer == "adamw" else list(model.hidden_matrices())
-    taken = {id(part) for part in hidden}
-    others = [part for part in model.parameters() if part.requires_grad and id(part) not in taken]
-    groups = [
-        {
-            "params": [part for part in others if part.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [part for part in others if part.dim() < 2], "weight_decay": 0.0},
-    ]
-    adamw = AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
-    )
-    if not hidden:
-        return adamw
-    muon = Muon(
-        hidden,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return CombinedOptimizer([muon, adamw])
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
+        """Clips the gradients, whose L2 norm is `norm`, to `max_norm` (None: no clipping), and
+        updates the weights; leaves weights and moments as they are unless `is_finite`."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def set_options(optimizer: AdamW | CombinedOptimizer, config: OptimConfig) -> None:
+def build_optimizer(model: LanguageModel, config: OptimConfig) -> TrainOptimizer:
+    """The optimiser that `config` names."""
+    module, name = OPTIMIZERS[config.optimizer].split(":")
+    optimizer: TrainOptimizer = getattr(importlib.import_module(module), name)(model, config)
+    return optimizer
+
+
+def set_options(optimizer: TrainOptimizer, config: OptimConfig) -> None:
     """Sets the options of `config` again after a state was loaded, which brings its own along."""
     for group in optimizer.param_groups:
         if any(part.dim() >= 2 for part in group["params"]):
@@ -50,7 +42,7 @@ def set_options(optimizer: AdamW | CombinedOptimizer, config: OptimConfig) -> No
             group["betas"] = (config.beta1, config.beta2)
 
 
-def set_learning_rate(optimizer: AdamW | CombinedOptimizer, rate: float) -> None:
+def set_learning_rate(optimizer: TrainOptimizer, rate: float) -> None:
     """Sets the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -19,8 +19,8 @@ class CombinedOptimizer:
         return [group for part in self.parts for group in part.param_groups]
 
     def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
-        """As that of AdamW, but the host waits for the device: torch's Muon can neither scale
-        gradients nor skip a step."""
+        """As `TrainOptimizer.clip_and_step`, but the host waits for the device: torch's optimisers
+        can neither scale gradients nor skip a step."""
         if is_finite:
             if max_norm is not None:
                 weights = [part for group in self.param_groups for part in group["params"]]

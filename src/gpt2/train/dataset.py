@@ -4,7 +4,7 @@ from gpt2.base.errors import DataError
 from gpt2.config.run import RunConfig
 from gpt2.data import corpora, prepare
 from gpt2.data.cache import ShardCache
-from gpt2.data.corpora import Corpus
+from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, DatasetIndex, load_index
 from gpt2.distributed.world import World

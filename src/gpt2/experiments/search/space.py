@@ -145,7 +145,7 @@ def default_text(run: RunConfig) -> str:
     unit = 2 * heads  # every head gets an even width
     around = {run.model.n_embd * share // 4 // unit * unit for share in (2, 3, 4, 5)}
     return DEFAULT.format(
-        rates=("1e-4", "1e-2") if run.optim.optimizer == "adamw" else ("4e-4", "4e-2"),
+        rates=("4e-4", "4e-2") if run.optim.optimizer == "muon" else ("1e-4", "1e-2"),
         warmup=max(2, min(2 * run.optim.warmup_steps, (run.data.max_steps or 10**9) // 2)),
         batches=sorted(
             count * run.model.block_size for count in batches if interval * rows % count == 0
