@@ -33,7 +33,7 @@ def test_learning_rate_reaches_every_group():
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match="optimizer=adam is unknown.*adamw.*expected one of"):
+    with pytest.raises(ConfigError, match=r"optimizer=adam is unknown.*adamw.*expected one of"):
         OptimConfig(optimizer="adam")
 
 

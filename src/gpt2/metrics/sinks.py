@@ -117,7 +117,7 @@ SINKS: dict[str, Callable[[RunStart], Sink | None]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
 }
-"""opens the sinks, in this order; None is a sink that the run does not want. A new sink is a file in
+"""opens the sinks, in this order; None is a sink that is off. A new sink is a file in
 `gpt2.metrics` and an entry here"""
 
 
