@@ -25,8 +25,6 @@ class RunStart:
     """of the run"""
     step: int
     """where this process goes on"""
-    logged_step: int
-    """the furthest one that an earlier process of the run logged"""
     references: dict[str, float]
     """values of constant curves, by name"""
 
@@ -63,8 +61,7 @@ def open_sinks(
     A message that is logged meanwhile goes to the sinks that are open by then. Raises ConfigError
     if one cannot be opened; the others are closed then.
     """
-    logged_step = log_reader.furthest_step(log_file(run_config), run_name)
-    start = RunStart(run_config, run_name, step, logged_step, references)
+    start = RunStart(run_config, run_name, step, references)
     sinks: list[Sink] = []
 
     def write(event: EventRecord) -> None:
@@ -107,7 +104,9 @@ def _wandb(start: RunStart) -> Sink | None:
     settings, runs_dir = start.config.experiment, start.config.watch.runs_dir
     if not settings.use_wandb:
         return None
-    return WandB(settings, runs_dir, start.name, start.config.to_dict(), start.logged_step)
+    # Reading a long log takes seconds.
+    logged_step = log_reader.furthest_step(log_file(start.config), start.name)
+    return WandB(settings, runs_dir, start.name, start.config.to_dict(), logged_step)
 
 
 SINKS: dict[str, Callable[[RunStart], Sink | None]] = {
