@@ -17,7 +17,8 @@ set -euo pipefail
 usage() { sed -n '2,/^set/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 refuse() { echo "error: $1" >&2; exit 2; }
 
-# Sets gpus to what CUDA would show of such a list: all before the first that is none, as -1.
+# Sets gpus to the ids of a list such as 0,2 that CUDA would show: those before the first invalid
+# one, such as -1.
 read_gpus() {
     local item items=()
     gpus=()
@@ -103,7 +104,7 @@ if ((${#gpus[@]} == 0)); then
     for ((slot = 0; slot < slots; slot++)); do gpus+=(''); done
 fi
 
-ids=() # what files of experiments in each slot are named after, as the training does
+ids=() # the part of file names that stands for each slot, as gpt2.config.experiment_name has it
 for gpu in "${gpus[@]}"; do
     id=${gpu:-cpu}
     ids+=("${id//[^A-Za-z0-9.-]/-}")

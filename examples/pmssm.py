@@ -9,8 +9,8 @@ and `target` is a smooth formula made up for this example: it computes no physic
 | plr | a token, from sines and cosines of learned frequencies (PLR embeddings, arXiv:2203.05556) |
 | mlp | an input like the others |
 
-All see the same batches in the same number of steps. What has finished is kept, and the same
-command again trains only what is missing; --help lists the flags.
+All see the same batches in the same number of steps. The same command again trains only what is
+missing; --help lists the flags.
 """
 
 import itertools
@@ -42,11 +42,11 @@ RANGES = {
     **dict.fromkeys(("At", "Ab", "Atau"), (-4000.0, 4000.0)),
     **dict.fromkeys(MASSES, (100.0, 4000.0)),
 }
-"""the 19 parameters, in GeV but for tan beta; each is drawn evenly"""
+"""ranges of the 19 parameters, in GeV except tan beta; each is drawn uniformly"""
 WIDTH, HEADS, LAYERS, MLP_WIDTH = 32, 4, 2, 128
 FREQUENCIES, SPREAD = 16, 0.5
 EVAL_EVERY, REPORT_EVERY = 50, 10
-TEST_ROWS, SHOWN = 4_000, 150  # and how many of them are in the picture
+TEST_ROWS, SHOWN = 4_000, 150  # SHOWN: test rows in the picture
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Command:
 
     def __post_init__(self) -> None:
         if unknown := set(self.models) - set(MODELS):
-            raise api.ConfigError(f"--models {min(unknown)}: there are only {', '.join(MODELS)}")
+            raise api.ConfigError(f"--models {min(unknown)}: expected {', '.join(MODELS)}")
         if not self.models or len(set(self.models)) < len(self.models):
-            raise api.ConfigError(f"--models {self.models}: give one model or more, each once")
+            raise api.ConfigError(f"--models {self.models}: expected one or more different models")
         for name in ("steps", "batch_size", "train_rows", "learning_rate"):
             if (value := getattr(self, name)) <= 0:
                 raise api.ConfigError(f"{name}={value} must be more than 0")
 
 
 def target(unit_BP: Tensor) -> Tensor:
-    """The made-up formula, of parameters scaled to -1 … 1: B."""
+    """The made-up formula, (B), of parameters scaled to -1 … 1, (B, P)."""
     p = dict(zip(RANGES, unit_BP.unbind(1), strict=True))
     mixing = p["At"] - 0.5 * p["mu"] * p["tan_beta"]
     return (
@@ -89,7 +89,7 @@ def target(unit_BP: Tensor) -> Tensor:
 
 
 def rows(count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """Parameters scaled to -1 … 1, and their targets: B × 19 and B."""
+    """`count` random rows: parameters scaled to -1 … 1, (B, P), and their targets, (B)."""
     random = torch.Generator().manual_seed(seed)
     low_P, high_P = (torch.tensor(ends) for ends in zip(*RANGES.values(), strict=True))
     drawn_BP = low_P + (high_P - low_P) * torch.rand(count, len(RANGES), generator=random)
@@ -123,7 +123,7 @@ class PeriodicTokens(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The answer comes from a token of its own, which has seen those of the parameters."""
+    """Predicts from a class token that attends to the tokens of the parameters."""
 
     def __init__(self, tokens: nn.Module) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Trains one model; what the comparison shows of it. RMSE is in units of the target."""
+    """Trains one model; returns its values in the comparison. RMSE is in units of the target."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs, answers = rows(train_rows, 2 * seed, device)
     held_out, truth = rows(TEST_ROWS, 2 * seed + 1, device)
@@ -181,16 +181,16 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        facts = {"step": step, "total_steps": steps, "loss": loss.item()}
+        metrics = {"step": step, "total_steps": steps, "loss": loss.item()}
         if step % EVAL_EVERY == 0 or step == steps:
             train_s += time.perf_counter() - began
             with torch.no_grad():
                 predicted = torch.cat([net(part)[:, 0] for part in torch.split(held_out, 1000)])
-            facts["rmse"] = functional.mse_loss(predicted, truth).sqrt().item()
-            curve.append((step, facts["rmse"]))
+            metrics["rmse"] = functional.mse_loss(predicted, truth).sqrt().item()
+            curve.append((step, metrics["rmse"]))
             began = time.perf_counter()
-        if step % REPORT_EVERY == 0 and report(**facts) != "go":
-            raise api.Stopped  # it begins again with the same command
+        if step % REPORT_EVERY == 0 and report(**metrics) != "go":
+            raise api.Stopped  # the same command runs the job again, from its beginning
     if not math.isfinite(rmse := curve[-1][1]):
         raise api.UserError("its test error is not finite; use a smaller --learning_rate")
     return {
@@ -217,7 +217,7 @@ def listing(records: api.Records) -> Table:
 
 
 def draw(records: api.Records) -> Figure:
-    """Errors while the models learn, and their predictions in the end against the truth."""
+    """Test errors over the steps, and final predictions against the true values."""
     found = {name: record.result for name, record in records.items() if record.result}
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     curves, points = figure.subplots(1, 2)

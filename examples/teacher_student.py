@@ -1,12 +1,12 @@
 """A wide student recovers a low-rank teacher: by gradient descent, and by guess and check.
 
 The teacher is a random matrix of low rank, the student a product U V whose inner dimension is at
-least that rank. Both methods know the same linear measurements <A_i, teacher>, and are tested on
-all that these leave open. The problem, and what guess and check means, are those of Alexander,
+least that rank. Both methods get the same linear measurements <A_i, teacher>, and are tested on the
+directions that these do not determine. The problem and guess and check are those of Alexander,
 Slutzky, Ran-Milo and Cohen, "Do Neural Networks Need Gradient Descent to Generalize?"
-(arXiv:2506.03931): students are drawn at random, each with weights of its own, until one fits the
-measurements. Sizes, prior and tolerance are chosen to take minutes on a CPU. The same command again
-resumes, or shows the results; --help lists the flags.
+(arXiv:2506.03931): students are drawn at random until one fits the measurements. Sizes, prior and
+tolerance are chosen so that it takes minutes on a CPU. The same command again resumes, or shows the
+results; --help lists the flags.
 """
 
 import itertools
@@ -32,14 +32,14 @@ Array = npt.NDArray[np.float32]
 METHODS = {"gd": "gradient descent", "gnc": "guess and check"}
 AT_ONCE = 5_000  # guesses between two reports
 GD_STEPS, GD_AIM, GD_START = 10_000, 1e-5, 0.01
-"""steps at most; training error that ends it; size of the first weights: small finds low ranks"""
+"""maximum steps; training error at which it ends; scale of the first weights (small: low rank)"""
 UNCHECKED = 2.0  # expected test error of a guess without the check
 
 
 @dataclass(frozen=True)
 class Command:
     """Recover a low-rank teacher matrix with a wider student, by gradient descent and by guess and
-    check. A student that is narrower than its teacher cannot be right, and is left out."""
+    check. A student that is narrower than its teacher cannot represent it, and is left out."""
 
     gnc: bool = False
     """guess and check"""
@@ -49,13 +49,13 @@ class Command:
     student_dims: tuple[int, ...] = (4, 8, 16)
     """inner dimensions of the student"""
     measurements: tuple[int, ...] = (16, 48)
-    """of the teacher; as many as it has entries would say all"""
+    """number of linear measurements of the teacher, less than its number of entries"""
     size: int = 8
     """rows and columns of the teacher"""
     num_seeds: int = 8
-    """each has a teacher and measurements of its own"""
+    """each seed has its own teacher and measurements"""
     guesses: int = 250_000
-    """if so many do not fit, the best of them is taken"""
+    """maximum number of guesses; if none fits, the best one is taken"""
     tolerance: float = 0.3
     """training error at which a guess fits; a matrix of zeros has 1"""
     checkpoint_dir: Path = Path("checkpoints/teacher_student")
@@ -67,7 +67,7 @@ class Command:
         for flag in lists:
             values = getattr(self, flag)
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"--{flag} {values}: give one number or more, each once")
+                raise ConfigError(f"--{flag} {values}: expected one or more different numbers")
         for flag in (*lists, "num_seeds", "guesses", "tolerance"):
             if not (value := np.min(getattr(self, flag))) > 0:
                 raise ConfigError(f"--{flag} {value} must be more than 0")
@@ -78,7 +78,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Problem:
-    """A teacher, what is measured of it, and an orthonormal basis of what is not."""
+    """A teacher, its measurements, and an orthonormal basis of the directions not measured."""
 
     teacher: Array
     seen: Array
@@ -89,7 +89,7 @@ class Problem:
 
     @classmethod
     def draw(cls, seed: int, size: int, rank: int, measurements: int) -> "Problem":
-        """Entries of mean square 1, whatever the rank; normal measurements."""
+        """A random problem: teacher entries of mean square 1 for any rank, normal measurements."""
         random = np.random.default_rng((seed, size, rank, measurements))
         left = random.standard_normal((size, rank), np.float32)
         teacher = left @ random.standard_normal((rank, size), np.float32)
@@ -99,7 +99,7 @@ class Problem:
         return cls(teacher.ravel(), seen, hidden, size, random)
 
     def errors(self, students: Array, directions: Array) -> Array:
-        """Of flat students, on `seen` or `hidden`: squared, as a share of the teacher's own."""
+        """Squared errors of flat students in these directions, relative to the teacher's norm."""
         missed = (students - self.teacher) @ directions
         return np.asarray(np.sum(missed**2, -1) / np.sum((self.teacher @ directions) ** 2))
 
@@ -115,7 +115,7 @@ def recover(
     guesses: int,
     tolerance: float,
 ) -> dict[str, float]:
-    """The errors of one student; `fits` is 1 if its training error is what it was to be."""
+    """Trains one student; returns its errors, and `fits`: 1 if it fits the measurements, else 0."""
     problem = Problem.draw(seed, size, teacher_rank, measurements)
     if method == "gd":
         student, aim = descend(problem, student_dim), GD_AIM
@@ -161,7 +161,7 @@ def guess(problem: Problem, dim: int, guesses: int, tolerance: float, report: Re
 
 
 def listing(points: Sequence[PointSummary], metric: str) -> "Table":
-    """A line for each size, with what each method makes of it."""
+    """A row for each combination of sizes, with the errors of each method."""
     methods = dict.fromkeys(item.point["method"] for item in points)
     shown = [f"{name} {column}" for name in methods for column in ("fits", "train", "test", "95 %")]
     built = table(f"Relative {metric} error", "measurements", "teacher rank", "student dim", *shown)

@@ -115,15 +115,21 @@ def test_pmssm_fails_where_its_error_is_not_finite(monkeypatch: pytest.MonkeyPat
     [
         (("teacher_student", "--teacher_ranks", "9"), "--teacher_ranks 9: a matrix of --size 8"),
         (("teacher_student", "--teacher_ranks", "8", "--student_dims", "4"), "use larger --stud"),
-        (("teacher_student", "--teacher_ranks"), "--teacher_ranks (): give one number or more"),
+        (
+            ("teacher_student", "--teacher_ranks"),
+            "--teacher_ranks (): expected one or more different numbers",
+        ),
         (
             ("teacher_student", "--student_dims", "4", "4"),
-            "(4, 4): give one number or more, each once",
+            "(4, 4): expected one or more different numbers",
         ),
         (("teacher_student", "--tolerance", "-1"), "--tolerance -1.0 must be more than 0"),
         (("teacher_student", "--measurements", "4", "0"), "--measurements 0 must be more than 0"),
-        (("pmssm", "--models", "mlp", "mlp"), "('mlp', 'mlp'): give one model or more"),
-        (("pmssm", "--models", "ft", "cnn"), "--models cnn: there are only ft, plr, mlp"),
+        (
+            ("pmssm", "--models", "mlp", "mlp"),
+            "('mlp', 'mlp'): expected one or more different models",
+        ),
+        (("pmssm", "--models", "ft", "cnn"), "--models cnn: expected ft, plr, mlp"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], words: str):

@@ -1,4 +1,4 @@
-"""A rank of a hosted training, rank 1 of which has a bug that shows at the eighth step."""
+"""A rank of a hosted training, where rank 1 raises an error at the eighth step."""
 
 import sys
 from typing import Any

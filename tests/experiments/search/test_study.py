@@ -137,7 +137,7 @@ def test_an_unreachable_database_is_retried(
         storage.failures = 4
         played.tell(job, "finished", result={})
         assert played.source.done == number + 1
-    assert played.states == ["COMPLETE", "COMPLETE"], "nothing was told or asked for twice"
+    assert played.states == ["COMPLETE", "COMPLETE"], "no call took effect twice"
     assert "server closed the connection; retrying for 5 minutes" in caplog.messages[0]
     assert caplog.messages[1] == "the study's database is reachable again"
 
@@ -207,7 +207,7 @@ def test_an_enqueued_trial_with_invalid_values_fails(
 
 def test_a_trial_without_an_owner_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     played = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)
-    left = played.study.ask()  # killed before it had said whose it is
+    left = played.study.ask()  # killed before it set the owner
     assert played.source.next() is None and played.source.ownerless == 1
     assert played.source.running_elsewhere == 0
     again = Played(tmp_path / "search", storage=shared(tmp_path), n_trials=1)

@@ -1,8 +1,8 @@
 """The trials of an Optuna study as a source of jobs, run on all slots at once.
 
-The study is the truth, and this process alone writes to it: it asks for a trial when a slot is
-free, reports each validation, and tells how the trial ended. A trial that a killed process left
-RUNNING continues with its number, its folder and its checkpoint.
+The study decides what has run. This process calls `ask` when a slot is free, `report` for each
+validation, and `tell` when a trial has ended. A trial that a killed process left RUNNING continues
+with its number, its folder and its checkpoint.
 
 COMPLETE and PRUNED trials count towards `n_trials`. A trial that ends by `patience` is COMPLETE
 with its best value; one that diverges is PRUNED, so that the sampler learns from both. A FAILED
@@ -145,8 +145,8 @@ class TrialSource:
         return replace(event, kind=result.state, reason=result.reason)
 
     def catch_up(self) -> None:
-        """Stores results and drops checkpoints of trials whose process was killed after it had told
-        the study, but before it did the rest."""
+        """Stores the results and drops the checkpoints of trials that have ended in the study, but
+        whose process was killed before it did so."""
         ended = self.trials_in_state(*COUNTED, TrialState.FAIL)
         local = [item for item in ended if self._is_local(item)]
         for item in local:
@@ -161,7 +161,7 @@ class TrialSource:
         return ownership.belongs_to_folder(item, self._folder_id, self._search.is_shared)
 
     def _fail_orphans(self) -> None:
-        """Tells FAIL for trials that have had no owner for long, so that they are replaced."""
+        """Ends trials that have had no owner for long as FAIL, so that they are replaced."""
         for item in self.trials_in_state(TrialState.RUNNING):
             if OWNER in item.user_attrs or self._is_local(item) or item.datetime_start is None:
                 continue
