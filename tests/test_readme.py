@@ -36,7 +36,7 @@ OPTIONS = {
     name
     for command in (
         export.ExportCommand,
-        data.Options,
+        data.OutputOptions,
         data.Hub,
         plot.PlotCommand,
         evaluate.EvaluateCommand,

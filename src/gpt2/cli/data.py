@@ -25,7 +25,7 @@ ON_INTERRUPT = "Interrupted; the same command again resumes"
 
 
 @dataclass(frozen=True)
-class Options:
+class OutputOptions:
     """Size and folder of the shards."""
 
     out: Path | None = None
@@ -52,7 +52,7 @@ class Options:
 class Named(CommandOptions):
     """Prepare a corpus of the list in `gpt2 data --help`."""
 
-    output: Options = Options()
+    output: OutputOptions = OutputOptions()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Hub(CommandOptions):
     """field that holds the text"""
     streaming: bool = True
     """read the dataset while it downloads, instead of downloading it first"""
-    output: Options = Options()
+    output: OutputOptions = OutputOptions()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Files(CommandOptions):
     """files or globs, in quotes: 'texts/**/*.txt'"""
     text_field: str = "text"
     """field that holds the text, in .jsonl and .parquet files"""
-    output: Options = Options()
+    output: OutputOptions = OutputOptions()
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _files(command: Files) -> int:
     return _prepare(corpus, command.output)
 
 
-def _prepare(corpus: Corpus, options: Options) -> int:
+def _prepare(corpus: Corpus, options: OutputOptions) -> int:
     folder = options.out or Path("data") / corpus.name
     started = time.perf_counter()
     manifest = prepare.prepare(

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from gpt2.base.errors import ConfigError
 
 _SAFE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-_SAFE_ID = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9.-]*"
-)  # without _, so that `read_label` is unambiguous
+# Without _, so that `read_label` is unambiguous.
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _MAX_LENGTH = 100  # characters; file systems allow 255 in the name of a file
 CPU = "cpu"
 

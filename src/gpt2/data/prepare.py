@@ -337,9 +337,9 @@ def _clear(folder: Path, name: str) -> None:
 class _ShardWriter:
     """Divides a stream of tokens into shards and writes each one when it is full."""
 
-    def __init__(self, folder: Path, recipe: Recipe, shards: list[Shard]) -> None:
-        self.shards = list(shards)
-        self.written = sum(shard.tokens for shard in shards)
+    def __init__(self, folder: Path, recipe: Recipe, done: list[Shard]) -> None:
+        self.shards = list(done)
+        self.written = sum(shard.tokens for shard in done)
         self._folder = folder
         self._recipe = recipe
         self._parts: list[Tokens] = []
@@ -398,9 +398,8 @@ class _ShardWriter:
 
 def tokenised_batches(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
     """Tokens of batches of documents, in the order of the documents."""
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # the tokeniser's threads can deadlock in a forked process
+    # Not "fork": the tokeniser's threads can deadlock in a forked process.
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
     )

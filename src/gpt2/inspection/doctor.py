@@ -163,13 +163,14 @@ def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterat
         remedy = "another run needs another --out_dir"
         yield Finding("note", "running", f"{by} trains in {folder}", remedy)
     with log.collecting_warnings() as warnings:
-        ending = _beginning(run_config, data)
+        begins = _check_beginning(run_config, data)
     for warning in warnings:
         yield Finding("note", "checkpoints", warning)
-    yield ending
+    yield begins
 
 
-def _beginning(run_config: RunConfig, data: DatasetIndex | None) -> Finding:
+def _check_beginning(run_config: RunConfig, data: DatasetIndex | None) -> Finding:
+    """Where the run begins: a checkpoint, loaded weights, or nothing."""
     settings = run_config.checkpoint
     folder, wanted = settings.checkpoint_dir, settings.resume_from
     try:

@@ -174,7 +174,7 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
         axes.set_xlim(*_widened(*reach))
         if place // 2 == rows - 1:
             axes.set_xlabel("step")
-    _name(figure, runs, colors)
+    _add_title_or_legend(figure, runs, colors)
     return figure
 
 
@@ -302,7 +302,7 @@ def _draw_measured(axes: Axes, curves: list[Curve]) -> None:
         axes.plot(curve.steps, curve.values, color=curve.color, marker=marker, markersize=3.5)
 
 
-def _name(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
+def _add_title_or_legend(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
     """Puts the summary of a single run into the title, the names of several into a legend."""
     from matplotlib.lines import Line2D
 

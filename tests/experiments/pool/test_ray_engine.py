@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,16 @@ def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
 def test_no_cluster_at_the_address(tmp_path: Path, address: str, words: str):
     with pytest.raises(ConfigError, match=words), ray_engine.connected(address, tmp_path, 1, "cpu"):
         pass
+
+
+def test_a_message_of_another_version_ends_the_worker():
+    """Otherwise its job would wait for a reply for ever."""
+    killed = []
+    reply = SimpleNamespace(future=lambda: SimpleNamespace(result=lambda: b'{"message": "New"}'))
+    mailbox = SimpleNamespace(next_for_guard=SimpleNamespace(remote=lambda number: reply))
+    worker: Any = SimpleNamespace(kill=lambda: killed.append(True))
+    ray_engine._forward_to(worker, mailbox, 1)
+    assert killed
 
 
 def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):

@@ -392,8 +392,8 @@ def _forward_to(worker: WorkerProcess, mailbox: Any, number: int) -> None:
                     worker.kill()
                 case message:
                     worker.send(message)
-    except RayError:  # the job would wait for replies for ever
-        worker.kill()
+    except (RayError, ValueError):  # ValueError: a message of another version
+        worker.kill()  # the job would wait for replies for ever
 
 
 def _result(reference: Any) -> Any:
