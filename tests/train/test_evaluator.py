@@ -87,7 +87,7 @@ def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_pat
 
 
 def test_a_stop_within_hellaswag_loses_no_validation(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """What was measured before the stop is in its checkpoint, and what comes later gets there."""
     tasks = write_tasks(tmp_path / "tasks.jsonl")
@@ -109,9 +109,11 @@ def test_a_stop_within_hellaswag_loses_no_validation(
     resumed = small_config(data_root, tmp_path, **flags, max_steps=10, resume="latest")
     result = trainer.run(resumed)
     assert (result.state, result.hellaswag is None) == ("finished", False)
+    assert "Nothing to do" not in capsys.readouterr().out
     log = (tmp_path / "logs/log.txt").read_text()
     assert (log.count("step 10 | epoch 0 | val loss"), log.count("hellaswag:")) == (1, 1)
     trainer.run(resumed)  # it is known now
+    assert "Nothing to do: step 10 of 10 is reached" in capsys.readouterr().out
     assert (tmp_path / "logs/log.txt").read_text().count("hellaswag:") == 1
 
 

@@ -219,14 +219,14 @@ class TrainingRun:
     def finished(self) -> RunResult:
         """Ends the run at its last step: saves, then measures."""
         step = self.state.step
-        if step == self.first_step and self.resumed_from is not None:
+        if step != self.first_step or self.resumed_from is None:
+            self.announce_epochs()
+        elif self.state.evaluated_step == step:
             logger.info(
                 "Nothing to do: step %d of %d is reached; raise --max_steps or --epochs to go on",
                 step,
                 self.total_steps,
             )
-        else:
-            self.announce_epochs()
         self.saver.save_now(self.metadata(), self.checkpoint_state)
         self.evaluate_if_due(is_last=True)
         if self.state.evaluated_step != step:
