@@ -43,8 +43,8 @@ def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signa
 
 
 MOMENTS = {  # module, function, number of its call, and the newest steps that a kill may leave
-    "reading the data": ("gpt2.train.trainer", "open_data", 1, {0}),
-    "validating": ("gpt2.evaluation.loss", "evaluating", 2, {EVAL - SAVE, EVAL - 2 * SAVE}),
+    "reading the data": ("gpt2.train.dataset", "open_data", 1, {0}),
+    "validating": ("gpt2.evaluation.loss", "evaluating", 2, {EVAL, EVAL - SAVE}),
     "writing a checkpoint": ("gpt2.checkpoint.integrity", "HashingWriter", 2, {SAVE}),
     "between a checkpoint and its metadata": ("gpt2.checkpoint.integrity", "sign", 2, {SAVE}),
 }
