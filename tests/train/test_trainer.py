@@ -275,6 +275,16 @@ def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys)
     assert (tmp_path / "checkpoints" / "step_000003.pt").stat().st_mtime_ns == before
 
 
+def test_a_checkpoint_without_metadata_is_saved_again(data_root: Path, tmp_path: Path):
+    """Or `--resume latest`, which skips it, would start from step 0."""
+    trainer.run(small_config(data_root, tmp_path, max_steps=3))
+    path = tmp_path / "checkpoints" / "step_000003.pt"
+    path.with_suffix(".json").unlink()
+    trainer.run(small_config(data_root, tmp_path, max_steps=3, resume=str(path)))
+    (kept,) = store.list_checkpoints(path.parent)
+    assert (kept.path, kept.training.is_evaluated) == (path, True)
+
+
 def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, capsys):
     result = trainer.run(small_config(data_root, tmp_path, max_steps=2, resume="latest"))
     assert result.step == 2

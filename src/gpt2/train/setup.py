@@ -122,18 +122,24 @@ def _plan(
 def _saver(run_config: RunConfig, world: World, start: StartingPoint, step: int) -> Saver:
     """What saves the run's checkpoints. After another rank's failure, the watchdog gives it the
     time to complete the file that it writes."""
-    folder = run_config.checkpoint.checkpoint_dir.resolve()
-    is_in_folder = start.path is not None and start.path.resolve().parent == folder
+    folder, path = run_config.checkpoint.checkpoint_dir.resolve(), start.path
+    is_in_folder = path is not None and world.run_on_rank0(lambda: _is_complete(path, folder))
     saver = Saver(
         world,
         run_config.checkpoint,
-        resumed_from=start.path,
+        resumed_from=path,
         resumed_step=step if is_in_folder else None,
         link=experiment_folder.link(run_config),
     )
     if world.watchdog is not None:
         world.watchdog.wait_while(lambda: saver.is_busy)
     return saver
+
+
+def _is_complete(path: Path, folder: Path) -> bool:
+    """Whether `path` is a checkpoint in `folder` that has metadata: one without it was loaded
+    unverified, and does not count as saved."""
+    return path.resolve() in [item.path for item in store.list_checkpoints(folder)]
 
 
 def _saves_beyond(folder: Path, step: int) -> frozenset[int]:
