@@ -82,21 +82,21 @@ def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
     the name of a run includes the path of its log. Raises DataError if a log has no such run.
     """
     found = []
-    places = [place for item in given for place in _places(item)]
-    for place in places:
-        runs = [run for run in _read_log(place) if run.steps or run.val_losses]
+    sources = [source for item in given for source in _sources(item)]
+    for source in sources:
+        runs = [run for run in _read_log(source) if run.steps or run.val_losses]
         if not runs:
-            raise DataError(f"{place} has no logged step yet; try again when the run has trained")
+            raise DataError(f"{source} has no logged step yet; try again when the run has trained")
         runs = runs[-last:] if last else runs
-        if len(places) > 1 and len(runs) == 1:
-            runs = [replace(runs[0], name=str(place))]
-        elif len(places) > 1:
-            runs = [replace(run, name=f"{place} {run.name}") for run in runs]
+        if len(sources) > 1 and len(runs) == 1:
+            runs = [replace(runs[0], name=str(source))]
+        elif len(sources) > 1:
+            runs = [replace(run, name=f"{source} {run.name}") for run in runs]
         found += runs
     return found
 
 
-def _places(given: Path) -> list[Path]:
+def _sources(given: Path) -> list[Path]:
     """The folders of an experiment's trainings if `given` is an experiment, else `given` itself."""
     if _log_of(given) or not given.is_dir():
         return [given]
@@ -104,20 +104,20 @@ def _places(given: Path) -> list[Path]:
     return sorted({path.parent for path in logs}) or [given]
 
 
-def _log_of(place: Path) -> Path | None:
-    folders = (place / "logs", place)
-    paths = [place, *(folder / name for folder in folders for name in LOG_NAMES)]
+def _log_of(source: Path) -> Path | None:
+    folders = (source / "logs", source)
+    paths = [source, *(folder / name for folder in folders for name in LOG_NAMES)]
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read_log(place: Path) -> list[LoggedRun]:
-    if path := _log_of(place):
+def _read_log(source: Path) -> list[LoggedRun]:
+    if path := _log_of(source):
         try:
             return log_reader.read_runs(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     raise DataError(
-        f"no log at {place}; expected a log.txt, or a folder with logs/log.txt, such as the "
+        f"no log at {source}; expected a log.txt, or a folder with logs/log.txt, such as the "
         "--out_dir of a run"
     )
 
@@ -166,13 +166,13 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
     figure = Figure(figsize=(11, 0.8 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
     wide = len(panels) % 2  # if their number is odd, the first one has a row of its own
-    for place, (panel, curves) in enumerate(panels, start=wide):
-        axes = figure.add_subplot(grid[0, :] if wide and place == 1 else grid[divmod(place, 2)])
+    for index, (panel, curves) in enumerate(panels, start=wide):
+        axes = figure.add_subplot(grid[0, :] if wide and index == 1 else grid[divmod(index, 2)])
         axes.set_title(panel.title, loc="left")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         panel.draw(axes, curves)
         axes.set_xlim(*_widened(*reach))
-        if place // 2 == rows - 1:
+        if index // 2 == rows - 1:
             axes.set_xlabel("step")
     _add_title_or_legend(figure, runs, colors)
     return figure
@@ -199,9 +199,9 @@ def smoothed(values: Numbers, share: float = SMOOTHED) -> Numbers:
     fall steeply and a wide window would distort them.
     """
     count = len(values)
-    places = np.arange(count)
-    half = np.minimum(places // 10, math.ceil(share * count))
-    starts, ends = places - half, np.minimum(count, places + half + 1)
+    positions = np.arange(count)
+    half = np.minimum(positions // 10, math.ceil(share * count))
+    starts, ends = positions - half, np.minimum(count, positions + half + 1)
     good = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(good)])

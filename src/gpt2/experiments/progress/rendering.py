@@ -85,7 +85,7 @@ def slots_table(state: ExperimentState, now: float, width: int, columns: Set[str
 def _header(state: ExperimentState, now: float, width: int) -> Table:
     """One line: kind, progress bar, counts, time."""
     running = sum(slot.fraction for slot in state.slots)
-    facts = [
+    texts = [
         Text(f"{state.done:,}/{state.total:,}", style="bold"),
         *(
             Text(words, style="bold red" if words.endswith("failed") else "yellow")
@@ -93,19 +93,19 @@ def _header(state: ExperimentState, now: float, width: int) -> Table:
         ),
     ]
     speed, left = state.jobs_per_s(now), state.left_s(now)
-    facts += [Text(_speed(speed), style="cyan")] if speed and not state.is_over else []
-    facts.append(Text(duration(now - state.began), style="dim"))
-    facts += [Text(f"{duration(left)} left", style="green")] if left is not None else []
+    texts += [Text(_speed(speed), style="cyan")] if speed and not state.is_over else []
+    texts.append(Text(duration(now - state.began), style="dim"))
+    texts += [Text(f"{duration(left)} left", style="green")] if left is not None else []
     kind = Text(shortened(one_line(state.kind), 20), style="bold")
-    taken = kind.cell_len + 3 + sum(fact.cell_len + 2 for fact in facts)
-    while len(facts) > 1 and taken + BAR_STEP > width:
-        taken -= facts.pop(-2 if len(facts) > 2 else -1).cell_len + 2
+    taken = kind.cell_len + 3 + sum(text.cell_len + 2 for text in texts)
+    while len(texts) > 1 and taken + BAR_STEP > width:
+        taken -= texts.pop(-2 if len(texts) > 2 else -1).cell_len + 2
     line = Table.grid(padding=(0, 2, 0, 0))
     bar_cells = min(BAR_CELLS, max(1, (width - taken) // BAR_STEP) * BAR_STEP)
     bar = ProgressBar(total=max(state.total, 1), completed=state.ended + running, width=bar_cells)
-    for _ in range(len(facts) + 2):
+    for _ in range(len(texts) + 2):
         line.add_column(no_wrap=True)
-    line.add_row(Text(" ") + kind, bar, *facts)
+    line.add_row(Text(" ") + kind, bar, *texts)
     return line
 
 

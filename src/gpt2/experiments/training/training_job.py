@@ -99,11 +99,11 @@ def run(
         raise Stopped
     if env_rank()[0] > 0:  # rank 0 writes the log and has the result
         return {}
-    facts = asdict(result)
-    del facts["exit_code"], facts["state"]
+    returned = asdict(result)
+    del returned["exit_code"], returned["state"]
     logged = log_reader.read_runs(run_config.watch.log_dir / "log.txt")[-1]
     speeds = [item.tokens_per_s for item in logged.steps.values()]
-    return facts | {
+    return returned | {
         "tokens": result.step * run_config.data.total_batch_size,
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "train_s": sum(item.elapsed_s for item in logged.steps.values()),
