@@ -70,5 +70,5 @@ def test_point_replaces_a_link(tmp_path: Path):
 def test_sweep_removes_only_our_temporary_files(tmp_path: Path):
     for name in ("step_1.pt.tmp", "other.tmp", "step_1.pt"):
         (tmp_path / name).touch()
-    atomic_files.sweep(tmp_path, mine=lambda name: name.startswith("step_"))
+    atomic_files.remove_temporary(tmp_path, owns=lambda name: name.startswith("step_"))
     assert sorted(os.listdir(tmp_path)) == ["other.tmp", "step_1.pt"]

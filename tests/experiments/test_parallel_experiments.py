@@ -222,7 +222,7 @@ def test_a_stop_saves_all(data_root: Path, tmp_path: Path, number: signal.Signal
     for name, log in zip(running, logs, strict=True):
         link = tmp_path / "checkpoints" / f"ckpt_exp_{name}_gpu_cpu.pt"
         step = int(link.resolve(strict=True).stem.removeprefix("step_"))
-        assert f"Stopped by signal 15 at step {step}; --resume latest goes on" in log.read_text()
+        assert f"Stopped by signal 15 at step {step}; --resume latest continues" in log.read_text()
     said = printed.read_text()
     assert said.count("\nstopped   ") == len(running)
     assert f"\n0 of {len(names)} finished\n" in said

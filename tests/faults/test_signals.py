@@ -37,7 +37,7 @@ def test_signals_to_torchrun_save(data_root: Path, tmp_path: Path, number: signa
         os.kill(run.agent.pid, number)
         assert run.end() != 0
         assert run.kept() == last_step(run.log)
-        assert f"at step {run.kept()}; --resume latest goes on" in run.text()
+        assert f"at step {run.kept()}; --resume latest continues" in run.text()
         assert run.state() == ("failed" if number == signal.SIGUSR1 else "stopped")
         steps_lost.append(0)  # as the line on `kept` says
 

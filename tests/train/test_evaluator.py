@@ -66,7 +66,7 @@ def test_training_goes_on_where_there_is_no_hellaswag(
     result = trainer.run(small_config(data_root, tmp_path, hellaswag_interval=5))
     assert (result.state, result.hellaswag) == ("finished", None)
     [warning] = [line for line in capsys.readouterr().err.splitlines() if "HellaSwag" in line]
-    assert warning.startswith("WARNING: training goes on without HellaSwag: HellaSwag is not in")
+    assert warning.startswith("WARNING: training continues without HellaSwag: HellaSwag is not in")
 
 
 def test_a_file_that_was_named_must_be_there(data_root: Path, tmp_path: Path):

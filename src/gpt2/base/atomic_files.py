@@ -76,13 +76,13 @@ def point(link: Path, target: str) -> None:
     _sync(link.parent)
 
 
-def sweep(folder: Path, mine: Callable[[str], bool]) -> None:
+def remove_temporary(folder: Path, owns: Callable[[str], bool]) -> None:
     """Removes temporary files that killed processes left in `folder`.
 
-    `mine` says whether the caller owns the file of a given final name; others are kept.
+    `owns` says whether the caller owns the file of a given final name; others are kept.
     """
     for path in folder.glob("*" + TEMPORARY_SUFFIX):
-        if mine(path.name.removesuffix(TEMPORARY_SUFFIX)):
+        if owns(path.name.removesuffix(TEMPORARY_SUFFIX)):
             path.unlink(missing_ok=True)
 
 

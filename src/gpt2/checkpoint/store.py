@@ -271,7 +271,9 @@ def require_writable(folder: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Removes the temporary files of killed writers; only the run that owns `folder` may call
     it."""
-    atomic_files.sweep(folder, mine=lambda name: name.startswith("step_") or name in (LATEST, BEST))
+    atomic_files.remove_temporary(
+        folder, owns=lambda name: name.startswith("step_") or name in (LATEST, BEST)
+    )
 
 
 def newest_good(items: list[Checkpoint]) -> Checkpoint | None:

@@ -279,7 +279,9 @@ class _ProgressFile:
             _require_same(self._folder, self._recipe, begun_with, "was started")
         else:
             self.record([], Position())
-        atomic_files.sweep(self._folder, mine=lambda name: name.startswith(self._recipe.corpus))
+        atomic_files.remove_temporary(
+            self._folder, owns=lambda name: name.startswith(self._recipe.corpus)
+        )
         return done, position
 
     def record(self, done: list[Shard], position: Position) -> None:

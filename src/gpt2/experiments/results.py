@@ -184,7 +184,7 @@ def opened(
         if before is not None:
             _require_same(folder, before, description, differences)
             description = replace(description, total=max(before.total, description.total))
-        atomic_files.sweep(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
+        atomic_files.remove_temporary(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
         # A later version may have written more; it stays.
         content = {**(_read_object(folder / EXPERIMENT_FILE) or {}), **asdict(description)}
         atomic_files.write_text(folder / EXPERIMENT_FILE, json.dumps(content, indent=1) + "\n")

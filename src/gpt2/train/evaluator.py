@@ -106,7 +106,7 @@ class Evaluator:
             if settings.hellaswag_path is not None:
                 raise
             self.warning = (
-                f"training goes on without HellaSwag: {error}; --hellaswag_interval None turns "
+                f"training continues without HellaSwag: {error}; --hellaswag_interval None turns "
                 "it off"
             )
             return []

@@ -211,7 +211,7 @@ class TrainingRun:
         self.saver.save_now(self.metadata(), self.checkpoint_state)
         names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
         by = names.get(reason, f"by signal {reason}")
-        logger.info("Stopped %s at step %d; --resume latest goes on", by, self.state.step)
+        logger.info("Stopped %s at step %d; --resume latest continues", by, self.state.step)
         ending: RunState = "failed" if reason == TORCHRUN_IS_GONE else "stopped"
         self.status.write(ending, self.state.step, by)
         return self.state.result("stopped", exit_code=0 if reason == STOP else 128 + reason)
