@@ -138,7 +138,7 @@ def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterato
 
 
 def _fingerprint(files: list[str]) -> str:
-    """Digest of the sizes, beginnings and ends of files: other files of these names have another."""
+    """Digest of the sizes, beginnings and ends of files: other files of the same names differ."""
     digest = hashlib.sha256()
     for name in files:
         with open(name, "rb") as file:
