@@ -38,7 +38,7 @@ class DataConfig:
     total_batch_size: int = 524288
     """tokens per optimiser step, over all ranks"""
     mini_batch_size: int = 64
-    """rows of block_size tokens in a micro-batch of one rank"""
+    """rows of block_size tokens in a micro-batch of one rank; lower it if memory runs out"""
     auto_mini_batch: bool = False
     """halve mini_batch_size at the start until a micro-batch fits into memory"""
     epochs: int = 5
@@ -122,7 +122,7 @@ class CheckpointConfig:
     checkpoint_interval: int | None = 250
     """steps between checkpoints; also saved after the last step and when the run is stopped"""
     keep_last: int = 10
-    """number of newest checkpoints to keep; the best one is kept, too"""
+    """number of newest checkpoints to keep, at least two; the best one is kept, too"""
     trust_checkpoint: bool = False
     """load a checkpoint that another user wrote: its pickle can run any code"""
 
@@ -149,7 +149,8 @@ class EvalConfig:
     eval_batches: int = 20
     """validation rows, in batches of total_batch_size tokens"""
     eval_rows: int | None = None
-    """validation rows of block_size tokens; None uses --eval_batches"""
+    """validation rows of block_size tokens, the same ones for batches of any size; None uses
+    --eval_batches"""
     hellaswag_interval: int | None = 250
     """steps between HellaSwag evaluations; also after the last step"""
     hellaswag_limit: int | None = None

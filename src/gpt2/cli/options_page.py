@@ -1,0 +1,176 @@
+"""Prints docs/options.md, the page of all options: `python -m gpt2.cli.options_page`.
+
+Names, types and defaults are those of the dataclasses that the commands parse; the meaning of an
+option is the docstring below its field, which `--help` shows, too.
+"""
+
+import ast
+import inspect
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from gpt2.cli import (
+    data,
+    doctor,
+    estimate,
+    evaluate,
+    experiments,
+    export,
+    generate,
+    models,
+    plot,
+    search,
+    seeds,
+    status,
+)
+from gpt2.cli.parse import CommandOptions
+from gpt2.cli.train import TrainCommand
+from gpt2.config.presets import PRESETS
+from gpt2.config.run import RunConfig
+
+SECTIONS: dict[str, type[Any]] = {
+    "Every command": CommandOptions,
+    "gpt2 train, src/train_improved.py": TrainCommand,
+    "gpt2 doctor": doctor.DoctorCommand,
+    "gpt2 generate": generate.GenerateCommand,
+    "gpt2 evaluate": evaluate.EvaluateCommand,
+    "gpt2 export": export.ExportCommand,
+    "gpt2 plot": plot.PlotCommand,
+    "gpt2 status": status.StatusCommand,
+    "gpt2 estimate, estimate_training_time.py": estimate.EstimateCommand,
+    "gpt2 data NAME": data.Named,
+    "gpt2 data hf": data.Hub,
+    "gpt2 data files": data.Files,
+    "gpt2 data verify": data.Verify,
+    "gpt2 data show": data.Show,
+    "gpt2 seeds, src/main_multi_gpu.py": seeds.SeedsCommand,
+    "gpt2 models, src/train_models.py": models.ModelsCommand,
+    "gpt2 search, src/parallel_search.py": search.SearchCommand,
+    "gpt2 experiments list": experiments.ListCommand,
+    "gpt2 experiments show": experiments.ShowCommand,
+}
+INTRODUCTION = """\
+# Options
+
+Written by `python -m gpt2.cli.options_page > docs/options.md` from the source code; a test compares
+the two. `gpt2 COMMAND --help` prints the same text.
+
+Hyphens work as well as underscores. `None` is off, or the default that the text names. A switch is
+turned on by `--bias`, off by `--no_bias` or `--bias False`. Invalid input ends with one line that
+says what to do (in a frame, if the option does not exist) and exit code 2; under `torchrun`, which
+adds its own report, 1. A stopped run saves, then exits with 130 or 143.
+
+## Presets and files
+
+`--preset` chooses a complete configuration, `--config FILE.toml` changes values of it, and flags
+override both. A file lists options by name, or in a table per part (`[optim]`):
+
+```toml
+learning_rate = 3e-4
+epochs = 2
+mini_batch_size = 32
+```
+
+| preset | differs from the defaults below in |
+|---|---|
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    lines = [f"| `{name}` | {_differences(run)} |" for name, run in PRESETS.items()]
+    seen: set[type[Any]] = set()
+    for title, kind in SECTIONS.items():
+        lines += ["", f"## {title}", "", _text(kind.__doc__ or ""), *_group(kind, seen)]
+    return INTRODUCTION + "\n".join(lines) + "\n"
+
+
+def _differences(run: RunConfig) -> str:
+    """The options of a preset that are not the defaults, as flags."""
+    usual = RunConfig().to_dict()
+    flags = [
+        f"`--{name} {value}`"
+        for part, values in run.to_dict().items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != usual[part][name]
+    ]
+    return " ".join(flags) or "nothing"
+
+
+def _group(kind: type[Any], seen: set[type[Any]]) -> Iterator[str]:
+    """The table of a dataclass's fields, then its parts, each under its own title."""
+    seen.add(kind)
+    hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
+    parts = [hint for hint in hints.values() if isinstance(hint, type) and is_dataclass(hint)]
+    own = [name for name in inspect.get_annotations(kind) if hints[name] not in parts]
+    if own:
+        yield from ("", "| option | default | |", "|---|---|---|")
+    for name in own:
+        default = _default(kind.__dataclass_fields__[name].default, hints[name])
+        yield f"| `{_flag(name, hints[name])}` | {default} | {meanings[name]} |"
+    for part in parts:
+        title = _text(part.__doc__ or "").removesuffix(".")
+        if part in seen:
+            yield from ("", f"Also the options of *{title}* above.")
+        else:
+            yield from ("", f"### {title}", *_group(part, seen))
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    """Field name -> the docstring below it, of the fields that the class itself defines."""
+    definition = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: _text(text.value.value)
+        for field, text in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _text(docstring: str) -> str:
+    """A docstring as one line of Markdown."""
+    escaped = re.sub(r"([|*])", r"\\\1", " ".join(docstring.split()))
+    return re.sub(r"(?<!`)--\w+", r"`\g<0>`", escaped)
+
+
+def _flag(name: str, hint: Any) -> str:
+    """`--name`; of a positional argument, what `--help` calls it."""
+    metavars = (getattr(item, "metavar", None) for item in getattr(hint, "__metadata__", ()))
+    return next((metavar for metavar in metavars if metavar), f"--{name}")
+
+
+def _default(default: Any, hint: Any) -> str:
+    """The default, and the other values of a choice."""
+    if default is MISSING:
+        return "required"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return _code(*default) or "none"
+    other = [choice for choice in _choices(hint) if choice != default]
+    return _code(default) + (f"; also {_code(*other)}" if other else "")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a Literal, also of one that may be None."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for inner in get_args(hint) for choice in _choices(inner))
+
+
+def _code(*values: object) -> str:
+    return ", ".join(
+        f"`{value:g}`" if isinstance(value, float) else f"`{value}`" for value in values
+    )
+
+
+if __name__ == "__main__":
+    print(page(), end="")
