@@ -34,6 +34,7 @@ def test_the_page_of_options_is_that_of_the_source_code():
     )
     assert {"learning_rate", "top_p", "num_seeds", "ddp", "space", "log_level"} <= OPTIONS
     assert all(f"| `{name}` |" in options_page.page() for name in PRESETS)
+    assert all(f"\n## gpt2 {name}" in options_page.page() for name in main.COMMANDS)
 
 
 def test_the_readme_is_short():

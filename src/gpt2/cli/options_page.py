@@ -5,6 +5,7 @@ option is the docstring below its field, which `--help` shows, too.
 """
 
 import ast
+import importlib
 import inspect
 import itertools
 import re
@@ -12,46 +13,13 @@ from collections.abc import Iterator
 from dataclasses import MISSING, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from gpt2.cli import (
-    data,
-    doctor,
-    estimate,
-    evaluate,
-    experiments,
-    export,
-    generate,
-    models,
-    plot,
-    search,
-    seeds,
-    status,
-)
+from gpt2.cli.main import COMMANDS
 from gpt2.cli.parse import CommandOptions
-from gpt2.cli.train import TrainCommand
 from gpt2.config.presets import PRESETS
 from gpt2.config.run import RunConfig
 
-SECTIONS: dict[str, type[Any]] = {
-    "Every command": CommandOptions,
-    "gpt2 train, src/train_improved.py": TrainCommand,
-    "gpt2 doctor": doctor.DoctorCommand,
-    "gpt2 generate": generate.GenerateCommand,
-    "gpt2 evaluate": evaluate.EvaluateCommand,
-    "gpt2 export": export.ExportCommand,
-    "gpt2 plot": plot.PlotCommand,
-    "gpt2 status": status.StatusCommand,
-    "gpt2 estimate, estimate_training_time.py": estimate.EstimateCommand,
-    "gpt2 data NAME": data.Named,
-    "gpt2 data hf": data.Hub,
-    "gpt2 data files": data.Files,
-    "gpt2 data verify": data.Verify,
-    "gpt2 data show": data.Show,
-    "gpt2 seeds, src/main_multi_gpu.py": seeds.SeedsCommand,
-    "gpt2 models, src/train_models.py": models.ModelsCommand,
-    "gpt2 search, src/parallel_search.py": search.SearchCommand,
-    "gpt2 experiments list": experiments.ListCommand,
-    "gpt2 experiments show": experiments.ShowCommand,
-}
+TYPED = {"named": "NAME", "hub": "hf"}
+"""what users type for an action whose class has another name"""
 INTRODUCTION = """\
 # Options
 
@@ -62,6 +30,10 @@ Hyphens work as well as underscores. `None` is off, or the default that the text
 turned on by `--bias`, off by `--no_bias` or `--bias False`. Invalid input ends with one line that
 says what to do (in a frame, if the option does not exist) and exit code 2; under `torchrun`, which
 adds its own report, 1. A stopped run saves, then exits with 130 or 143.
+
+These scripts are commands: `src/train_improved.py` is `gpt2 train`, `src/main_multi_gpu.py`
+`gpt2 seeds`, `src/train_models.py` `gpt2 models`, `src/parallel_search.py` `gpt2 search`, and
+`estimate_training_time.py` `gpt2 estimate`.
 
 ## Presets and files
 
@@ -83,9 +55,28 @@ def page() -> str:
     """The page as Markdown."""
     lines = [f"| `{name}` | {_differences(run)} |" for name, run in PRESETS.items()]
     seen: set[type[Any]] = set()
-    for title, kind in SECTIONS.items():
+    for title, kind in _sections().items():
         lines += ["", f"## {title}", "", _text(kind.__doc__ or ""), *_group(kind, seen)]
     return INTRODUCTION + "\n".join(lines) + "\n"
+
+
+def _sections() -> dict[str, type[CommandOptions]]:
+    """Title -> the dataclass of a command, or of each action of a command."""
+    found: dict[str, type[CommandOptions]] = {"Every command": CommandOptions}
+    for name in COMMANDS:
+        module = importlib.import_module(f"gpt2.cli.{name}")
+        kinds = [
+            kind
+            for kind in vars(module).values()
+            if inspect.isclass(kind)
+            and issubclass(kind, CommandOptions)
+            and kind.__module__ == module.__name__
+        ]
+        for kind in kinds:
+            action = kind.__name__.removesuffix("Command").lower()
+            typed = f"gpt2 {name} {TYPED.get(action, action)}"
+            found[typed if len(kinds) > 1 else f"gpt2 {name}"] = kind
+    return found
 
 
 def _differences(run: RunConfig) -> str:
@@ -108,7 +99,7 @@ def _group(kind: type[Any], seen: set[type[Any]]) -> Iterator[str]:
     parts = [hint for hint in hints.values() if isinstance(hint, type) and is_dataclass(hint)]
     own = [name for name in inspect.get_annotations(kind) if hints[name] not in parts]
     if own:
-        yield from ("", "| option | default | |", "|---|---|---|")
+        yield from ("", "| option | default | meaning |", "|---|---|---|")
     for name in own:
         default = _default(kind.__dataclass_fields__[name].default, hints[name])
         yield f"| `{_flag(name, hints[name])}` | {default} | {meanings[name]} |"
