@@ -1,4 +1,5 @@
 import errno
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,8 +67,8 @@ def test_a_kill_after_a_flush_loses_no_curve(tmp_path: Path):
     board.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_ends_no_curve(tmp_path: Path, capsys):
+def test_a_full_disk_ends_no_curve(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of TensorBoard's own thread
     board = TensorBoard(tmp_path, {}, step=5, references={})
     sinks = Metrics([Console(), board])
     sinks.step(replace(RECORD, step=6))
