@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +58,60 @@ def test_unknown_arguments_are_returned():
         Command(fast=True),
         ["--else", "1"],
     )
+
+
+PRINTS = """
+import os, sys
+from gpt2.base.errors import UserError
+from gpt2.cli.parse import guarded
+
+def body():
+    print("a result " * 4000)
+    with open(sys.argv[1], "w") as file:
+        os.write(1, b"what a library prints")
+        file.write("kept")
+    return 0
+
+def refused():
+    raise UserError("the reason")
+
+sys.exit(guarded(refused if len(sys.argv) > 2 else body))
+"""
+
+
+def run_in_shell(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-c", PRINTS]
+        + [str(item) for item in arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_command_runs_with_closed_standard_streams(closed: str, tmp_path: Path):
+    done = run_in_shell(closed, tmp_path / "file")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path: Path):
+    done = run_in_shell(">/dev/full", tmp_path / "file")
+    assert done.returncode == USER_ERROR
+    assert done.stderr == (
+        "error: cannot write to standard output: No space left on device; send it elsewhere\n"
+    )
+
+
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path: Path):
+    assert run_in_shell("2>/dev/full", tmp_path / "file", "refused").returncode == USER_ERROR
+    assert run_in_shell("2>&-", tmp_path / "file", "refused").returncode == USER_ERROR
+
+
+def test_an_error_of_another_file_is_not_taken_for_one_of_the_output(capsys):
+    def body() -> int:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        guarded(body)

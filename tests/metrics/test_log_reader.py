@@ -159,10 +159,45 @@ def test_runs_that_write_one_file_at_the_same_time_are_told_apart(tmp_path: Path
     assert [[item.loss for item in run.steps.values()] for run in (a, b)] == [[0.0] * 3, [1.0] * 3]
 
 
+def test_lines_of_the_text_log_are_not_taken_for_those_of_another_run(tmp_path: Path):
+    """Lines of `log.txt` do not name their run; `metrics.jsonl` beside it tells two runs apart."""
+    runs = {
+        name: (LogFile(tmp_path / TEXT, name, 0), JsonLines(tmp_path / RECORDS, name, 0, {}))
+        for name in "ab"
+    }
+    for step in range(1, 7):
+        for name, sinks in runs.items():
+            if name == "a" or step <= 3:
+                for sink in sinks:
+                    sink.write(replace(RECORD, step=step, loss=float(ord(name))))
+    for sink in runs["a"]:
+        sink.write(ValidationRecord(2, 0, 3.0))
+    for sink in (*runs["a"], *runs["b"]):
+        sink.close()
+    a, b = log_reader.read_runs(tmp_path / TEXT)
+    assert [item.loss for item in a.steps.values()] == [float(ord("a"))] * 6
+    assert [item.loss for item in b.steps.values()] == [float(ord("b"))] * 3
+    assert (a.val_losses, b.val_losses) == ({2: 3.0}, {})
+
+
+def test_records_that_an_editor_saved_are_read(tmp_path: Path):
+    """Some editors put a byte order mark in front, and end lines as Windows does."""
+    write_process(tmp_path, (RECORDS,), "a", 0, steps(1, 3))
+    path = tmp_path / RECORDS
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    (run,) = log_reader.read_runs(path)
+    assert list(run.steps) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
         "",
+        "[" * 100_000,
+        '{"kind": "step", "run": "a", "step": 1e999}',
+        pytest.param(
+            '{"kind": "validation", "run": "a", "step": 2, "loss": 1%s}' % ("0" * 400), id="huge"
+        ),
         "not JSON",
         "[1, 2]",
         "null",

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TextIO, TypeVar, get_type_hints
 
 import tyro
 
@@ -130,6 +130,7 @@ def guarded(
     Prints messages as those of `rank`. `report` receives the line of a UserError, also on ranks
     that do not print it. `on_interrupt` is printed after Ctrl+C.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal may have no encoding for a character of a path or a generated text.
@@ -144,22 +145,53 @@ def guarded(
         if report:
             report(line)
         if not isinstance(error, ReportedByOtherRank):
-            print(line, file=sys.stderr, flush=True)
+            _print_error(line)
         return USER_ERROR
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         reason = f"{str(error).splitlines()[0]:.120}"
-        print(
-            f"error: out of memory ({reason}); use a smaller batch or model",
-            file=sys.stderr,
-            flush=True,
-        )
+        _print_error(f"error: out of memory ({reason}); use a smaller batch or model")
         return USER_ERROR
     except KeyboardInterrupt:
         if on_interrupt:
-            print(on_interrupt, file=sys.stderr)
+            _print_error(on_interrupt)
         return INTERRUPTED
     except BrokenPipeError:  # `… | head` has read enough and closed standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return BROKEN_PIPE
+    except OSError as error:
+        if _takes_text(sys.stdout):
+            raise
+        discard(sys.stdout)
+        reason = error.strerror or str(error)
+        _print_error(f"error: cannot write to standard output: {reason}; send it elsewhere")
+        return USER_ERROR
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device in place of standard streams that are closed (`>&-`). Otherwise the
+    next files would get their numbers, and what a library prints would go into these files."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _print_error(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:  # a full disk; the exit code still says it
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Sends a standard stream to the null device, with what it could not write so far."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _takes_text(stream: TextIO) -> bool:
+    try:
+        print(file=stream, flush=True)  # a failed write may leave nothing that a flush would write
+    except OSError:
+        return False
+    return True

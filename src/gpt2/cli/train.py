@@ -1,6 +1,7 @@
 """`gpt2 train`: one training run."""
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.cli.parse import CommandOptions, guarded, parse
+from gpt2.cli.parse import CommandOptions, discard, guarded, parse
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ def _train(run_config: RunConfig, rank: int, world_size: int) -> int:
     if rank == 0 and result.state == "finished":
         run = experiment_folder.resolve(run_config)
         gpus = None if run == run_config else device.visible_gpus()
-        print(next_commands(run, sys.argv[1:], world_size, result.step, gpus))
+        try:
+            print(next_commands(run, sys.argv[1:], world_size, result.step, gpus), flush=True)
+        except OSError as error:  # a full disk, a closed pipe: the run has finished all the same
+            logger.warning("cannot write to standard output: %s", error)
+            discard(sys.stdout)
     return result.exit_code
 
 

@@ -52,6 +52,9 @@ class LoggedRun:
     val_losses: dict[int, float] = field(default_factory=dict)
     hellaswag: dict[int, float] = field(default_factory=dict)
     """share of right answers, lengths normalised (acc_norm)"""
+    is_mixed: bool = False
+    """whether another run wrote to the same files meanwhile: lines of `log.txt` do not name their
+    run"""
 
     def continue_with(self, process: "LoggedRun") -> None:
         """Adds a later process of this run; steps beyond its first step are undone."""
@@ -124,7 +127,7 @@ def _joined(text: list[LoggedRun], records: list[LoggedRun]) -> list[LoggedRun]:
             joined += reversed(left[places[-1] + 1 :])
             both = left[places[-1]]
             both.replace_with(process)
-            joined.append(both)
+            joined.append(process if process.is_mixed else both)
             left = left[: places[-1]]
         else:
             joined.append(process)
@@ -171,18 +174,19 @@ def _read_records(path: Path) -> list[LoggedRun]:
                 newest[name] = LoggedRun(name, step)
                 processes.append(newest[name])
             elif name in newest:
+                processes[-1].is_mixed |= processes[-1].name != name
                 _add_record(newest[name], step, record)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue  # an event, which has no step, or an object of something else
     return processes
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file of one per line; ignores lines that are none."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):
             yield found
