@@ -1,10 +1,12 @@
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import metadata, store
 from gpt2.checkpoint.async_save import BackgroundWriter, HostCopy, Saver
@@ -121,6 +123,19 @@ def test_a_measurement_is_added_to_the_checkpoint_of_its_step_only(tmp_path: Pat
     saver.add_measured(2, val_loss=2.0, is_evaluated=True)
     newest = store.list_checkpoints(tmp_path)[-1].training
     assert (newest.val_loss, newest.is_evaluated) == (2.0, True)
+
+
+def test_links_that_a_kill_left_behind_are_repaired(tmp_path: Path):
+    """A run that was killed after its last save, before the links, has no later save to do it."""
+    settings = CheckpointConfig(checkpoint_dir=tmp_path)
+    saver = Saver(WORLD, settings, None, None)
+    for step, loss in ((1, 3.0), (2, 2.0)):
+        saver.save_now(replace(training(step), val_loss=loss), dict)
+    for name in (store.LATEST, store.BEST):
+        atomic_files.point(tmp_path / name, "step_000001.pt")
+    Saver(WORLD, settings, None, 2)
+    links = [(tmp_path / name).readlink().name for name in (store.LATEST, store.BEST)]
+    assert links == ["step_000002.pt"] * 2
 
 
 def test_what_is_no_checkpoint_error_is_raised():

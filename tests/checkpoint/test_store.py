@@ -175,7 +175,14 @@ def test_metadata_that_cannot_be_read_is_not_damaged(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"time": "x"}, {"val_loss": "x"}, {"sha256": 1}, {"step": None}, {"piece_bytes": 0}],
+    [
+        {"time": "x"},
+        {"val_loss": "x"},
+        {"val_loss": 10**400},
+        {"sha256": 1},
+        {"step": None},
+        {"piece_bytes": 0},
+    ],
 )
 def test_damaged_metadata_is_no_fresh_start(tmp_path: Path, changes):
     change_metadata(save(tmp_path, 1), **changes)

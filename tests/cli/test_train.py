@@ -1,5 +1,6 @@
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -287,3 +288,12 @@ def test_a_local_data_set_through_the_hub_command(monkeypatch, capsys, tmp_path:
         for split in ("train", "val")
     )
     assert val == (train + val) // 10
+
+
+def test_a_full_disk_under_standard_output_ends_no_training(tmp_path: Path, data_root: Path):
+    flags = small_flags(data_root, tmp_path, max_steps=2, eval_interval=None)
+    done = run_command(["sh", "-c", f"{shlex.join(train_command(flags))} >/dev/full"])
+    assert "WARNING: cannot write to standard output: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "checkpoints" / "step_000002.json").is_file()
+    assert '"step": 2' in (tmp_path / "logs" / "metrics.jsonl").read_text()

@@ -40,7 +40,7 @@ class Saver:
         folder of checkpoints that always points at the newest of them."""
         self._world, self._settings = world, settings
         self._resumed_from, self._link = resumed_from, link
-        self._update_link()  # it dangles if its checkpoint was damaged and has been renamed
+        self._repair_links()
         self._writer = BackgroundWriter()
         self._lock = threading.Lock()
         self._is_writing = False
@@ -145,6 +145,14 @@ class Saver:
                     self._write_measured(training.step, measured)
         self._update_link()
         return path
+
+    def _repair_links(self) -> None:
+        """A kill may come between a save and its links, and a damaged checkpoint is renamed."""
+        folder = self._settings.checkpoint_dir
+        if self._world.is_rank0:
+            with contextlib.suppress(OSError, CheckpointError):  # the next save tries again
+                store.update_links(folder, store.list_checkpoints(folder))
+        self._update_link()
 
     def _update_link(self) -> None:
         if self._link is not None and self._world.is_rank0:

@@ -35,6 +35,4 @@ def add(
     if measured != training:
         text = metadata_to_json(replace(metadata, training=measured))
         atomic_files.write_text(metadata_path, text)
-    best = store.find_best(store.list_checkpoints(path.parent))
-    if best is not None:
-        atomic_files.point(path.parent / store.BEST, best.path.name)
+    store.update_links(path.parent, store.list_checkpoints(path.parent))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
@@ -117,7 +118,9 @@ def _is_of(hint: Any, value: object) -> bool:
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_is_of(get_args(hint)[0], item) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return isinstance(value, float) or abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

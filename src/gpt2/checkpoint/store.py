@@ -89,16 +89,14 @@ def save(
             sequence=1 + max((item.metadata.sequence for item in before), default=0),
         )
         atomic_files.write_text(path.with_suffix(".json"), metadata_to_json(metadata))
-        atomic_files.point(folder / LATEST, path.name)
         complete = list_checkpoints(folder)
-        best = find_best(complete)
-        if best is not None:
-            atomic_files.point(folder / BEST, best.path.name)
+        update_links(folder, complete)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot save {path}: {error} ({_free_gb(folder)} free); earlier checkpoints are "
             "intact; make room, or choose another folder with --checkpoint_dir"
         ) from error
+    best = find_best(complete)
     with contextlib.suppress(OSError):  # the next save prunes again
         prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
     return path
@@ -117,6 +115,13 @@ def prune(complete: list[Checkpoint], keep_last: int, keep: Iterable[Path | None
             # The metadata first: a kill between the two leaves a file that does not count.
             old.path.with_suffix(".json").unlink(missing_ok=True)
             old.path.unlink(missing_ok=True)
+
+
+def update_links(folder: Path, complete: list[Checkpoint]) -> None:
+    """Points `latest.pt` at the newest and `best.pt` at the best of the checkpoints in `folder`."""
+    for name, target in ((LATEST, complete[-1] if complete else None), (BEST, find_best(complete))):
+        if target is not None:
+            atomic_files.point(folder / name, target.path.name)
 
 
 def point_at_newest(link: Path, folder: Path) -> None:

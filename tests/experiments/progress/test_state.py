@@ -109,6 +109,8 @@ def test_time_left_counts_waiting_jobs_and_slots_in_service():
         {"step": 3},
         {"step": None, "total_steps": 10},
         {"step": 3, "total_steps": 0},
+        {"step": 3, "total_steps": 10**400},
+        {"step": 10**400, "total_steps": 10},
         {"step": 30, "total_steps": 10, "loss": float("nan")},
         {"step": "three", "total_steps": [1]},
     ],

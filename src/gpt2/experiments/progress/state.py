@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import math
 import os
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -227,8 +227,10 @@ def _idle(slot: SlotState) -> SlotState:
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether the value is an int or a finite float, and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether the value is a finite float or an int in the range of floats, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def as_json(state: ExperimentState) -> dict[str, Any]:
