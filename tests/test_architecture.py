@@ -30,7 +30,7 @@ EXPERIMENT_FLOORS = (
     ("grid", "pool"),
     ("results",),
     ("progress", "training"),
-    ("sweep", "compare", "search"),
+    ("sweep", "compare", "search", "named"),
     ("api",),
 )
 PURE_FOLDERS = ("config",)

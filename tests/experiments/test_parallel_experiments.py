@@ -15,6 +15,17 @@ from gpt2.config import experiment_name
 from support import ROOT, run_command, small_flags
 
 SCRIPT = ROOT / "run_parallel_experiments.sh"
+# Python imports it at its start.
+STOP_AT_C = """
+import os, signal
+
+make = os.mkdir
+def mkdir(path, *rest):
+    if "c_gpu_" in str(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+    make(path, *rest)
+os.mkdir = mkdir
+"""
 SHORT = {"total_batch_size": 64, "eval_interval": None, "device": "cpu"}
 
 
@@ -55,19 +66,22 @@ def stand_in(tmp_path: Path) -> Path:
     return stood_in(tmp_path, python='echo "gpus=$CUDA_VISIBLE_DEVICES $*"')
 
 
-def stood_in(folder: Path, **commands: str) -> Path:
-    """The script in a place of its own, in which these commands, in bash, replace the real ones."""
-    bin_folder = folder / "with blank" / ".venv" / "bin"
-    bin_folder.mkdir(parents=True)
-    for name, command in commands.items():
-        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{command}\n")
-        (bin_folder / name).chmod(0o755)
+def stood_in(folder: Path, python: str) -> Path:
+    """The script in a place of its own, beside an environment whose `python` runs this code in bash
+    for a training, and is Python for the rest."""
+    environment = folder / "with blank" / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
+    (environment / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (folder / "with blank" / "src").symlink_to(ROOT / "src")
+    command = environment / "bin" / "python"
+    command.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ $1 == */train_improved.py ]] || exec -a "$0" {Path(sys.executable).resolve()} "$@"\n'
+        f"{python}\n"
+    )
+    command.chmod(0o755)
     return Path(shutil.copy(SCRIPT, folder / "with blank"))
-
-
-def instead(script: Path) -> dict[str, str]:
-    """The environment in which the commands beside the script come first."""
-    return {"PATH": f"{script.parent / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize("visible", ["2", "0, 1", " 3 ,-1,4", "-1", "", "MIG-GPU-89/1/0"])
@@ -107,10 +121,10 @@ def test_its_console_log_lies_beside_the_trainings(
 
 def test_after_a_stop_nothing_begins(tmp_path: Path):
     """A stop that comes while the third of five is about to begin."""
-    mkdir = 'if [[ $2 == *c_gpu_* ]]; then kill -TERM "$PPID"; fi; exec /bin/mkdir "$@"'
-    script = stood_in(tmp_path, python="exec sleep 60", mkdir=mkdir)
+    (tmp_path / "sitecustomize.py").write_text(STOP_AT_C)
+    script = stood_in(tmp_path, python="exec sleep 60")
     done = run_command(
-        [str(script), "--slots=5", *"abcde"], cwd=tmp_path, expect=143, **instead(script)
+        [str(script), "--slots=5", *"abcde"], cwd=tmp_path, expect=143, PYTHONPATH=str(tmp_path)
     )
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("started")] == ["a", "b"]
@@ -119,9 +133,10 @@ def test_after_a_stop_nothing_begins(tmp_path: Path):
 
 
 def test_one_without_a_log_ends_no_other(tmp_path: Path):
-    mkdir = '[[ $2 != *a_gpu_* ]] && exec /bin/mkdir "$@"'
-    script = stood_in(tmp_path, python="sleep 1; echo done", mkdir=mkdir)
-    done = run_command([str(script), "a", "b"], cwd=tmp_path, expect=1, **instead(script))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a_gpu_cpu").write_text("a file where its folder would be")
+    script = stood_in(tmp_path, python="sleep 1; echo done")
+    done = run_command([str(script), "--slots=2", "a", "b"], cwd=tmp_path, expect=1)
     assert "failed    a after" in done.stdout
     assert "finished  b after" in done.stdout
     assert "1 ended early: a" in done.stdout

@@ -1,4 +1,4 @@
-"""`gpt2 experiments`: lists the experiments on disk, and shows one."""
+"""`gpt2 experiments`: lists the experiments on disk, shows one, and runs named ones."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ import tyro
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import require_at_least, suggestion
+from gpt2.cli import experiments_run
 from gpt2.cli.parse import CommandOptions, guarded, run_command
 
 
@@ -50,7 +51,8 @@ def experiments_main() -> int:
         print(
             "usage: gpt2 experiments ACTION [OPTIONS]\n\n"
             "  list [DIR]   list every experiment and training in a folder\n"
-            "  show DIR     show the state, the results and the failures of an experiment\n\n"
+            "  show DIR     show the state, the results and the failures of an experiment\n"
+            "  run NAME …   train several named experiments side by side\n\n"
             "`gpt2 experiments ACTION --help` lists its options"
         )
         return 0
@@ -59,11 +61,13 @@ def experiments_main() -> int:
         return run_command(ListCommand, _list, rest)
     if name == "show":
         return run_command(ShowCommand, _show, rest)
+    if name == "run":
+        return guarded(lambda: experiments_run.run_experiments(rest))
     return guarded(lambda: _refuse(name))
 
 
 def _refuse(name: str) -> NoReturn:
-    known = suggestion(name, ["list", "show"]) or "; expected list or show"
+    known = suggestion(name, ["list", "show", "run"]) or "; expected list, show or run"
     raise ConfigError(f"unknown action {name}{known}")
 
 

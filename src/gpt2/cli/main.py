@@ -20,7 +20,7 @@ COMMANDS = {
     "estimate": "forecast how long training takes",
     "doctor": "check this machine and everything that a run needs",
     "plot": "draw the curves of runs",
-    "experiments": "list the experiments on disk, and show one",
+    "experiments": "list the experiments on disk, show one, or run named ones",
     "status": "show the state of a run, also as an exit code",
 }
 

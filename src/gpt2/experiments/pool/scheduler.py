@@ -163,7 +163,7 @@ class Scheduler:
                 return stop.number
             except KeyboardInterrupt:
                 self._stopping = True
-                return signal.SIGINT
+                return stop.number or signal.SIGINT
             except BaseException:
                 self._source, self._on_event = _EmptySource(), lambda _: None
                 self._begin_stop("twice")

@@ -1,0 +1,89 @@
+"""`gpt2 experiments run`: trains several named experiments side by side.
+
+It does not use tyro: flags of the trainings are inside its positional arguments and after `--`.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpt2.base.errors import ConfigError
+from gpt2.cli.parse import USER_ERROR
+from gpt2.experiments.named import experiment, run, slots
+from gpt2.experiments.pool.job import Slot
+
+HELP = """\
+Trains several named experiments side by side, one at a time on each GPU, and waits for all:
+
+  gpt2 experiments run [OPTIONS] 'NAME [FLAGS …]' … [-- FLAGS OF ALL …]
+  gpt2 experiments run 'lr1e3 --learning_rate 1e-3' 'lr3e4 --learning_rate 3e-4' \\
+      -- --preset demo --resume latest
+
+  --gpus 0,2,3   the GPUs to use; default is CUDA_VISIBLE_DEVICES, else all of this machine
+  --slots N      train on the CPU, N experiments at a time, each on its share of the cores;
+                 default without a GPU is 2
+
+What an experiment prints goes to logs/NAME_gpu_ID/console_DATE_TIME.log. After Ctrl+C or SIGTERM
+all save and end; a second one kills them. Exit code: 0 all finished, 1 one failed, 2 wrong usage,
+130 / 143 stopped. Started again, an experiment waits for the GPU that it had before."""
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What stands on the command line."""
+
+    experiments: Sequence[str]
+    """`NAME FLAGS…` each"""
+    common: Sequence[str]
+    """the flags of all experiments"""
+    gpus: str | None
+    slots: str | None
+
+
+def run_experiments(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code; raises ConfigError for wrong arguments."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "-h" in own or "--help" in own:
+        print(HELP)
+        return 0
+    read = read_arguments(arguments)
+    if not read.experiments:
+        print(HELP, file=sys.stderr)
+        return USER_ERROR
+    where = _slots(read)
+    return run.run(experiment.parse_all(read.experiments, read.common), where)
+
+
+def read_arguments(arguments: Sequence[str]) -> RunArguments:
+    """The arguments by their meaning; raises ConfigError for an unknown option."""
+    experiments: list[str] = []
+    options: dict[str, str] = {}
+    rest = list(arguments)
+    while rest and (argument := rest.pop(0)) != "--":
+        name, has_value, value = argument.partition("=")
+        if name in ("--gpus", "--slots"):
+            if not has_value and not rest:
+                raise ConfigError(f"{name} needs a value")
+            options[name] = value if has_value else rest.pop(0)
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument}; flags of all experiments come after --")
+        else:
+            experiments.append(argument)
+    return RunArguments(experiments, rest, options.get("--gpus"), options.get("--slots"))
+
+
+def _slots(read: RunArguments) -> list[Slot]:
+    """The slots that --gpus or --slots choose, else those of the machine."""
+    if read.slots is not None and not re.fullmatch("[1-9][0-9]*", read.slots):
+        raise ConfigError(f"--slots {read.slots}: expected a number of 1 or more")
+    if read.gpus is not None:
+        ids, all_valid = slots.valid_ids(read.gpus)
+        if not all_valid:
+            raise ConfigError(
+                f"--gpus '{read.gpus}': expected ids such as 0,2; use --slots N for the CPU"
+            )
+        if read.slots is not None:
+            raise ConfigError("use either --gpus or --slots")
+        return slots.of_gpus(ids)
+    return slots.of_cores(int(read.slots)) if read.slots is not None else slots.of_machine()
