@@ -77,7 +77,7 @@ def stood_in(folder: Path, python: str) -> Path:
     command = environment / "bin" / "python"
     command.write_text(
         "#!/usr/bin/env bash\n"
-        f'[[ $1 == */train_improved.py ]] || exec -a "$0" {Path(sys.executable).resolve()} "$@"\n'
+        f'[[ $1 == */train_improved.py ]] || exec -a "$0" "{Path(sys.executable).resolve()}" "$@"\n'
         f"{python}\n"
     )
     command.chmod(0o755)
@@ -160,6 +160,38 @@ def test_experiments_outlive_the_reader_but_not_the_script(tmp_path: Path):
             wait_for(tmp_path, "runs\ntold\n")
         finally:
             started.terminate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_second_signal_kills_and_so_does_the_end_of_the_command(
+    tmp_path: Path, number: signal.Signals
+):
+    """An experiment that ends neither after SIGTERM nor by itself."""
+    python = "trap 'echo told' TERM; echo runs; while true; do sleep 0.1; done"
+    script = stood_in(tmp_path, python=python)
+    printed = tmp_path / "printed.txt"
+    with printed.open("w") as output:
+        started = subprocess.Popen(
+            [str(script), "--slots=1", "a", "b"], cwd=tmp_path, stdout=output, stderr=output
+        )
+    wait_for(tmp_path, "runs\n")
+    if number == signal.SIGTERM:
+        started.send_signal(number)
+        wait_for(tmp_path, "runs\ntold\n")
+    started.send_signal(number)
+    assert started.wait(30) == (143 if number == signal.SIGTERM else -number)
+    deadline = time.monotonic() + 20
+    while processes_of(f"{tmp_path}/with blank/.venv"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if number == signal.SIGTERM:
+        lines = printed.read_text().splitlines()
+        assert lines[1:3] == [
+            "Stopping: waiting for 1 experiment to save; a second signal kills",
+            "Killing 1 experiment",
+        ]
+        assert lines[3].startswith("failed    a after") and lines[3].endswith("exit code 137")
+        assert "1 never began: b" in lines
 
 
 def wait_for(folder: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> int:
             source.lose(event.slot)
         elif event.kind == "stopping":
             running = counted(len(source.running), "experiment")
-            say(f"Stopping: {running} save and end; once more kills them")
+            say(f"Stopping: waiting for {running} to save; a second signal kills")
             _kill_at_next_signal(source)
 
     scheduler = Scheduler(

@@ -1,0 +1,34 @@
+"""Which slots named experiments have."""
+
+import os
+
+import pytest
+
+from gpt2.experiments.named import slots
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "all_valid"),
+    [
+        ("0,2", ["0", "2"], True),
+        (" 3 ,-1,4", ["3"], False),
+        ("1,", ["1"], True),
+        ("", [], False),
+    ],
+)
+def test_ids_end_at_the_first_invalid_one(text: str, ids: list[str], all_valid: bool):
+    assert slots.valid_ids(text) == (ids, all_valid)
+
+
+def test_shares_of_the_cores_see_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    shares = slots.of_machine()
+    assert [slot.name for slot in shares] == ["cpu", "cpu"]
+    assert shares[0].environment == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}
+
+
+def test_a_slot_of_a_gpu_is_named_as_its_training_names_it():
+    named = slots.of_gpus(["MIG-GPU-89/1/0", "3"])
+    assert [slot.name for slot in named] == ["MIG-GPU-89-1-0", "3"]
+    assert named[1].environment == {"CUDA_VISIBLE_DEVICES": "3"}
