@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -173,3 +174,11 @@ def test_the_examples_work(extended: Path):
     results = json.loads((extended / "results.json").read_text())["results"]
     assert results["agreement"]["of"] == "2 texts" and "agreement" in measured.stdout
     assert results["agreement"]["acc"] in (0, 0.5, 1)
+
+
+def test_the_tests_of_every_entry_pass_for_the_examples(extended: Path):
+    chosen = ["tests/model", "tests/optim", "-k", "bigram or sgd"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(extended / "src"), str(ROOT / "tests")])}
+    pytest_ = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
+    done = run_command([*pytest_, *chosen], **environment)
+    assert "test_dropout[bigram] PASSED" in done.stdout and "sgd" in done.stdout

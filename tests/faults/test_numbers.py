@@ -57,7 +57,7 @@ def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsy
     assert "gradient norm nan: no update (1 in a row, 1 in all)" in out
     assert "gradient norm nan: no update (2 in a row, 2 in all)" in out
     assert "gradient norm nan: no update (1 in a row, 3 in all)" in out
-    assert "WARNING: no checkpoint of step 10: its update was left out" in out
+    assert "WARNING: no checkpoint of step 10: its update was skipped" in out
     assert not (tmp_path / "checkpoints/step_000010.pt").exists()
     assert all(torch.isfinite(part).all() for part in weights(tmp_path, 20).values())
     assert losses(tmp_path / "logs/log.txt")[20] < 10
@@ -87,7 +87,7 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
     trainer.run(small_config(data_root, tmp_path / "bad", **changes))
     out = capsys.readouterr().err
     assert "WARNING: back to step 10 " in out
-    assert "the data of steps 13 to 15 is left out from here on" in out
+    assert "the data of steps 13 to 15 is skipped from here on" in out
     loading = f"Loading checkpoint from: {tmp_path}/bad/checkpoints/step_000010.pt\n"
     assert loading in (tmp_path / "bad/logs/log.txt").read_text()
     bad = losses(tmp_path / "bad/logs/log.txt")
@@ -105,7 +105,7 @@ def test_many_bad_updates_go_back_and_leave_the_data_out(
         small_config(data_root, tmp_path / "more", **changes, resume=str(resumed), max_steps=22)
     )
 
-    back = [*range(10, 12), *range(15, 23)]  # the data of steps 13 to 15 is left out
+    back = [*range(10, 12), *range(15, 23)]  # the data of steps 13 to 15 is skipped
     assert data_steps == [[*range(20)], back, [*range(20)], [23, 24]]
 
 
@@ -134,7 +134,7 @@ def test_it_does_not_go_back_to_a_checkpoint_among_bad_updates(
     assert (result.state, result.step) == ("finished", 20)
     out = capsys.readouterr().err
     assert "WARNING: back to step 10 " in out
-    assert "the data of steps 12 to 14 is left out" in out
+    assert "the data of steps 12 to 14 is skipped" in out
 
 
 def test_it_goes_back_once_only(data_root: Path, tmp_path: Path, poison):

@@ -10,7 +10,7 @@ from gpt2 import model
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
-from gpt2.config.model import ModelConfig
+from gpt2.config import options
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
@@ -59,7 +59,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
         weights, run = state["model"], state["config"]
         train_state = resume.train_state(state, path, world)
         shown = str(path)
-        shape = ModelConfig(**run["model"])
+        shape = options.of_stored(run).model
     if not all(bool(part.isfinite().all()) for part in weights.values()):
         raise CheckpointError(
             f"{shown} has NaN or infinite weights: its training diverged; use an earlier checkpoint"

@@ -1,5 +1,5 @@
-"""Updates that were left out because loss or gradient was NaN or infinite: counted, and after too
-many in a row the run goes back to a checkpoint and leaves out the data that they had."""
+"""Updates that were skipped because loss or gradient was NaN or infinite: counted, and after too
+many in a row the run goes back to a checkpoint and skips their data."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def go_back_if_bad(run: TrainingRun, update: Update) -> None:
-    """Counts the update if it was left out. After `max_bad_steps` in a row, goes back to the newest
+    """Counts the update if it was skipped. After `max_bad_steps` in a row, goes back to the newest
     checkpoint before them.
 
     Raises Diverged if there is no such checkpoint, or if the run went back before: then the data
@@ -39,7 +39,7 @@ def go_back_if_bad(run: TrainingRun, update: Update) -> None:
     reason = f"{limit} updates in a row, up to step {state.step}, had no finite loss or gradient"
     if state.left_out is not None:
         raise Diverged(
-            f"{reason}, also after leaving out the data of steps {state.left_out[0] + 1} to "
+            f"{reason}, also after skipping the data of steps {state.left_out[0] + 1} to "
             f"{sum(state.left_out)}; use a lower --learning_rate from an earlier checkpoint"
         )
     first = state.step - state.bad_in_a_row
@@ -79,7 +79,7 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
     run.metrics.close()
     run.open()
     logger.warning(
-        "back to step %d (%s); the data of steps %d to %d is left out from here on",
+        "back to step %d (%s); the data of steps %d to %d is skipped from here on",
         run.state.step,
         path,
         left_out[0] + 1,

@@ -80,7 +80,7 @@ class StartingPoint:
         _refuse_contradictions(self.path, rows, hint)
 
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
-        """What differs from the checkpoint, and may; for the banner."""
+        """Permitted differences from the checkpoint, for the banner."""
         assert self.checkpoint is not None
         rows = options.changed(self.checkpoint["config"], run_config, options.NOTED_AT_RESUME)
         notes = [f"{name}: {old} before, {new} from here" for name, old, new in rows]
@@ -174,6 +174,6 @@ def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: s
         )
         raise CheckpointError(
             f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n{listed}\n"
-            "give the checkpoint's values, or start another run with --out_dir NAME or "
+            "use the checkpoint's values, or start another run with --out_dir NAME or "
             "--experiment_name NAME"
         )

@@ -39,7 +39,7 @@ def build(
 ) -> TrainingRun:
     """The parts of a run, ready for its next step; every rank calls it.
 
-    What can be refused is refused before anything of an earlier run is touched. If it raises, no
+    All checks come before any file of an earlier run is modified. If it raises, no
     thread runs, no sink is open, and `status.json` is as it was.
     """
     early_events: list[EventRecord] = []  # for the sinks, which are not open yet

@@ -58,7 +58,7 @@ class TrainState:
     evaluated_step: int | None = None
     """the step at which everything that was due is measured"""
     bad_steps: int = 0
-    """updates left out so far, because loss or gradient was NaN or infinite"""
+    """updates skipped so far, because loss or gradient was NaN or infinite"""
     bad_in_a_row: int = 0
     left_out: tuple[int, int] | None = None
     """the sampler's steps that are never trained on, as (first, count)"""
@@ -86,7 +86,7 @@ class TrainState:
     def data_step(self, step: int) -> int:
         """The step of the sampler on which the update after `step` finished updates trains.
 
-        The two differ after data was left out.
+        The two differ after a divergence, once data is skipped.
         """
         if self.left_out is None or step < self.left_out[0]:
             return step

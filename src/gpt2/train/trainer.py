@@ -2,7 +2,7 @@
 
 At step N, N updates are done, and the next one trains on step N of the sampler. What is due at N
 (a checkpoint, validation, HellaSwag, samples) happens before that update. The parts that the loop
-uses are built by `setup.build`; each of them knows itself when it is due.
+uses are built by `setup.build`; each of them decides for itself whether it is due.
 
 Shapes: B rows, T time.
 """
@@ -50,7 +50,7 @@ def train_step(
 
     Each micro-batch is tokens and targets of (B, T) int64. DDP averages the gradients over the
     ranks, and the loss is the mean over the global batch, hence the factor before `backward`. An
-    update whose loss or gradient norm is NaN or infinite is left out, on all ranks alike. Raises
+    update whose loss or gradient norm is NaN or infinite is skipped on every rank. Raises
     TrainingError if a micro-batch does not fit into the memory.
     """
     world, config = replica.world, replica.config
@@ -91,14 +91,14 @@ def run(
     run_name: str | None = None,
     on_failure: Callable[[Exception], None] | None = None,
 ) -> RunResult:
-    """Trains as `run_config` says, from its beginning or from a checkpoint, to its end or a stop.
+    """Trains until the last step or a stop request, from scratch or from a checkpoint.
 
     `report` is called on rank 0: with step, total_steps, loss and tokens_per_s after each update,
     with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
     and returns, "prune" only returns. `run_name` is what logs call a new run, by default its preset
-    (or experiment) and time. With several ranks, an error that is no UserError ends the process;
-    the first rank that fails calls `on_failure` with it before. Raises UserError for what the user
-    can mend.
+    (or experiment) and time. With several ranks, any error but a UserError ends the process; the
+    first rank that fails calls `on_failure(error)` first. Raises UserError for what the user can
+    fix.
     """
     with rendezvous.join(run_config.machine, run_config.experiment.gpu_id, on_failure) as world:
         resolved = world.run_on_rank0(lambda: experiment_folder.resolve(run_config))

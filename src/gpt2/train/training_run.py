@@ -29,7 +29,7 @@ from gpt2.train.state import RunResult, TrainState, Update
 from gpt2.train.status import RunState, StatusFile
 
 logger = logging.getLogger(__name__)
-# Answers of `report` share a number line with signals, so that ranks can agree on one number.
+# Above all signal numbers, so that one number is a signal or an answer of `report`.
 STOP, PRUNE = 1001, 1002
 DATA_SLICE_S = 1.0
 """how long a rank waits for its batches before the ranks agree whether to stop"""
@@ -107,7 +107,7 @@ class TrainingRun:
         if not is_due(step, self.config.checkpoint.checkpoint_interval):
             return
         if self.state.bad_in_a_row:
-            logger.warning("no checkpoint of step %d: its update was left out", step)
+            logger.warning("no checkpoint of step %d: its update was skipped", step)
             return
         self.saver.save_in_background(self.metadata(), self.checkpoint_state)
         self.metrics.flush()  # a kill loses no curve up to a step that is kept
@@ -223,7 +223,8 @@ class TrainingRun:
             self.announce_epochs()
         elif self.state.evaluated_step == step:
             logger.info(
-                "Nothing to do: step %d of %d is reached; raise --max_steps or --epochs to go on",
+                "Nothing to do: step %d of %d is reached; to continue, raise --max_steps or "
+                "--epochs",
                 step,
                 self.total_steps,
             )
