@@ -285,6 +285,16 @@ def test_a_checkpoint_without_metadata_is_saved_again(data_root: Path, tmp_path:
     assert (kept.path, kept.training.is_evaluated) == (path, True)
 
 
+def test_a_run_that_ends_where_it_was_stopped_still_measures(data_root: Path, tmp_path: Path):
+    """At step 7 nothing was due; as the last step it is."""
+    trainer.run(small_config(data_root, tmp_path), report=stop_at_7)
+    result = trainer.run(small_config(data_root, tmp_path, max_steps=7, resume="latest"))
+    assert (result.state, result.step) == ("finished", 7)
+    assert result.val_loss is not None
+    (kept,) = store.list_checkpoints(tmp_path / "checkpoints")
+    assert kept.training.val_loss == result.val_loss
+
+
 def test_latest_in_an_empty_folder_starts_fresh_and_says_so_loudly(data_root, tmp_path, capsys):
     result = trainer.run(small_config(data_root, tmp_path, max_steps=2, resume="latest"))
     assert result.step == 2

@@ -219,6 +219,9 @@ class TrainingRun:
     def finished(self) -> RunResult:
         """Ends the run at its last step: saves, then measures."""
         step = self.state.step
+        if self.config.evaluation.eval_interval is not None and self.state.validated_step != step:
+            # A run that was stopped here had nothing due at this step; after the last one it is.
+            self.state.evaluated_step = None
         if step != self.first_step or self.resumed_from is None:
             self.announce_epochs()
         elif self.state.evaluated_step == step:
