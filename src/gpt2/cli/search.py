@@ -39,7 +39,7 @@ class SearchCommand(CommandOptions):
     startup_trials: int = 5
     """trials that must finish before any trial is pruned"""
     storage: str | None = None
-    """database that several machines share: postgresql+psycopg://user:password@host/name;
+    """database of the study, one search at a time: postgresql+psycopg://user:password@host/name;
     default is optuna_study.db in --checkpoint_dir"""
     study_name: str = "search"
     """name of the study in the database"""

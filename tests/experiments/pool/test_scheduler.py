@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gpt2.base.errors import UserError
-from gpt2.experiments.pool import worker
+from gpt2.experiments.pool import scheduler, worker
 from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.messages import JobEnded
@@ -81,19 +81,25 @@ def test_every_job_runs_once_and_workers_are_reused(tmp_path: Path):
     assert not any(is_alive(event.pid) for event in source.events)
 
 
-def test_time_that_the_source_takes_is_no_timeout(tmp_path: Path):
-    """A database may not answer for minutes: a job that waits for its reply does not hang."""
-    waited = []
+@pytest.mark.parametrize("kind", ["reported", "waiting"])
+def test_time_that_the_source_takes_is_no_timeout(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A database may not answer for minutes: a job whose messages wait does not hang."""
+    monkeypatch.setattr(scheduler, "WAITING_EVENT_S", 0.01)
+    kinds: set[str] = set()
+    waited: list[None] = []
 
     def slow(event: Event) -> Answer:
-        if event.kind == "reported" and not waited:
+        kinds.add(event.kind)
+        if event.kind == kind and "reported" in kinds and not waited:
             waited.append(time.sleep(2.5))
         return "go"
 
-    jobs = [job(name, "counts", until=4, pause=0.3) for name in "ab"]
+    jobs = [job(name, "counts", until=8, pause=0.3) for name in "ab"]
     source = Given(*jobs, answer=slow)
     run(source, tmp_path, retries=0, job_timeout=2.0)
-    assert source.results() == {"a": 4, "b": 4}
+    assert waited and source.results() == {"a": 8, "b": 8}
 
 
 def test_worker_sees_its_slot_and_logs_with_its_pid(tmp_path: Path):

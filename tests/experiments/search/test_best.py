@@ -15,7 +15,7 @@ from experiments.search.test_run import RUN, Played
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Job
-from gpt2.experiments.search import best, ownership, space, summary, trial, trial_report
+from gpt2.experiments.search import best, space, summary, trial, trial_report
 
 
 def trained(folder: Path, job: Job, **parameters: Any) -> None:
@@ -40,29 +40,28 @@ def test_the_command_of_the_best_trial():
 
 
 def test_best_overall_has_the_best_trial_or_nothing(tmp_path: Path):
-    one, two = (
-        Played(tmp_path / name, storage=f"sqlite:///{tmp_path}/shared.db")
-        for name in ("one", "two")
-    )
-    first, second = one.next(), two.next()
+    address = f"sqlite:///{tmp_path}/shared.db"
+    one = Played(tmp_path / "one", storage=address)
+    first = one.next()
     trained(tmp_path / "one", first)
-    trained(tmp_path / "two", second)
     one.finishes(first, 5.0)
     overall = tmp_path / "one" / best.FOLDER
     assert (overall / trial.WEIGHTS).read_text() == "trial_000"
     (overall / "training").mkdir()
+    one.heartbeat.end()
+    two = Played(tmp_path / "two", storage=address)
+    second = two.next()
+    trained(tmp_path / "two", second)
     two.finishes(second, 4.0)
     found = best.export(one.study, tmp_path / "one")
     assert found and found.trial.number == 1 and found.command is None
     assert [path.name for path in overall.iterdir()] == ["training"], "begun by hand: it stays"
-    assert ownership.location_of(one.study, found.trial).endswith(
-        ":" + str(tmp_path / "two/trial_001")
-    )
     rows = trial_report.trial_rows(one.study, tmp_path / "one")
     assert rows[0].folder == str(tmp_path / "one/trial_000")
     assert rows[1].folder.endswith(":" + str(tmp_path / "two/trial_001"))
     said = summary_of(one)
-    assert f"{tmp_path}/two/trial_001" in said and "training in full" not in said
+    assert f"{tmp_path}/two/trial_001, without files in {tmp_path}/one" in said
+    assert "training in full" not in said
 
 
 def test_an_exported_trial_outlives_its_folder(tmp_path: Path):
@@ -74,7 +73,7 @@ def test_an_exported_trial_outlives_its_folder(tmp_path: Path):
     found = best.export(played.study, tmp_path / "search")
     assert found and found.command and found.command.startswith("gpt2 train --preset demo")
     shutil.rmtree(tmp_path / "search" / best.FOLDER)
-    assert "trial_000, whose files are gone" in summary_of(played)
+    assert "trial_000, without files in " in summary_of(played)
 
 
 def test_a_best_trial_that_cannot_be_exported_ends_nothing(
@@ -106,31 +105,9 @@ def test_no_summary_without_results(tmp_path: Path):
 
 
 def test_exit_code_1_is_explained(tmp_path: Path):
-    address = f"sqlite:///{tmp_path}/shared.db"
-    played = Played(tmp_path / "search", storage=address, n_trials=1)
-    played.study.ask()
-    assert "Ended: 1 trial without an owner" in summary_of(played)
-    other = Played(tmp_path / "other", n_trials=2)
-    other.finishes(other.next(), 5.0)
-    assert "Ended: 1 trial left; run the same command to continue" in summary_of(other)
-
-
-def test_a_trial_that_ends_on_another_machine_during_the_summary_counts(tmp_path: Path):
-    address = f"sqlite:///{tmp_path}/shared.db"
-    one, two = (Played(tmp_path / n, storage=address, n_trials=2) for n in ("one", "two"))
-    one.finishes(one.next(), 5.0)
-    job, write = two.next(), trial_report.write
-
-    def slow(*args: Any) -> Any:
-        two.finishes(job, 4.0)
-        return write(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial_report, "write", slow)
-        out = Console(file=io.StringIO(), width=200)
-        asked = one.source._search
-        assert summary.summarize(asked, one.study, one.source, 0, out) == 0
-    assert "Ended elsewhere meanwhile: 1 more trial" in out.file.getvalue()  # type: ignore[attr-defined]
+    played = Played(tmp_path / "search", n_trials=2)
+    played.finishes(played.next(), 5.0)
+    assert "Ended: 1 trial left; run the same command to continue" in summary_of(played)
 
 
 def rows_of_the_default_space() -> list[trial_report.TrialRow]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.results import ResultsStore
-from gpt2.experiments.search import space, study, trial, trial_source
+from gpt2.experiments.search import ownership, space, study, trial, trial_source
+from gpt2.experiments.search.ownership import Heartbeat
 from gpt2.experiments.search.run import _print_plan
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
@@ -44,12 +45,15 @@ SPACE = space.parse("[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true", RUN,
 class Played:
     """A search without processes: the test sends the events of its trainings."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, clock: Callable[[], float] = time.time, **changes: Any
+    ) -> None:
         folder.mkdir(exist_ok=True)
         asked = Search(RUN, SPACE, **{"folder": folder, "n_trials": 4, **changes})
         self.study = study.open_study(asked)
         self.store = ResultsStore(folder, asked.description())
-        self.source = TrialSource(self.study, asked, self.store)
+        self.heartbeat = Heartbeat(self.study, folder, clock)
+        self.source = TrialSource(self.study, asked, self.store, self.heartbeat)
 
     def next(self) -> Job:
         job = self.source.next()
@@ -177,20 +181,10 @@ def test_interrupted_trials_continue(played: Played, tmp_path: Path):
     assert fewer.source.next() is None, "fewer are requested now than had started"
 
 
-def test_several_machines_share_a_study(tmp_path: Path):
-    """Each machine has its own folder; together they run n trials, and each continues its own."""
-    address = f"sqlite:///{tmp_path}/shared.db"
-    one, two = (Played(tmp_path / name, storage=address, n_trials=3) for name in ("one", "two"))
-    first, second = one.next(), two.next()
-    asked, one.study.ask = one.study.ask, lambda: (two.next(), asked())[1]  # at the same moment
-    assert one.source.next() is None
-    assert one.states == ["RUNNING", "RUNNING", "RUNNING", "FAIL"]
-    again = Played(tmp_path / "one", storage=address, n_trials=3)
-    assert again.next().name == first.name and again.source.next() is None
-    assert second.name == "trial_001"
+def test_another_space_is_refused(played: Played, tmp_path: Path):
+    other = space.parse("[n_layer]\nchoices = [2, 3]", RUN, "space")
     with pytest.raises(ConfigError, match="n_layer: not searched before, 2, 3 now"):
-        other = space.parse("[n_layer]\nchoices = [2, 3]", RUN, "space")
-        study.open_study(replace(again.source._search, space=other))
+        study.open_study(Search(RUN, other, folder=tmp_path / "search"))
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +224,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
         (0, "COMPLETE"),
         (1, "COMPLETE"),
     ]
+    assert ownership.owner_of(study_in(folder)) == (None, 0.0)
     log = (folder / "trial_000" / "log.txt").read_text()
     assert "  - Step: 2\n" in log or "  - Step: 4\n" in log, "it went on where it was"
     assert len(loss_lines(folder / "trial_000" / "log.txt")) == 4 + 3
@@ -244,6 +239,16 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     ):
         code, said = call([*flags_of(data_root, tmp_path, space_file, 2), *arguments])
         assert code == expected and words in said and "begins" not in said
+
+
+def test_a_second_owner_ends_with_exit_code_2(data_root: Path, tmp_path: Path, space_file: Path):
+    address = f"sqlite:///{tmp_path}/shared.db"
+    shared = optuna.create_study(storage=address, study_name="search")
+    Heartbeat(shared, tmp_path / "first")
+    flags = [*flags_of(data_root, tmp_path, space_file, 1), "--storage", address]
+    code, said = call(flags)
+    assert code == 2 and "another search runs the study search: process " in said
+    assert "begins" not in said and ownership.owner_of(shared)[0] is not None
 
 
 def changed(space_file: Path) -> Path:
@@ -261,9 +266,13 @@ def call(arguments: list[str]) -> tuple[int, str]:
             return main.main(), said.getvalue()
 
 
-def trials_in(folder: Path) -> list[Any]:
+def study_in(folder: Path) -> Study:
     address = f"sqlite:///{folder / 'optuna_study.db'}"
-    return optuna.load_study(study_name="search", storage=address).get_trials()
+    return optuna.load_study(study_name="search", storage=address)
+
+
+def trials_in(folder: Path) -> list[Any]:
+    return study_in(folder).get_trials()
 
 
 def require_files(folder: Path, said: str) -> None:

@@ -289,8 +289,7 @@ class Scheduler:
             if has_ended:
                 self._on_death(slot)
         if time.monotonic() > self._last_event_at + WAITING_EVENT_S:
-            self._last_event_at = time.monotonic()
-            self._source.event(Event("waiting", self._slots[0].spec))
+            self._tell_source(Event("waiting", self._slots[0].spec))
 
     def _on_message(self, slot: _ManagedSlot, message: Message) -> None:
         running, its_worker = slot.running, slot.worker
@@ -460,10 +459,15 @@ class Scheduler:
             host=slot.worker.host,
             **values,
         )
+        answer = self._tell_source(event)
+        self._show(event)
+        return answer
+
+    def _tell_source(self, event: Event) -> Answer:
+        """The source's answer, which may take minutes if its database is unreachable."""
         self._last_event_at = time.monotonic()
         answer = self._source.event(event)
         self._extend_timeouts(self._last_event_at)
-        self._show(event)
         return answer
 
     def _extend_timeouts(self, since: float) -> None:

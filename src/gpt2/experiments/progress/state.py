@@ -169,11 +169,6 @@ class StateTracker:
         """Applies an event of the pool."""
         self.current = updated(self.current, event, self.clock())
 
-    def set_done(self, done: int) -> None:
-        """Sets the number of completed jobs, which includes jobs that other machines completed."""
-        now = self.current
-        self.current = replace(now, before=max(0, done - now.finished - now.pruned))
-
     def end(self) -> None:
         """Marks the experiment as finished or stopped, and every slot as idle."""
         now = self.current

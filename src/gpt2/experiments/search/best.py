@@ -32,13 +32,13 @@ class BestTrial:
 
     trial: FrozenTrial
     command: str | None
-    """trains it in full; None if its files are not on this machine"""
+    """trains it in full; None if its files are not in the folder of the search"""
 
 
 def export(study: Study, folder: Path) -> BestTrial | None:
     """Copies the best trial to `best_overall` in `folder`; None if no trial has finished.
 
-    If the best trial is on another machine, files of an earlier best trial are removed there.
+    If its files are not in `folder`, those of an earlier best trial are removed from there.
     Raises OSError, and ConfigError if the trial's `config.json` is damaged.
     """
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

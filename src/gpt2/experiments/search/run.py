@@ -13,9 +13,9 @@ from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import showing_progress
 from gpt2.experiments.progress.state import StateTracker
-from gpt2.experiments.search import space, study, summary
+from gpt2.experiments.search import ownership, space, study, summary
 from gpt2.experiments.search.spec import Search
-from gpt2.experiments.search.trial_source import ENDED, TrialSource
+from gpt2.experiments.search.trial_source import TrialSource
 from gpt2.experiments.training import training_job
 
 
@@ -32,7 +32,9 @@ def run(search: Search, engine: Engine, limits: Limits, out: Console) -> int:
         stack.enter_context(study.storage_errors())
         optuna_study = study.open_study(search)
         stack.enter_context(study.storage_errors(optuna_study))
-        source = TrialSource(optuna_study, search, store)
+        heartbeat = ownership.Heartbeat(optuna_study, search.folder)
+        stack.callback(heartbeat.end)
+        source = TrialSource(optuna_study, search, store, heartbeat)
         source.catch_up()
         done = source.done
         _print_plan(search, engine.slots, done, out)
@@ -54,8 +56,6 @@ def _run_trials(
 
         def on_event(event: Event) -> None:
             show(source.as_in_study(event))
-            if event.kind in ENDED and search.is_shared:
-                tracker.set_done(source.done)  # other machines have completed trials, too
             # Without a terminal, the lines about started jobs have process and log.
             if event.kind == "started" and event.slot.name not in announced and out.is_terminal:
                 announced.add(event.slot.name)
@@ -64,10 +64,7 @@ def _run_trials(
         log_of = worker_logs(search.log_dir)
         scheduler = Scheduler(engine, source, on_event, log_of=log_of, limits=limits)
         source.retry.is_stopping = lambda: scheduler.stop_requested
-        signal_number = scheduler.run()
-        if search.is_shared:
-            tracker.set_done(source.done)
-        return signal_number
+        return scheduler.run()
 
 
 def _print_plan(search: Search, slots: Sequence[Slot], done: int, out: Console) -> None:

@@ -30,7 +30,7 @@ class Search:
     folder: Path = Path("checkpoints/search")
     log_dir: Path = Path("logs")
     storage: str | None = None
-    """URL of a database that several machines share; None is a file in `folder`"""
+    """URL of the study's database; None is a file in `folder`"""
     study_name: str = "search"
     keep_checkpoints: bool = False
     ranks: int = 1
@@ -56,11 +56,6 @@ class Search:
     def differences(self, before: ExperimentDescription) -> list[str]:
         """How an earlier search differs from this one, a line for each option."""
         return differences(before.fixed, self.description().fixed)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other machines may have trials in the study."""
-        return self.storage is not None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ import logging
 import re
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,6 @@ FIXED = "fixed"
 """attribute of a study: the values that all of its trials share"""
 LOCK_TIMEOUT_S = 60.0
 """for SQLite's lock, which a dashboard may hold"""
-CREATE_ATTEMPTS, CREATE_PAUSE_S = 5, 1.0
-"""processes that create the same study at the same time may fail"""
 OUTAGE_TIMEOUT_S = 300.0
 """how long an unreachable database is retried"""
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
@@ -70,7 +67,7 @@ def open_study(search: Search) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _load_or_create(search)
     fixed = dict(search.description().fixed)
-    fixed.pop("data_root", None)  # machines may have the data in different folders
+    fixed.pop("data_root", None)  # the next owner may have the data in another folder
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
         listed = "\n".join(f"  {row}" for row in rows)
@@ -79,13 +76,11 @@ def open_study(search: Search) -> Study:
             "another --study_name"
         )
     name = f"{search.study_name} in {location(search)}"
-    ownership.register_folder(study, search.folder, name, search.is_shared)
+    ownership.register_folder(study, search.folder, name)
     if before is None:
         study.set_user_attr(FIXED, fixed)
     # A sampler with the same seed would draw the values of the earlier trials again.
     seed = search.run.machine.seed + len(study.get_trials(deepcopy=False))
-    if search.is_shared:  # machines that start at the same time need different seeds
-        seed += zlib.crc32(ownership.folder_id(search.folder).encode())
     with warnings.catch_warnings():  # constant_liar is experimental before Optuna 5.0
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.sampler = TPESampler(seed=seed % 2**32, constant_liar=True)
@@ -102,21 +97,17 @@ def _load_or_create(search: Search) -> Study:
     options: dict[str, Any] = {"pool_pre_ping": True}
     if address.startswith("sqlite"):
         options = {"connect_args": {"timeout": LOCK_TIMEOUT_S}}
-    for attempt in range(CREATE_ATTEMPTS):
-        try:
-            return optuna.create_study(
-                storage=RDBStorage(address, engine_kwargs=options),
-                study_name=search.study_name,
-                pruner=MedianPruner(n_startup_trials=search.startup_trials),
-                load_if_exists=True,
-            )
-        except (StorageInternalError, SQLAlchemyError) as error:
-            if attempt == CREATE_ATTEMPTS - 1:
-                raise ConfigError(
-                    f"cannot open the study {without_password(address)}: {_first_line(error)}"
-                ) from error
-            time.sleep(CREATE_PAUSE_S)
-    raise AssertionError
+    try:
+        return optuna.create_study(
+            storage=RDBStorage(address, engine_kwargs=options),
+            study_name=search.study_name,
+            pruner=MedianPruner(n_startup_trials=search.startup_trials),
+            load_if_exists=True,
+        )
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise ConfigError(
+            f"cannot open the study {without_password(address)}: {_first_line(error)}"
+        ) from error
 
 
 def _require_name(folder: Path) -> None:

@@ -43,30 +43,18 @@ def summarize(
         out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
         out.print(f"  {found.command}", soft_wrap=True)
     elif found:
-        location = ownership.location_of(optuna_study, found.trial)
-        out.print(f"Best trial: {location}{_missing_files(found, search)}", soft_wrap=True)
+        location = ownership.location_of(optuna_study, found.trial, search.folder)
+        out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
     address = search.storage or study.url(search.folder)
     command = shlex.join(["optuna-dashboard", study.without_password(address)])
     out.print(f"Look into it: {command}", soft_wrap=True)
-    shown = sum(row.is_counted for row in rows)
-    return _print_remaining(search, source, shown, signal_number, out)
+    return _print_remaining(search, source, signal_number, out)
 
 
-def _missing_files(found: best.BestTrial, search: Search) -> str:
-    folder_id = ownership.folder_id(search.folder)
-    is_here = ownership.belongs_to_folder(found.trial, folder_id, search.is_shared)
-    return ", whose files are gone" if is_here else ""
-
-
-def _print_remaining(
-    search: Search, source: TrialSource, shown: int, signal_number: int, out: Console
-) -> int:
+def _print_remaining(search: Search, source: TrialSource, signal_number: int, out: Console) -> int:
     """Prints how many trials are left and why; returns the exit code."""
-    done, elsewhere, ownerless = source.done, source.running_elsewhere, source.ownerless
+    done = source.done
     left = counted(search.n_trials - done, "trial")
-    if done > shown:
-        more = counted(done - shown, "more trial")
-        out.print(f"Ended elsewhere meanwhile: {more}; run the same command to show them")
     if done >= search.n_trials:
         return 0
     if signal_number:
@@ -79,14 +67,5 @@ def _print_remaining(
             style="red",
         )
         return 1
-    if elsewhere:
-        out.print(f"Nothing left to start here; {counted(elsewhere, 'trial')} left elsewhere")
-        return 0
-    if ownerless:
-        out.print(
-            f"Ended: {counted(ownerless, 'trial')} without an owner: another machine has just "
-            "created it, or was killed while it did; run the same command in a minute to continue"
-        )
-    else:
-        out.print(f"Ended: {left} left; run the same command to continue")
+    out.print(f"Ended: {left} left; run the same command to continue")
     return 1

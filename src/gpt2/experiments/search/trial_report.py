@@ -55,18 +55,13 @@ class TrialRow:
     took_s: float | None
     """training time in seconds, without interruptions"""
     folder: str
-    """its folder, with the host in front if it is on another machine"""
+    """its folder, with the host in front if an owner in another folder ran it"""
     reason: str = ""
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether it counts towards `n_trials`."""
-        return self.state in ("COMPLETE", "PRUNED")
 
     @property
     def is_reportable(self) -> bool:
         """Whether it has ended, or has a validation."""
-        return self.is_counted or self.state == "FAIL" or bool(self.losses)
+        return self.state in ("COMPLETE", "PRUNED", "FAIL") or bool(self.losses)
 
     @property
     def outcome(self) -> str:
@@ -88,7 +83,7 @@ def trial_rows(study: Study, folder: Path) -> list[TrialRow]:
             used_values(item),
             dict(sorted(item.intermediate_values.items())),
             _train_s(item),
-            _folder(study, item, folder),
+            ownership.location_of(study, item, folder),
             item.user_attrs.get("reason", ""),
         )
         for item in study.get_trials(deepcopy=False)
@@ -100,13 +95,6 @@ def _train_s(item: FrozenTrial) -> float | None:
     if took_s is None and item.duration is not None:
         return item.duration.total_seconds()
     return took_s
-
-
-def _folder(study: Study, item: FrozenTrial, folder: Path) -> str:
-    owner = item.user_attrs.get(ownership.OWNER)
-    if owner in (None, ownership.folder_id(folder)):
-        return str(folder / trial.name_of(item.number))
-    return ownership.location_of(study, item)
 
 
 def option_names(rows: Sequence[TrialRow]) -> list[str]:

@@ -16,7 +16,6 @@ import contextlib
 import logging
 import math
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,15 +35,11 @@ from gpt2.train.report import Answer
 
 MAX_FAILURES = 5
 """failed trials in a row after which no more are started"""
-ORPHAN_AGE_S = 60.0
-"""age at which a trial without an owner is given up: the process that created it was killed"""
-IDLE_S = 5.0
-"""how long `next` does not read the study again after it needed no trial, unless a job ends"""
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 ENDED = ("finished", "pruned", "failed")
 ENDING, RESULT, REASON, KEEPS_CHECKPOINTS = "ending", "result", "reason", "keeps_checkpoints"
 """attributes of a trial in the study"""
-ELSEWHERE = "elsewhere"
+ENDED_IN_STUDY = "ended in the study"
 """the ending of a trial whose state another process has set in the study"""
 
 logger = logging.getLogger(__name__)
@@ -59,7 +54,7 @@ class RunningTrial:
     losses: dict[int, float] = field(default_factory=dict)
     """validation losses so far by their reference step"""
     ending: str = ""
-    """why the trial is to end: pruned, patience, diverged or elsewhere"""
+    """why the trial is to end: pruned, patience, diverged or ENDED_IN_STUDY"""
     is_over: bool = False
 
 
@@ -71,16 +66,16 @@ class TrialSource:
         optuna_study: Study,
         search: Search,
         store: ResultsStore,
-        retry: study.StorageRetry | None = None,
+        heartbeat: ownership.Heartbeat,
     ) -> None:
         self._study, self._search, self._store = optuna_study, search, store
-        self.retry = retry or study.StorageRetry()
+        self._heartbeat = heartbeat
+        self.retry = study.StorageRetry()
         self._folder_id = ownership.folder_id(search.folder)
         self._running: dict[str, RunningTrial] = {}
         self.failed_in_a_row = 0
-        running = self.trials_in_state(TrialState.RUNNING)
-        self._interrupted = [item for item in running if self._is_local(item)]
-        self._idle_until = 0.0
+        self._interrupted = self.trials_in_state(TrialState.RUNNING)
+        self._needs_none = False  # more trials, until a job ends
 
     def trials_in_state(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials of the study in these states; all of them if none is given."""
@@ -92,48 +87,35 @@ class TrialSource:
         return len(self.trials_in_state(*COUNTED))
 
     @property
-    def running_elsewhere(self) -> int:
-        """Trials that run on other machines."""
-        running = self.trials_in_state(TrialState.RUNNING)
-        owners = [item.user_attrs.get(OWNER, self._folder_id) for item in running]
-        return sum(owner != self._folder_id for owner in owners)
-
-    @property
-    def ownerless(self) -> int:
-        """Trials that another machine has just created, or was killed while it did."""
-        running = self.trials_in_state(TrialState.RUNNING)
-        return sum(OWNER not in item.user_attrs and not self._is_local(item) for item in running)
-
-    @property
     def has_given_up(self) -> bool:
         """Whether so many trials have failed in a row that no more are started."""
         return self.failed_in_a_row >= MAX_FAILURES
 
     def next(self) -> Job | None:
-        if time.monotonic() < self._idle_until:
+        if self._needs_none:
             return None
         with study.storage_errors(self._study):
             while found := self._next_interrupted() or self._new_trial():
                 with contextlib.suppress(UpdateFinishedTrialError):  # ended by another process
                     if job := self._start(*found):
                         return job
-        self._idle_until = time.monotonic() + IDLE_S
+        self._needs_none = True
         return None
 
     def event(self, event: Event) -> Answer:
-        if event.job is None:
-            return "go"
-        running = self._running[event.job.name]
-        if event.kind in ENDED:
-            self._idle_until = 0.0
         with study.storage_errors(self._study):
+            self.retry(self._heartbeat.beat)
+            if event.job is None:
+                return "go"
+            running = self._running[event.job.name]
             try:
                 if event.kind == "reported":
                     return self._answer(running, event.metrics)
                 if event.kind in ENDED:
+                    self._needs_none = False
                     self._end(running, event)
             except UpdateFinishedTrialError:
-                return self._ended_elsewhere(running, event)
+                return self._ended_in_study(running, event)
         return "go"
 
     def as_in_study(self, event: Event) -> Event:
@@ -148,26 +130,13 @@ class TrialSource:
         """Stores the results and drops the checkpoints of trials that have ended in the study, but
         whose process was killed before it did so."""
         ended = self.trials_in_state(*COUNTED, TrialState.FAIL)
-        local = [item for item in ended if self._is_local(item)]
-        for item in local:
+        for item in ended:
             if trial.name_of(item.number) not in self._store.results:
                 self._store_result(item, JobResult(trial.name_of(item.number), "failed", {}))
-        counted = [item for item in local if item.state in COUNTED]
+        counted = [item for item in ended if item.state in COUNTED]
         self._drop_checkpoints(
             item.number for item in counted if not item.user_attrs.get(KEEPS_CHECKPOINTS)
         )
-
-    def _is_local(self, item: FrozenTrial) -> bool:
-        return ownership.belongs_to_folder(item, self._folder_id, self._search.is_shared)
-
-    def _fail_orphans(self) -> None:
-        """Ends trials that have had no owner for long as FAIL, so that they are replaced."""
-        for item in self.trials_in_state(TrialState.RUNNING):
-            if OWNER in item.user_attrs or self._is_local(item) or item.datetime_start is None:
-                continue
-            # In the local time of its machine, which may be hours ahead or behind.
-            if abs(time.time() - item.datetime_start.timestamp()) > ORPHAN_AGE_S:
-                self._tell(item.number, TrialState.FAIL)
 
     def _next_interrupted(self) -> tuple[Trial, FrozenTrial] | None:
         """A trial that an earlier start left RUNNING; None if fewer are requested now."""
@@ -180,20 +149,10 @@ class TrialSource:
 
     def _new_trial(self) -> tuple[Trial, None] | None:
         """A new trial of the study, if one is missing."""
-        requested = self._search.n_trials
-        self._fail_orphans()
-        is_enough = len(self.trials_in_state(*COUNTED, TrialState.RUNNING)) >= requested
-        if self.has_given_up or is_enough:
-            return None
-        new = self.retry(self._study.ask)
-        with contextlib.suppress(UpdateFinishedTrialError):
-            self._set_attribute(new, OWNER, self._folder_id)
         known = self.trials_in_state(*COUNTED, TrialState.RUNNING)
-        if sum(item.number < new.number for item in known) < requested:
-            return new, None
-        # Another machine has created the last one at the same time.
-        self._tell(new.number, TrialState.FAIL)
-        return None
+        if self.has_given_up or len(known) >= self._search.n_trials:
+            return None
+        return self.retry(self._study.ask), None
 
     def _start(self, started: Trial, interrupted: FrozenTrial | None) -> Job | None:
         """The job of a trial, with what the study knows of an interrupted one.
@@ -201,6 +160,7 @@ class TrialSource:
         None if it cannot run: its values are invalid, or its folder holds other files.
         """
         search, name = self._search, trial.name_of(started.number)
+        self._set_attribute(started, OWNER, self._folder_id)
         try:
             drawn = self._suggest_all(started)
             run_config = space.apply(search.run, search.space, drawn)
@@ -286,12 +246,12 @@ class TrialSource:
         if state != TrialState.FAIL and not self._search.keep_checkpoints:
             self._drop_checkpoints([running.trial.number])
 
-    def _ended_elsewhere(self, running: RunningTrial, event: Event) -> Answer:
+    def _ended_in_study(self, running: RunningTrial, event: Event) -> Answer:
         """Ends the training of a trial that another process has ended in the study, and stores the
         outcome that it has there."""
         number = running.trial.number
-        if running.ending != ELSEWHERE:
-            running.ending = ELSEWHERE
+        if running.ending != ENDED_IN_STUDY:
+            running.ending = ENDED_IN_STUDY
             logger.warning("%s was ended in the study by another process", trial.name_of(number))
         if event.kind in ENDED:
             running.is_over = True
