@@ -14,8 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
+from gpt2.inspection import figures
 from gpt2.metrics import log_reader
 
 SHARE = 0.7
@@ -68,15 +69,16 @@ class Arm:
         return {step: statistics.mean(run[step] for run in runs) for step in runs[0]}
 
 
-def draw(curves: dict[str, dict[int, float]], goal: float, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+def draw(curves: dict[str, dict[int, float]], goal: float) -> Figure:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     for name, curve in curves.items():
         steps = [step for step in sorted(curve) if step > 0]
         axes.plot(steps, [curve[step] for step in steps], label=name)
     axes.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="step", ylabel="validation loss, mean of three seeds")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    axes.legend()
+    return figure
 
 
 def _listed(found: dict[str, list[float]]) -> str:
@@ -113,7 +115,7 @@ def main() -> None:
     for arm in arms[1:]:
         reached = "reaches" if finals[arm.name] <= goal else "does not reach"
         print(f"{arm.name} {reached} the {goal:.4f} of {arms[0].name}: {finals[arm.name]:.4f}")
-    draw(curves, goal, options.picture)
+    figures.write(lambda: draw(curves, goal), options.picture)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import pytest
 
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.cli import main
-from gpt2.inspection import plot
-from gpt2.inspection.plot import Curve
+from gpt2.inspection import figures, plot
+from gpt2.inspection.figures import Curve
 from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import HellaSwagRecord, StepRecord, ValidationRecord
@@ -97,8 +97,8 @@ def test_one_run_is_the_title_and_several_are_a_legend(tmp_path: Path):
     assert [text.get_text() for text in legend.get_texts()] == ["_a $x$", "b"]
 
 
-def test_more_runs_than_named_colors_still_differ():
-    assert len(set(plot.distinct_colors(25))) == 25
+def test_every_curve_outside_of_a_band_has_its_color():
+    assert len(set(figures.distinct_colors(figures.MANY))) == figures.MANY
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from gpt2.experiments.sweep.sweep import (
     SweepResult,
     run_sweep,
 )
-from gpt2.inspection import plot
+from gpt2.inspection import figures
 from gpt2.train.report import Answer, Report
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def together(
         if draw is None or all(result.state == "failed" for result in records.values()):
             return ""
         try:
-            plot.write(lambda: draw(records), folder / PICTURE)
+            figures.write(lambda: draw(records), folder / PICTURE)
         except ConfigError as error:
             return f"; no picture: {error}"
         return f", picture: {folder / PICTURE}"

@@ -3,16 +3,17 @@
 from __future__ import annotations  # matplotlib is imported where something is drawn
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from gpt2.base.errors import ConfigError, DataError
+from gpt2.base.errors import DataError
 from gpt2.evaluation import baselines
+from gpt2.inspection import figures
+from gpt2.inspection.figures import Curve, Numbers
 from gpt2.metrics import jsonl, log_file, log_reader
 from gpt2.metrics.log_reader import LoggedRun
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = (".png", ".svg", ".pdf")
 LOG_NAMES = (log_file.LOG_NAME, jsonl.RECORDS_NAME)
 STEEP = 0.05
 """share of a run, at its beginning, whose losses may be cut off"""
@@ -30,39 +30,9 @@ SMOOTHED = 0.01
 """half the width of the smoothing window, as a share of the curve"""
 MARKED = 60
 """a curve of at most so many measurements has a point at each"""
-HAND_PICKED = 10
-"""so many runs have a colour each from a list; more runs share a colour scale"""
 GPT2_124M_HELLASWAG = baselines.HELLASWAG["completion"][1]
 """acc_norm of the published GPT-2 124M"""
 GUESSING_HELLASWAG = 0.25
-STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "figure.titlesize": 12,
-    "font.size": 9.5,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "text.parse_math": False,  # a name may hold dollars
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-}
-Numbers = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One quantity of one run over its steps."""
-
-    label: str
-    color: str
-    steps: Numbers
-    values: Numbers
 
 
 @dataclass(frozen=True)
@@ -125,57 +95,62 @@ def _read_log(source: Path) -> list[LoggedRun]:
 def save(runs: Sequence[LoggedRun], path: Path) -> None:
     """Draws the curves of `runs` into a file of the format that its suffix names.
 
-    Raises ConfigError for another suffix than those in KINDS, and if it cannot write the file.
+    Raises ConfigError as `figures.write` does.
     """
-    write(lambda: draw(runs), path)
-
-
-def write(draw: Callable[[], Figure], path: Path) -> None:
-    """Saves what `draw` returns, in the common style, as a file; raises as `save` does."""
-    if path.suffix.lower() not in KINDS:
-        raise ConfigError(f"expected a {', '.join(KINDS)} file, got {path}; use -o NAME{KINDS[0]}")
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = draw()
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {path}: {error.strerror or error}; choose another file with -o"
-            ) from error
+    figures.write(lambda: draw(runs), path)
 
 
 def draw(runs: Sequence[LoggedRun]) -> Figure:
-    """A panel for each quantity that at least one run has, two in a row."""
+    """A panel for each quantity that at least one run has, two in a row.
+
+    More than `figures.MANY` runs are a band, from which the best stand out.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
-    colors = distinct_colors(len(runs))
-    panels = []
-    for panel in PANELS:
-        curves = [
-            Curve(run.name, color, np.array(list(values), float), np.array([*values.values()]))
-            for run, color in zip(runs, colors, strict=True)
-            if (values := panel.of(run))
-        ]
-        if curves:
-            panels.append((panel, curves))
-    drawn = np.concatenate([curve.steps for _, curves in panels for curve in curves])
-    reach = (drawn.min(), drawn.max())
+    chosen = figures.highlighted([_score(run) for run in runs])
+    colors = dict(zip(chosen, figures.distinct_colors(len(chosen)), strict=True))
+    panels = [(panel, curves) for panel in PANELS if (curves := _curves(panel, runs, colors))]
+    if not panels:
+        return figures.empty("no step has been logged yet")
+    steps = np.concatenate([curve.steps for _, curves in panels for curve in curves])
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(11, 0.8 + 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 0.5 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
     wide = len(panels) % 2  # if their number is odd, the first one has a row of its own
     for index, (panel, curves) in enumerate(panels, start=wide):
         axes = figure.add_subplot(grid[0, :] if wide and index == 1 else grid[divmod(index, 2)])
         axes.set_title(panel.title, loc="left")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        figures.use_whole_numbers(axes)
         panel.draw(axes, curves)
-        axes.set_xlim(*_widened(*reach))
+        axes.set_xlim(*_widened(steps.min(), steps.max(), least=1))
         if index // 2 == rows - 1:
             axes.set_xlabel("step")
-    _add_title_or_legend(figure, runs, colors)
+    if len(runs) == 1:
+        figures.set_title(figure, summary(runs[0]))
+    else:
+        names = figures.short_names([run.name for run in runs])
+        entries = figures.line_entries([names[i] for i in chosen], list(colors.values()))
+        if len(chosen) < len(runs):
+            entries += figures.band_entries(len(runs), "runs")
+        figures.add_legend(figure, entries)
     return figure
+
+
+def _curves(panel: Panel, runs: Sequence[LoggedRun], colors: Mapping[int, str]) -> list[Curve]:
+    """The curves of a panel; those of highlighted runs have a colour, by the index of the run."""
+    return [
+        Curve(run.name, colors.get(i), np.array(list(values), float), np.array([*values.values()]))
+        for i, run in enumerate(runs)
+        if (values := panel.of(run))
+    ]
+
+
+def _score(run: LoggedRun) -> float:
+    """The last validation loss, else the last smoothed training loss; lower is better."""
+    if run.val_losses:
+        return list(run.val_losses.values())[-1]
+    losses = smoothed(np.array([item.loss for item in run.steps.values()]))
+    return float(losses[-1]) if len(losses) else math.nan
 
 
 def summary(run: LoggedRun) -> str:
@@ -219,7 +194,7 @@ def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, fl
     first = min(curve.steps[0] for curve in curves)
     steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
     values = np.concatenate([curve.values[curve.steps >= steep_until] for curve in curves])
-    begun_at = np.array([curve.values[0] for curve in curves])
+    begun_at = np.array([curve.values[0] for curve in curves if len(curve.values) > 1])
     values, begun_at = values[np.isfinite(values)], begun_at[np.isfinite(begun_at)]
     if not len(values):
         return None
@@ -229,8 +204,11 @@ def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, fl
     return _widened(float(low), float(high), 0.05)
 
 
-def _widened(low: float, high: float, share: float = 0.01) -> tuple[float, float]:
-    margin = share * (high - low) or 0.1
+def _widened(
+    low: float, high: float, share: float = 0.01, least: float = 0.1
+) -> tuple[float, float]:
+    """The range with a margin of a share of it, or of `least` around a single value."""
+    margin = share * (high - low) or least
     return low - margin, high + margin
 
 
@@ -248,82 +226,80 @@ def _draw_validation(axes: Axes, curves: list[Curve]) -> None:
 
 def _draw_hellaswag(axes: Axes, curves: list[Curve]) -> None:
     _draw_measured(axes, curves)
-    for value, name, dashes in (
-        (GPT2_124M_HELLASWAG, f"GPT-2 124M: {GPT2_124M_HELLASWAG}", "--"),
-        (GUESSING_HELLASWAG, "guessing", ":"),
+    low, high = axes.get_ylim()
+    low, high = min(low, GUESSING_HELLASWAG), max(high, GPT2_124M_HELLASWAG)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # room for the two names
+    for value, name, dashes, above in (
+        (GPT2_124M_HELLASWAG, f"GPT-2 124M: {GPT2_124M_HELLASWAG}", "--", True),
+        (GUESSING_HELLASWAG, "guessing", ":", False),
     ):
         axes.axhline(value, color="#888888", linestyle=dashes, linewidth=1.1)
         axes.annotate(
             name,
             (1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
+            xytext=(-3, 3 if above else -3),
             textcoords="offset points",
             ha="right",
+            va="bottom" if above else "top",
             color="#666666",
             fontsize=8.5,
         )
 
 
 def _draw_rate(axes: Axes, curves: list[Curve]) -> None:
-    for curve in curves:
-        axes.plot(curve.steps, curve.values, color=curve.color)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter("{x:g}")
+    _draw_lines(axes, curves)
+    _begin_at_zero(axes, np.concatenate([curve.values for curve in curves]), 1.05)
 
 
 def _draw_speed(axes: Axes, curves: list[Curve]) -> None:
     _draw_noisy(axes, curves)
-    fast = max(float(np.nanmax(smoothed(curve.values))) for curve in curves)
-    axes.set_ylim(0, 1.15 * fast or 1)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    _begin_at_zero(axes, np.concatenate([smoothed(curve.values) for curve in curves]), 1.15)
+    axes.yaxis.set_major_formatter("{x:,.10g}")
+
+
+def _begin_at_zero(axes: Axes, values: Numbers, room: float) -> None:
+    """Shows 0 to `room` times the largest finite value."""
+    axes.set_ylim(0, room * float(np.max(values, initial=0, where=np.isfinite(values))) or 1)
 
 
 def _draw_noisy(axes: Axes, curves: list[Curve]) -> None:
-    """Each curve smoothed, over the raw values in a light colour if they differ."""
-    for curve in curves:
-        line = smoothed(curve.values)
-        if not np.array_equal(line, curve.values, equal_nan=True):
-            axes.plot(
-                curve.steps,
-                curve.values,
-                color=curve.color,
-                alpha=0.25,
-                linewidth=0.7,
-                zorder=1.9,  # below the smooth curves of all runs
-                rasterized=True,  # in .svg and .pdf: a hundred thousand points as one picture
-            )
-        axes.plot(curve.steps, line, color=curve.color)
+    """Each curve smoothed, over the raw values in a light colour if they differ.
+
+    A band is of smoothed curves, and no raw values are drawn with it.
+    """
+    if all(curve.color for curve in curves):
+        for curve in curves:
+            if not np.array_equal(smoothed(curve.values), curve.values, equal_nan=True):
+                axes.plot(
+                    curve.steps,
+                    curve.values,
+                    color=curve.color,
+                    alpha=0.25,
+                    linewidth=0.7,
+                    zorder=1.9,  # below the smooth curves of all runs
+                    rasterized=True,  # in .svg and .pdf: a hundred thousand points as one picture
+                )
+    _draw_lines(axes, [replace(curve, values=smoothed(curve.values)) for curve in curves])
 
 
 def _draw_measured(axes: Axes, curves: list[Curve]) -> None:
-    marker = "o" if max(len(curve.values) for curve in curves) <= MARKED else None
+    few = max(len(curve.values) for curve in curves) <= MARKED
+    _draw_lines(axes, curves, marker="o" if few else None)
+
+
+def _draw_lines(axes: Axes, curves: Sequence[Curve], marker: str | None = None) -> None:
+    """The curves that have a colour, over the band of all if some have none.
+
+    A curve of one value has a point, without which nothing would be seen.
+    """
+    if not all(curve.color for curve in curves):
+        figures.draw_band(axes, curves)
     for curve in curves:
-        axes.plot(curve.steps, curve.values, color=curve.color, marker=marker, markersize=3.5)
-
-
-def _add_title_or_legend(figure: Figure, runs: Sequence[LoggedRun], colors: list[str]) -> None:
-    """Puts the summary of a single run into the title, the names of several into a legend."""
-    from matplotlib.lines import Line2D
-
-    if len(runs) == 1:
-        figure.suptitle(summary(runs[0]), x=0.012, ha="left")
-        return
-    handles = [Line2D([], [], color=color, linewidth=2.5) for color in colors]
-    longest = max(len(run.name) for run in runs)
-    columns = max(1, min(len(runs), 120 // (longest + 8)))
-    labels = [run.name for run in runs]
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
-
-
-def distinct_colors(count: int) -> list[str]:
-    """A colour for each of `count` curves."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    if count <= HAND_PICKED:
-        return [to_hex(color) for color in colormaps["tab10"](range(count))]
-    return [to_hex(color) for color in colormaps["viridis"](np.linspace(0, 0.95, count))]
+        if curve.color:
+            lonely = np.isfinite(curve.values).sum() == 1
+            mark = "o" if lonely else marker
+            axes.plot(curve.steps, curve.values, color=curve.color, marker=mark, markersize=3.5)
 
 
 PANELS = (

@@ -8,6 +8,7 @@ from __future__ import annotations  # matplotlib is imported where something is 
 import contextlib
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
@@ -21,8 +22,8 @@ from rich.text import Text
 from gpt2.base import atomic_files
 from gpt2.base.text import table
 from gpt2.config.flops import duration
-from gpt2.inspection import plot
-from gpt2.inspection.plot import Curve, Numbers
+from gpt2.inspection import figures, plot
+from gpt2.inspection.figures import Curve, Numbers
 from gpt2.metrics import log_reader
 from gpt2.metrics.log_reader import LoggedRun
 
@@ -111,12 +112,20 @@ def write_csv(rows: Sequence[ModelRow], path: Path) -> None:
 
 
 def draw(runs: Mapping[str, LoggedRun], batch_tokens: int) -> Figure:
-    """Losses of each model against tokens and against the time of its steps."""
+    """Losses of each model against tokens and against the time of its steps.
+
+    More than `figures.MANY` models are a band, from which the best stand out.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    runs = {name: run for name, run in runs.items() if run.steps or run.val_losses}
+    if not runs:
+        return figures.empty("no model has a logged step yet")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     tokens_axes, time_axes = figure.subplots(1, 2, sharey=True)
-    colors = dict(zip(runs, plot.distinct_colors(len(runs)), strict=True))
+    places = figures.highlighted([_last_loss(run) for run in runs.values()])
+    names = [list(runs)[place] for place in places]
+    colors = dict(zip(names, figures.distinct_colors(len(names)), strict=True))
     over_tokens = _draw_panel(
         tokens_axes, runs, colors, TOKEN_UNITS, lambda _, steps: steps * float(batch_tokens)
     )
@@ -149,20 +158,23 @@ def _draw_panel(
 
     def curve(name: str, losses: Mapping[int, float]) -> Curve:
         xs = x_of(runs[name], np.array(list(losses), float))
-        return Curve(name, colors[name], xs, np.array([*losses.values()]))
+        return Curve(name, colors.get(name), xs / unit, np.array([*losses.values()]))
 
-    trained = [curve(name, _train_losses(run)) for name, run in runs.items()]
+    reach = max(float(x_of(run, np.array([_last_step(run)], float))[0]) for run in runs.values())
+    unit, word = _unit(reach, units)
+    trained = [curve(name, _train_losses(run)) for name, run in runs.items() if run.steps]
     validated = [curve(name, run.val_losses) for name, run in runs.items() if run.val_losses]
-    unit, word = _unit(max(item.steps[-1] for item in [*trained, *validated]), units)
-    for item in trained:
-        axes.plot(item.steps / unit, item.values, color=item.color, alpha=FAINT, linewidth=1.1)
+    if len(colors) < len(runs):
+        figures.draw_band(axes, validated or trained)
+    for item in (item for item in trained if item.color):
+        axes.plot(item.steps, item.values, color=item.color, alpha=FAINT, linewidth=1.1)
     few = max((len(item.values) for item in validated), default=0) <= plot.MARKED
-    for item in validated:
+    for item in (item for item in validated if item.color):
         marker = "o" if few else None
-        axes.plot(item.steps / unit, item.values, color=item.color, marker=marker, markersize=3.5)
+        axes.plot(item.steps, item.values, color=item.color, marker=marker, markersize=3.5)
     axes.set_xlim(left=0)
     axes.set_xlabel(word)
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:,.10g}")
     return [*trained, *validated]
 
 
@@ -176,20 +188,28 @@ def _add_legend(figure: Figure, runs: Mapping[str, LoggedRun], colors: Mapping[s
     """Adds a legend with each model's last loss, and the line styles."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colors[name], linewidth=2.5) for name in runs]
-    labels = [f"{name}: {_last_loss(run):.3f}" for name, run in runs.items()]
+    short = dict(zip(runs, figures.short_names(list(runs)), strict=True))
+    lost = {name: _last_loss(runs[name]) for name in colors}
+    labels = [
+        f"{short[name]}: {loss:.3f}" if loss < 1000 else f"{short[name]}: {loss:.3g}"
+        for name, loss in lost.items()
+    ]
+    entries = figures.line_entries(labels, list(colors.values()))
     if any(run.val_losses for run in runs.values()):
-        handles.append(Line2D([], [], marker="o", markersize=3.5, color=GREY))
-        labels.append("validation")
-    handles.append(Line2D([], [], alpha=FAINT, linewidth=1.1, color=GREY))
-    labels.append("training")
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+        entries.append((Line2D([], [], marker="o", markersize=3.5, color=GREY), "validation"))
+    entries.append((Line2D([], [], alpha=FAINT, linewidth=1.1, color=GREY), "training"))
+    if len(colors) < len(runs):
+        entries += figures.band_entries(len(runs), "models")
+    figures.add_legend(figure, entries)
+
+
+def _last_step(run: LoggedRun) -> int:
+    return max([run.first_step, *run.steps, *run.val_losses])
 
 
 def _last_loss(run: LoggedRun) -> float:
-    if run.val_losses:
-        return list(run.val_losses.values())[-1]
-    return list(_train_losses(run).values())[-1]
+    """The last validation loss, else the last smoothed training loss; NaN if there is none."""
+    return next(reversed([*_train_losses(run).values(), *run.val_losses.values()]), math.nan)
 
 
 def _train_losses(run: LoggedRun) -> dict[int, float]:

@@ -20,7 +20,7 @@ from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
 from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.training import training_job
-from gpt2.inspection import plot
+from gpt2.inspection import figures
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _summarize(comparison: Comparison, store: ResultsStore, console: LoggedConso
         model_table.write_csv(rows, folder / TABLE)
         if runs := model_table.logged(folder, names):
             batch_tokens = comparison.run.data.total_batch_size
-            plot.write(lambda: model_table.draw(runs, batch_tokens), folder / PICTURE)
+            figures.write(lambda: model_table.draw(runs, batch_tokens), folder / PICTURE)
             written.append(PICTURE)
         console.print(f"Kept: {', '.join(written)}")
     except (ConfigError, OSError) as error:

@@ -7,11 +7,12 @@ import csv
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -22,7 +23,8 @@ from gpt2.base import atomic_files
 from gpt2.base.text import four_digits, table
 from gpt2.config.flops import duration
 from gpt2.experiments.search import ownership, trial
-from gpt2.inspection import plot
+from gpt2.inspection import figures, plot
+from gpt2.inspection.figures import GREY, RED, Curve, Entry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,11 +36,17 @@ TOP, PAGE = "top5_trials.csv", "report.html"
 BEST = 5
 USED = "used_"
 """attributes with this prefix: the value that a trial used in place of the drawn one"""
-GREY, BLUE, RED = "#9a9a9a", "#1f77b4", "#d62728"
+BLUE = "#1f77b4"
+STATES = {"PRUNED": ("pruned", GREY), "COMPLETE": ("finished", BLUE)}
+"""how trials in a state are called and coloured"""
 LOG_RATIO = 20
 """an axis is logarithmic if the largest value is more than this many times the smallest"""
 MAX_COLUMNS = 4
 """plots of relationships side by side"""
+PANEL_INCHES, TITLE_LETTERS = 3.4, 28
+"""width of such a plot, and the letters of a line of its title"""
+OUTLIER = 3
+"""a loss this many times the middle half's width above it is drawn at the edge of the picture"""
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,8 @@ def option_names(rows: Sequence[TrialRow]) -> list[str]:
 
 
 def lowest_loss(item: FrozenTrial) -> float | None:
-    """The lowest validation loss of a trial; None without validations."""
-    return min(item.intermediate_values.values(), default=None)
+    """The lowest finite validation loss of a trial; None if there is none."""
+    return min(filter(math.isfinite, item.intermediate_values.values()), default=None)
 
 
 def top(rows: Sequence[TrialRow], count: int = BEST) -> list[TrialRow]:
@@ -152,10 +160,10 @@ def write(rows: Sequence[TrialRow], folder: Path, command: str | None) -> list[P
     _write_csv(top(rows), target / TOP)
     written = [target / TOP]
     if any(row.losses for row in rows):
-        plot.write(lambda: draw_comparison(rows), target / COMPARISON)
+        figures.write(lambda: draw_comparison(rows), target / COMPARISON)
         written.append(target / COMPARISON)
     if any(row.value is not None and row.values for row in rows):
-        plot.write(lambda: draw_relationships(rows), target / RELATIONSHIPS)
+        figures.write(lambda: draw_relationships(rows), target / RELATIONSHIPS)
         written.append(target / RELATIONSHIPS)
     pictures = [path for path in written if path.suffix == ".png"]
     atomic_files.write_text(target / PAGE, html_page(rows, folder.name, command, pictures))
@@ -177,44 +185,96 @@ def draw_comparison(rows: Sequence[TrialRow]) -> Figure:
     """Validation curves of all trials, and the lowest loss so far over the trials."""
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    validated = [row for row in rows if any(map(math.isfinite, row.losses.values()))]
+    if not validated:
+        return figures.empty("no trial has a validation loss yet")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     curves, progress = figure.subplots(1, 2)
-    best = {row.number for row in top(rows, 1)}
-    for row in sorted(rows, key=lambda row: row.number in best):
-        color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
-        alpha = 1.0 if row.number in best else 0.55
-        marker = "o" if len(row.losses) <= plot.MARKED else None
-        style: dict[str, Any] = {"color": color, "alpha": alpha, "marker": marker}
-        curves.plot(list(row.losses), list(row.losses.values()), markersize=3, **style)
-    curves.set_title("validation loss of each trial", loc="left")
-    curves.set_xlabel("step")
-    _draw_progress(progress, rows)
-    _add_legend(figure, rows)
+    _draw_curves(curves, validated, {row.number for row in top(rows, 1)})
+    ended = [row for row in rows if row.state in STATES and _has_loss(row)]
+    edge = _edge(ended)
+    _draw_progress(progress, ended, edge)
+    entries = _entries(rows, edge)
+    if len(validated) > figures.MANY:
+        entries += figures.band_entries(len(validated), "curves", BLUE)
+    figures.add_legend(figure, entries)
     return figure
 
 
-def _draw_progress(axes: Axes, rows: Sequence[TrialRow]) -> None:
-    """The loss of each trial by its number, and the lowest loss so far."""
-    from matplotlib.ticker import MaxNLocator
+def _draw_curves(axes: Axes, rows: Sequence[TrialRow], best: Container[int]) -> None:
+    """The validation losses of each trial; of many, a band with the curve of the best trial."""
+    curves = [
+        Curve(
+            trial.name_of(row.number),
+            RED if row.number in best else STATES.get(row.state, ("", GREY))[1],
+            np.array(list(row.losses), float),
+            np.array(list(row.losses.values()), float),
+        )
+        for row in sorted(rows, key=lambda row: row.number in best)
+    ]
+    shown = curves
+    if len(curves) > figures.MANY:
+        figures.draw_band(axes, curves, BLUE)
+        shown = [curve for curve in curves if curve.color == RED]
+    for curve in shown:
+        marker = "o" if len(curve.values) <= plot.MARKED else None
+        alpha = 1.0 if curve.color == RED else 0.55
+        style: dict[str, Any] = {"color": curve.color, "alpha": alpha, "marker": marker}
+        axes.plot(curve.steps, curve.values, markersize=3, **style)
+    if curves and (limits := plot.loss_range(curves)):
+        axes.set_ylim(*limits)
+    figures.use_whole_numbers(axes)
+    axes.set_title("validation loss of each trial", loc="left")
+    axes.set_xlabel("step")
 
-    ended = [row for row in rows if row.value is not None]
-    for state, color in (("PRUNED", GREY), ("COMPLETE", BLUE)):
-        shown = {row.number: row.value or math.nan for row in ended if row.state == state}
-        axes.scatter(list(shown), list(shown.values()), s=22, color=color)
+
+def _has_loss(row: TrialRow) -> bool:
+    return row.value is not None and math.isfinite(row.value)
+
+
+def _edge(rows: Sequence[TrialRow]) -> float:
+    """The loss above which a trial is drawn at the edge; infinite without outliers."""
+    if not rows:
+        return math.inf
+    lower, upper = np.quantile([row.value for row in rows], (0.25, 0.75))
+    edge = float(upper + OUTLIER * (upper - lower))
+    return edge if lower < upper else math.inf
+
+
+def _draw_losses(
+    axes: Axes, rows: Sequence[TrialRow], places: Sequence[float], edge: float
+) -> None:
+    """A dot for each trial, over its place; the best in red, those above the edge as triangles."""
+    best = {row.number for row in top(rows, 1)}
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row, place in zip(rows, places, strict=True):
+        color = RED if row.number in best else STATES.get(row.state, ("", GREY))[1]
+        loss = row.value if row.value is not None else math.nan
+        groups.setdefault((color, "^" if loss > edge else "o"), []).append((place, min(loss, edge)))
+    for (color, marker), points in groups.items():
+        order = 3 if color == RED else 2
+        style: dict[str, Any] = {"color": color, "marker": marker, "zorder": order}
+        axes.scatter(*zip(*points, strict=True), s=22, alpha=0.8, linewidths=0, **style)
+
+
+def _draw_progress(axes: Axes, ended: Sequence[TrialRow], edge: float) -> None:
+    """The loss of each trial by its number, and the lowest loss so far."""
+    _draw_losses(axes, ended, [row.number for row in ended], edge)
     lowest, line = math.inf, []
     finished = [row for row in ended if row.state == "COMPLETE"]
     for row in finished:
-        lowest = min(lowest, row.value or math.inf)
-        line.append(lowest)
+        lowest = min(lowest, math.inf if row.value is None else row.value)
+        line.append(min(lowest, edge))
     if finished:
         numbers = [*(row.number for row in finished), ended[-1].number]
-        axes.step(numbers, [*line, lowest], where="post", color=RED)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.step(numbers, [*line, line[-1]], where="post", color=RED)
+    figures.use_whole_numbers(axes)
     axes.set_title("lowest validation loss over the trials", loc="left")
     axes.set_xlabel("trial")
 
 
-def _add_legend(figure: Figure, rows: Sequence[TrialRow]) -> None:
+def _entries(rows: Sequence[TrialRow], edge: float) -> list[Entry]:
+    """The lines of the legend: the states with their counts, and losses beyond the edge."""
     from matplotlib.lines import Line2D
 
     counts = {state: sum(row.state == state for row in rows) for state in ("COMPLETE", "PRUNED")}
@@ -223,51 +283,71 @@ def _add_legend(figure: Figure, rows: Sequence[TrialRow]) -> None:
         f"finished ({counts['COMPLETE']})": BLUE,
         f"pruned ({counts['PRUNED']})": GREY,
     }
-    handles = [Line2D([], [], color=color, linewidth=2.5) for color in names.values()]
-    figure.legend(handles, list(names), loc="outside upper left", ncols=len(names))
+    entries = figures.line_entries(list(names), list(names.values()))
+    if beyond := sum(row.value > edge for row in rows if row.value is not None):
+        mark = Line2D([], [], color="#666666", marker="^", linestyle="")
+        entries.append((mark, f"above {figures.plain_number(float(f'{edge:.3g}'))} ({beyond})"))
+    return entries
 
 
 def draw_relationships(rows: Sequence[TrialRow]) -> Figure:
     """Validation loss against each searched value."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row.value is not None]
+    shown = [row for row in rows if _has_loss(row)]
     names = option_names(shown)
+    if not names:
+        return figures.empty("no trial has a validation loss yet")
     columns = min(MAX_COLUMNS, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(3.4 * columns, 0.5 + 2.9 * lines), layout="constrained")
+    figure = Figure(layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for axes in grid[len(names) :]:
         axes.set_visible(False)
-    for name, axes in zip(names, grid, strict=False):
-        _draw_relationship(axes, name, [row for row in shown if name in row.values])
+    edge = _edge(shown)
+    rises = [
+        _draw_relationship(axes, name, [row for row in shown if name in row.values], edge)
+        for name, axes in zip(names, grid, strict=False)
+    ]
     for row in range(lines):
         grid[row * columns].set_ylabel("validation loss")
-    _add_legend(figure, shown)
+    figure.set_size_inches(PANEL_INCHES * columns, 0.2 + lines * (2.9 + max(rises)))
+    figures.add_legend(figure, _entries(shown, edge))
     return figure
 
 
-def _draw_relationship(axes: Axes, name: str, shown: Sequence[TrialRow]) -> None:
+def _draw_relationship(axes: Axes, name: str, shown: Sequence[TrialRow], edge: float) -> float:
+    """Draws losses over the values of an option; returns the inches that its texts need."""
     from matplotlib.ticker import MaxNLocator
 
-    best = {row.number for row in top(shown, 1)}
     values = [row.values.get(name) for row in shown]
-    numbers = [value for value in values if isinstance(value, int | float)]
-    are_numbers = len(numbers) == len(values) and not any(isinstance(v, bool) for v in values)
-    labels = sorted({str(value) for value in values})
-    for row, value in zip(shown, values, strict=True):
-        x: Any = value if are_numbers else labels.index(str(value))
-        color = RED if row.number in best else BLUE if row.state == "COMPLETE" else GREY
-        order = 3 if row.number in best else 2
-        loss = row.value or math.nan
-        axes.scatter([x], [loss], s=24, color=color, alpha=0.8, zorder=order)
+    numbers = [value for value in values if _is_number(value)]
+    numbers_first = sorted(values, key=lambda value: (not _is_number(value), _order(value)))
+    labels = list(dict.fromkeys(cell(value) for value in numbers_first))
+    are_numbers = len(numbers) == len(values)
+    places = numbers if are_numbers else [labels.index(cell(value)) for value in values]
+    _draw_losses(axes, shown, places, edge)
+    rise = 0.0
     if not are_numbers:
-        axes.set_xticks(range(len(labels)), labels)
+        rise = figures.label_categories(axes, labels, PANEL_INCHES - 0.9)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
     elif min(numbers) > 0 and max(numbers) > LOG_RATIO * min(numbers):
         axes.set_xscale("log")
-    elif all(isinstance(value, int) for value in numbers):
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_title(name, loc="left")
+    else:
+        whole = all(isinstance(value, int) for value in numbers)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=whole, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(lambda value, _: figures.plain_number(value))
+    title = figures.wrapped(name, TITLE_LETTERS)
+    axes.set_title(title, loc="left")
+    return rise + 1.2 * figures.LINE_INCHES * title.count("\n")
+
+
+def _order(value: Any) -> tuple[float, str]:
+    return (value, "") if _is_number(value) else (0, str(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def html_page(

@@ -13,12 +13,18 @@ from rich.table import Table
 from gpt2.base.text import table
 from gpt2.experiments.grid import Point
 from gpt2.experiments.results import JobResult
+from gpt2.inspection import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CONFIDENCE = 0.95
+MAX_ROWS = 40
+"""of more points, only the END_ROWS with the lowest means and as many with the highest are drawn"""
+END_ROWS = 20
+LABEL_LETTERS, AXES_INCHES = 44, 7.0
+"""letters of a line of a label, and the width of the picture without labels"""
 
 
 @dataclass(frozen=True)
@@ -127,34 +133,78 @@ def points_table(summaries: Sequence[PointSummary], metric: str) -> Table:
 
 
 def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
-    """A row for each point: its seeds as dots, and above them their mean with its interval."""
+    """A row for each point: its seeds as dots, and above them their mean with its interval.
+
+    Of more than MAX_ROWS points the picture has the lowest and the highest means, in order, and one
+    row for all between them.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window is ever opened
 
-    shown = [item for item in summaries if item.values]
-    figure = Figure(figsize=(9, 1.4 + 0.42 * max(2, len(shown))), layout="constrained")
+    shown = [item for item in summaries if any(map(math.isfinite, item.values.values()))]
+    if not shown:
+        return figures.empty(f"no point has a finite {figures.shortened(metric)}")
+    rows: list[Sequence[PointSummary]] = [[item] for item in shown]
+    if len(shown) > MAX_ROWS:
+        order = sorted(shown, key=lambda item: item.metrics[metric].mean)
+        between = order[END_ROWS:-END_ROWS]
+        rows = [[item] for item in order[:END_ROWS]] + [between]
+        rows += [[item] for item in order[-END_ROWS:]]
+    labels = _labels(rows)
+    lines = max(label.count("\n") + 1 for label in labels)
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    words = (
+        f"{metric} over {max(len(item.values) for item in shown)} seeds",
+        f"{metric}: mean with its 95 % interval, and each seed",
+    )
+    title, caption = (figures.wrapped(text, int(10 * AXES_INCHES) - 10) for text in words)
+    row_inches = max(0.42, 0.12 + figures.LINE_INCHES * lines)
+    height = 1.4 + row_inches * max(2, len(rows))
+    height += figures.LINE_INCHES * (1.2 * title.count("\n") + caption.count("\n"))
+    width = AXES_INCHES + figures.LETTER_INCHES * longest
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    for row, item in enumerate(shown):
-        _draw_point(axes, row, item, metric)
-    labels = ["\n".join(_label(item.point)) for item in shown]
-    axes.set_yticks(range(len(shown)), labels)
-    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first point at the top
+    for row, items in enumerate(rows):
+        _draw_row(axes, row, items, metric)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first point at the top
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{metric}: mean with its 95 % interval, and each seed")
-    axes.set_title(f"{metric} over {max(len(item.values) for item in shown)} seeds", loc="left")
+    figures.use_few_ticks(axes)
+    axes.set_xlabel(caption)
+    axes.set_title(title, loc="left")
     return figure
 
 
-def _draw_point(axes: Axes, row: int, item: PointSummary, metric: str) -> None:
-    values, color = list(item.values.values()), f"C{row % 10}"
+def _draw_row(axes: Axes, row: int, items: Sequence[PointSummary], metric: str) -> None:
+    color = f"C{row % 10}"
+    if len(items) > 1:
+        means = [item.metrics[metric].mean for item in items]
+        axes.plot([min(means), max(means)], [row] * 2, color=figures.GREY, linewidth=6, alpha=0.5)
+        return
+    values = list(items[0].values.values())
     axes.scatter(values, [row + 0.16] * len(values), s=14, color=color, alpha=0.45, linewidths=0)
-    found = item.metrics[metric]
+    found = items[0].metrics[metric]
     if found.low is not None and found.high is not None:
         axes.plot([found.low, found.high], [row - 0.1] * 2, color=color, linewidth=2.4)
     axes.plot([found.mean], [row - 0.1], "D", color=color, markersize=6)
 
 
-def _label(point: Point) -> list[str]:
-    return [f"{name} {value}" for name, value in point.items()] or ["all seeds"]
+def _labels(rows: Sequence[Sequence[PointSummary]]) -> list[str]:
+    """The label of each row: the values in which its point differs, or how many points it has."""
+    points = [items[0].point for items in rows if len(items) == 1]
+    names = dict.fromkeys(name for point in points for name in point)
+    differing = [name for name in names if len({str(point.get(name)) for point in points}) > 1]
+    labels = []
+    for items in rows:
+        point = items[0].point
+        known = [name for name in differing or names if name in point]
+        text = ", ".join(f"{name}={_text(point[name])}" for name in known) or "all seeds"
+        text = f"means of {len(items):,} points" if len(items) > 1 else text
+        labels.append(figures.wrapped(text, LABEL_LETTERS))
+    return labels
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _seeds_cell(item: PointSummary, metric: str) -> str:

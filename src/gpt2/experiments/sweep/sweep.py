@@ -22,7 +22,7 @@ from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import PointSummary
-from gpt2.inspection import plot
+from gpt2.inspection import figures
 from gpt2.train.report import Answer
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _print_summary(sweep: Sweep, source: SweepSource, out: Console) -> None:
         out.print(sweep.listing(summaries, sweep.metric))
         picture = sweep.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sweep.metric)}.png"
         try:
-            plot.write(lambda: sweep.draw(summaries, sweep.metric), picture)
+            figures.write(lambda: sweep.draw(summaries, sweep.metric), picture)
             files += f", picture: {picture}"
         except ConfigError as error:
             files += f"; no picture: {error}"
