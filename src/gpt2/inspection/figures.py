@@ -147,7 +147,8 @@ def draw_band(axes: Axes, curves: Sequence[Curve], color: str = GREY) -> None:
     long = [(steps, values) for steps, values in finite if len(steps) > 1]
     dots = [(steps[0], values[0]) for steps, values in finite if len(steps) == 1]
     if dots:
-        axes.scatter(*zip(*dots, strict=True), s=9, color=color, alpha=0.5, linewidths=0)
+        xs, ys = zip(*dots, strict=True)
+        axes.scatter(xs, ys, s=9, color=color, alpha=0.5, linewidths=0)
     if not long:
         return
     places = np.linspace(
@@ -215,7 +216,8 @@ def _size(figure: Figure, legend: Any) -> tuple[float, float]:
     """Width and height of a legend in inches."""
     from matplotlib.backends.backend_agg import RendererAgg
 
-    extent = legend.get_window_extent(RendererAgg(1, 1, figure.dpi))
+    renderer = RendererAgg(1, 1, figure.dpi)  # type: ignore[no-untyped-call]
+    extent = legend.get_window_extent(renderer)
     return extent.width / figure.dpi + 0.1, extent.height / figure.dpi + 0.1
 
 

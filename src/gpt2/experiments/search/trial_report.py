@@ -10,7 +10,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from optuna.study import Study
@@ -254,7 +254,8 @@ def _draw_losses(
     for (color, marker), points in groups.items():
         order = 3 if color == RED else 2
         style: dict[str, Any] = {"color": color, "marker": marker, "zorder": order}
-        axes.scatter(*zip(*points, strict=True), s=22, alpha=0.8, linewidths=0, **style)
+        xs, ys = zip(*points, strict=True)
+        axes.scatter(xs, ys, s=22, alpha=0.8, linewidths=0, **style)
 
 
 def _draw_progress(axes: Axes, ended: Sequence[TrialRow], edge: float) -> None:
@@ -325,7 +326,9 @@ def _draw_relationship(axes: Axes, name: str, shown: Sequence[TrialRow], edge: f
     numbers_first = sorted(values, key=lambda value: (not _is_number(value), _order(value)))
     labels = list(dict.fromkeys(cell(value) for value in numbers_first))
     are_numbers = len(numbers) == len(values)
-    places = numbers if are_numbers else [labels.index(cell(value)) for value in values]
+    places: list[float] = (
+        numbers if are_numbers else [labels.index(cell(value)) for value in values]
+    )
     _draw_losses(axes, shown, places, edge)
     rise = 0.0
     if not are_numbers:
@@ -346,7 +349,7 @@ def _order(value: Any) -> tuple[float, str]:
     return (value, "") if _is_number(value) else (0, str(value))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -147,8 +147,8 @@ def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
     if len(shown) > MAX_ROWS:
         order = sorted(shown, key=lambda item: item.metrics[metric].mean)
         between = order[END_ROWS:-END_ROWS]
-        rows = [[item] for item in order[:END_ROWS]] + [between]
-        rows += [[item] for item in order[-END_ROWS:]]
+        low, high = order[:END_ROWS], order[-END_ROWS:]
+        rows = [*([item] for item in low), between, *([item] for item in high)]
     labels = _labels(rows)
     lines = max(label.count("\n") + 1 for label in labels)
     longest = max(len(line) for label in labels for line in label.splitlines())
