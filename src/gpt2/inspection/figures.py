@@ -213,12 +213,12 @@ def set_title(figure: Figure, text: str) -> None:
 
 
 def _size(figure: Figure, legend: Any) -> tuple[float, float]:
-    """Width and height of a legend in inches."""
+    """Width and height of a legend in inches, with the margins around it."""
     from matplotlib.backends.backend_agg import RendererAgg
 
     renderer = RendererAgg(1, 1, figure.dpi)  # type: ignore[no-untyped-call]
     extent = legend.get_window_extent(renderer)
-    return extent.width / figure.dpi + 0.1, extent.height / figure.dpi + 0.1
+    return extent.width / figure.dpi + 0.4, extent.height / figure.dpi + 0.1
 
 
 def short_names(names: Sequence[str]) -> list[str]:
