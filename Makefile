@@ -43,7 +43,7 @@ install: .venv/installed
 demo: .venv/installed
 	@if ls checkpoints/demo/step_*.json >/dev/null 2>&1; then \
 		kept=checkpoints/demo_$$(date +%Y%m%d_%H%M%S) && mv checkpoints/demo $$kept && \
-		echo "The checkpoints of the demo before are now in $$kept"; fi
+		echo "The previous demo's checkpoints are now in $$kept"; fi
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) \
 		src/train_improved.py --preset demo --use_tensorboard
 

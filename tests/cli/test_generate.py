@@ -16,8 +16,10 @@ import torch
 
 from gpt2 import model
 from gpt2.base import log
+from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import metadata, store
-from gpt2.cli import generate_output
+from gpt2.cli import generate_output, loading
+from gpt2.cli.model_source import ModelSource
 from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.config.options import overlay
@@ -181,3 +183,13 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(net: GPT2, tmp_path: Path):
         terminal.process.kill()
         terminal.process.wait()
         os.close(terminal.master)
+
+
+def test_best_of_an_empty_folder_names_where_there_are_checkpoints(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*none; train a model first"):
+        loading.load_model(ModelSource(checkpoint="best", checkpoint_dir=tmp_path / "none"))
+    training = metadata.TrainingMetadata(1, 0, 0, 3.0, None, 1, "test", "0")
+    (tmp_path / "demo").mkdir()
+    store.save(tmp_path / "demo", {"rng": []}, training, keep_last=2)
+    with pytest.raises(CheckpointError, match=r"use --checkpoint_dir .*demo"):
+        loading.load_model(ModelSource(checkpoint="best", checkpoint_dir=tmp_path))

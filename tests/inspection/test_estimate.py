@@ -38,7 +38,7 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
 def test_forecast_of_runs_that_are_finished_or_have_no_step(tmp_path: Path, out: Console):
     write_run(tmp_path / "a", 1000, state="finished")
     estimate.print_run_forecast(run_status.newest_run(tmp_path / "a"), out)
-    assert "The last step is reached." in text_of(out)
+    assert "The run is complete." in text_of(out)
     write_run(tmp_path / "b", 0)
     estimate.print_run_forecast(run_status.newest_run(tmp_path / "b"), out)
     assert "No step is logged yet" in text_of(out)

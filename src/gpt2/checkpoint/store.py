@@ -164,7 +164,8 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
         best = find_best(complete)
         if best is None:
             raise CheckpointError(
-                f"no checkpoint in {folder} has a validation loss; use --resume latest"
+                f"no checkpoint in {folder} has a validation loss; use --resume latest or "
+                "--checkpoint latest"
             )
         return best.path
     if which.isdigit():

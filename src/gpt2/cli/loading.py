@@ -1,7 +1,7 @@
 """Loads the trained model that flags name: shared by `generate`, `evaluate` and `export`."""
 
-import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +49,12 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
         shape, weights = interchange.read(which, trust=trust)
         weights = {name: part.float() for name, part in weights.items()}
     else:
-        find = functools.partial(store.find, folder, which)
+
+        def find() -> Path | None:
+            if (which == "best" or which.isdigit()) and not store.list_checkpoints(folder):
+                return None
+            return store.find(folder, which)
+
         path = world.run_on_rank0(find) if world else find()
         if path is None:
             others = run_status.run_folders(folder, "step_*.json")

@@ -117,7 +117,7 @@ def print_assumed_forecast(
 
 def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
     if forecast.step >= forecast.total_steps:
-        out.print("The last step is reached.")
+        out.print("The run is complete.")
     else:
         out.print(f"Left: {duration(forecast.left_s)}, finish {_date(forecast.left_s)}")
         out.print(_milestones(forecast))
