@@ -28,7 +28,7 @@ from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import CheckpointConfig, RunConfig
 from gpt2.data import tokenizer
 from gpt2.data.loader import MicroBatch
-from gpt2.distributed.device import Moment
+from gpt2.distributed.device import DeviceTimestamp
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices
 from gpt2.evaluation.choices import Question
@@ -104,9 +104,9 @@ def device_ms(work: Callable[[], object], repeats: int, device: torch.device) ->
     """By events of the device: the median of several calls."""
     moments = []
     for _ in range(repeats):
-        before = Moment(device)
+        before = DeviceTimestamp(device)
         work()
-        moments.append((before, Moment(device)))
+        moments.append((before, DeviceTimestamp(device)))
     wait(device)
     return 1000 * statistics.median(after.since(before) for before, after in moments)
 

@@ -98,9 +98,10 @@ def test_a_stream_that_cannot_be_written_to_does_not_raise(monkeypatch: pytest.M
     closed = io.StringIO()
     closed.close()
     log.setup("info", info_stream="stdout")
-    for stream in (closed, FullDisk()):
+    for stream in (closed, FullDisk(), good := io.StringIO()):
         monkeypatch.setattr(sys, "stdout", stream)
         logger.info("an event")
+    assert good.getvalue() == "an event\n"
 
 
 def test_arguments_that_do_not_match_the_text_are_reported_and_do_not_raise(capsys, monkeypatch):

@@ -271,9 +271,9 @@ def test_measured_peak_is_a_plausible_rate():
 
 
 def test_time_between_moments():
-    first = device.Moment(torch.device("cpu"))
+    first = device.DeviceTimestamp(torch.device("cpu"))
     time.sleep(0.02)
-    second = device.Moment(torch.device("cpu"))
+    second = device.DeviceTimestamp(torch.device("cpu"))
     assert second.since(first) >= 0.02
 
 

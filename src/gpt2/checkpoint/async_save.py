@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import measurements, random_state, store
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
+from gpt2.config.lr_schedule import is_due
 from gpt2.config.run import CheckpointConfig
 from gpt2.distributed.world import World
 
@@ -54,6 +55,10 @@ class Saver:
         """of the newest checkpoint, which may still be being written; the same on every rank"""
         self._step_on_disk = step
         """of the newest complete checkpoint; known to rank 0 only"""
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is to be saved: every `checkpoint_interval` steps."""
+        return is_due(step, self._settings.checkpoint_interval)
 
     def save_in_background(
         self, training: TrainingMetadata, state: Callable[[], CheckpointState]

@@ -35,7 +35,7 @@ def gpu_id(wanted: str) -> str:
     return str(torch.cuda.current_device())
 
 
-class Moment:
+class DeviceTimestamp:
     """The time at which the device reaches this point of its queue. The host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Moment:
             self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def since(self, earlier: "Moment") -> float:
+    def since(self, earlier: "DeviceTimestamp") -> float:
         """Seconds from `earlier` to this moment; the device must have passed both, as it has when a
         later result was read on the host."""
         if self._event is not None:

@@ -12,7 +12,7 @@ from gpt2.config.run import RunConfig
 from gpt2.distributed import device
 
 
-class Experiment(NamedTuple):
+class TrainedExperiment(NamedTuple):
     """A named run with a checkpoint."""
 
     name: str
@@ -81,13 +81,13 @@ def folders(run_config: RunConfig) -> list[Path]:
     return found or [resolved]
 
 
-def existing(base: Path) -> list[Experiment]:
+def existing(base: Path) -> list[TrainedExperiment]:
     """The experiments with a checkpoint in a folder of `base`."""
     found = []
     for folder in sorted(base.glob(experiment_name.label("*", "*"))):
         read = experiment_name.read_label(folder.name)
         if read and (complete := store.list_checkpoints(folder)):
-            found.append(Experiment(*read, complete[-1].training.step))
+            found.append(TrainedExperiment(*read, complete[-1].training.step))
     return found
 
 

@@ -16,7 +16,7 @@ from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
 from gpt2.data.loader import MicroBatch
 from gpt2.distributed import rendezvous
-from gpt2.distributed.device import Moment
+from gpt2.distributed.device import DeviceTimestamp
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.optim.build import gradient_norm, set_learning_rate
@@ -55,7 +55,7 @@ def train_step(
     """
     world, config = replica.world, replica.config
     batch_tokens = config.data.total_batch_size
-    started = computed = Moment(world.device)
+    started = computed = DeviceTimestamp(world.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     with out_of_memory_explained(*micro_batches[0][0].shape):
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -65,7 +65,7 @@ def train_step(
                 with replica.autocast:
                     loss = replica.net(tokens_BT, targets_BT)
                 if is_last:
-                    computed = Moment(world.device)
+                    computed = DeviceTimestamp(world.device)
                 (loss * (world.size / batch_tokens)).backward()
             loss_sum += loss.detach()
         grad_norm = gradient_norm(replica.model)
@@ -74,7 +74,7 @@ def train_step(
         set_learning_rate(replica.optimizer, learning_rate)
         replica.optimizer.clip_and_step(grad_norm, config.optim.grad_clip, is_finite)
         replica.optimizer.zero_grad(set_to_none=True)
-    finished = Moment(world.device)
+    finished = DeviceTimestamp(world.device)
     mean_loss, norm, applied = torch.cat([numbers, is_finite.double().view(1)]).tolist()
     return Update(
         loss=mean_loss,

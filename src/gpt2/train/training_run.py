@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt2.checkpoint.async_save import Saver
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config import flops
-from gpt2.config.lr_schedule import Schedule, is_due
+from gpt2.config.lr_schedule import Schedule
 from gpt2.config.run import RunConfig
 from gpt2.data.loader import Loader
 from gpt2.data.sampler import Sampler
@@ -102,9 +102,9 @@ class TrainingRun:
             self.metrics.close()
 
     def save_if_due(self) -> None:
-        """Saves a checkpoint in the background every `checkpoint_interval` steps."""
+        """Begins to save a checkpoint of this step, if one is due."""
         step = self.state.step
-        if not is_due(step, self.config.checkpoint.checkpoint_interval):
+        if not self.saver.is_due(step):
             return
         if self.state.bad_in_a_row:
             logger.warning("no checkpoint of step %d: its update was skipped", step)
