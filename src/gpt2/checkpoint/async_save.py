@@ -57,7 +57,7 @@ class Saver:
         """of the newest complete checkpoint; known to rank 0 only"""
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is to be saved: every `checkpoint_interval` steps."""
+        """Whether a checkpoint of `step` is due: every `checkpoint_interval` steps."""
         return is_due(step, self._settings.checkpoint_interval)
 
     def save_in_background(
