@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from gpt2.checkpoint import store
+from source_tree import FLOORS, NAMES, SOURCE, own_imports
 from support import ROOT, run_command
-from test_architecture import FLOORS, NAMES, SOURCE, own_imports
 
 TEXT = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
 BLOCKS: list[str] = re.findall(r"^```python\n(.+?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)

@@ -2,10 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.harness import TABLE
+from faults.harness import FLAGS, TABLE
 from support import run_command, small_flags, train_command
-
-FLAGS = {"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_interval": 12}
 
 
 @pytest.fixture(scope="session")

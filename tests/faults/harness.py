@@ -21,6 +21,8 @@ from gpt2.checkpoint import store
 from gpt2.inspection import run_status
 from support import ROOT, loss_lines, losses, small_flags, train_command
 
+FLAGS = {"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_interval": 12}
+
 
 @dataclass
 class Trials:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import FLAGS
 from faults.harness import (
+    FLAGS,
     Run,
     has_weights_of,
     is_part_of,

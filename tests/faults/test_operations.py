@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import FLAGS
-from faults.harness import last_step, trial
+from faults.harness import FLAGS, last_step, trial
 from gpt2.inspection import run_status
 from support import ROOT, small_flags
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.conftest import FLAGS
 from faults.harness import (
+    FLAGS,
     Run,
     is_part_of,
     last_step,

@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import pytest
 
-from faults.conftest import FLAGS
 from faults.harness import (
+    FLAGS,
     Run,
     has_weights_of,
     is_part_of,

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from gpt2.checkpoint import metadata, store
 from gpt2.inspection import checkpoints
-from inspection.test_run_status import text_of
+from inspection.written_runs import text_of
 
 
 def save(folder: Path, step: int, val_loss: float | None) -> None:

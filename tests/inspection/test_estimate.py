@@ -7,7 +7,7 @@ from gpt2.base import folder_lock
 from gpt2.config import options, presets
 from gpt2.inspection import estimate, run_status
 from gpt2.train import status
-from inspection.test_run_status import PLAN, text_of, write_run
+from inspection.written_runs import PLAN, text_of, write_run
 
 
 def test_forecast_of_a_run(tmp_path: Path, out: Console):

@@ -16,7 +16,7 @@ from gpt2.metrics.records import (
     SamplesRecord,
     ValidationRecord,
 )
-from metrics.test_records import RECORD
+from metrics.example_record import RECORD
 
 
 def write(path: Path, *records: Record, run_name: str = "run", step: int = 0) -> None:

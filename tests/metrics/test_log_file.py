@@ -10,7 +10,7 @@ from gpt2.metrics.console import Console
 from gpt2.metrics.lines import step_line, text_of
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import EventRecord, HellaSwagRecord, Metrics
-from metrics.test_records import RECORD
+from metrics.example_record import RECORD
 
 
 def test_step_line():

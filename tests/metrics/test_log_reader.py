@@ -17,7 +17,7 @@ from gpt2.metrics.records import (
     Sink,
     ValidationRecord,
 )
-from metrics.test_records import RECORD
+from metrics.example_record import RECORD
 
 TEXT, RECORDS = "log.txt", "metrics.jsonl"
 FILES = ((TEXT,), (RECORDS,), (TEXT, RECORDS))

@@ -14,22 +14,11 @@ from gpt2.metrics.records import (
     Metrics,
     Record,
     SamplesRecord,
-    StepRecord,
     ValidationRecord,
     events_to,
 )
+from metrics.example_record import RECORD
 
-RECORD = StepRecord(
-    step=19074,
-    epoch=1,
-    loss=3.4451239,
-    learning_rate=6e-4,
-    grad_norm=0.851,
-    elapsed_s=9.5,
-    tokens_per_s=55188.2,
-    mfu=0.4,
-    rank_s=[9.1, 9.3],
-)
 logger = logging.getLogger("gpt2.somewhere")
 
 

@@ -26,8 +26,8 @@ from gpt2.metrics.records import (
     ValidationRecord,
 )
 from gpt2.metrics.tensorboard import TensorBoard
-from metrics.test_records import RECORD
-from metrics.test_wandb import FakeWandB, open_wandb
+from metrics.example_record import RECORD
+from metrics.fake_wandb import FakeWandB, open_wandb
 from support import small_config
 
 OPENERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Sink]] = {

@@ -10,7 +10,7 @@ from gpt2.config import presets
 from gpt2.metrics.console import Console
 from gpt2.metrics.records import HellaSwagRecord, Metrics, SamplesRecord, ValidationRecord
 from gpt2.metrics.tensorboard import TensorBoard
-from metrics.test_records import RECORD
+from metrics.example_record import RECORD
 
 
 def events(folder: Path) -> EventAccumulator:

@@ -2,64 +2,18 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpt2.base.errors import ConfigError
-from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.metrics import console, log_reader
 from gpt2.metrics.records import Metrics, ValidationRecord
-from gpt2.metrics.wandb import WandB
-from metrics.test_records import RECORD
+from metrics.example_record import RECORD
+from metrics.fake_wandb import FakeWandB, open_wandb
 from support import run_command, small_flags, train_command
-
-
-class FakeRun:
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, object]]] = []
-        self.error: Exception | None = None
-        self.dir = "runs/wandb/offline-run/files"
-
-    def log(self, values: dict[str, object], step: int) -> None:
-        if self.error:
-            raise self.error
-        self.rows.append((step, values))
-
-    def finish(self) -> None:
-        if self.error:
-            raise self.error
-
-
-class FakeWandB(types.ModuleType):
-    """The part of W&B that the sink uses; going online raises `failure`."""
-
-    class UsageError(Exception):
-        pass
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        super().__init__("wandb")
-        self.errors = types.SimpleNamespace(UsageError=self.UsageError)
-        self.failure, self.run = failure, FakeRun()
-        self.started: list[dict[str, object]] = []
-        self.Html = str
-        self.Settings, self.setup, self.teardown = dict, lambda settings: None, lambda: None
-
-    def init(self, **options: object) -> FakeRun:
-        self.started.append(options)
-        if self.failure and options["mode"] != "offline":
-            raise self.failure
-        return self.run
-
-
-def open_wandb(monkeypatch, module: object, logged_step: int = 0, **settings: str) -> WandB:
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    config = ExperimentConfig(use_wandb=True, **settings)
-    return WandB(config, Path("runs"), "exp_gpu_2_20260101_000000", {}, logged_step)
 
 
 def test_a_run_keeps_its_id_and_logs_no_step_twice(monkeypatch):

@@ -18,7 +18,7 @@ from gpt2.experiments.progress import listing, state
 from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.train import status
-from inspection.test_run_status import PLAN
+from inspection.written_runs import PLAN
 
 TRACEBACK = "Traceback (most recent call last):\n  in f\nValueError: no [b]"
 
