@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+from gpt2.base import retry
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import integrity
 from gpt2.checkpoint.metadata import CheckpointMetadata, read_metadata
@@ -52,15 +53,17 @@ def verify_against(path: Path, metadata: CheckpointMetadata) -> Verified:
     Raises CheckpointError if the file is damaged, and OSError if it still cannot be read at the
     third try.
     """
-    for pause_s in PAUSES_S:
-        try:
-            with path.open("rb") as file:
-                return verify_open_file(path, file, metadata)
-        except OSError as error:
-            logger.debug("%s: %s; trying again in %d s", path, error, pause_s)
-            time.sleep(pause_s)
-    with path.open("rb") as file:
-        return verify_open_file(path, file, metadata)
+
+    def verify_once() -> Verified:
+        with path.open("rb") as file:
+            return verify_open_file(path, file, metadata)
+
+    return retry.call(
+        verify_once,
+        PAUSES_S,
+        may_pass=lambda error: isinstance(error, OSError),
+        log=lambda error, pause_s: logger.debug("%s: %s; again in %d s", path, error, pause_s),
+    )
 
 
 def verify_open_file(path: Path, file: BufferedReader, metadata: CheckpointMetadata) -> Verified:
