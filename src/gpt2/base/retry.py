@@ -1,4 +1,4 @@
-"""Calls that are repeated while an error may pass: files and services on a network fail at times."""
+"""Calls that are repeated while an error may pass, as many errors of network and disk do."""
 
 import time
 from collections.abc import Callable, Sequence
