@@ -1,5 +1,4 @@
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,7 +21,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import support
-from gpt2.base.errors import DataError
+from gpt2.base import folder_lock
+from gpt2.base.errors import DataError, FolderInUse
 from gpt2.data import prepare, tokenizer
 from gpt2.data.corpus import Corpus, Document
 
@@ -46,7 +46,7 @@ def test_shards_hold_every_document_after_its_separator(data_root: Path):
 
 def test_layout_and_manifest(data_root: Path):
     files = sorted(path.name for path in data_root.iterdir())
-    assert files[:2] == ["manifest.json", "small_train_000001.npy"]
+    assert files[:3] == ["manifest.json", "run.lock", "small_train_000001.npy"]
     assert files[-1] == "small_val_000000.npy"
     values = json.loads((data_root / "manifest.json").read_text())
     assert values["tokenizer"] == "gpt2"
@@ -141,7 +141,7 @@ def test_overwrite_removes_nothing_of_another_corpus(tmp_path: Path):
 
 def test_two_preparations_of_one_folder(tmp_path: Path):
     def second(skip: int):
-        with pytest.raises(DataError, match="another process prepares"):
+        with pytest.raises(FolderInUse, match=r"another preparation is using .* with --out"):
             prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
         yield from support.small_documents(skip)
 
@@ -149,12 +149,19 @@ def test_two_preparations_of_one_folder(tmp_path: Path):
 
 
 def test_runs_that_start_together_wait_for_one_preparation(tmp_path: Path, caplog):
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    threading.Timer(0.3, os.close, [handle]).start()
+    def first() -> None:
+        with folder_lock.held(tmp_path, "preparation"):
+            is_held.set()
+            while not caplog.messages:
+                time.sleep(0.01)
+
+    is_held = threading.Event()
+    threading.Thread(target=first).start()
+    is_held.wait()
     with caplog.at_level(logging.INFO):
         prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1, wait=True)
-    assert f"Waiting: another process prepares {tmp_path}" in caplog.messages
+    waiting = f"Waiting: another preparation is using {tmp_path}: process {os.getpid()} on"
+    assert caplog.messages[0].startswith(waiting)
 
 
 def test_a_text_on_which_the_regular_expression_fails(tmp_path: Path):

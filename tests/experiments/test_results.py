@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.base.errors import CheckpointError, ConfigError
+from gpt2.base.errors import CheckpointError, ConfigError, FolderInUse
 from gpt2.experiments import results
 from gpt2.experiments.results import ExperimentDescription, JobResult
 
@@ -132,7 +132,7 @@ def test_second_owner_is_refused_by_name(tmp_path: Path):
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == b"mine\n"
-        refused = pytest.raises(CheckpointError, match=rf"another experiment.*process {owner.pid} ")
+        refused = pytest.raises(FolderInUse, match=rf"another experiment.*process {owner.pid} ")
         with refused, results.opened(tmp_path, ABOUT):
             pass
         owner.kill()

@@ -15,7 +15,7 @@ import torch
 
 from faults.harness import trial
 from gpt2.base import folder_lock
-from gpt2.base.errors import CheckpointError
+from gpt2.base.errors import CheckpointError, FolderInUse
 from gpt2.checkpoint import store
 from gpt2.train import trainer
 from gpt2.train.report import Answer
@@ -187,7 +187,7 @@ def test_second_run_in_one_folder_is_refused(data_root: Path, tmp_path: Path):
     seen = []
 
     def second(**_: float) -> Answer:
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(FolderInUse) as caught:
             trainer.run(small_config(data_root, tmp_path, resume="latest"))
         seen.append(str(caught.value))
         return "stop"

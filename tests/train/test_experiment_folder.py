@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.base import log
-from gpt2.base.errors import CheckpointError
+from gpt2.base.errors import CheckpointError, FolderInUse
 from gpt2.checkpoint import store
 from gpt2.cli import train
 from gpt2.config import options, presets
@@ -85,7 +85,7 @@ def test_an_experiment_from_its_start_to_a_resume(data_root: Path, tmp_path: Pat
     try:
         wait_for(printed, "Saved checkpoint", 3)
         assert f"Checkpoint will be saved as {link}\n" in printed.read_text()
-        with pytest.raises(CheckpointError, match=rf"exp_gpu_2: process {process.pid} on"):
+        with pytest.raises(FolderInUse, match=rf"exp_gpu_2: process {process.pid} on"):
             trainer.run(named_config(data_root, tmp_path, "exp", resume="latest"))
         assert trainer.run(named_config(data_root, tmp_path, "exp", gpu_id="3")).step == 4
         assert link.resolve(strict=True).parent == folder

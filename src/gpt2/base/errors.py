@@ -35,5 +35,9 @@ class Diverged(TrainingError):
     """Training diverged and gave up; starting the run again would not help."""
 
 
+class FolderInUse(UserError):
+    """Another process works in the folder."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, not trusted, or contradicts the run."""

@@ -8,7 +8,6 @@ and removed after `manifest.json`, which is written last and marks the folder as
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gpt2
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
 from gpt2.data import shards, tokenizer
@@ -128,8 +127,9 @@ def prepare(
 
     The first shard is the validation split. The bytes do not depend on the number of workers, nor
     on how often the preparation was killed and started again. Messages name `command` as the one
-    that continues it. With `wait`, waits for another process that prepares the same folder. Raises
-    DataError if the folder holds other shards, the documents cannot be read, or the disk is full.
+    that continues it. With `wait`, waits for another process that prepares the same folder; else
+    raises FolderInUse. Raises DataError if the folder holds other shards, the documents cannot be
+    read, or the disk is full.
     """
     shard_tokens = shard_tokens or corpus.tokens_per_shard
     default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
@@ -139,7 +139,9 @@ def prepare(
     progress = _ProgressFile(folder, recipe, command or shards.prepare_command(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, wait):
+        if (folder / MANIFEST).exists() and not overwrite:  # it may be read-only
+            return _finished(folder, recipe)
+        with folder_lock.held(folder, "preparation", "--out", wait):
             if overwrite:
                 _clear(folder, corpus.name)
             if (folder / MANIFEST).exists():
@@ -167,28 +169,6 @@ def prepare(
             f"{reason} ({free / 1e9:.1f} GB free); finished shards are kept: free disk space and "
             "type the same command again, or choose another folder with --out"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
-    """Locks `folder`, so that no other process prepares it while the block runs."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            logger.info("Waiting: another process prepares %s", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    except BlockingIOError:
-        raise DataError(
-            f"another process prepares {folder}; wait until it has finished, or choose another "
-            "folder with --out"
-        ) from None
-    finally:
-        os.close(handle)
 
 
 def _write(

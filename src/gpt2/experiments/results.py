@@ -174,9 +174,9 @@ def opened(
 ) -> Iterator[ResultsStore]:
     """The store of `folder`, which no other process can open within the block.
 
-    Raises CheckpointError if another process owns the folder or its `experiment.json` cannot be
-    read, and ConfigError if it holds another experiment: `differences` compares the description
-    that it holds, by default all of `fixed`.
+    Raises FolderInUse if another process owns the folder, CheckpointError if its `experiment.json`
+    cannot be read, and ConfigError if it holds another experiment: `differences` compares the
+    description that it holds, by default all of `fixed`.
     """
     require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):

@@ -158,8 +158,7 @@ def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterat
     """Where the run begins; a checkpoint is loaded and verified as the run will do it."""
     folder = run_config.checkpoint.checkpoint_dir
     if folder_lock.is_held(folder):
-        owner = folder_lock.owner(folder)
-        by = f"process {owner.pid} on {owner.host}, since {owner.started}" if owner else "a process"
+        by = folder_lock.owner(folder) or "a process"
         remedy = "another run needs another --out_dir"
         yield Finding("note", "running", f"{by} trains in {folder}", remedy)
     with log.collecting_warnings() as warnings:

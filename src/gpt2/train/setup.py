@@ -156,7 +156,7 @@ def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
     """Locks the checkpoint folder for this run while the block runs, and removes the temporary
     files of a killed one.
 
-    Raises CheckpointError if it cannot be written to, or another run holds it.
+    Raises CheckpointError if it cannot be written to, and FolderInUse if another run holds it.
     """
     folder = run_config.checkpoint.checkpoint_dir
 

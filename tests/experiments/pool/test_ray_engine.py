@@ -157,7 +157,7 @@ def test_a_message_of_another_version_ends_the_worker():
 
 def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):
     home = Home.of_owner(tmp_path)
-    (tmp_path / "run.lock").write_text('{"host": "other", "pid": 1, "started": "now"}')
+    (tmp_path / "owner.json").write_text('{"host": "other", "pid": 1, "started": "now"}')
     with pytest.raises(ConfigError, match="must see the same files"):
         home.enter()
 

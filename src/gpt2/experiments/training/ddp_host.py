@@ -53,6 +53,7 @@ ERRORS: dict[str, type[Exception]] = {
         errors.DataError,
         errors.TrainingError,
         errors.Diverged,
+        errors.FolderInUse,
         errors.CheckpointError,
         Stopped,
         JobLost,
