@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpt2.config import options, presets
@@ -15,6 +16,7 @@ from gpt2.config.run import RunConfig
 from gpt2.data.corpus import Corpus, Document
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "src" / "train_improved.py"
 SMALL_RUN: dict[str, object] = {
     "n_layer": 2,
     "n_head": 2,
@@ -37,6 +39,17 @@ SMALL_RUN: dict[str, object] = {
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
 """how far the losses of runs with other micro-batches or other numbers of ranks are apart at most
 (docs/operations.md). A processor without products of bfloat16 emulates them, slowly."""
+
+HANG_S = 300
+"""nothing that is merely slow takes so long, also on a machine with much else to do"""
+
+
+def wait_until(happens: Callable[[], object], otherwise: Callable[[], object] = str) -> None:
+    """Returns once `happens()` is true. Fails with what `otherwise()` says if it never is."""
+    deadline = time.monotonic() + HANG_S
+    while not happens():
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.01)
 
 
 def small_documents(skip: int = 0) -> Iterator[Document]:
@@ -86,9 +99,7 @@ def small_flags(data_root: Path, out: Path, /, **changes: object) -> list[str]:
     return ["--preset", "demo", "--out_dir", str(out), *flags]
 
 
-def train_command(
-    flags: list[str], ranks: int | None = None, script: Path = ROOT / "src" / "train_improved.py"
-) -> list[str]:
+def train_command(flags: list[str], ranks: int | None = None, script: Path = TRAIN) -> list[str]:
     """The command line of a run in processes of its own; `ranks` starts it through torchrun."""
     if ranks is None:
         return [sys.executable, str(script), *flags]
@@ -106,7 +117,7 @@ def run_command(
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        timeout=200,
+        timeout=HANG_S,
     )
     assert expect is None or done.returncode == expect, f"{done.stdout}\n{done.stderr}"
     return done

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked_ranks
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import integrity, store, verification
 from gpt2.checkpoint.metadata import TrainingMetadata
-from support import ROOT, run_command, train_command
 
 TRAINING = TrainingMetadata(1, 0, 0, 1.0, None, 1, "run", "0")
 LOADING = """
@@ -76,8 +76,7 @@ def on_two_ranks(path: Path, tmp_path: Path, machines: int) -> list[str]:
     """What two ranks note while they load `path`."""
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(LOADING)
-    command = train_command([str(machines), str(log), str(path)], ranks=2, script=script)
-    run_command(command, PYTHONPATH=str(ROOT / "src"))
+    forked_ranks.run([str(machines), str(log), str(path)], 2, tmp_path, script)
     return log.read_text().splitlines()
 
 

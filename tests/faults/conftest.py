@@ -2,15 +2,16 @@ from pathlib import Path
 
 import pytest
 
+import forked_ranks
 from faults.harness import FLAGS, TABLE
-from support import run_command, small_flags, train_command
+from support import small_flags
 
 
 @pytest.fixture(scope="session")
 def reference(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 steps on 2 ranks, with dropout, uninterrupted."""
     out = tmp_path_factory.mktemp("reference")
-    run_command(train_command(small_flags(data_root, out, **FLAGS), ranks=2))
+    forked_ranks.run(small_flags(data_root, out, **FLAGS), 2, out)
     return out
 
 

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpt2.checkpoint import store
 from gpt2.inspection import run_status
-from support import ROOT, loss_lines, losses, small_flags, train_command
+from support import HANG_S, ROOT, loss_lines, losses, small_flags, train_command, wait_until
 
 FLAGS = {"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_interval": 12}
 
@@ -125,20 +124,17 @@ class Run:
     def ranks(self) -> list[int]:
         return [pid for pid in self.processes() if pid != self.agent.pid]
 
-    def wait_for(self, text: str, count: int = 1, within_s: float = 60) -> None:
+    def wait_for(self, text: str, count: int = 1) -> None:
         """Waits until the output contains `text` at least `count` times."""
-        deadline = time.monotonic() + within_s
-        while self.text().count(text) < count:
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text()}"
-            assert self.agent.poll() is None or self.text().count(text) >= count, self.text()
-            time.sleep(0.01)
+        self._wait_until(lambda: self.text().count(text) >= count)
 
-    def wait_for_step(self, step: int, within_s: float = 60) -> None:
-        deadline = time.monotonic() + within_s
-        while last_step(self.log) < step:
-            assert time.monotonic() < deadline, self.text()
-            assert self.agent.poll() is None, self.text()
-            time.sleep(0.01)
+    def wait_for_step(self, step: int) -> None:
+        self._wait_until(lambda: last_step(self.log) >= step)
+
+    def _wait_until(self, happens: Callable[[], bool]) -> None:
+        """Fails if the run ends before."""
+        wait_until(lambda: self.agent.poll() is not None or happens(), self.text)
+        assert happens(), self.text()
 
     def kill(self, victim: str, chance: random.Random) -> None:
         """kill -9 of a random `rank`, of `torchrun`, or of `all` processes."""
@@ -151,13 +147,13 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def end(self, within_s: float = 60) -> int:
+    def end(self) -> int:
         """The exit code of torchrun. Fails if a process of the run outlives it for long."""
-        code = self.agent.wait(within_s)
-        deadline = time.monotonic() + 40  # a rank that has just started waits 30 s for torchrun
-        while (left := self.processes()) or self.state() == "running":
-            assert time.monotonic() < deadline, f"orphans {left}:\n{self.text()}"
-            time.sleep(0.02)
+        code = self.agent.wait(HANG_S)
+        wait_until(  # a rank that has just started waits 30 s for torchrun
+            lambda: not self.processes() and self.state() != "running",
+            lambda: f"orphans {self.processes()}:\n{self.text()}",
+        )
         return code
 
 
@@ -186,7 +182,7 @@ module = importlib.import_module({module!r})
 function, calls = module.{name}, []
 def slow(*arguments, **options):
     calls.append(1)
-    if len(calls) == {call}:
+    if {call} in (len(calls), None):
         print("now in {name}", flush=True)
         time.sleep({pause_s})
     return function(*arguments, **options)
@@ -194,8 +190,11 @@ module.{name} = slow
 """
 
 
-def slow_script(folder: Path, module: str, name: str, call: int = 1, pause_s: float = 3) -> Path:
-    """A train_improved.py in which one call of `module.name` prints that and takes `pause_s`."""
+def slow_script(
+    folder: Path, module: str, name: str, call: int | None = 1, pause_s: float = 3
+) -> Path:
+    """A train_improved.py in which one call of `module.name`, or each, prints that and takes
+    `pause_s`."""
     patch = SLOW.format(module=module, name=name, call=call, pause_s=pause_s)
     return patched_script(folder / f"slow_{name}.py", patch)
 

@@ -21,6 +21,8 @@ from gpt2.train import trainer
 from gpt2.train.report import Answer
 from support import ROOT, small_config, small_flags, train_command
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

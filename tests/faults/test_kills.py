@@ -13,19 +13,24 @@ from faults.harness import (
     is_part_of,
     last_step,
     python,
+    slow_script,
     starts_of,
     trial,
 )
 from gpt2.checkpoint import store
 from support import ROOT
 
+pytestmark = pytest.mark.faults
+
 VICTIMS = ("rank", "torchrun", "all")
 
 
 def kill_at_random(data_root: Path, out: Path, victim: str, chance: random.Random) -> None:
-    """Kills a run in `out` once it has trained further than the run before it."""
+    """Kills a run in `out` once it has trained further than the run before it. Its steps take a
+    tenth of a second, so that no machine has finished it by then."""
     before = last_step(out / "logs/log.txt")
-    run = Run(data_root, out, **FLAGS)
+    script = slow_script(out.parent, "gpt2.train.trainer", "lr_at", call=None, pause_s=0.1)
+    run = Run(data_root, out, script=script, **FLAGS)
     run.wait_for_step(before + 1)
     time.sleep(chance.uniform(0, 1.2))
     with trial(f"kill -9 of {victim}") as steps_lost:

@@ -17,6 +17,8 @@ from gpt2.train import evaluator, trainer, training_run
 from gpt2.train.report import Answer
 from support import losses, small_config
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(autouse=True)
 def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,15 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from faults.harness import FLAGS, last_step, trial
 from gpt2.inspection import run_status
-from support import ROOT, small_flags
+from support import HANG_S, ROOT, small_flags, wait_until
+
+pytestmark = pytest.mark.faults
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 
@@ -54,10 +55,10 @@ class Checkout:
             )
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 60
-        while last_step(self.folder / "logs/log.txt") < step:
-            assert time.monotonic() < deadline, (self.folder / "out.txt").read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: last_step(self.folder / "logs/log.txt") >= step,
+            (self.folder / "out.txt").read_text,
+        )
 
     def state(self) -> str:
         found = run_status.newest_run(self.folder / "checkpoints")
@@ -80,7 +81,7 @@ def test_the_slurm_script_requeues_until_the_end(checkout: Checkout):
     job = checkout.start(checkout.small(script, max_steps=10_000))
     checkout.wait_for_step(6)
     job.send_signal(signal.SIGUSR1)
-    job.wait(60)
+    job.wait(HANG_S)
     assert (checkout.state(), checkout.requeued()) == ("stopped", 1)
 
     reached = last_step(checkout.folder / "logs/log.txt")
@@ -88,12 +89,12 @@ def test_the_slurm_script_requeues_until_the_end(checkout: Checkout):
     checkout.wait_for_step(reached + 6)
     owner = run_status.newest_run(checkout.folder / "checkpoints").status.pid
     os.kill(owner, signal.SIGKILL)
-    job.wait(60)
+    job.wait(HANG_S)
     assert (checkout.state(), checkout.requeued()) == ("dead", 2)
 
     reached = last_step(checkout.folder / "logs/log.txt")
     job = checkout.start(checkout.small(script, max_steps=reached + 4))
-    job.wait(60)
+    job.wait(HANG_S)
     assert (checkout.state(), checkout.requeued()) == ("finished", 2)
 
 
@@ -104,11 +105,11 @@ def test_the_cron_line_restarts_a_dead_run_only(checkout: Checkout):
     command = "exec .venv/bin/torchrun --nproc_per_node=4 src/train_improved.py --resume latest"
     run = checkout.start(checkout.small(command, max_steps=10_000))
     checkout.wait_for_step(6)
-    checkout.start(checkout.small(line, max_steps=10_000)).wait(60)  # it lives: nothing to do
+    checkout.start(checkout.small(line, max_steps=10_000)).wait(HANG_S)  # it lives: nothing to do
     assert not (checkout.folder / "logs/cron.txt").exists()
     os.kill(run_status.newest_run(checkout.folder / "checkpoints").status.pid, signal.SIGKILL)
-    run.wait(60)
+    run.wait(HANG_S)
     reached = last_step(checkout.folder / "logs/log.txt")
-    checkout.start(checkout.small(line, max_steps=reached + 4)).wait(60)
+    checkout.start(checkout.small(line, max_steps=reached + 4)).wait(HANG_S)
     assert checkout.state() == "finished"
     assert "Resuming from" in (checkout.folder / "logs/cron.txt").read_text()

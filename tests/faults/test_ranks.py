@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,17 @@ from faults.harness import (
 )
 from gpt2.checkpoint import store
 from gpt2.train import status, trainer
-from support import LOSS_TOLERANCE, losses, run_command, small_config, small_flags, train_command
+from support import (
+    HANG_S,
+    LOSS_TOLERANCE,
+    losses,
+    run_command,
+    small_config,
+    small_flags,
+    train_command,
+)
+
+pytestmark = pytest.mark.faults
 
 ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
 
@@ -30,12 +39,12 @@ ENDLESS = FLAGS | {"max_steps": 100_000, "eval_interval": None}
 @pytest.mark.soak
 @trial("SIGSTOP of a rank")
 def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
-    run = Run(data_root, tmp_path / "run", ranks=3, **ENDLESS, collective_timeout=6)
+    run = Run(data_root, tmp_path / "run", ranks=3, **ENDLESS, collective_timeout=15)
     run.wait_for("step 6 |")
     frozen = run.ranks()[-1]
     os.kill(frozen, signal.SIGSTOP)
-    noticed = "got no reply from another rank within 6 s (--collective_timeout)"
-    run.wait_for(noticed, within_s=15)
+    noticed = "got no reply from another rank within 15 s (--collective_timeout)"
+    run.wait_for(noticed)
     assert run.end() != 0  # once torchrun has waited 30 s for the frozen rank
     text = run.text()
     assert text.count(noticed) == 2
@@ -61,11 +70,9 @@ GPT2.forward = fail
 def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path: Path):
     patch = FAILING.format(error='ZeroDivisionError("the reason")')
     script = patched_script(tmp_path / "failing.py", patch)
-    run = Run(data_root, tmp_path / "run", ranks=3, script=script, **ENDLESS)
-    run.wait_for("step 4 |")
-    started = time.monotonic()
+    flags = ENDLESS | {"collective_timeout": 10_000}
+    run = Run(data_root, tmp_path / "run", ranks=3, script=script, **flags)
     assert run.end() != 0
-    assert time.monotonic() - started < 15  # not --collective_timeout
     text = run.text()
     assert "rank 1 failed:\nTraceback" in text
     assert text.count("ZeroDivisionError: the reason") == 1
@@ -76,14 +83,15 @@ def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path
 
 def restart_until_finished(data_root: Path, out: Path, kills: int) -> Run:
     """Under --max-restarts, without --resume: torchrun restarts the run, which resumes."""
-    run = Run(data_root, out, ["--max-restarts=3"], **FLAGS | {"resume": None})
-    run.wait_for("step 5 |")
+    script = slow_script(out.parent, "gpt2.train.trainer", "lr_at", call=None, pause_s=0.1)
+    flags = FLAGS | {"resume": None}
+    run = Run(data_root, out, ["--max-restarts=3"], script=script, **flags)
     for kill in range(kills):
         with trial("killed rank under --max-restarts"):
-            time.sleep(0.5)
+            run.wait_for_step(last_step(run.log) + 5)
             os.kill(run.ranks()[kill % 2], signal.SIGKILL)
             run.wait_for("Resuming from", count=kill + 1)
-    assert run.end(120) == 0, run.text()
+    assert run.end() == 0, run.text()
     return run
 
 
@@ -122,15 +130,15 @@ def test_a_restart_knows_whether_it_has_saved(
     run = Run(data_root, tmp_path / "run", ["--max-restarts=3"], script=script, **flags)
     run.wait_for("now in lr_at")
     os.kill(run.ranks()[0], signal.SIGKILL)
-    assert run.end(120) == 0, run.text()
+    assert run.end() == 0, run.text()
     assert re.findall(r"  - Step: (\d+)\n", run.text()) == steps
 
 
 @pytest.mark.soak
 @trial("a save slower than --collective_timeout")
 def test_a_rank_waits_for_a_slow_disk(data_root: Path, tmp_path: Path):
-    script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=12)
-    flags = FLAGS | {"max_steps": 12, "collective_timeout": 5}
+    script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=30)
+    flags = FLAGS | {"max_steps": 12, "collective_timeout": 15}
     run = Run(data_root, tmp_path / "run", script=script, **flags)
     assert run.end() == 0, run.text()
     assert "Waiting: the previous checkpoint is still being written" in run.text()
@@ -223,14 +231,14 @@ def test_two_nodes_one_killed(data_root: Path, tmp_path: Path, reference: Path, 
     for pid in (nodes[killed].agent.pid, *mine):
         os.kill(pid, signal.SIGKILL)
     other = nodes[1 - killed]
-    assert other.agent.wait(90) != 0
-    nodes[killed].agent.wait(10)
+    assert other.agent.wait(HANG_S) != 0
+    nodes[killed].agent.wait(HANG_S)
     other.end()
     newest = store.find(tmp_path / "run/checkpoints", "latest")
     kept = int(newest.stem.removeprefix("step_"))
     port = free_port()
     for run in start():
-        assert run.agent.wait(120) == 0, run.text()
+        assert run.agent.wait(HANG_S) == 0, run.text()
     assert all(is_part_of(lines, reference) for lines in starts_of(tmp_path / "run"))
     assert last_step(tmp_path / "run/logs/log.txt") == FLAGS["max_steps"]
     assert kept >= reached - 2 * FLAGS["checkpoint_interval"]

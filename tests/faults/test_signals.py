@@ -3,7 +3,6 @@
 import os
 import pty
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +19,8 @@ from faults.harness import (
     starts_of,
     trial,
 )
+
+pytestmark = pytest.mark.faults
 
 ENDLESS = FLAGS | {"max_steps": 100_000}
 CTRL_C = b"\x03"
@@ -105,18 +106,16 @@ def test_ctrl_c_saves(data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO,
 def test_ctrl_c_twice_exits_at_once(
     data_root: Path, tmp_path: Path, terminal: tuple[BinaryIO, BinaryIO]
 ):
-    """During a save that takes a minute."""
+    """During a save that would never end."""
     ours, theirs = terminal
-    script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=60)
+    script = slow_script(tmp_path, "gpt2.checkpoint.integrity", "HashingWriter", pause_s=10_000)
     flags = ENDLESS | {"checkpoint_interval": 1000}
     run = Run(data_root, tmp_path / "run", script=script, terminal=theirs.fileno(), **flags)
     run.wait_for("step 6 |")
     ours.write(CTRL_C)
     run.wait_for("now in HashingWriter")
-    started = time.monotonic()
     ours.write(CTRL_C)
     assert run.end() != 0
-    assert time.monotonic() - started < 10
     assert "Stopped by signal" not in run.text()
     assert run.state() == "stopped"
 

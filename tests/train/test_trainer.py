@@ -378,6 +378,7 @@ def test_shares_and_micro_batches_do_not_change_the_gradient(
     """Eight rows in micro-batches of 8, and of 3, 3 and 2."""
     logs = []
     changes = {"dtype": dtype, "max_steps": max_steps, "dropout": 0.0, "eval_interval": None}
+    changes |= {"block_size": 4, "total_batch_size": 32}
     for mini_batch_size in (8, 3):
         out = tmp_path / str(mini_batch_size)
         trainer.run(small_config(data_root, out, mini_batch_size=mini_batch_size, **changes))

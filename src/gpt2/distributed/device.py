@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import time
 from typing import Any
@@ -75,9 +76,12 @@ def peak_flops(world: World, dtype: torch.dtype) -> float:
     return sum(world.gather(known or measured_flops(world.device, dtype)))
 
 
+@functools.cache
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of large matrix products, measured in less than a second."""
+    """FLOP/s of large matrix products, measured in less than a second, once in a process."""
     side, repeats = (8192, 8) if device.type == "cuda" else (1024, 3)
+    if dtype is torch.bfloat16 and not has_fast_bfloat16(device):
+        side //= 4  # emulated products take many times as long, at every size
     # Random numbers: a GPU needs less power to multiply equal ones, and raises its clock.
     generator = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(side, side, generator=generator, device=device).to(dtype)
