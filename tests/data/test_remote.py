@@ -259,6 +259,30 @@ def test_a_shard_in_use_is_not_removed(downloads: list[str], tmp_path: Path):
     assert dataset.shards[0].bytes in kept
 
 
+def test_a_shard_that_a_killed_process_used_is_removed(data_root: Path, tmp_path: Path):
+    script = (
+        "import sys, os, signal, numpy as np\n"
+        "from pathlib import Path\n"
+        "from gpt2.data.shards import TokenDataset, load_index\n"
+        "from gpt2.data.cache import ShardCache\n"
+        "from gpt2.data.remote import Storage\n"
+        "found = load_index(Storage(sys.argv[1]), ShardCache(Path(sys.argv[2])))\n"
+        "dataset = TokenDataset(found, 'train', 32)\n"
+        "dataset.read(np.array([[0, 0]]))\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    folder = tmp_path / "cache"
+    command = [sys.executable, "-c", script, f"file://{data_root}", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+        ShardCache(folder, 0).make_room(1)
+        assert len(copies(tmp_path)) == 1
+        process.kill()
+    ShardCache(folder, 0).make_room(1)
+    assert not copies(tmp_path)
+
+
 def test_a_cache_folder_that_cannot_be_used(memory: MemoryFileSystem, tmp_path: Path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"cannot use the cache folder .*--cache_dir"):

@@ -7,17 +7,19 @@ without limit.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
-import math
 import os
-import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import Timeout
+
+from gpt2.base import retry
 from gpt2.base.errors import DataError
+from gpt2.base.folder_lock import lock_file
 from gpt2.data.remote import Storage, describe
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,14 @@ PART = ".part"
 
 Check = Callable[[Path], str | None]
 """Returns what is wrong with a downloaded file, or None."""
+
+
+class _DownloadFailed(Exception):
+    """An attempt to download failed, for the reason that it is made with."""
+
+    def __init__(self, reason: str, is_permanent: bool) -> None:
+        super().__init__(reason)
+        self.is_permanent = is_permanent
 
 
 @dataclass(frozen=True)
@@ -54,101 +64,124 @@ class ShardCache:
         that are not in use are removed, the least recently used first. Raises DataError, naming the
         file, if the error is permanent or all attempts have failed.
         """
-        with self._errors(), contextlib.ExitStack() as stack:
-            path = self._path(storage, name)
-            lock = stack.enter_context(self._lock_file(path.name))
-            wait = _Wait(f"another process to download {storage.full(name)}")
-            downloaded = False
-            while True:
-                if _try_lock(lock, fcntl.LOCK_SH):
-                    if path.exists() and (downloaded or check(path) is None):
-                        break
-                    if _try_lock(lock, fcntl.LOCK_EX):  # releases the shared lock
-                        if not path.exists() or check(path) is not None:
-                            self._download(storage, name, size, check, path)
-                        downloaded = True
-                        continue
-                wait.pause()
-            os.utime(path)
-            held = stack.pop_all()
-        with held:  # outside of _errors: errors of the block are not the cache's
+        path = self.folder / hashlib.sha256(storage.full(name).encode()).hexdigest()
+        with contextlib.ExitStack() as stack:
+            with self._errors():
+                stack.enter_context(self._in_use(path))
+                if not path.exists() or check(path) is not None:
+                    self._download(storage, name, size, check, path)
+                os.utime(path)
             yield path
 
     def _download(self, storage: Storage, name: str, size: int, check: Check, path: Path) -> None:
         """Downloads a file to `path`, with as many attempts as it takes."""
-        full, part = storage.full(name), path.with_name(path.name + PART)
-        permanent_errors = 0
-        for pause_s in (*RETRY_PAUSES_S, None):
+        full, permanent_errors = storage.full(name), 0
+
+        def may_pass(error: BaseException) -> bool:
+            nonlocal permanent_errors
+            if not isinstance(error, _DownloadFailed):
+                return False
+            permanent_errors += error.is_permanent
+            return permanent_errors < PERMANENT_ERROR_ATTEMPTS
+
+        def log(error: BaseException, pause_s: float) -> None:
+            logger.warning(
+                "%s could not be downloaded (%s); trying again in %g s", full, error, pause_s
+            )
+
+        try:
+            retry.call(
+                lambda: self._attempt(storage, name, size, check, path),
+                RETRY_PAUSES_S,
+                may_pass,
+                log,
+            )
+        except _DownloadFailed as error:
+            raise DataError(f"{full} could not be downloaded: {error}") from error
+
+    def _attempt(self, storage: Storage, name: str, size: int, check: Check, path: Path) -> None:
+        """Downloads to a temporary file and renames it to `path`, unless another process did."""
+        part = path.with_name(path.name + PART)
+        with self._locked("fetching"):  # one download at a time keeps to the limit
+            if path.exists() and check(path) is None:
+                return
+            self.make_room(size)
             try:
-                reason = self._attempt(storage, name, size, check, path, part)
-                if reason is None:
-                    return
-                permanent_errors += part.stat().st_size == size
+                storage.fetch(name, part)
+                if reason := check(part):
+                    raise _DownloadFailed(reason, is_permanent=part.stat().st_size == size)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, path)
             except (DataError, OSError) as error:
                 cause = (error.__cause__ if isinstance(error, DataError) else None) or error
                 if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise DataError(
-                        f"{full} does not fit into {self.folder}; free disk space, or choose "
-                        "another folder with --cache_dir"
+                        f"{storage.full(name)} does not fit into {self.folder}; free disk space, "
+                        "or choose another folder with --cache_dir"
                     ) from error
-                reason = describe(cause)
-                permanent_errors += isinstance(cause, PERMANENT_ERRORS)
-            part.unlink(missing_ok=True)
-            if pause_s is None or permanent_errors == PERMANENT_ERROR_ATTEMPTS:
-                raise DataError(f"{full} could not be downloaded: {reason}")
-            logger.warning(
-                "%s could not be downloaded (%s); trying again in %s s", full, reason, pause_s
-            )
-            time.sleep(pause_s)
-
-    def _attempt(
-        self, storage: Storage, name: str, size: int, check: Check, path: Path, part: Path
-    ) -> str | None:
-        """Downloads to `part` and renames it to `path`; returns what is wrong with it, or None."""
-        with self._lock_file("fetching") as lock:  # one download at a time keeps to the limit
-            wait = _Wait("another download to finish")
-            while not _try_lock(lock, fcntl.LOCK_EX):
-                wait.pause()
-            self.make_room(size)
-            storage.fetch(name, part)
-            reason = check(part)
-            if reason is None:
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(part, path)
-            return reason
+                raise _DownloadFailed(
+                    describe(cause), isinstance(cause, PERMANENT_ERRORS)
+                ) from error
+            finally:
+                part.unlink(missing_ok=True)
 
     def make_room(self, size: int) -> None:
         """Removes the least recently used copies until `size` more bytes fit."""
         if self.limit_bytes is None:
             return
-        copies = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process removes it too
-                if path.is_file():
-                    copies.append((path.stat().st_mtime, path.stat().st_size, path))
-        free = self.limit_bytes - sum(held for _, held, _ in copies)
-        for _, held, path in sorted(copies):
-            if free >= size:
-                return
-            with self._lock_file(path.name.removesuffix(PART)) as lock:
-                if _try_lock(lock, fcntl.LOCK_EX):  # else the copy is in use
-                    path.unlink(missing_ok=True)
+        with self._locked("uses"):
+            copies = [
+                (status.st_mtime, status.st_size, path)
+                for path in self.folder.iterdir()
+                if path.is_file() and (status := path.stat())
+            ]
+            free = self.limit_bytes - sum(held for _, held, _ in copies)
+            for _, held, path in sorted(copies):
+                if free >= size:
+                    return
+                if not self._is_in_use(path):
+                    path.unlink()
                     free += held
 
-    def _path(self, storage: Storage, name: str) -> Path:
-        return self.folder / hashlib.sha256(storage.full(name).encode()).hexdigest()
+    @contextlib.contextmanager
+    def _in_use(self, path: Path) -> Iterator[None]:
+        """Keeps a copy from being removed while the block runs and this process lives: it holds a
+        lock file of its own, named after the copy."""
+        mark = self._locks / f"{path.name}.{uuid.uuid4().hex}"
+        with lock_file(mark) as lock:
+            with self._locked("uses"):
+                lock.acquire()
+            try:
+                yield
+            finally:
+                mark.unlink(missing_ok=True)
+
+    def _is_in_use(self, path: Path) -> bool:
+        for mark in self._locks.glob(f"{path.name}.*"):
+            with lock_file(mark) as lock:
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    return True
+                mark.unlink(missing_ok=True)  # its process was killed
+        return False
 
     @contextlib.contextmanager
-    def _lock_file(self, name: str) -> Iterator[int]:
-        """An open lock file of that name; its locks are released when the block ends."""
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        handle = os.open(locks / name, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
+    def _locked(self, name: str) -> Iterator[None]:
+        with lock_file(self._locks / name) as lock:
+            try:
+                lock.acquire(timeout=WARN_AFTER_S)
+            except Timeout:
+                logger.warning("waiting for another process that downloads to %s", self.folder)
+                lock.acquire()
+            yield
+
+    @property
+    def _locks(self) -> Path:
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -159,26 +192,3 @@ class ShardCache:
                 f"cannot use the cache folder {self.folder}: {error.strerror or error}; choose "
                 "another one with --cache_dir"
             ) from error
-
-
-def _try_lock(lock: int, kind: int) -> bool:
-    """Takes the lock if it is free; returns whether it did. If not, a lock held before is lost."""
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-class _Wait:
-    """Waits in short pauses; logs once what it waits for if that takes long."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._warn_at = time.monotonic() + WARN_AFTER_S
-
-    def pause(self) -> None:
-        time.sleep(0.05)
-        if time.monotonic() > self._warn_at:
-            logger.warning("waiting for %s", self._what)
-            self._warn_at = math.inf
