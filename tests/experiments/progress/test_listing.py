@@ -1,7 +1,6 @@
 import io
 import json
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -94,13 +93,14 @@ def test_show_has_jobs_with_results_slots_and_failures(tmp_path: Path, monkeypat
         assert call(monkeypatch, "show", folder, "--json") == 0
     printed, facts = capsys.readouterr().out.split("\n{")
     assert f"{folder}: seeds, running" in printed
-    assert "2 of 10 done, 1 failed, 1 running" in printed and f"{folder}/worker.log" in printed
+    assert "  2 of 10 done, 1 failed\n" in printed and f"{folder}/worker.log" in printed
     assert line_with(printed, "  seed=0 ").split() == [
-        *("seed=0", "finished", "1m", "01s", "1", "0.1000", "3.2500", "1,000,000,000", "gpu0")
+        *("seed=0", "finished", "1m", "01s", "1", "3.2500", "1,000,000,000", "gpu0")
     ]
     assert "failed" in line_with(printed, "  seed=1 ")
-    assert "running" in printed.rpartition("seed=3")[2] and "3.5000" in printed
-    assert "seed=1: ValueError: no [b]" in printed and "Traceback" not in printed
+    assert "val_loss 3.5000 | step 7" in line_with(printed, "gpu1  seed=3 ")
+    assert " on gpu0: ValueError: no [b]" in line_with(printed, "seed=1, ")
+    assert "Traceback" not in printed
     facts = json.loads("{" + facts)
     assert facts["jobs"][1]["traceback"] == TRACEBACK and facts["now"]["places"][1]["pid"] == 7
 
@@ -114,15 +114,26 @@ def test_failures_are_shown_with_their_tracebacks(tmp_path: Path, monkeypatch, c
     assert "  Traceback (most recent call last):\n    in f\n" in printed
 
 
-def test_show_of_an_unknown_folder_lists_those_nearby(tmp_path: Path, monkeypatch, capsys):
-    with experiment(tmp_path / "good", [1]):
-        pass
+def test_show_of_a_dead_experiment_has_what_its_slots_did_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "killed"
+    with experiment(folder, [1]) as tracker:
+        metrics = {"step": 50, "total_steps": 100, "loss": 3.5}
+        tracker.update(event("started", 1, "seed=3"))
+        tracker.update(event("reported", 1, "seed=3", at=1.0, metrics=metrics))
+        state.write(folder, tracker.current)
+    assert call(monkeypatch, "show", folder) == 0
+    printed = capsys.readouterr().out
+    assert f"{folder}: seeds, dead" in printed
+    assert "50 %" in line_with(printed, "gpu1  seed=3 ")
+
+
+def test_show_of_folders_without_an_experiment(tmp_path: Path, monkeypatch, capsys):
+    assert call(monkeypatch, "show", tmp_path / "god") == 2
+    assert f"error: no experiment or training in {tmp_path}/god; " in capsys.readouterr().err
     (tmp_path / "alone").mkdir()
     status.write(tmp_path / "alone", PLAN, "finished", 500)
-    assert call(monkeypatch, "show", tmp_path / "god") == 2
-    there = f"{tmp_path}/alone, {tmp_path}/good"
-    wanted = f"error: no experiment or training in {tmp_path}/god; there are {there}\n"
-    assert capsys.readouterr().err == wanted
     assert call(monkeypatch, "show", tmp_path / "alone") == 0
     assert "run: finished\n  step 500 of 1,000" in capsys.readouterr().out
     assert call(monkeypatch, "lst") == 2
@@ -138,7 +149,7 @@ def test_list_of_a_missing_folder(tmp_path: Path, monkeypatch, capsys):
     assert capsys.readouterr().out == "No experiments in checkpoints\n"
 
 
-def test_long_experiments_are_listed_fast_and_show_their_last_jobs(tmp_path: Path):
+def test_long_experiments_show_their_last_jobs(tmp_path: Path):
     folder = tmp_path / "long"
     with experiment(folder, [1], total=10_000):
         pass
@@ -149,10 +160,8 @@ def test_long_experiments_are_listed_fast_and_show_their_last_jobs(tmp_path: Pat
     ]
     (folder / results.RESULT_LINES_FILE).write_text("\n".join(lines) + "\n")
     out = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
-    began = time.process_time()
     listing.print_list(tmp_path, out)
     listing.print_experiment(listing.require(folder), out, last=5)
-    assert time.process_time() - began < 2
     assert isinstance(out.file, io.StringIO)
     text = out.file.getvalue()
     assert "10,000 of 10,000" in text and "the last 5 of 10,000" in text

@@ -19,7 +19,6 @@ from gpt2.experiments.pool.job import Event, Slot
 FILE = "state.json"
 KEPT_FAILURES = 20
 """the newest failures; results.jsonl has all"""
-StateName = Literal["running", "stopping", "finished", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -52,35 +51,26 @@ class SlotState:
         return value if is_finite_number(value) else None
 
     @property
-    def total_s(self) -> float | None:
-        """Estimated seconds for the whole job at the speed of this attempt; None if unknown."""
-        gained = self._share(self.metric("step")) - self._share(self.first_step)
-        return self.first_s + (self.step_s - self.first_s) / gained if gained > 0 else None
-
-    @property
     def fraction(self) -> float:
         """The completed share of the job, from 0 to 1; 0 if the job does not report its steps."""
         return self._share(self.metric("step"))
 
+    @property
+    def jobs_per_s(self) -> float:
+        """Speed of this attempt, as a share of the job per second; 0 if it is unknown."""
+        gained = self.fraction - self._share(self.first_step)
+        return gained / (self.step_s - self.first_s) if self.step_s > self.first_s else 0.0
+
     def left_s(self, now: float) -> float | None:
         """Estimated seconds until the job's last step; None if unknown."""
-        if self.total_s is None:
+        if self.jobs_per_s <= 0:
             return None
         since_report_s = now - self.began - self.step_s
-        return max(0.0, (1 - self.fraction) * (self.total_s - self.first_s) - since_report_s)
+        return max(0.0, (1 - self.fraction) / self.jobs_per_s - since_report_s)
 
     def _share(self, step: float | None) -> float:
         total = self.metric("total_steps")
         return min(1.0, max(0.0, step / total)) if step is not None and total else 0.0
-
-
-@dataclass(frozen=True)
-class JobFailure:
-    """A job that has used up its attempts."""
-
-    job: str
-    slot: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -97,8 +87,9 @@ class ExperimentState:
     failed: int = 0
     retried: int = 0
     """attempts that were lost and started again"""
-    failures: tuple[JobFailure, ...] = ()
-    state: StateName = "running"
+    failures: tuple[Mapping[str, str], ...] = ()
+    """job, slot and reason of jobs that have used up their attempts"""
+    state: Literal["running", "stopping", "finished", "stopped"] = "running"
     reason: str = ""
     """what stopping means for the running jobs"""
     host: str = ""
@@ -121,6 +112,11 @@ class ExperimentState:
     def is_over(self) -> bool:
         return self.state in ("finished", "stopped")
 
+    @property
+    def fraction(self) -> float:
+        """The completed share of the experiment, from 0 to 1."""
+        return (self.ended + sum(slot.fraction for slot in self.slots)) / max(1, self.total)
+
     def jobs_per_s(self, now: float) -> float:
         """Jobs per second since this start."""
         return (self.ended - self.before) / max(now - self.began, 1e-9)
@@ -128,17 +124,17 @@ class ExperimentState:
     def left_s(self, now: float) -> float | None:
         """Estimated seconds until the last job ends, or None if unknown.
 
-        Computed from the progress of the running jobs if they report it, else from the jobs that
+        Computed from the speeds of the running jobs if they report steps, else from the jobs that
         have ended since this start.
         """
-        known = [left for slot in self.slots if (left := slot.left_s(now)) is not None]
-        if known:
-            mean_s = statistics.mean(slot.total_s for slot in self.slots if slot.total_s)
-            others = max(0, self.total - self.ended - len(known))
-            in_service = max(1, sum(slot.in_service for slot in self.slots))
-            return max(*known, (sum(known) + others * mean_s) / in_service)
+        left = [left for slot in self.slots if (left := slot.left_s(now)) is not None]
+        speeds = [slot.jobs_per_s for slot in self.slots if slot.jobs_per_s > 0]
         speed = self.jobs_per_s(now)
-        return None if speed <= 0 or self.is_over else max(0, self.total - self.ended) / speed
+        if speeds:
+            speed = statistics.mean(speeds) * max(1, sum(slot.in_service for slot in self.slots))
+        if speed <= 0 or self.is_over:
+            return None
+        return max(0.0, *left, (1 - self.fraction) * self.total / speed)
 
 
 class StateTracker:
@@ -155,46 +151,37 @@ class StateTracker:
     ) -> None:
         """`before` of the `total` jobs were completed by earlier starts."""
         self.clock = clock
-        self.current = ExperimentState(
-            kind,
-            total,
-            tuple(SlotState(slot.name) for slot in slots),
-            before,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            began=clock(),
-        )
+        idle = tuple(SlotState(slot.name) for slot in slots)
+        host, pid = socket.gethostname(), os.getpid()
+        self.current = ExperimentState(kind, total, idle, before, host=host, pid=pid, began=clock())
 
     def update(self, event: Event) -> None:
         """Applies an event of the pool."""
-        self.current = updated(self.current, event, self.clock())
+        now = self.current
+        if event.kind == "stopping":
+            self.current = replace(now, state="stopping", reason=event.reason)
+            return
+        slots = tuple(
+            _updated(slot, event, self.clock()) if slot.slot == event.slot.name else slot
+            for slot in now.slots
+        )
+        changes: dict[str, Any] = {"slots": slots}
+        if event.kind in ("finished", "pruned", "failed", "retried"):
+            changes[event.kind] = getattr(now, event.kind) + 1
+        if event.kind == "failed" and event.job is not None:
+            failure = {"job": event.job.name, "slot": event.slot.name, "reason": event.reason}
+            changes["failures"] = (*now.failures, failure)[-KEPT_FAILURES:]
+        self.current = replace(now, **changes)
 
     def end(self) -> None:
         """Marks the experiment as finished or stopped, and every slot as idle."""
         now = self.current
         idle = tuple(_idle(slot) for slot in now.slots)
-        name: StateName = "finished" if now.ended >= now.total else "stopped"
+        name: Literal["finished", "stopped"] = "finished" if now.ended >= now.total else "stopped"
         self.current = replace(now, state=name, slots=idle)
 
 
-def updated(state: ExperimentState, event: Event, now: float) -> ExperimentState:
-    """The state after the event."""
-    if event.kind == "stopping":
-        return replace(state, state="stopping", reason=event.reason)
-    slots = tuple(
-        _updated_slot(slot, event, now) if slot.slot == event.slot.name else slot
-        for slot in state.slots
-    )
-    changes: dict[str, Any] = {"slots": slots}
-    if event.kind in ("finished", "pruned", "failed", "retried"):
-        changes[event.kind] = getattr(state, event.kind) + 1
-    if event.kind == "failed" and event.job is not None:
-        failure = JobFailure(event.job.name, event.slot.name, event.reason)
-        changes["failures"] = (*state.failures, failure)[-KEPT_FAILURES:]
-    return replace(state, **changes)
-
-
-def _updated_slot(slot: SlotState, event: Event, now: float) -> SlotState:
+def _updated(slot: SlotState, event: Event, now: float) -> SlotState:
     """The state of a slot after an event on it."""
     if event.kind == "slot_lost":
         return replace(slot, in_service=False, reason=event.reason)
@@ -250,13 +237,8 @@ def read(folder: Path) -> ExperimentState | None:
     path = folder / FILE
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or not JSON
-        return None
-    try:
         content["slots"] = tuple(from_json(SlotState, item, path) for item in content.pop("places"))
-        content["failures"] = tuple(
-            from_json(JobFailure, item, path) for item in content["failures"]
-        )
+        content["failures"] = tuple(content["failures"])
         return from_json(ExperimentState, content, path)
-    except (TypeError, LookupError, AttributeError):  # other JSON
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # not such an object
         return None
