@@ -19,12 +19,12 @@ SCRIPT = ROOT / "run_parallel_experiments.sh"
 STOP_AT_C = """
 import os, signal
 
-make = os.mkdir
-def mkdir(path, *rest):
-    if "c_gpu_" in str(path):
+real = os.stat
+def stat(path, **more):
+    if str(path).endswith("c_gpu_cpu"):  # whether it has a folder is asked before it begins
         os.kill(os.getpid(), signal.SIGTERM)
-    make(path, *rest)
-os.mkdir = mkdir
+    return real(path, **more)
+os.stat = stat
 """
 SHORT = {"total_batch_size": 64, "eval_interval": None, "device": "cpu"}
 

@@ -95,8 +95,9 @@ class ResultsStore:
         """the latest one of each job"""
         self._path = folder / RESULT_LINES_FILE
         self._lines = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._cut_torn_line()
-        self._pending: list[bytes] = []
+        # A power cut may have left a part of a line.
+        os.ftruncate(self._lines, self._path.read_bytes().rfind(b"\n") + 1)
+        self._pending = b""
         self._flushed = time.monotonic()
 
     def is_done(self, job: str) -> bool:
@@ -106,16 +107,15 @@ class ResultsStore:
     def add(self, result: JobResult) -> None:
         """Appends a result to `results.jsonl`."""
         self.results[result.job] = result
-        self._pending.append(json.dumps(asdict(result)).encode() + b"\n")
-        self._write_pending()
-
-    def in_state(self, *states: str) -> list[JobResult]:
-        """The results in these states, in the order in which the jobs ended."""
-        return [result for result in self.results.values() if result.state in states]
+        self._pending += json.dumps(asdict(result)).encode() + b"\n"
+        with contextlib.suppress(OSError):  # the next one, or `close`, tries again
+            self._write_pending()
+            if time.monotonic() > self._flushed + FLUSH_EVERY_S:
+                os.fsync(self._lines)
+                self._flushed = time.monotonic()
 
     def save(self, **more: Any) -> None:
         """Replaces `results.json`: the description, `more`, and all results."""
-        self._write_pending()
         results = [asdict(result) for result in self.results.values()]
         for result in results:
             del result["traceback"]  # results.jsonl has it, and the worker's log
@@ -129,41 +129,27 @@ class ResultsStore:
     def close(self) -> None:
         """Raises CheckpointError if results could not be written."""
         try:
-            self._write_pending(last=True)
+            self._write_pending()
+            os.fsync(self._lines)
         except OSError as error:
+            lost = counted(len(self._pending.splitlines()), "result")
             raise CheckpointError(
-                f"cannot write {counted(len(self._pending), 'result')} to {self._path}: {error}; "
-                "make room, then give the same command again, which runs these jobs again"
+                f"cannot write {lost} to {self._path}: {error}; make room, then give the same "
+                "command again, which runs these jobs again"
             ) from error
         finally:
             os.close(self._lines)
 
-    def _write_pending(self, last: bool = False) -> None:
+    def _write_pending(self) -> None:
+        """Writes all pending lines, or raises OSError and leaves no part of them."""
+        end = os.fstat(self._lines).st_size
         try:
-            while self._pending:
-                self._append(self._pending[0])
-                del self._pending[0]
-            if last or time.monotonic() > self._flushed + FLUSH_EVERY_S:
-                os.fsync(self._lines)
-                self._flushed = time.monotonic()
-        except OSError:
-            if last:
-                raise
-
-    def _append(self, line: bytes) -> None:
-        """Writes the whole line, or raises OSError and leaves no part of it."""
-        end = os.lseek(self._lines, 0, os.SEEK_END)
-        try:
-            if os.write(self._lines, line) < len(line):
+            if os.write(self._lines, self._pending) < len(self._pending):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.ftruncate(self._lines, end)
             raise
-
-    def _cut_torn_line(self) -> None:
-        """Removes the part of a line that a power cut left, before the next line is appended."""
-        content = self._path.read_bytes()
-        os.ftruncate(self._lines, content.rfind(b"\n") + 1)
+        self._pending = b""
 
 
 @contextlib.contextmanager
@@ -174,37 +160,51 @@ def opened(
 ) -> Iterator[ResultsStore]:
     """The store of `folder`, which no other process can open within the block.
 
-    Raises FolderInUse if another process owns the folder, CheckpointError if its `experiment.json`
-    cannot be read, and ConfigError if it holds another experiment: `differences` compares the
-    description that it holds, by default all of `fixed`.
+    Raises CheckpointError if another process owns the folder or its `experiment.json` cannot be
+    read, and ConfigError if it holds another experiment: `differences` compares the description
+    that it holds, by default all of `fixed`.
     """
     require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):
-        before = read_description(folder)
-        if before is not None:
-            _require_same(folder, before, description, differences)
+        path, content = folder / EXPERIMENT_FILE, {}
+        if before := read_description(folder):
+            if rows := _differences(before, description, differences):
+                raise another_experiment(folder, rows)
             description = replace(description, total=max(before.total, description.total))
+            content = json.loads(path.read_text())  # a later version may have written more
         atomic_files.remove_temporary(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
-        # A later version may have written more; it stays.
-        content = {**(_read_object(folder / EXPERIMENT_FILE) or {}), **asdict(description)}
-        atomic_files.write_text(folder / EXPERIMENT_FILE, json.dumps(content, indent=1) + "\n")
-        store = ResultsStore(folder, description)
-        try:
+        content |= asdict(description)
+        atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
+        with contextlib.closing(ResultsStore(folder, description)) as store:
             yield store
-        finally:
-            store.close()
+
+
+def _differences(
+    before: ExperimentDescription,
+    now: ExperimentDescription,
+    compare: Callable[[ExperimentDescription], list[str]] | None,
+) -> list[str]:
+    """A line for each difference between two descriptions."""
+    if before.kind != now.kind:
+        return [f"kind: {before.kind} before, {now.kind} now"]
+    if compare is not None:
+        return compare(before)
+    return [
+        f"{name}: {before.fixed.get(name)} before, {now.fixed.get(name)} now"
+        for name in sorted({*before.fixed, *now.fixed})
+        if before.fixed.get(name) != now.fixed.get(name)
+    ]
 
 
 def read_description(folder: Path) -> ExperimentDescription | None:
     """The experiment in `folder`, or None if there is none; raises CheckpointError if its file
     cannot be read."""
     path = folder / EXPERIMENT_FILE
-    values = _read_object(path)
-    if values is None:
-        return None
     try:
-        return from_json(ExperimentDescription, values, path)
-    except TypeError as error:
+        return from_json(ExperimentDescription, json.loads(path.read_text()), path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:  # TypeError: other JSON
         raise _unreadable(path, error) from error
 
 
@@ -231,43 +231,10 @@ def read_results(folder: Path) -> list[JobResult]:
     return results
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None without the file; raises CheckpointError for all else."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(values, dict):
-        raise _unreadable(path, TypeError(f"expected a JSON object, got {values!r:.80}"))
-    return values
-
-
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"cannot read {path}: {error}; repair it, or use another folder with --checkpoint_dir"
     )
-
-
-def _require_same(
-    folder: Path,
-    before: ExperimentDescription,
-    description: ExperimentDescription,
-    differences: Callable[[ExperimentDescription], list[str]] | None,
-) -> None:
-    if before.kind != description.kind:
-        rows = [f"kind: {before.kind} before, {description.kind} now"]
-    elif differences is not None:
-        rows = differences(before)
-    else:
-        rows = [
-            f"{name}: {before.fixed.get(name)} before, {description.fixed.get(name)} now"
-            for name in sorted({*before.fixed, *description.fixed})
-            if before.fixed.get(name) != description.fixed.get(name)
-        ]
-    if rows:
-        raise another_experiment(folder, rows)
 
 
 def another_experiment(folder: Path, rows: Sequence[str]) -> ConfigError:

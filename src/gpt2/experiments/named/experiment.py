@@ -22,8 +22,17 @@ class Experiment:
     """of its training, without --experiment_name"""
 
     def folder(self, gpu_id: str) -> Path:
-        """The folder of its logs if it trains on this GPU."""
-        return _log_dir(self.flags) / experiment_name.label(self.name, gpu_id)
+        """The folder of its logs if it trains on this GPU, as --log_dir or --out_dir choose it."""
+        given: dict[str, str] = {}
+        for flag, following in itertools.pairwise((*self.flags, "")):
+            name, has_value, value = flag.partition("=")
+            given[name.replace("-", "_")] = value if has_value else following
+        log_dir = given.get("__log_dir") or Path(given.get("__out_dir", ""), "logs")
+        return Path(log_dir) / experiment_name.label(self.name, gpu_id)
+
+    def console(self, gpu_id: str, begun: str) -> Path:
+        """The file for what it prints; `begun` is the date and time when the command started."""
+        return self.folder(gpu_id) / f"console_{begun}.log"
 
 
 def parse_all(texts: Sequence[str], common: Sequence[str] = ()) -> list[Experiment]:
@@ -44,12 +53,3 @@ def parse_all(texts: Sequence[str], common: Sequence[str] = ()) -> list[Experime
             raise ConfigError(f"'{text}' has an unmatched quote") from error
         experiments.append(Experiment(name, (*common, *own)))
     return experiments
-
-
-def _log_dir(flags: Sequence[str]) -> Path:
-    """The folder of all logs that `--log_dir` or `--out_dir` in `flags` choose."""
-    given: dict[str, str] = {}
-    for flag, following in itertools.pairwise((*flags, "")):
-        name, has_value, value = flag.partition("=")
-        given[name.replace("-", "_")] = value if has_value else following
-    return Path(given.get("__log_dir") or Path(given.get("__out_dir", ""), "logs"))

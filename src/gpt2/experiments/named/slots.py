@@ -4,15 +4,11 @@ A slot's name is the `gpu_id` that a training on it has: 2, or cpu.
 """
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 
 from gpt2.config import experiment_name
 from gpt2.experiments.pool.job import Slot
-
-CPU_SHARES = 2
-"""slots of a machine without GPUs"""
+from gpt2.experiments.pool.slots import CPU_SHARES
 
 
 def of_gpus(gpus: Sequence[str]) -> list[Slot]:
@@ -33,7 +29,12 @@ def of_cores(count: int) -> list[Slot]:
 def of_machine() -> list[Slot]:
     """A slot for each GPU that CUDA_VISIBLE_DEVICES shows, or that the machine has without it; two
     shares of the cores if there is none."""
-    gpus = _visible_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch  # takes seconds to import
+
+        visible = ",".join(str(index) for index in range(torch.cuda.device_count()))
+    gpus, _ = valid_ids(visible)
     return of_gpus(gpus) if gpus else of_cores(CPU_SHARES)
 
 
@@ -44,14 +45,3 @@ def valid_ids(text: str) -> tuple[list[str], bool]:
     invalid = (index for index, item in enumerate(items) if not item or item.startswith("-"))
     end = next(invalid, len(items))
     return items[:end], end == len(items)
-
-
-def _visible_gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return valid_ids(visible)[0]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    listed = subprocess.run(query, stdout=subprocess.PIPE, text=True, check=False).stdout
-    return [line for line in listed.splitlines() if line.isdigit()]

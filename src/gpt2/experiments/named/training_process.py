@@ -1,5 +1,6 @@
 """A training in a process of its own, as a job: what it prints goes to a console log."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import gpt2
 from gpt2.base.errors import UserError
+from gpt2.config import experiment_name
+from gpt2.experiments.named.experiment import Experiment
 from gpt2.experiments.pool.job import Job
 from gpt2.experiments.pool.worker import Reporter
 
@@ -14,21 +17,25 @@ POLL_S = 0.2
 """how soon a stop is noticed"""
 
 
-def job(name: str, flags: Sequence[str], console: Path, slot: int) -> Job:
-    """The job that trains with `flags` on a slot; its result is the exit code of the training."""
-    script = Path(gpt2.__file__).parents[1] / "train_improved.py"  # an installed package has none
-    train = [str(script)] if script.exists() else ["-m", "gpt2", "train"]
-    values = {"command": [sys.executable, *train, *flags], "console": str(console)}
-    return Job(name, f"{__name__}:run", values, slot=slot)
+def job(experiment: Experiment, begun: str, slot: int | None) -> Job:
+    """The job that trains an experiment; its result is the exit code of the training."""
+    values = {"name": experiment.name, "flags": [*experiment.flags], "begun": begun}
+    return Job(experiment.name, f"{__name__}:run", values, slot=slot)
 
 
-def run(command: Sequence[str], console: str, report: Reporter) -> int:
-    """Runs the command to its end and returns its exit code, 128 + N if signal N killed it.
+def run(name: str, flags: Sequence[str], begun: str, report: Reporter) -> int:
+    """Trains to the end and returns the exit code, 128 + N if signal N killed the training.
 
     A request to stop is passed on as SIGTERM, after which a training saves and ends.
     """
+    script = Path(gpt2.__file__).parents[1] / "train_improved.py"  # an installed package has none
+    train = [str(script)] if script.exists() else ["-m", "gpt2", "train"]
+    command = [sys.executable, *train, *flags, "--experiment_name", name]
+    gpu_id = experiment_name.first_visible(os.environ["CUDA_VISIBLE_DEVICES"])
+    console = Experiment(name, tuple(flags)).console(gpu_id, begun)
     try:
-        with open(console, "wb") as output:
+        console.parent.mkdir(parents=True, exist_ok=True)
+        with console.open("wb") as output:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
