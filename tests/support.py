@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.data.corpus import Corpus, Document
@@ -61,6 +63,12 @@ def small_documents(skip: int = 0) -> Iterator[Document]:
 
 
 SMALL_CORPUS = Corpus("small", "a few modules", tokens_per_shard=8000, documents=small_documents)
+
+
+def shard_tokens(folder: Path) -> list[int]:
+    """All tokens of a data folder, in the order of its shards."""
+    files = sorted(folder.glob("*.npy"), key=lambda path: path.stem.split("_")[-1])
+    return [token for path in files for token in np.load(path).tolist()]
 
 
 def write_tasks(path: Path, count: int = 6) -> Path:

@@ -4,10 +4,6 @@ import itertools
 import json
 import logging
 import os
-import random
-import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,11 +21,25 @@ from gpt2.base import folder_lock
 from gpt2.base.errors import DataError, FolderInUse
 from gpt2.data import prepare, tokenizer
 from gpt2.data.corpus import Corpus, Document
+from support import shard_tokens
 
 
-def shard_tokens(folder: Path) -> list[int]:
-    files = sorted(folder.glob("*.npy"), key=lambda path: path.stem.split("_")[-1])
-    return [token for path in files for token in np.load(path).tolist()]
+class Killed(BaseException):
+    """As sudden as a signal: no code catches it."""
+
+
+def in_this_process(documents, workers: int):
+    """As `tokenised_batches`, without processes; the document "kill" raises Killed."""
+    while part := list(itertools.islice(documents, workers)):
+        if any(document.text == "kill" for document in part):
+            raise Killed
+        yield prepare.Batch(part, *prepare.encode_texts([document.text for document in part]))
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several processes change is in test_prepare_processes.py."""
+    monkeypatch.setattr(prepare, "tokenised_batches", in_this_process)
 
 
 def plain_loop(documents: list[Document]) -> list[int]:
@@ -60,12 +70,6 @@ def test_layout_and_manifest(data_root: Path):
         tokens = np.load(data_root / shard["file"])
         assert tokens.dtype == np.uint16
         assert len(tokens) == shard["tokens"]
-
-
-def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10_000)
-    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=3)
-    assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
 
 
 def test_a_finished_folder_is_not_changed(tmp_path: Path):
@@ -252,18 +256,6 @@ def test_unknown_fields_of_a_progress_file_are_ignored_with_a_warning(
     ]
 
 
-class Killed(BaseException):
-    """As sudden as a signal: no code catches it."""
-
-
-def in_this_process(documents, workers: int):
-    """As `tokenised_batches`, without processes; the document "kill" raises Killed."""
-    while part := list(itertools.islice(documents, workers)):
-        if any(document.text == "kill" for document in part):
-            raise Killed
-        yield prepare.Batch(part, *prepare.encode_texts([document.text for document in part]))
-
-
 @settings(max_examples=60)
 @given(st.data())
 def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataObject):
@@ -297,8 +289,7 @@ def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataO
             prepare.prepare(corpus(), folder, **options)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "tokenised_batches", in_this_process)
+    with tempfile.TemporaryDirectory() as root:
         at_once = prepared(Path(root, "one"))
         assert prepared(Path(root, "other"), *kills) == at_once
         if "manifest.json" in at_once:
@@ -310,93 +301,3 @@ def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataO
             assert manifest["documents"] == expected.documents == begun
             assert manifest["empty_documents"] == expected.empty
             assert manifest["replaced_documents"] == expected.replaced
-
-
-# Real processes, real signals
-
-SIZES = ["--shard_tokens", "150000", "--max_tokens", "8000000"]
-
-
-def data_command(folder: Path, *options: str) -> list[str]:
-    start = "import sys; from gpt2.cli.main import main; sys.exit(main())"
-    corpus = ["data", "python-stdlib", "--out", str(folder), *SIZES]
-    return [sys.executable, "-c", start, *corpus, *options]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("never_killed")
-    support.run_command(data_command(folder))
-    return folder
-
-
-def kill_at_random(folder: Path, trials: int, seed: int) -> int:
-    """How often a preparation was killed before it finished, by `trials` SIGKILLs."""
-    choice, hits = random.Random(seed), 0
-    for _ in range(trials):
-        with subprocess.Popen(
-            data_command(folder, "--workers", str(choice.randint(1, 3))),
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as started:
-            while started.poll() is None and not (folder / "progress.json").exists():
-                time.sleep(0.01)
-            try:
-                started.wait(timeout=choice.uniform(0.0, 0.8))
-            except subprocess.TimeoutExpired:
-                started.kill()
-                hits += 1
-        assert no_process_left(started.pid)
-        if (folder / "manifest.json").exists():  # the next trial starts from nothing
-            shutil.rmtree(folder)
-    return hits
-
-
-def no_process_left(session: int) -> bool:
-    """Whether all workers of a killed preparation end within seconds."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        stats = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                stats.append(path.read_text().rpartition(")")[2].split())
-        if not any(int(stat[3]) == session and stat[0] not in "ZX" for stat in stats):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_killed: Path):
-    assert kill_at_random(tmp_path / "data", trials=4, seed=1) >= 2
-    support.run_command(data_command(tmp_path / "data"))
-    assert contents(tmp_path / "data") == contents(never_killed)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(5))
-def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed: int):
-    assert kill_at_random(tmp_path / "data", trials=8, seed=seed) >= 4
-    support.run_command(data_command(tmp_path / "data"))
-    assert contents(tmp_path / "data") == contents(never_killed)
-
-
-def test_a_full_disk_is_one_error_and_finished_shards_are_kept(tmp_path: Path, never_killed: Path):
-    limit = 200_000  # bytes of a file: the small validation shard fits, the next one does not
-    start = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "import sys; from gpt2.cli.main import main; sys.exit(main())"
-    )
-    command = data_command(tmp_path / "data", "--val_tokens", "50000")
-    failed = support.run_command([command[0], "-c", start, *command[3:]], expect=2)
-    assert failed.stderr.count("\n") == 1
-    assert (
-        "finished shards are kept: free disk space and type the same command again" in failed.stderr
-    )
-    assert (tmp_path / "data" / "python_stdlib_val_000000.npy").exists()
-    assert not list((tmp_path / "data").glob("*.tmp"))
-    support.run_command(command)
-    assert shard_tokens(tmp_path / "data") == shard_tokens(never_killed)

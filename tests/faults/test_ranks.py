@@ -47,9 +47,9 @@ def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
     run.wait_for(noticed)
     assert run.end() != 0  # once torchrun has waited 30 s for the frozen rank
     text = run.text()
-    assert text.count(noticed) == 2
     where = text.split("This rank waited here:\n")[1:]
-    assert len(where) == 2 and all("gpt2/train/trainer.py" in trace for trace in where)
+    assert text.count(noticed) == len(where), "one of them, or both if they end at one time"
+    assert all("gpt2/train/trainer.py" in trace for trace in where)
 
 
 FAILING = """

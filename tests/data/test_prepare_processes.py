@@ -1,0 +1,109 @@
+"""A corpus prepared by several processes, which are killed or find the disk full."""
+
+import contextlib
+import hashlib
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import support
+from gpt2.data import prepare
+from support import shard_tokens, wait_until
+
+
+def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10_000)
+    prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=3)
+    assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
+
+
+SIZES = ["--shard_tokens", "40000", "--max_tokens", "2000000"]
+
+
+def data_command(folder: Path, *options: str) -> list[str]:
+    start = "import sys; from gpt2.cli.main import main; sys.exit(main())"
+    corpus = ["data", "python-stdlib", "--out", str(folder), *SIZES]
+    return [sys.executable, "-c", start, *corpus, *options]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("never_killed")
+    support.run_command(data_command(folder))
+    return folder
+
+
+def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+    """Kills preparations of `folder` with SIGKILL, each after it has finished some more shards."""
+    choice = random.Random(seed)
+    while kills:
+        kills -= killed_after(choice.randint(0, 12), folder, workers=choice.randint(1, 3))
+        if (folder / "manifest.json").exists():  # the next trial starts from nothing
+            shutil.rmtree(folder)
+
+
+def killed_after(shards: int, folder: Path, workers: int) -> bool:
+    """Whether a preparation was killed when it had finished `shards` more, or had ended before."""
+    reached = number_of_shards(folder) + shards
+    command = data_command(folder, "--workers", str(workers))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as started:
+        wait_until(lambda: started.poll() is not None or number_of_shards(folder) >= reached)
+        started.kill()
+    wait_until(lambda: not processes_of(started.pid))
+    return started.returncode != 0
+
+
+def number_of_shards(folder: Path) -> int:
+    return len(list(folder.glob("*.npy")))
+
+
+def processes_of(session: int) -> list[str]:
+    """Ids of the workers of a preparation, which should end soon after it was killed."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = path.read_text().partition(" ")
+            stat = rest.rpartition(")")[2].split()
+            if int(stat[3]) == session and stat[0] not in "ZX":
+                found.append(pid)
+    return found
+
+
+def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_killed: Path):
+    kill_at_random(tmp_path / "data", kills=2, seed=1)
+    support.run_command(data_command(tmp_path / "data"))
+    assert contents(tmp_path / "data") == contents(never_killed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed: int):
+    kill_at_random(tmp_path / "data", kills=6, seed=seed)
+    support.run_command(data_command(tmp_path / "data"))
+    assert contents(tmp_path / "data") == contents(never_killed)
+
+
+def test_a_full_disk_is_one_error_and_finished_shards_are_kept(tmp_path: Path, never_killed: Path):
+    limit = 60_000  # bytes of a file: the small validation shard fits, the next one does not
+    start = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "import sys; from gpt2.cli.main import main; sys.exit(main())"
+    )
+    command = data_command(tmp_path / "data", "--val_tokens", "20000")
+    failed = support.run_command([command[0], "-c", start, *command[3:]], expect=2)
+    assert failed.stderr.count("\n") == 1
+    assert (
+        "finished shards are kept: free disk space and type the same command again" in failed.stderr
+    )
+    assert (tmp_path / "data" / "python_stdlib_val_000000.npy").exists()
+    assert not list((tmp_path / "data").glob("*.tmp"))
+    support.run_command(command)
+    assert shard_tokens(tmp_path / "data") == shard_tokens(never_killed)
