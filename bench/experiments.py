@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 from gpt2.experiments import results
+from gpt2.experiments.job_group import JobGroupSource
 from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler, worker_logs
-from gpt2.experiments.sweep.sweep import FunctionTarget, Sweep, SweepSource
+from gpt2.experiments.results import ExperimentDescription
+from gpt2.experiments.sweep.sweep import Sweep
 
 WORKERS = 2
 
@@ -29,20 +31,19 @@ def nothing(seed: int) -> int:
 
 def ours(jobs: int, folder: Path) -> float:
     """Seconds per job between the first start and the last result, by the pool."""
-    sweep = Sweep(
-        FunctionTarget(Call.of("experiments:nothing")),
-        seeds=range(jobs),
-        folder=folder / "results",
-    )
+    sweep = Sweep([{}], range(jobs), "value")
+    group = sweep.of_function(Call.of("experiments:nothing"), folder=folder / "results")
+    description = ExperimentDescription(group.kind, group.fixed, total=jobs)
     times: list[float] = []
 
     def note(event: Event) -> None:
         times.append(time.perf_counter())
 
-    with results.opened(sweep.folder, sweep.description()) as book:
+    with results.opened(group.folder, description) as store:
         engine = Engine(slots.of_cores(WORKERS, threads="1"))
-        Scheduler(engine, SweepSource(sweep, book), note, log_of=worker_logs(folder)).run()
-        assert len(book.in_state("finished")) == jobs
+        source = JobGroupSource(group, store, WORKERS)
+        Scheduler(engine, source, note, log_of=worker_logs(folder)).run()
+        assert len(store.in_state("finished")) == jobs
     # The workers' own start is over when each has ended its first job.
     return (times[-1] - times[2 * WORKERS - 1]) / (jobs - WORKERS)
 

@@ -11,11 +11,12 @@ import pytest
 
 from source_tree import FILES, FLOORS, NAMES, SOURCE, modules_imported_by, name_of, own_imports
 
-# Inside experiments/: `grid` and `results` are files, the rest folders.
+# Inside experiments/: `grid`, `results`, `job_group` and `api` are files, the rest folders.
 EXPERIMENT_FLOORS = (
     ("grid", "pool"),
     ("results",),
     ("progress", "training"),
+    ("job_group",),
     ("sweep", "compare", "search", "named"),
     ("api",),
 )

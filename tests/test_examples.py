@@ -99,7 +99,7 @@ def test_pmssm(tmp_path: Path):
         assert result["curve"][-1] == [12, result["rmse"]]
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     code, again = within(tmp_path, *PMSSM)
-    assert code == 0 and "finished already: plr, mlp" in again
+    assert code == 0 and "2 of them are done already" in again
     assert {item.job: item.result for item in results.read_results(folder)} == records
 
 

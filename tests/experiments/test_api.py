@@ -102,7 +102,7 @@ def test_a_function_that_returns_no_number_fails(tmp_path: Path):
     words = "experiments.jobs:odd returned {}; expected numbers by name"
     for seed, returned in ((3, "'hello'"), (4, "None"), (5, "{'value': None}")):
         assert f"FAILED seed={seed}: {words.format(returned)}" in said(given)
-    assert "No result has loss; --metric may be one of value" in said(given)
+    assert "No result has a finite loss; --metric may be one of value" in said(given)
     assert f"Results: {tmp_path}/kept/results.json\n" in said(given)
 
 
@@ -154,9 +154,9 @@ def inner() -> Callable[[int], int]:
         (jobs.measured, {"rat": [1]}, "cannot be called with seed, rat"),
         (jobs.measured, {"seed": [1]}, "the seeds of a sweep"),
         (jobs.measured, [{"rate": 1}, {}], "must have the same names"),
-        (jobs.measured, [], "at least one point and one seed, got 0 points and 10 seeds"),
-        (jobs.measured, [{"rate": 1}] * 2, "duplicate point rate=1"),
-        (jobs.measured, {"rate": ["x" * 200]}, "is longer than 200 characters"),
+        (jobs.measured, [], "at least one point and one seed, got none"),
+        (jobs.measured, [{"rate": 1}] * 2, "2 points would have the name 'rate=1'"),
+        (jobs.measured, {"rate": ["x" * 200]}, "names of at most 200 characters"),
         ("experiments.jobs:measure", [{}], "no function"),
     ],
 )

@@ -24,11 +24,9 @@ def test_invalid_grids_are_refused(items: list[str]):
         grid.parse_grid(items)
 
 
-@pytest.mark.parametrize(
-    ("items", "duplicate"), [(["a=1,2,2"], "value 2"), (["a=1", "a=2"], "name a")]
-)
-def test_duplicates_in_a_grid_are_named(items: list[str], duplicate: str):
-    with pytest.raises(ConfigError, match=f"--grid {items[-1]}: duplicate {duplicate}"):
+@pytest.mark.parametrize("items", [["a=1,2,2"], ["a=1", "a=2"]])
+def test_duplicates_in_a_grid_are_refused(items: list[str]):
+    with pytest.raises(ConfigError, match=f"--grid {items[-1]}: duplicate name or value"):
         grid.parse_grid(items)
 
 
@@ -37,14 +35,14 @@ def test_points_are_all_combinations():
     assert grid.points({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
 
 
-def test_job_names_say_what_they_are():
-    assert grid.job_name({"learning_rate": 0.001, "n_layer": 2}, 7) == (
-        "learning_rate=0.001,n_layer=2,seed=7"
+def test_names_of_points_say_what_they_are():
+    assert grid.point_name({"learning_rate": 0.001, "n_layer": 2}) == (
+        "learning_rate=0.001,n_layer=2"
     )
-    assert grid.job_name({}, 0) == "seed=0"
+    assert grid.point_name({}) == ""
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z_]\w*", fullmatch=True), st.text()), st.integers(0))
-def test_job_names_are_safe_as_names_of_files(point: dict[str, str], seed: int):
-    name = grid.job_name(point, seed)
+@given(st.dictionaries(st.from_regex(r"[a-z_]\w*", fullmatch=True), st.text()))
+def test_job_names_are_safe_as_names_of_files(point: dict[str, str]):
+    name = grid.point_name(point)
     assert "/" not in name and "\0" not in name and name.isascii() and not name.startswith(".")

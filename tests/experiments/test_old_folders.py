@@ -20,9 +20,8 @@ from experiments import jobs
 from experiments.search.test_run import small_search, starts, trials_in
 from experiments.test_api import ENGINE, begun
 from gpt2.config import options, presets
-from gpt2.experiments import api, results
+from gpt2.experiments import api, job_group, results
 from gpt2.experiments.compare import models
-from gpt2.experiments.compare.models import Comparison
 from gpt2.experiments.progress import listing
 
 FOLDER_ID = "41d771bb79004d6c8664edd159a63764"
@@ -276,9 +275,9 @@ def test_models_that_have_finished(data_root: Path, tmp_path: Path):
     run = options.overlay(presets.preset("demo"), {**MODELS, "data_root": data_root})
     compared = {name: models.MODELS[name] for name in ("gpt2", "mlp")}
     out = Console(file=io.StringIO(), width=160)
-    comparison = Comparison(run, compared, folder, tmp_path / "logs")
-    assert models.run(comparison, ENGINE, api.Limits(), out) == 0
+    group = models.group(run, compared, folder, log_dir=tmp_path / "logs")
+    assert job_group.run(group, ENGINE, api.Limits(), out).exit_code == 0
     said = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "finished already: gpt2, mlp" in said and "9.4088 *" in said
+    assert "2 of them are done already" in said and "9.4088 *" in said
     assert json.loads((folder / "results.json").read_text())["summary"][1]["val_loss"] == 9.5
     assert (folder / "results.jsonl").read_text() == "".join(json.dumps(x) + "\n" for x in lines)

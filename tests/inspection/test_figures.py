@@ -210,12 +210,10 @@ def test_a_lowest_loss_is_finite():
     assert figure.axes[0].get_ylim()[1] < 20
 
 
-def test_1200_points_are_few_rows(tmp_path: Path):
-    summaries = points("plain", 1200)
-    figure = statistics.draw(summaries, "value")
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert len(labels) == 2 * statistics.END_ROWS + 1 and "means of 1,160 points" in labels
-    assert figure.get_figheight() < 25
+def test_1200_points_have_few_labels():
+    figure = statistics.draw(points("plain", 1200), "value")
+    labels = figure.axes[0].get_yticklabels()
+    assert len(labels) <= statistics.MAX_ROWS and figure.get_figheight() < 25
 
 
 def test_no_picture_is_larger_than_its_limit(tmp_path: Path):

@@ -55,8 +55,10 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
     folder = command.checkpoint_dir or default_folder(train, "models")
     if train.list_checkpoints:
         return list_checkpoints(folder)
-    # It imports torch: see `gpt2.cli.parse`.
+    # They import torch: see `gpt2.cli.parse`.
+    from gpt2.experiments import job_group
     from gpt2.experiments.compare import models
+    from gpt2.experiments.training import training_job
 
     names = listed("models", command.models) or list(models.MODELS)
     for name in names:
@@ -65,16 +67,28 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
                 f"--models: unknown model {name}{suggestion(name, models.MODELS)}; expected "
                 f"{', '.join(models.MODELS)}"
             )
-    comparison = models.Comparison(
+    pool = command.pool
+    group = models.group(
         train.run,
         {name: models.MODELS[name] for name in models.MODELS if name in names},
         folder,
-        command.log_dir or train.run.watch.log_dir,
-        ranks=command.pool.ddp,
+        ranks=pool.ddp,
+        log_dir=command.log_dir or train.run.watch.log_dir,
     )
-    pool, device = command.pool, train.run.machine.device
-    room = models.at_once(
-        len(comparison.models), pool.slots, pool.gpus is not None, command.parallel, pool.ddp
-    )
-    with pool.opened(folder, device, *room) as engine:
-        return models.run(comparison, engine, pool.limits(), console())
+    room = slots_and_gpus(command, len(names), job_group.AT_ONCE)
+    with pool.opened(folder, train.run.machine.device, *room) as engine:
+        training_job.require_data(train.run, pool.ddp)
+        return job_group.run(group, engine, pool.limits(), console()).exit_code
+
+
+def slots_and_gpus(
+    command: ModelsCommand, models: int, at_once: int
+) -> tuple[int | None, int | None]:
+    """The number of slots and the largest number of GPUs; None is no limit.
+
+    One slot for a single model or with --no_parallel, else as the user says, or `at_once` slots.
+    """
+    pool = command.pool
+    if models == 1 or not command.parallel:
+        return 1, None
+    return pool.slots, None if pool.slots or pool.gpus else at_once * pool.ddp

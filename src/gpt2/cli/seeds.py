@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
@@ -13,7 +14,6 @@ from gpt2.base.validation import require_at_least
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
 from gpt2.cli.train import TrainCommand
-from gpt2.config.run import MachineConfig
 from gpt2.experiments import grid
 from gpt2.experiments.pool.function_call import Call
 
@@ -73,29 +73,36 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
     if train.list_checkpoints:
         return list_checkpoints(folder)
     # They import torch: see `gpt2.cli.parse`.
+    from gpt2.experiments import job_group
     from gpt2.experiments.sweep import sweep
-    from gpt2.experiments.sweep.training_sweep import TrainingTarget
+    from gpt2.experiments.training import training_job
 
-    if train.run.machine.seed != MachineConfig().seed:
-        raise ConfigError(sweep.SEEDS_ONLY_BY_FLAGS)
-    pool, device = command.pool, train.run.machine.device
-    target: sweep.SweepTarget = TrainingTarget(train.run, command.keep_checkpoints, pool.ddp)
+    run, pool = train.run, command.pool
+    planned = sweep.Sweep(
+        grid.points(grid.parse_grid(command.grid)),
+        range(command.first_seed, command.first_seed + command.num_seeds),
+        command.metric or ("value" if command.target else "val_loss"),
+    )
+    place: dict[str, Any] = {
+        "folder": folder,
+        "log_dir": command.log_dir or run.watch.log_dir,
+        "save_every_s": command.checkpoint_interval,
+    }
     if command.target is not None:
         if flag := _training_flag(command, train_flags):
             raise ConfigError(f"{flag} applies to trainings only; leave it out with --target")
         sys.path.insert(0, os.getcwd())  # the target's module may lie in the current folder
-        target = sweep.FunctionTarget(Call.of(command.target))
-    seeds = sweep.Sweep(
-        target,
-        points=grid.points(grid.parse_grid(command.grid)),
-        seeds=range(command.first_seed, command.first_seed + command.num_seeds),
-        metric=command.metric or ("value" if command.target else "val_loss"),
-        folder=folder,
-        log_dir=command.log_dir or train.run.watch.log_dir,
-        save_every_s=command.checkpoint_interval,
-    )
-    with pool.opened(folder, device, max_gpus=command.max_gpus) as engine:
-        return sweep.run_sweep(seeds, engine, pool.limits(), console()).exit_code
+        group = planned.of_function(Call.of(command.target), **place)
+    else:
+        group = planned.of_training(
+            run, ranks=pool.ddp, keep_checkpoints=command.keep_checkpoints, **place
+        )
+    with pool.opened(folder, run.machine.device, max_gpus=command.max_gpus) as engine:
+        if command.target is None:
+            training_job.require_data(run, pool.ddp)
+            if command.keep_checkpoints:
+                sweep.require_room(run, group)
+        return job_group.run(group, engine, pool.limits(), console()).exit_code
 
 
 def _training_flag(command: SeedsCommand, train_flags: Sequence[str]) -> str | None:

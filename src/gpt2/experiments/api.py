@@ -13,8 +13,10 @@ runs again with the next start. `Limits` has the timeouts and the number of retr
 `Pool` runs the jobs of any class with the methods of `Source`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,72 +25,47 @@ from rich.console import Console, RenderableType
 from gpt2.base.errors import ConfigError, UserError
 from gpt2.base.text import console, four_digits, table
 from gpt2.config.flops import duration
-from gpt2.experiments import grid
-from gpt2.experiments.compare import job_group
-from gpt2.experiments.compare.job_group import JobGroup, JobGroupResult, LoggedConsole
+from gpt2.experiments import grid, job_group
 from gpt2.experiments.grid import Point
+from gpt2.experiments.job_group import JobGroup, JobGroupResult, Records, Summary
 from gpt2.experiments.pool.function_call import Call, plain
 from gpt2.experiments.pool.job import Event, Job, JobSource, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.pool.slots import of_machine
-from gpt2.experiments.results import RESULTS_FILE, JobResult, ResultsStore
+from gpt2.experiments.results import JobResult
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import PointSummary, Statistics
-from gpt2.experiments.sweep.sweep import (
-    FunctionTarget,
-    MakeFigure,
-    MakeTable,
-    Sweep,
-    SweepResult,
-    run_sweep,
-)
+from gpt2.experiments.sweep.sweep import MakeFigure, MakeTable, Sweep
 from gpt2.inspection import figures
 from gpt2.train.report import Answer, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Answer",
-    "ConfigError",
-    "Ended",
-    "Engine",
-    "Event",
-    "Job",
-    "Limits",
-    "Point",
-    "PointSummary",
-    "Pool",
-    "Record",
-    "Records",
-    "Report",
-    "Slot",
-    "Source",
-    "Statistics",
-    "Stopped",
-    "Swept",
-    "UserError",
-    "duration",
-    "of_machine",
-    "sweep",
-    "table",
-    "together",
-]
-
-LIMITS = Limits()
-# Public names for scripts, among them those in `docs/experiments.md`.
+__all__ = ["Answer", "ConfigError", "Ended", "Engine", "Event", "Job", "Limits", "Point"]
+__all__ += ["PointSummary", "Pool", "Record", "Records", "Report", "Slot", "Source", "Statistics"]
+__all__ += ["Stopped", "Swept", "UserError", "duration", "of_machine", "sweep", "table", "together"]
 Ended = JobGroupResult
 Pool = Scheduler
 Record = JobResult
 Source = JobSource
-Swept = SweepResult
-PICTURE = "comparison.png"
+LIMITS = Limits()
 Function = Callable[..., Any] | str
 """a function at the top of a module, `functools.partial` of one with values by name, or
 `module:function`"""
-Records = Mapping[str, JobResult]
-"""the result of each job that has ended, by its name"""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The outcome of a sweep."""
+
+    exit_code: int
+    """0; 1 if a job failed, 128 plus the signal's number if it was stopped"""
+    records: Sequence[JobResult]
+    """the result of each job that has ended, in this start or an earlier one"""
+    points: Sequence[PointSummary]
+    """the statistics of each point over its seeds"""
 
 
 def sweep(
@@ -105,7 +82,7 @@ def sweep(
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
     out: Console | None = None,
-) -> SweepResult:
+) -> Swept:
     """Calls `function(seed=…, **point)` with every seed of every point, and compares `metric`.
 
     `points` is a grid, as {"width": [4, 8]}, or a list of points. The function returns numbers by
@@ -120,19 +97,18 @@ def sweep(
     """
     chosen = grid.points(points) if isinstance(points, Mapping) else points
     planned = Sweep(
-        FunctionTarget(Call.of(function)),
         [plain(point) for point in chosen],
         range(first_seed, first_seed + num_seeds),
         metric,
-        folder,
-        log_dir,
-        listing=listing,
-        draw=draw,
+        listing,
+        draw,
     )
-    return run_sweep(planned, engine or Engine(of_machine()), limits, out or console())
+    group = planned.of_function(Call.of(function), folder=folder, log_dir=log_dir)
+    ended = job_group.run(group, engine or Engine(of_machine()), limits, out or console())
+    return Swept(ended.exit_code, [*ended.records.values()], planned.summaries(ended.records))
 
 
-def results(records: Records) -> RenderableType:
+def results_table(records: Records) -> RenderableType:
     """The table of the numbers that the jobs returned."""
     found = {name: statistics.numbers(record.result) for name, record in records.items()}
     columns = list(dict.fromkeys(name for numbers in found.values() for name in numbers))
@@ -147,7 +123,7 @@ def together(
     functions: Mapping[str, Function],
     *,
     folder: Path,
-    listing: Callable[[Records], RenderableType] = results,
+    listing: Callable[[Records], RenderableType] = results_table,
     draw: Callable[[Records], "Figure"] | None = None,
     engine: Engine | None = None,
     limits: Limits = LIMITS,
@@ -164,41 +140,34 @@ def together(
     Raises UserError, before anything runs, if a function cannot be called, and if `folder` holds
     results of other values or is in use by another process.
     """
-    for name in functions:
+    calls = {name: Call.of(function) for name, function in functions.items()}
+    for name, call in calls.items():
         if not re.fullmatch(r"[\w.,=+-]+", name, flags=re.ASCII):
             raise ConfigError(
                 f"{name!r} cannot be part of a file name; use letters, digits and _.,=+-"
             )
-    calls = {name: Call.of(function) for name, function in functions.items()}
-    for call in calls.values():
         call.require(())
+
+    def summarize(records: Records) -> Summary:
+        files = {}
+        if draw and any(item.state == "finished" for item in records.values()):
+            write = functools.partial(figures.write, functools.partial(draw, records))
+            files = {"comparison.png": write}
+        return Summary(lambda: listing(records), files)
+
     group = JobGroup(
         kind="jobs",
+        log_name="job",
         heading=f"Side by side: {', '.join(calls)}",
-        jobs=[Job(name, call.target, call.kwargs) for name, call in calls.items()],
+        fixed={},
         values={
             name: {grid.free_key("target", call.kwargs): call.target, **call.kwargs}
             for name, call in calls.items()
         },
+        job=lambda name, _: Job(name, calls[name].target, calls[name].kwargs),
+        summarize=summarize,
         folder=folder,
         log_dir=log_dir,
     )
-
-    def summarize(store: ResultsStore, logged: LoggedConsole) -> None:
-        records = {name: store.results[name] for name in calls if name in store.results}
-        if records:
-            logged.print(listing(records))
-            store.save()
-            logged.print(f"Results: {folder / RESULTS_FILE}{draw_picture(records)}")
-
-    def draw_picture(records: Records) -> str:
-        if draw is None or all(result.state == "failed" for result in records.values()):
-            return ""
-        try:
-            figures.write(lambda: draw(records), folder / PICTURE)
-        except ConfigError as error:
-            return f"; no picture: {error}"
-        return f", picture: {folder / PICTURE}"
-
     engine = engine or Engine(of_machine(max_gpus=job_group.AT_ONCE))
-    return job_group.run(group, engine, limits, out or console(), summarize)
+    return job_group.run(group, engine, limits, out or console())

@@ -1,5 +1,6 @@
 """Grids of values: parsing, all combinations, and names of the points. Pure."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -23,10 +24,8 @@ def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
         values = [_value(text.strip()) for text in texts.split(",")]
         if not name.isidentifier() or "" in values:
             raise ConfigError(f"--grid {item}: expected NAME=VALUE,VALUE, as in n_layer=2,4")
-        if name in grid:
-            raise ConfigError(f"--grid {item}: duplicate name {name}")
-        if duplicates := [value for value in values if values.count(value) > 1]:
-            raise ConfigError(f"--grid {item}: duplicate value {duplicates[0]}")
+        if name in grid or any(values.count(value) > 1 for value in values):
+            raise ConfigError(f"--grid {item}: duplicate name or value")
         grid[name] = values
     return grid
 
@@ -42,11 +41,6 @@ def point_name(point: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
 
 
-def job_name(point: Mapping[str, Any], seed: int) -> str:
-    """`learning_rate=0.001,seed=3`: the name of the job of one seed of a point."""
-    return point_name({**point, "seed": seed})
-
-
 def free_key(key: str, names: Container[str]) -> str:
     """`key`, or `the key` where `names`, which are parameters of a function, have it already."""
     return f"the {key}" if key in names else key
@@ -55,11 +49,7 @@ def free_key(key: str, names: Container[str]) -> str:
 def _value(text: str) -> Any:
     """The number, True, False or None that the text spells; else the text."""
     words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    for read in (lambda: words[text.lower()], lambda: int(text), lambda: float(text)):
+        with contextlib.suppress(KeyError, ValueError):
+            return read()
     return text

@@ -189,10 +189,15 @@ def _differences(
         return [f"kind: {before.kind} before, {now.kind} now"]
     if compare is not None:
         return compare(before)
+    return value_differences(before.fixed, now.fixed)
+
+
+def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each value that is not the same."""
     return [
-        f"{name}: {before.fixed.get(name)} before, {now.fixed.get(name)} now"
-        for name in sorted({*before.fixed, *now.fixed})
-        if before.fixed.get(name) != now.fixed.get(name)
+        f"{name}: {before.get(name)} before, {now.get(name)} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     ]
 
 

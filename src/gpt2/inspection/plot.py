@@ -42,6 +42,9 @@ class Panel:
     title: str
     of: Callable[[LoggedRun], dict[int, float]]
     draw: Callable[[Axes, list[Curve]], None]
+    x_label: str = "step"
+    x_of: Callable[[LoggedRun, Numbers], Numbers] = lambda _, steps: steps
+    """where steps of a run are on the x axis"""
 
 
 def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
@@ -100,8 +103,8 @@ def save(runs: Sequence[LoggedRun], path: Path) -> None:
     figures.write(lambda: draw(runs), path)
 
 
-def draw(runs: Sequence[LoggedRun]) -> Figure:
-    """A panel for each quantity that at least one run has, two in a row.
+def draw(runs: Sequence[LoggedRun], panels: Sequence[Panel] | None = None) -> Figure:
+    """A panel for each quantity that at least one run has, two in a row; by default all PANELS.
 
     More than `figures.MANY` runs are a band, from which the best stand out.
     """
@@ -109,22 +112,24 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
 
     chosen = figures.highlighted([_score(run) for run in runs])
     colors = dict(zip(chosen, figures.distinct_colors(len(chosen)), strict=True))
-    panels = [(panel, curves) for panel in PANELS if (curves := _curves(panel, runs, colors))]
-    if not panels:
+    known = [(panel, _curves(panel, runs, colors)) for panel in panels or PANELS]
+    shown = [(panel, curves) for panel, curves in known if curves]
+    if not shown:
         return figures.empty("no step has been logged yet")
-    steps = np.concatenate([curve.steps for _, curves in panels for curve in curves])
-    rows = -(-len(panels) // 2)
+    rows = -(-len(shown) // 2)
     figure = Figure(figsize=(11, 0.5 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
-    wide = len(panels) % 2  # if their number is odd, the first one has a row of its own
-    for index, (panel, curves) in enumerate(panels, start=wide):
+    wide = len(shown) % 2  # if their number is odd, the first one has a row of its own
+    for index, (panel, curves) in enumerate(shown, start=wide):
         axes = figure.add_subplot(grid[0, :] if wide and index == 1 else grid[divmod(index, 2)])
         axes.set_title(panel.title, loc="left")
-        figures.use_whole_numbers(axes)
+        (figures.use_whole_numbers if panel.x_label == "step" else figures.use_few_ticks)(axes)
         panel.draw(axes, curves)
-        axes.set_xlim(*_widened(steps.min(), steps.max(), least=1))
+        same_axis = [other for item, other in shown if item.x_label == panel.x_label]
+        places = np.concatenate([curve.steps for other in same_axis for curve in other])
+        axes.set_xlim(*_widened(places.min(), places.max(), least=1))
         if index // 2 == rows - 1:
-            axes.set_xlabel("step")
+            axes.set_xlabel(panel.x_label)
     if len(runs) == 1:
         figures.set_title(figure, summary(runs[0]))
     else:
@@ -139,7 +144,12 @@ def draw(runs: Sequence[LoggedRun]) -> Figure:
 def _curves(panel: Panel, runs: Sequence[LoggedRun], colors: Mapping[int, str]) -> list[Curve]:
     """The curves of a panel; those of highlighted runs have a colour, by the index of the run."""
     return [
-        Curve(run.name, colors.get(i), np.array(list(values), float), np.array([*values.values()]))
+        Curve(
+            run.name,
+            colors.get(i),
+            panel.x_of(run, np.array([*values], float)),
+            np.array([*values.values()]),
+        )
         for i, run in enumerate(runs)
         if (values := panel.of(run))
     ]
@@ -302,9 +312,11 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], marker: str | None = None) 
             axes.plot(curve.steps, curve.values, color=curve.color, marker=mark, markersize=3.5)
 
 
+LOSS = Panel("loss", lambda run: {at: item.loss for at, item in run.steps.items()}, _draw_loss)
+VALIDATION = Panel("validation loss", lambda run: run.val_losses, _draw_validation)
 PANELS = (
-    Panel("loss", lambda run: {at: item.loss for at, item in run.steps.items()}, _draw_loss),
-    Panel("validation loss", lambda run: run.val_losses, _draw_validation),
+    LOSS,
+    VALIDATION,
     Panel("HellaSwag (acc_norm)", lambda run: run.hellaswag, _draw_hellaswag),
     Panel(
         "learning rate",

@@ -7,10 +7,12 @@ import pytest
 from rich.console import Console
 
 from gpt2.experiments.compare import model_table
-from gpt2.experiments.compare.model_table import ModelRow
+from gpt2.experiments.results import JobResult
 from gpt2.metrics.log_reader import LoggedRun, LoggedStep
 
 RESULT = {"train_loss": 3.5, "val_loss": 3.6, "tokens_per_s": 1234.5, "train_s": 190.0, "step": 9}
+
+LOSSES = (("a", 2.0), ("b", 1.0))
 
 
 def logged(first: int = 0, steps: int = 40, validated: bool = True) -> LoggedRun:
@@ -22,37 +24,35 @@ def logged(first: int = 0, steps: int = 40, validated: bool = True) -> LoggedRun
     return run
 
 
-def shown(rows: list[ModelRow]) -> str:
+def ended(name: str, result: dict[str, float] | None) -> JobResult:
+    return JobResult(name, "finished" if result else "failed", {}, result)
+
+
+def shown(rows: list[model_table.Row]) -> list[str]:
     console = Console(file=io.StringIO(), width=160)
     console.print(model_table.models_table(rows))
-    return console.file.getvalue()
+    return console.file.getvalue().splitlines()
 
 
 def test_the_table_marks_the_best_and_shows_what_failed():
     rows = [
-        ModelRow.of("gpt2", 124_439_808, "finished", RESULT),
-        ModelRow.of("modern", 124e6, "finished", RESULT | {"val_loss": 3.4, "train_loss": 3.9}),
-        ModelRow.of("mlp", 60e6, "failed", None),
+        model_table.row(ended("gpt2", RESULT), 124_439_808),
+        model_table.row(ended("modern", RESULT | {"val_loss": 3.4, "train_loss": 3.9}), 124e6),
+        model_table.row(ended("mlp", None), 60e6),
     ]
-    assert model_table.best(rows) is rows[1]
-    _, _, _, _, gpt2, modern, mlp, *_ = shown(rows).splitlines()
+    _, _, _, _, gpt2, modern, mlp, *_ = shown(rows)
     assert gpt2.split() == ["gpt2", "124.4", "M", "3.5000", "3.6000", "1,234", "-", "3m", "10s"]
     assert "3.9000   3.4000 *" in modern
     assert mlp.split() == ["mlp", "60.0", "M", "-", "-", "-", "-", "failed"]
 
 
 def test_without_validation_the_training_loss_decides():
-    rows = [
-        ModelRow.of(name, 1, "finished", {"train_loss": loss})
-        for name, loss in (("a", 2), ("b", 1))
-    ]
-    assert model_table.best(rows) is rows[1]
-    assert "1.0000 *" in shown(rows)
-    assert model_table.best([ModelRow.of("a", 1, "failed", None)]) is None
+    rows = [model_table.row(ended(name, {"train_loss": loss}), 1) for name, loss in LOSSES]
+    assert "1.0000 *" in shown(rows)[5] and "*" not in shown(rows)[4] + shown(rows[:1])[4]
 
 
 def test_the_file_has_all_digits(tmp_path: Path):
-    model_table.write_csv([ModelRow.of("gpt2", 5, "finished", RESULT)], tmp_path / "rows.csv")
+    model_table.write_csv([model_table.row(ended("gpt2", RESULT), 5)], tmp_path / "rows.csv")
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
     assert row["tokens_per_s"] == "1234.5" and row["hellaswag"] == "" and "step" not in row
 
@@ -65,11 +65,11 @@ def test_time_is_that_of_the_steps():
 
 
 @pytest.mark.parametrize("validated", [True, False])
-def test_both_panels_have_every_model(validated: bool):
-    runs = {"a $x$": logged(validated=validated), "b": logged(steps=9, validated=validated)}
-    figure = model_table.draw(runs, batch_tokens=1_000_000)
-    tokens, time = figure.axes
-    assert tokens.get_xlabel() == "million tokens" and time.get_xlabel() == "seconds"
-    ends = {float(max(line.get_xdata())) for line in time.lines}
-    assert {20.0, 4.5} <= ends
-    assert {40.0, 9.0} <= {float(max(line.get_xdata())) for line in tokens.lines}
+def test_panels_have_every_model_against_tokens_and_time(validated: bool):
+    runs = {"a $x$": logged(validated=validated), "b": logged(steps=10, validated=validated)}
+    panels = model_table.draw(runs, batch_tokens=1_000_000).axes
+    assert len(panels) == (4 if validated else 2)
+    tokens, time = panels[-2:]
+    assert tokens.get_xlabel() == "million tokens" and time.get_xlabel() == "minutes"
+    for panel, ends in ((tokens, {40.0, 10.0}), (time, {20.0 / 60, 5.0 / 60})):
+        assert ends <= {float(max(line.get_xdata())) for line in panel.lines}

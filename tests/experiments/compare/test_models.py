@@ -11,15 +11,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from gpt2.cli import main
-from gpt2.cli.pool_options import PoolOptions
+from gpt2.cli import models as cli_models
+from gpt2.cli.models import ModelsCommand
+from gpt2.cli.parse import parse
+from gpt2.experiments import job_group
 from gpt2.experiments.compare import models
-from gpt2.experiments.compare.models import Comparison
 from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
@@ -77,28 +78,21 @@ def test_slots_of_models():
     assert preferred_slots(2, 4) == [0, 1]
 
 
-def test_two_at_a_time_unless_more_are_requested(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gpt2.experiments.pool.slots._visible_gpus", lambda _: ["0", "1", "2", "3"])
-
-    def names(**given: Any) -> list[str]:
-        pool = PoolOptions(given.get("gpus"), given.get("slots"), given.get("ddp", 1))
-        room = models.at_once(
-            given.get("models", 3),
-            pool.slots,
-            pool.gpus is not None,
-            given.get("parallel", True),
-            pool.ddp,
-        )
-        with pool.opened(Path(), given.get("device", "auto"), *room) as engine:
-            return [slot.name for slot in engine.slots]
-
-    assert names() == ["gpu0", "gpu1"]
-    assert names(gpus="1,2,3") == ["gpu1", "gpu2", "gpu3"]
-    assert names(gpus="2,3", parallel=False) == ["gpu2"]
-    assert names(slots=3) == ["gpu0", "gpu1", "gpu2"]
-    assert names(models=1) == ["gpu0"]
-    assert names(device="cpu") == ["cpu0", "cpu1"]
-    assert names(ddp=2) == ["gpu0-1", "gpu2-3"] and names(ddp=2, models=1) == ["gpu0-1"]
+@pytest.mark.parametrize(
+    ("flags", "count", "room"),
+    [
+        ([], 3, (None, 2)),
+        (["--gpus", "1,2,3"], 3, (None, None)),
+        (["--slots", "3"], 3, (3, None)),
+        (["--ddp", "2"], 3, (None, 4)),
+        (["--no_parallel", "--gpus", "2,3"], 3, (1, None)),
+        ([], 1, (1, None)),
+    ],
+)
+def test_two_at_a_time_unless_more_are_requested(
+    flags: list[str], count: int, room: tuple[int | None, int | None]
+):
+    assert cli_models.slots_and_gpus(parse(ModelsCommand, flags), count, at_once=2) == room
 
 
 def test_two_train_at_once_and_the_third_follows_on_the_second_slot(compared: Compared):
@@ -124,9 +118,9 @@ def test_the_comparison_is_printed_and_written(compared: Compared):
         assert f"{row['val_loss']:.4f}" in compared.said
     lowest = min(row["val_loss"] for row in rows)
     assert re.search(rf"{lowest:.4f} \*", compared.said)
-    assert re.search(r"In parallel .* saved.*\nThe trainings shared", compared.said)
+    assert re.search(r"In parallel .* saved", compared.said)
     (log,) = (compared.out / "logs").glob("training_*.log")
-    assert log.read_text().splitlines()[0] == compared.said.splitlines()[0]
+    assert "models: 3 jobs" in log.read_text().splitlines()[0]
     table = list(csv.DictReader((compared.folder / "comparison.csv").read_text().splitlines()))
     assert [float(row["val_loss"]) for row in table] == [row["val_loss"] for row in rows]
     assert (compared.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -135,7 +129,7 @@ def test_the_comparison_is_printed_and_written(compared: Compared):
 def test_finished_models_are_not_trained_again(compared: Compared):
     before = compared.records
     code, said = call(compared.arguments)
-    assert code == 0 and "finished already: gpt2, modern, mlp" in said
+    assert code == 0 and "3 of them are done already" in said
     assert compared.records == before
     assert "In parallel" not in said
 
@@ -171,14 +165,15 @@ def test_a_failed_or_killed_model_does_not_affect_the_others(data_root: Path, tm
     """One after another: `killed` dies once and resumes from its checkpoint after the others."""
     run = small_config(data_root, tmp_path, max_steps=24)
     stand_ins = {"killed": {"n_layer": 2}, "bad": {"data_root": str(tmp_path / "nowhere")}}
-    asked = Comparison(run, stand_ins, tmp_path / "models", tmp_path / "logs")
+    asked = models.group(run, stand_ins, tmp_path / "models", log_dir=tmp_path / "logs")
     threading.Thread(target=kill_after_saving, args=(asked.folder / "killed",), daemon=True).start()
     out = Console(file=io.StringIO(), width=160)
-    assert models.run(asked, Engine(slots.of_machine(1, device="cpu")), Limits(), out) == 1
+    engine = Engine(slots.of_machine(1, device="cpu"))
+    assert job_group.run(asked, engine, Limits(), out).exit_code == 1
     said = out.file.getvalue()
-    assert "one after another, on cpu0" in said
+    assert "1 at a time, on cpu0" in said
     assert "SIGKILL" in said
-    assert re.search(rf"FAILED bad: .*nowhere.*{asked.log_dir}/bad_", said)
+    assert re.search("FAILED bad: .*nowhere", said)
     killed, bad = (
         next(item for item in read_results(asked.folder) if item.job == name) for name in stand_ins
     )

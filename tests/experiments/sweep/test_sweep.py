@@ -13,7 +13,7 @@ from gpt2.checkpoint import store
 from gpt2.cli import pool_options, seeds
 from gpt2.config import options
 from gpt2.experiments import results
-from gpt2.experiments.sweep.training_sweep import TrainingTarget
+from gpt2.experiments.sweep.sweep import Sweep
 from gpt2.train import trainer
 from support import ROOT, run_command, small_config, small_flags
 
@@ -93,7 +93,7 @@ def test_options_of_a_training_are_refused_for_a_function(
         (["--experiment_name", "a"], "are for one run"),
         (
             ["--target", "experiments.jobs:measured", "--grid", "rate=x/y,x_y"],
-            "two points would have the name rate=x_y; use other values",
+            "2 points would have the name 'rate=x_y'; expected different names",
         ),
         (["--resume", "latest"], "--resume latest is for one run; to resume an experiment"),
         (["--num_seeds", "0"], "num_seeds=0 is too small"),
@@ -125,9 +125,10 @@ def test_points_with_different_batch_sizes_validate_on_the_same_rows(
     data_root: Path, tmp_path: Path
 ):
     run = small_config(data_root, tmp_path)
-    for size in (64, 128, 512):
-        job = TrainingTarget(run).job("a", {"total_batch_size": size, "seed": 0}, tmp_path)
-        assert options.of_stored(job.kwargs["run"]).eval_rows == run.eval_rows
+    points = [{"total_batch_size": size} for size in (64, 128, 512)]
+    group = Sweep(points, range(1), "val_loss").of_training(run, tmp_path)
+    for name, values in group.values.items():
+        assert options.of_stored(group.job(name, values).kwargs["run"]).eval_rows == run.eval_rows
 
 
 @pytest.mark.soak

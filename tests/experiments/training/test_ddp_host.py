@@ -3,6 +3,7 @@
 A start of torchrun takes seconds, so that the first part plays its ranks by threads.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from experiments.pool.test_scheduler import Given, is_alive
 from gpt2.base.errors import ConfigError, Diverged
 from gpt2.checkpoint import store
-from gpt2.experiments.compare.models import Comparison
+from gpt2.experiments.compare import models
 from gpt2.experiments.pool.channel import Channel
 from gpt2.experiments.pool.job import Event, Job, JobLost, Slot, Stopped
 from gpt2.experiments.pool.messages import (
@@ -37,7 +38,6 @@ from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.search import space, trial
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.sweep.sweep import Sweep
-from gpt2.experiments.sweep.training_sweep import TrainingTarget
 from gpt2.experiments.training import ddp_host, ddp_rank, training_job
 from gpt2.train import trainer
 from gpt2.train.report import Answer
@@ -241,13 +241,18 @@ def test_an_error_keeps_its_kind_and_traceback(
 def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path: Path):
     run = small_config(data_root, tmp_path)
     searched = space.parse("[n_layer]\nchoices = [1, 2]", run, "space")
-    target = TrainingTarget(run, ranks=3)
-    assert Sweep(target).job("seed=0", {"seed": 0}).kwargs["ranks"] == 3
-    assert {job.kwargs["ranks"] for job in Comparison(run, ranks=3).group().jobs} == {3}
+    sweep = Sweep([{}], range(1), "val_loss")
+    groups = [
+        make(run, folder=tmp_path, ranks=ranks)
+        for make in (sweep.of_training, functools.partial(models.group, models=models.MODELS))
+        for ranks in (3, 1)
+    ]
+    assert [group.job("gpt2", {}).kwargs["ranks"] for group in groups] == [3, 1, 3, 1]
+    for three, one in (groups[:2], groups[2:]):
+        assert three.fixed == one.fixed, "it continues with another number of GPUs"
     assert trial.job(0, run, tmp_path, {}, ranks=3).kwargs["ranks"] == 3
     two, one = Search(run, searched, ranks=2), Search(run, searched)
     assert two.description() == one.description(), "a search continues with another number of GPUs"
-    assert Sweep(target).description() == Sweep(TrainingTarget(run)).description()
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         training_job.require_data(run, ranks=9)
 
