@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from experiments.search.test_run import Played
+from experiments.search.played import Played
 from gpt2.experiments.search import study
 
 pytestmark = pytest.mark.browser

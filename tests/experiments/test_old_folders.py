@@ -16,8 +16,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 
-from experiments import jobs
-from experiments.search.test_run import small_search, starts, trials_in
+from experiments import jobs, small_search
 from experiments.test_api import ENGINE, begun
 from gpt2.config import options, presets
 from gpt2.experiments import api, job_group, results
@@ -193,11 +192,11 @@ def test_a_search_that_was_killed(tmp_path: Path):
     assert (found.state, found.done) == ("dead", 2)
     assert found.current is not None and found.current.slots[0].job == "a"
 
-    running = small_search(tmp_path, 5)
+    running = small_search.start(tmp_path, 5)
     assert running.wait(120) == 0, (tmp_path / "output.txt").read_text()
-    ended = [item.state for item in trials_in(folder)]
+    ended = [item.state for item in small_search.study_in(folder).get_trials()]
     assert len(ended) == 5 and set(ended) <= {TrialState.COMPLETE, TrialState.PRUNED}
-    begun_at = sorted(tuple(map(int, item.split()[1:3])) for item in starts(tmp_path))
+    begun_at = sorted(tuple(map(int, item.split()[1:3])) for item in small_search.starts(tmp_path))
     assert begun_at == [(2, 1), (3, 0), (4, 0)], "trial 2 continues from its step"
     assert [result.job for result in results.read_results(folder)[:2]] == ["trial_000", "trial_001"]
     assert listing.require(folder).done == 5

@@ -4,20 +4,24 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
+import optuna
 import pytest
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from optuna.distributions import CategoricalDistribution
+from optuna.study import Study
+from optuna.trial import TrialState
 
 from gpt2.experiments.compare import model_table
 from gpt2.experiments.results import JobResult
 from gpt2.experiments.search import trial_report
-from gpt2.experiments.search.trial_report import TrialRow
 from gpt2.experiments.sweep import statistics
 from gpt2.inspection import figures, plot
 from gpt2.metrics.log_reader import LoggedRun, LoggedStep
@@ -66,24 +70,39 @@ def logged(case: str, count: int) -> list[LoggedRun]:
     return runs
 
 
-def trials(case: str, count: int) -> list[TrialRow]:
+def search(case: str, count: int) -> Study:
+    """A search of `count` trials, of which every third is pruned."""
     random = np.random.default_rng(0)
-    rows = []
-    for place in range(count):
-        curve = losses(case, place, 3 if place % 3 == 2 else 12)
-        long = "_of_a_group_with_a_very_long_name_" * 2 if case == "long names" else ""
-        values = {
-            f"learning_rate{long}": float(10 ** random.uniform(-5, -2)),
-            f"total_batch_size{long}": int(2 ** random.integers(17, 21)),
-            f"optimizer{long}": name(case, place % 7),
-            "schedule": name(case, place),
-            "tied": bool(place % 2),
-            "beta2": float(random.uniform(0.9, 0.999)) if place else None,
-        }
-        state = "PRUNED" if place % 3 == 2 else "COMPLETE"
-        value = min(filter(math.isfinite, curve.values()), default=None)
-        rows.append(TrialRow(place, state, value, values, curve, 60.0, "folder"))
-    return rows
+    long = "_of_a_group_with_a_very_long_name_" * 2 if case == "long names" else ""
+    drawn: dict[str, list[Any]] = {
+        f"learning_rate{long}": [float(10 ** random.uniform(-5, -2)) for _ in range(count)],
+        f"total_batch_size{long}": [int(2 ** random.integers(17, 21)) for _ in range(count)],
+        f"optimizer{long}": [name(case, place % 7) for place in range(count)],
+        "schedule": [name(case, place) for place in range(count)],
+        "tied": [bool(place % 2) for place in range(count)],
+        "beta2": [None, *(float(random.uniform(0.9, 0.999)) for _ in range(count - 1))],
+    }
+    curves = [losses(case, place, 3 if place % 3 == 2 else 12) for place in range(count)]
+    values = [{option: drawn[option][place] for option in drawn} for place in range(count)]
+    return study_of(curves, values)
+
+
+def study_of(curves: list[dict[int, float]], values: list[dict[str, Any]]) -> Study:
+    study = optuna.create_study()
+    for place, (curve, params) in enumerate(zip(curves, values, strict=True)):
+        lowest = min(filter(math.isfinite, curve.values()), default=None)
+        is_pruned = place % 3 == 2 or lowest is None
+        kinds = {option: CategoricalDistribution([value]) for option, value in params.items()}
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.PRUNED if is_pruned else TrialState.COMPLETE,
+                value=None if is_pruned else lowest,
+                params=params,
+                distributions=dict(kinds),
+                intermediate_values=curve,
+            )
+        )
+    return study
 
 
 def points(case: str, count: int) -> list[statistics.PointSummary]:
@@ -105,8 +124,9 @@ KINDS: dict[str, Callable[[str, int], Figure]] = {
     "models": lambda case, count: model_table.draw(
         {run.name: run for run in logged(case, count)}, 8192
     ),
-    "trials": lambda case, count: trial_report.draw_comparison(trials(case, count)),
-    "options": lambda case, count: trial_report.draw_relationships(trials(case, count)),
+    "trials": lambda case, count: trial_report.draw_comparison(search(case, count)),
+    "history": lambda case, count: trial_report.draw_history(search(case, count)),
+    "options": lambda case, count: trial_report.draw_relationships(search(case, count)),
     "points": lambda case, count: statistics.draw(points(case, count), "value"),
 }
 CASES = [
@@ -118,7 +138,7 @@ CASES = [
 PICTURES = [
     *((kind, case, count) for kind in KINDS for case, count in CASES),
     *((kind, "one value", 40) for kind in ("runs", "models")),
-    *((kind, "huge", 12) for kind in ("models", "options")),
+    *((kind, "huge", 12) for kind in ("models", "history", "options")),
     ("runs", "many steps", 3),
 ]
 
@@ -193,21 +213,19 @@ def test_the_figure_grows_with_its_legend():
 
 
 def test_a_loss_of_zero_is_drawn():
-    rows = [
-        TrialRow(place, "COMPLETE", value, {"rate": 0.1}, {100: value}, 1.0, "folder")
-        for place, value in enumerate((0.5, 0.0))
-    ]
-    _, progress = trial_report.draw_comparison(rows).axes
-    for axes in (progress, trial_report.draw_relationships(rows).axes[0]):
-        heights = np.concatenate([dots.get_offsets()[:, 1] for dots in axes.collections])
+    study = study_of([{100: 0.5}, {100: 0.0}], [{"rate": 0.1}] * 2)
+    for figure in (trial_report.draw_history(study), trial_report.draw_relationships(study)):
+        heights = np.concatenate([dots.get_offsets()[:, 1] for dots in figure.axes[0].collections])
         assert sorted(heights) == [0.0, 0.5]
-    assert list(progress.lines[0].get_ydata()) == [0.5, 0.0, 0.0]
+    assert list(trial_report.draw_history(study).axes[0].lines[0].get_ydata()) == [0.5, 0.0]
 
 
-def test_a_lowest_loss_is_finite():
-    rows = trials("huge", 12)
-    figure = figures.drawn(lambda: trial_report.draw_relationships(rows))
-    assert figure.axes[0].get_ylim()[1] < 20
+def test_a_loss_far_above_the_others_is_counted_but_not_drawn():
+    curves = [{100: 3.0 + 0.1 * (place % 3 or 1e9 * (place == 6))} for place in range(12)]
+    study = study_of(curves, [{"rate": 0.1}] * 12)
+    for figure in (trial_report.draw_history(study), trial_report.draw_relationships(study)):
+        assert figure.axes[0].get_ylim()[1] < 20
+        assert figure.axes[0].get_ylabel().startswith("validation loss (1 above ")
 
 
 def test_1200_points_have_few_labels():

@@ -1,9 +1,12 @@
 """`gpt2 search`: an Optuna study of trainings."""
 
+from __future__ import annotations
+
 import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
@@ -13,8 +16,9 @@ from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
 from gpt2.cli.train import TrainCommand
 from gpt2.config.run import RunConfig
-from gpt2.experiments.search import space
-from gpt2.experiments.search.space import Space
+
+if TYPE_CHECKING:
+    from gpt2.experiments.search.space import Space
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,19 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
     folder = command.checkpoint_dir or default_folder(train, "search")
     if train.list_checkpoints:
         return list_checkpoints(folder)
-    if command.print_space:
-        print(space.default_text(train.run), end="")
-        return 0
-    searched = _read_space(command.space, train.run)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("gpt2 search needs Optuna; first: pip install 'optuna>=4.5,<6'")
     # They import torch, see `gpt2.cli.parse`, and Optuna, which is optional.
-    from gpt2.experiments.search import run, spec
+    from gpt2.experiments.search import run, space, spec
+    from gpt2.experiments.training import training_job
 
+    if command.print_space:
+        print(space.default_text(train.run), end="")
+        return 0
     pool = command.pool
     search = spec.Search(
         run=train.run,
-        space=searched,
+        space=_read_space(command.space, train.run),
         n_trials=command.n_trials,
         patience=command.patience,
         prune=command.prune,
@@ -95,11 +99,14 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
         keep_checkpoints=command.keep_checkpoints,
         ranks=pool.ddp,
     )
+    training_job.require_data(search.run, search.ranks)
     with pool.opened(folder, train.run.machine.device) as engine:
         return run.run(search, engine, pool.limits(), console())
 
 
 def _read_space(path: Path | None, run: RunConfig) -> Space:
+    from gpt2.experiments.search import space
+
     if path is None:
         return space.default(run)
     try:

@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import FrozenTrial
 from rich.console import Console
 
-from experiments.search.test_run import RUN, Played
+from experiments.search.played import RUN, Played
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Job
@@ -54,12 +56,13 @@ def test_best_overall_has_the_best_trial_or_nothing(tmp_path: Path):
     trained(tmp_path / "two", second)
     two.finishes(second, 4.0)
     found = best.export(one.study, tmp_path / "one")
-    assert found and found.trial.number == 1 and found.command is None
+    assert found and found[0].number == 1 and found[1] is None
     assert [path.name for path in overall.iterdir()] == ["training"], "begun by hand: it stays"
-    rows = trial_report.trial_rows(one.study, tmp_path / "one")
-    assert rows[0].folder == str(tmp_path / "one/trial_000")
-    assert rows[1].folder.endswith(":" + str(tmp_path / "two/trial_001"))
     said = summary_of(one)
+    top = csv.DictReader((tmp_path / "one/summary/top5_trials.csv").read_text().splitlines())
+    theirs, ours = (row["folder"] for row in top)
+    assert ours == str(tmp_path / "one/trial_000")
+    assert theirs.endswith(":" + str(tmp_path / "two/trial_001"))
     assert f"{tmp_path}/two/trial_001, without files in {tmp_path}/one" in said
     assert "training in full" not in said
 
@@ -71,7 +74,7 @@ def test_an_exported_trial_outlives_its_folder(tmp_path: Path):
     played.finishes(job, 5.0)
     shutil.rmtree(tmp_path / "search" / job.name)
     found = best.export(played.study, tmp_path / "search")
-    assert found and found.command and found.command.startswith("gpt2 train --preset demo")
+    assert found and found[1] and found[1].startswith("gpt2 train --preset demo")
     shutil.rmtree(tmp_path / "search" / best.FOLDER)
     assert "trial_000, without files in " in summary_of(played)
 
@@ -91,7 +94,7 @@ def test_a_best_trial_that_cannot_be_exported_ends_nothing(
 
 def summary_of(played: Played, width: int = 300) -> str:
     out = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
-    summary.summarize(played.source._search, played.study, played.source, 0, out)
+    summary.summarize(played.search, played.study, played.source, 0, out)
     return out.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -110,18 +113,27 @@ def test_exit_code_1_is_explained(tmp_path: Path):
     assert "Ended: 1 trial left; run the same command to continue" in summary_of(played)
 
 
-def rows_of_the_default_space() -> list[trial_report.TrialRow]:
-    values = {item.name: (item.choices or (item.low,))[0] for item in space.default(RUN)}
-    return [
-        trial_report.TrialRow(n, "COMPLETE", 5.0803 + n, values, {10: 5.0}, 60.0, "folder")
-        for n in range(6)
-    ]
+def trials_of_the_default_space() -> list[FrozenTrial]:
+    searched = space.default(RUN)
+    values: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta2": 0.95}
+    values |= {name: found[0] for name, kind in searched.items() if (found := space.values(kind))}
+    study = optuna.create_study()
+    for place in range(6):
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=5.0803 + place,
+                params=values,
+                distributions=dict(searched),
+                user_attrs={"result": {"train_s": 60.0}},
+            )
+        )
+    return study.trials
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_the_table_never_cuts_job_and_loss(width: int):
     out = Console(file=io.StringIO(), width=width)
-    out.print(trial_report.best_trials_table(rows_of_the_default_space(), out))
+    out.print(trial_report.best_trials_table(trials_of_the_default_space(), out))
     said = out.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= width for line in said.splitlines()) and "…" not in said
     assert "trial_000" in said and "5.0803" in said and "1m 00s" in said
@@ -132,14 +144,9 @@ def test_trials_without_values_are_shown_too(tmp_path: Path):
     """The user may enqueue trials, and tell the study their values."""
     played = Played(tmp_path / "search")
     played.study.tell(played.study.ask().number, 1.0)
-    assert (
-        len(trial_report.write(trial_report.trial_rows(played.study, tmp_path), tmp_path, None))
-        == 2
-    )
     played.finishes(played.next(), 5.0)
-    rows = trial_report.trial_rows(played.study, tmp_path / "search")
-    written = trial_report.write(rows, tmp_path / "search", None)
-    assert len(written) == 4
+    written = trial_report.write(played.study, tmp_path / "search", None)
+    assert len(written) == 5
     top = list(csv.DictReader(written[0].read_text().splitlines()))
     assert [bool(row["learning_rate"]) for row in top] == [False, True]
 
@@ -149,7 +156,7 @@ def test_the_time_of_a_trial_is_the_sum_of_its_steps(tmp_path: Path):
     job = played.next()
     played.validates(job, 5.0)
     played.tell(job, "finished", result={"train_s": 77.0})
-    assert trial_report.trial_rows(played.study, tmp_path)[0].took_s == 77.0
+    assert trial_report.train_s(played.study.get_trials()[0]) == 77.0
 
 
 def test_the_dashboard_command_is_quoted(tmp_path: Path):

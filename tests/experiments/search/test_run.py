@@ -2,7 +2,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import random
 import re
 import shlex
@@ -10,78 +9,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 import torch
-from optuna.study import Study
 from optuna.trial import TrialState
 from rich.console import Console
 
+from experiments import small_search
+from experiments.search.played import RUN, SLOT, Played, trial_of
 from gpt2 import model
 from gpt2.base.errors import ConfigError
 from gpt2.cli import main, train
 from gpt2.config import options, presets
 from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
-from gpt2.experiments.pool.job import Event, Job, Slot
-from gpt2.experiments.results import ResultsStore
+from gpt2.experiments.pool.job import Event
 from gpt2.experiments.search import ownership, space, study, trial, trial_source
 from gpt2.experiments.search.ownership import Heartbeat
 from gpt2.experiments.search.run import _print_plan
 from gpt2.experiments.search.spec import Search
-from gpt2.experiments.search.trial_source import TrialSource
-from gpt2.train.report import Answer
 from support import ROOT, loss_lines, run_command, small_flags
-
-SLOT = Slot(0, "cpu0", {})
-RUN = options.overlay(presets.preset("demo"), {"eval_interval": 10})
-SPACE = space.parse("[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true", RUN, "space")
-
-
-class Played:
-    """A search without processes: the test sends the events of its trainings."""
-
-    def __init__(
-        self, folder: Path, clock: Callable[[], float] = time.time, **changes: Any
-    ) -> None:
-        folder.mkdir(exist_ok=True)
-        asked = Search(RUN, SPACE, **{"folder": folder, "n_trials": 4, **changes})
-        self.study = study.open_study(asked)
-        self.store = ResultsStore(folder, asked.description())
-        self.heartbeat = Heartbeat(self.study, folder, clock)
-        self.source = TrialSource(self.study, asked, self.store, self.heartbeat)
-
-    def next(self) -> Job:
-        job = self.source.next()
-        assert job is not None
-        return job
-
-    def tell(self, job: Job, kind: Any, **facts: Any) -> Answer:
-        return self.source.event(Event(kind, SLOT, job, **facts))
-
-    def validates(self, job: Job, *losses: float | None) -> list[Answer]:
-        known = trial_of(self.study, job).intermediate_values
-        steps = range(max(known, default=0) + 10, 10000, 10)
-        return [
-            self.tell(job, "reported", metrics={"step": step, "val_loss": loss, "total_steps": 500})
-            for step, loss in zip(steps, losses, strict=False)
-        ]
-
-    def finishes(self, job: Job, *losses: float) -> None:
-        assert set(self.validates(job, *losses)) == {"go"}
-        self.tell(job, "finished", result={"tokens": 5})
-
-    @property
-    def states(self) -> list[str]:
-        return [item.state.name for item in self.study.get_trials()]
-
-
-def trial_of(optuna_study: Study, job: Job) -> Any:
-    return optuna_study.get_trials()[int(job.name.removeprefix("trial_"))]
 
 
 @pytest.fixture
@@ -220,11 +169,13 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     running.kill()
     running.communicate()
     done = run_command(command(flags_of(data_root, tmp_path, space_file, 2)))
-    assert [(item.number, item.state.name) for item in trials_in(folder)] == [
+    assert [
+        (item.number, item.state.name) for item in small_search.study_in(folder).get_trials()
+    ] == [
         (0, "COMPLETE"),
         (1, "COMPLETE"),
     ]
-    assert ownership.owner_of(study_in(folder)) == (None, 0.0)
+    assert not ownership.owner_of(small_search.study_in(folder))
     log = (folder / "trial_000" / "log.txt").read_text()
     assert "  - Step: 2\n" in log or "  - Step: 4\n" in log, "it went on where it was"
     assert len(loss_lines(folder / "trial_000" / "log.txt")) == 4 + 3
@@ -233,7 +184,11 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     for arguments, expected, words in (
         ([], 0, "  - done already: 2\n"),
         (["--n_layer", "3"], 2, "n_layer: 2 before, 3 now"),
-        (["--space", str(changed(space_file))], 2, "0.001 to 0.1, log before, 0.001 to 1, log now"),
+        (
+            ["--space", str(changed(space_file))],
+            2,
+            "0.001 to 0.1, log before, 0.001 to 1.0, log now",
+        ),
         (["--eval_interval", "None"], 2, "a search compares validation losses"),
         (["--space", "nowhere.toml"], 2, "--print_space > nowhere.toml makes one"),
     ):
@@ -248,7 +203,7 @@ def test_a_second_owner_ends_with_exit_code_2(data_root: Path, tmp_path: Path, s
     flags = [*flags_of(data_root, tmp_path, space_file, 1), "--storage", address]
     code, said = call(flags)
     assert code == 2 and "another search runs the study search: process " in said
-    assert "begins" not in said and ownership.owner_of(shared)[0] is not None
+    assert "begins" not in said and ownership.owner_of(shared)
 
 
 def changed(space_file: Path) -> Path:
@@ -266,18 +221,9 @@ def call(arguments: list[str]) -> tuple[int, str]:
             return main.main(), said.getvalue()
 
 
-def study_in(folder: Path) -> Study:
-    address = f"sqlite:///{folder / 'optuna_study.db'}"
-    return optuna.load_study(study_name="search", storage=address)
-
-
-def trials_in(folder: Path) -> list[Any]:
-    return study_in(folder).get_trials()
-
-
 def require_files(folder: Path, said: str) -> None:
     """Checks the files that a search documents."""
-    best = min(trials_in(folder), key=lambda item: item.value)
+    best = min(small_search.study_in(folder).get_trials(), key=lambda item: item.value)
     mine = folder / trial.name_of(best.number)
     assert sorted(path.name for path in folder.glob("*/*.pth*")) == ["best_model.pth"] * 3
     assert not list(folder.glob("trial_*/step_*")), "checkpoints of finished trials are dropped"
@@ -301,47 +247,43 @@ def require_files(folder: Path, said: str) -> None:
     assert full.data.max_steps == presets.preset("demo").data.max_steps
 
     summary = folder / "summary"
-    for name in ("all_trials_comparison.png", "hyperparameter_relationships.png"):
+    for name in (
+        "all_trials_comparison.png",
+        "optimization_history.png",
+        "hyperparameter_relationships.png",
+    ):
         assert (summary / name).read_bytes().startswith(b"\x89PNG")
     top = list(csv.DictReader((summary / "top5_trials.csv").read_text().splitlines()))
     assert len(top) == 2 and float(top[0]["val_loss"]) == best.value
-    assert (summary / "report.html").read_text().count("data:image/png;base64,") == 2
+    assert (summary / "report.html").read_text().count("data:image/png;base64,") == 3
     assert re.search(
         r"cpu0 begins trial_\d+: process \d+, log \S+/worker_cpu0_\d{8}_\d{6}.log", said
     )
-
-
-def small_search(out: Path, count: int, pause: float = 0.05) -> subprocess.Popen[bytes]:
-    file = Path(__file__).parents[1] / "small_search.py"
-    script = [str(file), str(out), str(count), str(pause)]
-    with (out / "output.txt").open("a") as output:
-        return subprocess.Popen(
-            [sys.executable, *script],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
 
 
 def killed_search(out: Path, count: int, chosen: random.Random, kills: int) -> None:
     """Kills the search at random times, then lets it end; every trial has run exactly once."""
     out.mkdir(exist_ok=True)
     for kill in range(kills):
-        running, lines = small_search(out, count), starts(out)
+        running, lines = small_search.start(out, count), small_search.starts(out)
         deadline = time.monotonic() + 60
-        while len(starts(out)) == len(lines) and running.poll() is None:
+        while len(small_search.starts(out)) == len(lines) and running.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(chosen.uniform(0, 1.5))
         running.send_signal(signal.SIGINT if kill % 4 == 3 else signal.SIGKILL)
         running.wait(30)
-    last = small_search(out, count)
+    last = small_search.start(out, count)
     assert last.wait(200) == 0, (out / "output.txt").read_text()
-    found = trials_in(out / "search")
+    found = small_search.study_in(out / "search").get_trials()
     assert [item.number for item in found] == list(range(count))
     assert {item.state for item in found} <= {TrialState.COMPLETE, TrialState.PRUNED}
     for item in found:
-        mine = [int(line.split()[2]) for line in starts(out) if line.split()[1] == str(item.number)]
+        mine = [
+            int(line.split()[2])
+            for line in small_search.starts(out)
+            if line.split()[1] == str(item.number)
+        ]
         assert mine == sorted(mine), "a trial goes on where it was"
         if item.state == TrialState.COMPLETE:
             assert sorted(item.intermediate_values) == [1, 2, 3, 4, 5, 6]
@@ -349,11 +291,6 @@ def killed_search(out: Path, count: int, chosen: random.Random, kills: int) -> N
     assert sorted({record.job for record in records}) == [trial.name_of(n) for n in range(count)]
     drawn = [tuple(item.params.values()) for item in found]
     assert len(set(drawn)) == count
-
-
-def starts(out: Path) -> list[str]:
-    trace = out / "trace"
-    return trace.read_text().splitlines() if trace.exists() else []
 
 
 @pytest.mark.soak

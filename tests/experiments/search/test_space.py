@@ -1,6 +1,7 @@
 import math
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from gpt2.base.errors import ConfigError
 from gpt2.cli import search
 from gpt2.config import options, presets
-from gpt2.experiments.search import space
+from gpt2.experiments.search import space, spec
 
 RUN = options.overlay(presets.preset("demo"), {"max_steps": 500, "eval_interval": 100})
 MIXED = """
@@ -44,11 +45,16 @@ def test_combinations_are_counted(heads: str, more: str, count: float):
 
 
 def test_a_space_is_read():
-    found = {item.name: item for item in space.parse(MIXED, RUN, "space.toml")}
-    assert found["learning_rate"].log and not found["learning_rate"].is_integer
-    assert list(found["n_layer"].values() or ()) == [2, 4, 6]
-    assert found["grad_clip"].choices == (1.0, None)
-    assert str(found["learning_rate"]) == "0.0001 to 0.01, log"
+    found = space.parse(MIXED, RUN, "space.toml")
+    assert space.describe(found) == {
+        "learning_rate": "0.0001 to 0.01, log",
+        "n_layer": "2 to 6, step 2",
+        "n_head": "2, 3, 8",
+        "n_embd": "48 to 96, step 8",
+        "total_batch_size": "512 to 4000",
+        "grad_clip": "1.0, None",
+    }
+    assert list(space.values(found["n_layer"]) or ()) == [2, 4, 6]
 
 
 @given(
@@ -96,10 +102,13 @@ def test_all_trials_validate_on_the_same_rows_after_the_same_tokens(
 ):
     asked = {"total_batch_size": rows * 128, "eval_batches": eval_batches}
     run = options.overlay(RUN, {**asked, "eval_interval": interval})
-    found = {item.name: item for item in space.default(run)}
-    drawn = {name: data.draw(st.sampled_from(found[name].choices)) for name in ("n_head", "n_embd")}
-    for batch in found["total_batch_size"].choices:
-        trial = space.apply(run, tuple(found.values()), drawn | {"total_batch_size": batch})
+    found = space.default(run)
+    drawn = {
+        name: data.draw(st.sampled_from(space.values(found[name]) or ()))
+        for name in ("n_head", "n_embd")
+    }
+    for batch in space.values(found["total_batch_size"]) or ():
+        trial = space.apply(run, found, drawn | {"total_batch_size": batch})
         assert trial.eval_rows == run.eval_rows == eval_batches * rows
         every = trial.evaluation.eval_interval
         assert every and every * batch == interval * rows * 128
@@ -138,9 +147,9 @@ def test_a_batch_size_that_no_trial_uses_is_not_checked():
 
 
 def test_rates_of_the_default_space_are_those_of_the_optimizer():
-    for optimizer, highest in (("adamw", 1e-2), ("muon", 4e-2)):
-        (rates, *_) = space.default(options.overlay(RUN, {"optimizer": optimizer}))
-        assert (rates.name, rates.high) == ("learning_rate", highest)
+    for optimizer, rates in (("adamw", "0.0001 to 0.01, log"), ("muon", "0.0004 to 0.04, log")):
+        found = space.default(options.overlay(RUN, {"optimizer": optimizer}))
+        assert space.describe(found)["learning_rate"] == rates
 
 
 @pytest.mark.parametrize("name", list(presets.PRESETS))
@@ -148,7 +157,7 @@ def test_the_default_space_of_every_preset_fits(name: str):
     run = presets.preset(name)
     found = space.default(run)
     assert len(found) == 8
-    assert set(tomllib.loads(space.default_text(run))) == {item.name for item in found}
+    assert set(tomllib.loads(space.default_text(run))) == set(found)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +165,24 @@ def test_the_default_space_of_every_preset_fits(name: str):
     [
         ("[learning_rat]\nlow = 1\nhigh = 2", "learning_rat; did you mean learning_rate"),
         ("[model.learning_rate]\nlow = 1\nhigh = 2", "unknown option model.learning_rate"),
-        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2", "unknown key hig; did you mean high"),
-        ("[learning_rate]\nlow = 1e-3", "expected low and high, or choices"),
-        ("[learning_rate]\nlow = 2e-3\nhigh = 1e-3", "low=0.002 must be less than high=0.001"),
+        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2\nhigh = 1", "unknown key hig; did you mean high"),
+        ("[learning_rate]\nlow = 1e-3", "expected a table [learning_rate] with low and high, or"),
+        (
+            "[learning_rate]\nlow = 2e-3\nhigh = 1e-3",
+            "`low <= high` must hold, but got (low=0.002, high=0.001)",
+        ),
         ("[learning_rate]\nlow = 0\nhigh = 1", "learning_rate=0.0 is invalid; expected more"),
-        ("[weight_decay]\nlow = 0\nhigh = 1\nlog = true", "low=0 must be more than 0 with log"),
-        ("[learning_rate]\nlow = inf\nhigh = 1", "expected a finite number for low, got inf"),
+        ("[weight_decay]\nlow = 0\nhigh = 1\nlog = true", "`low > 0` must hold for `log=True`"),
+        ("[learning_rate]\nlow = inf\nhigh = 1", "expected float for low, got inf"),
         ("[beta2]\nlow = 0.9\nhigh = 1.5", "beta2=1.5 is invalid; expected 0 <= beta2 < 1"),
-        ("[n_layer]\nlow = 1.5\nhigh = 3", "expected an integer for low, got 1.5"),
+        ("[n_layer]\nlow = 1.5\nhigh = 3", "expected int for low, got 1.5"),
         ("[n_layer]\nchoices = [2, 'x']", "n_layer: expected int, got 'x'"),
         ("[n_layer]\nchoices = [2, 2]", "duplicate choice"),
-        ("[n_layer]\nchoices = [2]\nlow = 3", "choices cannot be combined"),
+        ("[n_layer]\nchoices = [2]\nlow = 3", "or with choices alone"),
         ("[shuffle]\nlow = 1\nhigh = 3", "shuffle has no range"),
         (
             "n_layer = 3",
-            "expected a table such as [n_layer] with low and high, or choices, got n_layer = 3",
+            "expected a table [n_layer] with low and high, or with choices alone, got 3",
         ),
         ("[checkpoint_dir]\nchoices = ['a', 'b']", "checkpoint_dir cannot be searched"),
         ("[n_embd]\nchoices = [32, 33]", "no values of the space fit to n_embd=33"),
@@ -190,11 +202,22 @@ def test_mistakes_are_named(text: str, words: str):
     assert words in str(caught.value) and str(caught.value).startswith("space.toml: ")
 
 
-def test_differences_of_two_spaces():
-    before = space.describe(space.parse("[n_layer]\nlow = 2\nhigh = 3", RUN, ""))
-    now = space.describe(space.parse("[n_layer]\nlow = 2\nhigh = 4", RUN, ""))
-    assert space.differences(before, now) == ["n_layer: 2 to 3 before, 2 to 4 now"]
-    assert space.differences({}, now) == ["n_layer: not searched before, 2 to 4 now"]
+def test_differences_of_two_searches():
+    """A space is its text, which an earlier version may have written with other decimals."""
+
+    def fixed(rates: str, layers: str) -> dict[str, Any]:
+        return {"seed": 1, "space": {"weight_decay": rates, "n_layer": layers}}
+
+    now = fixed("0.0 to 0.9, step 0.3", "2 to 4")
+    assert spec.differences(fixed("0 to 0.8999999999999999, step 0.3", "2 to 4, step 1"), now) == []
+    assert spec.differences({"n_layer": 2, "space": {}}, now) == [
+        "n_layer: not searched before, 2 to 4 now",
+        "seed: None before, 1 now",
+        "weight_decay: not searched before, 0.0 to 0.9, step 0.3 now",
+    ]
+    assert spec.differences(fixed("0 to 0.9, step 0.3", "2 to 4, step 10"), now) == [
+        "n_layer: 2 to 4, step 10 before, 2 to 4 now"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -208,4 +231,4 @@ def test_encodings_of_the_space_file(tmp_path: Path, content: bytes, words: str)
         with pytest.raises(ConfigError, match=f"--space {path} {words}"):
             search._read_space(path, RUN)
     else:
-        assert search._read_space(path, RUN)[0].choices == (2,)
+        assert space.describe(search._read_space(path, RUN)) == {"n_layer": "2"}

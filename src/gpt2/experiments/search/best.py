@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,64 +24,54 @@ LENGTHS = {"max_steps", "decay_steps"}
 """options of the short trainings of a search, which the command leaves out unless searched"""
 
 
-@dataclass(frozen=True)
-class BestTrial:
-    """The best trial."""
+def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
+    """Copies the best trial to `best_overall` in `folder`.
 
-    trial: FrozenTrial
-    command: str | None
-    """trains it in full; None if its files are not in the folder of the search"""
-
-
-def export(study: Study, folder: Path) -> BestTrial | None:
-    """Copies the best trial to `best_overall` in `folder`; None if no trial has finished.
-
-    If its files are not in `folder`, those of an earlier best trial are removed from there.
-    Raises OSError, and ConfigError if the trial's `config.json` is damaged.
+    Returns it and the command that trains it in full; None if no trial has finished. If its files
+    are not in `folder`, there is no command, and those of an earlier best trial are removed, but
+    not a training that was started beside them. Raises OSError, and ConfigError if a `config.json`
+    is damaged.
     """
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not finished:
         return None
     found = min(finished, key=lambda item: (item.value, item.number))
     source, target = folder / trial.name_of(found.number), folder / FOLDER
-    if not (source / trial.CONFIG).exists() or not (source / trial.WEIGHTS).exists():
-        return BestTrial(found, _exported_command(target, found.number))
-    target.mkdir(exist_ok=True)
+    exported = _read_config(target / trial.CONFIG)
+    if exported.get("trial") == found.number and (target / COMMAND).exists():
+        return found, (target / COMMAND).read_text().splitlines()[-1]
+    (target / trial.CONFIG).unlink(missing_ok=True)
     about = _read_config(source / trial.CONFIG)
+    if not about or not (source / trial.WEIGHTS).exists():
+        for name in (COMMAND, trial.WEIGHTS):
+            (target / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may have a training
+            target.rmdir()
+        return found, None
+    target.mkdir(exist_ok=True)
     searched = about.get("parameters", {})
     command = command_of(options.of_stored(about), target / "training", searched)
-    _link_or_copy(source / trial.WEIGHTS, target / trial.WEIGHTS)
-    atomic_files.write_text(target / trial.CONFIG, json.dumps(about, indent=1) + "\n")
-    note = f"#!/bin/sh\n# The best of {len(finished)} trials: {source.name}, in full.\n"
+    with (
+        (source / trial.WEIGHTS).open("rb") as weights,
+        atomic_files.writing(target / trial.WEIGHTS) as file,
+    ):
+        shutil.copyfileobj(weights, file)
+    note = f"#!/bin/sh\n# The best trial, {source.name}, in full.\n"
     atomic_files.write_text(target / COMMAND, f"{note}{command}\n")
     (target / COMMAND).chmod(0o755)
-    return BestTrial(found, command)
+    # Last, as it shows that the other files are complete.
+    atomic_files.write_text(target / trial.CONFIG, json.dumps(about, indent=1) + "\n")
+    return found, command
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The content of a trial's `config.json`; raises OSError, and ConfigError if it is damaged."""
+    """The content of a trial's `config.json`; empty without the file."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is damaged: expected a JSON object")
-    return content
-
-
-def _exported_command(target: Path, number: int) -> str | None:
-    """The command of this trial if it was exported before its own folder was removed.
-
-    The files of another exported trial are removed, but not a training that was started there.
-    """
-    with contextlib.suppress(OSError, ConfigError):
-        if _read_config(target / trial.CONFIG).get("trial") == number:
-            return (target / COMMAND).read_text().splitlines()[-1]
-    for name in (COMMAND, trial.CONFIG, trial.WEIGHTS):
-        (target / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        target.rmdir()
-    return None
 
 
 def command_of(run_config: RunConfig, out_dir: Path, searched: Collection[str] = ()) -> str:
@@ -107,19 +95,3 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no_{name}"]
     return [f"--{name}", str(value)]
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to `source`, or a copy if the file system has no links.
-
-    `target` is replaced at once, so that it is always a complete file.
-    """
-    if target.exists() and target.samefile(source):
-        return
-    temporary = target.with_name(target.name + atomic_files.TEMPORARY_SUFFIX)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)

@@ -1,35 +1,10 @@
-"""The values of a trial, when it ends, and the state that its outcome gives it in the study."""
+"""When a trial ends, and the state that its outcome gives it in the study. Pure."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
-from gpt2.config import options
 from gpt2.config.run import RunConfig
-from gpt2.experiments.search.space import Dimension, Space
-
-
-def suggest(trial: Trial, dimension: Dimension) -> Any:
-    """A value of the dimension from the study's sampler; the same one if called again.
-
-    Raises ValueError or OverflowError for an enqueued value of another type.
-    """
-    name, low, high = dimension.name, dimension.low, dimension.high
-    if dimension.choices:
-        return trial.suggest_categorical(name, dimension.choices)
-    assert low is not None and high is not None
-    if dimension.is_integer:
-        step = int(dimension.step or 1)
-        return trial.suggest_int(name, int(low), int(high), step=step, log=dimension.log)
-    return trial.suggest_float(name, low, high, step=dimension.step, log=dimension.log)
-
-
-def option_values(run_config: RunConfig, space: Space) -> dict[str, Any]:
-    """The value that the training uses for each option of the space."""
-    plain = run_config.to_dict()
-    parts = {item.name: options.locate(item.name)[0] for item in space}
-    return {name: plain[part][name] for name, part in parts.items()}
 
 
 def reference_step(step: int, run_config: RunConfig, base: RunConfig) -> int:

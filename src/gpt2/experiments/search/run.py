@@ -2,39 +2,47 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
 from gpt2.base.text import counted
 from gpt2.experiments import results
-from gpt2.experiments.pool.job import Event, Slot
+from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import showing_progress
 from gpt2.experiments.progress.state import StateTracker
-from gpt2.experiments.search import ownership, space, study, summary
+from gpt2.experiments.results import ExperimentDescription
+from gpt2.experiments.search import ownership, space, spec, study, summary, trial
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
-from gpt2.experiments.training import training_job
 
 
-def run(search: Search, engine: Engine, limits: Limits, out: Console) -> int:
+def run(
+    search: Search,
+    engine: Engine,
+    limits: Limits,
+    out: Console,
+    make_job: Callable[..., Job] = trial.job,
+) -> int:
     """Runs the missing trials of the search, and prints and writes its summary.
 
-    Returns the exit code: 1 if there are fewer trials than requested, 128 plus the signal's number
-    if the search was stopped.
+    `make_job` has the parameters of `trial.job`. Returns the exit code: 1 if there are fewer trials
+    than requested, 128 plus the signal's number if the search was stopped.
     """
-    training_job.require_data(search.run, search.ranks)
+    about = search.description()
+
+    def differences(before: ExperimentDescription) -> list[str]:
+        return spec.differences(before.fixed, about.fixed)
+
     with contextlib.ExitStack() as stack:
-        opened = results.opened(search.folder, search.description(), search.differences)
-        store = stack.enter_context(opened)
+        store = stack.enter_context(results.opened(search.folder, about, differences))
         stack.enter_context(study.storage_errors())
         optuna_study = study.open_study(search)
-        stack.enter_context(study.storage_errors(optuna_study))
         heartbeat = ownership.Heartbeat(optuna_study, search.folder)
         stack.callback(heartbeat.end)
-        source = TrialSource(optuna_study, search, store, heartbeat)
+        source = TrialSource(optuna_study, search, store, heartbeat, make_job)
         source.catch_up()
         done = source.done
         _print_plan(search, engine.slots, done, out)

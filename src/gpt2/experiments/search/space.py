@@ -1,26 +1,22 @@
 """The search space: the values of each searched option, read from a TOML file. Pure.
 
-[learning_rate]        # an option of `gpt2 train`, also written optim.learning_rate
-low = 1e-4
-high = 1e-2
-log = true
+learning_rate = {low = 1e-4, high = 1e-2, log = true}  # an option of `gpt2 train`
+n_layer = {low = 2, high = 12, step = 2}
+n_head = {choices = [4, 8, 12]}
 
-[n_layer]
-low = 2
-high = 12
-step = 2
-
-[n_head]
-choices = [4, 8, 12]
+A table may also be written as `[n_layer]`, and an option with its part, as `model.n_layer`.
 """
 
 import itertools
 import math
+import re
 import tomllib
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import nearest_multiples, require, suggestion
@@ -28,12 +24,13 @@ from gpt2.config import options
 from gpt2.config.options import FIXED_BY_CHECKPOINT, NOTED_AT_RESUME
 from gpt2.config.run import RunConfig
 
-Values = dict[str, Any]
-KEYS = ("low", "high", "log", "step", "choices")
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
+Space = Mapping[str, Distribution]
+"""the values of each option, by its name"""
 SEARCHABLE = sorted({name.split(".")[1] for name in (*FIXED_BY_CHECKPOINT, *NOTED_AT_RESUME)})
 """options that the result of a training depends on, without those of data and validation"""
-SHAPE = ("architecture", "n_embd", "block_size", "window")
-"""options that restrict the number of heads, or the rows of a batch"""
+SHAPE = ("architecture", "n_embd", "block_size", "window", "n_head")
+"""options that must fit each other"""
 MAX_SHAPES = 5000
 """combinations that are checked before a search begins"""
 TOKEN_TOLERANCE = 0.05
@@ -41,69 +38,15 @@ TOKEN_TOLERANCE = 0.05
 range: no number of steps gives the same tokens for all of them"""
 
 DEFAULT = """\
-[learning_rate]
-low = {rates[0]}
-high = {rates[1]}
-log = true
-
-[weight_decay]
-low = 1e-3
-high = 0.3
-log = true
-
-[warmup_steps]
-low = 0
-high = {warmup}
-
-[beta2]
-low = 0.9
-high = 0.999
-
-[total_batch_size]
-choices = {batches}
-
-[n_layer]
-low = {layers[0]}
-high = {layers[1]}
-
-[n_head]
-choices = {heads}
-
-[n_embd]
-choices = {widths}
+learning_rate = {{low = {rates[0]}, high = {rates[1]}, log = true}}
+weight_decay = {{low = 1e-3, high = 0.3, log = true}}
+warmup_steps = {{low = 0, high = {warmup}}}
+beta2 = {{low = 0.9, high = 0.999}}
+total_batch_size = {{choices = {batches}}}
+n_layer = {{low = {layers[0]}, high = {layers[1]}}}
+n_head = {{choices = {heads}}}
+n_embd = {{choices = {widths}}}
 """
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """The values of one option: a range or a list of choices."""
-
-    name: str
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    step: float | None = None
-    choices: tuple[Any, ...] = ()
-    is_integer: bool = False
-    """whether a range has integers only"""
-
-    def __str__(self) -> str:
-        if self.choices:
-            return ", ".join(str(value) for value in self.choices)
-        step = [f"step {self.step}"] if self.step is not None else []
-        return ", ".join([f"{self.low} to {self.high}", *step, *["log"] * self.log])
-
-    def values(self) -> Sequence[Any] | None:
-        """All values, or None for a range of real numbers."""
-        if self.choices:
-            return self.choices
-        if not self.is_integer:
-            return None
-        assert self.low is not None and self.high is not None
-        return range(int(self.low), int(self.high) + 1, int(self.step or 1))
-
-
-Space = tuple[Dimension, ...]
 
 
 def parse(text: str, run: RunConfig, source: str) -> Space:
@@ -112,18 +55,18 @@ def parse(text: str, run: RunConfig, source: str) -> Space:
     Raises ConfigError, with `source` in front, for unknown options or keys, invalid values, and a
     space with a model that cannot be built.
     """
+    space: dict[str, Distribution] = {}
     try:
-        tables = tomllib.loads(text)
-        found = tuple(_dimension(name, table, run) for name, table in _tables(tables))
-        names = [dimension.name for dimension in found]
-        require(bool(names), "expected a table such as [learning_rate], got none")
-        for name in names:
-            require(names.count(name) == 1, f"duplicate option {name}")
-        _require_shapes_that_fit(found, run)
-        _require_even_validations(found, run)
-        return found
+        for name, table in _tables(tomllib.loads(text)):
+            _, field, hint = options.locate(name)
+            require(field not in space, f"duplicate option {field}")
+            space[field] = _distribution(field, table, get_args(hint) or (hint,))
+        require(bool(space), "expected a table such as [learning_rate], got none")
+        _require_valid_values(space, run)
+        _require_even_validations(space, run)
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
+    return space
 
 
 def default(run: RunConfig) -> Space:
@@ -156,26 +99,35 @@ def default_text(run: RunConfig) -> str:
     )
 
 
-def apply(run: RunConfig, space: Space, values: Mapping[str, Any]) -> RunConfig:
+def apply(run: RunConfig, space: Space, drawn: Mapping[str, Any]) -> RunConfig:
     """The configuration of a trial: `run` with these values of the space.
 
     If the values do not fit each other, the nearest fitting value of the space replaces one of
     them: first the number of heads, then the width if it is a range, then the batch size. Raises
     ConfigError if no value fits.
     """
-    adjusted = dict(values)
-    rows = {"total_batch_size": adjusted.get("block_size", run.model.block_size)}
-    for name, others in (("n_head", rows), ("n_embd", rows), ("total_batch_size", {})):
-        dimension = next((item for item in space if item.name == name), None)
-        if dimension is None or _fits(run, adjusted | others):
-            continue
-        if name == "n_embd" and dimension.choices:  # listed widths are never replaced
-            continue
-        for value in _nearest(dimension.values() or (), adjusted[name]):
-            if _fits(run, adjusted | others | {name: value}):
-                adjusted[name] = value
-                break
-    return same_tokens(run, options.overlay(run, adjusted), values)
+    used = dict(drawn)
+    whole_batch = {"total_batch_size": used.get("block_size", run.model.block_size)}
+    for name, others in (
+        ("n_head", whole_batch),
+        ("n_embd", whole_batch),
+        ("total_batch_size", {}),
+    ):
+        is_list = isinstance(space.get(name), CategoricalDistribution)
+        # A listed width is never replaced.
+        if name in space and not (name == "n_embd" and is_list) and not _fits(run, used | others):
+            nearest = sorted(values(space[name]) or (), key=lambda value: abs(value - used[name]))
+            fitting = (value for value in nearest if _fits(run, used | others | {name: value}))
+            used[name] = next(fitting, used[name])
+    return same_tokens(run, options.overlay(run, used), drawn)
+
+
+def _fits(run: RunConfig, used: Mapping[str, Any]) -> bool:
+    try:
+        options.overlay(run, used)
+    except ConfigError:
+        return False
+    return True
 
 
 def same_tokens(run: RunConfig, changed: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -200,206 +152,172 @@ def same_tokens(run: RunConfig, changed: RunConfig, values: Mapping[str, Any]) -
 
 def describe(space: Space) -> dict[str, str]:
     """The values of each option as text, as `0.0001 to 0.01, log`."""
-    return {dimension.name: str(dimension) for dimension in space}
+    return {name: _text(distribution) for name, distribution in space.items()}
+
+
+def _text(distribution: Distribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(map(str, distribution.choices))
+    step = [] if distribution.step in (None, 1) else [f"step {distribution.step}"]
+    span = f"{distribution.low} to {distribution.high}"
+    return ", ".join([span, *step, *["log"] * distribution.log])
+
+
+def is_same(before: str, now: str) -> bool:
+    """Whether two texts of `describe` mean the same: earlier versions wrote 1 for 1.0."""
+    texts = [
+        re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.9g}", text)
+        for text in (before, now)
+    ]
+    first, second = (re.sub(r", step 1(?=,|$)", "", text) for text in texts)
+    return first == second
+
+
+def values(distribution: Distribution) -> Sequence[Any] | None:
+    """All values of an option, or None for a range of real numbers."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    if isinstance(distribution, IntDistribution):
+        return range(distribution.low, distribution.high + 1, distribution.step)
+    return None
 
 
 def combinations(space: Space) -> float:
     """The number of combinations; infinite if the space has a range of real numbers."""
-    values = (item.values() for item in space)
-    return math.prod(math.inf if each is None else len(each) for each in values)
+    counts = (values(distribution) for distribution in space.values())
+    return math.prod(math.inf if each is None else len(each) for each in counts)
 
 
-def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The differences between two described spaces, a line for each option."""
-    return [
-        f"{name}: {before.get(name, 'not searched')} before, {now.get(name, 'not searched')} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+def suggest(trial: Trial, space: Space) -> dict[str, Any]:
+    """The values that the study's sampler draws for the trial; the same ones if called again.
+
+    Raises ValueError or OverflowError for an enqueued value of another type.
+    """
+    drawn: dict[str, Any] = {}
+    for name, kind in space.items():
+        if isinstance(kind, CategoricalDistribution):
+            drawn[name] = trial.suggest_categorical(name, kind.choices)
+            continue
+        draw: Any = trial.suggest_int if isinstance(kind, IntDistribution) else trial.suggest_float
+        drawn[name] = draw(name, kind.low, kind.high, step=kind.step, log=kind.log)
+    return drawn
 
 
 def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The options and their tables; `[optim.learning_rate]` is nested one level deeper."""
     for name, table in tables.items():
-        is_part = isinstance(table, Mapping) and not set(table) & set(KEYS)
-        if is_part and table and all(isinstance(item, Mapping) for item in table.values()):
+        if isinstance(table, Mapping) and all(isinstance(item, Mapping) for item in table.values()):
             yield from ((f"{name}.{inner}", item) for inner, item in table.items())
         else:
             yield name, table
 
 
-def _dimension(name: str, table: Any, run: RunConfig) -> Dimension:
-    _, field, hint = options.locate(name)
+def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
+    """The values that a table gives to an option of these types.
+
+    Optuna checks that low, high, log and step fit each other.
+    """
     require(
-        field in SEARCHABLE,
-        f"{field} cannot be searched: it does not change results, or makes them incomparable; "
+        name in SEARCHABLE,
+        f"{name} cannot be searched: it does not change results, or makes them incomparable; "
         f"use one of {', '.join(SEARCHABLE)}",
     )
+    is_table = isinstance(table, Mapping)
     require(
-        isinstance(table, Mapping),
-        f"expected a table such as [{name}] with low and high, or choices, got {name} = {table!r}",
+        is_table and (list(table) == ["choices"] or {"low", "high"} <= set(table)),
+        f"expected a table [{name}] with low and high, or with choices alone, got {table}",
     )
-    for key in table:
-        require(
-            key in KEYS,
-            f"{name}: unknown key {key}{suggestion(key, KEYS)}; expected {', '.join(KEYS)}",
-        )
+    is_integer = int in types and float not in types
     if "choices" in table:
-        return _choice(field, table, run)
-    return _range(field, table, _types(hint), run)
-
-
-def _choice(name: str, table: Mapping[str, Any], run: RunConfig) -> Dimension:
-    choices = table["choices"]
-    require(len(table) == 1, f"{name}: choices cannot be combined with {', '.join(KEYS[:4])}")
-    require(
-        isinstance(choices, list) and len(choices) > 0,
-        f"{name}: expected choices = [VALUE, …], got {choices!r}",
-    )
-    plain = [None if value in ("None", "none") else value for value in choices]
-    require(len(set(map(str, plain))) == len(plain), f"{name}: duplicate choice")
-    for value in plain:
-        is_finite = not isinstance(value, float) or math.isfinite(value)
+        return _choices(name, table["choices"])
+    require(is_integer or float in types, f"{name} has no range; use choices = […]")
+    numbers = (int,) if is_integer else (int, float)
+    kinds = {"low": numbers, "high": numbers, "step": numbers, "log": (bool,)}
+    for key, value in table.items():
         require(
-            is_finite,
+            key in kinds,
+            f"{name}: unknown key {key}{suggestion(key, kinds)}; expected {', '.join(kinds)}",
+        )
+        require(
+            type(value) in kinds[key] and math.isfinite(value),
+            f"{name}: expected {kinds[key][-1].__name__} for {key}, got {value!r}",
+        )
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # the last value that steps from `low` reach replaces `high`
+            warnings.simplefilter("ignore")
+            return (IntDistribution if is_integer else FloatDistribution)(**table)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _choices(name: str, listed: Any) -> CategoricalDistribution:
+    require(
+        isinstance(listed, list) and len(listed) > 0,
+        f"{name}: expected choices = [VALUE, …], got {listed!r}",
+    )
+    require(len(set(map(str, listed))) == len(listed), f"{name}: duplicate choice")
+    for value in listed:
+        require(
+            not isinstance(value, float) or math.isfinite(value),
             f"{name}: expected a finite number, got {value}; use None to turn the option off",
         )
-        _require_value(name, value, run)
-    return Dimension(name, choices=tuple(plain))
+    return CategoricalDistribution([None if v in ("None", "none") else v for v in listed])
 
 
-def _range(name: str, table: Mapping[str, Any], kinds: Sequence[type], run: RunConfig) -> Dimension:
-    is_integer = int in kinds and float not in kinds
-    require(is_integer or float in kinds, f"{name} has no range; use choices = […]")
-    require("low" in table and "high" in table, f"{name}: expected low and high, or choices = […]")
-    low, high = (_number(name, key, table[key], is_integer) for key in ("low", "high"))
-    step = _number(name, "step", table["step"], is_integer) if "step" in table else None
-    log = table.get("log", False)
-    require(log in (True, False), f"{name}: expected log = true or false, got {log!r}")
-    require(low < high, f"{name}: low={low} must be less than high={high}")
-    require(
-        step is None or 0 < step <= high - low, f"{name}: step={step} does not fit into the range"
-    )
-    require(not log or low > 0, f"{name}: low={low} must be more than 0 with log = true")
-    require(not log or step is None, f"{name}: step and log cannot be combined; leave one out")
-    for value in (low, high):
-        _require_value(name, value, run)
-    if step is not None:  # the last value that steps from `low` reach
-        high = low + step * math.floor((high - low) / step + 1e-9)
-    return Dimension(name, low, high, bool(log), step, is_integer=is_integer)
-
-
-def _number(name: str, key: str, value: Any, is_integer: bool) -> Any:
-    expected = "an integer" if is_integer else "a finite number"
-    is_number = isinstance(value, int if is_integer else int | float) and not isinstance(
-        value, bool
-    )
-    require(
-        is_number and math.isfinite(value), f"{name}: expected {expected} for {key}, got {value!r}"
-    )
-    return value
-
-
-def _require_value(name: str, value: Any, run: RunConfig) -> None:
-    """Raises ConfigError for a value that is invalid whatever values the other options have."""
-    part, field, _ = options.locate(name)
-    if field in ("n_head", "n_embd", "total_batch_size", "block_size", "window", "architecture"):
-        # Values of the other options that fit to any valid value of this one.
-        others: Values = {"n_head": 1, "n_embd": 2, "total_batch_size": 1, "window": 1}
-        others |= {"block_size": 1, "architecture": "gpt2"}
-        if field == "n_head" and isinstance(value, int):
-            others["n_embd"] = 2 * value
-        if field in ("block_size", "window") and isinstance(value, int):
-            others |= {"block_size": value, "total_batch_size": value}
-        options.overlay(run, others | {field: value})
-    else:
-        options.overlay(run, {f"{part}.{field}": value})
-
-
-def _require_shapes_that_fit(space: Space, run: RunConfig) -> None:
-    """Raises ConfigError for values of SHAPE options to which no values of the others fit."""
-    shapes = {item.name: item.values() or () for item in space if item.name in SHAPE}
-    combinations = itertools.product(*shapes.values())
-    for combination in itertools.islice(combinations, MAX_SHAPES):
+def _require_valid_values(space: Space, run: RunConfig) -> None:
+    """Raises ConfigError for an invalid value, for a combination of SHAPE options to which no
+    values of the others fit, and for a listed number of heads that no model has."""
+    ends = {
+        name: kind.choices if isinstance(kind, CategoricalDistribution) else (kind.low, kind.high)
+        for name, kind in space.items()
+    }
+    for name in ends.keys() - {*SHAPE, "total_batch_size"}:
+        for value in ends[name]:
+            options.overlay(run, {name: value})
+    shapes = {name: values(space[name]) or () for name in SHAPE if name in space}
+    first = {name: listed[0] for name, listed in ends.items()}
+    used_heads = set()
+    for combination in itertools.islice(itertools.product(*shapes.values()), MAX_SHAPES):
         shape = dict(zip(shapes, combination, strict=True))
-        others = {item.name: _first(item) for item in space if item.name not in shape}
         try:
-            apply(run, space, others | shape)
+            used_heads.add(apply(run, space, first | shape).model.n_head)
         except ConfigError as error:
             given = ", ".join(f"{name}={value}" for name, value in shape.items()) or "the space"
             raise ConfigError(
                 f"no values of the space fit to {given}: {error}; for a range, use a step whose "
                 "values fit"
             ) from error
-    _require_use_of_heads(space, run)
-
-
-def _require_use_of_heads(space: Space, run: RunConfig) -> None:
-    """Raises ConfigError for a listed number of heads that divides no width of the space."""
-    found = {item.name: item for item in space}
-    if "n_head" not in found or not found["n_head"].choices:
-        return
-    widths = found["n_embd"].values() if "n_embd" in found else None
-    for heads in found["n_head"].choices:
-        kinds = found["architecture"].choices if "architecture" in found else ()
-        pairs = itertools.product(widths or (run.model.n_embd,), kinds or (None,))
-        draws = (
-            {"n_head": heads, "n_embd": width} | ({"architecture": kind} if kind else {})
-            for width, kind in pairs
-        )
-        require(
-            any(_fits(run, draw) for draw in draws),
-            f"n_head={heads} divides no n_embd of the space; leave it out, or add a multiple of it",
-        )
+    if math.prod(map(len, shapes.values())) <= MAX_SHAPES:
+        for heads in ends.get("n_head", ()):
+            require(
+                heads in used_heads or not isinstance(space["n_head"], CategoricalDistribution),
+                f"n_head={heads} divides no n_embd of the space; leave it out, or add a multiple "
+                "of it",
+            )
 
 
 def _require_even_validations(space: Space, run: RunConfig) -> None:
     """Raises ConfigError if trials with different batch sizes cannot validate after the same
     numbers of tokens."""
-    dimension = next((item for item in space if item.name == "total_batch_size"), None)
+    batches = space.get("total_batch_size")
     interval, default_size = run.evaluation.eval_interval, run.data.total_batch_size
-    if dimension is None or interval is None:
+    if batches is None or interval is None:
         return
-    if dimension.choices:
-        blocks = next((item.values() for item in space if item.name == "block_size"), None)
-        used = [
-            batch
-            for batch in dimension.choices
-            if any(batch % block == 0 for block in blocks or (run.model.block_size,))
-        ]
-        unit = math.lcm(*(batch // math.gcd(batch, default_size) for batch in used))
-        require(
-            interval % unit == 0,
-            f"eval_interval={interval} is not a whole number of steps for each total_batch_size: "
-            f"validations would follow different numbers of tokens; nearest: "
-            f"{nearest_multiples(interval, unit)}",
+    if isinstance(batches, CategoricalDistribution):
+        blocks = (values(space["block_size"]) if "block_size" in space else None) or (
+            run.model.block_size,
         )
-        return
-    assert dimension.high is not None
-    least = math.ceil(dimension.high / default_size / (2 * TOKEN_TOLERANCE))
+        choices: tuple[Any, ...] = batches.choices
+        used = [b for b in choices if any(b % block == 0 for block in blocks)]
+        unit = math.lcm(*(batch // math.gcd(batch, default_size) for batch in used))
+        is_even, needed = interval % unit == 0, f"nearest: {nearest_multiples(interval, unit)}"
+    else:
+        least = math.ceil(batches.high / default_size / (2 * TOKEN_TOLERANCE))
+        is_even, needed = interval >= least, f"use at least {least}"
     require(
-        interval >= least,
-        f"eval_interval={interval} is too small for total_batch_size={int(dimension.high)}: "
-        f"validations would follow different numbers of tokens; use at least {least}",
+        is_even,
+        f"eval_interval={interval} is not a whole number of steps for each total_batch_size: "
+        f"validations would follow different numbers of tokens; {needed}",
     )
-
-
-def _first(dimension: Dimension) -> Any:
-    return dimension.choices[0] if dimension.choices else dimension.low
-
-
-def _fits(run: RunConfig, values: Mapping[str, Any]) -> bool:
-    try:
-        options.overlay(run, values)
-    except ConfigError:
-        return False
-    return True
-
-
-def _nearest(values: Iterable[Any], target: Any) -> list[Any]:
-    """`values` in the order of their distance to `target`."""
-    return sorted(values, key=lambda value: abs(value - target))
-
-
-def _types(hint: Any) -> tuple[type, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -43,19 +43,14 @@ class Search:
 
     def description(self) -> ExperimentDescription:
         """The identity of this search; trials may be added to it later."""
-        searched = space.describe(self.space)
         all_options = training_job.result_options(self.run)
-        fixed = {name: value for name, value in all_options.items() if name not in searched}
-        if {"total_batch_size", "block_size"} & searched.keys():
+        fixed = {name: value for name, value in all_options.items() if name not in self.space}
+        if {"total_batch_size", "block_size"} & self.space.keys():
             # The tokens of a trial and of a validation are derived from these options of `run`.
             fixed["tokens_per_step"] = self.run.data.total_batch_size
             fixed["eval_tokens"] = self.run.eval_rows * self.run.model.block_size
-        fixed["space"] = searched
+        fixed["space"] = space.describe(self.space)
         return ExperimentDescription("search", fixed, total=self.n_trials)
-
-    def differences(self, before: ExperimentDescription) -> list[str]:
-        """How an earlier search differs from this one, a line for each option."""
-        return differences(before.fixed, self.description().fixed)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -63,11 +58,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Both are the `fixed` values of their descriptions.
     """
-    space_before, space_now = before.get("space", {}), now.get("space", {})
-    searched = {*space_before, *space_now}
-    rows = [
-        f"{name}: {before.get(name)} before, {now.get(name)} now"
-        for name in sorted({*before, *now} - {"space"} - searched)
-        if before.get(name) != now.get(name)
+    searched = {*before.get("space", {}), *now["space"]}
+
+    def text(fixed: Mapping[str, Any], name: str) -> str:
+        if name in searched:
+            return str(fixed.get("space", {}).get(name, "not searched"))
+        return str(fixed.get(name))
+
+    return [
+        f"{name}: {text(before, name)} before, {text(now, name)} now"
+        for name in sorted({*before, *now, *searched} - {"space"})
+        if not space.is_same(text(before, name), text(now, name))
     ]
-    return rows + space.differences(space_before, space_now)

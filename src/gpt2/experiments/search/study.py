@@ -1,13 +1,10 @@
 """The Optuna study of a search: opens it, waits for an unreachable database, explains errors."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +15,10 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
+from gpt2.base import retry
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.experiments.search import ownership, spec
 from gpt2.experiments.search.spec import Search
@@ -33,29 +31,22 @@ FIXED = "fixed"
 """attribute of a study: the values that all of its trials share"""
 LOCK_TIMEOUT_S = 60.0
 """for SQLite's lock, which a dashboard may hold"""
-OUTAGE_TIMEOUT_S = 300.0
-"""how long an unreachable database is retried"""
-FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
-"""between two attempts during an outage"""
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, *[30.0] * 9)
+"""between attempts to reach the database: five minutes"""
+DELETED = "Record does not exist."
+"""what Optuna's KeyError says for a study that no longer exists"""
 EXAMPLE = "postgresql+psycopg://user:password@host/name (pip install 'psycopg[binary]')"
-
-
-def path(folder: Path) -> Path:
-    return folder / FILE
 
 
 def url(folder: Path) -> str:
     """The URL of the study for Optuna's tools, which replace {SCHEMA_VERSION} in it."""
-    return _address(folder).replace("{", "{{").replace("}", "}}")
-
-
-def _address(folder: Path) -> str:
-    return URL.create("sqlite", database=str(path(folder))).render_as_string(hide_password=False)
+    address = URL.create("sqlite", database=str(folder / FILE))
+    return address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
 
 
 def location(search: Search) -> str:
     """The file or URL of the study, without a password."""
-    return without_password(search.storage) if search.storage else str(path(search.folder))
+    return without_password(search.storage) if search.storage else str(search.folder / FILE)
 
 
 def open_study(search: Search) -> Study:
@@ -67,7 +58,7 @@ def open_study(search: Search) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _load_or_create(search)
     fixed = dict(search.description().fixed)
-    fixed.pop("data_root", None)  # the next owner may have the data in another folder
+    del fixed["data_root"]  # the next owner may have the data in another folder
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
         listed = "\n".join(f"  {row}" for row in rows)
@@ -89,10 +80,6 @@ def open_study(search: Search) -> Study:
 
 def _load_or_create(search: Search) -> Study:
     address = search.storage or url(search.folder.resolve())
-    if search.storage:
-        _require_driver(search.storage)
-    else:
-        _require_name(search.folder)
     # A firewall or a restart of the server may have closed an idle connection.
     options: dict[str, Any] = {"pool_pre_ping": True}
     if address.startswith("sqlite"):
@@ -104,28 +91,12 @@ def _load_or_create(search: Search) -> Study:
             pruner=MedianPruner(n_startup_trials=search.startup_trials),
             load_if_exists=True,
         )
-    except (StorageInternalError, SQLAlchemyError) as error:
+    except (StorageInternalError, SQLAlchemyError, ImportError, ValueError) as error:
+        # The message of a ValueError may have a part of the password.
+        reason = "invalid URL" if isinstance(error, ValueError) else _first_line(error)
         raise ConfigError(
-            f"cannot open the study {without_password(address)}: {_first_line(error)}"
-        ) from error
-
-
-def _require_name(folder: Path) -> None:
-    """Raises ConfigError for a folder whose name cannot be part of a database URL."""
-    if make_url(_address(folder)).database != str(path(folder)):
-        raise ConfigError(
-            f"{folder}: this name cannot be part of a database URL; use another --checkpoint_dir"
-        )
-
-
-def _require_driver(address: str) -> None:
-    """Raises ConfigError for an invalid URL, and if its driver is not installed."""
-    try:
-        make_url(address).get_dialect().import_dbapi()
-    except (ArgumentError, ImportError, ValueError) as error:
-        raise ConfigError(
-            f"--storage {without_password(address)}: {_first_line(error)}; expected a URL such as "
-            f"{EXAMPLE}"
+            f"cannot open the study {without_password(address)}: {reason}; expected a --storage "
+            f"such as {EXAMPLE}"
         ) from error
 
 
@@ -133,6 +104,7 @@ def _require_driver(address: str) -> None:
 class StorageRetry:
     """Repeats a call that failed because the database was unreachable, until it succeeds."""
 
+    pauses_s: Sequence[float] = PAUSES_S
     is_stopping: Callable[[], bool] = lambda: False
     """whether the search is to end, so that retrying ends too"""
 
@@ -141,41 +113,21 @@ class StorageRetry:
 
         Raises StorageInternalError or SQLAlchemyError if the outage lasts too long.
         """
-        began, pause_s = time.monotonic(), FIRST_PAUSE_S
-        while True:
-            try:
-                returned = action()
-            except (StorageInternalError, SQLAlchemyError) as error:
-                is_late = time.monotonic() > began + OUTAGE_TIMEOUT_S
-                if not _is_outage(error) or is_late or self.is_stopping():
-                    raise
-                if pause_s == FIRST_PAUSE_S:
-                    logger.warning(
-                        "the study's database is unreachable: %s; retrying for %g minutes, "
-                        "trainings wait at their next report",
-                        _first_line(error),
-                        OUTAGE_TIMEOUT_S / 60,
-                    )
-                self._wait(pause_s)
-                pause_s = min(2 * pause_s, MAX_PAUSE_S)
-                continue
-            if pause_s > FIRST_PAUSE_S:
-                logger.info("the study's database is reachable again")
-            return returned
-
-    def _wait(self, pause_s: float) -> None:
-        until = time.monotonic() + pause_s
-        while time.monotonic() < until and not self.is_stopping():
-            time.sleep(0.1)
+        return retry.call(action, self.pauses_s, _is_outage, _log_outage, self.is_stopping)
 
 
-def _is_outage(error: Exception) -> bool:
+def _is_outage(error: BaseException) -> bool:
     return isinstance(error.__cause__ or error, OperationalError | InterfaceError)
 
 
+def _log_outage(error: BaseException, pause_s: float) -> None:
+    words = "the study's database is unreachable: %s; next attempt in %gs, trainings wait meanwhile"
+    logger.warning(words, _first_line(error), pause_s)
+
+
 @contextlib.contextmanager
-def storage_errors(study: Study | None = None) -> Iterator[None]:
-    """Raises TrainingError for errors of the database in the block, and if `study` was deleted."""
+def storage_errors() -> Iterator[None]:
+    """Raises TrainingError for errors of the database, and if the study was deleted."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -184,22 +136,17 @@ def storage_errors(study: Study | None = None) -> Iterator[None]:
             "continue"
         ) from error
     except KeyError as error:
-        if study is None or _exists(study):
+        if DELETED not in error.args:
             raise
         raise TrainingError(
-            f"the study {study.study_name} was deleted during the search; its trials are still in "
-            "--checkpoint_dir, but no search can continue them"
+            "the study was deleted during the search; its trials are still in --checkpoint_dir, "
+            "but no search can continue them"
         ) from error
 
 
-def _exists(study: Study) -> bool:
-    return study._study_id in {item._study_id for item in study._storage.get_all_studies()}
-
-
 def without_password(address: str) -> str:
-    return re.sub(r"://([^:/@]*):[^@]*@", r"://\1:…@", address)
+    return re.sub(r"(://[^:/@]*:).*(?=@)|(password=)[^&]*", r"\1\2…", address)
 
 
-def _first_line(error: Exception) -> str:
-    behind = error.__cause__ or error
-    return str(behind).strip().splitlines()[0]
+def _first_line(error: BaseException) -> str:
+    return str(error.__cause__ or error).strip().splitlines()[0]

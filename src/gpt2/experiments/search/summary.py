@@ -1,7 +1,5 @@
 """The end of a search: prints its best trials, writes its report, and says what is left to do."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 
@@ -24,30 +22,29 @@ def summarize(
 
     `signal_number` is that of the signal that stopped the search, or 0.
     """
-    rows = source.retry(lambda: trial_report.trial_rows(optuna_study, search.folder))
-    if any(row.value is not None for row in rows):
-        out.print(trial_report.best_trials_table(rows, out))
-    for row in rows:
-        if row.state == "FAIL" and row.reason:
-            out.print(f"FAILED {trial.name_of(row.number)}: {row.reason}", style="red")
-    found: best.BestTrial | None = None
+    trials = source.retry(lambda: optuna_study.get_trials(deepcopy=False))
+    if any(trial_report.loss_of(item) is not None for item in trials):
+        out.print(trial_report.best_trials_table(trials, out))
+    for item in trials:
+        if item.state.name == "FAIL" and (reason := item.user_attrs.get("reason")):
+            out.print(f"FAILED {trial.name_of(item.number)}: {reason}", style="red")
     try:
         found = source.retry(lambda: best.export(optuna_study, search.folder))
-        if any(row.is_reportable for row in rows):
-            written = trial_report.write(rows, search.folder, found.command if found else None)
+        _, command = found or (None, None)
+        written = source.retry(lambda: trial_report.write(optuna_study, search.folder, command))
+        if written:
             names = ", ".join(path.name for path in written)
             out.print(f"Summary: {search.folder / trial_report.FOLDER} ({names})")
+        if command:
+            out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
+            out.print(f"  {command}", soft_wrap=True)
+        elif found:
+            location = ownership.location_of(optuna_study, found[0], search.folder)
+            out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
     except (OSError, UserError) as error:
         logger.warning("the summary could not be written completely: %s", error)
-    if found and found.command:
-        out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
-        out.print(f"  {found.command}", soft_wrap=True)
-    elif found:
-        location = ownership.location_of(optuna_study, found.trial, search.folder)
-        out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
-    address = search.storage or study.url(search.folder)
-    command = shlex.join(["optuna-dashboard", study.without_password(address)])
-    out.print(f"Look into it: {command}", soft_wrap=True)
+    address = study.without_password(search.storage or study.url(search.folder))
+    out.print(f"Look into it: {shlex.join(['optuna-dashboard', address])}", soft_wrap=True)
     return _print_remaining(search, source, signal_number, out)
 
 
@@ -66,6 +63,6 @@ def _print_remaining(search: Search, source: TrialSource, signal_number: int, ou
             "the cause and run the same command to continue",
             style="red",
         )
-        return 1
-    out.print(f"Ended: {left} left; run the same command to continue")
+    else:
+        out.print(f"Ended: {left} left; run the same command to continue")
     return 1

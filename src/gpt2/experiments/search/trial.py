@@ -48,27 +48,26 @@ def job(
     """The training of a trial, which continues from its own newest checkpoint.
 
     Its files are in a subfolder of `folder`. `parameters` are the searched values, for config.json.
+    It has a checkpoint at every validation, and no other evaluations.
     """
     name = name_of(number)
-    changes = _checkpoint_options(run_config)
-    made = training_job.job(name, run_config, folder / name, ranks=ranks, **changes)
-    return replace(
-        made, target=TARGET, kwargs={**made.kwargs, "number": number, "parameters": parameters}
-    )
-
-
-def _checkpoint_options(run_config: RunConfig) -> dict[str, Any]:
-    """Options for a checkpoint at every validation, and without other evaluations."""
     interval = run_config.checkpoint.checkpoint_interval
     eval_interval = run_config.evaluation.eval_interval
     assert eval_interval is not None
-    is_multiple = interval is not None and eval_interval % interval == 0
-    return {
-        "checkpoint_interval": interval if is_multiple else eval_interval,
-        "keep_last": KEPT_CHECKPOINTS,
-        "hellaswag_interval": None,
-        "sample_interval": None,
-    }
+    made = training_job.job(
+        name,
+        run_config,
+        folder / name,
+        ranks=ranks,
+        checkpoint_interval=(
+            interval if interval and eval_interval % interval == 0 else eval_interval
+        ),
+        keep_last=KEPT_CHECKPOINTS,
+        hellaswag_interval=None,
+        sample_interval=None,
+    )
+    kwargs = {**made.kwargs, "number": number, "parameters": parameters}
+    return replace(made, target=TARGET, kwargs=kwargs)
 
 
 def run(
