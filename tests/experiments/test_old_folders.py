@@ -188,7 +188,7 @@ def test_a_search_that_was_killed(tmp_path: Path):
     for number, step in ((0, 6), (1, 6), (2, 1)):
         (folder / f"trial_{number:03d}").mkdir()
         (folder / f"trial_{number:03d}" / "step").write_text(str(step))
-    found = listing.require(folder)
+    found = listing.read(folder)
     assert (found.state, found.done) == ("dead", 2)
     assert found.current is not None and found.current.slots[0].job == "a"
 
@@ -199,7 +199,7 @@ def test_a_search_that_was_killed(tmp_path: Path):
     begun_at = sorted(tuple(map(int, item.split()[1:3])) for item in small_search.starts(tmp_path))
     assert begun_at == [(2, 1), (3, 0), (4, 0)], "trial 2 continues from its step"
     assert [result.job for result in results.read_results(folder)[:2]] == ["trial_000", "trial_001"]
-    assert listing.require(folder).done == 5
+    assert listing.read(folder).done == 5
 
 
 def test_a_sweep_with_failed_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

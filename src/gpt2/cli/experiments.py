@@ -87,15 +87,16 @@ def _list(command: ListCommand) -> int:
 
 def _show(command: ShowCommand) -> int:
     # They import torch: see `gpt2.cli.parse`.
+    from gpt2.experiments import results
     from gpt2.experiments.progress import listing
     from gpt2.inspection import run_status
     from gpt2.train import status
 
-    item = listing.find(command.folder)
-    if item is None and (training := status.read(command.folder)):
+    is_experiment = (command.folder / results.EXPERIMENT_FILE).exists()
+    if not is_experiment and (training := status.read(command.folder)):
         run_status.print_state(run_status.Run(command.folder, training), console())
         return 0
-    item = item or listing.require(command.folder)
+    item = listing.read(command.folder)
     if command.json:
         print(json.dumps(listing.full_json(item)))
     elif command.failed:

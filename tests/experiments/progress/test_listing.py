@@ -161,7 +161,7 @@ def test_long_experiments_show_their_last_jobs(tmp_path: Path):
     (folder / results.RESULT_LINES_FILE).write_text("\n".join(lines) + "\n")
     out = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
     listing.print_list(tmp_path, out)
-    listing.print_experiment(listing.require(folder), out, last=5)
+    listing.print_experiment(listing.read(folder), out, last=5)
     assert isinstance(out.file, io.StringIO)
     text = out.file.getvalue()
     assert "10,000 of 10,000" in text and "the last 5 of 10,000" in text

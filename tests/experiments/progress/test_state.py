@@ -96,8 +96,9 @@ def test_time_left_counts_waiting_jobs_and_slots_in_service():
     train(tracker, clock, 0, "a", range(1, 12), total=101)
     train(tracker, clock, 1, "b", range(1, 12), total=101)
     assert tracker.current.left_s(clock.now) == pytest.approx((90 + 90 + 2 * 101) / 2)
+    tracker.update(event("failed", 1, "b"))
     tracker.update(Event("slot_lost", SLOTS[1]))
-    assert tracker.current.left_s(clock.now) == pytest.approx(90 + 90 + 2 * 101)
+    assert tracker.current.left_s(clock.now) == pytest.approx(90 + 2 * 101)
 
 
 @pytest.mark.parametrize(

@@ -114,14 +114,17 @@ class NamedTrainings:
         if event.kind == "stopping":
             running = counted(len(self._running), "experiment")
             self._say(f"Stopping: waiting for {running} to save; a second signal kills")
-            _handle_next_signal(self._kill)
+            handled = [item for item in STOP_SIGNALS if signal.getsignal(item) != signal.SIG_IGN]
+            for number in handled:
+                signal.signal(number, self._kill)
 
-    def _kill(self) -> None:
-        if not self._running:
-            return
-        # Not `_say`, which the signal may have interrupted.
-        self._out.file.write(f"Killing {counted(len(self._running), 'experiment')}\n")
-        raise KeyboardInterrupt
+    def _kill(self, _number: int, _frame: FrameType | None) -> None:
+        if self._running:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            # Not `_say`, which the signal may have interrupted.
+            self._out.file.write(f"Killing {counted(len(self._running), 'experiment')}\n")
+            raise KeyboardInterrupt
 
     def print_summary(self) -> None:
         """Prints which experiments finished, ended early and never began."""
@@ -137,16 +140,3 @@ class NamedTrainings:
 
     def _say(self, line: str) -> None:
         self._out.print(line, soft_wrap=True)
-
-
-def _handle_next_signal(handle: Callable[[], None]) -> None:
-    """Calls `handle` at the next SIGINT, SIGTERM or SIGHUP and ignores later ones."""
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        for number in handled:
-            signal.signal(number, signal.SIG_IGN)
-        handle()
-
-    handled = [item for item in STOP_SIGNALS if signal.getsignal(item) is not signal.SIG_IGN]
-    for number in handled:
-        signal.signal(number, on_signal)

@@ -72,23 +72,16 @@ class StoredExperiment:
         return self.current.written if self.current else about.stat().st_mtime
 
 
-def find(folder: Path) -> StoredExperiment | None:
-    """The experiment in `folder`, or None if there is none; raises CheckpointError if its files
-    cannot be read."""
+def read(folder: Path) -> StoredExperiment:
+    """The experiment in `folder`; raises CheckpointError if there is none, or its files cannot be
+    read."""
     description = results.read_description(folder)
     if description is None:
-        return None
+        raise CheckpointError(
+            f"no experiment or training in {folder}; `gpt2 experiments list DIR` shows those in DIR"
+        )
     last = {result.job: result for result in results.read_results(folder)}
     return StoredExperiment(folder, description, state.read(folder), [*last.values()])
-
-
-def require(folder: Path) -> StoredExperiment:
-    """The experiment in `folder`; raises CheckpointError if there is none."""
-    if found := find(folder):
-        return found
-    raise CheckpointError(
-        f"no experiment or training in {folder}; `gpt2 experiments list DIR` shows those in DIR"
-    )
 
 
 def below(root: Path) -> list[StoredExperiment]:
@@ -96,10 +89,10 @@ def below(root: Path) -> list[StoredExperiment]:
     found = []
     for folder in run_status.run_folders(root, results.EXPERIMENT_FILE):
         try:
-            found.append(find(folder))
+            found.append(read(folder))
         except CheckpointError as error:  # one damaged folder does not hide the others
             logger.warning("%s", error)
-    return [item for item in found if item is not None]
+    return found
 
 
 def print_list(root: Path, out: Console) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import socket
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,12 +57,12 @@ class SlotState:
     @property
     def jobs_per_s(self) -> float:
         """Speed of this attempt, as a share of the job per second; 0 if it is unknown."""
-        gained = self.fraction - self._share(self.first_step)
+        gained = max(0.0, self.fraction - self._share(self.first_step))
         return gained / (self.step_s - self.first_s) if self.step_s > self.first_s else 0.0
 
     def left_s(self, now: float) -> float | None:
         """Estimated seconds until the job's last step; None if unknown."""
-        if self.jobs_per_s <= 0:
+        if not self.jobs_per_s:
             return None
         since_report_s = now - self.began - self.step_s
         return max(0.0, (1 - self.fraction) / self.jobs_per_s - since_report_s)
@@ -127,14 +126,8 @@ class ExperimentState:
         Computed from the speeds of the running jobs if they report steps, else from the jobs that
         have ended since this start.
         """
-        left = [left for slot in self.slots if (left := slot.left_s(now)) is not None]
-        speeds = [slot.jobs_per_s for slot in self.slots if slot.jobs_per_s > 0]
-        speed = self.jobs_per_s(now)
-        if speeds:
-            speed = statistics.mean(speeds) * max(1, sum(slot.in_service for slot in self.slots))
-        if speed <= 0 or self.is_over:
-            return None
-        return max(0.0, *left, (1 - self.fraction) * self.total / speed)
+        speed = sum(slot.jobs_per_s for slot in self.slots) or self.jobs_per_s(now)
+        return (1 - self.fraction) * self.total / speed if speed > 0 and not self.is_over else None
 
 
 class StateTracker:
