@@ -213,7 +213,9 @@ def test_live_view_on_a_terminal(tmp_path: Path):
     assert "from elsewhere" in shown
     view, cursor, later = shown.rpartition("\x1b[?25h")
     assert cursor and "and later" in later, "the cursor is there again"
-    last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", view.rpartition("models")[2])
+    lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", view).splitlines()
+    assert max(map(len, lines)) <= 80 - 4, "there is room for the echo of ^C"
+    last = "".join(lines).rpartition("models")[2]
     assert "2 of 3 done, 1 failed" in last and "100 %" in last and "gpu0" not in last
     assert "failed: seed=[2]" in log.read_text()
 

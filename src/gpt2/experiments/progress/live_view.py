@@ -5,6 +5,7 @@ terminal or `| less`, delays no job.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.text import Text
 
@@ -28,6 +30,8 @@ WRITE_EVERY_S = 2.0
 FIRST_LINE_S, MAX_LINE_INTERVAL_S, LONG_JOB_S = 60.0, 600.0, 30.0
 JOBS_PER_LINE = 10
 """jobs that end between two lines with counts"""
+RESERVED_CELLS = 4
+"""kept free at the right: the terminal's echo of ^C must not wrap the line and shift the view"""
 STYLES = {"failed": "red", "slot_lost": "red", "retried": "yellow"}
 """of the events whose lines appear above a live view"""
 
@@ -114,6 +118,8 @@ def printing_in_background(out: Console, shown: StateTracker | None = None) -> I
 
     What else goes to the terminal, such as a warning, then appears above the view.
     """
+    if isinstance(out.file, io.TextIOWrapper):
+        out.file.reconfigure(errors="replace")  # a terminal in Latin-1 has no …
     stream = _BackgroundStream(out.file, shown)
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, out, "file", out.file)
@@ -134,9 +140,12 @@ class _BackgroundStream:
         self._stream, self._pending = stream, deque[str]()
         self._live: Live | None = None
         if shown:
+            screen = Console(file=stream, highlight=False, markup=False)
             self._live = Live(
-                console=Console(file=stream, highlight=False, markup=False),
-                get_renderable=lambda: rendering.view(shown.current, shown.clock()),
+                console=screen,
+                get_renderable=lambda: Constrain(
+                    rendering.view(shown.current, shown.clock()), screen.width - RESERVED_CELLS
+                ),
                 auto_refresh=False,
                 redirect_stdout=False,
                 redirect_stderr=False,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -23,8 +22,6 @@ KNOWN_METRICS = {
 MAX_OTHER_METRICS = 3
 """metrics of other names shown per slot"""
 BAR_CELLS = 10
-RESERVED_CELLS = 4
-"""kept free at the right: the terminal's echo of ^C must not wrap the line and shift the view"""
 
 
 def event_line(event: Event) -> str:
@@ -94,7 +91,7 @@ def view(state: ExperimentState, now: float) -> RenderableType:
         "stopped": f"Stopped: {state.total - state.ended:,} of {counted(state.total, 'job')} left",
     }
     note = Text(notes[state.state], style="yellow") if state.state in notes else Group()
-    return Padding(Group(note, tasks), (0, RESERVED_CELLS, 0, 0))
+    return Group(note, tasks)
 
 
 def _add_task(tasks: Progress, slot: SlotState, now: float) -> None:
