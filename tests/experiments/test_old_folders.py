@@ -192,8 +192,7 @@ def test_a_search_that_was_killed(tmp_path: Path):
     assert (found.state, found.done) == ("dead", 2)
     assert found.current is not None and found.current.slots[0].job == "a"
 
-    running = small_search.start(tmp_path, 5)
-    assert running.wait(120) == 0, (tmp_path / "output.txt").read_text()
+    assert small_search.main(tmp_path, 5, 0.05) == 0
     ended = [item.state for item in small_search.study_in(folder).get_trials()]
     assert len(ended) == 5 and set(ended) <= {TrialState.COMPLETE, TrialState.PRUNED}
     begun_at = sorted(tuple(map(int, item.split()[1:3])) for item in small_search.starts(tmp_path))

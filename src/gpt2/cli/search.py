@@ -87,7 +87,7 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
     pool = command.pool
     search = spec.Search(
         run=train.run,
-        space=_read_space(command.space, train.run),
+        space=read_space(command.space, train.run),
         n_trials=command.n_trials,
         patience=command.patience,
         prune=command.prune,
@@ -104,7 +104,7 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
         return run.run(search, engine, pool.limits(), console())
 
 
-def _read_space(path: Path | None, run: RunConfig) -> Space:
+def read_space(path: Path | None, run: RunConfig) -> Space:
     from gpt2.experiments.search import space
 
     if path is None:

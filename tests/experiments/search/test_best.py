@@ -17,7 +17,7 @@ from experiments.search.played import RUN, Played
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Job
-from gpt2.experiments.search import best, space, summary, trial, trial_report
+from gpt2.experiments.search import best, run, space, trial, trial_report
 
 
 def trained(folder: Path, job: Job, **parameters: Any) -> None:
@@ -29,8 +29,8 @@ def trained(folder: Path, job: Job, **parameters: Any) -> None:
     (mine / trial.CONFIG).write_text(json.dumps(about))
 
 
-def flags(run: RunConfig, *searched: str) -> list[str]:
-    return shlex.split(best.command_of(run, Path("out dir"), searched))
+def flags(config: RunConfig, *searched: str) -> list[str]:
+    return shlex.split(best.command_of(config, Path("out dir"), searched))
 
 
 def test_the_command_of_the_best_trial():
@@ -94,7 +94,7 @@ def test_a_best_trial_that_cannot_be_exported_ends_nothing(
 
 def summary_of(played: Played, width: int = 300) -> str:
     out = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
-    summary.summarize(played.search, played.study, played.source, 0, out)
+    run.summarize(played.search, played.study, played.source, 0, out)
     return out.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -15,7 +15,6 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from rich.console import Console
 
 from experiments import small_search
 from experiments.search.played import RUN, SLOT, Played, trial_of
@@ -28,23 +27,13 @@ from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.search import ownership, space, study, trial, trial_source
 from gpt2.experiments.search.ownership import Heartbeat
-from gpt2.experiments.search.run import _print_plan
 from gpt2.experiments.search.spec import Search
-from support import ROOT, loss_lines, run_command, small_flags
+from support import ROOT, loss_lines, small_flags
 
 
 @pytest.fixture
 def played(tmp_path: Path) -> Played:
     return Played(tmp_path / "search", startup_trials=2, patience=3)
-
-
-def test_few_combinations_are_reported(tmp_path: Path):
-    heads = space.parse("[n_head]\nchoices = [1, 2]", RUN, "space")
-    for count, is_said in ((2, False), (3, True)):
-        out = Console(file=io.StringIO(), width=160)
-        _print_plan(Search(RUN, heads, count, folder=tmp_path), [SLOT], 0, out)
-        words = "  - the space has only 2 combinations: some trials will have the same values\n"
-        assert (words in out.file.getvalue()) == is_said  # type: ignore[attr-defined]
 
 
 def test_patience_finishes_a_trial_with_its_best_value(played: Played):
@@ -132,7 +121,7 @@ def test_interrupted_trials_continue(played: Played, tmp_path: Path):
 
 def test_another_space_is_refused(played: Played, tmp_path: Path):
     other = space.parse("[n_layer]\nchoices = [2, 3]", RUN, "space")
-    with pytest.raises(ConfigError, match="n_layer: not searched before, 2, 3 now"):
+    with pytest.raises(ConfigError, match="n_layer: 4 before, 2, 3 now"):
         study.open_study(Search(RUN, other, folder=tmp_path / "search"))
 
 
@@ -162,13 +151,13 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     running = subprocess.Popen(
         command(flags_of(data_root, tmp_path, space_file, 1)), stdout=subprocess.PIPE
     )
-    deadline = time.monotonic() + 100
     while not (folder / "trial_000" / "step_000002.json").exists():
-        assert time.monotonic() < deadline
+        assert running.poll() is None
         time.sleep(0.01)
     running.kill()
     running.communicate()
-    done = run_command(command(flags_of(data_root, tmp_path, space_file, 2)))
+    code, said = call(flags_of(data_root, tmp_path, space_file, 2))
+    assert code == 0, said
     assert [
         (item.number, item.state.name) for item in small_search.study_in(folder).get_trials()
     ] == [
@@ -179,7 +168,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     log = (folder / "trial_000" / "log.txt").read_text()
     assert "  - Step: 2\n" in log or "  - Step: 4\n" in log, "it went on where it was"
     assert len(loss_lines(folder / "trial_000" / "log.txt")) == 4 + 3
-    require_files(folder, done.stdout)
+    require_files(folder, said)
 
     for arguments, expected, words in (
         ([], 0, "  - done already: 2\n"),
@@ -266,15 +255,13 @@ def killed_search(out: Path, count: int, chosen: random.Random, kills: int) -> N
     out.mkdir(exist_ok=True)
     for kill in range(kills):
         running, lines = small_search.start(out, count), small_search.starts(out)
-        deadline = time.monotonic() + 60
         while len(small_search.starts(out)) == len(lines) and running.poll() is None:
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(chosen.uniform(0, 1.5))
         running.send_signal(signal.SIGINT if kill % 4 == 3 else signal.SIGKILL)
-        running.wait(30)
+        running.wait()
     last = small_search.start(out, count)
-    assert last.wait(200) == 0, (out / "output.txt").read_text()
+    assert last.wait() == 0, (out / "output.txt").read_text()
     found = small_search.study_in(out / "search").get_trials()
     assert [item.number for item in found] == list(range(count))
     assert {item.state for item in found} <= {TrialState.COMPLETE, TrialState.PRUNED}

@@ -1,22 +1,27 @@
-"""Runs a search on the scheduler, and summarizes it."""
+"""Runs a search on the scheduler, prints its best trials, and says what is left to do."""
 
 import contextlib
+import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 
+from optuna.study import Study
 from rich.console import Console
 
+from gpt2.base.errors import UserError
 from gpt2.base.text import counted
 from gpt2.experiments import results
-from gpt2.experiments.pool.job import Event, Job, Slot
+from gpt2.experiments.pool.job import Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import showing_progress
 from gpt2.experiments.progress.state import StateTracker
-from gpt2.experiments.results import ExperimentDescription
-from gpt2.experiments.search import ownership, space, spec, study, summary, trial
+from gpt2.experiments.search import best, ownership, space, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -31,13 +36,9 @@ def run(
     `make_job` has the parameters of `trial.job`. Returns the exit code: 1 if there are fewer trials
     than requested, 128 plus the signal's number if the search was stopped.
     """
-    about = search.description()
-
-    def differences(before: ExperimentDescription) -> list[str]:
-        return spec.differences(before.fixed, about.fixed)
-
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(results.opened(search.folder, about, differences))
+        opened = results.opened(search.folder, search.description(), search.differences)
+        store = stack.enter_context(opened)
         stack.enter_context(study.storage_errors())
         optuna_study = study.open_study(search)
         heartbeat = ownership.Heartbeat(optuna_study, search.folder)
@@ -50,7 +51,7 @@ def run(
         if done < search.n_trials:
             signal_number = _run_trials(search, source, engine, limits, out)
         store.save(space=space.describe(search.space))
-        return summary.summarize(search, optuna_study, source, signal_number, out)
+        return summarize(search, optuna_study, source, signal_number, out)
 
 
 def _run_trials(
@@ -59,18 +60,14 @@ def _run_trials(
     """Runs the trials of the source; the number of the signal that stopped them, or 0."""
     log = search.log_dir / f"search_{time.strftime('%Y%m%d_%H%M%S')}.log"
     tracker = StateTracker("search", search.n_trials, engine.slots, before=source.done)
-    announced: set[str] = set()
     with showing_progress(tracker, search.folder, log=log, out=out) as show:
-
-        def on_event(event: Event) -> None:
-            show(source.as_in_study(event))
-            # Without a terminal, the lines about started jobs have process and log.
-            if event.kind == "started" and event.slot.name not in announced and out.is_terminal:
-                announced.add(event.slot.name)
-                out.print(f"  - worker {event.slot.name}: process {event.pid}, log {event.log}")
-
-        log_of = worker_logs(search.log_dir)
-        scheduler = Scheduler(engine, source, on_event, log_of=log_of, limits=limits)
+        scheduler = Scheduler(
+            engine,
+            source,
+            lambda event: show(source.as_in_study(event)),
+            log_of=worker_logs(search.log_dir),
+            limits=limits,
+        )
         source.retry.is_stopping = lambda: scheduler.stop_requested
         return scheduler.run()
 
@@ -83,8 +80,49 @@ def _print_plan(search: Search, slots: Sequence[Slot], done: int, out: Console) 
         out.print(f"  - done already: {min(done, search.n_trials)}")
     for name, values in space.describe(search.space).items():
         out.print(f"  - {name}: {values}")
-    if (count := space.combinations(search.space)) < search.n_trials:
-        only = counted(int(count), "combination")
-        out.print(f"  - the space has only {only}: some trials will have the same values")
     out.print(f"  - trials {search.folder}/trial_*, study {study.location(search)}")
     out.print(f"  - logs {search.log_dir}/worker_{slots[0].name}_*.log, one for each slot")
+
+
+def summarize(
+    search: Search, optuna_study: Study, source: TrialSource, signal_number: int, out: Console
+) -> int:
+    """Prints and writes the results of the search; returns the exit code.
+
+    `signal_number` is that of the signal that stopped the search, or 0.
+    """
+    trials = source.retry(lambda: optuna_study.get_trials(deepcopy=False))
+    if any(trial_report.loss_of(item) is not None for item in trials):
+        out.print(trial_report.best_trials_table(trials, out))
+    for item in trials:
+        if item.state.name == "FAIL" and (reason := item.user_attrs.get("reason")):
+            out.print(f"FAILED {trial.name_of(item.number)}: {reason}", style="red")
+    try:
+        found = source.retry(lambda: best.export(optuna_study, search.folder))
+        _, command = found or (None, None)
+        written = source.retry(lambda: trial_report.write(optuna_study, search.folder, command))
+        if written:
+            names = ", ".join(path.name for path in written)
+            out.print(f"Summary: {search.folder / trial_report.FOLDER} ({names})")
+        if command:
+            out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
+            out.print(f"  {command}", soft_wrap=True)
+        elif found:
+            location = ownership.location_of(optuna_study, found[0], search.folder)
+            out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
+    except (OSError, UserError) as error:
+        logger.warning("the summary could not be written completely: %s", error)
+    address = study.without_password(search.storage or study.url(search.folder))
+    out.print(f"Look into it: {shlex.join(['optuna-dashboard', address])}", soft_wrap=True)
+    return _print_remaining(search, source, signal_number, out)
+
+
+def _print_remaining(search: Search, source: TrialSource, signal_number: int, out: Console) -> int:
+    """Prints how many trials are left, and why; returns the exit code."""
+    if (left := search.n_trials - source.done) <= 0:
+        return 0
+    reason = "Stopped" if signal_number else "Ended"
+    if source.has_given_up:
+        reason += f", as {source.failed_in_a_row} trials failed one after another"
+    out.print(f"{reason}: {counted(left, 'trial')} left; run the same command to continue")
+    return 128 + signal_number if signal_number else 1

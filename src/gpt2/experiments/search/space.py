@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import Trial
 
 from gpt2.base.errors import ConfigError
-from gpt2.base.validation import nearest_multiples, require, suggestion
+from gpt2.base.validation import nearest_multiples, require
 from gpt2.config import options
 from gpt2.config.options import FIXED_BY_CHECKPOINT, NOTED_AT_RESUME
 from gpt2.config.run import RunConfig
@@ -182,12 +182,6 @@ def values(distribution: Distribution) -> Sequence[Any] | None:
     return None
 
 
-def combinations(space: Space) -> float:
-    """The number of combinations; infinite if the space has a range of real numbers."""
-    counts = (values(distribution) for distribution in space.values())
-    return math.prod(math.inf if each is None else len(each) for each in counts)
-
-
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:
     """The values that the study's sampler draws for the trial; the same ones if called again.
 
@@ -213,57 +207,32 @@ def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
-    """The values that a table gives to an option of these types.
-
-    Optuna checks that low, high, log and step fit each other.
-    """
+    """The values that a table gives to an option of these types, as Optuna checks them."""
     require(
         name in SEARCHABLE,
         f"{name} cannot be searched: it does not change results, or makes them incomparable; "
         f"use one of {', '.join(SEARCHABLE)}",
     )
-    is_table = isinstance(table, Mapping)
-    require(
-        is_table and (list(table) == ["choices"] or {"low", "high"} <= set(table)),
-        f"expected a table [{name}] with low and high, or with choices alone, got {table}",
-    )
     is_integer = int in types and float not in types
-    if "choices" in table:
-        return _choices(name, table["choices"])
-    require(is_integer or float in types, f"{name} has no range; use choices = […]")
-    numbers = (int,) if is_integer else (int, float)
-    kinds = {"low": numbers, "high": numbers, "step": numbers, "log": (bool,)}
-    for key, value in table.items():
+    expected = f"expected [{name}] with low, high and perhaps step or log, or with choices alone"
+    require(isinstance(table, Mapping), f"{expected}, got {table!r}")
+    require("choices" in table or is_integer or float in types, f"{name} has no range; use choices")
+    for key in {"low", "high", "step"} & table.keys():
+        is_number = type(table[key]) in ((int,) if is_integer else (int, float))
         require(
-            key in kinds,
-            f"{name}: unknown key {key}{suggestion(key, kinds)}; expected {', '.join(kinds)}",
-        )
-        require(
-            type(value) in kinds[key] and math.isfinite(value),
-            f"{name}: expected {kinds[key][-1].__name__} for {key}, got {value!r}",
+            is_number and math.isfinite(table[key]),
+            f"{name}: expected {'an integer' if is_integer else 'a number'} for {key}, got "
+            f"{table[key]!r}",
         )
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # the last value that steps from `low` reach replaces `high`
+        if "choices" in table:
+            plain = [None if value in ("None", "none") else value for value in table["choices"]]
+            return CategoricalDistribution(**{**table, "choices": plain})
+        with warnings.catch_warnings():  # a `high` between two steps becomes the lower one
             warnings.simplefilter("ignore")
             return (IntDistribution if is_integer else FloatDistribution)(**table)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def _choices(name: str, listed: Any) -> CategoricalDistribution:
-    require(
-        isinstance(listed, list) and len(listed) > 0,
-        f"{name}: expected choices = [VALUE, …], got {listed!r}",
-    )
-    require(len(set(map(str, listed))) == len(listed), f"{name}: duplicate choice")
-    for value in listed:
-        require(
-            not isinstance(value, float) or math.isfinite(value),
-            f"{name}: expected a finite number, got {value}; use None to turn the option off",
-        )
-    return CategoricalDistribution([None if v in ("None", "none") else v for v in listed])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}; {expected}") from error
 
 
 def _require_valid_values(space: Space, run: RunConfig) -> None:
@@ -289,12 +258,14 @@ def _require_valid_values(space: Space, run: RunConfig) -> None:
                 f"no values of the space fit to {given}: {error}; for a range, use a step whose "
                 "values fit"
             ) from error
+    listed_heads = (
+        ends["n_head"] if isinstance(space.get("n_head"), CategoricalDistribution) else ()
+    )
     if math.prod(map(len, shapes.values())) <= MAX_SHAPES:
-        for heads in ends.get("n_head", ()):
+        for heads in listed_heads:
             require(
-                heads in used_heads or not isinstance(space["n_head"], CategoricalDistribution),
-                f"n_head={heads} divides no n_embd of the space; leave it out, or add a multiple "
-                "of it",
+                heads in used_heads,
+                f"n_head={heads} divides no n_embd of the space; leave it out, or add a multiple",
             )
 
 

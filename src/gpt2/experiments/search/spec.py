@@ -52,21 +52,20 @@ class Search:
         fixed["space"] = space.describe(self.space)
         return ExperimentDescription("search", fixed, total=self.n_trials)
 
+    def differences(self, before: ExperimentDescription) -> list[str]:
+        """How an earlier search differs from this one, a line for each option."""
+        return differences(before.fixed, self.description().fixed)
+
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two searches, a line for each option.
 
     Both are the `fixed` values of their descriptions.
     """
-    searched = {*before.get("space", {}), *now["space"]}
-
-    def text(fixed: Mapping[str, Any], name: str) -> str:
-        if name in searched:
-            return str(fixed.get("space", {}).get(name, "not searched"))
-        return str(fixed.get(name))
-
+    old, new = ({**fixed, **fixed.get("space", {}), "space": ""} for fixed in (before, now))
+    pairs = {name: (str(old.get(name)), str(new.get(name))) for name in sorted({*old, *new})}
     return [
-        f"{name}: {text(before, name)} before, {text(now, name)} now"
-        for name in sorted({*before, *now, *searched} - {"space"})
-        if not space.is_same(text(before, name), text(now, name))
+        f"{name}: {first} before, {second} now"
+        for name, (first, second) in pairs.items()
+        if not space.is_same(first, second)
     ]

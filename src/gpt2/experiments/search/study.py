@@ -130,17 +130,12 @@ def storage_errors() -> Iterator[None]:
     """Raises TrainingError for errors of the database, and if the study was deleted."""
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError) as error:
+    except (StorageInternalError, SQLAlchemyError, KeyError) as error:
+        if isinstance(error, KeyError) and error.args != (DELETED,):
+            raise
         raise TrainingError(
             f"cannot read or write the study: {_first_line(error)}; run the same command to "
             "continue"
-        ) from error
-    except KeyError as error:
-        if DELETED not in error.args:
-            raise
-        raise TrainingError(
-            "the study was deleted during the search; its trials are still in --checkpoint_dir, "
-            "but no search can continue them"
         ) from error
 
 

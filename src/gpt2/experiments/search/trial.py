@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gpt2.base import atomic_files
-from gpt2.base.errors import CheckpointError, Diverged
+from gpt2.base.errors import Diverged
 from gpt2.checkpoint import store
 from gpt2.config import options
 from gpt2.config.run import RunConfig
@@ -103,13 +103,8 @@ def write_best(folder: Path) -> int | None:
     if best is None:
         return None
     state = store.load(best.path)
-    try:
-        with atomic_files.writing(folder / WEIGHTS) as file:
-            torch.save({name: tensor.clone() for name, tensor in state["model"].items()}, file)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot write {folder / WEIGHTS}: {error}; free disk space"
-        ) from error
+    with atomic_files.writing(folder / WEIGHTS) as file:
+        torch.save({name: tensor.clone() for name, tensor in state["model"].items()}, file)
     return best.training.step
 
 

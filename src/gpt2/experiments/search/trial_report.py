@@ -9,9 +9,10 @@ import html
 import io
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.exceptions import ExperimentalWarning
@@ -26,7 +27,7 @@ from gpt2.base.text import four_digits, table
 from gpt2.config.flops import duration
 from gpt2.experiments.search import ownership, trial
 from gpt2.inspection import figures, plot
-from gpt2.inspection.figures import GREY, RED, Entry
+from gpt2.inspection.figures import GREY, RED
 from gpt2.metrics.log_reader import LoggedRun
 
 if TYPE_CHECKING:
@@ -55,15 +56,13 @@ HTML = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }}
 img {{ max-width: 100%; }} pre {{ background: #f3f3f3; padding: 1em; white-space: pre-wrap; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .2em .8em; text-align: right; }}
-tr:nth-child(even) {{ background: #f6f6f6; }}
+td {{ padding: .2em .8em; text-align: right; }} tr:nth-child(even) {{ background: #f6f6f6; }}
 </style>
 <h1>Search {title}</h1>
-{command}
+<h2>Command that trains the best trial in full</h2><pre>{command}</pre>
 {pictures}
 <h2>All trials</h2>
-<table>{rows}
-</table>
+<table>{rows}</table>
 </html>
 """
 
@@ -99,38 +98,43 @@ def best_first(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(finished, key=lambda item: (item.value, item.number))
 
 
-def count(trials: Sequence[FrozenTrial], state: TrialState) -> str:
-    return f"{sum(item.state == state for item in trials)} {OUTCOMES[state]}"
-
-
 def best_trials_table(trials: Sequence[FrozenTrial], out: Console) -> Table:
     """The table of the best trials, with a column for each option, or a single one for all options
     if the console is too narrow."""
     names = option_names(trials)
-    counts = f"{count(trials, TrialState.COMPLETE)} and {count(trials, TrialState.PRUNED)}"
-    title = f"The best of {counts} trials"
+    counts = Counter(item.state for item in trials)
+    title = (
+        f"The best of {counts[TrialState.COMPLETE]} finished and {counts[TrialState.PRUNED]} "
+        "pruned trials"
+    )
     wide = table(title, "job", "val loss", *names, "time")
     narrow = table(title, "job", "val loss", "time", "values")
     narrow.columns[-1].no_wrap, narrow.columns[-1].justify = False, "left"
     for item in best_first(trials)[:BEST]:
-        seconds = train_s(item)
-        took = "-" if seconds is None else duration(seconds)
-        beginning = (trial.name_of(item.number), f"{item.value:.4f}")
-        values = {name: cell(used_values(item).get(name)) for name in names}
-        wide.add_row(*beginning, *values.values(), took)
-        pairs = " ".join(f"{name}={value}" for name, value in values.items())
-        narrow.add_row(*beginning, took, pairs)
+        job, loss, *values, took = cells(item, names)
+        wide.add_row(job, loss, *values, took)
+        pairs = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        narrow.add_row(job, loss, took, pairs)
     needed = Measurement.get(out, out.options.update(width=10_000), wide).maximum
     return wide if needed <= out.width else narrow
+
+
+def cells(item: FrozenTrial, names: Sequence[str]) -> list[str]:
+    """The row of a trial in a table: its name, loss, values of options, and time."""
+    loss, seconds = loss_of(item), train_s(item)
+    return [
+        trial.name_of(item.number),
+        "-" if loss is None else f"{loss:.4f}",
+        *(cell(used_values(item).get(name)) for name in names),
+        "-" if seconds is None else duration(seconds),
+    ]
 
 
 def cell(value: Any) -> str:
     """A value as the tables show it."""
     if isinstance(value, float):
         return f"{value:.3g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return four_digits(value)
-    return str(value)
+    return four_digits(value) if type(value) is int else str(value)
 
 
 def write(study: Study, folder: Path, command: str | None) -> list[Path]:
@@ -204,69 +208,52 @@ def draw_relationships(study: Study) -> Figure:
     """Validation loss against each searched value."""
     from matplotlib.figure import Figure
 
-    trials = study.get_trials(deepcopy=False)
-    shown = [(item, color) for item, color in _colored(trials) if _has_loss(item)]
-    names = option_names([item for item, _ in shown])
+    trials = [item for item in study.get_trials(deepcopy=False) if math.isfinite(_height(item))]
+    names = option_names(trials)
     if not names:
         return figures.empty("no trial has a validation loss yet")
+    finished = best_first(trials)
+    colors = {item.number: BLUE if item in finished else GREY for item in trials}
+    colors |= {item.number: RED for item in finished[:1]}
+    trials.sort(key=lambda item: colors[item.number] == RED)  # drawn above the others
     columns = min(MAX_COLUMNS, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     rises = []
     for name, axes in zip(names, grid.flat, strict=False):
-        drawn = [
-            (used_values(item)[name], item, color) for item, color in shown if name in item.params
-        ]
-        places, rise = _place(axes, [value for value, _, _ in drawn])
-        losses, colors = [loss_of(item) for _, item, _ in drawn], [color for *_, color in drawn]
-        axes.scatter(places, losses, c=colors, s=22, alpha=0.8, linewidths=0)
+        drawn = [item for item in trials if name in item.params]
+        places, rise = _place(axes, [used_values(item)[name] for item in drawn])
+        shades = [colors[item.number] for item in drawn]
+        axes.scatter(places, [_height(item) for item in drawn], c=shades, s=22, linewidths=0)
         title = figures.wrapped(name, TITLE_LETTERS)
         axes.set_title(title, loc="left")
         rises.append(rise + 1.2 * figures.LINE_INCHES * title.count("\n"))
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
-        _limit_losses(axes, [item for item, _ in shown])
+        _limit_losses(axes, trials)
     figure.set_size_inches(PANEL_INCHES * columns, 0.2 + lines * (2.9 + max(rises)))
-    figures.add_legend(figure, _entries(trials))
+    counts = f"finished ({len(finished)})", f"not finished ({len(trials) - len(finished)})"
+    figures.add_legend(figure, figures.line_entries(["best", *counts], [RED, BLUE, GREY]))
     return figure
 
 
-def _colored(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, str]]:
-    """The trials with their colours; the best one last, so that it is drawn above the others."""
-    best = [item.number for item in best_first(trials)[:1]]
-    colors = {TrialState.COMPLETE: BLUE}
-    return [
-        (item, RED if item.number in best else colors.get(item.state, GREY))
-        for item in sorted(trials, key=lambda item: item.number in best)
-    ]
-
-
-def _entries(trials: Sequence[FrozenTrial]) -> list[Entry]:
-    """The lines of the legend: the states with their counts."""
-    counts = [
-        f"{OUTCOMES[s]} ({sum(item.state == s for item in trials)})"
-        for s in (TrialState.COMPLETE, TrialState.PRUNED)
-    ]
-    return figures.line_entries(["best", *counts], [RED, BLUE, GREY])
-
-
-def _has_loss(item: FrozenTrial) -> bool:
+def _height(item: FrozenTrial) -> float:
     loss = loss_of(item)
-    return loss is not None and math.isfinite(loss)
+    return math.nan if loss is None else loss
 
 
 def _limit_losses(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
     """Labels the y axis, and ends it below outliers; the label has their number."""
-    losses = [loss for item in trials if (loss := loss_of(item)) is not None]
+    losses = [_height(item) for item in trials]
     lower, upper = np.quantile(losses, (0.25, 0.75))
     edge = upper + OUTLIER * (upper - lower)
-    label, beyond = "validation loss", sum(loss > edge for loss in losses)
-    if beyond and lower < upper:
+    beyond = sum(loss > edge for loss in losses) if lower < upper else 0
+    if beyond:
         axes.set_ylim(top=edge)
-        label += f" ({beyond} above {figures.plain_number(float(f'{edge:.3g}'))})"
-    axes.set_ylabel(label)
+    above = f" ({beyond} above {figures.plain_number(float(f'{edge:.3g}'))})" if beyond else ""
+    axes.set_ylabel(f"validation loss{above}")
 
 
 def _place(axes: Axes, values: Sequence[Any]) -> tuple[Sequence[float], float]:
@@ -276,49 +263,37 @@ def _place(axes: Axes, values: Sequence[Any]) -> tuple[Sequence[float], float]:
     """
     from matplotlib.ticker import MaxNLocator
 
-    numbers = [value for value in values if _is_number(value)]
-    if len(numbers) < len(values):
-        in_order = sorted(values, key=lambda v: (0, v, "") if _is_number(v) else (1, 0, str(v)))
-        labels = list(dict.fromkeys(map(cell, in_order)))
+    is_number = [type(value) in (int, float) for value in values]
+    if not all(is_number):
+        pairs = zip(is_number, values, strict=True)
+        in_order = sorted(pairs, key=lambda pair: (0, pair[1]) if pair[0] else (1, str(pair[1])))
+        labels = list(dict.fromkeys(cell(value) for _, value in in_order))
         axes.set_xlim(-0.5, len(labels) - 0.5)
         rise = figures.label_categories(axes, labels, PANEL_INCHES - 0.9)
         return [labels.index(cell(value)) for value in values], rise
-    if min(numbers) > 0 and max(numbers) > LOG_RATIO * min(numbers):
+    if min(values) > 0 and max(values) > LOG_RATIO * min(values):
         axes.set_xscale("log")
     else:
-        whole = all(isinstance(value, int) for value in numbers)
+        whole = all(isinstance(value, int) for value in values)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=whole, min_n_ticks=1))
         axes.xaxis.set_major_formatter(lambda value, _: figures.plain_number(value))
-    return numbers, 0.0
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return values, 0.0
 
 
 def html_page(
     trials: Sequence[FrozenTrial], title: str, command: str | None, pictures: Sequence[Path]
 ) -> str:
     """A self-contained page: the pictures are embedded."""
-    names, finished = option_names(trials), best_first(trials)
-    rows = [["trial", "state", "val loss", *names]]
-    for item in [*finished, *(item for item in trials if item.state != TrialState.COMPLETE)]:
-        loss = loss_of(item)
-        values = used_values(item)
+    names = option_names(trials)
+    others = [item for item in trials if item.state != TrialState.COMPLETE]
+    rows = [["trial", "val loss", *names, "time", "state"]]
+    for item in [*best_first(trials), *others]:
         state = OUTCOMES.get(item.state, item.state.name.lower())
-        beginning = [str(item.number), state, "-" if loss is None else f"{loss:.4f}"]
-        rows.append(beginning + [cell(values.get(name)) for name in names])
-    heading = "<h2>Command that trains the best trial in full</h2>"
+        rows.append([*cells(item, names), state])
+    images = (base64.b64encode(path.read_bytes()).decode() for path in pictures)
     return HTML.format(
         title=html.escape(title),
-        command=f"{heading}<pre>{html.escape(command)}</pre>" if command else "",
-        pictures="\n".join(map(_embedded, pictures)),
-        rows="\n".join(
-            "<tr>" + "".join(f"<td>{html.escape(text)}" for text in row) for row in rows
-        ),
+        command=html.escape(command or "No trial has finished."),
+        pictures="\n".join(f'<img src="data:image/png;base64,{image}">' for image in images),
+        rows="\n".join("<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows),
     )
-
-
-def _embedded(picture: Path) -> str:
-    content = base64.b64encode(picture.read_bytes()).decode()
-    return f'<img alt="{picture.stem}" src="data:image/png;base64,{content}">'

@@ -26,7 +26,7 @@ from gpt2.config import options
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import JobResult, ResultsStore
-from gpt2.experiments.search import best, outcome, ownership, space, study, trial, trial_report
+from gpt2.experiments.search import best, ownership, space, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.train.report import Answer
 
@@ -171,7 +171,7 @@ class TrialSource:
         """The answer to a report of the trial; once it is "prune", it stays so."""
         step, loss = metrics.get("step", 0), metrics.get("val_loss", math.nan)
         if not running.ending and "val_loss" in metrics and step > 0:  # step 0 is untrained
-            reference = outcome.reference_step(step, running.run, self._search.run)
+            reference = reference_step(step, running.run, self._search.run)
             is_last = step >= metrics.get("total_steps", math.inf)
             try:
                 running.ending = self._ending(running, reference, loss, is_last)
@@ -190,7 +190,7 @@ class TrialSource:
             running.losses[step] = loss
         if is_last:
             return ""
-        if outcome.is_patience_exhausted(running.losses, self._search.patience):
+        if is_patience_exhausted(running.losses, self._search.patience):
             return "patience"
         return "pruned" if self._search.prune and self.retry(running.trial.should_prune) else ""
 
@@ -199,7 +199,7 @@ class TrialSource:
         knows never runs again."""
         result = dict(event.result or {})
         reason = event.reason or result.get("diverged", "")
-        state, reason = outcome.trial_outcome(running.losses, running.ending, event.kind, reason)
+        state, reason = trial_outcome(running.losses, running.ending, event.kind, reason)
         value = min(running.losses.values()) if state == TrialState.COMPLETE else None
         item = self._tell(running.trial, state, {RESULT: result, REASON: reason}, value)
         if item.state != state:
@@ -242,3 +242,40 @@ class TrialSource:
         returned = {**item.user_attrs.get(RESULT, {}), "val_loss": trial_report.loss_of(item)}
         values = trial_report.used_values(item)
         self._store.add(replace(result, state=state, values=values, result=returned, reason=reason))
+
+
+def reference_step(step: int, run_config: RunConfig, base: RunConfig) -> int:
+    """The step of `base` that corresponds to a validation at `step` of `run_config`.
+
+    Validations of trials with different batch sizes have the same reference step if they follow the
+    same number of tokens.
+    """
+    interval, base_interval = run_config.evaluation.eval_interval, base.evaluation.eval_interval
+    assert interval is not None and base_interval is not None
+    return -(-step // interval) * base_interval
+
+
+def is_patience_exhausted(losses: Mapping[int, float], patience: int | None) -> bool:
+    """Whether none of the last `patience` validations has a lower loss than one before them."""
+    ordered = [losses[step] for step in sorted(losses)]
+    if patience is None or len(ordered) <= patience:
+        return False
+    return min(ordered[-patience:]) >= min(ordered[:-patience])
+
+
+def trial_outcome(
+    losses: Mapping[int, float], ending: str, kind: str, reason: str
+) -> tuple[TrialState, str]:
+    """The state of an ended trial in the study, and the reason if it is not COMPLETE.
+
+    `ending` is the search's decision to end it, `kind` the event with which its job ended.
+    """
+    if kind == "failed":
+        return TrialState.FAIL, reason
+    if reason or ending == "diverged":
+        return TrialState.PRUNED, reason or "its validation loss is NaN or infinite"
+    if kind == "pruned" and ending == "pruned":
+        return TrialState.PRUNED, ""
+    if not losses:
+        return TrialState.FAIL, "it ended without a validation; use a smaller --eval_interval"
+    return TrialState.COMPLETE, ""
