@@ -196,8 +196,8 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
 
 
 def test_more_ranks_than_rows_are_refused(data_root: Path, tmp_path: Path):
-    few_rows = small_config(data_root, tmp_path, total_batch_size=16)
-    message = "total_batch_size=16 has 1 row of block_size=16, too few for 2 ranks; use"
+    few_rows = small_config(data_root, tmp_path, total_batch_size=8)
+    message = "total_batch_size=8 has 1 row of block_size=8, too few for 2 ranks; use"
     with pytest.raises(ConfigError, match=message):
         setup.require_enough_rows(few_rows, World(0, 2, torch.device("cpu")))
 

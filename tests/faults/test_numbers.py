@@ -191,7 +191,7 @@ def limit_memory(
 def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypatch, error):
     limit_memory(monkeypatch, rows=3, error=error)
     message = (
-        r"8 rows of block_size=16 at once do not fit into the memory; use --mini_batch_size 4 "
+        r"8 rows of block_size=8 at once do not fit into the memory; use --mini_batch_size 4 "
         r"\(the total batch stays\), or --auto_mini_batch"
     )
     with pytest.raises(TrainingError, match=message):
@@ -210,5 +210,5 @@ def test_auto_mini_batch_finds_what_fits(data_root: Path, tmp_path: Path, monkey
 
 def test_auto_mini_batch_gives_up_at_one_row(data_root: Path, tmp_path: Path, monkeypatch):
     limit_memory(monkeypatch, rows=0)
-    with pytest.raises(TrainingError, match="a single row of block_size=16 does not fit"):
+    with pytest.raises(TrainingError, match="a single row of block_size=8 does not fit"):
         trainer.run(small_config(data_root, tmp_path, auto_mini_batch=True))

@@ -177,9 +177,9 @@ def test_out_of_memory_on_one_rank_names_the_flag(data_root: Path, tmp_path: Pat
     script = patched_script(tmp_path / "full.py", patch)
     run = Run(data_root, tmp_path / "run", script=script, **ENDLESS)
     assert run.end() != 0
-    advice = "error: 2 rows of block_size=16 at once do not fit into the memory; use --mini_batch"
+    advice = "error: 2 rows of block_size=8 at once do not fit into the memory; use --mini_batch"
     assert advice in run.text()
-    assert "rank 1: 2 rows of block_size=16" in status.read(run.out / "checkpoints").reason
+    assert "rank 1: 2 rows of block_size=8" in status.read(run.out / "checkpoints").reason
 
 
 @pytest.mark.soak

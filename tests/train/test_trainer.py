@@ -313,14 +313,14 @@ def test_new_run_does_not_mix_with_an_earlier_one(data_root: Path, tmp_path: Pat
 def test_contradicting_flags_are_listed_with_both_values(data_root: Path, tmp_path: Path):
     trainer.run(small_config(data_root, tmp_path, max_steps=2))
     other = small_config(
-        data_root, tmp_path, resume="latest", n_layer=3, block_size=8, total_batch_size=256, seed=7
+        data_root, tmp_path, resume="latest", n_layer=3, block_size=4, total_batch_size=256, seed=7
     )
     with pytest.raises(CheckpointError) as caught:
         trainer.run(other)
     for line in (
         "  n_layer: 2 in the checkpoint, 3 now",
-        "  block_size: 16 in the checkpoint, 8 now",
-        "  total_batch_size: 128 in the checkpoint, 256 now",
+        "  block_size: 8 in the checkpoint, 4 now",
+        "  total_batch_size: 64 in the checkpoint, 256 now",
         "  seed: 1337 in the checkpoint, 7 now",
     ):
         assert line in str(caught.value).splitlines()

@@ -1,5 +1,7 @@
 """The tokenizer of GPT-2 for the `tokenizers` library, as Hugging Face's format needs it."""
 
+from functools import cache
+
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -8,9 +10,10 @@ from gpt2.data import tokenizer
 END_OF_TEXT = "<|endoftext|>"
 
 
+@cache
 def build() -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer for the `tokenizers` library: the same ids as `gpt2.data.tokenizer`, but
-    <|endoftext|> in a text becomes the special token."""
+    """GPT-2's tokenizer for the `tokenizers` library, built once per process: the same ids as
+    `gpt2.data.tokenizer`, but <|endoftext|> in a text becomes the special token."""
     letters = _byte_letters()
 
     def spell(token: bytes) -> str:
