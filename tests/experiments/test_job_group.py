@@ -8,4 +8,4 @@ def test_time_saved():
     )
     rounded = job_group.saved_time(46.4, 72.6)
     assert "46s" in rounded and "1m 13s" in rounded and "27s saved" in rounded, "as 73 - 46"
-    assert "nothing saved" in job_group.saved_time(20, 19)
+    assert "0s saved (0 %)" in job_group.saved_time(20, 19)

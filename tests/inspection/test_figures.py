@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from gpt2.experiments.compare import model_table
+from gpt2.experiments.compare import models
 from gpt2.experiments.results import JobResult
 from gpt2.experiments.search import trial_report
 from gpt2.experiments.sweep import statistics
@@ -121,9 +121,7 @@ def points(case: str, count: int) -> list[statistics.PointSummary]:
 
 KINDS: dict[str, Callable[[str, int], Figure]] = {
     "runs": lambda case, count: plot.draw(logged(case, count)),
-    "models": lambda case, count: model_table.draw(
-        {run.name: run for run in logged(case, count)}, 8192
-    ),
+    "models": lambda case, count: models.draw(logged(case, count), 8192),
     "trials": lambda case, count: trial_report.draw_comparison(search(case, count)),
     "history": lambda case, count: trial_report.draw_history(search(case, count)),
     "options": lambda case, count: trial_report.draw_relationships(search(case, count)),

@@ -100,8 +100,6 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
     with pool.opened(folder, run.machine.device, max_gpus=command.max_gpus) as engine:
         if command.target is None:
             training_job.require_data(run, pool.ddp)
-            if command.keep_checkpoints:
-                sweep.require_room(run, group)
         return job_group.run(group, engine, pool.limits(), console()).exit_code
 
 

@@ -13,8 +13,6 @@ runs again with the next start. `Limits` has the timeouts and the number of retr
 `Pool` runs the jobs of any class with the methods of `Source`.
 """
 
-import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +33,8 @@ from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.pool.slots import of_machine
 from gpt2.experiments.results import JobResult
 from gpt2.experiments.sweep import statistics
-from gpt2.experiments.sweep.statistics import PointSummary, Statistics
-from gpt2.experiments.sweep.sweep import MakeFigure, MakeTable, Sweep
-from gpt2.inspection import figures
+from gpt2.experiments.sweep.statistics import MakeFigure, MakeTable, PointSummary, Statistics
+from gpt2.experiments.sweep.sweep import Sweep
 from gpt2.train.report import Answer, Report
 
 if TYPE_CHECKING:
@@ -61,9 +58,8 @@ class Swept:
     """The outcome of a sweep."""
 
     exit_code: int
-    """0; 1 if a job failed, 128 plus the signal's number if it was stopped"""
     records: Sequence[JobResult]
-    """the result of each job that has ended, in this start or an earlier one"""
+    """these two as in JobGroupResult"""
     points: Sequence[PointSummary]
     """the statistics of each point over its seeds"""
 
@@ -96,13 +92,8 @@ def sweep(
     `folder` holds another experiment or is in use by another process.
     """
     chosen = grid.points(points) if isinstance(points, Mapping) else points
-    planned = Sweep(
-        [plain(point) for point in chosen],
-        range(first_seed, first_seed + num_seeds),
-        metric,
-        listing,
-        draw,
-    )
+    seeds = range(first_seed, first_seed + num_seeds)
+    planned = Sweep([plain(point) for point in chosen], seeds, metric, listing, draw)
     group = planned.of_function(Call.of(function), folder=folder, log_dir=log_dir)
     ended = job_group.run(group, engine or Engine(of_machine()), limits, out or console())
     return Swept(ended.exit_code, [*ended.records.values()], planned.summaries(ended.records))
@@ -142,18 +133,14 @@ def together(
     """
     calls = {name: Call.of(function) for name, function in functions.items()}
     for name, call in calls.items():
-        if not re.fullmatch(r"[\w.,=+-]+", name, flags=re.ASCII):
-            raise ConfigError(
-                f"{name!r} cannot be part of a file name; use letters, digits and _.,=+-"
-            )
+        if not name or name != grid.file_name(name):
+            raise ConfigError(f"{name!r} is no file name; use letters, digits and _.,=+-")
         call.require(())
 
     def summarize(records: Records) -> Summary:
-        files = {}
-        if draw and any(item.state == "finished" for item in records.values()):
-            write = functools.partial(figures.write, functools.partial(draw, records))
-            files = {"comparison.png": write}
-        return Summary(lambda: listing(records), files)
+        if draw is None or all(item.state == "failed" for item in records.values()):
+            return Summary(lambda: listing(records))
+        return Summary(lambda: listing(records), {"comparison.png": lambda: draw(records)})
 
     group = JobGroup(
         kind="jobs",

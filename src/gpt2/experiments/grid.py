@@ -37,7 +37,11 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
 
 def point_name(point: Mapping[str, Any]) -> str:
     """`learning_rate=0.001,n_layer=2`, safe as a file name; empty for the empty point."""
-    text = ",".join(f"{name}={value}" for name, value in point.items())
+    return file_name(",".join(f"{name}={value}" for name, value in point.items()))
+
+
+def file_name(text: str) -> str:
+    """The text with `_` in place of all that a file name should not have."""
     return re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
 
 

@@ -1,6 +1,8 @@
 """Runs groups of jobs and compares their results: seed sweeps, models, functions side by side."""
 
 import logging
+import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from gpt2.base import atomic_files
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import counted
 from gpt2.config.flops import duration
@@ -20,6 +23,7 @@ from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.progress.live_view import showing_progress
 from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
+from gpt2.inspection import figures
 from gpt2.train.report import Answer
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,9 @@ AT_ONCE = 2
 """jobs that run side by side, unless the user chooses another number"""
 SAVE_EVERY, SAVE_SHARE = 50, 20
 """results between two writes of results.json: so many, or 1 / SAVE_SHARE of all if that is more"""
+Values = Mapping[str, Any]
+MakeJob = Callable[[str, Values], Job]
+"""makes a job from its name and values"""
 Records = Mapping[str, JobResult]
 """the result of each job that has ended, by the job's name"""
 
@@ -37,8 +44,8 @@ class Summary:
     """What is made of the results of a group."""
 
     table: Callable[[], RenderableType]
-    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    """functions that write pictures and other files, by the file's name"""
+    files: Mapping[str, str | figures.Draw] = field(default_factory=dict)
+    """texts, and functions that draw pictures, by the names of their files"""
     content: Mapping[str, Any] = field(default_factory=dict)
     """what results.json has besides the results"""
 
@@ -50,15 +57,14 @@ class JobGroup:
     kind: str
     """as `gpt2 experiments list` shows it"""
     heading: str
-    fixed: Mapping[str, Any]
+    fixed: Values
     """values that the results of all jobs depend on"""
-    values: Mapping[str, Mapping[str, Any]]
+    values: Mapping[str, Values]
     """the values in which the jobs differ, by the job's name"""
-    job: Callable[[str, Mapping[str, Any]], Job]
-    """makes a job from its name and values"""
+    job: MakeJob
     summarize: Callable[[Records], Summary]
-    clear: Callable[[str], None] = lambda _: None
-    """called when a job has finished; may remove its files"""
+    keep_folders: bool = True
+    """whether the folder of a job stays when it has finished"""
     folder: Path
     log_dir: Path = Path("logs")
     log_name: str
@@ -99,8 +105,10 @@ class JobGroupSource:
             name = event.job.name
             self._store.add(JobResult.from_event(event, self._group.values[name]))
             self._unsaved += 1
-            if event.kind == "finished":
-                self._group.clear(name)
+            if event.kind == "finished" and not self._group.keep_folders:
+                # Removing gigabytes takes time, in which other jobs would wait for their answers.
+                folder = self._group.folder / name
+                threading.Thread(target=shutil.rmtree, args=(folder, True)).start()
         is_old = time.monotonic() > self._saved_at + self._group.save_every_s
         many = max(SAVE_EVERY, len(self._store.results) // SAVE_SHARE)
         if self._unsaved >= many or (self._unsaved and is_old):
@@ -133,9 +141,8 @@ def run(group: JobGroup, engine: Engine, limits: Limits, out: Console) -> JobGro
         name = job.name if group.side_by_side else f"worker_{slot.name}"
         return group.log_dir / f"{name}_{begun}.log"
 
-    with results.opened(
-        group.folder, ExperimentDescription(group.kind, group.fixed, total)
-    ) as store:
+    description = ExperimentDescription(group.kind, group.fixed, total)
+    with results.opened(group.folder, description) as store:
         _require_same_values(group, store)
         source = JobGroupSource(group, store, len(engine.slots))
         waiting, began = source.missing(), time.monotonic()
@@ -179,9 +186,12 @@ def _require_same_values(group: JobGroup, store: ResultsStore) -> None:
 def _show(folder: Path, summary: Summary, records: Records, out: Console) -> None:
     """Writes the files, and prints the table and why jobs failed."""
     written = [f"{folder / results.RESULTS_FILE}"]
-    for name, write in summary.files.items():
+    for name, content in summary.files.items():
         try:
-            write(folder / name)
+            if isinstance(content, str):
+                atomic_files.write_text(folder / name, content)
+            else:
+                figures.write(content, folder / name)
             written.append(name)
         except (ConfigError, OSError) as error:
             logger.warning("cannot write %s: %s", name, error)
@@ -194,11 +204,9 @@ def _show(folder: Path, summary: Summary, records: Records, out: Console) -> Non
 
 def saved_time(parallel_s: float, one_by_one_s: float) -> str:
     """`In parallel 3m 10s, one after another about 4m 50s at these speeds: 1m 40s saved (34 %)`."""
-    saved_s = round(one_by_one_s) - round(parallel_s)  # rounded as the two times are shown
-    share = f"{100 * saved_s / one_by_one_s:.0f} %" if saved_s > 0 else ""
+    saved_s = max(0, round(one_by_one_s) - round(parallel_s))  # of the times as they are shown
     return (
         f"In parallel {duration(parallel_s)}, one after another about {duration(one_by_one_s)} at "
-        f"these speeds: {f'{duration(saved_s)} saved ({share})' if share else 'nothing saved'}"
-        "\nA single job has shared processors to itself and runs faster, so the real saving may be "
-        "smaller, or none"
+        f"these speeds: {duration(saved_s)} saved ({100 * saved_s / max(one_by_one_s, 1):.0f} %)\n"
+        "Jobs that share processors run slower than alone: the real saving may be smaller, or none"
     )

@@ -59,6 +59,7 @@ STYLE: Any = {
     "ytick.color": "#444444",
 }
 Numbers = npt.NDArray[np.float64]
+Draw = Callable[[], "Figure"]
 Entry = tuple["Artist", str]
 """a line of a legend: its mark and its label"""
 
@@ -74,7 +75,7 @@ class Curve:
     values: Numbers
 
 
-def write(draw: Callable[[], Figure], path: Path) -> None:
+def write(draw: Draw, path: Path) -> None:
     """Saves what `draw` returns, in the common style, in the format that the suffix names.
 
     Raises ConfigError for another suffix than those in KINDS, and if it cannot write the file.
@@ -94,7 +95,7 @@ def write(draw: Callable[[], Figure], path: Path) -> None:
             ) from error
 
 
-def drawn(draw: Callable[[], Figure]) -> Figure:
+def drawn(draw: Draw) -> Figure:
     """What `draw` returns, drawn in the common style: tick labels without TeX, legends not cut."""
     import matplotlib
 

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from gpt2.config import options
 from gpt2.experiments import results
 from gpt2.experiments.sweep.sweep import Sweep
 from gpt2.train import trainer
-from support import ROOT, run_command, small_config, small_flags
+from support import ROOT, run_command, small_config, small_flags, wait_until
 
 SCRIPT = ROOT / "src" / "main_multi_gpu.py"
 
@@ -141,12 +140,9 @@ def test_an_interrupted_sweep_continues(tmp_path: Path):
     flags = command("--target", "experiments.jobs:measured", "--num_seeds", 30)
     running = subprocess.Popen(flags, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
     lines = tmp_path / "checkpoints" / "seeds" / "results.jsonl"
-    deadline = time.monotonic() + 60
-    while not lines.exists() or lines.read_bytes().count(b"\n") < 6:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 6)
     running.send_signal(signal.SIGINT)
-    output = running.communicate(timeout=30)[0].decode()
+    output = running.communicate()[0].decode()
     assert running.returncode == 130 and "run the same command to continue" in output
     before = len(results.read_results(lines.parent))
     assert 6 <= before < 30
@@ -168,12 +164,9 @@ def test_interrupted_trainings_give_the_results_of_undisturbed_ones(
     running = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE)
     names = ["learning_rate=0.001,seed=0", "learning_rate=0.003,seed=0"]
     logs = [folder / name / "log.txt" for name in names]
-    deadline = time.monotonic() + 60
-    while not all(log.exists() and "\nstep 3 " in log.read_text() for log in logs):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: all(log.exists() and "\nstep 3 " in log.read_text() for log in logs))
     running.send_signal(signal.SIGINT)
-    running.communicate(timeout=30)
+    running.communicate()
     assert running.returncode == 130
     stopped = [store.list_checkpoints(folder / name)[-1].training.step for name in names]
     assert not results.read_results(folder)

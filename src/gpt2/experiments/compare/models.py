@@ -1,30 +1,54 @@
-"""Trains several models on the same data and token budget, and compares them."""
+"""Trains several models on the same data and token budget, and compares them.
 
-import functools
-from collections.abc import Mapping
+The comparison is a table, as text and as CSV, and curves of the losses from the trainings' logs.
+"""
+
+from __future__ import annotations  # matplotlib is imported where something is drawn
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
 
 from gpt2.base.errors import ConfigError
+from gpt2.base.text import table
 from gpt2.config import flops, options
+from gpt2.config.flops import duration
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.config.run import RunConfig
-from gpt2.experiments.compare import model_table
-from gpt2.experiments.job_group import JobGroup, Records, Summary
+from gpt2.experiments.job_group import JobGroup, Records, Summary, Values
+from gpt2.experiments.results import JobResult
 from gpt2.experiments.training import training_job
-from gpt2.inspection import figures
+from gpt2.inspection import figures, plot
+from gpt2.inspection.figures import Numbers
+from gpt2.metrics import log_reader
+from gpt2.metrics.log_reader import LoggedRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODELS: dict[str, dict[str, Any]] = {name: {"architecture": name} for name in ARCHITECTURES}
 """the options of each model that differ from the options of the comparison"""
+Row = dict[str, Any]
+"""one model: its name, parameters, state, and what its training returned; None is unknown"""
+LOSSES = ("train_loss", "val_loss")
+RETURNED = (*LOSSES, "hellaswag", "tokens", "tokens_per_s", "peak_memory_gb", "train_s")
+COLUMNS = {
+    "train loss": ("train_loss", "{:.4f}  "),
+    "val loss": ("val_loss", "{:.4f}  "),
+    "tokens/s": ("tokens_per_s", "{:,.0f}"),
+    "peak memory": ("peak_memory_gb", "{:.2f} GB"),
+}
+"""what they show, and its format"""
 
 
 def group(
-    run: RunConfig,
-    models: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-    *,
-    ranks: int = 1,
-    **more: Any,
+    run: RunConfig, models: Mapping[str, Values], folder: Path, ranks: int = 1, **more: Any
 ) -> JobGroup:
     """The training `run` with each of `models`, which are options by the name of the model.
 
@@ -37,18 +61,21 @@ def group(
         )
     if run.model.architecture != ModelConfig().architecture:
         raise ConfigError("--architecture is what is compared; choose with --models")
-    runs = {name: _changed(run, name, changes) for name, changes in models.items()}
+    runs = {}
+    for name, changes in models.items():
+        try:
+            runs[name] = options.overlay(run, changes)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
 
     def summarize(records: Records) -> Summary:
-        rows = [
-            model_table.row(item, flops.parameter_count(runs[name].model))
-            for name, item in records.items()
-        ]
-        files = {"comparison.csv": functools.partial(model_table.write_csv, rows)}
-        if logged := model_table.logged(folder, [*models]):
-            draw = functools.partial(model_table.draw, logged, run.data.total_batch_size)
-            files["comparison.png"] = functools.partial(figures.write, draw)
-        return Summary(lambda: model_table.models_table(rows), files, {"summary": rows})
+        counts = {name: flops.parameter_count(runs[name].model) for name in records}
+        rows = [row(item, counts[name]) for name, item in records.items()]
+        files: dict[str, str | figures.Draw] = {
+            "comparison.csv": as_csv(rows),
+            "comparison.png": lambda: draw(logged(folder, models), run.data.total_batch_size),
+        }
+        return Summary(lambda: models_table(rows), files, {"summary": rows})
 
     budget = f"{run.data.epochs} epochs of {run.data.data_root}"
     if run.data.max_steps is not None:
@@ -59,20 +86,70 @@ def group(
     shared = training_job.result_options(run)
     return JobGroup(
         kind="models",
+        log_name="training",
         heading=f"Models {', '.join(models)}: {budget} each{on_ranks}",
         fixed={name: value for name, value in shared.items() if name not in compared},
         values={name: {"model": name} for name in models},
         job=lambda name, _: training_job.job(name, runs[name], folder / name, ranks=ranks),
         summarize=summarize,
-        log_name="training",
         folder=folder,
         **more,
     )
 
 
-def _changed(run: RunConfig, name: str, changes: Mapping[str, Any]) -> RunConfig:
-    """The configuration of one model's training."""
-    try:
-        return options.overlay(run, changes)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
+def row(item: JobResult, parameters: int) -> Row:
+    found = {name: (item.result or {}).get(name) for name in RETURNED}
+    return {"model": item.job, "parameters": parameters, "state": item.state, **found}
+
+
+def models_table(rows: Sequence[Row]) -> Table:
+    """The table of models. A star marks the lowest validation loss, or training loss if no model
+    was validated."""
+    built = table("Models", "model", "parameters", *COLUMNS, "time")
+    has_val = any(row["val_loss"] is not None for row in rows)
+    title, judged = ("val loss", "val_loss") if has_val else ("train loss", "train_loss")
+    lowest = min((row[judged] for row in rows if row[judged] is not None), default=None)
+    for row in rows:
+        cells = {
+            column: "-" if row[name] is None else form.format(row[name])
+            for column, (name, form) in COLUMNS.items()
+        }
+        if len(rows) > 1 and row[judged] is not None and row[judged] == lowest:
+            cells[title] = f"{row[judged]:.4f} *"
+        time = row["state"] if row["train_s"] is None else duration(row["train_s"])
+        built.add_row(row["model"], f"{row['parameters'] / 1e6:.1f} M", *cells.values(), time)
+    return built
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The table with full precision, for other tools."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["model", "parameters", "state", *RETURNED], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def logged(folder: Path, names: Iterable[str]) -> list[LoggedRun]:
+    """The newest logged run of each training in `folder`, named after its model."""
+    paths = {name: folder / name / "log.txt" for name in names}
+    found = {name: log_reader.read_runs(path) for name, path in paths.items() if path.exists()}
+    return [replace(runs[-1], name=name) for name, runs in found.items() if runs]
+
+
+def draw(runs: Sequence[LoggedRun], batch_tokens: int) -> Figure:
+    """Training and validation losses of each model against tokens and against training time."""
+    axes: tuple[dict[str, Any], ...] = (
+        {"x_label": "million tokens", "x_of": lambda _, steps: steps * batch_tokens / 1e6},
+        {"x_label": "minutes", "x_of": lambda run, steps: seconds_at(run, steps) / 60},
+    )
+    panels = [replace(panel, **axis) for panel in (plot.LOSS, plot.VALIDATION) for axis in axes]
+    return plot.draw(runs, panels)
+
+
+def seconds_at(run: LoggedRun, steps: Numbers) -> Numbers:
+    """Training time in seconds at each of `steps`: the sum of the step times up to it."""
+    known = [run.first_step, *run.steps]
+    passed = np.cumsum([0.0, *(item.elapsed_s for item in run.steps.values())])
+    seconds: Numbers = np.interp(steps, known, passed)
+    return seconds

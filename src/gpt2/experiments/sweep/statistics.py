@@ -5,15 +5,17 @@ from __future__ import annotations  # matplotlib is imported where something is 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
 from gpt2.base.text import table
 from gpt2.experiments import grid
 from gpt2.experiments.grid import Point
+from gpt2.experiments.progress.state import is_finite_number
 from gpt2.experiments.results import JobResult
 from gpt2.inspection import figures
 
@@ -25,8 +27,6 @@ MAX_ROWS = 40
 """more points than this are drawn in the order of their means, and only some have a label"""
 LABEL_LETTERS = 60
 """a longer label of a point is shortened"""
-AXES_INCHES, ROW_INCHES = 7.0, 0.42
-"""the width of the picture without labels, and the height of a point"""
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,15 @@ class PointSummary:
     """statistics of every number that the jobs returned"""
 
 
+MakeTable = Callable[[Sequence[PointSummary], str], RenderableType]
+MakeFigure = Callable[[Sequence[PointSummary], str], "Figure"]
+"""makes the table and the picture of the points, for a metric"""
+
+
 def numbers(result: Any) -> dict[str, float]:
     """The numbers that a job returned by name; a single number is called `value`."""
     named = result if isinstance(result, Mapping) else {"value": result}
-    return {
-        name: float(value)
-        for name, value in named.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    return {name: float(value) for name, value in named.items() if is_finite_number(value)}
 
 
 def missing_metric(results: Iterable[JobResult], metric: str) -> str:
@@ -88,27 +89,23 @@ def summarize(
     points: Sequence[Point], results: Iterable[JobResult], metric: str
 ) -> list[PointSummary]:
     """The results of each point; the `values` of a result are its point and seed."""
-    by_point: dict[str, list[JobResult]] = defaultdict(list)
+    by_point: dict[str, dict[int, JobResult]] = defaultdict(dict)
     for item in results:
         point = {name: value for name, value in item.values.items() if name != "seed"}
-        by_point[str(point)].append(item)
+        by_point[str(point)][item.values["seed"]] = item
     return [_summarize(point, by_point[str(point)], metric) for point in points]
 
 
-def _summarize(point: Point, results: list[JobResult], metric: str) -> PointSummary:
-    finished = [item for item in results if item.state != "failed"]
-    found = {item.values["seed"]: numbers(item.result) for item in finished}
-    collected: dict[str, list[float]] = defaultdict(list)
-    for values in found.values():
+def _summarize(point: Point, by_seed: Mapping[int, JobResult], metric: str) -> PointSummary:
+    ended = sorted(by_seed.items())
+    found = {seed: numbers(item.result) for seed, item in ended if item.state != "failed"}
+    collected: dict[str, dict[int, float]] = defaultdict(dict)
+    for seed, values in found.items():
         for name, value in values.items():
-            collected[name].append(value)
-    return PointSummary(
-        point,
-        len(finished),
-        len(results) - len(finished),
-        {seed: values[metric] for seed, values in sorted(found.items()) if metric in values},
-        {name: Statistics.of(values) for name, values in collected.items()},
-    )
+            collected[name][seed] = value
+    measured = {name: Statistics.of([*values.values()]) for name, values in collected.items()}
+    failed = len(ended) - len(found)
+    return PointSummary(point, len(found), failed, collected[metric], measured)
 
 
 def points_table(summaries: Sequence[PointSummary], metric: str) -> Table:
@@ -149,20 +146,14 @@ def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
     labelled = range(0, len(shown), -(-len(shown) // MAX_ROWS))
     names = figures.short_names([grid.point_name(shown[row].point) for row in labelled])
     labels = [figures.shortened(name, LABEL_LETTERS) or "all seeds" for name in names]
-    width = AXES_INCHES + figures.LETTER_INCHES * max(map(len, labels))
-    height = 1.7 + ROW_INCHES * max(2, len(labels))
+    width = 7.0 + figures.LETTER_INCHES * max(map(len, labels))
+    height = 1.7 + 0.42 * max(2, len(labels))
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     for row, item in enumerate(shown):
         found, color = item.metrics[metric], f"C{row % 10}"
-        axes.scatter(
-            [*item.values.values()],
-            [row + 0.16] * len(item.values),
-            s=14,
-            c=color,
-            alpha=0.45,
-            linewidths=0,
-        )
+        seeds = [row + 0.16] * len(item.values)
+        axes.plot([*item.values.values()], seeds, ".", color=color, alpha=0.45, markersize=7)
         if found.low is not None and found.high is not None:
             axes.plot([found.low, found.high], [row - 0.1] * 2, color=color, linewidth=2.4)
         axes.plot([found.mean], [row - 0.1], "D", color=color, markersize=6)

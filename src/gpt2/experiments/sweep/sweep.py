@@ -1,16 +1,10 @@
 """Seed sweeps: a function or a training runs with every seed at every point of a grid."""
 
-import functools
-import re
-import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import RenderableType
+from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import counted
@@ -18,25 +12,18 @@ from gpt2.config import flops, options
 from gpt2.config.run import MachineConfig, RunConfig
 from gpt2.experiments import grid
 from gpt2.experiments.grid import Point
-from gpt2.experiments.job_group import JobGroup, Records, Summary
+from gpt2.experiments.job_group import JobGroup, MakeJob, Records, Summary, Values
 from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Job
 from gpt2.experiments.sweep import statistics
-from gpt2.experiments.sweep.statistics import PointSummary
+from gpt2.experiments.sweep.statistics import MakeFigure, MakeTable, PointSummary
 from gpt2.experiments.training import training_job
-from gpt2.inspection import figures, machine
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from gpt2.inspection import machine
 
 MAX_NAME_LENGTH = 200
 MAX_CHECKPOINTS = 3
 """checkpoints that a training in a sweep keeps at most: the newest two and the best"""
 SEEDS_ONLY_BY_FLAGS = "the seeds of a sweep are set by --num_seeds and --first_seed only"
-MakeTable = Callable[[Sequence[PointSummary], str], RenderableType]
-"""makes the table of the points, for a metric"""
-MakeFigure = Callable[[Sequence[PointSummary], str], "Figure"]
-"""draws the points, for a metric"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ class Sweep:
         options of JobGroup."""
         call.require(("seed", *self.points[0]))
 
-        def job(name: str, values: Mapping[str, Any]) -> Job:
+        def job(name: str, values: Values) -> Job:
             kwargs = {**call.kwargs, **values}
             return Job(name, call.target, kwargs, own_process=False, wants_numbers=True)
 
@@ -90,29 +77,21 @@ class Sweep:
         for point in self.points:
             options.overlay(run, point)  # raises ConfigError for invalid names or values
 
-        def job(name: str, values: Mapping[str, Any]) -> Job:
+        def job(name: str, values: Values) -> Job:
             # Points with different batch sizes validate on the same rows.
             rows = {"eval_rows": run.eval_rows} if "total_batch_size" in values else {}
             changed = options.overlay(run, {**rows, **values})
             return training_job.job(name, changed, folder / name, ranks=ranks, keep_last=2)
 
-        def clear(name: str) -> None:
-            if not keep_checkpoints:
-                # Removing gigabytes takes time, in which other jobs would wait for their answers.
-                threading.Thread(target=shutil.rmtree, args=(folder / name, True)).start()
-
         what = "a training" if ranks == 1 else f"a training on {ranks} ranks"
         fixed = training_job.result_options(run)
-        return self._group(what, "training", fixed, job, folder=folder, clear=clear, **more)
+        more |= {"folder": folder, "keep_folders": keep_checkpoints}
+        group = self._group(what, "training", fixed, job, **more)
+        if keep_checkpoints:
+            _require_room(run, group)
+        return group
 
-    def _group(
-        self,
-        what: str,
-        target: str,
-        kwargs: Mapping[str, Any],
-        job: Callable[[str, Mapping[str, Any]], Job],
-        **more: Any,
-    ) -> JobGroup:
+    def _group(self, what: str, target: str, kwargs: Values, job: MakeJob, **more: Any) -> JobGroup:
         """The first seed of every point, then the second, and so on. Results depend on the target
         and its kwargs, as far as the points do not set these."""
         jobs = [{**point, "seed": seed} for seed in self.seeds for point in self.points]
@@ -149,25 +128,22 @@ class Sweep:
         if not any(item.values for item in summaries):
             reason = statistics.missing_metric(records.values(), self.metric)
             return Summary(lambda: reason, content=content)
-        picture = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.metric)}.png"
-        draw = functools.partial(self.draw, summaries, self.metric)
         return Summary(
             lambda: self.listing(summaries, self.metric),
-            {picture: functools.partial(figures.write, draw)},
+            {f"{grid.file_name(self.metric)}.png": lambda: self.draw(summaries, self.metric)},
             content,
         )
 
 
-def require_room(run: RunConfig, group: JobGroup) -> None:
-    """Raises ConfigError if the disk has no room for the checkpoints of trainings that have not
-    started yet."""
+def _require_room(run: RunConfig, group: JobGroup) -> None:
+    """Raises ConfigError if the disk has no room for the checkpoints of the missing trainings."""
     missing = [item for name, item in group.values.items() if not (group.folder / name).exists()]
-    configs = [options.overlay(run, values).model for values in missing]
-    need = MAX_CHECKPOINTS * sum(map(flops.state_bytes, configs))
-    _, free = machine.disk(group.folder)
-    if need > free:
+    models = (options.overlay(run, values).model for values in missing)
+    need_gb = MAX_CHECKPOINTS * sum(map(flops.state_bytes, models)) / 1e9
+    free_gb = machine.disk(group.folder)[1] / 1e9
+    if need_gb > free_gb:
         raise ConfigError(
-            f"the checkpoints of {counted(len(missing), 'training')} may need {need / 1e9:,.0f} "
-            f"GB, {group.folder} has {free / 1e9:,.0f} GB free; use --no_keep_checkpoints (the "
-            "results stay), or another disk with --checkpoint_dir"
+            f"the checkpoints of {counted(len(missing), 'training')} may need {need_gb:,.0f} GB, "
+            f"{group.folder} has {free_gb:,.0f} GB free; use --no_keep_checkpoints (the results "
+            "stay), or another disk with --checkpoint_dir"
         )
