@@ -1,20 +1,19 @@
-"""A rank of a hosted training, where rank 1 raises an error at the eighth step."""
+"""A hosted training where rank 1 raises an error at the eighth step."""
 
-import sys
 from typing import Any
 
 from gpt2.distributed import rendezvous
-from gpt2.experiments.training import ddp_host, ddp_rank, training_job
+from gpt2.experiments.pool.job import Job
+from gpt2.experiments.training import ddp, training_job
 from gpt2.train import trainer
 
 
-def run(report: Any, **work: Any) -> dict[str, Any]:
-    """The job: a training whose ranks are this file."""
-    ddp_host.RANK_MODULE = "experiments.broken_rank"
-    return training_job.run(report, **work)
+def run(report: Any, ranks: int, **work: Any) -> Any:
+    """The job of the host."""
+    return ddp.run_on_ranks(report, Job("broken", f"{__name__}:run_rank", work), ranks)
 
 
-if __name__ == "__main__":
+def run_rank(report: Any, **work: Any) -> dict[str, Any]:
     train_step = trainer.train_step
     steps = iter(range(8))
 
@@ -24,4 +23,4 @@ if __name__ == "__main__":
         return train_step(*given)
 
     trainer.train_step = breaks
-    sys.exit(ddp_rank.main(sys.argv[1]))
+    return training_job.run_rank(report, **work)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import ConfigError
-from gpt2.experiments.pool.job import JobLost
+from gpt2.experiments.pool.messages import EndedAs, JobEnded
 
 
 def note(trace: str, word: str, pid: int | None = None) -> None:
@@ -72,7 +72,7 @@ def loses(trace: str) -> str:
     """Loses one of its processes the first time."""
     note(trace, "loses")
     if len(Path(trace).read_text().splitlines()) == 1:
-        raise JobLost("rank 1 died")
+        raise EndedAs(JobEnded("lost", reason="rank 1 died"))
     return "lived"
 
 

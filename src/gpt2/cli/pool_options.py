@@ -29,7 +29,7 @@ class PoolOptions:
     """jobs that run at the same time; default is one per GPU, or per --ddp GPUs;
     without GPUs it is 2, which share the cores"""
     ddp: int = 1
-    """GPUs of each training, under torchrun; without GPUs, processes that share its cores"""
+    """GPUs, and thus ranks, of each training; without GPUs, processes that share its cores"""
     retries: int = 1
     """further attempts at a job whose process died, hung or ran out of memory"""
     job_timeout: float | None = None

@@ -1,6 +1,6 @@
 """How the ranks of a run find each other under torchrun, and how they leave.
 
-The only file that reads the variables that torchrun sets.
+The only file that knows the variables that torchrun sets.
 """
 
 import gc
@@ -40,6 +40,21 @@ def env_rank() -> tuple[int, int, int, int]:
         int(read("LOCAL_RANK", "0")),
         int(read("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+def rank_variables(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables that torchrun would set for a rank, if all ranks are on this machine and their
+    store listens on `port`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def is_restart() -> bool:

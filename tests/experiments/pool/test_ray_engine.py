@@ -2,20 +2,16 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from experiments import ray_cluster
-from experiments.pool.test_scheduler import is_alive
+from experiments.given import is_alive, wait_until
+from experiments.ray_cluster import Machines
 from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool import ray_engine, slots
 from gpt2.experiments.pool.ray_engine import Home
@@ -24,60 +20,29 @@ from support import ROOT, loss_lines, run_command, small_flags
 GPT2 = [sys.executable, "-m", "gpt2"]
 
 
-class Nodes:
-    """The cluster, and how its machines die."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, ray_cluster.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
-
-    def ask(self, order: str) -> None:
-        """`kill N` or `add`."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{order}\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline() == "done\n"
-
-    def end(self) -> None:
-        self._process.communicate(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """Machines 0 and 1; what a test kills it adds again."""
-    running = Nodes()
-    yield running
-    running.end()
-
-
 @pytest.fixture(autouse=True)
 def tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what a test starts: the functions of its sweeps are in experiments.jobs."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
 
-def sweep(nodes: Nodes, out: Path, *more: str) -> list[str]:
+def sweep(machines: Machines, out: Path, *more: str) -> list[str]:
     """`gpt2 seeds` of a function that counts; it leaves a line for every start."""
     flags = ["--checkpoint_dir", f"{out}/sweep", "--log_dir", f"{out}/logs", "--grid"]
     flags += [f"trace={out}/trace", "until=20", *more]
     target = ["seeds", "--target", "experiments.jobs:counts_for_seed"]
-    return [*GPT2, *target, *flags, "--engine", "ray", "--ray_address", nodes.address]
+    return [*GPT2, *target, *flags, "--engine", "ray", "--ray_address", machines.address]
 
 
 def started(owner: "subprocess.Popen[Any]", out: Path, count: int) -> list[int]:
     """The processes of the first `count` jobs, as soon as these run."""
-    deadline = time.monotonic() + 60
-    while not (out / "trace").exists() or len((out / "trace").read_text().split()) < 2 * count:
-        assert owner.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    lines = (out / "trace").read_text().splitlines()
+    trace = out / "trace"
+    wait_until(
+        lambda: (
+            owner.poll() is not None or (trace.exists() and trace.read_text().count("\n") >= count)
+        )
+    )
+    lines = trace.read_text().splitlines()
     return [int(line.split()[1]) for line in lines if line.startswith("counts")]
 
 
@@ -88,34 +53,38 @@ def results(out: Path) -> dict[int, dict[str, object]]:
 
 
 @pytest.mark.soak
-def test_a_machine_that_is_lost_costs_no_job(nodes: Nodes, tmp_path: Path):
+def test_a_machine_that_is_lost_costs_no_job(machines: Machines, tmp_path: Path):
     """Its job runs elsewhere, though nothing may be retried; machines that come later are used."""
-    command = sweep(nodes, tmp_path, "pause=0.1")
-    owner = subprocess.Popen([*command, "--num_seeds", "7", "--retries", "0"], cwd=ROOT)
+    command = sweep(machines, tmp_path, "pause=0.1")
+    owner = subprocess.Popen(
+        [*command, "--num_seeds", "7", "--retries", "0"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     pids = started(owner, tmp_path, 2)
-    nodes.ask("kill 0")
-    deadline = time.monotonic() + 10
-    while all(map(is_alive, pids)):
-        assert time.monotonic() < deadline, "its worker ends with it"
-        time.sleep(0.05)
-    nodes.ask("add")
-    assert owner.wait(timeout=90) == 0
+    machines.ask("kill")
+    wait_until(lambda: not all(map(is_alive, pids)))  # its worker ends with it
+    machines.ask("add")
+    _, said = owner.communicate()
+    assert owner.returncode == 0, said
     found = results(tmp_path)
     assert sorted(found) == list(range(7))
     assert {line["result"]["value"] for line in found.values()} == {20}
-    assert sorted(line["attempt"] for line in found.values()) == [1] * 6 + [2]
+    assert {line["attempt"] for line in found.values()} == {1}
     assert len((tmp_path / "trace").read_text().splitlines()) == 8
-    (log,) = (tmp_path / "logs").glob("seeds_*.log")
-    assert re.search(r"lost: .* its machine is lost; it runs again", log.read_text())
+    assert "its machine is lost; it runs again" in said
 
 
 @pytest.mark.soak
-def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, tmp_path: Path):
-    command = [*sweep(nodes, tmp_path, "pause=0.1"), "--num_seeds", "3"]
+def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(
+    machines: Machines, tmp_path: Path
+):
+    command = [*sweep(machines, tmp_path, "pause=0.1"), "--num_seeds", "3"]
     owner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pids = started(owner, tmp_path, 2)
     owner.send_signal(signal.SIGINT)
-    said, _ = owner.communicate(timeout=60)
+    said, _ = owner.communicate()
     assert owner.returncode == 130 and "run the same command to continue" in said
     assert (tmp_path / "trace").read_text().count("stops") == 2
     assert not any(map(is_alive, pids))
@@ -124,35 +93,25 @@ def test_interrupt_asks_jobs_to_stop_and_the_same_command_goes_on(nodes: Nodes, 
 
 
 @pytest.mark.soak
-def test_nothing_outlives_an_owner_that_is_killed(nodes: Nodes, tmp_path: Path):
-    owner = subprocess.Popen([*sweep(nodes, tmp_path, "pause=60"), "--num_seeds", "2"], cwd=ROOT)
+def test_nothing_outlives_an_owner_that_is_killed(machines: Machines, tmp_path: Path):
+    owner = subprocess.Popen([*sweep(machines, tmp_path, "pause=60"), "--num_seeds", "2"], cwd=ROOT)
     pids = started(owner, tmp_path, 2)
     assert all(map(is_alive, pids))
     owner.kill()
     owner.wait()
-    deadline = time.monotonic() + 20
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 @pytest.mark.parametrize(
-    ("address", "words"),
-    [("ray://head:10001", "log in there"), ("localhost:1", "ray start --head")],
+    "address",
+    ["ray://head:10001", "localhost:1", "localhost:many"],
 )
-def test_no_cluster_at_the_address(tmp_path: Path, address: str, words: str):
-    with pytest.raises(ConfigError, match=words), ray_engine.connected(address, tmp_path, 1, "cpu"):
+def test_no_cluster_at_the_address(tmp_path: Path, address: str):
+    with (
+        pytest.raises(ConfigError, match="ray start --head"),
+        ray_engine.connected(address, tmp_path, 1, "cpu"),
+    ):
         pass
-
-
-def test_a_message_of_another_version_ends_the_worker():
-    """Otherwise its job would wait for a reply for ever."""
-    killed = []
-    reply = SimpleNamespace(future=lambda: SimpleNamespace(result=lambda: b'{"message": "New"}'))
-    mailbox = SimpleNamespace(next_for_guard=SimpleNamespace(remote=lambda number: reply))
-    worker: Any = SimpleNamespace(kill=lambda: killed.append(True))
-    ray_engine._forward_to(worker, mailbox, 1)
-    assert killed
 
 
 def test_machine_without_the_files_of_the_owner_is_refused(tmp_path: Path):
@@ -182,14 +141,14 @@ def test_what_a_slot_of_a_cluster_holds(options: dict[str, Any], count: int, dem
 
 
 def test_more_gpus_for_a_training_than_a_machine_has():
-    with pytest.raises(ConfigError, match="--ddp 8: no machine"):
+    with pytest.raises(ConfigError, match="--ddp 8 needs as many GPUs of one machine, got 4"):
         ray_engine.share_out([{"GPU": 4.0, "CPU": 8.0}] * 2, None, "auto", None, ddp=8)
 
 
 def test_a_cluster_without_cores_and_too_few_gpus():
     with pytest.raises(ConfigError, match="no cores"):
         ray_engine.share_out([{"CPU": 0.0}], None, "auto", None, 1)
-    with pytest.raises(ConfigError, match="--max_gpus 2 is less"):
+    with pytest.raises(ConfigError, match="and --max_gpus 2"):
         ray_engine.share_out([{"GPU": 8.0, "CPU": 8.0}], None, "auto", 2, 4)
 
 
@@ -209,7 +168,7 @@ def test_fair_shares():
 
 
 @pytest.mark.soak
-def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: Path):
+def test_trainings_and_a_lost_machine(machines: Machines, data_root: Path, tmp_path: Path):
     """They go on from their checkpoints, and their losses are those of trainings on this
     machine."""
     (tmp_path / "often.toml").write_text("[checkpoint]\ncheckpoint_interval = 10\n")
@@ -220,17 +179,17 @@ def test_trainings_and_a_lost_machine(nodes: Nodes, data_root: Path, tmp_path: P
         return ["--checkpoint_dir", str(tmp_path / name), "--log_dir", str(tmp_path / name)]
 
     run_command([*shared, *folders("here")])
-    cluster = ["--engine", "ray", "--ray_address", nodes.address, "--retries", "0"]
-    owner = subprocess.Popen([*shared, *folders("there"), *cluster], cwd=ROOT)
+    cluster = ["--engine", "ray", "--ray_address", machines.address, "--retries", "0"]
+    owner = subprocess.Popen(
+        [*shared, *folders("there"), *cluster], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     first = tmp_path / "there" / "seed=0"
-    while not (first / "step_000020.json").exists():
-        assert owner.poll() is None
-        time.sleep(0.02)
-    nodes.ask("kill 1")
-    nodes.ask("add")
-    assert owner.wait(timeout=200) == 0
+    wait_until(lambda: owner.poll() is not None or (first / "step_000020.json").exists())
+    machines.ask("kill")
+    machines.ask("add")
+    _, said = owner.communicate()
+    assert owner.returncode == 0, said
     for seed in range(3):
         logs = [tmp_path / name / f"seed={seed}" / "log.txt" for name in ("here", "there")]
         assert loss_lines(logs[0]) == loss_lines(logs[1])
-    (log,) = (tmp_path / "there").glob("seeds_*.log")
-    assert "its machine is lost" in log.read_text()
+    assert "its machine is lost" in said

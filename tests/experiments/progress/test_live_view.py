@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.pool.test_scheduler import Given
-from experiments.pool.test_scheduler import job as real_job
+from experiments.given import Given
+from experiments.given import job as real_job
 from experiments.progress.test_state import SLOTS, Clock, event, tracker_of, train
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.log_lines import ExperimentLog

@@ -15,10 +15,6 @@ class Stopped(Exception):
     """Raised by a job that ends before its work is done, as requested: it runs again later."""
 
 
-class JobLost(Exception):
-    """Raised by a job of several processes, one of which died: it is to run again."""
-
-
 @dataclass(frozen=True)
 class Job:
     """One call of a function in a worker process."""

@@ -1,7 +1,7 @@
 """A worker process as its owner sees it: started, sent jobs, and ended with all that it started.
 
 A pidfd shows its death: the end of a pipe, or `Process.sentinel`, shows nothing while a grandchild
-is alive. Each worker has a socket of its own: a queue that several processes share blocks for ever
+is alive. Each worker has a pipe of its own: a queue that several processes share blocks for ever
 when a writer is killed in the middle of a put.
 """
 
@@ -9,134 +9,114 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol
 
 from gpt2.experiments.pool import worker
-from gpt2.experiments.pool.channel import Channel
-from gpt2.experiments.pool.job import Slot
-from gpt2.experiments.pool.messages import Message
+from gpt2.experiments.pool.job import Job, Slot
+from gpt2.experiments.pool.messages import Message, Reply, WorkerEnded
+
+DEATH_S = 15.0
+"""for SIGKILL to work: a process that waits for a broken device does not die"""
 
 
 class Worker(Protocol):
-    """What the scheduler needs of a worker process, here or on another machine."""
+    """What the scheduler needs of a worker process, here or on another machine.
+
+    It puts what the process sends into the scheduler's inbox, and WorkerEnded at the end, whatever
+    happens. None of the methods waits or raises an error if the process is dead.
+    """
 
     log: Path
     pid: int
-    """0 until it runs: no machine of a cluster may have room for it yet"""
+    """known when a job is loading"""
     host: str
     """its machine; empty if that is the owner's"""
-    machine_is_lost: bool
-    """whether it ended because its machine did, which is not the job's fault"""
 
-    @property
-    def handles(self) -> list[int]:
-        """File descriptors that become readable when the worker sends a message, starts or dies."""
+    def send(self, message: Job | Reply | None) -> None:
+        """None lets it end as soon as it has no job."""
         ...
 
-    @property
-    def has_ended(self) -> bool: ...
-
-    def send(self, message: Message) -> None:
-        """Does nothing if the worker is dead."""
+    def signal(self, number: int) -> None:
+        """SIGTERM requests its job to stop, `worker.SHOW_STACK` shows where it hangs, and SIGKILL
+        also ends all that it started."""
         ...
 
-    def receive(self) -> list[Message]:
-        """The messages that have arrived whole, without waiting."""
-        ...
 
-    def signal(self, number: int) -> None: ...
-
-    def end_when_idle(self) -> None:
-        """Lets it end as soon as it has no job."""
-        ...
-
-    def kill(self) -> None:
-        """Sends SIGKILL to the worker and to all that it started."""
-        ...
-
-    def collect_exit_status(self) -> str:
-        """For a worker that has ended: kills what it left running, and says how it ended."""
-        ...
+Inbox = SimpleQueue[tuple[Worker, Message]]
 
 
 class WorkerProcess:
     """A new process on a slot of this machine; it runs `worker.serve`."""
 
     host = ""
-    machine_is_lost = False
 
-    def __init__(self, slot: Slot, log: Path) -> None:
-        """Starts it; raises OSError if the system cannot start another process."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
-        own_end, its_end = socket.socketpair()
-        self._channel = Channel(own_end)
+    def __init__(self, slot: Slot, log: Path | None, inbox: Inbox) -> None:
+        """Starts it; raises OSError if the system cannot start another process.
+
+        Without a log it is a part of this process: it writes to the same files, is in the same
+        process group, and must be ended before this process ends.
+        """
+        self.log = (log or Path(os.devnull)).resolve()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._connection, its_end = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
             target=worker.serve,
-            args=(its_end, os.getpid(), log.resolve(), sys.path),
+            args=(its_end, os.getpid(), log and self.log, sys.path),
             name=slot.name,
         )
-        resource_tracker.ensure_running()  # its start would unblock the signal again
-        with its_end, _environment(slot.environment):
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a session
+        resource_tracker.ensure_running()  # its start would unblock the signals again
+        with its_end, _inherited(slot.environment):
             try:
-                try:
-                    self._process.start()
-                except BrokenPipeError:  # it was killed before it read what it is to run
-                    self._process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
-        """becomes readable when it dies"""
+                self._process.start()
+            except BrokenPipeError:  # it was killed before it read what it is to run
+                self._process.start()
+            assert self._process.pid is not None
+            self.pid = self._process.pid
+            self._death = os.pidfd_open(self.pid)
+            """becomes readable when it dies"""
+            weakref.finalize(self, os.close, self._death)
+            self._killed_at: float | None = None
+            threading.Thread(target=self._receive, args=(inbox,), daemon=True).start()
 
-    @property
-    def handles(self) -> list[int]:
-        return [self.pidfd] if self._channel.is_closed else [self.pidfd, self._channel.fileno()]
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(wait([self.pidfd], 0))
-
-    def send(self, message: Message) -> None:
-        with contextlib.suppress(OSError):  # it is dead, which its pidfd shows
-            self._channel.send(message)
-
-    def receive(self) -> list[Message]:
-        return self._channel.receive()
+    def send(self, message: Job | Reply | None) -> None:
+        with contextlib.suppress(OSError):  # it is dead
+            self._connection.send(message)
 
     def signal(self, number: int) -> None:
+        if number == signal.SIGKILL:
+            self._killed_at = self._killed_at or time.monotonic()
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
+            signal.pidfd_send_signal(self._death, number)
 
-    def end_when_idle(self) -> None:
-        self._channel.end_sending()
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)  # also before it has a process group of its own
+    def _receive(self, inbox: Inbox) -> None:
+        """The thread: receives until the process is dead, and ends what it has left running."""
+        sources: list[object] = [self._connection, self._death]
+        while (ready := wait(sources, DEATH_S)) != [self._death]:  # type: ignore[arg-type]
+            if ready:
+                try:
+                    inbox.put((self, self._connection.recv()))
+                except (EOFError, OSError):
+                    sources.remove(self._connection)
+            elif self._killed_at and time.monotonic() > self._killed_at + DEATH_S:
+                reason = f"process {self.pid} cannot be killed"
+                return inbox.put((self, WorkerEnded(reason, lost="slot")))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-
-    def collect_exit_status(self) -> str:
-        self.kill()
+        with contextlib.suppress(EOFError, OSError):
+            while self._connection.poll():  # sent since `wait` looked at the pipe
+                inbox.put((self, self._connection.recv()))
         self._process.join()
-        code = self._process.exitcode or 0
-        self._process.close()
-        self._channel.close()
-        os.close(self.pidfd)
-        if code >= 0:
-            return f"its process ended with exit code {code}"
-        name = signal.Signals(-code).name
-        note = " (as the kernel does when the memory runs out)" if name == "SIGKILL" else ""
-        return f"its process was killed by {name}{note}"
+        inbox.put((self, WorkerEnded(_described(self._process.exitcode or 0))))
 
 
 @dataclass(frozen=True)
@@ -144,22 +124,29 @@ class Engine:
     """Where the jobs of an experiment run: this machine, or a cluster (`ray_engine.connected`)."""
 
     slots: Sequence[Slot]
-    start_worker: Callable[[Slot, Path], Worker] = WorkerProcess
+    start_worker: Callable[[Slot, Path, Inbox], Worker] = WorkerProcess
     """starts a worker on a slot, which writes to the log; raises OSError if it cannot be started"""
-    is_fixed: bool = True
-    """whether a slot is always the same GPU or cores, which may be broken"""
+
+
+def _described(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"its process ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    note = " (as the kernel does when the memory runs out)" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{note}"
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables within the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _inherited(environment: Mapping[str, str]) -> Iterator[None]:
+    """What starts within the block has these variables, and blocks the signals that a worker cannot
+    handle yet."""
+    changed = {name: os.environ[name] for name in environment if name in os.environ}
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, worker.SIGNALS)
+    os.environ.update(environment)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in environment:
+            del os.environ[name]
+        os.environ.update(changed)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)

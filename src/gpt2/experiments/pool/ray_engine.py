@@ -1,57 +1,49 @@
 """Workers on the machines of a Ray cluster, each on the first machine that has room.
 
-A worker process is the same there as on the owner's machine. It is the child of a Ray task, its
-guard, which holds the GPUs or cores of the job and forwards the messages of owner and worker
-through a mailbox, an actor on the owner's machine. The scheduler sees a RemoteWorker. All machines
-share the folders.
+A worker process is the same there as on the owner's machine. It is the child of a Ray actor, its
+guard, which holds the GPUs or cores of the job. The scheduler sees a RemoteWorker, whose thread
+passes messages on to and from the guard. All machines share the folders.
 """
 
-import asyncio
 import contextlib
-import itertools
 import logging
 import math
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    LocalRayletDiedError,
-    NodeDiedError,
-    RayError,
-    RayTaskError,
-    TaskCancelledError,
-)
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from gpt2.base import folder_lock
-from gpt2.base.errors import ConfigError, TrainingError, UserError
-from gpt2.experiments.pool import messages, slots
-from gpt2.experiments.pool.job import Slot
+from gpt2.base.errors import ConfigError
+from gpt2.experiments.pool import slots
+from gpt2.experiments.pool.job import Job, Slot
 from gpt2.experiments.pool.messages import (
-    EndWhenIdle,
-    Kill,
+    JobEnded,
+    JobPhase,
+    JobReported,
     Message,
-    SendSignal,
-    WorkerStarted,
+    Reply,
+    WorkerEnded,
 )
-from gpt2.experiments.pool.process import Engine, WorkerProcess
+from gpt2.experiments.pool.process import Engine, Inbox, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-OWNER_WAIT_S = 1.0
-"""how long the mailbox keeps the owner waiting"""
 CONNECT_S = 5.0
-LOST = (NodeDiedError, LocalRayletDiedError)
+IDLE_S = 5.0
+"""how long a worker without a job keeps its room, for which the job of another slot may wait"""
+MAX_LOST_MACHINES = 5
+"""that a job may lose without a report in between"""
 OF_THE_MACHINE = ("CUDA_", "NCCL_", "RAY_", "SLURM_")
 """prefixes of variables that a worker takes from its own machine"""
 
@@ -81,9 +73,10 @@ def connected(
             f"--ray_address {address or 'auto'}: {str(error).strip().splitlines()[0]}"
         ) from error
     try:
-        cluster_slots, demand = share_out(_machines(), count, device, max_gpus, ddp)
-        with Cluster(folder, demand) as cluster:
-            yield Engine(cluster_slots, cluster.start_worker, is_fixed=False)
+        cluster_slots, demand = share_out(
+            [node["Resources"] for node in _nodes()], count, device, max_gpus, ddp
+        )
+        yield Engine(cluster_slots, partial(RemoteWorker, demand, folder))
     finally:
         ray.shutdown()
 
@@ -125,308 +118,180 @@ class Home:
         sys.path += [entry for entry in self.search_path if entry not in sys.path]
 
 
-class Mailbox:
-    """The actor, on the owner's machine, through which owner and guards exchange messages as lines.
+class Guard:
+    """The actor beside a worker process, on its machine; the worker dies with it."""
 
-    It keeps them until they are fetched: those of all guards together, those to each guard apart.
-    """
+    def start(self, slot: Slot, log: Path, home: Home) -> tuple[int, str, str]:
+        """Starts the worker; returns its pid, and the name and Ray's id of its machine."""
+        home.enter()
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._worker = WorkerProcess(slot, log, self._inbox)
+        self._last: Message | None = None
+        self._count, self._lock = 0, threading.Lock()
+        return self._worker.pid, socket.gethostname(), ray.get_runtime_context().get_node_id()
 
-    def __init__(self) -> None:
-        self._to_owner: list[tuple[int, bytes]] = []
-        self._has_lines = asyncio.Event()
-        self._to_guards: dict[int, asyncio.Queue[bytes]] = {}
+    def exchange(self, number: int, *to_send: Job | Reply | None) -> Message:
+        """Sends this to the worker, and returns the worker's message of this number, as soon as it
+        arrives. The owner may call it again if it got no answer."""
+        with self._lock:
+            if number == self._count:
+                for message in to_send:
+                    self._worker.send(message)
+                self._last, self._count = self._inbox.get()[1], number + 1
+            assert self._last is not None
+            return self._last
 
-    async def send_to_owner(self, number: int, lines: list[bytes]) -> None:
-        """Called by the guard of worker `number`."""
-        self._to_owner += [(number, line) for line in lines]
-        self._has_lines.set()
-
-    async def next_for_owner(self) -> list[tuple[int, bytes]]:
-        """What guards have sent, each with the number of its worker: as soon as there is anything,
-        or an empty list after OWNER_WAIT_S."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_lines.wait(), OWNER_WAIT_S)
-        self._has_lines.clear()
-        lines, self._to_owner = self._to_owner, []
-        return lines
-
-    async def answer_owner(self) -> None:
-        """Makes `next_for_owner` return at once."""
-        self._has_lines.set()
-
-    async def send_to_guard(self, number: int, line: bytes) -> None:
-        """Called by the owner."""
-        self._to_guards.setdefault(number, asyncio.Queue()).put_nowait(line)
-
-    async def next_for_guard(self, number: int) -> bytes:
-        """The next line for the guard of worker `number`; empty when the worker has ended."""
-        line = await self._to_guards.setdefault(number, asyncio.Queue()).get()
-        if not line:
-            self._to_guards.pop(number, None)
-        return line
-
-    async def close(self, number: int) -> None:
-        """Worker `number` has ended."""
-        if number in self._to_guards:
-            self._to_guards[number].put_nowait(b"")
-
-
-class Cluster:
-    """The owner's side: starts workers, and receives from all of them in one thread."""
-
-    def __init__(self, folder: Path, demand: Mapping[str, float]) -> None:
-        """Each worker holds `demand` of its machine: num_cpus, num_gpus."""
-        self._folder, self._demand = folder, demand
-        here = ray.get_runtime_context().get_node_id()
-        self.mailbox: Any = (
-            ray.remote(Mailbox)
-            .options(
-                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
-            )
-            .remote()
-        )
-        self._numbers = itertools.count()
-        self._workers: dict[int, RemoteWorker] = {}
-        self._has_run = False
-        """whether any machine has run a worker: if none has, the experiment cannot run at all"""
-        self._lost = ""
-        """why the cluster as a whole is lost"""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._receive, name="mailbox", daemon=True)
-
-    def __enter__(self) -> "Cluster":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def start_worker(self, slot: Slot, log: Path) -> "RemoteWorker":
-        """A worker on the first machine that has room, now or later; raises TrainingError if the
-        cluster is lost."""
-        if self._lost:
-            raise TrainingError(f"{self._lost}; run the same command to continue")
-        number = next(self._numbers)
-        task = (
-            ray.remote(guard)
-            .options(max_retries=0, name=f"{self._folder.name} {slot.name}", **self._demand)
-            .remote(self.mailbox, number, slot, log.resolve(), Home.of_owner(self._folder))
-        )
-        started = self._workers[number] = RemoteWorker(self.mailbox, number, task, log)
-        return started
-
-    def _receive(self) -> None:
-        """The thread: passes on what workers send, and notices how they end."""
-        ending: list[RemoteWorker] = []
-        try:
-            pending = self.mailbox.next_for_owner.remote()
-            while not self._over.is_set():
-                tasks = {worker.task: worker for worker in list(self._workers.values())}
-                ready, _ = ray.wait([pending, *tasks], num_returns=1)
-                if ready != [pending]:
-                    self.mailbox.answer_owner.remote()
-                for number, line in ray.get(pending):
-                    self._has_run = True
-                    if number in self._workers:
-                        self._workers[number].on_message(messages.decode(line))
-                for worker in ending:
-                    worker.on_end(self._ending_of(worker.task))
-                    del self._workers[worker.number]
-                left = [task for task, worker in tasks.items() if worker not in ending]
-                ended, _ = ray.wait(left, num_returns=len(left), timeout=0) if left else ([], [])
-                ending = [tasks[task] for task in ended]
-                for worker in ending:  # it may have died before it closed its part of the mailbox
-                    self.mailbox.close.remote(worker.number)
-                # Requested after the look for ends: this answer has the last messages of `ending`.
-                pending = self.mailbox.next_for_owner.remote()
-        except Exception as error:  # whatever it is, no worker can be reached any more
-            if not isinstance(error, RayError):
-                logger.exception("the thread that receives from the Ray cluster failed:")
-            self._lost = f"the Ray cluster is lost: {_first_line(error)}"
-            for worker in self._workers.values():
-                worker.on_end(Ending(self._lost, is_machine_lost=True))
-
-    def _ending_of(self, task: Any) -> "Ending":
-        """How a guard that has ended did so."""
-        try:
-            return Ending(ray.get(task))
-        except TaskCancelledError:
-            return Ending("it was cancelled before it started")
-        except LOST:
-            return Ending("its machine is lost", is_machine_lost=True)
-        except RayTaskError as error:
-            cause = error.cause
-            reason = _first_line(cause or error)
-            if not isinstance(cause, UserError):
-                reason = f"a machine of the Ray cluster cannot run a worker: {reason}"
-            return Ending(reason, is_refused=not self._has_run)
-        except RayError as error:
-            return Ending(f"its process was ended by Ray: {_first_line(error)}")
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a worker ended."""
-
-    reason: str
-    is_machine_lost: bool = False
-    is_refused: bool = False
-    """whether no machine can run a worker, which ends the experiment"""
+    def signal(self, number: int) -> None:
+        self._worker.signal(number)
 
 
 class RemoteWorker:
-    """A worker process on a machine of the cluster, as the scheduler sees it."""
+    """A worker process on a machine of the cluster, as the scheduler sees it.
 
-    def __init__(self, mailbox: Any, number: int, task: Any, log: Path) -> None:
-        self.log, self.pid, self.host = log, 0, ""
-        self.machine_is_lost = False
-        self.number, self.task = number, task
-        self._mailbox = mailbox
-        self._readable = os.eventfd(0, os.EFD_NONBLOCK)
-        self._received: deque[Message] = deque()
-        self._ending: Ending | None = None
-        self._is_killed = False
-        self._lock = threading.Lock()
-        """the eventfd is not closed while the other thread writes to it"""
+    While it has no job, it gives its room back after IDLE_S. If its machine is lost, its job runs
+    again on another one, which is not the job's fault and no business of the scheduler.
+    """
 
-    @property
-    def handles(self) -> list[int]:
-        return [self._readable]
+    def __init__(
+        self, demand: Mapping[str, float], folder: Path, slot: Slot, log: Path, inbox: Inbox
+    ) -> None:
+        """It holds `demand` of its machine: num_cpus, num_gpus."""
+        self.log, self.pid, self.host = log.resolve(), 0, ""
+        self._home, self._slot = Home.of_owner(folder), slot
+        self._demand, self._inbox = demand, inbox
+        self._outbox: queue.SimpleQueue[Job | Reply | None] = queue.SimpleQueue()
+        self._guard: Any = None
+        self._machine = ""
+        """Ray's id of it"""
+        self._number = 0
+        """how many messages of the guard have arrived"""
+        self._job: Job | None = None
+        self._lost_machines = 0
+        """since the job last reported"""
+        self._is_stopping = self._is_killed = False
+        threading.Thread(target=self._run, daemon=True).start()
 
-    @property
-    def has_ended(self) -> bool:
-        return self._ending is not None
-
-    def on_message(self, message: Message) -> None:
-        """The worker has sent it; called by the thread that receives."""
-        self._received.append(message)
-        os.eventfd_write(self._readable, 1)
-
-    def on_end(self, ending: Ending) -> None:
-        """The worker has ended; called by the thread that receives."""
-        with self._lock:
-            self.machine_is_lost = ending.is_machine_lost
-            self._ending = ending
-            os.eventfd_write(self._readable, 1)
-
-    def receive(self) -> list[Message]:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._readable)
-        received: list[Message] = []
-        while self._received:
-            message = self._received.popleft()
-            if isinstance(message, WorkerStarted):
-                self.pid, self.host = message.pid, message.host
-            else:
-                received.append(message)
-        return received
-
-    def send(self, message: Message) -> None:
-        with contextlib.suppress(RayError):  # the thread that receives will notice
-            self._mailbox.send_to_guard.remote(self.number, messages.encode(message))
+    def send(self, message: Job | Reply | None) -> None:
+        self._outbox.put(message)
 
     def signal(self, number: int) -> None:
-        self.send(SendSignal(number))
-        if not self.pid and number == signal.SIGTERM:  # it may never start
-            ray.cancel(self.task)
+        self._is_stopping |= number in (signal.SIGTERM, signal.SIGKILL)
+        is_unreachable = number == signal.SIGKILL and self._is_killed
+        if number == signal.SIGKILL:
+            self._is_killed = True
+            self._outbox.put(None)  # for a thread that waits for a job
+        with contextlib.suppress(RayError):  # the thread will notice
+            if self._guard and self.pid and not is_unreachable:
+                self._guard.signal.remote(number)
+            elif self._guard and self._is_stopping:  # or it has not started, and may never do
+                ray.kill(self._guard)
 
-    def end_when_idle(self) -> None:
-        self.send(EndWhenIdle())
+    def _run(self) -> None:
+        """The thread: until the worker has ended for good."""
+        try:
+            ended = self._relay()
+        except RayTaskError as error:
+            ended = WorkerEnded(_first_line(error.cause or error), lost="engine")
+        except Exception as error:  # whatever it is, no worker can be reached any more
+            if not isinstance(error, RayError):
+                logger.exception("the thread of a worker on the Ray cluster failed:")
+            ended = WorkerEnded(f"the Ray cluster is lost: {_first_line(error)}", lost="engine")
+        self._leave_machine()
+        self._inbox.put((self, ended))
 
-    def kill(self) -> None:
-        self.send(Kill())
-        if self._is_killed or not self.pid:
-            ray.cancel(self.task, force=self._is_killed)
-        self._is_killed = True
+    def _relay(self) -> WorkerEnded:
+        """Passes on messages in both directions; returns how the worker ended."""
+        to_send: Sequence[Job | Reply | None] = [self._outbox.get()]
+        while not isinstance(message := self._exchange(*to_send), WorkerEnded):
+            self._inbox.put((self, message))
+            to_send = []
+            if isinstance(message, JobReported):
+                self._lost_machines = 0
+                to_send = [self._outbox.get()]
+            elif isinstance(message, JobEnded):
+                self._job = None
+                if not message.takes_no_more:
+                    to_send = [self._next_job()]
+        return message
 
-    def collect_exit_status(self) -> str:
-        """How it ended. Raises TrainingError, once, if no machine can run a worker."""
-        ending = self._ending
-        assert ending is not None
-        if ending.is_refused:
-            self._ending = replace(ending, is_refused=False)
-            raise TrainingError(f"{ending.reason}; run the same command to continue")
-        with self._lock:
-            os.close(self._readable)
-        return ending.reason
+    def _next_job(self) -> Job | Reply | None:
+        with contextlib.suppress(queue.Empty):
+            return self._outbox.get(timeout=IDLE_S)
+        self._exchange(None)
+        self._leave_machine()
+        return self._outbox.get()
 
-
-def guard(mailbox: Any, number: int, slot: Slot, log: Path, home: Home) -> str:
-    """The Ray task: runs a worker process on its machine, forwards messages, and returns how the
-    worker ended."""
-    home.enter()
-    worker = WorkerProcess(slot, log)
-    threading.Thread(target=_forward_to, args=(worker, mailbox, number), daemon=True).start()
-
-    def send(received: Sequence[Message]) -> None:
-        lines = [messages.encode(message) for message in received]
-        _result(mailbox.send_to_owner.remote(number, lines))
-
-    try:
-        send([WorkerStarted(worker.pid, socket.gethostname())])
+    def _exchange(self, *to_send: Job | Reply | None) -> Message:
+        """`Guard.exchange` on this machine, or the next one if this machine is lost."""
+        if self._guard is None and to_send == (None,):
+            return WorkerEnded("it had no job")
+        self._job = next((item for item in to_send if isinstance(item, Job)), self._job)
         while True:
-            wait(worker.handles)
-            has_ended = worker.has_ended  # before its last messages are read
-            if received := worker.receive():
-                send(received)
-            if has_ended:
-                return worker.collect_exit_status()
-    except BaseException:  # the task is cancelled, or the owner's machine is gone
-        worker.kill()
-        raise
-    finally:
-        mailbox.close.remote(number)
+            try:
+                guard = self._guard or self._new_guard()
+                message: Message = ray.get(guard.exchange.remote(self._number, *to_send))
+                self._number += 1
+                return message
+            except RayActorError as error:
+                if isinstance(error, ActorUnavailableError) and self.pid:
+                    continue  # until it answers, or Ray knows that it is dead
+                if self._is_stopping or self._job is None:
+                    return WorkerEnded("its machine is lost" if self.pid else "it had not started")
+                if self._machine in [node["NodeID"] for node in _nodes()]:
+                    return WorkerEnded(f"its process was ended by Ray: {_cause(error)}")
+                self._lost_machines += 1
+                if self._lost_machines > MAX_LOST_MACHINES:
+                    return WorkerEnded(f"{self._lost_machines} machines in a row were lost")
+                logger.warning("%s: its machine is lost; it runs again", self._job.name)
+                self._leave_machine()
+                self._inbox.put((self, JobPhase("waiting")))
+                to_send = (self._job,)
 
+    def _new_guard(self) -> Any:
+        """A guard, as soon as a machine has room for it."""
+        name = f"{self._home.folder.name} {self._slot.name}"
+        actor: Any = ray.remote(Guard)
+        guard = self._guard = actor.options(max_concurrency=3, **self._demand).remote()
+        if self._is_stopping:  # `signal` did not see it
+            ray.kill(guard)
+        started = guard.start.options(name=name).remote(self._slot, self.log, self._home)
+        self.pid, self.host, self._machine = ray.get(started)
+        return guard
 
-def _forward_to(worker: WorkerProcess, mailbox: Any, number: int) -> None:
-    """A thread of the guard: obeys and forwards what the owner sends, until the worker ends."""
-    try:
-        while line := _result(mailbox.next_for_guard.remote(number)):
-            match messages.decode(line):
-                case SendSignal(number_of_signal):
-                    worker.signal(number_of_signal)
-                case EndWhenIdle():
-                    worker.end_when_idle()
-                case Kill():
-                    worker.kill()
-                case message:
-                    worker.send(message)
-    except (RayError, ValueError):  # ValueError: a message of another version
-        worker.kill()  # the job would wait for replies for ever
-
-
-def _result(reference: Any) -> Any:
-    """The result of a call. Not `ray.get`, during which a task lends its cores to others."""
-    return reference.future().result()
+    def _leave_machine(self) -> None:
+        guard, self._guard, self.pid, self._machine, self._number = self._guard, None, 0, "", 0
+        if guard:
+            with contextlib.suppress(RayError):
+                ray.kill(guard)
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
+def _cause(error: RayActorError) -> str:
+    """Why an actor died: the line below the facts about it, which are indented."""
+    first, *others = str(error).splitlines()
+    return next((line for line in others if not line.startswith("\t")), first).rstrip(".")
+
+
 def _require_answer(address: str) -> None:
     """Raises ConfigError if nothing answers at the address, which takes Ray minutes to report."""
-    if address.startswith("ray://"):
-        raise ConfigError(
-            f"--ray_address {address}: the owner of an experiment runs on a machine of the "
-            "cluster; log in there, and use --ray_address auto"
-        )
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal():
-        try:
+    try:
+        if host:
             socket.create_connection((host, int(port)), CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"--ray_address {address}: {error}; on the cluster's first machine run: "
-                "ray start --head"
-            ) from error
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConfigError(
+            f"--ray_address {address}: {error}; expected the HOST:PORT that `ray start --head` "
+            "prints, on a machine that has joined that cluster"
+        ) from error
 
 
-def _machines() -> list[Mapping[str, float]]:
-    """The resources of each machine of the cluster, by Ray's names."""
+def _nodes() -> list[Mapping[str, Any]]:
+    """The machines of the cluster, as Ray describes them."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
+    return [node for node in nodes if node["Alive"]]
 
 
 def share_out(
@@ -443,11 +308,12 @@ def share_out(
         raise ConfigError("device=cuda, but the Ray cluster has no GPU; use --device cpu")
     if gpus:
         groups = sum(int(of_machine) // ddp for of_machine in gpus)
-        if not groups:
-            raise ConfigError(f"--ddp {ddp}: no machine of the cluster has that many GPUs")
-        if max_gpus and max_gpus < ddp:
-            raise ConfigError(f"--max_gpus {max_gpus} is less than --ddp {ddp}")
         count = count or min(groups, (max_gpus or groups * ddp) // ddp)
+        if not groups or not count:
+            raise ConfigError(
+                f"--ddp {ddp} needs as many GPUs of one machine, got {max(map(int, gpus))} at most"
+                + (f" and --max_gpus {max_gpus}" if max_gpus else "")
+            )
         share = float(ddp)
         if ddp == 1 and count > groups:  # slots share GPUs; a share lies on one GPU
             share = slots.rounded(1 / math.ceil(count / groups))
@@ -461,6 +327,5 @@ def share_out(
         count = count or min(shares, max_gpus or shares)
         demand = {"num_cpus": slots.fair_share(cores, count)}
         threads = demand["num_cpus"]
-    of_each = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(threads / ddp)))
-    environment = {"OMP_NUM_THREADS": of_each}
+    environment = {"OMP_NUM_THREADS": slots.threads(threads / ddp)}
     return [Slot(index, f"ray{index}", environment) for index in range(count)], demand

@@ -1,17 +1,17 @@
 """The scheduler: gives the jobs of a source to worker processes, one at a time per slot.
 
-It runs in the owner, the process of the command. `Scheduler.run` starts workers through the engine
-(`process.WorkerProcess` on this machine, `ray_engine.RemoteWorker` on a cluster), sends them jobs
-and answers their reports; `worker.serve` is the other side. A worker that dies, hangs, runs out of
-memory or raises costs its own job only.
+It runs in the owner, the process of the command. `Scheduler.run` starts workers through the engine,
+sends them jobs and answers their reports; all that happens to them arrives in one inbox. A worker
+that dies, hangs, runs out of memory or raises costs its own job only.
 """
 
 import contextlib
+import math
+import queue
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,15 @@ from gpt2.base.errors import TrainingError
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.job import Event, EventKind, Job, JobSource, Slot
-from gpt2.experiments.pool.messages import JobEnded, JobLoaded, JobReported, Message, Reply
-from gpt2.experiments.pool.process import Engine, Worker
+from gpt2.experiments.pool.messages import (
+    JobEnded,
+    JobPhase,
+    JobReported,
+    Phase,
+    Reply,
+    WorkerEnded,
+)
+from gpt2.experiments.pool.process import Engine, Inbox, Worker
 from gpt2.train.report import Answer
 
 POLL_S = 0.2
@@ -30,15 +37,11 @@ WAITING_EVENT_S = 5.0
 STACK_S = 1.0
 """for a worker that hangs, to write its stacks before it is killed"""
 LOADING_S = 120.0
-"""for a worker to start and import, in addition to --job_timeout"""
+"""for a worker to import the job's function, in addition to --job_timeout"""
 IDLE_EXIT_S = 10.0
 """for a worker without a job to end by itself"""
-DEATH_S = 15.0
-"""for SIGKILL to work: a process that waits for a broken device does not die"""
 LOSSES_OF_BAD_SLOT = 3
 """workers lost in a row, while other slots make progress, that take a slot out of service"""
-MAX_LOST_MACHINES = 5
-"""machines that a job may lose without a report in between"""
 
 
 @dataclass(frozen=True)
@@ -53,47 +56,28 @@ class Limits:
     """seconds that jobs have to save and end after Ctrl+C"""
 
 
-@dataclass(frozen=True)
-class _WaitingJob:
-    """A job that has not started, or is to run again."""
-
-    job: Job
-    attempt: int = 1
-    losses: int = 0
-    """attempts that ended with the loss of the worker; `Limits.retries` bounds them"""
-    lost_machines: int = 0
-    """lost since the job last reported"""
-    lost_on: int | None = None
-    """index of the slot that lost its worker: another slot may be better"""
-
-
 @dataclass
-class _RunningJob:
-    """A job that a worker has. All times are monotonic."""
+class _Attempt:
+    """A job that waits for a slot, or that a worker has. All times are monotonic."""
 
     job: Job
-    attempt: int
-    losses: int
-    lost_machines: int
-    """both as in _WaitingJob"""
-    started_at: float
-    last_message_at: float
-    is_announced: bool = False
-    """whether the source has its `started` event: not before its worker runs"""
-    is_loaded: bool = False
-    """whether the worker has imported the function"""
+    number: int = 1
+    lost_on: int | None = None
+    """index of the slot that lost the attempt before: another slot may be better"""
+    phase: Phase = "waiting"
+    started_at: float = 0.0
+    last_message_at: float = 0.0
 
 
 @dataclass
 class _ManagedSlot:
-    """A slot with its worker, and the job that this runs."""
+    """A slot with its worker, and the attempt at a job that this makes."""
 
     spec: Slot
     worker: Worker | None = None
-    running: _RunningJob | None = None
+    attempt: _Attempt | None = None
     kill_at: float | None = None
     """when the worker is killed, unless it has ended"""
-    killed_at: float | None = None
     kill_reason: str = ""
     in_service: bool = True
     loss_times: list[float] = field(default_factory=list)
@@ -103,18 +87,12 @@ class _ManagedSlot:
 
     @property
     def is_free(self) -> bool:
-        return self.worker is None or (self.running is None and self.kill_at is None)
+        """Whether it can take a job at once."""
+        return self.in_service and self.attempt is None and self.kill_at is None
 
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether it has a job, but no machine of the cluster has room for its worker yet."""
-        return self.running is not None and not self.running.is_announced
-
-    def kill(self, reason: str) -> None:
-        assert self.worker is not None
+    def kill_after(self, seconds: float, reason: str = "") -> None:
+        self.kill_at = time.monotonic() + seconds
         self.kill_reason = self.kill_reason or reason
-        self.killed_at = self.killed_at or time.monotonic()
-        self.worker.kill()
 
 
 class Scheduler:
@@ -137,8 +115,11 @@ class Scheduler:
         self._engine, self._slots = engine, [_ManagedSlot(slot) for slot in engine.slots]
         self._source, self._on_event = source, on_event
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits
-        self._waiting: list[_WaitingJob] = []
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._waiting: list[_Attempt] = []
         self._stopping = False
+        self._is_broken = False
+        """whether the source, or another part of the owner, has raised an error"""
         self._stop = StopRequest()
         self._last_event_at = time.monotonic()
 
@@ -156,20 +137,17 @@ class Scheduler:
         with self._stop as stop:
             try:
                 while not self._is_done():
-                    self._handle_workers()
-                    self._enforce_deadlines()
+                    self._handle_messages()
                     if stop.number and not self._stopping:
                         self._begin_stop("again" if stop.number == signal.SIGINT else "twice")
                 return stop.number
             except KeyboardInterrupt:
-                self._stopping = True
                 return stop.number or signal.SIGINT
             except BaseException:
-                self._source, self._on_event = _EmptySource(), lambda _: None
+                self._is_broken = True
                 self._begin_stop("twice")
-                while any(slot.running for slot in self._slots):
-                    self._handle_workers()
-                    self._enforce_deadlines()
+                while any(slot.attempt for slot in self._slots):
+                    self._handle_messages()
                 raise
             finally:
                 self._end_workers()
@@ -178,232 +156,175 @@ class Scheduler:
         self._stopping = True
         grace = self._limits.grace
         for slot in self._slots:
-            if slot.worker and slot.running:
+            if slot.worker and slot.attempt:
                 slot.worker.signal(signal.SIGTERM)
-                slot.kill_at = time.monotonic() + grace
+                slot.kill_after(grace)
         reason = f"every job saves and ends, {grace:g} s at most; Ctrl+C {more} ends at once"
         self._show(Event("stopping", self._slots[0].spec, reason=reason))
 
     def _is_done(self) -> bool:
-        """Assigns jobs to free slots; whether no job is left and none runs."""
-        if not self._stopping:
-            self._assign_jobs()
-        if any(slot.running for slot in self._slots):
+        """Gives jobs to free slots; whether no job is left and none runs."""
+        for slot in self._slots:
+            if not self._stopping and slot.is_free and (attempt := self._next_for(slot)):
+                self._start(slot, attempt)
+        if any(slot.attempt for slot in self._slots):
             return False
         return self._stopping or all(slot.is_free for slot in self._slots if slot.in_service)
 
     # Jobs to slots
 
-    def _assign_jobs(self) -> None:
-        for slot in self._slots:
-            if slot.in_service and slot.is_free:
-                if chosen := self._next_for(slot):
-                    self._start(slot, chosen)
-                elif slot.worker and any(other.waits_for_room for other in self._slots):
-                    self._end_idle_worker(slot)
-
-    def _next_for(self, slot: _ManagedSlot) -> _WaitingJob | None:
-        """A waiting job that may run on this slot, else the source's next one, else a job whose
-        worker was lost here."""
+    def _next_for(self, slot: _ManagedSlot) -> _Attempt | None:
+        """A waiting job that may run on this slot, else the source's next one, else a job that was
+        lost here, unless another slot can take that."""
         here = slot.spec.index
         serving = [other.spec.index for other in self._slots if other.in_service]
 
-        def may_run(item: _WaitingJob) -> bool:
-            return item.job.slot == here or item.job.slot not in serving
+        def may_run(attempt: _Attempt) -> bool:
+            return attempt.job.slot == here or attempt.job.slot not in serving
 
-        def take(wanted: Callable[[_WaitingJob], bool]) -> _WaitingJob | None:
-            item = next((item for item in self._waiting if may_run(item) and wanted(item)), None)
-            if item is not None:
-                self._waiting.remove(item)
-            return item
+        waiting = [attempt for attempt in self._waiting if may_run(attempt)]
+        chosen = next((attempt for attempt in waiting if attempt.lost_on != here), None)
+        while chosen is None and (job := self._source.next()):
+            if may_run(attempt := _Attempt(job)):
+                return attempt
+            self._waiting.append(attempt)
+        if chosen is None and not any(other.is_free for other in self._slots if other is not slot):
+            chosen = next(iter(waiting), None)
+        chosen = chosen or next((item for item in waiting if item.job.slot == here), None)
+        if chosen:
+            self._waiting.remove(chosen)
+        return chosen
 
-        if item := take(lambda item: item.lost_on != here):
-            return item
-        while job := self._next_of_source():
-            item = _WaitingJob(job)
-            if may_run(item):
-                return item
-            self._waiting.append(item)
-        free_elsewhere = any(
-            other.in_service and other.is_free for other in self._slots if other is not slot
-        )
-        return take(lambda item: item.job.slot == here or not free_elsewhere)
-
-    def _next_of_source(self) -> Job | None:
-        before = time.monotonic()
-        job = self._source.next()
-        self._extend_timeouts(before)
-        return job
-
-    def _start(self, slot: _ManagedSlot, chosen: _WaitingJob) -> None:
+    def _start(self, slot: _ManagedSlot, attempt: _Attempt) -> None:
         """Sends the job to the slot's worker; if it wants a new process, the old one ends first."""
-        job = chosen.job
+        job = attempt.job
         if slot.worker and job.own_process:
-            self._waiting.insert(0, chosen)
+            self._waiting.insert(0, attempt)
             self._end_idle_worker(slot)
             return
         if slot.worker is None:
+            log = self._log_of(slot.spec, job)
             try:
-                slot.worker = self._engine.start_worker(slot.spec, self._log_of(slot.spec, job))
+                slot.worker = self._engine.start_worker(slot.spec, log, self._inbox)
             except OSError as error:
                 raise TrainingError(
                     f"cannot start a worker for {job.name}: {error}; run the same command to "
                     "continue"
                 ) from error
-        now = time.monotonic()
-        slot.running = _RunningJob(
-            job,
-            chosen.attempt,
-            chosen.losses,
-            chosen.lost_machines,
-            started_at=now,
-            last_message_at=now,
-        )
-        slot.kill_reason = ""
+        slot.attempt, slot.kill_reason = attempt, ""
+        attempt.started_at = time.monotonic()
         slot.worker.send(job)
-        self._announce(slot)
-
-    def _announce(self, slot: _ManagedSlot) -> None:
-        """Sends the `started` event, once, as soon as the worker runs."""
-        running = slot.running
-        if running and not running.is_announced and slot.worker and slot.worker.pid:
-            running.started_at = running.last_message_at = time.monotonic()
-            running.is_announced = True
-            self._notify(slot, running, "started")
 
     # What workers send, and how they end
 
-    def _handle_workers(self) -> None:
-        """Waits until a worker sends messages or dies, POLL_S at most, and handles that."""
-        by_handle = {
-            handle: slot for slot in self._slots if slot.worker for handle in slot.worker.handles
-        }
-        ready = wait(list(by_handle), POLL_S)
-        for slot in {id(by_handle[handle]): by_handle[handle] for handle in ready}.values():  # type: ignore[index]
-            assert slot.worker is not None
-            has_ended = slot.worker.has_ended  # before its last messages are read
-            received = slot.worker.receive()
-            self._announce(slot)
-            for message in received:
+    def _handle_messages(self) -> None:
+        """Waits for a message, POLL_S at most, and handles all that have arrived; then enforces the
+        deadlines."""
+        received = []
+        with contextlib.suppress(queue.Empty):
+            received.append(self._inbox.get(timeout=POLL_S))
+        now = time.monotonic()
+        received += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        for sender, message in received:
+            slot = next(slot for slot in self._slots if slot.worker is sender)
+            if isinstance(message, WorkerEnded):
+                self._on_death(slot, message)
+            else:
                 self._on_message(slot, message)
-            if has_ended:
-                self._on_death(slot)
-        if time.monotonic() > self._last_event_at + WAITING_EVENT_S:
+        if now > self._last_event_at + WAITING_EVENT_S:
             self._tell_source(Event("waiting", self._slots[0].spec))
+        # As of `now`: the source may have taken long, while messages waited that show progress.
+        self._enforce_deadlines(now)
 
-    def _on_message(self, slot: _ManagedSlot, message: Message) -> None:
-        running, its_worker = slot.running, slot.worker
-        assert running is not None and its_worker is not None
-        running.last_message_at = time.monotonic()
+    def _on_message(self, slot: _ManagedSlot, message: JobPhase | JobReported | JobEnded) -> None:
+        attempt, sender = slot.attempt, slot.worker
+        assert attempt is not None and sender is not None
         match message:
-            case JobLoaded():
-                running.is_loaded = True
+            case JobPhase(phase):
+                attempt.phase = phase
+                if phase == "loading":
+                    attempt.started_at = time.monotonic()
+                    self._notify(slot, attempt, "started")
             case JobReported(metrics):
-                slot.last_progress, running.lost_machines = running.last_message_at, 0
-                answer = self._notify(slot, running, "reported", metrics=metrics)
-                its_worker.send(Reply("stop" if self._stopping else answer))
+                slot.last_progress = time.monotonic()
+                answer: Answer = "stop"
+                try:
+                    answer = self._notify(slot, attempt, "reported", metrics=metrics)
+                finally:
+                    sender.send(Reply("stop" if self._stopping else answer))
             case JobEnded():
-                slot.running, slot.kill_at = None, None
-                self._on_end(slot, running, message)
-                if running.job.own_process or message.takes_no_more:
-                    self._end_idle_worker(slot)
-            case _:
-                raise AssertionError(f"a worker sent {message}")
+                slot.attempt = slot.kill_at = None
+                if message.takes_no_more:
+                    slot.kill_after(IDLE_EXIT_S)
+                self._on_end(slot, attempt, message)
+        attempt.last_message_at = time.monotonic()
 
-    def _on_end(self, slot: _ManagedSlot, running: _RunningJob, ended: JobEnded) -> None:
+    def _on_end(self, slot: _ManagedSlot, attempt: _Attempt, ended: JobEnded) -> None:
         match ended.state:
-            case "stopped" | "lost" if self._stopping:
-                self._notify(slot, running, "stopped", reason=ended.reason)
-            case "stopped":
-                reason = "its worker got a stop signal that this command did not send"
-                self._on_loss(slot, running, reason)
-            case "lost":
-                self._on_loss(slot, running, ended.reason)
-            case "failed" if ended.is_out_of_memory:  # perhaps because of the jobs before it
-                reason = f"out of memory: {ended.reason}"
-                self._on_loss(slot, running, reason, ended.traceback)
+            case "finished" | "pruned":
+                self._notify(slot, attempt, ended.state, result=ended.result)
+                slot.loss_times, slot.last_progress = [], time.monotonic()
             case "failed":
                 self._notify(
-                    slot, running, "failed", reason=ended.reason, traceback=ended.traceback
+                    slot, attempt, "failed", reason=ended.reason, traceback=ended.traceback
                 )
                 if ended.is_device_error:
                     self._count_loss(slot)
-            case "finished" | "pruned":
-                self._notify(slot, running, ended.state, result=ended.result)
-                slot.loss_times, slot.last_progress = [], running.last_message_at
+            case "stopped" if not self._stopping:
+                reason = "its worker got a stop signal that this command did not send"
+                self._on_loss(slot, attempt, reason)
+            case "stopped" | "lost":
+                self._on_loss(slot, attempt, ended.reason, ended.traceback)
 
     def _on_loss(
-        self, slot: _ManagedSlot, running: _RunningJob, reason: str, traceback: str = ""
+        self, slot: _ManagedSlot, attempt: _Attempt, reason: str, traceback: str = ""
     ) -> None:
-        """The job's worker is lost: the job runs again, a training from its newest checkpoint; or
-        it has failed, if it was lost too often."""
-        assert slot.worker is not None
-        losses, lost_machines = running.losses, running.lost_machines
-        if slot.worker.machine_is_lost:
-            lost_machines += 1
-        else:
-            losses += 1
-        if losses > self._limits.retries or lost_machines > MAX_LOST_MACHINES:
-            self._notify(slot, running, "failed", reason=reason, traceback=traceback)
-        else:
-            self._notify(slot, running, "retried", reason=reason, traceback=traceback)
-            self._waiting.append(
-                _WaitingJob(
-                    running.job, running.attempt + 1, losses, lost_machines, slot.spec.index
-                )
-            )
+        """The job runs again, a training from its newest checkpoint; or it has failed, if it was
+        lost too often."""
+        reason = slot.kill_reason or reason
+        if self._stopping:
+            self._notify(slot, attempt, "stopped", reason=reason)
+            return
+        runs_again = attempt.number <= self._limits.retries
+        kind: EventKind = "retried" if runs_again else "failed"
+        self._notify(slot, attempt, kind, reason=reason, traceback=traceback)
+        if runs_again:
+            self._waiting.append(_Attempt(attempt.job, attempt.number + 1, slot.spec.index))
         self._count_loss(slot)
 
-    def _on_death(self, slot: _ManagedSlot) -> None:
-        """The slot's worker is dead, or cannot be killed: the slot has none any more."""
-        assert slot.worker is not None
-        running, slot.running = slot.running, None
-        status = "its process cannot be killed"
-        if slot.worker.has_ended:
-            status = slot.worker.collect_exit_status()
-        if running and self._stopping:
-            # While it loads, the signal that requests the stop ends it, which needs no reason.
-            reason = slot.kill_reason or (status if running.is_loaded else "")
-            self._notify(slot, running, "stopped", reason=reason)
-        elif running:
-            self._on_loss(slot, running, slot.kill_reason or status)
-        slot.worker = slot.kill_at = slot.killed_at = None
-        slot.kill_reason = ""
+    def _on_death(self, slot: _ManagedSlot, ended: WorkerEnded) -> None:
+        """The slot has no worker any more."""
+        attempt, slot.attempt = slot.attempt, None
+        if ended.lost == "engine" and not self._stopping:
+            slot.worker = None
+            raise TrainingError(f"{ended.reason}; run the same command to continue")
+        if ended.lost == "slot":
+            self._take_out_of_service(slot, ended.reason)
+        if attempt:
+            self._on_loss(slot, attempt, ended.reason)
+        slot.worker, slot.kill_at, slot.kill_reason = None, None, ""
 
     # Deadlines, bad slots, and the end of workers
 
-    def _enforce_deadlines(self) -> None:
-        now, timeout = time.monotonic(), self._limits.job_timeout
+    def _enforce_deadlines(self, now: float) -> None:
+        timeout = self._limits.job_timeout
         for slot in self._slots:
+            attempt = slot.attempt
             if slot.worker is None:
                 continue
-            running = slot.running
-            if slot.killed_at and now > slot.killed_at + DEATH_S:
-                if self._may_be_unreachable():
-                    slot.killed_at = now
-                    slot.worker.kill()
-                else:
-                    pid = slot.worker.pid
-                    self._take_out_of_service(slot, f"process {pid} there cannot be killed")
-                    self._on_death(slot)
-            elif slot.kill_at and now > slot.kill_at:
-                slot.kill(f"it did not end within {self._limits.grace:g} s (--grace)")
-            elif running and running.is_announced and timeout and not slot.kill_at:
-                loading_s = 0.0 if running.is_loaded else LOADING_S
-                if now > running.last_message_at + timeout + loading_s:
-                    slot.kill_reason = f"no report for {timeout:g} s (--job_timeout)"
+            if slot.kill_at is not None:
+                if now > slot.kill_at:
+                    grace = self._limits.grace
+                    slot.kill_after(math.inf, f"it did not end within {grace:g} s (--grace)")
+                    slot.worker.signal(signal.SIGKILL)
+            elif timeout and attempt and attempt.phase != "waiting":
+                loading_s = LOADING_S if attempt.phase == "loading" else 0.0
+                if now > attempt.last_message_at + timeout + loading_s:
+                    slot.kill_after(STACK_S, f"no report for {timeout:g} s (--job_timeout)")
                     slot.worker.signal(worker.SHOW_STACK)
-                    slot.kill_at = now + STACK_S
-
-    def _may_be_unreachable(self) -> bool:
-        """Whether a worker that does not die may be on a machine that cannot be reached: its job
-        waits until the machine is back or lost, because two workers must not have the job."""
-        return not self._engine.is_fixed and not self._stopping
 
     def _count_loss(self, slot: _ManagedSlot) -> None:
         """Takes a slot out of service that loses one worker after another while others do not."""
-        if not self._engine.is_fixed:
-            return
         slot.loss_times.append(time.monotonic())
         if len(slot.loss_times) < LOSSES_OF_BAD_SLOT:
             return
@@ -421,40 +342,35 @@ class Scheduler:
     def _end_idle_worker(self, slot: _ManagedSlot) -> None:
         """Lets a worker without a job end; the slot is free when it has."""
         assert slot.worker is not None
-        slot.worker.end_when_idle()
-        slot.kill_at = time.monotonic() + IDLE_EXIT_S
+        slot.worker.send(None)
+        slot.kill_after(IDLE_EXIT_S)
 
     def _end_workers(self) -> None:
         """Returns when no worker is left."""
         self._stopping = True
         for slot in self._slots:
-            if slot.worker and slot.running:
-                slot.kill("its owner has ended")
-            elif slot.worker and slot.kill_at is None:
-                self._end_idle_worker(slot)
-        while left := [slot for slot in self._slots if slot.worker]:
-            wait([handle for slot in left if slot.worker for handle in slot.worker.handles], POLL_S)
-            for slot in left:
-                if slot.worker:
-                    slot.worker.receive()  # dropped
-                if slot.worker and slot.worker.has_ended:
-                    self._on_death(slot)
-            self._enforce_deadlines()
+            if slot.worker and slot.attempt:
+                slot.kill_after(0.0, "its owner has ended")
+        while busy := [slot for slot in self._slots if slot.worker]:
+            for slot in busy:
+                if slot.kill_at is None:
+                    self._end_idle_worker(slot)
+            self._handle_messages()
 
     # Events
 
     def _notify(
-        self, slot: _ManagedSlot, running: _RunningJob, kind: EventKind, **values: Any
+        self, slot: _ManagedSlot, attempt: _Attempt, kind: EventKind, **values: Any
     ) -> Answer:
         """Sends an event of a job to the source, whose answer it returns, and shows it."""
         assert slot.worker is not None
         event = Event(
             kind,
             slot.spec,
-            running.job,
+            attempt.job,
             slot.worker.pid,
-            running.attempt,
-            time.monotonic() - running.started_at,
+            attempt.number,
+            time.monotonic() - attempt.started_at,
             log=str(slot.worker.log),
             host=slot.worker.host,
             **values,
@@ -464,32 +380,13 @@ class Scheduler:
         return answer
 
     def _tell_source(self, event: Event) -> Answer:
-        """The source's answer, which may take minutes if its database is unreachable."""
         self._last_event_at = time.monotonic()
-        answer = self._source.event(event)
-        self._extend_timeouts(self._last_event_at)
-        return answer
-
-    def _extend_timeouts(self, since: float) -> None:
-        """The time that the source took counts for no job: its reports were not read meanwhile."""
-        waited_s = time.monotonic() - since
-        for slot in self._slots:
-            if slot.running:
-                slot.running.last_message_at += waited_s
+        return "stop" if self._is_broken else self._source.event(event)
 
     def _show(self, event: Event) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone ends no experiment
-            self._on_event(event)
-
-
-class _EmptySource:
-    """Replaces a source that raised an error: the jobs that run are stopped."""
-
-    def next(self) -> Job | None:
-        return None
-
-    def event(self, _event: Event) -> Answer:
-        return "stop"
+        if not self._is_broken:
+            with contextlib.suppress(OSError):  # a terminal that is gone ends no experiment
+                self._on_event(event)
 
 
 def worker_logs(folder: Path) -> Callable[[Slot, Job], Path]:

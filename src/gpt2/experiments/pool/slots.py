@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import counted
@@ -31,33 +31,24 @@ def of_machine(
     which share the cores. More slots than groups share the groups in turn. Raises ConfigError for
     a GPU that does not exist, and for fewer GPUs than `ddp`.
     """
-    visible = [] if device == "cpu" else _visible_gpus(os.environ)
-    if gpus is not None:
-        if missing := [gpu for gpu in gpus if gpu not in visible]:
-            there = f"available: {', '.join(visible)}" if visible else "torch sees no GPU"
-            raise ConfigError(
-                f"--gpus: no GPU {missing[0]}{suggestion(missing[0], visible)}; {there}"
-            )
-        visible = list(gpus)
-    elif device == "cuda" and not visible:
-        raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
-    visible = visible[:max_gpus]
-    cores = len(os.sched_getaffinity(0))
-    if visible:
-        groups = _groups(visible, ddp)
-        count = count or len(groups)
-        return of_gpus(groups, count, _threads(cores, count * ddp))
-    count = count or min(CPU_SHARES, max_gpus or CPU_SHARES)
-    if ddp > 1 and count * ddp > cores:
-        logger.warning(
-            "%s for %d × --ddp %d: ranks share cores", counted(cores, "core"), count, ddp
+    available = [] if device == "cpu" else _visible_gpus()
+    if missing := [gpu for gpu in gpus or () if gpu not in available]:
+        there = f"available: {', '.join(available)}" if available else "torch sees no GPU"
+        raise ConfigError(
+            f"--gpus: no GPU {missing[0]}{suggestion(missing[0], available)}; {there}"
         )
-    return of_cores(count, _threads(cores, count * ddp))
+    if device == "cuda" and not available:
+        raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
+    chosen = (available if gpus is None else gpus)[:max_gpus]
+    groups = _groups(chosen, ddp)
+    count = count or len(groups) or min(CPU_SHARES, max_gpus or CPU_SHARES)
+    own_threads = threads(len(os.sched_getaffinity(0)) / (count * ddp))
+    return of_gpus(groups, count, own_threads) if groups else of_cores(count, own_threads)
 
 
 def _groups(gpus: Sequence[str], ddp: int) -> list[str]:
     """The GPUs of each slot, as a value of CUDA_VISIBLE_DEVICES."""
-    if len(gpus) < ddp:
+    if 0 < len(gpus) < ddp:
         raise ConfigError(
             f"--ddp {ddp}: each training needs {counted(ddp, 'GPU')}, got "
             f"{counted(len(gpus), 'GPU')} ({', '.join(gpus)}); use --ddp {len(gpus)} or more GPUs"
@@ -69,17 +60,16 @@ def _groups(gpus: Sequence[str], ddp: int) -> list[str]:
     return [",".join(gpus[first : first + ddp]) for first in range(0, used, ddp)]
 
 
-def of_gpus(gpus: Sequence[str], count: int, threads: str) -> list[Slot]:
-    """`count` slots on these GPUs in turn. Each of `gpus` is what a slot has as
-    CUDA_VISIBLE_DEVICES: one GPU, or several with commas."""
+def of_gpus(groups: Sequence[str], count: int, threads: str) -> list[Slot]:
+    """`count` slots on these groups of GPUs in turn."""
     slots, names = [], list[str]()
     for index in range(count):
-        gpu = gpus[index % len(gpus)]
-        short = "-".join(re.sub(r"[^\w-]", "_", item)[:12].lower() for item in gpu.split(","))
+        group = groups[index % len(groups)]
+        short = "-".join(re.sub(r"[^\w-]", "_", gpu)[:12].lower() for gpu in group.split(","))
         name = f"{'' if short.startswith(('gpu', 'mig')) else 'gpu'}{short}"
         names.append(name)
         name += f"_{names.count(name)}" if names.count(name) > 1 else ""
-        slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}))
+        slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": group, "OMP_NUM_THREADS": threads}))
     return slots
 
 
@@ -88,16 +78,20 @@ def of_cores(count: int, threads: str) -> list[Slot]:
     return [Slot(index, f"cpu{index}", {"OMP_NUM_THREADS": threads}) for index in range(count)]
 
 
+def threads(cores: float) -> str:
+    """OMP_NUM_THREADS of a process with this share of the cores, unless the user has set it."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, int(cores)))
+
+
 def fair_share(capacities: Sequence[float], count: int) -> float:
     """The largest share such that `count` shares fit into machines of these capacities, where no
     share is divided between machines; 0 without capacity."""
-    shares = {capacity / parts for capacity in capacities for parts in range(1, count + 1)}
-    fitting = (
-        share
-        for share in shares
-        if share > 0 and sum(int(capacity / share + 1e-9) for capacity in capacities) >= count
-    )
-    return rounded(max(fitting, default=0.0))
+    shares = {capacity / parts for capacity in capacities for parts in range(1, count + 1)} - {0}
+
+    def fits(share: float) -> bool:
+        return sum(int(capacity / share + 1e-9) for capacity in capacities) >= count
+
+    return rounded(max(filter(fits, shares), default=0.0))
 
 
 def rounded(share: float) -> float:
@@ -105,18 +99,12 @@ def rounded(share: float) -> float:
     return math.floor(share * 1e4) / 1e4
 
 
-def _threads(cores: int, processes: int) -> str:
-    """OMP_NUM_THREADS of each process that trains: its share of the cores, unless the user has set
-    it."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
-
-
-def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
+def _visible_gpus() -> list[str]:
     """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     import torch  # takes seconds to import; `device_count` creates no context on a GPU
 
     count = torch.cuda.device_count()
-    listed = [item.strip() for item in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    listed = [item.strip() for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return [item for item in listed if item][:count] or [str(index) for index in range(count)]
 
 

@@ -1,39 +1,36 @@
 """The worker process of a slot: runs the jobs that the owner sends, one after another.
 
-`process.WorkerProcess` starts it with `serve`. Owner and worker exchange `messages` over a socket:
-the owner sends a Job; the worker answers with JobLoaded, any number of JobReported, each of which
-gets a Reply, and one JobEnded. A worker never outlives its owner, and what a job starts never
-outlives the worker.
+`process.WorkerProcess` starts it with `serve`. Owner and worker exchange `messages` over a pipe.
+A worker never outlives its owner, and what a job starts never outlives the worker.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import functools
 import gc
 import importlib
 import inspect
 import io
+import json
 import logging
 import os
 import select
 import signal
-import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from gpt2.base import log
 from gpt2.base.errors import UserError, is_out_of_memory
-from gpt2.distributed.watchdog import PR_SET_PDEATHSIG
-from gpt2.experiments.pool import log_lines, messages
-from gpt2.experiments.pool.channel import Channel
-from gpt2.experiments.pool.job import Job, JobLost, Stopped
-from gpt2.experiments.pool.messages import JobEnded, JobLoaded, JobReported, Reply
+from gpt2.distributed.signals import StopRequest
+from gpt2.experiments.pool import log_lines
+from gpt2.experiments.pool.job import Job, Stopped
+from gpt2.experiments.pool.messages import EndedAs, JobEnded, JobPhase, JobReported, json_ready
 from gpt2.train.report import Answer
 
 logger = logging.getLogger(__name__)
@@ -41,75 +38,63 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES = 16_000_000
 SHOW_STACK = signal.SIGQUIT
 """makes the worker write the stack of each of its threads to its log"""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, SHOW_STACK)
+"""are blocked until the worker can handle them"""
 
 
-def serve(connection: socket.socket, owner: int, log_path: Path, search_path: list[str]) -> None:
-    """The life of a worker process: until the owner, whose pid is given, sends no more jobs."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != owner:  # it died before the line above
-        os._exit(1)
-    os.setsid()  # Ctrl+C reaches the owner alone, which requests its workers to stop
-    _write_to(log_path)
+def serve(
+    connection: Connection, owner: int, log_path: Path | None, search_path: list[str]
+) -> None:
+    """The life of a worker process: until the owner, whose pid is given, sends no more jobs.
+
+    Without a log it is a part of its owner, which is a worker itself.
+    """
+    if log_path is not None:
+        os.setsid()  # Ctrl+C reaches the owner alone, which requests its workers to stop
+        if os.getppid() != owner:  # it is dead already
+            os._exit(1)
+        _kill_group_after_death_of(os.getpid(), owner)
+        _write_to(log_path)
+    sys.stdout = sys.stderr = LogStream()
+    faulthandler.enable(2)
+    faulthandler.register(SHOW_STACK, 2)
     log.setup()
-    _kill_group_after_death()
-    stop = StopFlag()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sys.path[:] = search_path
-    channel = Channel(connection)
-    while (job := channel.wait()) is not None:
-        assert isinstance(job, Job)
-        ended = run_job(job, Reporter(channel, stop))
-        sys.stdout.flush()
-        if not job.own_process:
-            is_unfit = stop.is_set or not _free_memory() or _may_be_broken(ended)
-            ended = replace(ended, takes_no_more=is_unfit)
-        channel.send(ended)
-        if job.own_process:
-            break
+    # A training handles signals itself while it runs. ConnectionError: the owner is dead.
+    with StopRequest() as stop, contextlib.suppress(EOFError, ConnectionError):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for job in iter(connection.recv, None):
+            ended = run_job(job, Reporter(connection, stop))
+            sys.stdout.flush()
+            is_last = job.own_process or stop.number != 0 or not _is_fit(ended)
+            connection.send(replace(ended, takes_no_more=is_last))
+            if is_last:
+                break
 
 
-def _kill_group_after_death() -> None:
-    """Starts a process that waits for this worker's death and then kills its process group, which
-    is all that jobs have started. The owner does the same, if it is still alive."""
-    worker = os.getpid()
-    death = os.pidfd_open(worker)
+def _kill_group_after_death_of(worker: int, owner: int) -> None:
+    """Starts a process that waits until this worker or its owner is dead and then kills the
+    worker's process group, which is the worker and all that jobs have started."""
+    deaths = [os.pidfd_open(worker), os.pidfd_open(owner)]
     if (child := os.fork()) == 0:
         if os.fork() == 0:  # a grandchild, so that init reaps it
             os.setsid()
-            select.select([death], [], [])
+            select.select(deaths, [], [])
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker, signal.SIGKILL)
         os._exit(0)
     os.waitpid(child, 0)
-    os.close(death)
-
-
-def _may_be_broken(ended: JobEnded) -> bool:
-    """Whether the process is unfit for further jobs: its memory is full, or it uses a GPU, which
-    stays unusable in a process after an error in a kernel."""
-    torch = sys.modules.get("torch")
-    has_gpu = torch is not None and torch.cuda.is_initialized()
-    return bool(ended.traceback) and (ended.is_out_of_memory or has_gpu)
-
-
-class StopFlag:
-    """Is set by SIGTERM and SIGINT, with which the owner requests a stop. A training handles the
-    signals itself while it runs, and saves."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._set)
-
-    def _set(self, _number: int, _frame: FrameType | None) -> None:
-        self.is_set = True
+    for death in deaths:
+        os.close(death)
 
 
 class Reporter:
     """The `report` of a job: sends metrics to the owner, returns what the job is to do."""
 
-    def __init__(self, channel: Channel, stop: StopFlag) -> None:
-        self._channel, self._stop = channel, stop
+    def __init__(self, connection: Connection, stop: StopRequest) -> None:
+        self._connection, self._stop = connection, stop
+        self._lock = threading.Lock()
+        """several threads of a job may report"""
         self.answer: Answer = "go"
         """the last one"""
         self.is_over = False
@@ -117,41 +102,40 @@ class Reporter:
 
     @property
     def stop_requested(self) -> bool:
-        return self._stop.is_set
+        return self._stop.number != 0
 
-    def send_loaded(self) -> None:
-        """From now on the owner applies --job_timeout."""
-        self._channel.send(JobLoaded())
+    def send(self, message: JobPhase | JobEnded) -> None:
+        self._connection.send(message)
+
+    def send_failure(self, error: Exception) -> None:
+        """For a job whose process exits at once because of this error."""
+        self.send(_ended_by(error))
 
     def __call__(self, **metrics: Any) -> Answer:
         if self.is_over:
             return "stop"
-        self._channel.send(JobReported(messages.json_ready(metrics)))
-        reply = self._channel.wait()
-        if reply is None:  # the owner is gone
-            os._exit(1)
-        assert isinstance(reply, Reply)
-        self.answer = "stop" if self._stop.is_set else reply.answer
+        reported = JobReported(json_ready(metrics))
+        with self._lock:
+            self._connection.send(reported)
+            reply = self._connection.recv()
+        self.answer = "stop" if self.stop_requested else reply.answer
         return self.answer
 
 
 def find_function(target: str) -> Callable[..., Any]:
     """The function `module:function`; raises UserError if it cannot be imported."""
-    module_name, _, name = target.partition(":")
+    module, _, name = target.partition(":")
     expected = "expected module:function, importable from this folder"
     # Not `isidentifier` for the module: a script, such as my-sweep.py, may have any name.
-    if not module_name or module_name.startswith(".") or not name.isidentifier():
+    if not module or module.startswith(".") or not name.isidentifier():
         raise UserError(f"no function {target}; {expected}")
     try:
-        module = importlib.import_module(module_name)
+        function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"no function {target} ({error}); {expected}") from error
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if function is None:
-        raise UserError(f"no function {target}: {module_name} has no {name}; {expected}")
     if not callable(function):
-        raise UserError(f"{target} is not a function; {expected}")
-    return function
+        raise UserError(f"no function {target}: {module} has none; {expected}")
+    return function  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -164,101 +148,93 @@ def run_job(job: Job, report: Reporter) -> JobEnded:
     """Runs a job, and returns how it ended, whatever it raised."""
     logger.info("job %s: %s", job.name, job.target)
     try:
-        result = _call(job, report)
-        ended = JobEnded("pruned" if report.answer == "prune" else "finished", result)
-        size = len(messages.encode(ended))  # raises TypeError here for what JSON cannot hold
-        if size > MAX_RESULT_BYTES:
-            raise UserError(
-                f"its result has {size / 1e6:.0f} MB, more than {MAX_RESULT_BYTES / 1e6:.0f}; "
-                "write it to a file and return the name of the file"
-            )
-        return ended
+        report.send(JobPhase("loading"))
+        return _call(job, report)
     except Stopped:
         return JobEnded("stopped")
-    except JobLost as error:
-        logger.error("job %s is lost: %s", job.name, error)
-        return JobEnded("lost", reason=str(error))
+    except EndedAs as other:
+        return other.ended
     except UserError as error:
         logger.error("%s", error)
-        return JobEnded("failed", reason=str(error), is_device_error=_is_device_error(error))
+        return _ended_by(error)
     except BaseException as error:
         logger.exception("job %s failed:", job.name)
-        return JobEnded(
-            "failed",
-            reason=f"{type(error).__name__}: {error}".removesuffix(": "),
-            traceback=traceback.format_exc(),
-            is_out_of_memory=_is_out_of_memory(error),
-            is_device_error=_is_device_error(error),
-        )
+        return _ended_by(error)
     finally:
         report.is_over = True
 
 
-def _call(job: Job, report: Reporter) -> Any:
-    """What the job's function returns, in JSON's terms; raises Stopped if it ended early."""
+def _call(job: Job, report: Reporter) -> JobEnded:
+    """How the job ends if its function returns; raises Stopped if it ended early."""
     function = find_function(job.target)
     if report.stop_requested:  # the import may have taken long
         raise Stopped
-    report.send_loaded()
+    report.send(JobPhase("running"))  # from now on the owner applies --job_timeout
     _freeze_modules(job.target)
     kwargs = dict(job.kwargs)
     if "report" in inspect.signature(function).parameters:
         kwargs["report"] = report
-    result = function(**kwargs)
+    returned = function(**kwargs)
     if report.answer == "stop":
         raise Stopped
-    if job.wants_numbers:
-        _require_numbers(job.target, result)
-    return messages.json_ready(result)
+    if job.wants_numbers and not _has_number(returned):
+        example = "expected numbers by name, as in {'value': 1.5}"
+        raise UserError(f"{job.target} returned {returned!r:.80}; {example}")
+    result = json_ready(returned)
+    if len(json.dumps(result)) > MAX_RESULT_BYTES:
+        most = f"{MAX_RESULT_BYTES / 1e6:.0f} MB"
+        raise UserError(f"its result has more than {most}; write it to a file and return its name")
+    return JobEnded("pruned" if report.answer == "prune" else "finished", result)
 
 
-def _require_numbers(target: str, result: Any) -> None:
-    """Raises UserError unless the result is a number or a dict with one; NaN counts as a number."""
+def _ended_by(error: BaseException) -> JobEnded:
+    """How a job ends that raises this error."""
+    is_device_error = "CUDA error" in str(error)
+    if isinstance(error, UserError):
+        return JobEnded("failed", reason=str(error), is_device_error=is_device_error)
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and is_out_of_memory(error)
+    ):  # perhaps because of the jobs before it
+        return JobEnded("lost", reason=f"out of memory: {reason}", traceback=trace)
+    return JobEnded("failed", reason=reason, traceback=trace, is_device_error=is_device_error)
+
+
+def _has_number(result: Any) -> bool:
+    """Whether it is a number or a dict with one. NaN counts, a bool does not."""
     named = result if isinstance(result, dict) else {"value": result}
     values = [value.tolist() if hasattr(value, "tolist") else value for value in named.values()]
-    if not any(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        raise UserError(
-            f"{target} returned {result!r:.80}; expected numbers by name, as in {{'value': 1.5}}"
-        )
+    return any(isinstance(item, int | float) and not isinstance(item, bool) for item in values)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):
-        return is_out_of_memory(error)
-    return isinstance(error, MemoryError)
-
-
-def _is_device_error(error: BaseException) -> bool:
-    return "CUDA error" in str(error)
-
-
-def _free_memory() -> bool:
-    """Frees what the job left, on the GPU too; False if the GPU does not work any more."""
+def _is_fit(ended: JobEnded) -> bool:
+    """Frees what the job has left; whether the process can run another one: not if its memory was
+    full, and not if a job raised an error after it had used the GPU, which stays unusable in a
+    process after an error in a kernel."""
     gc.collect()
     torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return ended.state != "lost"
     try:
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     except RuntimeError:
         return False
-    return True
+    return not ended.traceback
 
 
 def _write_to(path: Path) -> None:
-    """Standard output and error go to the log file, each line of Python's with time and pid."""
+    """Standard output and error go to the log file, also those of programs that a job starts."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):  # also for programs that the job starts
+    for number in (1, 2):
         os.dup2(handle, number)
     os.close(handle)
-    sys.stdout = sys.stderr = LogStream()
-    faulthandler.enable(2)
-    faulthandler.register(SHOW_STACK, 2)
 
 
 class LogStream(io.TextIOBase):
-    """Writes whole lines to file descriptor 1, one call each, so that the output of other
-    processes does not split them."""
+    """Writes whole lines, with time and pid, to file descriptor 1, one call each, so that the
+    output of other processes does not split them."""
 
     encoding = "utf-8"
 

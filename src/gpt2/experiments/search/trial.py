@@ -81,7 +81,7 @@ def run(
     """Trains, writes the trial's files and returns the result of the training.
 
     If training diverged, the result has the reason as `diverged`. Raises Stopped if the training
-    was stopped, after it has saved, and JobLost if one of several ranks died.
+    was stopped, after it has saved, and EndedAs if one of several ranks failed.
     """
     run_config = options.of_stored(run)
     folder = run_config.checkpoint.checkpoint_dir

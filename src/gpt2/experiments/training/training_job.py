@@ -1,6 +1,6 @@
 """A training as a job: `job` makes it, in the owner; `run` trains, in a worker or its ranks."""
 
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,23 +10,25 @@ from typing import Any
 
 import torch
 
-from gpt2.base import folder_lock
-from gpt2.base.errors import ConfigError
+from gpt2.base import folder_lock, log
+from gpt2.base.errors import ConfigError, Diverged, ReportedByOtherRank
 from gpt2.checkpoint import store
 from gpt2.config import options
 from gpt2.config.run import RunConfig
+from gpt2.distributed import watchdog
 from gpt2.distributed.rendezvous import env_rank
-from gpt2.distributed.watchdog import is_under_torchrun
 from gpt2.distributed.world import World
 from gpt2.experiments.pool.job import Job, Stopped
-from gpt2.experiments.training import ddp_host
+from gpt2.experiments.pool.messages import EndedAs, JobEnded
+from gpt2.experiments.pool.worker import Reporter
+from gpt2.experiments.training import ddp
 from gpt2.metrics import log_reader
 from gpt2.train import trainer
 from gpt2.train.dataset import open_data
 from gpt2.train.report import Answer, Report
 from gpt2.train.setup import require_enough_rows
 
-TARGET = "gpt2.experiments.training.training_job:run"
+TARGET, RANK_TARGET = f"{__name__}:run", f"{__name__}:run_rank"
 REPORT_EVERY_S = 0.5
 STALE_LOCK_S = 150.0
 """how long a shared disk may keep the lock of a lost machine: more than twice the default of an NFS
@@ -46,14 +48,13 @@ RESULT_OPTIONS = (
 def require_fresh_start(run_config: RunConfig) -> None:
     """Raises ConfigError if the options name a run or a checkpoint: each training of an experiment
     is named after its job and resumes from its own checkpoint."""
-    name = run_config.experiment
+    name, settings = run_config.experiment, run_config.checkpoint
     if name.name is not None or name.gpu_id is not None:
         raise ConfigError(
             "--experiment_name, --wandb_run_name and --gpu_id are for one run; each training of an "
             "experiment is named after its job, --checkpoint_dir keeps experiments apart, and "
             "--gpus says where they train"
         )
-    settings = run_config.checkpoint
     if settings.resume_from is not None:
         raise ConfigError(
             f"--resume {settings.resume_from} is for one run; to resume an experiment, give the "
@@ -76,24 +77,46 @@ def job(name: str, run_config: RunConfig, folder: Path, *, ranks: int = 1, **cha
     return Job(name, TARGET, {"run": stored, "run_name": run_name, "ranks": ranks})
 
 
-def run(
+def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -> dict[str, Any]:
+    """Trains the stored configuration, and returns what comparisons of trainings need.
+
+    Raises Stopped if it was stopped, after saving, and EndedAs if one of several ranks failed.
+    """
+    _wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
+    if ranks == 1:
+        return _train(report, run, run_name)
+    job = Job(run_name, RANK_TARGET, {"run": run, "run_name": run_name})
+    result: dict[str, Any] = ddp.run_on_ranks(report, job, ranks)
+    if "diverged" in result:
+        raise Diverged(result["diverged"])
+    return result
+
+
+def run_rank(report: Reporter, run: Mapping[str, Any], run_name: str) -> dict[str, Any]:
+    """`run` on one of several ranks. Returns an empty dict on all but rank 0, and if another rank
+    has the error that ends the training."""
+    log.setup(rank=env_rank()[0])
+    try:
+        return _train(report, run, run_name, report.send_failure)
+    except ReportedByOtherRank:
+        return {}
+    except Diverged as error:  # which a caller may handle
+        return {"diverged": str(error)}
+    except RuntimeError as error:
+        if watchdog.is_contact_lost(error):
+            raise EndedAs(JobEnded("lost", reason="another rank died")) from error
+        raise
+
+
+def _train(
     report: Report,
     run: Mapping[str, Any],
     run_name: str,
-    ranks: int = 1,
     on_failure: Callable[[Exception], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains the stored configuration, and returns what comparisons of trainings need.
-
-    It is called in a worker, and, for more than one rank, again in each rank, with `ranks` = 1;
-    there, ranks above 0 return an empty dict. `on_failure` is as in `distributed.watchdog`. Raises
-    Stopped if it was stopped, after saving, and JobLost if one of several ranks died.
-    """
-    if ranks > 1:
-        return ddp_host.run_on_ranks(report, {"run": run, "run_name": run_name}, ranks)
-    if not is_under_torchrun():  # for ranks, their host has waited
-        _wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
-    run_config = _continued(options.of_stored(run))
+    run_config = options.of_stored(run)
+    if store.list_checkpoints(run_config.checkpoint.checkpoint_dir):
+        run_config = options.overlay(run_config, {"resume": "latest", "init_from": "scratch"})
     result = trainer.run(run_config, _ThrottledReport(report), run_name, on_failure)
     if result.state == "stopped":
         raise Stopped
@@ -120,13 +143,6 @@ def _wait_for_folder(report: Report, folder: Path) -> None:
         if report() != "go":
             raise Stopped
         time.sleep(LOCK_POLL_S)
-
-
-def _continued(run_config: RunConfig) -> RunConfig:
-    """`run_config` with the option to resume, if its folder has a checkpoint."""
-    if not store.list_checkpoints(run_config.checkpoint.checkpoint_dir):
-        return run_config
-    return options.overlay(run_config, {"resume": "latest", "init_from": "scratch"})
 
 
 def require_data(run_config: RunConfig, ranks: int = 1) -> None:
@@ -160,10 +176,8 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
         return allocated
     # Not getrusage's ru_maxrss, which a process inherits from its parent.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(line)
 
 
 def result_options(run_config: RunConfig) -> dict[str, Any]:
