@@ -77,7 +77,6 @@ def fail_until_full(tell: Callable[[Event], None], handle: int) -> int:
     return count
 
 
-@pytest.mark.timeout(60)
 def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
     tracker, _ = tracker_of(total=10**6)
     end, begin = os.pipe()
@@ -192,7 +191,6 @@ def a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.usefixtures("a_terminal_of_80_columns")
 def test_live_view_on_a_terminal(tmp_path: Path):
     tracker, clock = tracker_of(total=3)
@@ -220,7 +218,6 @@ def test_live_view_on_a_terminal(tmp_path: Path):
     assert "failed: seed=[2]" in log.read_text()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.usefixtures("a_terminal_of_80_columns")
 def test_a_stalled_terminal_does_not_delay_jobs(tmp_path: Path):
     """As after Ctrl+S."""
@@ -236,7 +233,6 @@ def test_a_stalled_terminal_does_not_delay_jobs(tmp_path: Path):
     assert shown.index("from elsewhere") < shown.index("and later")
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.usefixtures("a_terminal_of_80_columns")
 def test_a_closed_terminal_does_not_end_the_experiment(tmp_path: Path):
     tracker, _ = tracker_of(total=2)

@@ -140,9 +140,10 @@ def test_state_file(tmp_path: Path):
     tracker, clock = tracker_of(total=4)
     train(tracker, clock, 0, "a", range(1, 5), total=8)
     tracker.update(event("failed", 1, "b", reason="bad"))
+    before = time.time()
     state.write(tmp_path, tracker.current)
     found = state.read(tmp_path)
-    assert found is not None and abs(found.written - time.time()) < 60
+    assert found is not None and found.written >= before
     assert found.slots == tracker.current.slots and found.failures == tracker.current.failures
     (tmp_path / state.FILE).write_text('{"kind": "seeds"')
     assert state.read(tmp_path) is None

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from gpt2.experiments.pool.job import Job
 from gpt2.experiments.pool.worker import Reporter
 
 POLL_S = 0.2
-"""how soon a stop is noticed"""
+"""how soon an end and a stop are noticed"""
 
 
 def job(experiment: Experiment, begun: str, slot: int | None) -> Job:
@@ -41,12 +42,8 @@ def run(name: str, flags: Sequence[str], begun: str, report: Reporter) -> int:
             )
     except OSError as error:
         raise UserError(f"cannot start {command[0]}, which writes to {console}: {error}") from error
-    stop_sent = False
-    while True:
-        try:
-            code = process.wait(POLL_S)
-            return code if code >= 0 else 128 - code
-        except subprocess.TimeoutExpired:
-            if report.stop_requested and not stop_sent:
-                process.terminate()
-                stop_sent = True
+    while process.poll() is None and not report.stop_requested:
+        time.sleep(POLL_S)
+    process.terminate()  # does nothing if it has ended
+    code = process.wait()
+    return code if code >= 0 else 128 - code
