@@ -58,7 +58,8 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path):
         "19 of 25 done, 1 failed | 1.0 jobs/s | 5s left",
         "finished: 24 of 25 done, 1 failed | 1.0 jobs/s | 25s",
     ]
-    logged = log.read_text().splitlines()
+    first, *logged = log.read_text().splitlines()
+    assert "models: 25 jobs, 0 done before, on gpu0, gpu1; process" in first
     assert [line.partition(" | ")[2] for line in logged] == lines
     assert re.match(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d {os.getpid()} \| ", logged[1])
     kept = state.read(tmp_path)
@@ -94,7 +95,7 @@ def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
             reader.start()
         out.print("and later")
     reader.join()
-    logged = [line.partition(" | ")[2] for line in log.read_text().splitlines()]
+    _, *logged = [line.partition(" | ")[2] for line in log.read_text().splitlines()]
     assert [*logged, "and later"] == [line.rstrip("\n") for line in read]
     assert len([line for line in logged if line.startswith("failed: ")]) == count
 

@@ -51,6 +51,7 @@ def showing_progress(
         contextlib.closing(ExperimentLog(log)) as log_file,
         printing_in_background(out, tracker if is_live else None),
     ):
+        log_file.add(rendering.first_line(tracker.current))
         reporter = LineReporter(tracker, log_file, out, is_live)
 
         def write() -> None:

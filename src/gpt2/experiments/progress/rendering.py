@@ -24,6 +24,13 @@ MAX_OTHER_METRICS = 3
 BAR_CELLS = 10
 
 
+def first_line(state: ExperimentState) -> str:
+    """`seeds: 25 jobs, 10 done before, on gpu0, gpu1; process 4711 on host`."""
+    jobs = f"{counted(state.total, 'job')}, {state.before:,} done before"
+    slots = ", ".join(slot.slot for slot in state.slots)
+    return f"{one_line(state.kind)}: {jobs}, on {slots}; process {state.pid} on {state.host}"
+
+
 def event_line(event: Event) -> str:
     """The line about an event; empty if it has none. Jobs that share a process have one only if
     something goes wrong."""
