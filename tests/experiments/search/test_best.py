@@ -75,6 +75,11 @@ def test_an_exported_trial_outlives_its_folder(tmp_path: Path):
     shutil.rmtree(tmp_path / "search" / job.name)
     found = best.export(played.study, tmp_path / "search")
     assert found and found[1] and found[1].startswith("gpt2 train --preset demo")
+    trained(tmp_path / "search", job, beta2=0.5)
+    best.export(played.study, tmp_path / "search")
+    exported = json.loads((tmp_path / "search" / best.FOLDER / trial.CONFIG).read_text())
+    assert exported["parameters"] == {"beta2": 0.5}, "a trial of that number in another search"
+    shutil.rmtree(tmp_path / "search" / job.name)
     shutil.rmtree(tmp_path / "search" / best.FOLDER)
     assert "trial_000, without files in " in summary_of(played)
 

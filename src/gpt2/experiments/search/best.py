@@ -37,11 +37,12 @@ def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
         return None
     found = min(finished, key=lambda item: (item.value, item.number))
     source, target = folder / trial.name_of(found.number), folder / FOLDER
-    exported = _read_config(target / trial.CONFIG)
-    if exported.get("trial") == found.number and (target / COMMAND).exists():
+    exported, about = (_read_config(path / trial.CONFIG) for path in (target, source))
+    # Its own folder may have been removed since.
+    is_exported = exported.get("trial") == found.number and about in ({}, exported)
+    if is_exported and (target / COMMAND).exists():
         return found, (target / COMMAND).read_text().splitlines()[-1]
     (target / trial.CONFIG).unlink(missing_ok=True)
-    about = _read_config(source / trial.CONFIG)
     if not about or not (source / trial.WEIGHTS).exists():
         for name in (COMMAND, trial.WEIGHTS):
             (target / name).unlink(missing_ok=True)

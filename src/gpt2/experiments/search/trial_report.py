@@ -293,7 +293,7 @@ def html_page(
     images = (base64.b64encode(path.read_bytes()).decode() for path in pictures)
     return HTML.format(
         title=html.escape(title),
-        command=html.escape(command or "No trial has finished."),
+        command=html.escape(command or "None: the best trial has no files in this folder."),
         pictures="\n".join(f'<img src="data:image/png;base64,{image}">' for image in images),
         rows="\n".join("<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows),
     )
