@@ -37,20 +37,20 @@ def test_out_dir_holds_all_three_folders_and_flags_win():
 
 
 @pytest.mark.parametrize(
-    ("flags", "bias", "fast"),
+    ("flags", "bias", "deterministic"),
     [
-        (["--no_bias", "--fast"], False, True),
-        (["--bias", "False", "--fast", "True"], False, True),
-        (["--bias=true", "--fast=false"], True, False),
-        (["--sample-prompt", "False", "--fast", "false"], True, False),
+        (["--no_bias", "--deterministic"], False, True),
+        (["--bias", "False", "--deterministic", "True"], False, True),
+        (["--bias=true", "--deterministic=false"], True, False),
+        (["--sample-prompt", "False", "--deterministic", "false"], True, False),
     ],
 )
-def test_a_switch_may_have_its_value(flags: list[str], bias: bool, fast: bool):
+def test_a_switch_may_have_its_value(flags: list[str], bias: bool, deterministic: bool):
     run = parse_train(flags).run
-    assert (run.model.bias, run.machine.fast) == (bias, fast)
+    assert (run.model.bias, run.machine.deterministic) == (bias, deterministic)
 
 
-@pytest.mark.parametrize("flags", [["--fast=True", "False"], ["--fast", "True", "False"]])
+@pytest.mark.parametrize("flags", [["--bias=True", "False"], ["--bias", "True", "False"]])
 def test_a_switch_has_one_value(flags: list[str]):
     with pytest.raises(SystemExit):
         parse_train(flags)

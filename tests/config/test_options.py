@@ -46,6 +46,14 @@ def test_overlay_converts_values_to_the_types_of_their_fields():
     assert run.evaluation.eval_interval is None
 
 
+def test_options_of_earlier_versions_are_ignored():
+    file = "seed = 3\nfast = false\n[machine]\nfast = true"
+    assert options.from_toml(RunConfig(), file, "a.toml") == overlay(RunConfig(), {"seed": 3})
+    stored = RunConfig().to_dict()
+    stored["machine"]["fast"] = False
+    assert options.of_stored(stored) == RunConfig()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

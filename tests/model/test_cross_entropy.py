@@ -1,5 +1,3 @@
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from gpt2.config import presets
 from gpt2.config.model import ARCHITECTURES
 from gpt2.config.options import overlay
 from gpt2.distributed import rendezvous
-from gpt2.model import cross_entropy
+from gpt2.model import base, cross_entropy
 from gpt2.model.cross_entropy import summed_cross_entropy
 from gpt2.train import trainer
 from gpt2.train.replica import Replica
@@ -67,14 +65,13 @@ def test_bfloat16_is_as_close_to_float32_as_with_plain_operations(size: float):
         assert (gradient - exact).norm() < 0.005 * exact.norm()
 
 
-def test_a_run_learns_the_same_with_it(data_root, tmp_path):
-    fast, slow = (
-        small_config(data_root, tmp_path / name, fast=name == "a", dtype="float32") for name in "ab"
-    )
-    trainer.run(fast)
-    trainer.run(slow)
-    ours, plain_ones = (losses(run.watch.log_dir / "log.txt") for run in (fast, slow))
-    assert ours == pytest.approx(plain_ones, rel=2e-5)
+def test_a_run_learns_the_same_with_it(data_root, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    ours, plain_one = (small_config(data_root, tmp_path / name) for name in "ab")
+    trainer.run(ours)
+    monkeypatch.setattr(base, "summed_cross_entropy", plain)
+    trainer.run(plain_one)
+    found = [losses(run.watch.log_dir / "log.txt") for run in (ours, plain_one)]
+    assert found[0] == pytest.approx(found[1], rel=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -99,38 +96,30 @@ def test_every_architecture_has_its_gradients_in_bfloat16(architecture: str):
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_a_model_learns_as_well_with_it(tmp_path: Path):
+def test_a_model_learns_as_well_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """300 steps on the standard library, three seeds. Sums have another order, so their last digits
     differ; with Muon, and at the highest learning rates of AdamW, that changes the loss by more."""
     data = tmp_path / "stdlib"
     gpt2 = [sys.executable, "-m", "gpt2"]
     run_command([*gpt2, "data", "python-stdlib", "--out", str(data), "--max_tokens", "2000000"])
-    options = "--optimizer adamw --dtype float32 --learning_rate 2e-3 --max_steps 300"
-    options += " --sample_interval None"
-    sweep = [*gpt2, "seeds", "--preset", "demo", "--data_root", str(data), *options.split()]
+    demo = {"data_root": str(data), "device": "cpu", "dtype": "float32", "sample_interval": None}
+    demo |= {"optimizer": "adamw", "learning_rate": 2e-3, "max_steps": 300}
     found = []
-    for fast in ("--fast", "--no_fast"):
-        out = tmp_path / fast.strip("-")
-        folders = ["--checkpoint_dir", str(out), "--log_dir", str(out / "logs")]
-        command = [*sweep, *folders, "--num_seeds", "3", "--slots", "3", "--device", "cpu", fast]
-        subprocess.run(command, check=True)
-        records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        losses = {line["values"]["seed"]: line["result"]["val_loss"] for line in records}
-        print(fast, losses)
-        found.append([losses[seed] for seed in range(3)])
-    for ours, plain_one in zip(*found, strict=True):
+    for loss_of in (summed_cross_entropy, plain):
+        monkeypatch.setattr(base, "summed_cross_entropy", loss_of)
+        for seed in range(3):
+            out = tmp_path / f"{loss_of.__name__}_{seed}"
+            folders = {name: out / name for name in ("checkpoint_dir", "log_dir", "runs_dir")}
+            run = overlay(presets.preset("demo"), {**demo, **folders, "seed": seed})
+            found.append(trainer.run(run).val_loss)
+    print(found)
+    for ours, plain_one in zip(found[:3], found[3:], strict=True):
         assert ours < 4.5 and abs(ours - plain_one) < 0.01
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, True),
-        ({"fast": False}, False),
-        ({"dtype": "bfloat16"}, True),
-    ],
-)
-def test_where_it_is_used(data_root, tmp_path, options: dict[str, object], expected: bool):
-    run = small_config(data_root, tmp_path, **{"dtype": "float32"} | options)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_it_is_used(data_root, tmp_path, dtype: str):
+    run = small_config(data_root, tmp_path, dtype=dtype)
     with rendezvous.join(run.machine) as world:
-        assert Replica(run, world).model.fast_head is expected
+        assert Replica(run, world).model.fast_head
+        assert not Replica(run, world, plain_head=True).model.fast_head

@@ -42,8 +42,17 @@ def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):
         def run_on_rank0(self, function: Callable[[], T]) -> T:
             return before
 
-    checkpoint = {"progress": {"step": 5}}
+    checkpoint = {"progress": {"step": 5}, "config": {"machine": {}}}
     rank_1 = Rank1(1, 2, torch.device("cpu"))
     assert resume.train_state(checkpoint, path, rank_1).evaluated_step is None
     rank_0 = resume.train_state(checkpoint, path)
     assert (rank_0.val_loss, rank_0.best_val_loss, rank_0.evaluated_step) == (3.0, 3.0, 5)
+
+
+def test_a_run_that_began_without_the_single_pass_goes_on_without_it(tmp_path: Path):
+    for fast in (True, False):  # --fast was an option of earlier versions
+        config = {"machine": {"fast": fast}}
+        state = resume.train_state({"progress": {"step": 5}, "config": config}, tmp_path / "a.pt")
+        assert state.plain_head is not fast
+        own = {"progress": state.to_dict(), "config": {"machine": {}}}
+        assert resume.train_state(own, tmp_path / "a.pt").plain_head is not fast

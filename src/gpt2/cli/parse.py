@@ -89,7 +89,7 @@ def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
 
 
 def _as_switches(kind: type[Any], arguments: Sequence[str]) -> list[str]:
-    """`arguments` with `--fast False` as `--no_fast`, the only form that tyro knows."""
+    """`arguments` with `--bias False` as `--no_bias`, the only form that tyro knows."""
     switches = _switches(kind)
     rewritten: list[str] = []
     for before, argument in itertools.pairwise(("", *arguments)):

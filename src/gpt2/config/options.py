@@ -28,12 +28,13 @@ NOTED_AT_RESUME = (
     "model.dropout",
     *(f"optim.{part.name}" for part in fields(OptimConfig) if part.name != "optimizer"),
     "machine.dtype",
-    "machine.fast",
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )
 # Values of options that did not exist when old checkpoints were written.
 IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
+# Options of earlier versions, which files may still have, with the values that they now stand for.
+FORMER = {"fast": True}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:
@@ -75,8 +76,9 @@ def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, value in _flatten(values):
-        owner, field, hint = locate(name)
-        parts.setdefault(owner, {})[field] = _coerce(name, value, hint)
+        if name.rpartition(".")[2] not in FORMER:
+            owner, field, hint = locate(name)
+            parts.setdefault(owner, {})[field] = _coerce(name, value, hint)
     top = parts.pop("", {})
     changed_parts = {owner: replace(getattr(config, owner), **new) for owner, new in parts.items()}
     return replace(config, **top, **changed_parts)
@@ -136,7 +138,7 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` with the type of its field: str to Path or back, int to float, "None" to None."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(None) in options and (value is None or value in ("None", "none")):
+    if type(None) in options and value in (None, "None"):
         return None
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):

@@ -195,8 +195,6 @@ class MachineConfig:
     """seconds that a rank waits for the others before it reports a hang and exits"""
     deterministic: bool = False
     """bit-identical runs on CUDA, too; slower"""
-    fast: bool = True
-    """--no_fast computes the output head with plain torch operations, for comparison"""
     keep_freed_memory: bool = True
     """CPU: glibc keeps freed buffers for the next step instead of unmapping them"""
 

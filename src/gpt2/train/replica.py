@@ -34,9 +34,14 @@ class Replica:
     """
 
     def __init__(
-        self, run_config: RunConfig, world: World, weights: dict[str, torch.Tensor] | None = None
+        self,
+        run_config: RunConfig,
+        world: World,
+        weights: dict[str, torch.Tensor] | None = None,
+        plain_head: bool = False,
     ) -> None:
-        """Weights are drawn from the seed, the same on every rank, unless some are given."""
+        """Weights are drawn from the seed, the same on every rank, unless some are given.
+        `plain_head` is as in `TrainState`."""
         self.config, self.world = run_config, world
         self.dtype = _autocast_dtype(run_config, world)
         self.autocast = torch.autocast(
@@ -51,7 +56,7 @@ class Replica:
         self.optimizer = build_optimizer(self.model, run_config.optim)
         on_cuda = world.device.type == "cuda"
         is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
-        self.model.fast_head = machine.fast and not on_cuda and not is_compiled
+        self.model.fast_head = not (plain_head or on_cuda or is_compiled)
         self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
         self.mini_batch_size = run_config.data.mini_batch_size
         if run_config.data.auto_mini_batch:

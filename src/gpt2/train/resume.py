@@ -79,6 +79,12 @@ class StartingPoint:
         hint = f"it was made with --preset {stored['preset']}" if has_other_preset else ""
         _refuse_contradictions(self.path, rows, hint)
 
+    def train_state(self, world: World) -> TrainState:
+        """The state that training begins with."""
+        if self.checkpoint is None or self.path is None:
+            return TrainState()
+        return train_state(self.checkpoint, self.path, world)
+
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """Permitted differences from the checkpoint, for the banner."""
         assert self.checkpoint is not None
@@ -100,6 +106,7 @@ def train_state(checkpoint: CheckpointState, path: Path, world: World | None = N
     copies of different age, but all ranks must agree on what is left to measure.
     """
     state = TrainState.from_dict(checkpoint["progress"])
+    state.plain_head |= not checkpoint["config"]["machine"].get("fast", True)
     read_it = functools.partial(read_metadata, path.with_suffix(".json"))
     metadata = world.run_on_rank0(read_it) if world else read_it()
     if metadata is None or metadata.training.step != state.step:

@@ -17,12 +17,11 @@ from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, events_to
-from gpt2.train import banner, experiment_folder, resume
+from gpt2.train import banner, experiment_folder
 from gpt2.train.evaluator import Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.resume import StartingPoint
-from gpt2.train.state import TrainState
 from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
 
@@ -52,11 +51,10 @@ def build(
     require_enough_rows(run_config, world)
     start.require_agreement(run_config, fingerprint := data.fingerprint())
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
-    replica = Replica(run_config, world, start.weights)
+    state, notes = start.train_state(world), None
+    replica = Replica(run_config, world, start.weights, state.plain_head)
     evaluator = Evaluator(run_config, world, replica, data)
-    state, notes = TrainState(), None
-    if start.checkpoint is not None and start.path is not None:
-        state = resume.train_state(start.checkpoint, start.path, world)
+    if start.checkpoint is not None:
         run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
         notes = start.notes(run_config, world)
         replica.load_state_dict(start.checkpoint, state.step)

@@ -62,6 +62,8 @@ class TrainState:
     bad_in_a_row: int = 0
     left_out: tuple[int, int] | None = None
     """the sampler's steps that are never trained on, as (first, count)"""
+    plain_head: bool = False
+    """whether an earlier version began the run with --no_fast: without the head's single pass"""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":

@@ -32,6 +32,8 @@ low = 512
 high = 4000
 [grad_clip]
 choices = [1.0, "None"]
+[shuffle]
+choices = ["none", "rows"]
 """
 MIXED_SPACE = space.parse(MIXED, RUN, "space.toml")
 
@@ -44,7 +46,9 @@ def test_a_space_is_read():
         "n_embd": "48 to 96, step 8",
         "total_batch_size": "512 to 4000",
         "grad_clip": "1.0, None",
+        "shuffle": "none, rows",
     }
+    assert MIXED_SPACE["shuffle"].choices == ("none", "rows")
     assert list(space.values(MIXED_SPACE["n_layer"]) or ()) == [2, 4, 6]
 
 

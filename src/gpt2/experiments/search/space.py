@@ -226,7 +226,7 @@ def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
         )
     try:
         if "choices" in table:
-            plain = [None if value in ("None", "none") else value for value in table["choices"]]
+            plain = [None if value == "None" else value for value in table["choices"]]
             return CategoricalDistribution(**{**table, "choices": plain})
         with warnings.catch_warnings():  # a `high` between two steps becomes the lower one
             warnings.simplefilter("ignore")

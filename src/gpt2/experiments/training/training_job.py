@@ -185,4 +185,4 @@ def result_options(run_config: RunConfig) -> dict[str, Any]:
     folders, intervals of checkpoints, or the machine."""
     plain = run_config.to_dict()
     parts = (name.split(".") for name in RESULT_OPTIONS)
-    return {name: plain[part][name] for part, name in parts}
+    return {name: plain[part][name] for part, name in parts} | options.FORMER
