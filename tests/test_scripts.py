@@ -1,16 +1,16 @@
 """The scripts that users type, as they are typed."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-from support import ROOT, run_command
+from support import ROOT, run_command, wait_until
 
 SHIMS = [
     "src/train_improved.py",
@@ -73,19 +73,14 @@ def test_tensorboard_starts_from_any_folder(tmp_path: Path):
             assert started.stdout.readline().startswith(
                 f"TensorBoard for {ROOT}/runs: http://localhost:{port}"
             )
-            page = wait_for(f"http://localhost:{port}/data/environment", started)
-            assert f"{ROOT}/runs".encode() in page
+            url = f"http://localhost:{port}/data/environment"
+            wait_until(lambda: started.poll() is not None or page_at(url))
+            assert f"{ROOT}/runs".encode() in page_at(url)
         finally:
             started.terminate()  # a shell may have started the tests with SIGINT ignored
 
 
-def wait_for(url: str, server: subprocess.Popen[str]) -> bytes:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            with urllib.request.urlopen(url) as answer:
-                return answer.read()
-        except OSError:
-            assert time.monotonic() < deadline
-            assert server.poll() is None
-            time.sleep(0.3)
+def page_at(url: str) -> bytes:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
+        return bytes(answer.read())
+    return b""

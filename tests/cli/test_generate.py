@@ -27,6 +27,7 @@ from gpt2.data import tokenizer
 from gpt2.inference.generate import generate_text
 from gpt2.inference.sampling import Sampling
 from gpt2.model.gpt2 import GPT2
+from support import HANG_S
 
 SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)
 ONE = Sampling(max_new_tokens=6, top_p=0.9)
@@ -144,12 +145,10 @@ class Terminal:
 
     def read_until(self, wanted: str) -> str:
         """What is shown up to `wanted`."""
-        deadline = time.monotonic() + 100
         while wanted not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], 1)
-            assert time.monotonic() < deadline, f"no {wanted!r} in {self.seen!r}"
-            if ready:
-                self.seen += os.read(self.master, 4096).decode(errors="replace")
+            ready, _, _ = select.select([self.master], [], [], HANG_S)
+            assert ready, f"no {wanted!r} in {self.seen!r}"
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
         before, _, self.seen = self.seen.partition(wanted)
         return before
 
@@ -178,7 +177,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(net: GPT2, tmp_path: Path):
         terminal.type("half a line\x03")
         terminal.read_until("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(timeout=60) == 0
+        assert terminal.process.wait(timeout=HANG_S) == 0
     finally:
         terminal.process.kill()
         terminal.process.wait()

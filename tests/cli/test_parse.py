@@ -7,6 +7,7 @@ import pytest
 
 from gpt2.base.errors import ConfigError, UserError
 from gpt2.cli.parse import USER_ERROR, guarded, parse, parse_known
+from support import HANG_S
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run_in_shell(redirection: str, *arguments: object) -> subprocess.CompletedPr
         + [str(item) for item in arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_S,
     )
 
 

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import fsspec
@@ -20,6 +19,7 @@ from gpt2.data.loader import Loader
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
+from support import wait_until
 
 URL = "memory://bucket/corpora/small"
 
@@ -115,9 +115,7 @@ def test_the_next_shard_is_downloaded_before_it_is_needed(downloads: list[str], 
     sampler = Sampler(dataset.rows_per_shard, 1, seed=1)
     with Loader(dataset, sampler, range(100), mini_batch_size=1) as loader:
         loader.next_step()
-        deadline = time.monotonic() + 10
-        while len(downloads) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(downloads) >= 2)
     assert downloads == [shard.file for shard in dataset.shards[:2]]
 
 
@@ -303,18 +301,20 @@ def name_of_a_train_shard(memory: MemoryFileSystem) -> str:
 def test_closing_does_not_wait_for_a_download(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    hanging = threading.Event()
-    monkeypatch.setattr(
-        MemoryFileSystem, "get_file", lambda *_, **__: (hanging.wait(60), sys.exit())
-    )
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def hangs(*_: object, **__: object) -> None:
+        begun.set()
+        goes_on.wait()
+        sys.exit()
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", hangs)
     dataset = open_train(remote_index(tmp_path))
     sampler = Sampler(dataset.rows_per_shard, 1, seed=1)
     loader = Loader(dataset, sampler, range(100), mini_batch_size=1)
-    time.sleep(0.05)
-    started = time.monotonic()
+    begun.wait()
     loader.close()
-    assert time.monotonic() - started < 5
-    hanging.set()
+    goes_on.set()
 
 
 def test_a_cache_that_cannot_hold_two_shards_is_refused(memory: MemoryFileSystem, tmp_path: Path):

@@ -130,7 +130,7 @@ def test_a_top_p_of_1_is_off(net: LanguageModel):
 )
 def test_the_nucleus_is_the_smallest_set_of_that_mass(logits: list[float], top_p: float):
     probabilities_BV = torch.tensor([logits]).softmax(dim=1)
-    (kept_V,) = generate._nucleus(probabilities_BV, top_p, None)
+    (kept_V,) = generate.nucleus(probabilities_BV, top_p, None)
     inside = kept_V > 0
     assert torch.equal(kept_V, probabilities_BV[0].where(inside, 0))
     mass_inside = float(kept_V.double().sum())
@@ -153,7 +153,7 @@ def test_temperature_top_k_and_top_p_work_together_as_in_transformers(
     warpers.append(transformers.TopPLogitsWarper(top_p))
     expected_V = warpers(None, logits_V[None])[0].softmax(dim=0)
     draws = 20_000
-    drawn_B1 = generate._pick(
+    drawn_B1 = generate.pick(
         logits_V.expand(draws, -1),
         Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         torch.Generator().manual_seed(3),

@@ -2,7 +2,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from gpt2.metrics import console, log_reader
 from gpt2.metrics.records import Metrics, ValidationRecord
 from metrics.example_record import RECORD
 from metrics.fake_wandb import FakeWandB, open_wandb
-from support import run_command, small_flags, train_command
+from support import run_command, small_flags, train_command, wait_until
 
 
 def test_a_run_keeps_its_id_and_logs_no_step_twice(monkeypatch):
@@ -74,19 +73,12 @@ def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
     with subprocess.Popen(
         command(100_000), env=os.environ | environment, cwd=tmp_path, stdout=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 60
-        name = ""
-        while not name or log_reader.furthest_step(log, name) < 15:
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
-            if log.exists() and (runs := log_reader.read_runs(log)):
-                name = runs[0].name
+        wait_until(lambda: log.exists() and log_reader.read_runs(log))
+        name = log_reader.read_runs(log)[0].name
+        wait_until(lambda: log_reader.furthest_step(log, name) >= 15)
         process.send_signal(signal.SIGKILL)
     killed_at = log_reader.furthest_step(log, name)
-    while helpers := wandb_helpers(process.pid):
-        assert time.monotonic() < deadline + 30, helpers
-        time.sleep(0.1)
+    wait_until(lambda: not wandb_helpers(process.pid))
 
     done = run_command(command(killed_at + 5), cwd=tmp_path, **environment)
     assert "WARNING" not in done.stdout + done.stderr

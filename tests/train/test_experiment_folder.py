@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from gpt2.cli import train
 from gpt2.config import options, presets
 from gpt2.train import experiment_folder, trainer
 from gpt2.train.report import Answer
-from support import losses, small_config, small_flags, train_command
+from support import losses, small_config, small_flags, train_command, wait_until
 
 SHORT = {"device": "cpu", "eval_interval": None, "total_batch_size": 64}
 
@@ -83,7 +82,7 @@ def test_an_experiment_from_its_start_to_a_resume(data_root: Path, tmp_path: Pat
     with printed.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
-        wait_for(printed, "Saved checkpoint", 3)
+        wait_until(lambda: printed.read_text().count("Saved checkpoint") >= 3, printed.read_text)
         assert f"Checkpoint will be saved as {link}\n" in printed.read_text()
         with pytest.raises(FolderInUse, match=rf"exp_gpu_2: process {process.pid} on"):
             trainer.run(named_config(data_root, tmp_path, "exp", resume="latest"))
@@ -114,13 +113,6 @@ def test_an_experiment_from_its_start_to_a_resume(data_root: Path, tmp_path: Pat
     assert os.readlink(link) == f"exp_gpu_2/step_{last:06d}.pt"
     after = losses(tmp_path / "logs" / "exp_gpu_2" / "log.txt")
     assert before.keys() <= after.keys()
-
-
-def wait_for(path: Path, text: str, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while (found := path.read_text()).count(text) < count:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
 
 
 def test_what_is_not_there_cannot_be_resumed(data_root: Path, tmp_path: Path, capsys, caplog):

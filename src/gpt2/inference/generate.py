@@ -46,7 +46,7 @@ def generate(
                 pending_BT = torch.cat(seen, dim=1)[:, -kept:]
                 seen = [pending_BT]
             logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.VOCAB_SIZE]
-            pending_BT = _pick(logits_BV.expand(sampling.num_samples, -1), sampling, generator)
+            pending_BT = pick(logits_BV.expand(sampling.num_samples, -1), sampling, generator)
             seen.append(pending_BT)
             yield pending_BT[:, 0]
 
@@ -108,7 +108,7 @@ def _kept(context: int) -> int:
     return context // 2 or 1
 
 
-def _pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """The next token of each sample, (B, 1).
 
     Temperature, then top_k, then top_p, as in transformers: top_p is a share of the probability
@@ -123,11 +123,11 @@ def _pick(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> 
         logits_BV = logits_BV.masked_fill(logits_BV < likeliest_BK[:, -1:], float("-inf"))
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=1)
     if top_p is not None and top_p < 1:
-        probabilities_BV = _nucleus(probabilities_BV, top_p, top_k)
+        probabilities_BV = nucleus(probabilities_BV, top_p, top_k)
     return torch.multinomial(probabilities_BV, num_samples=1, generator=generator)
 
 
-def _nucleus(probabilities_BV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+def nucleus(probabilities_BV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     """`probabilities_BV` inside the smallest set whose mass is at least `top_p`, 0 outside it
     (Holtzman et al. 2020, section 3.1). At most `top_k` of them are above 0, apart from ties."""
     size = probabilities_BV.size(1)
