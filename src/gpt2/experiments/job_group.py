@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 2
 """jobs that run side by side, unless the user chooses another number"""
-SAVE_EVERY, SAVE_SHARE = 50, 20
+SAVE_EVERY, SAVE_SHARE = 50, 5
 """results between two writes of results.json: so many, or 1 / SAVE_SHARE of all if that is more"""
 Values = Mapping[str, Any]
 MakeJob = Callable[[str, Values], Job]
