@@ -1,7 +1,5 @@
 import io
-import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,55 +210,6 @@ def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tm
     assert f"use --checkpoint_dir {tmp_path / 'demo'}" in capsys.readouterr().err
 
 
-def test_data_is_verified_and_shown(tmp_path: Path, data_root: Path, monkeypatch, capsys):
-    assert call(monkeypatch, main.main, "data", "verify", str(data_root)) == 0
-    assert "shards match the manifest" in capsys.readouterr().out
-    assert call(monkeypatch, main.main, "data", "show", str(data_root), "--shard", "0") == 0
-    printed = capsys.readouterr().out
-    assert "small_val_000000.npy" in printed
-    assert "Shard 0 begins with:\n<|endoftext|># Copyright 2007 Google" in printed
-    assert call(monkeypatch, main.main, "data", "show", str(data_root), "--shard", "99") == 2
-    capsys.readouterr()
-
-    broken = Path(shutil.copytree(data_root, tmp_path / "small"))
-    with (broken / "small_train_000001.npy").open("ab") as file:
-        file.write(b"x")
-    assert call(monkeypatch, main.main, "data", "verify", str(broken)) == 2
-    error = capsys.readouterr().err
-    assert "error: 1 of " in error
-    assert "small_train_000001.npy: expected 16128 bytes, got 16129" in error
-
-
-def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} " * 500)
-    out = tmp_path / "data" / "mine"
-    pattern = str(tmp_path / "*.txt")
-    flags = ("files", pattern, "--out", str(out), "--shard_tokens", "400", "--workers", "1")
-    assert call(monkeypatch, main.main, "data", *flags) == 0
-    assert f"Train on it with --data_root {out}" in capsys.readouterr().out
-    assert (out / "mine_val_000000.npy").exists()
-    assert call(monkeypatch, main.main, "data", "show", str(out), "--shard", "0") == 0
-    assert "one one one" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["fineweb-ed"], "unknown corpus fineweb-ed; did you mean fineweb-edu"),
-        (["python-stdlib", "--shard_tokens", "1"], "shard_tokens=1 is too small"),
-        (["files", "nowhere/*.txt"], "no file matches nowhere/*.txt"),
-        (["files"], "no files given"),
-        (["verify", "nowhere"], "no training data in nowhere"),
-    ],
-)
-def test_wrong_data_commands_are_one_line(monkeypatch, capsys, flags, message):
-    assert call(monkeypatch, main.main, "data", *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("state", "code"), [("finished", 0), ("stopped", 3), ("failed", 4), ("running", 4)]
 )
@@ -270,24 +219,6 @@ def test_status_as_an_exit_code(monkeypatch, capsys, tmp_path: Path, state: str,
     status.write(tmp_path, plan, state, 5, "[/gloo/pair.cc:5] lost")
     assert call(monkeypatch, status_main, "--checkpoint_dir", str(tmp_path)) == code
     assert "[/gloo/pair.cc:5] lost" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("how", ["--streaming", "--no_streaming"])
-def test_a_local_data_set_through_the_hub_command(monkeypatch, capsys, tmp_path: Path, how: str):
-    """The loading code of the hub, on a folder; a tenth of a small corpus is for validation."""
-    (tmp_path / "set").mkdir()
-    lines = [json.dumps({"body": f"text number {number}"}) + "\n" for number in range(100)]
-    (tmp_path / "set" / "train.jsonl").write_text("".join(lines))
-    flags = ("--text_field", "body", how, "--out", str(tmp_path / "out"), "--workers", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert call(monkeypatch, main.main, "data", "hf", str(tmp_path / "set"), *flags) == 0
-    printed = capsys.readouterr().out
-    assert "100 documents, 0 of them empty" in printed
-    train, val = (
-        next(int(line.split()[2]) for line in printed.splitlines() if line.split()[:1] == [split])
-        for split in ("train", "val")
-    )
-    assert val == (train + val) // 10
 
 
 def test_a_full_disk_under_standard_output_ends_no_training(tmp_path: Path, data_root: Path):

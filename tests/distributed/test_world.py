@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,8 @@ import torch
 
 import forked_ranks
 from gpt2.base import log
-from gpt2.base.errors import ConfigError
 from gpt2.checkpoint import store
-from gpt2.config.run import MachineConfig
-from gpt2.distributed import device, rendezvous, signals
-from gpt2.distributed import world as world_module
-from gpt2.distributed.world import World
-from gpt2.train import setup, trainer
+from gpt2.train import trainer
 from support import (
     LOSS_TOLERANCE,
     ROOT,
@@ -195,13 +189,6 @@ def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path)
     assert "train.py" not in failed.stderr  # no traceback
 
 
-def test_more_ranks_than_rows_are_refused(data_root: Path, tmp_path: Path):
-    few_rows = small_config(data_root, tmp_path, total_batch_size=8)
-    message = "total_batch_size=8 has 1 row of block_size=8, too few for 2 ranks; use"
-    with pytest.raises(ConfigError, match=message):
-        setup.require_enough_rows(few_rows, World(0, 2, torch.device("cpu")))
-
-
 def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -227,97 +214,3 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
     )
     printed = forked_ranks.run([], 2, tmp_path, script)
     assert sorted(printed.split("\n")) == ["", "rank 0: no data", "rank 1: no data"]
-
-
-@pytest.mark.parametrize("wanted", ["auto", "cuda"])
-def test_more_ranks_than_gpus(monkeypatch, wanted: str):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    expected = r"4 ranks on a machine with 2 GPUs; use --nproc_per_node=2, or --device cpu"
-    with pytest.raises(ConfigError, match=expected), rendezvous.join(MachineConfig(device=wanted)):
-        pass
-
-
-def test_stop_request_records_signals_and_the_second_ctrl_c_interrupts(monkeypatch):
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with signals.StopRequest() as stop:
-            signal.raise_signal(signal.SIGHUP)  # ignored before, as under nohup
-            assert stop.number == 0
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # from torchrun too
-            signal.raise_signal(signal.SIGINT)
-            assert stop.number == signal.SIGTERM  # the first
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        with signals.StopRequest() as stop:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGTERM)  # the second Ctrl+C, as torchrun forwards it
-            assert signal.getsignal(signal.SIGINT) is before
-    finally:
-        signal.signal(signal.SIGHUP, hangup)
-
-
-def test_measured_peak_is_a_plausible_rate():
-    world = world_module.World(0, 1, torch.device("cpu"))
-    assert 1e8 < device.peak_flops(world, torch.float32) < 1e14
-
-
-def test_time_between_moments():
-    first = device.DeviceTimestamp(torch.device("cpu"))
-    time.sleep(0.02)
-    second = device.DeviceTimestamp(torch.device("cpu"))
-    assert second.since(first) >= 0.02
-
-
-def test_deterministic(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    try:
-        with rendezvous.join(MachineConfig(device="cpu", deterministic=True)):
-            assert torch.are_deterministic_algorithms_enabled()
-            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    finally:
-        torch.use_deterministic_algorithms(False)
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-
-def test_the_id_of_the_gpu(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.gpu_id("auto") == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert (device.gpu_id("auto"), device.gpu_id("cpu")) == ("1", "cpu")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert (device.gpu_id("auto"), device.gpu_id("cpu")) == ("3", "3")
-
-
-def test_a_run_on_a_chosen_gpu(monkeypatch):
-    chosen = []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with rendezvous.join(MachineConfig(), gpu="2") as world:
-        assert chosen == [world.device] == [torch.device("cuda", 2)]
-    with rendezvous.join(MachineConfig(), gpu="cpu") as world:
-        assert world.device.type == "cpu"
-    for machine, gpu in [(MachineConfig(device="cuda"), "cpu"), (MachineConfig(), "4")]:
-        with pytest.raises(ConfigError, match=f"gpu_id={gpu}"), rendezvous.join(machine, gpu):
-            pass
-
-
-def test_ranks_share_the_cores_unless_the_environment_sets_their_threads(monkeypatch):
-    monkeypatch.delenv(device.THREADS, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    for given, threads in (("", 4), ("1", 4), ("2", 2), ("no number", 4)):
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-        assert device.threads_per_rank(3) == threads
-    monkeypatch.setenv(device.THREADS, "1")
-    assert device.threads_per_rank(3) == 1, "of a slot, not torchrun's default"
