@@ -11,6 +11,7 @@ import pytest
 
 from source_tree import FILES, FLOORS, NAMES, SOURCE, modules_imported_by, name_of, own_imports
 
+TESTS = Path(__file__).parent
 # Inside experiments/: `grid`, `results`, `job_group` and `api` are files, the rest folders.
 EXPERIMENT_FLOORS = (
     ("grid", "pool"),
@@ -91,3 +92,9 @@ def test_one_file_reads_the_variables_of_torchrun():
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             }
             assert not strings & TORCHRUN, f"{path} reads {strings & TORCHRUN}"
+
+
+def test_nothing_imports_a_test_module():
+    for path in TESTS.rglob("*.py"):
+        for module in modules_imported_by(path):
+            assert not module.rpartition(".")[2].startswith("test_"), f"{path} imports {module}"

@@ -10,10 +10,9 @@ import pytest
 from rich.console import Console
 
 from experiments import jobs
+from experiments.measured import ENGINE, begun
 from gpt2.experiments import api, results
 from gpt2.experiments.pool import slots
-
-ENGINE = api.Engine(slots.of_cores(2, threads="1"))
 
 
 @pytest.fixture
@@ -21,13 +20,6 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Gets a line for every start of `jobs.measured`."""
     monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
     return tmp_path / "trace"
-
-
-def begun(trace: Path) -> list[str]:
-    """`rate seed` of every start since the last time."""
-    lines = trace.read_text().splitlines() if trace.exists() else []
-    trace.unlink(missing_ok=True)
-    return sorted(" ".join(line.split()[:2]) for line in lines)
 
 
 def place(tmp_path: Path) -> dict[str, Any]:

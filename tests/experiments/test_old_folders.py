@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from experiments import jobs, small_search
-from experiments.test_api import ENGINE, begun
+from experiments.measured import ENGINE, begun
 from gpt2.config import options, presets
 from gpt2.experiments import api, job_group, results
 from gpt2.experiments.compare import models

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments.progress.test_state import SLOTS, event
+from experiments.progress.tracked import SLOTS, event
 from gpt2.cli import experiments
 from gpt2.experiments import results
 from gpt2.experiments.progress import listing, state

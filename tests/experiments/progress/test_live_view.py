@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments.given import Given
 from experiments.given import job as real_job
-from experiments.progress.test_state import SLOTS, Clock, event, tracker_of, train
+from experiments.progress.tracked import SLOTS, Clock, event, tracker_of, train
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.log_lines import ExperimentLog
 from gpt2.experiments.pool.process import Engine
