@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.experiments import results
-from support import ROOT
+from support import HANG_S, ROOT, wait_until
 
 SEEDS, PAUSE_S = 40, 0.15
 
@@ -96,10 +96,7 @@ class Sweep:
             self.start()
 
     def require_no_orphan(self) -> None:
-        deadline = time.monotonic() + 5
-        while self.processes():
-            assert time.monotonic() < deadline, "something has outlived the owner"
-            time.sleep(0.02)
+        wait_until(lambda: not self.processes(), lambda: "something has outlived the owner")
 
 
 def killed_sweep(folder: Path, chosen: random.Random, whom: Sequence[str]) -> int:
@@ -113,7 +110,7 @@ def killed_sweep(folder: Path, chosen: random.Random, whom: Sequence[str]) -> in
             running.look()
             running.kill(victim, chosen)
             kills += 1
-        assert running.owner.wait(timeout=120) == 0, (folder / "output.txt").read_text()
+        assert running.owner.wait(timeout=HANG_S) == 0, (folder / "output.txt").read_text()
     finally:
         running.owner.kill()
         running.owner.wait()

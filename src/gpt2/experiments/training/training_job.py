@@ -82,7 +82,7 @@ def run(report: Report, run: Mapping[str, Any], run_name: str, ranks: int = 1) -
 
     Raises Stopped if it was stopped, after saving, and EndedAs if one of several ranks failed.
     """
-    _wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
+    wait_for_folder(report, options.of_stored(run).checkpoint.checkpoint_dir)
     if ranks == 1:
         return _train(report, run, run_name)
     job = Job(run_name, RANK_TARGET, {"run": run, "run_name": run_name})
@@ -134,7 +134,7 @@ def _train(
     }
 
 
-def _wait_for_folder(report: Report, folder: Path) -> None:
+def wait_for_folder(report: Report, folder: Path) -> None:
     """Waits while another process holds the folder's lock, STALE_LOCK_S at most: a shared disk
     keeps the lock of a lost machine for a while. If it is still held then, the training raises the
     error that names its holder. Raises Stopped if `report` answers so meanwhile."""
