@@ -135,10 +135,9 @@ def test_grandchild_neither_hides_a_death_nor_survives_it(tmp_path: Path):
 
 
 def test_job_that_hangs_is_ended_and_its_log_says_where(tmp_path: Path):
-    source = Given(job("a", "hangs"), job("b", "counts", until=8, pause=0.2))
-    run(source, tmp_path, retries=0, job_timeout=1.0)
-    assert source.of("failed")[0].reason == "no report for 1 s (--job_timeout)"
-    assert source.results() == {"b": 8}, "it reports, and so does not hang"
+    source = Given(job("a", "hangs"))
+    run(source, tmp_path, retries=0, job_timeout=0.1)
+    assert source.of("failed")[0].reason == "no report for 0.1 s (--job_timeout)"
     assert "in hangs" in "".join(path.read_text() for path in tmp_path.glob("*.log"))
 
 

@@ -188,9 +188,9 @@ class Scheduler:
             if may_run(attempt := _Attempt(job)):
                 return attempt
             self._waiting.append(attempt)
-        if chosen is None and not any(other.is_free for other in self._slots if other is not slot):
-            chosen = next(iter(waiting), None)
-        chosen = chosen or next((item for item in waiting if item.job.slot == here), None)
+        free_elsewhere = any(other.is_free for other in self._slots if other is not slot)
+        lost_here = (item for item in waiting if item.job.slot == here or not free_elsewhere)
+        chosen = chosen or next(lost_here, None)
         if chosen:
             self._waiting.remove(chosen)
         return chosen
