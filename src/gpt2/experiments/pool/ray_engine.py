@@ -7,7 +7,6 @@ passes messages on to and from the guard. All machines share the folders.
 
 import contextlib
 import logging
-import math
 import os
 import queue
 import signal
@@ -314,9 +313,8 @@ def share_out(
                 f"--ddp {ddp} needs as many GPUs of one machine, got {max(map(int, gpus))} at most"
                 + (f" and --max_gpus {max_gpus}" if max_gpus else "")
             )
-        share = float(ddp)
-        if ddp == 1 and count > groups:  # slots share GPUs; a share lies on one GPU
-            share = slots.rounded(1 / math.ceil(count / groups))
+        # Slots may share GPUs; the share of a slot lies on one of them.
+        share = float(ddp) if ddp > 1 else slots.fair_share([1.0] * groups, count)
         demand = {"num_gpus": share, "num_cpus": 0.0}
         with_gpus = [machine for machine in machines if machine.get("GPU", 0.0) >= share]
         threads = min(machine.get("CPU", 1.0) * share / machine["GPU"] for machine in with_gpus)

@@ -91,12 +91,7 @@ def fair_share(capacities: Sequence[float], count: int) -> float:
     def fits(share: float) -> bool:
         return sum(int(capacity / share + 1e-9) for capacity in capacities) >= count
 
-    return rounded(max(filter(fits, shares), default=0.0))
-
-
-def rounded(share: float) -> float:
-    """`share` rounded down to four decimals, the resolution of Ray's resources."""
-    return math.floor(share * 1e4) / 1e4
+    return math.floor(max(filter(fits, shares), default=0.0) * 1e4) / 1e4  # as exact as Ray's
 
 
 def _visible_gpus() -> list[str]:
