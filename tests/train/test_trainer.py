@@ -103,6 +103,14 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
         assert_same(one[same], other[same])
 
 
+@pytest.fixture(scope="module")
+def whole(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps without a stop."""
+    out = tmp_path_factory.mktemp("whole")
+    trainer.run(small_config(data_root, out))
+    return out
+
+
 def stop_at_7(**metrics: float) -> Answer:
     return "stop" if metrics["step"] == 7 else "go"
 
@@ -113,7 +121,7 @@ def test_a_stop_is_heeded_before_the_next_update(data_root: Path, tmp_path: Path
 
 
 def test_the_checkpoint_of_a_step_is_saved_before_that_step_is_evaluated(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A validation that fails costs no training; the resumed run makes it up."""
     validate, calls = evaluator.validation_loss, itertools.count()
@@ -125,19 +133,17 @@ def test_the_checkpoint_of_a_step_is_saved_before_that_step_is_evaluated(
 
     monkeypatch.setattr(evaluator, "validation_loss", fails_at_step_10)
     with pytest.raises(ZeroDivisionError):
-        trainer.run(small_config(data_root, tmp_path / "parts"))
-    (kept,) = store.list_checkpoints(tmp_path / "parts" / "checkpoints")
+        trainer.run(small_config(data_root, tmp_path))
+    (kept,) = store.list_checkpoints(tmp_path / "checkpoints")
     assert (kept.training.step, kept.training.val_loss) == (10, None)
-    trainer.run(small_config(data_root, tmp_path / "parts", resume="latest"))
-    trainer.run(small_config(data_root, tmp_path / "whole"))
-    whole, parts = (
-        [item.training for item in store.list_checkpoints(tmp_path / name / "checkpoints")]
-        for name in ("whole", "parts")
+    trainer.run(small_config(data_root, tmp_path, resume="latest"))
+    expected, found = (
+        [item.training for item in store.list_checkpoints(out / "checkpoints")]
+        for out in (whole, tmp_path)
     )
-    assert [item.val_loss for item in parts] == [item.val_loss for item in whole]
-    assert all(item.is_evaluated for item in parts)
-    logs = [loss_lines(tmp_path / name / "logs/log.txt") for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
+    assert [item.val_loss for item in found] == [item.val_loss for item in expected]
+    assert all(item.is_evaluated for item in found)
+    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
 
 
 def test_a_run_that_cannot_be_built_leaves_nothing_behind(
@@ -160,9 +166,9 @@ def test_a_run_that_cannot_be_built_leaves_nothing_behind(
     assert status.read(tmp_path / "checkpoints") is None
 
 
-def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root, tmp_path, capsys):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer.run(small_config(data_root, whole))
+def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(
+    data_root, tmp_path, whole, capsys
+):
 
     def interrupt(**metrics: float) -> Answer:
         if metrics["step"] == 15 and "loss" in metrics:  # 15 is due for validation
@@ -170,23 +176,23 @@ def test_stop_signal_saves_and_the_rest_is_as_if_nothing_had_happened(data_root,
         return "go"
 
     before = signal.getsignal(signal.SIGTERM)
-    result = trainer.run(small_config(data_root, parts), report=interrupt)
+    result = trainer.run(small_config(data_root, tmp_path), report=interrupt)
     assert (result.state, result.step, result.exit_code) == ("stopped", 15, 143)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert status.read(parts / "checkpoints").state == "stopped"
-    assert (parts / "checkpoints" / "step_000015.pt").exists()
+    assert status.read(tmp_path / "checkpoints").state == "stopped"
+    assert (tmp_path / "checkpoints" / "step_000015.pt").exists()
     capsys.readouterr()
-    trainer.run(small_config(data_root, parts, init_from="resume"))
-    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    trainer.run(small_config(data_root, tmp_path, init_from="resume"))
+    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
     lines = capsys.readouterr().out.splitlines()
-    loading = parts / "checkpoints" / "step_000015.pt"
+    loading = tmp_path / "checkpoints" / "step_000015.pt"
     assert lines[:4] == [
         f"Loading checkpoint from: {loading}",
         "Resuming from:",
         "  - Step: 15",
         "  - Epoch: 0",
     ]
-    assert "\n".join(lines[:4]) in (parts / "logs/log.txt").read_text()
+    assert "\n".join(lines[:4]) in (tmp_path / "logs/log.txt").read_text()
 
 
 def test_a_run_keeps_its_name_when_it_goes_on(data_root: Path, tmp_path: Path):
