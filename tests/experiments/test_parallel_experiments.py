@@ -1,6 +1,7 @@
 """run_parallel_experiments.sh, with small trainings on CPU shares."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,8 @@ def test_gpus_are_called_as_the_training_calls_them(stand_in: Path, tmp_path: Pa
     shown = console.read_text().split()[0].removeprefix("gpus=")
     assert experiment_name.first_visible(shown) == gpu_id
     on = "1" if visible == "0, 1" else gpu_id
-    assert f"started   b on {'gpu ' if on != 'cpu' else ''}{on}, process" in done.stdout
+    begun = re.search(r"begins b: process \d+, log (\S+)", done.stdout)
+    assert begun and experiment_name.label("b", on) in begun[1]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_its_console_log_lies_beside_the_trainings(
     done = run_command(
         [str(stand_in), "--gpus", "5,7", *experiments, "--", *flags], cwd=tmp_path, expect=0
     )
-    assert "started   b on gpu 5" in done.stdout
+    assert "gpu5 begins b: " in done.stdout
     (console,) = (tmp_path / folder / "a_gpu_7").glob("console_*.log")
     given = console.read_text()
     assert given.endswith(f"{' '.join(flags)} --x two  words --y  --experiment_name a\n")
@@ -126,10 +128,9 @@ def test_after_a_stop_nothing_begins(tmp_path: Path):
     done = run_command(
         [str(script), "--slots=5", *"abcde"], cwd=tmp_path, expect=143, PYTHONPATH=str(tmp_path)
     )
-    lines = done.stdout.splitlines()
-    assert {line.split()[1] for line in lines if line.startswith("started")} == {"a", "b"}
-    assert {line.split()[1] for line in lines if line.startswith("stopped")} == {"a", "b"}
-    assert "3 never began: c d e" in lines
+    assert {path.parent.name for path in tmp_path.glob("logs/*/*")} <= {"a_gpu_cpu", "b_gpu_cpu"}
+    assert "stopped a" in done.stdout and "stopped b" in done.stdout
+    assert "stopped: 0 of 5 done" in done.stdout
 
 
 def test_one_without_a_log_ends_no_other(tmp_path: Path):
@@ -137,10 +138,10 @@ def test_one_without_a_log_ends_no_other(tmp_path: Path):
     (tmp_path / "logs" / "a_gpu_cpu").write_text("a file where its folder would be")
     script = stood_in(tmp_path, python="sleep 1; echo done")
     done = run_command([str(script), "--slots=2", "a", "b"], cwd=tmp_path, expect=1)
-    assert "failed    a after" in done.stdout
-    assert "finished  b after" in done.stdout
-    assert "1 ended early: a" in done.stdout
-    assert "a_gpu_cpu" in done.stderr
+    assert "finished b after" in done.stdout
+    failed = next(line for line in done.stdout.splitlines() if line.startswith("failed: a on cpu"))
+    assert "a_gpu_cpu" in failed
+    assert "finished: 1 of 2 done, 1 failed" in done.stdout
 
 
 def test_experiments_outlive_the_reader_but_not_the_script(tmp_path: Path):
@@ -186,11 +187,10 @@ def test_a_second_signal_kills_and_so_does_the_end_of_the_command(
     if number == signal.SIGTERM:
         lines = printed.read_text().splitlines()
         assert lines[1:3] == [
-            "Stopping: waiting for 1 experiment to save; a second signal kills",
-            "Killing 1 experiment",
+            "stopping: every experiment saves and ends; a second signal kills",
+            "cpu0 stopped a: its owner has ended",
         ]
-        assert lines[3].startswith("failed    a after") and lines[3].endswith("exit code 137")
-        assert "1 never began: b" in lines
+        assert lines[3].startswith("stopped: 0 of 2 done")
 
 
 def wait_for(folder: Path, name: str, text: str) -> None:
@@ -213,15 +213,15 @@ def test_the_next_takes_the_place_that_it_had_before(data_root: Path, tmp_path: 
         **environment(),
     )
     lines = done.stdout.splitlines()
-    begun = sorted(line.partition(", ")[0] for line in lines[:2])
-    assert begun == ["started   bad on gpu 5", "started   worse on gpu 7"]
-    failed = next(place for place, line in enumerate(lines) if line.startswith("failed    worse"))
-    assert lines[failed].endswith(" s, exit code 2")
-    assert lines[failed + 1].startswith("          error: n_embd=16 is not a multiple of n_head=5")
-    started = next(line for line in lines if line.startswith("started   last on gpu 7, process "))
+    begun = sorted(line.partition(":")[0] for line in lines[:2])
+    assert begun == ["gpu5 begins bad", "gpu7 begins worse"]
+    failed = next(place for place, line in enumerate(lines) if line.startswith("failed: worse on"))
+    assert lines[failed].startswith(
+        "failed: worse on gpu7: exit code 2; its last line: error: n_embd=16 is not a multiple of "
+    )
+    started = next(line for line in lines if line.startswith("gpu7 begins last: process "))
     assert lines.index(started) > failed
-    assert lines[-2] == "1 of 3 finished: last"
-    assert lines[-1] in ("2 ended early: bad worse", "2 ended early: worse bad")
+    assert lines[-1].startswith("finished: 1 of 3 done, 2 failed")
     link = out / "checkpoints" / "ckpt_exp_last_gpu_7.pt"
     assert os.readlink(link) == "last_gpu_7/step_000002.pt"
     (console,) = (out / "logs" / "last_gpu_7").glob("console_*.log")
@@ -266,6 +266,6 @@ def test_a_stop_saves_all(data_root: Path, tmp_path: Path, number: signal.Signal
         step = int(link.resolve(strict=True).stem.removeprefix("step_"))
         assert f"Stopped by signal 15 at step {step}; --resume latest continues" in log.read_text()
     said = printed.read_text()
-    assert said.count("\nstopped   ") == len(running)
-    assert f"\n0 of {len(names)} finished\n" in said
-    assert ("1 never began: never" in said) == ("never" in names)
+    assert sorted(re.findall(r"^cpu\d stopped (\w+)$", said, re.MULTILINE)) == running
+    assert f"\nstopped: 0 of {len(names)} done" in said
+    assert "run the same command with --resume latest after --" in said

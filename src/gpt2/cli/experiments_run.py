@@ -85,5 +85,5 @@ def _slots(read: RunArguments) -> list[Slot]:
             )
         if read.slots is not None:
             raise ConfigError("use either --gpus or --slots")
-        return slots.of_gpus(ids)
-    return slots.of_cores(int(read.slots)) if read.slots is not None else slots.of_machine()
+        return slots.of(ids, 0)
+    return slots.of((), int(read.slots)) if read.slots is not None else slots.of_machine()

@@ -24,4 +24,4 @@ def test_flags_of_all_come_before_its_own():
 )
 def test_folder_of_its_logs(flags: str, folder: str):
     (parsed,) = experiment.parse_all([f"a {flags}"])
-    assert parsed.folder("2") == Path(folder, "a_gpu_2")
+    assert parsed.folder({"CUDA_VISIBLE_DEVICES": "2,3"}) == Path(folder, "a_gpu_2")

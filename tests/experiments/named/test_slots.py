@@ -23,12 +23,14 @@ def test_ids_end_at_the_first_invalid_one(text: str, ids: list[str], all_valid: 
 def test_shares_of_the_cores_see_no_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     shares = slots.of_machine()
-    assert [slot.name for slot in shares] == ["cpu", "cpu"]
+    assert [slot.name for slot in shares] == ["cpu0", "cpu1"]
     assert shares[0].environment == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}
 
 
-def test_a_slot_of_a_gpu_is_named_as_its_training_names_it():
-    named = slots.of_gpus(["MIG-GPU-89/1/0", "3"])
-    assert [slot.name for slot in named] == ["MIG-GPU-89-1-0", "3"]
-    assert named[1].environment == {"CUDA_VISIBLE_DEVICES": "3"}
+def test_each_gpu_is_a_slot(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-89/1/0, 3,-1,4")
+    named = slots.of_machine()
+    visible = [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in named]
+    assert visible == ["MIG-GPU-89/1/0", "3"] and named[1].name == "gpu3"

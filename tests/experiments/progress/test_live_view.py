@@ -17,7 +17,6 @@ from experiments.given import Given
 from experiments.given import job as real_job
 from experiments.progress.tracked import SLOTS, Clock, event, tracker_of, train
 from gpt2.experiments.pool.job import Event, Job
-from gpt2.experiments.pool.log_lines import ExperimentLog
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler
 from gpt2.experiments.progress import rendering, state
@@ -103,14 +102,15 @@ def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
 def test_long_jobs_get_lines_at_growing_intervals(tmp_path: Path):
     tracker, clock = tracker_of(total=4)
     out = plain()
-    reporter = LineReporter(tracker, ExperimentLog(tmp_path / "a.log"), out, is_live=False)
-    train(tracker, clock, 0, "a", range(1, 21), total=100_000)
-    times = []
-    for second in range(20, 20_000):
-        before, clock.now = len(text_of(out)), 1000.0 + second
-        reporter.report_long_jobs()
-        if "gpu0 a: step 20 of 100,000 | loss 3.5000 | " in text_of(out)[before:]:
-            times.append(second)
+    with (tmp_path / "a.log").open("ab") as log:
+        reporter = LineReporter(tracker, log, out, is_live=False)
+        train(tracker, clock, 0, "a", range(1, 21), total=100_000)
+        times = []
+        for second in range(20, 20_000):
+            before, clock.now = len(text_of(out)), 1000.0 + second
+            reporter.report_long_jobs()
+            if "gpu0 a: step 20 of 100,000 | loss 3.5000 | " in text_of(out)[before:]:
+                times.append(second)
     assert times[0] == 60 and len(times) < 60
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert pauses[0] == 60 and max(pauses) == 600 and pauses == sorted(pauses)

@@ -3,7 +3,7 @@
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,20 @@ class Experiment:
     flags: tuple[str, ...]
     """of its training, without --experiment_name"""
 
-    def folder(self, gpu_id: str) -> Path:
-        """The folder of its logs if it trains on this GPU, as --log_dir or --out_dir choose it."""
+    def folder(self, environment: Mapping[str, str]) -> Path:
+        """The folder of its logs, as --log_dir or --out_dir choose it, if it trains on the first
+        GPU in the CUDA_VISIBLE_DEVICES of this environment."""
         given: dict[str, str] = {}
         for flag, following in itertools.pairwise((*self.flags, "")):
             name, has_value, value = flag.partition("=")
             given[name.replace("-", "_")] = value if has_value else following
         log_dir = given.get("__log_dir") or Path(given.get("__out_dir", ""), "logs")
+        gpu_id = experiment_name.first_visible(environment["CUDA_VISIBLE_DEVICES"])
         return Path(log_dir) / experiment_name.label(self.name, gpu_id)
 
-    def console(self, gpu_id: str, begun: str) -> Path:
+    def console(self, environment: Mapping[str, str], begun: str) -> Path:
         """The file for what it prints; `begun` is the date and time when the command started."""
-        return self.folder(gpu_id) / f"console_{begun}.log"
+        return self.folder(environment) / f"console_{begun}.log"
 
 
 def parse_all(texts: Sequence[str], common: Sequence[str] = ()) -> list[Experiment]:

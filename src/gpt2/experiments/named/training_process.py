@@ -1,39 +1,40 @@
 """A training in a process of its own, as a job: what it prints goes to a console log."""
 
+import collections
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import gpt2
 from gpt2.base.errors import UserError
-from gpt2.config import experiment_name
 from gpt2.experiments.named.experiment import Experiment
-from gpt2.experiments.pool.job import Job
+from gpt2.experiments.pool.job import Job, Stopped
 from gpt2.experiments.pool.worker import Reporter
 
 POLL_S = 0.2
 """how soon an end and a stop are noticed"""
+STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""return codes of a training that SIGTERM ended, before and after it could save"""
 
 
 def job(experiment: Experiment, begun: str, slot: int | None) -> Job:
-    """The job that trains an experiment; its result is the exit code of the training."""
+    """The job that trains an experiment."""
     values = {"name": experiment.name, "flags": [*experiment.flags], "begun": begun}
     return Job(experiment.name, f"{__name__}:run", values, slot=slot)
 
 
-def run(name: str, flags: Sequence[str], begun: str, report: Reporter) -> int:
-    """Trains to the end and returns the exit code, 128 + N if signal N killed the training.
+def run(name: str, flags: list[str], begun: str, report: Reporter) -> None:
+    """Trains to the end. A request to stop is passed on as SIGTERM, after which it saves and ends.
 
-    A request to stop is passed on as SIGTERM, after which a training saves and ends.
+    Raises Stopped if it ended so, and UserError with its exit code and last line if it failed.
     """
     script = Path(gpt2.__file__).parents[1] / "train_improved.py"  # an installed package has none
     train = [str(script)] if script.exists() else ["-m", "gpt2", "train"]
     command = [sys.executable, *train, *flags, "--experiment_name", name]
-    gpu_id = experiment_name.first_visible(os.environ["CUDA_VISIBLE_DEVICES"])
-    console = Experiment(name, tuple(flags)).console(gpu_id, begun)
+    console = Experiment(name, tuple(flags)).console(os.environ, begun)
     try:
         console.parent.mkdir(parents=True, exist_ok=True)
         with console.open("wb") as output:
@@ -46,4 +47,9 @@ def run(name: str, flags: Sequence[str], begun: str, report: Reporter) -> int:
         time.sleep(POLL_S)
     process.terminate()  # does nothing if it has ended
     code = process.wait()
-    return code if code >= 0 else 128 - code
+    if code in STOPPED and report.stop_requested:
+        raise Stopped
+    if code:
+        with console.open(errors="replace") as lines:
+            last = "".join(collections.deque(lines, maxlen=1)).strip()
+        raise UserError(f"exit code {code if code > 0 else 128 - code}; its last line: {last}")

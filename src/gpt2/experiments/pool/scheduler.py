@@ -165,7 +165,8 @@ class Scheduler:
     def _is_done(self) -> bool:
         """Gives jobs to free slots; whether no job is left and none runs."""
         for slot in self._slots:
-            if not self._stopping and slot.is_free and (attempt := self._next_for(slot)):
+            is_ending = self._stopping or self.stop_requested
+            if not is_ending and slot.is_free and (attempt := self._next_for(slot)):
                 self._start(slot, attempt)
         if any(slot.attempt for slot in self._slots):
             return False

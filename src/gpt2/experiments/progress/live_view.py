@@ -20,8 +20,8 @@ from rich.constrain import Constrain
 from rich.live import Live
 from rich.text import Text
 
+from gpt2.experiments.pool import log_lines
 from gpt2.experiments.pool.job import Event
-from gpt2.experiments.pool.log_lines import ExperimentLog
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import StateTracker
 
@@ -38,24 +38,30 @@ STYLES = {"failed": "red", "slot_lost": "red", "retried": "yellow"}
 
 @contextlib.contextmanager
 def showing_progress(
-    tracker: StateTracker, folder: Path, *, log: Path, out: Console
+    tracker: StateTracker,
+    folder: Path | None = None,
+    *,
+    log: Path = Path(os.devnull),
+    out: Console,
 ) -> Iterator[Callable[[Event], None]]:
     """Shows the experiment while the block runs; yields the function to call with every event.
 
-    Writes the state to `folder`. The log gets a line for each failure, after every 10 jobs, and at
-    growing intervals for jobs that take long. `out` shows these lines; a terminal shows a live view
-    of the state instead, with failures and other output of the process above it.
+    Writes the state to `folder`, if there is one. The log gets a line for each failure, after every
+    10 jobs, and at growing intervals for jobs that take long. `out` shows these lines; a terminal
+    shows a live view of the state instead, with failures and other output of the process above it.
     """
     is_live = out.is_interactive and out.file.isatty()
+    log.parent.mkdir(parents=True, exist_ok=True)
     with (
-        contextlib.closing(ExperimentLog(log)) as log_file,
-        printing_in_background(out, tracker if is_live else None),
+        log.open("ab") as log_file,
+        _printing_in_background(out, tracker if is_live else None),
     ):
-        log_file.add(rendering.first_line(tracker.current))
+        log_lines.write_line(log_file.fileno(), rendering.first_line(tracker.current))
         reporter = LineReporter(tracker, log_file, out, is_live)
 
         def write() -> None:
-            state.write(folder, tracker.current)
+            if folder:
+                state.write(folder, tracker.current)
             reporter.report_long_jobs()
 
         try:
@@ -63,7 +69,8 @@ def showing_progress(
                 yield reporter.report
         finally:
             tracker.end()
-            state.write(folder, tracker.current)
+            if folder:
+                state.write(folder, tracker.current)
             reporter.report_end()
 
 
@@ -73,9 +80,7 @@ class LineReporter:
     On a terminal with a live view, only those are printed that tell more than the view.
     """
 
-    def __init__(
-        self, tracker: StateTracker, log: ExperimentLog, out: Console, is_live: bool
-    ) -> None:
+    def __init__(self, tracker: StateTracker, log: IO[bytes], out: Console, is_live: bool) -> None:
         self._tracker, self._log, self._out, self._is_live = tracker, log, out, is_live
         self._long_jobs_due = tracker.current.began + FIRST_LINE_S
 
@@ -108,13 +113,13 @@ class LineReporter:
         self._add(f"{now.state}: {rendering.summary(now, self._tracker.clock())}")
 
     def _add(self, line: str, style: str = "") -> None:
-        self._log.add(line)
+        log_lines.write_line(self._log.fileno(), line)
         if style or not self._is_live:
             self._out.print(Text(line, style), soft_wrap=True)
 
 
 @contextlib.contextmanager
-def printing_in_background(out: Console, shown: StateTracker | None = None) -> Iterator[None]:
+def _printing_in_background(out: Console, shown: StateTracker | None) -> Iterator[None]:
     """Lets a thread print what `out` prints, and show a live view of the state `shown`.
 
     What else goes to the terminal, such as a warning, then appears above the view.
