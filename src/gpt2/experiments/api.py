@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from gpt2.base.errors import ConfigError, UserError
-from gpt2.base.text import console, four_digits, table
+from gpt2.base.text import console, table
 from gpt2.config.flops import duration
 from gpt2.experiments import grid, job_group
 from gpt2.experiments.grid import Point
@@ -31,6 +31,7 @@ from gpt2.experiments.pool.job import Event, Job, JobSource, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.pool.slots import of_machine
+from gpt2.experiments.progress.listing import jobs_table
 from gpt2.experiments.results import JobResult
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import MakeFigure, MakeTable, PointSummary, Statistics
@@ -99,22 +100,11 @@ def sweep(
     return Swept(ended.exit_code, [*ended.records.values()], planned.summaries(ended.records))
 
 
-def results_table(records: Records) -> RenderableType:
-    """The table of the numbers that the jobs returned."""
-    found = {name: statistics.numbers(record.result) for name, record in records.items()}
-    columns = list(dict.fromkeys(name for numbers in found.values() for name in numbers))
-    built = table("Results", "job", "state", *columns, "time")
-    for name, record in records.items():
-        cells = [four_digits(found[name][key]) if key in found[name] else "-" for key in columns]
-        built.add_row(name, record.state, *cells, duration(record.elapsed_s))
-    return built
-
-
 def together(
     functions: Mapping[str, Function],
     *,
     folder: Path,
-    listing: Callable[[Records], RenderableType] = results_table,
+    listing: Callable[[Records], RenderableType] | None = None,
     draw: Callable[[Records], "Figure"] | None = None,
     engine: Engine | None = None,
     limits: Limits = LIMITS,
@@ -137,10 +127,15 @@ def together(
             raise ConfigError(f"{name!r} is no file name; use letters, digits and _.,=+-")
         call.require(())
 
+    printed_to = out or console()
+
+    def show(records: Records) -> RenderableType:
+        return listing(records) if listing else jobs_table([*records.values()], printed_to.width)
+
     def summarize(records: Records) -> Summary:
         if draw is None or all(item.state == "failed" for item in records.values()):
-            return Summary(lambda: listing(records))
-        return Summary(lambda: listing(records), {"comparison.png": lambda: draw(records)})
+            return Summary(lambda: show(records))
+        return Summary(lambda: show(records), {"comparison.png": lambda: draw(records)})
 
     group = JobGroup(
         kind="jobs",
@@ -157,4 +152,4 @@ def together(
         log_dir=log_dir,
     )
     engine = engine or Engine(of_machine(max_gpus=job_group.AT_ONCE))
-    return job_group.run(group, engine, limits, out or console())
+    return job_group.run(group, engine, limits, printed_to)

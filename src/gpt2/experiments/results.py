@@ -13,11 +13,12 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import CheckpointError, ConfigError
@@ -81,6 +82,19 @@ class JobResult:
             elapsed_s=round(event.elapsed_s, 4),
             slot=event.slot.name,
         )
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The finite numbers that it returned by name; a single number is called `value`."""
+        named = self.result if isinstance(self.result, dict) else {"value": self.result}
+        return {name: value for name, value in named.items() if is_finite_number(value)}
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether the value is a finite float or an int in the range of floats, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 class ResultsStore:
@@ -152,23 +166,33 @@ class ResultsStore:
         self._pending = b""
 
 
+def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each value that is not the same."""
+    return [
+        f"{name}: {before.get(name)} before, {now.get(name)} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
 @contextlib.contextmanager
 def opened(
     folder: Path,
     description: ExperimentDescription,
-    differences: Callable[[ExperimentDescription], list[str]] | None = None,
+    differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = value_differences,
 ) -> Iterator[ResultsStore]:
     """The store of `folder`, which no other process can open within the block.
 
     Raises CheckpointError if another process owns the folder or its `experiment.json` cannot be
-    read, and ConfigError if it holds another experiment: `differences` compares the description
-    that it holds, by default all of `fixed`.
+    read, and ConfigError if it holds another experiment: `differences` compares the `fixed` values
+    that it holds with these.
     """
     require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):
         path, content = folder / EXPERIMENT_FILE, {}
         if before := read_description(folder):
-            if rows := _differences(before, description, differences):
+            kinds = value_differences({"kind": before.kind}, {"kind": description.kind})
+            if rows := kinds or differences(before.fixed, description.fixed):
                 raise another_experiment(folder, rows)
             description = replace(description, total=max(before.total, description.total))
             content = json.loads(path.read_text())  # a later version may have written more
@@ -177,28 +201,6 @@ def opened(
         atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
         with contextlib.closing(ResultsStore(folder, description)) as store:
             yield store
-
-
-def _differences(
-    before: ExperimentDescription,
-    now: ExperimentDescription,
-    compare: Callable[[ExperimentDescription], list[str]] | None,
-) -> list[str]:
-    """A line for each difference between two descriptions."""
-    if before.kind != now.kind:
-        return [f"kind: {before.kind} before, {now.kind} now"]
-    if compare is not None:
-        return compare(before)
-    return value_differences(before.fixed, now.fixed)
-
-
-def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each value that is not the same."""
-    return [
-        f"{name}: {before.get(name)} before, {now.get(name)} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
 
 
 def read_description(folder: Path) -> ExperimentDescription | None:

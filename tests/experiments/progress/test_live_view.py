@@ -142,7 +142,7 @@ def test_jobs_with_their_own_process_get_a_line_each():
 
 def screen(tracker: StateTracker, clock: Clock, width: int) -> list[str]:
     out = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    out.print(rendering.view(tracker.current, clock.now))
+    out.print(rendering.view(tracker.current, clock.now, width))
     return text_of(out).splitlines()
 
 

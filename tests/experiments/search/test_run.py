@@ -176,7 +176,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
         (
             ["--space", str(changed(space_file))],
             2,
-            "0.001 to 0.1, log before, 0.001 to 1.0, log now",
+            "0.001 to 0.1, log before, 0.001 to 1, log now",
         ),
         (["--eval_interval", "None"], 2, "a search compares validation losses"),
         (["--space", "nowhere.toml"], 2, "--print_space > nowhere.toml makes one"),

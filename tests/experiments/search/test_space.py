@@ -206,7 +206,7 @@ def test_differences_of_two_searches():
     assert spec.differences({"n_layer": 2, "space": {}}, now) == [
         "n_layer: 2 before, 2 to 4 now",
         "seed: None before, 1 now",
-        "weight_decay: None before, 0.0 to 0.9, step 0.3 now",
+        "weight_decay: None before, 0 to 0.9, step 0.3 now",
     ]
     assert spec.differences(fixed("0 to 0.9, step 0.3", "2 to 4, step 10"), now) == [
         "n_layer: 2 to 4, step 10 before, 2 to 4 now"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from gpt2.base import folder_lock
@@ -19,7 +20,7 @@ from gpt2.base.text import fitted, four_digits, one_line
 from gpt2.config.flops import duration
 from gpt2.experiments import results
 from gpt2.experiments.progress import rendering, state
-from gpt2.experiments.progress.state import ExperimentState, is_finite_number
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.inspection import run_status
 from gpt2.train import status
@@ -139,43 +140,33 @@ def print_experiment(item: StoredExperiment, out: Console, last: int | None) -> 
                 out.print(f"  log of {slot.slot} {slot.log}", soft_wrap=True)
         if not now.is_over:  # of a dead one, what it last did
             out.print()
-            out.print(rendering.view(now, now.written if item.state == "dead" else time.time()))
+            at = now.written if item.state == "dead" else time.time()
+            out.print(rendering.view(now, at, out.width))
     if item.results:
         out.print()
-        _print_jobs(item.results, out, last)
+        out.print(jobs_table(item.results, out.width, last))
     if item.failures:
         print_failures(item, out, MAX_REASONS, with_tracebacks=False)
         command = f"gpt2 experiments show {shlex.quote(str(item.folder))} --failed"
         out.print(f"{command} prints the tracebacks", soft_wrap=True)
 
 
-def _print_jobs(ended: Sequence[JobResult], out: Console, last: int | None) -> None:
-    """Prints the newest `last` jobs with the numbers in their results."""
+def jobs_table(ended: Sequence[JobResult], width: int, last: int | None = None) -> Table:
+    """The newest `last` jobs with the numbers that they returned."""
     shown = ended[-last:] if last else ended
-    found = {name for result in shown for name in _numbers(result)}
+    found = {name for result in shown for name in result.numbers}
     names = [*(name for name in FIRST_RESULTS if name in found), *sorted(found - {*FIRST_RESULTS})]
-    rows: list[list[str | Text]] = [
-        [
-            result.job,
-            _styled(result.state),
-            duration(result.elapsed_s),
-            f"{result.attempt}",
-            *(_numbers(result).get(name, "-") for name in names),
-            result.slot,
-        ]
-        for result in shown
-    ]
+    rows: list[list[str | Text]] = []
+    for result in shown:
+        took, numbers = duration(result.elapsed_s), result.numbers
+        cells = [four_digits(numbers[name]) if name in numbers else "-" for name in names]
+        state = _styled(result.state)
+        rows.append([result.job, state, took, f"{result.attempt}", *cells, result.slot])
     title = "Jobs"
     if len(shown) < len(ended):
         title = f"Jobs: the last {len(shown):,} of {len(ended):,}; --last None shows all"
     columns = ["job", "state", "took", "attempt", *names, "slot"]
-    out.print(fitted(title, columns, rows, out.width, elastic="job", least=24))
-
-
-def _numbers(result: JobResult) -> dict[str, str]:
-    """The numbers of a result by name; a result that is a number is called `result`."""
-    named = result.result if isinstance(result.result, dict) else {"result": result.result}
-    return {name: four_digits(value) for name, value in named.items() if is_finite_number(value)}
+    return fitted(title, columns, rows, width, elastic="job", least=24)
 
 
 def print_failures(

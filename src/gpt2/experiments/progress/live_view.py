@@ -150,7 +150,8 @@ class _BackgroundStream:
             self._live = Live(
                 console=screen,
                 get_renderable=lambda: Constrain(
-                    rendering.view(shown.current, shown.clock()), screen.width - RESERVED_CELLS
+                    rendering.view(shown.current, shown.clock(), screen.width),
+                    screen.width - RESERVED_CELLS,
                 ),
                 auto_refresh=False,
                 redirect_stdout=False,

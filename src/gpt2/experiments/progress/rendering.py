@@ -1,10 +1,6 @@
 """The state and the events of an experiment as text: the live view, or lines."""
 
-from dataclasses import dataclass
-
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
+from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -12,7 +8,8 @@ from rich.text import Text
 from gpt2.base.text import counted, four_digits, one_line, shortened
 from gpt2.config.flops import duration
 from gpt2.experiments.pool.job import Event
-from gpt2.experiments.progress.state import ExperimentState, SlotState, is_finite_number
+from gpt2.experiments.progress.state import ExperimentState, SlotState
+from gpt2.experiments.results import is_finite_number
 
 KNOWN_METRICS = {
     "loss": "loss {:.4f}",
@@ -74,25 +71,27 @@ def slot_line(slot: SlotState, now: float) -> str:
     return f"{slot.slot} {one_line(slot.job or 'idle')}: {parts}"
 
 
-def view(state: ExperimentState, now: float) -> RenderableType:
-    """The live view: a line for the whole experiment and, while it runs, for each of its slots."""
+def view(state: ExperimentState, now: float, width: int) -> RenderableType:
+    """The live view in `width` cells: a line for the whole experiment and, while it runs, for each
+    of its slots."""
     tasks = Progress(
         TextColumn("{task.description}", markup=False),
-        _ElasticColumn("what"),
+        _StyledColumn("what", is_elastic=False),
         BarColumn(BAR_CELLS),
         TaskProgressColumn("{task.percentage:.0f} %", markup=False, justify="right"),
         TextColumn("{task.fields[time]}", markup=False, justify="right", style="green"),
-        _ElasticColumn("details"),
+        _StyledColumn("details", is_elastic=True),
     )
+    most = max(1, width // 3)
     tasks.add_task(
         shortened(one_line(state.kind), 20),
         completed=round(100 * state.fraction),
-        what=_Shortened(_counts(state), "bold red" if state.failed else "bold"),
+        what=_cut(shortened(_counts(state), most), "bold red" if state.failed else "bold"),
         time=_left(state.left_s(now)) or duration(now - state.began),
         details=_cut(_speed(state.jobs_per_s(now))),
     )
     for slot in () if state.is_over else state.slots:
-        _add_task(tasks, slot, now)
+        _add_task(tasks, slot, now, most)
     notes = {
         "stopping": f"Stopping: {state.reason}",
         "stopped": f"Stopped: {state.total - state.ended:,} of {counted(state.total, 'job')} left",
@@ -101,19 +100,19 @@ def view(state: ExperimentState, now: float) -> RenderableType:
     return Group(note, tasks)
 
 
-def _add_task(tasks: Progress, slot: SlotState, now: float) -> None:
+def _add_task(tasks: Progress, slot: SlotState, now: float, most: int) -> None:
+    """Adds the line of a slot; the name of its job has `most` cells."""
+    what, style = "waits", "dim"
     if not slot.in_service:
-        what: RenderableType = _cut(f"out of service: {one_line(slot.reason)}", "red")
-    elif slot.job is None:
-        what = _cut("waits", "dim")
-    else:
-        what = _Shortened(one_line(slot.job) + attempt_suffix(slot.attempt))
+        what, style = f"out of service: {one_line(slot.reason)}", "red"
+    elif slot.job:
+        what, style = one_line(slot.job) + attempt_suffix(slot.attempt), ""
     reports_no_steps = slot.job is not None and slot.metric("step") is None
     tasks.add_task(
         slot.slot,
         total=None if reports_no_steps else 100,
         completed=round(100 * slot.fraction),
-        what=what,
+        what=_cut(shortened(what, most), style),
         time=_left(slot.left_s(now)) or (duration(now - slot.began) if slot.job else ""),
         details=_cut(_joined(*_metrics(slot), _steps(slot))),
     )
@@ -170,25 +169,12 @@ def _cut(text: str, style: str = "") -> Text:
     return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
-@dataclass(frozen=True)
-class _Shortened:
-    """A text on one line, without its middle where it does not fit: names differ at the ends."""
+class _StyledColumn(ProgressColumn):
+    """Shows a text of each task in its own style. An elastic one gives way where the terminal is
+    narrow."""
 
-    text: str
-    style: str = ""
-
-    def __rich_measure__(self, _console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(1, cell_len(self.text)).with_maximum(options.max_width)
-
-    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(shortened(self.text, options.max_width), self.style)
-
-
-class _ElasticColumn(ProgressColumn):
-    """Shows a field of each task, and gives way where the terminal is narrow."""
-
-    def __init__(self, field: str) -> None:
-        super().__init__(Column(no_wrap=False))
+    def __init__(self, field: str, is_elastic: bool) -> None:
+        super().__init__(Column(no_wrap=not is_elastic))
         self._field = field
 
     def render(self, task: Task) -> RenderableType:

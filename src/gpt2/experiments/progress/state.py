@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from gpt2.base import atomic_files
 from gpt2.base.json_fields import from_json
 from gpt2.experiments.pool.job import Event, Slot
+from gpt2.experiments.results import is_finite_number
 
 FILE = "state.json"
 KEPT_FAILURES = 20
@@ -199,13 +199,6 @@ def _updated(slot: SlotState, event: Event, now: float) -> SlotState:
 
 def _idle(slot: SlotState) -> SlotState:
     return SlotState(slot.slot, slot.in_service, slot.reason, log=slot.log)
-
-
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether the value is a finite float or an int in the range of floats, and not a bool."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max
 
 
 def as_json(state: ExperimentState) -> dict[str, Any]:

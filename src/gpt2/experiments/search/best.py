@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from gpt2.base import atomic_files
 from gpt2.base.errors import ConfigError
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
-from gpt2.experiments.search import trial
+from gpt2.experiments.search import trial, trial_report
 
 FOLDER, COMMAND = "best_overall", "train.sh"
 TRAINING_PARTS = ("model", "data", "optim", "machine")
@@ -32,10 +32,10 @@ def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
     not a training that was started beside them. Raises OSError, and ConfigError if a `config.json`
     is damaged.
     """
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    finished = trial_report.best_first(study.get_trials(deepcopy=False))
     if not finished:
         return None
-    found = min(finished, key=lambda item: (item.value, item.number))
+    found = finished[0]
     source, target = folder / trial.name_of(found.number), folder / FOLDER
     exported, about = (_read_config(path / trial.CONFIG) for path in (target, source))
     # Its own folder may have been removed since.

@@ -17,7 +17,7 @@ from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import showing_progress
 from gpt2.experiments.progress.state import StateTracker
-from gpt2.experiments.search import best, ownership, space, study, trial, trial_report
+from gpt2.experiments.search import best, ownership, space, spec, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
 
@@ -37,7 +37,7 @@ def run(
     than requested, 128 plus the signal's number if the search was stopped.
     """
     with contextlib.ExitStack() as stack:
-        opened = results.opened(search.folder, search.description(), search.differences)
+        opened = results.opened(search.folder, search.description(), spec.differences)
         store = stack.enter_context(opened)
         stack.enter_context(study.storage_errors())
         optuna_study = study.open_study(search)

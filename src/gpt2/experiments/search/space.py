@@ -163,14 +163,17 @@ def _text(distribution: Distribution) -> str:
     return ", ".join([span, *step, *["log"] * distribution.log])
 
 
-def is_same(before: str, now: str) -> bool:
-    """Whether two texts of `describe` mean the same: earlier versions wrote 1 for 1.0."""
-    texts = [
-        re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.9g}", text)
-        for text in (before, now)
-    ]
-    first, second = (re.sub(r", step 1(?=,|$)", "", text) for text in texts)
-    return first == second
+def comparable(described: Mapping[str, str]) -> dict[str, str]:
+    """`describe` so that texts with the same meaning are the same: earlier versions wrote 1 for
+    1.0, and the step 1."""
+    return {
+        name: re.sub(r"\d+\.\d+|, step 1(?=,|$)", _plainest, text)
+        for name, text in described.items()
+    }
+
+
+def _plainest(found: re.Match[str]) -> str:
+    return "" if found[0].startswith(",") else f"{float(found[0]):.9g}"
 
 
 def values(distribution: Distribution) -> Sequence[Any] | None:

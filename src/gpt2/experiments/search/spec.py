@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.config.run import RunConfig
+from gpt2.experiments import results
 from gpt2.experiments.results import ExperimentDescription
 from gpt2.experiments.search import space
 from gpt2.experiments.search.space import Space
@@ -52,20 +53,11 @@ class Search:
         fixed["space"] = space.describe(self.space)
         return ExperimentDescription("search", fixed, total=self.n_trials)
 
-    def differences(self, before: ExperimentDescription) -> list[str]:
-        """How an earlier search differs from this one, a line for each option."""
-        return differences(before.fixed, self.description().fixed)
-
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences between two searches, a line for each option.
-
-    Both are the `fixed` values of their descriptions.
-    """
-    old, new = ({**fixed, **fixed.get("space", {}), "space": ""} for fixed in (before, now))
-    pairs = {name: (str(old.get(name)), str(new.get(name))) for name in sorted({*old, *new})}
-    return [
-        f"{name}: {first} before, {second} now"
-        for name, (first, second) in pairs.items()
-        if not space.is_same(first, second)
-    ]
+    """A line for each option in which two searches differ, by the `fixed` values of both."""
+    old, new = (
+        {**fixed, **space.comparable(fixed.get("space", {})), "space": ""}
+        for fixed in (before, now)
+    )
+    return results.value_differences(old, new)

@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -15,7 +15,6 @@ from rich.table import Table
 from gpt2.base.text import table
 from gpt2.experiments import grid
 from gpt2.experiments.grid import Point
-from gpt2.experiments.progress.state import is_finite_number
 from gpt2.experiments.results import JobResult
 from gpt2.inspection import figures
 
@@ -72,15 +71,9 @@ MakeFigure = Callable[[Sequence[PointSummary], str], "Figure"]
 """makes the table and the picture of the points, for a metric"""
 
 
-def numbers(result: Any) -> dict[str, float]:
-    """The numbers that a job returned by name; a single number is called `value`."""
-    named = result if isinstance(result, Mapping) else {"value": result}
-    return {name: float(value) for name, value in named.items() if is_finite_number(value)}
-
-
 def missing_metric(results: Iterable[JobResult], metric: str) -> str:
     """Why no result can be compared by the metric."""
-    known = sorted({name for item in results for name in numbers(item.result)})
+    known = sorted({name for item in results for name in item.numbers})
     others = f"; --metric may be one of {', '.join(known)}" if known else ""
     return f"No result has a finite {metric}{others}"
 
@@ -98,7 +91,7 @@ def summarize(
 
 def _summarize(point: Point, by_seed: Mapping[int, JobResult], metric: str) -> PointSummary:
     ended = sorted(by_seed.items())
-    found = {seed: numbers(item.result) for seed, item in ended if item.state != "failed"}
+    found = {seed: item.numbers for seed, item in ended if item.state != "failed"}
     collected: dict[str, dict[int, float]] = defaultdict(dict)
     for seed, values in found.items():
         for name, value in values.items():
