@@ -244,10 +244,13 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def another_experiment(folder: Path, rows: Sequence[str]) -> ConfigError:
-    """The error for a folder with results of other values; each row describes a difference."""
+def another_experiment(
+    place: object, rows: Sequence[str], flag: str = "--checkpoint_dir"
+) -> ConfigError:
+    """The error for a place with results of other values; each row describes a difference, and the
+    flag chooses another place."""
     listed = "\n".join(f"  {row}" for row in rows)
     return ConfigError(
-        f"{folder} holds another experiment:\n{listed}\ngive the same values, or keep this one "
-        "elsewhere with --checkpoint_dir"
+        f"{place} holds another experiment:\n{listed}\ngive the same values, or keep this one "
+        f"elsewhere with {flag}"
     )

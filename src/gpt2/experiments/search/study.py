@@ -20,6 +20,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from gpt2.base import retry
 from gpt2.base.errors import ConfigError, TrainingError
+from gpt2.experiments import results
 from gpt2.experiments.search import ownership, spec
 from gpt2.experiments.search.spec import Search
 
@@ -61,11 +62,7 @@ def open_study(search: Search) -> Study:
     del fixed["data_root"]  # the next owner may have the data in another folder
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
-        listed = "\n".join(f"  {row}" for row in rows)
-        raise ConfigError(
-            f"the study {search.study_name} is another search:\n{listed}\nuse the same values, or "
-            "another --study_name"
-        )
+        raise results.another_experiment(f"the study {search.study_name}", rows, "--study_name")
     name = f"{search.study_name} in {location(search)}"
     ownership.register_folder(study, search.folder, name)
     if before is None:
