@@ -117,7 +117,7 @@ class BreakableStorage:
 
 def test_an_unreachable_database_is_retried(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     played = Played(tmp_path / "search", n_trials=2)
-    played.source.retry.pauses_s = [0.001] * 4
+    played.source.pauses_s = (0.001,) * 4
     storage = BreakableStorage(played)
     for number in range(2):
         storage.failures = 3
@@ -138,8 +138,9 @@ def test_a_long_outage_ends_the_search_and_a_stop_ends_retrying(tmp_path: Path):
     job = played.next()
     storage, metrics = BreakableStorage(played), {"step": 10, "val_loss": 9.0}
     storage.failures = 10**9
-    for pauses, is_stopping in (([0.001] * 3, False), ([60.0] * 3, True)):
-        played.source.retry = study.StorageRetry(pauses, lambda stops=is_stopping: stops)
+    for pause_s, is_stopping in ((0.001, False), (60.0, True)):
+        played.source.pauses_s = (pause_s,) * 3
+        played.source.is_stopping = lambda stops=is_stopping: stops
         with pytest.raises(
             TrainingError, match=r"server closed .*; run the same command to continue"
         ):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.constrain import Constrain
 from rich.live import Live
 from rich.text import Text
 
@@ -149,9 +148,8 @@ class _BackgroundStream:
             screen = Console(file=stream, highlight=False, markup=False)
             self._live = Live(
                 console=screen,
-                get_renderable=lambda: Constrain(
-                    rendering.view(shown.current, shown.clock(), screen.width),
-                    screen.width - RESERVED_CELLS,
+                get_renderable=lambda: rendering.view(
+                    shown.current, shown.clock(), screen.width - RESERVED_CELLS
                 ),
                 auto_refresh=False,
                 redirect_stdout=False,

@@ -1,6 +1,7 @@
 """The state and the events of an experiment as text: the live view, or lines."""
 
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -97,7 +98,7 @@ def view(state: ExperimentState, now: float, width: int) -> RenderableType:
         "stopped": f"Stopped: {state.total - state.ended:,} of {counted(state.total, 'job')} left",
     }
     note = Text(notes[state.state], style="yellow") if state.state in notes else Group()
-    return Group(note, tasks)
+    return Constrain(Group(note, tasks), width)
 
 
 def _add_task(tasks: Progress, slot: SlotState, now: float, most: int) -> None:

@@ -68,7 +68,7 @@ def _run_trials(
             log_of=worker_logs(search.log_dir),
             limits=limits,
         )
-        source.retry.is_stopping = lambda: scheduler.stop_requested
+        source.is_stopping = lambda: scheduler.stop_requested
         return scheduler.run()
 
 

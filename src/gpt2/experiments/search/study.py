@@ -4,10 +4,9 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -18,13 +17,11 @@ from optuna.study import Study
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
-from gpt2.base import retry
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.experiments import results
 from gpt2.experiments.search import ownership, spec
 from gpt2.experiments.search.spec import Search
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FILE = "optuna_study.db"
@@ -97,27 +94,12 @@ def _load_or_create(search: Search) -> Study:
         ) from error
 
 
-@dataclass
-class StorageRetry:
-    """Repeats a call that failed because the database was unreachable, until it succeeds."""
-
-    pauses_s: Sequence[float] = PAUSES_S
-    is_stopping: Callable[[], bool] = lambda: False
-    """whether the search is to end, so that retrying ends too"""
-
-    def __call__(self, action: Callable[[], T]) -> T:
-        """The return value of `action`, which may be called several times.
-
-        Raises StorageInternalError or SQLAlchemyError if the outage lasts too long.
-        """
-        return retry.call(action, self.pauses_s, _is_outage, _log_outage, self.is_stopping)
-
-
-def _is_outage(error: BaseException) -> bool:
+def is_outage(error: BaseException) -> bool:
+    """Whether the error shows that the database is unreachable."""
     return isinstance(error.__cause__ or error, OperationalError | InterfaceError)
 
 
-def _log_outage(error: BaseException, pause_s: float) -> None:
+def log_outage(error: BaseException, pause_s: float) -> None:
     words = "the study's database is unreachable: %s; next attempt in %gs, trainings wait meanwhile"
     logger.warning(words, _first_line(error), pause_s)
 

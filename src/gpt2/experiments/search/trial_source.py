@@ -15,12 +15,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from gpt2.base import retry
 from gpt2.base.errors import UserError
 from gpt2.config import options
 from gpt2.config.run import RunConfig
@@ -37,6 +38,7 @@ ENDED = ("finished", "pruned", "failed")
 ENDING, RESULT, REASON = "ending", "result", "reason"
 """attributes of a trial in the study"""
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -65,10 +67,21 @@ class TrialSource:
     ) -> None:
         self._study, self._search, self._store = optuna_study, search, store
         self._heartbeat, self._make_job = heartbeat, make_job
-        self.retry = study.StorageRetry()
+        self.pauses_s = study.PAUSES_S
+        self.is_stopping: Callable[[], bool] = lambda: False
+        """whether the search is to end, so that retrying ends, too"""
         self._running: dict[str, RunningTrial] = {}
         self.failed_in_a_row = 0
         self._needs_none = False  # more trials, until a job ends
+
+    def retry(self, action: Callable[[], T]) -> T:
+        """What `action` returns, which is called again while the database is unreachable.
+
+        Raises StorageInternalError or SQLAlchemyError if the outage lasts too long.
+        """
+        return retry.call(
+            action, self.pauses_s, study.is_outage, study.log_outage, self.is_stopping
+        )
 
     @property
     def done(self) -> int:
