@@ -35,10 +35,16 @@ def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> int:
     out, source = console(), NamedTrainings(experiments, slots)
     tracker = StateTracker("experiments", len(experiments), slots)
     with showing_progress(tracker, out=out) as show:
+
+        def on_event(event: Event) -> None:
+            if event.kind == "stopping":
+                _interrupt_at_next_signal()
+            show(source.as_shown(event))
+
         scheduler = Scheduler(
             Engine(slots),
             source,
-            lambda event: show(source.as_shown(event)),
+            on_event,
             # A training has its own console log; how a job fails is in its event.
             log_of=lambda _slot, _job: Path(os.devnull),
             limits=LIMITS,
@@ -47,6 +53,13 @@ def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> int:
     if number:
         out.print("To continue, run the same command with --resume latest after --")
     return 128 + number if number else int(tracker.current.done < len(experiments))
+
+
+def _interrupt_at_next_signal() -> None:
+    """The next signal raises KeyboardInterrupt, at which the scheduler kills what still runs."""
+    for number in KILLING_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 class NamedTrainings:
@@ -72,12 +85,8 @@ class NamedTrainings:
         return "go"
 
     def as_shown(self, event: Event) -> Event:
-        """The event with the console log of its training. When the experiments are to stop, the
-        next signal kills them."""
+        """The event with the console log of its training, or with what a stop means here."""
         if event.kind == "stopping":
-            for number in KILLING_SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
             return replace(event, reason="every experiment saves and ends; a second signal kills")
         if event.job is None:
             return event

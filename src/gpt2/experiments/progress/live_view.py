@@ -68,8 +68,7 @@ def showing_progress(
                 yield reporter.report
         finally:
             tracker.end()
-            if folder:
-                state.write(folder, tracker.current)
+            write()
             reporter.report_end()
 
 

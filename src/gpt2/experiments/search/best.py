@@ -1,6 +1,5 @@
 """The best trial of a search: its weights, its configuration, and the command that trains it."""
 
-import contextlib
 import json
 import shlex
 import shutil
@@ -46,8 +45,6 @@ def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
     if not about or not (source / trial.WEIGHTS).exists():
         for name in (COMMAND, trial.WEIGHTS):
             (target / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it may have a training
-            target.rmdir()
         return found, None
     target.mkdir(exist_ok=True)
     searched = about.get("parameters", {})

@@ -238,9 +238,7 @@ class TrialSource:
     ) -> FrozenTrial:
         """Ends a trial in the study, unless it has ended there; the trial as the study has it."""
         with contextlib.suppress(UpdateFinishedTrialError):
-            self._set_attributes(
-                ended, {name: known for name, known in attributes.items() if known}
-            )
+            self._set_attributes(ended, attributes)
         return self.retry(
             lambda: self._study.tell(ended.number, value, state, skip_if_finished=True)
         )
