@@ -164,16 +164,13 @@ def _text(distribution: Distribution) -> str:
 
 
 def comparable(described: Mapping[str, str]) -> dict[str, str]:
-    """`describe` so that texts with the same meaning are the same: earlier versions wrote 1 for
-    1.0, and the step 1."""
-    return {
-        name: re.sub(r"\d+\.\d+|, step 1(?=,|$)", _plainest, text)
-        for name, text in described.items()
-    }
+    """`describe` as this version writes it: earlier ones wrote 1 for 1.0, and the step 1."""
 
+    def shortest(found: re.Match[str]) -> str:
+        return f"{float(found[0]):.9g}" if found[0][0].isdigit() else ""
 
-def _plainest(found: re.Match[str]) -> str:
-    return "" if found[0].startswith(",") else f"{float(found[0]):.9g}"
+    pattern = r"\d+\.\d+|, step 1(?=,|$)"
+    return {name: re.sub(pattern, shortest, text) for name, text in described.items()}
 
 
 def values(distribution: Distribution) -> Sequence[Any] | None:
