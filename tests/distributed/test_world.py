@@ -69,6 +69,43 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+RANK_1_FAILS_AND_STOPS = """
+import os, signal
+from gpt2.cli.train import train_main
+from gpt2.model.gpt2 import GPT2
+forward, calls = GPT2.forward, {True: 0, False: 0}
+def interrupted(net, *given):
+    calls[net.training] += 1
+    if os.environ["RANK"] == "1" and not net.training and calls[False] == 3:
+        raise ZeroDivisionError("a validation")
+    if os.environ["RANK"] == "1" and net.training and calls[True] == 1 + 7 * 2 + 1:
+        signal.raise_signal(signal.SIGTERM)
+    return forward(net, *given)
+GPT2.forward = interrupted
+raise SystemExit(train_main())
+"""
+"""One rank fails in the first batch of the second validation, and receives a signal in the first of
+two micro-batches of step 8. (The first forward pass is that of DDP's buckets.)"""
+
+
+def test_one_rank_that_fails_to_measure_or_is_to_stop_within_a_step_takes_the_others_along(
+    data_root: Path, tmp_path: Path, uninterrupted: Path
+):
+    script = tmp_path / "interrupted.py"
+    script.write_text(RANK_1_FAILS_AND_STOPS)
+    flags = small_flags(data_root, tmp_path, eval_batches=1)
+    stopped = run_command(train_command(flags, ranks=2, script=script), expect=None)
+    assert "WARNING: step 5: validation failed; training continues\nTraceback" in stopped.stderr
+    assert stopped.stderr.count("ZeroDivisionError: a validation") == 1
+    assert "Stopped by signal 15 at step 7" in stopped.stdout
+    run_command(train_command([*flags, "--resume", "latest"], ranks=2))
+    logs = [loss_lines(out / "logs/log.txt") for out in (tmp_path, uninterrupted)]
+    steps = [[line for line in log if "val" not in line] for log in logs]
+    assert steps[0] == steps[1]
+    one, other = weights(tmp_path, 20), weights(uninterrupted, 20)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.soak
 def test_remote_shards_give_the_same_run(data_root: Path, tmp_path: Path, uninterrupted: Path):
     flags = small_flags(data_root, tmp_path, data_root=f"file://{data_root}")

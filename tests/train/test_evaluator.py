@@ -1,8 +1,13 @@
+import itertools
 import math
 import re
 import signal
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,16 +15,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt2.base import log
 from gpt2.base.errors import DataError
+from gpt2.base.text import console
 from gpt2.checkpoint import store
+from gpt2.checkpoint.metadata import TrainingMetadata
 from gpt2.data.remote import Storage
-from gpt2.data.shards import load_index
+from gpt2.data.sampler import Rows
+from gpt2.data.shards import TokenDataset, load_index
+from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.evaluation import hellaswag
+from gpt2.inspection import run_status
+from gpt2.model.gpt2 import GPT2
 from gpt2.train import trainer
 from gpt2.train.evaluator import Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Answer
-from support import small_config, write_tasks
+from support import loss_lines, small_config, write_tasks
 
 LINE = r"step (\d+) \| epoch 0 \| hellaswag: (0\.\d{4}) acc_norm \| (0\.\d{4}) acc \| 5 tasks"
 
@@ -54,6 +65,114 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     line = board.Scalars("hellaswag/gpt2_124m")
     assert [point.value for point in line] == pytest.approx([0.2955] * 3)
     assert "loss/gpt2_124m" not in board.Tags()["scalars"]  # this is no FineWeb
+
+
+@pytest.fixture
+def fail_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], None]:
+    """Makes forward passes of evaluations fail whose number, from 0 on, is chosen."""
+    features = GPT2.features
+    calls = itertools.count()
+
+    def fail(is_chosen: Callable[[int], bool]) -> None:
+        def failing(net: GPT2, *given: Any) -> torch.Tensor:
+            if not net.training and is_chosen(next(calls)):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return features(net, *given)
+
+        monkeypatch.setattr(GPT2, "features", failing)
+
+    return fail
+
+
+def kept_metadata(out: Path) -> list[TrainingMetadata]:
+    return [item.training for item in store.list_checkpoints(out / "checkpoints")]
+
+
+def test_a_measurement_that_fails_costs_no_training(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Validation fails at step 10: the run goes on, and one that resumes there makes it up."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.run(small_config(data_root, whole, eval_rows=2))
+    validations = itertools.count()
+    read = TokenDataset.read
+
+    def fails_at_step_10(data: TokenDataset, rows: Rows, **options: Any) -> object:
+        if threading.current_thread() is threading.main_thread():
+            torch.rand(1)  # which must not change the dropout of the training
+            if next(validations) == 2:
+                raise DataError("the disk is gone")
+        return read(data, rows, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenDataset, "read", fails_at_step_10)
+        result = trainer.run(small_config(data_root, parts, eval_rows=2))
+    assert (result.state, result.step, result.exit_code) == ("finished", 20, 0)
+    error = capsys.readouterr().err
+    assert "WARNING: step 10: validation failed; training continues\nTraceback" in error
+    assert "DataError: the disk is gone" in error
+    assert "DataError: the disk is gone" in (parts / "logs/log.txt").read_text()
+    measured, lacking = kept_metadata(whole), kept_metadata(parts)
+    assert [item.val_loss for item in lacking] == [None, measured[1].val_loss]
+    assert [item.is_evaluated for item in lacking] == [False, True]
+    logs = [loss_lines(out / "logs/log.txt") for out in (whole, parts)]
+    assert [line for line in logs[0] if not line.startswith("step 10 | epoch 0 | val")] == logs[1]
+
+    trainer.run(small_config(data_root, parts, eval_rows=2, resume="10"))
+    assert [item.val_loss for item in kept_metadata(parts)] == [item.val_loss for item in measured]
+    assert all(item.is_evaluated for item in kept_metadata(parts))
+
+
+def test_a_measurement_that_fails_at_the_last_step_is_made_up_by_a_resume(
+    data_root: Path, tmp_path: Path, fail_in_evaluation, capsys
+):
+    fail_in_evaluation(lambda call: 4 <= call < 5)  # of step 20
+    assert trainer.run(small_config(data_root, tmp_path, eval_rows=2)).val_loss is None
+    result = trainer.run(small_config(data_root, tmp_path, eval_rows=2, resume="latest"))
+    assert (result.state, result.val_loss is None) == ("finished", False)
+    assert "Nothing to do" not in capsys.readouterr().out
+    trainer.run(small_config(data_root, tmp_path, eval_rows=2, resume="latest"))
+    assert "Nothing to do: step 20 of 20 is reached" in capsys.readouterr().out
+
+
+def test_what_fails_three_times_in_a_row_is_switched_off(
+    data_root: Path, tmp_path: Path, fail_in_evaluation, capsys
+):
+    failing: list[int] = []
+    fail_in_evaluation(lambda call: failing.append(call) is None)
+    intervals = {"sample_interval": 2, "eval_interval": 2, "eval_rows": 2, "max_steps": 12}
+    assert trainer.run(small_config(data_root, tmp_path, **intervals)).state == "finished"
+    assert len(failing) == 6, "three validations and three samples, then none"
+    error = capsys.readouterr().err
+    for name in ("validation", "sampling"):
+        assert f"WARNING: {name} is SWITCHED OFF: it failed 3 times in a row" in error
+    run = run_status.newest_run(tmp_path / "checkpoints")
+    assert run is not None
+    assert run.status.switched_off == ["validation", "sampling"]
+    run_status.print_state(run, console())
+    shown = capsys.readouterr().out
+    assert "validation is switched off: it failed again and again" in " ".join(shown.split())
+
+
+def test_a_success_between_failures_counts_from_one_again(
+    data_root: Path, tmp_path: Path, fail_in_evaluation, capsys
+):
+    fail_in_evaluation(lambda call: call % 3 != 0)
+    trainer.run(small_config(data_root, tmp_path, eval_interval=2, eval_rows=2))
+    assert "SWITCHED OFF" not in capsys.readouterr().err
+
+
+def test_an_error_that_leaves_the_device_unusable_ends_the_run(
+    data_root: Path, tmp_path: Path, fail_in_evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    """On CUDA, an assertion in a kernel makes every later call fail."""
+    world = World(0, 1, torch.device("cpu"))
+    run = small_config(data_root, tmp_path)
+    evaluator = Evaluator(run, world, Replica(run, world), load_index(Storage(str(data_root))))
+    fail_in_evaluation(lambda call: True)
+    monkeypatch.setattr(device, "recover", Mock(side_effect=RuntimeError("CUDA error")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        evaluator.validation_loss(0, lambda: 0, is_last=False)
 
 
 def test_training_goes_on_where_there_is_no_hellaswag(

@@ -21,7 +21,8 @@ from gpt2.config.model import ARCHITECTURES
 from gpt2.data import prepare
 from gpt2.metrics import log_reader
 from gpt2.metrics.records import Metrics
-from gpt2.train import banner, evaluator, status, trainer
+from gpt2.model.gpt2 import GPT2
+from gpt2.train import banner, status, trainer
 from gpt2.train.report import Answer
 from support import LOSS_TOLERANCE, SMALL_CORPUS, loss_lines, losses, small_config
 
@@ -99,7 +100,7 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     trainer.run(small_config(data_root, parts, **options, max_steps=steps, resume="latest"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
     one, other = load(whole, steps), load(parts, steps)
-    for same in ("model", "optimizer", "rng", "progress"):
+    for same in ("model", "optimizer", "rng", "progress", "spikes"):
         assert_same(one[same], other[same])
 
 
@@ -120,30 +121,53 @@ def test_a_stop_is_heeded_before_the_next_update(data_root: Path, tmp_path: Path
     assert (result.state, result.step) == ("stopped", 7)
 
 
-def test_the_checkpoint_of_a_step_is_saved_before_that_step_is_evaluated(
-    data_root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stop_within_a_step_saves_the_step_before(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A validation that fails costs no training; the resumed run makes it up."""
-    validate, calls = evaluator.validation_loss, itertools.count()
+    """The signal comes in the third of eight micro-batches of step 8, with dropout."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"mini_batch_size": 1, "eval_interval": None, "dropout": 0.2}
+    trainer.run(small_config(data_root, whole, **options))
+    forward, calls = GPT2.forward, itertools.count(1)
 
-    def fails_at_step_10(*given: Any) -> float | None:
-        if next(calls) == 2:  # steps 0, 5, 10
-            raise ZeroDivisionError("validation")
-        return validate(*given)
+    def interrupted(net: GPT2, *given: Any) -> torch.Tensor:
+        if next(calls) == 7 * 8 + 3:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(net, *given)
 
-    monkeypatch.setattr(evaluator, "validation_loss", fails_at_step_10)
-    with pytest.raises(ZeroDivisionError):
-        trainer.run(small_config(data_root, tmp_path))
-    (kept,) = store.list_checkpoints(tmp_path / "checkpoints")
-    assert (kept.training.step, kept.training.val_loss) == (10, None)
-    trainer.run(small_config(data_root, tmp_path, resume="latest"))
-    expected, found = (
-        [item.training for item in store.list_checkpoints(out / "checkpoints")]
-        for out in (whole, tmp_path)
-    )
-    assert [item.val_loss for item in found] == [item.val_loss for item in expected]
-    assert all(item.is_evaluated for item in found)
-    assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT2, "forward", interrupted)
+        result = trainer.run(small_config(data_root, parts, **options))
+    assert (result.state, result.step, result.exit_code) == ("stopped", 7, 143)
+    assert next(calls) == 7 * 8 + 4, "no micro-batch after the signal"
+    trainer.run(small_config(data_root, parts, **options, resume="latest"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
+    one, other = load(whole, 20), load(parts, 20)
+    for same in ("model", "optimizer", "rng", "progress", "spikes"):
+        assert_same(one[same], other[same])
+
+
+@pytest.mark.parametrize("skip_spikes", [False, True])
+def test_a_spike_is_reported_and_skipped_on_request(
+    skip_spikes: bool, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    norm, calls = trainer.gradient_norm, itertools.count(1)
+
+    def spiking(net: torch.nn.Module) -> torch.Tensor:
+        if next(calls) == 80:
+            next(iter(net.parameters())).grad *= 1e4
+        return norm(net)
+
+    monkeypatch.setattr(trainer, "gradient_norm", spiking)
+    flags = {"skip_spikes": skip_spikes, "max_steps": 82, "eval_interval": None}
+    trainer.run(small_config(data_root, tmp_path, **flags, checkpoint_interval=None))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
+    progress = load(tmp_path, 82)["progress"]
+    assert (progress["spikes"], progress["bad_steps"]) == (1, int(skip_spikes))
+    (warning,) = warnings
+    assert warning.startswith("WARNING: step 80: loss ")
+    ending = "no update (1 in a row, 1 in all)" if skip_spikes else "--skip_spikes would skip it"
+    assert warning.endswith(ending)
 
 
 def test_a_run_that_cannot_be_built_leaves_nothing_behind(

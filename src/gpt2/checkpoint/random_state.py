@@ -1,6 +1,8 @@
 """The states of the random-number generators of a process."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -29,3 +31,13 @@ def set_rng_state(state: CheckpointState, device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu().to(torch.uint8))
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu().to(torch.uint8), device)
+
+
+@contextlib.contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Restores the random-number states of this process after the block, however it ends."""
+    before = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(before, device)

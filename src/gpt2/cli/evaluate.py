@@ -33,6 +33,7 @@ from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.loss import row_losses
 from gpt2.evaluation.measured_value import Measure, MeasuredValue
+from gpt2.evaluation.rounds import MeasurementFailed
 from gpt2.train.dataset import cache_of, require_known_ids
 
 
@@ -92,7 +93,10 @@ def evaluate_main() -> int:
             loaded.model.to(world.device)
             measured: list[MeasuredValue] = []
             for measure in measures:
-                measured += measure()
+                try:
+                    measured += measure()
+                except MeasurementFailed as failure:
+                    raise failure.own_error or failure from None
                 if world.is_rank0:
                     _write(command, loaded, measured)
             if world.is_rank0:

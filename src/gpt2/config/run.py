@@ -81,7 +81,10 @@ class OptimConfig:
     grad_clip: float | None = 1.0
     """maximum norm of the gradient; None is no clipping"""
     max_bad_steps: int = 5
-    """consecutive steps with a NaN or infinite loss or gradient before the run goes back"""
+    """consecutive skipped updates before the run goes back"""
+    skip_spikes: bool = False
+    """skip an update whose loss or gradient norm is 6 standard deviations above the mean of the
+    last 128; without it, such an update is only reported"""
 
     def __post_init__(self) -> None:
         require(

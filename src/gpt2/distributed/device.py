@@ -147,6 +147,14 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def recover(device: torch.device) -> None:
+    """Frees cached memory after a failed computation. Raises the error of CUDA if the device cannot
+    compute any more."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)
+
+
 def make_deterministic() -> None:
     """Makes torch choose algorithms that give the same bits every time, on CUDA too."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2.data import tokenizer
 from gpt2.distributed.world import World
+from gpt2.evaluation.rounds import in_rounds
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 
@@ -52,20 +53,23 @@ def ending_losses(
 
     Ids of the padded vocabulary get no probability. A text that is longer than the model's context
     is cut at its beginning. The ranks share the batches, which do not depend on the number of
-    ranks. Returns None if `stop()` was not 0 on some rank before the end. `track` wraps the loop
-    over rounds of batches, for a progress bar.
+    ranks. Returns None if `stop()` was not 0 on some rank before the end; raises MeasurementFailed
+    on all ranks if one of them fails. `track` wraps the loop over rounds of batches, for a progress
+    bar.
     """
     ends = np.cumsum([len(question.endings) for question in questions])
     sequences = list(_sequences(questions, model.config.block_size))
     batches = list(_batches(sequences, batch_tokens))
     losses = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
+
+    def add_batch(first: int) -> None:
+        for batch in batches[first + world.rank : first + world.rank + 1]:
+            endings, token_losses = _batch_losses(model, batch, world, autocast)
+            losses.index_add_(0, torch.from_numpy(endings), token_losses)
+
     with evaluating(model):
-        for first in track(range(0, len(batches), world.size)):
-            if world.all_reduce_max(stop()):
-                return None
-            for batch in batches[first + world.rank : first + world.rank + 1]:
-                endings, token_losses = _batch_losses(model, batch, world, autocast)
-                losses.index_add_(0, torch.from_numpy(endings), token_losses)
+        if not in_rounds(world, track(range(0, len(batches), world.size)), add_batch, stop):
+            return None
     flat = world.all_reduce_sum(losses.to(world.device)).tolist()
     return [
         flat[end - len(question.endings) : end]

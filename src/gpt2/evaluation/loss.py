@@ -11,6 +11,7 @@ from gpt2.data import sampler
 from gpt2.data.sampler import Rows
 from gpt2.data.shards import TokenDataset
 from gpt2.distributed.world import World
+from gpt2.evaluation.rounds import in_rounds
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
 
@@ -33,20 +34,23 @@ def validation_loss(
     """Mean cross entropy in nats per token over `rows`, the same on every rank.
 
     The ranks share the rows. `net(tokens_BT, targets_BT)` returns the summed loss. Returns None if
-    `stop()` was not 0 on some rank before the end.
+    `stop()` was not 0 on some rank before the end; raises MeasurementFailed on all ranks if one of
+    them fails.
     """
     mine = sampler.share(len(rows), world.rank, world.size)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     micros = sampler.micro_batches(rows[mine.start : mine.stop], mini_batch_size)
     largest_share = -(-len(rows) // world.size)
+
+    def add_micro_batch(_round: int) -> None:
+        for micro in itertools.islice(micros, 1):  # the ranks with smaller shares have none left
+            tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(micro)))
+            total.add_(net(tokens_BT, targets_BT))
+
     with evaluating(net), autocast:
-        # As many rounds on every rank: each takes part in every collective.
-        for _ in range(-(-largest_share // mini_batch_size)):
-            if world.all_reduce_max(stop()):
-                return None
-            for micro in itertools.islice(micros, 1):
-                tokens_BT, targets_BT = world.to_device(*map(torch.tensor, shards.read(micro)))
-                total += net(tokens_BT, targets_BT)
+        rounds = range(-(-largest_share // mini_batch_size))
+        if not in_rounds(world, rounds, add_micro_batch, stop):
+            return None
     return float(world.all_reduce_sum(total)) / (len(rows) * shards.block_size)
 
 

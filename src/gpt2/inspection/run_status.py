@@ -51,4 +51,8 @@ def print_state(run: Run, out: Console) -> None:
     out.print(f"  step {current.step:,} of {current.plan.total_steps:,}")
     age = duration(time.time() - current.time)
     out.print(f"  process {current.pid} on {current.host}, status written {age} ago")
+    for name in current.switched_off:
+        out.print(
+            f"  {name} is switched off: it failed again and again, see {current.plan.log_file}"
+        )
     out.print(f"  checkpoints {run.folder}")

@@ -1,11 +1,14 @@
-"""Updates that were skipped because loss or gradient was NaN or infinite: counted, and after too
-many in a row the run goes back to a checkpoint and skips their data."""
+"""Updates with a loss or gradient that is NaN, infinite or a spike: reported and counted. After too
+many skipped ones in a row, the run goes back to a checkpoint and skips their data."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from gpt2.base.errors import Diverged
+from gpt2.base.text import counted
 from gpt2.checkpoint import store
+from gpt2.optim import spikes
 from gpt2.train import resume
 from gpt2.train.state import Update
 from gpt2.train.training_run import TrainingRun
@@ -14,29 +17,35 @@ logger = logging.getLogger(__name__)
 
 
 def go_back_if_bad(run: TrainingRun, update: Update) -> None:
-    """Counts the update if it was skipped. After `max_bad_steps` in a row, goes back to the newest
-    checkpoint before them.
+    """Counts the update if it is a spike or was skipped. After `max_bad_steps` skipped ones in a
+    row, goes back to the newest checkpoint before them.
 
     Raises Diverged if there is no such checkpoint, or if the run went back before: then the data
     is not the cause.
     """
     state, limit = run.state, run.config.optim.max_bad_steps
+    state.spikes += update.is_spike
+    numbers = f"step {state.step}: loss {update.loss}, gradient norm {update.grad_norm}"
+    if update.is_spike:
+        numbers += (
+            f", more than {spikes.LIMIT_STD:g} standard deviations above the last updates "
+            f"({counted(state.spikes, 'spike')} in all)"
+        )
     if update.applied:
         state.bad_in_a_row = 0
+        if update.is_spike:
+            logger.warning("%s; --skip_spikes would skip it", numbers)
         return
     state.bad_steps += 1
     state.bad_in_a_row += 1
     logger.warning(
-        "step %d: loss %s, gradient norm %s: no update (%d in a row, %d in all)",
-        state.step,
-        update.loss,
-        update.grad_norm,
-        state.bad_in_a_row,
-        state.bad_steps,
+        "%s: no update (%d in a row, %d in all)", numbers, state.bad_in_a_row, state.bad_steps
     )
     if state.bad_in_a_row < limit:
         return
     reason = f"{limit} updates in a row, up to step {state.step}, had no finite loss or gradient"
+    if run.config.optim.skip_spikes:
+        reason += ", or a spike"
     if state.left_out is not None:
         raise Diverged(
             f"{reason}, also after skipping the data of steps {state.left_out[0] + 1} to "
@@ -67,14 +76,13 @@ def _newest_checkpoint(run: TrainingRun, up_to_step: int) -> Path | None:
 
 
 def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
-    bad_steps = run.state.bad_steps
+    counts = {"bad_steps": run.state.bad_steps, "spikes": run.state.spikes}
     run.loader.close()
     trust = run.config.checkpoint.trust_checkpoint
     checkpoint = store.load(path, trust=trust, world=run.world)
-    run.state = resume.train_state(checkpoint, path, run.world)
+    state = resume.train_state(checkpoint, path, run.world)
+    run.state = replace(state, **counts, left_out=left_out, bad_in_a_row=0)
     run.replica.load_state_dict(checkpoint, run.state.step)
-    run.state.bad_steps, run.state.left_out = bad_steps, left_out
-    run.state.bad_in_a_row = 0
     run.saver.assume_saved(run.state.step)
     run.metrics.close()
     run.open()

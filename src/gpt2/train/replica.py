@@ -23,6 +23,7 @@ from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_options
+from gpt2.optim.spikes import SpikeDetector
 from gpt2.train.compile_cache import compiled
 
 
@@ -54,6 +55,7 @@ class Replica:
             self.model.load_state_dict(weights)
             weights.clear()  # the copy on the host is not needed for the days that follow
         self.optimizer = build_optimizer(self.model, run_config.optim)
+        self.spikes = SpikeDetector(world.device)
         on_cuda = world.device.type == "cuda"
         is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
         self.model.fast_head = not (plain_head or on_cuda or is_compiled)
@@ -80,7 +82,11 @@ class Replica:
 
     def state_dict(self) -> CheckpointState:
         """What a checkpoint keeps of it, beside the random streams."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "spikes": self.spikes.state_dict(),
+        }
 
     def load_state_dict(self, state: CheckpointState, step: int) -> None:
         """Takes weights, optimiser and random streams out of the checkpoint of `step`.
@@ -91,6 +97,8 @@ class Replica:
         self.model.load_state_dict(state.pop("model"))  # popped: the copy on the host is not needed
         self.optimizer.load_state_dict(_copied(state.pop("optimizer")))
         set_options(self.optimizer, self.config.optim)
+        if spikes := state.pop("spikes", None):  # earlier versions have none
+            self.spikes.load_state_dict(spikes)
         streams = state["rng"]
         if len(streams) == self.world.size:
             random_state.set_rng_state(streams[self.world.rank], self.world.device)

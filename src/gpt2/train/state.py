@@ -19,7 +19,9 @@ class Update:
     grad_norm: float
     """L2 norm of all gradients, before clipping"""
     applied: bool
-    """whether the weights changed: not if loss or norm is NaN or infinite"""
+    """whether the weights changed: not if loss or norm is NaN or infinite, or a skipped spike"""
+    is_spike: bool
+    """whether loss or norm is far above those of the updates before"""
     elapsed_s: float
     rank_s: list[float]
     """seconds that each rank computed before it waited for the other ranks' gradients"""
@@ -58,8 +60,10 @@ class TrainState:
     evaluated_step: int | None = None
     """the step at which everything that was due is measured"""
     bad_steps: int = 0
-    """updates skipped so far, because loss or gradient was NaN or infinite"""
+    """updates skipped so far, because loss or gradient was NaN, infinite or a skipped spike"""
     bad_in_a_row: int = 0
+    spikes: int = 0
+    """spikes so far, skipped or not"""
     left_out: tuple[int, int] | None = None
     """the sampler's steps that are never trained on, as (first, count)"""
     plain_head: bool = False

@@ -47,11 +47,29 @@ class Status:
     pid: int = 0
     time: float = 0.0
     """seconds since 1970, when this was written: a running run writes it every few seconds"""
+    switched_off: tuple[str, ...] = ()
+    """measurements that failed too often in a row"""
 
 
-def write(folder: Path, plan: Plan, state: RunState, step: int, reason: str | None = None) -> None:
+def write(
+    folder: Path,
+    plan: Plan,
+    state: RunState,
+    step: int,
+    reason: str | None = None,
+    switched_off: tuple[str, ...] = (),
+) -> None:
     """Replaces `status.json` in `folder`; raises OSError if the disk does not take it."""
-    status = Status(plan, state, step, reason, socket.gethostname(), os.getpid(), time.time())
+    status = Status(
+        plan,
+        state,
+        step,
+        reason,
+        socket.gethostname(),
+        os.getpid(),
+        time.time(),
+        switched_off,
+    )
     atomic_files.write_text(folder / NAME, json.dumps(asdict(status), indent=2) + "\n")
 
 
@@ -62,13 +80,14 @@ class StatusFile:
         """`folder` is None on the ranks that do not write it, which are all but rank 0."""
         self._folder, self._plan = folder, plan
         self._written = 0.0
+        self.switched_off: tuple[str, ...] = ()
 
     def write(self, state: RunState, step: int, reason: str | None = None) -> None:
         """Writes what the run does now, and why; a write that fails changes nothing."""
         self._written = time.monotonic()
         if self._folder is not None:
             with contextlib.suppress(OSError):  # saving a checkpoint reports a full disk
-                write(self._folder, self._plan, state, step, reason)
+                write(self._folder, self._plan, state, step, reason, self.switched_off)
 
     def beat(self, step: int) -> bool:
         """Writes that the run is running if the last write is BEAT_EVERY_S ago; returns whether it

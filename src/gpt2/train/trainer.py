@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpt2.base.errors import Diverged
+from gpt2.checkpoint import random_state
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
 from gpt2.data.loader import MicroBatch
@@ -24,6 +25,7 @@ from gpt2.train import dataset, divergence, experiment_folder, setup
 from gpt2.train.replica import Replica, out_of_memory_explained
 from gpt2.train.report import Report, always_go
 from gpt2.train.state import RunResult, Update
+from gpt2.train.stop_vote import StopVote
 from gpt2.train.training_run import TrainingRun
 
 
@@ -32,11 +34,14 @@ def train(run: TrainingRun) -> RunResult:
     while run.state.step < run.total_steps:
         run.save_if_due()
         run.evaluate_if_due()
-        if reason := run.wait_for_batches():
-            return run.stopped(reason)
-        run.announce_epochs()
         learning_rate = lr_at(run.state.step, run.schedule)
-        update = train_step(run.replica, run.loader.next_step(), learning_rate)
+        micro_batches = run.next_micro_batches()
+        update = micro_batches and train_step(
+            run.replica, micro_batches, learning_rate, run.stop_vote
+        )
+        if not update:
+            return run.stopped()
+        run.announce_epochs()
         run.state.step += 1
         run.log_step(update, learning_rate)
         divergence.go_back_if_bad(run, update)
@@ -44,23 +49,37 @@ def train(run: TrainingRun) -> RunResult:
 
 
 def train_step(
-    replica: Replica, micro_batches: Sequence[MicroBatch], learning_rate: float
-) -> Update:
+    replica: Replica,
+    micro_batches: Sequence[MicroBatch],
+    learning_rate: float,
+    stop_vote: StopVote | None = None,
+) -> Update | None:
     """One update of the weights from this rank's share of a step.
 
     Each micro-batch is tokens and targets of (B, T) int64. DDP averages the gradients over the
     ranks, and the loss is the mean over the global batch, hence the factor before `backward`. An
-    update whose loss or gradient norm is NaN or infinite is skipped on every rank. Raises
-    TrainingError if a micro-batch does not fit into the memory.
+    update whose loss or gradient norm is NaN or infinite is skipped on every rank, and so is a
+    spike if the run skips spikes. Raises TrainingError if a micro-batch does not fit into the
+    memory.
+
+    A rank that receives a stop request leaves out its micro-batches but the last, before which the
+    ranks agree. If they stop, returns None: weights, moments and random streams are as before.
     """
     world, config = replica.world, replica.config
     batch_tokens = config.data.total_batch_size
     started = computed = DeviceTimestamp(world.device)
+    streams = random_state.rng_state(world.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     with out_of_memory_explained(*micro_batches[0][0].shape):
         for number, micro_batch in enumerate(micro_batches, 1):
-            tokens_BT, targets_BT = world.to_device(*micro_batch)
             is_last = number == len(micro_batches)
+            if stop_vote and is_last and stop_vote.is_to_stop():
+                replica.optimizer.zero_grad(set_to_none=True)
+                random_state.set_rng_state(streams, world.device)
+                return None
+            if stop_vote and stop_vote.is_requested and not is_last:
+                continue
+            tokens_BT, targets_BT = world.to_device(*micro_batch)
             with replica.exchanging_gradients(is_last):
                 with replica.autocast:
                     loss = replica.net(tokens_BT, targets_BT)
@@ -69,17 +88,19 @@ def train_step(
                 (loss * (world.size / batch_tokens)).backward()
             loss_sum += loss.detach()
         grad_norm = gradient_norm(replica.model)
-        numbers = torch.stack([world.all_reduce_sum(loss_sum) / batch_tokens, grad_norm.double()])
-        is_finite = numbers.isfinite().all()
+        loss, norm = world.all_reduce_sum(torch.stack([loss_sum, grad_norm.double()]))
+        numbers = torch.stack([loss / batch_tokens, norm / world.size])
+        is_applied, is_spike = replica.spikes.add(numbers, config.optim.skip_spikes)
         set_learning_rate(replica.optimizer, learning_rate)
-        replica.optimizer.clip_and_step(grad_norm, config.optim.grad_clip, is_finite)
+        replica.optimizer.clip_and_step(grad_norm, config.optim.grad_clip, is_applied)
         replica.optimizer.zero_grad(set_to_none=True)
     finished = DeviceTimestamp(world.device)
-    mean_loss, norm, applied = torch.cat([numbers, is_finite.double().view(1)]).tolist()
+    outcome = torch.cat([numbers, torch.stack([is_applied, is_spike]).double()]).tolist()
     return Update(
-        loss=mean_loss,
-        grad_norm=norm,
-        applied=bool(applied),
+        loss=outcome[0],
+        grad_norm=outcome[1],
+        applied=bool(outcome[2]),
+        is_spike=bool(outcome[3]),
         elapsed_s=finished.since(started),
         rank_s=world.gather(computed.since(started)),
     )

@@ -1,6 +1,5 @@
 """A run that is ready to train: its parts, and what happens around an update."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -13,7 +12,7 @@ from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config import flops
 from gpt2.config.lr_schedule import Schedule
 from gpt2.config.run import RunConfig
-from gpt2.data.loader import Loader
+from gpt2.data.loader import Loader, MicroBatch
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import TokenDataset
 from gpt2.distributed import device
@@ -27,12 +26,13 @@ from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.state import RunResult, TrainState, Update
 from gpt2.train.status import RunState, StatusFile
+from gpt2.train.stop_vote import StopVote
 
 logger = logging.getLogger(__name__)
 # Above all signal numbers, so that one number is a signal or an answer of `report`.
 STOP, PRUNE = 1001, 1002
 DATA_SLICE_S = 1.0
-"""how long a rank waits for its batches before the ranks agree whether to stop"""
+"""how long a rank waits for its batches before it votes"""
 
 
 @dataclass
@@ -64,8 +64,12 @@ class TrainingRun:
     earlier_saves: frozenset[int]
     """sequence numbers of checkpoints in the folder that are further on than `first_step`: they
     belong to an earlier course of the run"""
+    stop_vote: StopVote = field(init=False)
     metrics: Metrics = field(init=False)
     loader: Loader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop_vote = StopVote(self.world, self.stop, lambda: self.status.beat(self.state.step))
 
     def open(self, events: Iterable[EventRecord] = ()) -> None:
         """Opens the metrics sinks, records `events` first, and starts to read data from
@@ -112,14 +116,20 @@ class TrainingRun:
         self.saver.save_in_background(self.metadata(), self.checkpoint_state)
         self.metrics.flush()  # a kill loses no curve up to a step that is kept
 
-    def evaluate_if_due(self, is_last: bool = False) -> None:
-        """Measures what is due at this step and is not measured yet. A stop ends it early; a run
-        that resumes here measures the rest."""
+    def evaluate_if_due(self, is_last: bool = False) -> bool:
+        """Measures what is due at this step and is not measured yet. Returns False if a stop ended
+        it early. A run that resumes here measures what a stop or a failure has left."""
         if self.state.evaluated_step == self.state.step:
-            return
-        with contextlib.suppress(EvaluationStopped):
+            return True
+        try:
             self._evaluate(is_last)
+        except EvaluationStopped:
+            return False
+        self.status.switched_off = self.evaluator.switched_off
+        if self.evaluator.failed_step != self.state.step:
             self.state.evaluated_step = self.state.step
+            self.saver.add_measured(self.state.step, is_evaluated=True)
+        return True
 
     def _evaluate(self, is_last: bool) -> None:
         state, step, epoch = self.state, self.state.step, self._epoch()
@@ -145,7 +155,6 @@ class TrainingRun:
                 self._report(step=step, hellaswag=score.acc_norm)
         if texts := self.evaluator.samples(step, is_last):
             self.metrics.samples(step, texts)
-        self.saver.add_measured(step, is_evaluated=True)
 
     def announce_epochs(self) -> None:
         """Logs the epochs that the last update has completed."""
@@ -159,19 +168,16 @@ class TrainingRun:
                     logger.info("Shuffled %d training shards for new epoch", count)
                 logger.info("Starting Epoch %d", epoch + 1)
 
-    def wait_for_batches(self) -> int:
-        """Waits until every rank has its batches of the next step, and returns 0; or returns the
-        reason to stop, if one comes first.
+    def next_micro_batches(self) -> list[MicroBatch] | None:
+        """This rank's micro-batches of the next step; None if the ranks agree to stop first.
 
-        The ranks agree on both with one number. While a shard is being downloaded, no rank waits in
-        a collective for longer than DATA_SLICE_S.
+        While a shard is being downloaded, this rank votes every DATA_SLICE_S, so that no other rank
+        waits longer than that in a collective.
         """
-        while True:
-            is_ready = self.loader.is_ready(within_s=DATA_SLICE_S)
-            agreed = self.world.all_reduce_max(2 * self.stop.number + (not is_ready))
-            if agreed == 0 or agreed >= 2:
-                return agreed // 2
-            self.status.beat(self.state.step)
+        while not self.loader.is_ready(within_s=DATA_SLICE_S):
+            if self.stop_vote.is_to_stop_waiting():
+                return None
+        return self.loader.next_step()
 
     def log_step(self, update: Update, learning_rate: float) -> None:
         """Records the update that led to this step, and reports it."""
@@ -203,8 +209,9 @@ class TrainingRun:
         self.saver.log_outcomes()
         self.status.beat(state.step)
 
-    def stopped(self, reason: int) -> RunResult:
+    def stopped(self) -> RunResult:
         """Ends the run before its last step: saves, unless it is pruned."""
+        reason = self.world.all_reduce_max(self.stop.number)
         if reason == PRUNE:
             self.status.write("stopped", self.state.step, "pruned")
             return self.state.result("pruned")
@@ -232,9 +239,8 @@ class TrainingRun:
                 self.total_steps,
             )
         self.saver.save_now(self.metadata(), self.checkpoint_state)
-        self.evaluate_if_due(is_last=True)
-        if self.state.evaluated_step != step:
-            return self.stopped(self.world.all_reduce_max(self.stop.number))
+        if not self.evaluate_if_due(is_last=True):
+            return self.stopped()
         self.status.write("finished", step)
         return self.state.result("finished")
 
