@@ -111,7 +111,7 @@ def join(
             yield World(rank, size, own_device)
         return
     store, long_timeout_group = _connect(own_device, config.collective_timeout)
-    with Watchdog(rank, store, config.collective_timeout, on_failure) as watchdog:
+    with Watchdog(rank, store, config.collective_timeout, on_failure, size) as watchdog:
         world = World(rank, size, own_device, local_rank, long_timeout_group, watchdog)
         try:
             yield world

@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 from typing import Any, Self
 
-from gpt2.distributed.watchdog import TORCHRUN_IS_GONE, is_under_torchrun
+from gpt2.distributed.watchdog import TORCHRUN_IS_GONE, second_interrupts
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, TORCHRUN_IS_GONE)
 
@@ -37,8 +37,7 @@ class StopRequest:
         self.number = self.number or number
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        second_ctrl_c = (signal.SIGINT, signal.SIGTERM if is_under_torchrun() else signal.SIGINT)
-        if self._interrupted and number in second_ctrl_c:
+        if self._interrupted and number in second_interrupts():
             self._restore()
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT

@@ -2,7 +2,9 @@
 
 A rank that fails writes its failure to the store that torchrun keeps for all ranks, before its
 connections close. A thread on every rank reads the store once per second, because the main thread
-may wait in a collective for ever. The same thread notices when torchrun has died.
+may wait in a collective for ever. The same thread notices when torchrun or another rank on this
+machine has died, and when Ctrl+C is pressed twice: while the main thread waits in C, it does not
+run Python's signal handlers.
 """
 
 import contextlib
@@ -12,28 +14,34 @@ import json
 import logging
 import os
 import queue
+import select
 import signal
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from gpt2.base.errors import UserError
+from gpt2.distributed.rank_process import RankProcess
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `end_with_torchrun` must not wait for it
     from torch._C._distributed_c10d import Store
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FAILURE_KEY = "gpt2/failed"
+PROCESS_KEY, LEFT_KEY = "gpt2/process", "gpt2/left"
+"""with the number of a rank: its RankProcess, and that it ended as it should"""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 1.0
 SAVE_GRACE_S = 30.0
 """time to save after torchrun has died; torchrun itself grants as much"""
-EXIT_GRACE_S, WRITING_GRACE_S = 5.0, 25.0
+EXIT_GRACE_S, WRITING_GRACE_S = 4.0, 25.0
 """time for the main thread to exit after another rank has failed: normally, and while it writes"""
 STORE_TIMEOUT_S = 3.0
 """for a reply of the store, which may have died, or hang, as well"""
@@ -61,14 +69,18 @@ class Watchdog:
         store: "Store | None",
         timeout_s: float,
         on_failure: Callable[[Exception], None] | None = None,
+        size: int = 1,
     ) -> None:
-        """`timeout_s` is the timeout of collectives, for messages.
+        """`timeout_s` is the timeout of collectives, for messages. `size` is the number of ranks.
 
         `on_failure` is called before this process exits, with the error that ends it. It is called
         only on the rank that fails first, and not for a UserError, which is raised instead.
         """
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
         self._on_failure = on_failure
+        self._others = [other for other in range(size) if other != rank]
+        self._processes: dict[int, RankProcess] = {}
+        """of other ranks, as far as they are known"""
         self._is_writing: Callable[[], bool] = lambda: False
         self._parent = os.getppid()
         self._is_over = threading.Event()
@@ -77,6 +89,13 @@ class Watchdog:
     def __enter__(self) -> Self:
         if is_under_torchrun():
             faulthandler.enable()  # also when NCCL's own watchdog aborts the process
+            if self._others and self._store:
+                own = json.dumps(asdict(RankProcess.own()))
+                self._store.set(f"{PROCESS_KEY}/{self._rank}", own)
+            # Python writes the number of each signal to it at once, also while it waits in C.
+            self._signal_reader, self._signal_writer = socket.socketpair()
+            self._signal_writer.setblocking(False)
+            signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
             self._thread.start()
             _set_parent_death_signal(0)
         return self
@@ -89,9 +108,14 @@ class Watchdog:
     ) -> None:
         if self._store and isinstance(error, Exception) and not isinstance(error, UserError):
             self._exit_process(error)
-        self._is_over.set()
-        if self._thread.is_alive():
+        if is_under_torchrun():
+            if error is None:
+                self._query(lambda store: store.set(f"{LEFT_KEY}/{self._rank}", ""))
+            self._is_over.set()
+            signal.set_wakeup_fd(-1)
+            self._signal_writer.close()  # wakes the thread
             self._thread.join(STORE_TIMEOUT_S)
+            self._signal_reader.close()
 
     def wait_while(self, is_writing: Callable[[], bool]) -> None:
         """Extends the time to exit after another rank's failure to WRITING_GRACE_S while
@@ -106,28 +130,34 @@ class Watchdog:
 
         None if there is no store, or it does not reply.
         """
-        mine = json.dumps(asdict(Failure(self._rank, reason)))
-        return self._query(lambda store: store.compare_set(FAILURE_KEY, "", mine))
+        return self._first_failure(Failure(self._rank, reason))
 
     def reason(self, error: BaseException) -> str:
         """Why this rank ends with `error`: the other rank's reason if `error` is a lost contact."""
         first = None
         if isinstance(error, Exception) and is_contact_lost(error):
             self._wait_for_others_failure()
-            first = self._query(
+            found = self._query(
                 lambda store: store.get(FAILURE_KEY) if store.check([FAILURE_KEY]) else b""
             )
+            first = Failure(**json.loads(found)) if found else None
         return f"rank {first.rank}: {first.reason}" if first else _description(error)
 
-    def _query(self, query: "Callable[[Store], bytes]") -> "Failure | None":
-        """The failure that `query` reads from the store, within STORE_TIMEOUT_S."""
+    def _first_failure(self, failure: Failure) -> Failure | None:
+        """Records `failure` unless there is an earlier one; returns the first."""
+        text = json.dumps(asdict(failure))
+        first = self._query(lambda store: store.compare_set(FAILURE_KEY, "", text))
+        return Failure(**json.loads(first)) if first else None
+
+    def _query(self, query: "Callable[[Store], T]") -> T | None:
+        """What `query` reads from the store, within STORE_TIMEOUT_S."""
         if (store := self._store) is None:
             return None
-        replies: queue.SimpleQueue[Failure] = queue.SimpleQueue()
+        replies: queue.SimpleQueue[T] = queue.SimpleQueue()
 
         def run() -> None:
             with contextlib.suppress(Exception):  # the store died with torchrun, or its machine
-                replies.put(Failure(**json.loads(query(store))))
+                replies.put(query(store))
 
         threading.Thread(target=run, daemon=True).start()
         try:
@@ -172,9 +202,17 @@ class Watchdog:
         os._exit(1)  # an orderly exit would wait for ranks that no longer run
 
     def _poll(self) -> None:
-        """The thread: ends this process when torchrun has died or another rank has failed."""
+        """The thread: ends this process when torchrun has died, another rank has failed or died,
+        or Ctrl+C is pressed twice."""
         store = self._store
-        while not self._is_over.wait(POLL_S):
+        interrupted = False
+        while True:
+            for number in self._signals_within(POLL_S):
+                if interrupted and number in second_interrupts():
+                    self._end_unless_main_thread_exits("Ctrl+C", 128 + signal.SIGINT)
+                interrupted |= number == signal.SIGINT
+            if self._is_over.is_set():
+                return
             if os.getppid() != self._parent:
                 logger.error("rank %d: torchrun has died", self._rank)
                 os.kill(os.getpid(), TORCHRUN_IS_GONE)  # a run in its loop saves, any other ends
@@ -182,15 +220,37 @@ class Watchdog:
                     os._exit(1)
                 return
             try:
+                if store is not None and (gone := self._gone_rank(store)) is not None:
+                    self._first_failure(Failure(gone, "its process was killed"))
                 has_failure = store is not None and store.check([FAILURE_KEY])
             except Exception:  # the machine with the store is down; collectives will fail, too
                 store = None
                 continue
             if has_failure:
-                if not self._main_thread_exits():
-                    logger.error("rank %d is ended because another rank failed", self._rank)
-                    os._exit(1)
+                self._end_unless_main_thread_exits("another rank failed", 1)
                 return
+
+    def _signals_within(self, timeout_s: float) -> bytes:
+        """The numbers of the signals that have arrived; waits for the first one."""
+        if not select.select([self._signal_reader], [], [], timeout_s)[0]:
+            return b""
+        return self._signal_reader.recv(1024)
+
+    def _gone_rank(self, store: "Store") -> int | None:
+        """A rank on this machine whose process has ended without a word."""
+        for other in self._others:
+            if other not in self._processes:
+                if not store.check([key := f"{PROCESS_KEY}/{other}"]):
+                    continue
+                self._processes[other] = RankProcess(**json.loads(store.get(key)))
+            if self._processes[other].is_gone and not store.check([f"{LEFT_KEY}/{other}"]):
+                return other
+        return None
+
+    def _end_unless_main_thread_exits(self, cause: str, exit_code: int) -> None:
+        if not self._main_thread_exits():
+            logger.error("rank %d is ended because of this: %s", self._rank, cause)
+            os._exit(exit_code)
 
     def _main_thread_exits(self) -> bool:
         """Whether the main thread leaves the context by itself, within the time granted."""
@@ -214,6 +274,11 @@ def end_with_torchrun() -> None:
     _set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def second_interrupts() -> tuple[int, ...]:
+    """The signals that mean Ctrl+C if there was one before: torchrun forwards it as SIGTERM."""
+    return (signal.SIGINT, signal.SIGTERM if is_under_torchrun() else signal.SIGINT)
 
 
 def is_under_torchrun() -> bool:
