@@ -72,3 +72,26 @@ def test_sweep_removes_only_our_temporary_files(tmp_path: Path):
         (tmp_path / name).touch()
     atomic_files.remove_temporary(tmp_path, owns=lambda name: name.startswith("step_"))
     assert sorted(os.listdir(tmp_path)) == ["other.tmp", "step_1.pt"]
+
+
+def test_a_folder_whose_replacement_was_killed_between_its_renames_is_restored(tmp_path: Path):
+    """Also when the next attempt fails, on a full disk."""
+    folder = tmp_path / "export"
+    with atomic_files.writing_folder(folder) as temporary:
+        (temporary / "weights").write_text("old")
+    os.replace(folder, tmp_path / ".export.old")
+    with pytest.raises(KeyError), atomic_files.writing_folder(folder):
+        raise KeyError
+    assert (folder / "weights").read_text() == "old"
+    with atomic_files.writing_folder(folder) as temporary:
+        (temporary / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new"
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_what_is_no_link_points_nowhere(tmp_path: Path):
+    for name, content in (("weights.pt", b"PK\3\4"), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert atomic_files.pointed_at(tmp_path / name) is None
+    for path in (tmp_path, tmp_path / "missing"):
+        assert atomic_files.pointed_at(path) is None

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import hmac
 import json
@@ -75,6 +76,39 @@ def test_latest_and_best_are_relative_links(tmp_path: Path):
         save(tmp_path, step, val_loss)
     assert os.readlink(tmp_path / "latest.pt") == "step_000005.pt"
     assert os.readlink(tmp_path / "best.pt") == "step_000002.pt"
+
+
+def test_a_file_system_without_symlinks_has_text_files(tmp_path: Path, monkeypatch, caplog):
+    def no_symlinks(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", no_symlinks)
+    for step, val_loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None)]:
+        save(tmp_path, step, val_loss, keep_last=2)
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [2, 3, 4]
+    assert (tmp_path / "latest.pt").read_text() == "link: step_000004.pt\n"
+    for name, step in (("latest", 4), ("best", 2)):
+        path = store.find(tmp_path, str(tmp_path / f"{name}.pt"))
+        assert path == tmp_path / f"step_{step:06d}.pt" == store.find(tmp_path, name)
+        assert store.load(path)["step"] == step
+    assert not caplog.records[2:]  # "Loading checkpoint from", twice
+    (tmp_path / "step_000004.pt").unlink()
+    store.find(tmp_path, "latest")
+    assert "latest.pt points to step_000004.pt, which does not exist" in caplog.text
+    monkeypatch.undo()  # the folder moves to another file system
+    save(tmp_path, 5)
+    assert os.readlink(tmp_path / "latest.pt") == "step_000005.pt"
+
+
+def test_a_link_that_cannot_be_written_fails_no_save(tmp_path: Path, monkeypatch, caplog):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "symlink_to", full)
+    for step in range(1, 5):
+        save(tmp_path, step, keep_last=2)
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [3, 4]
+    assert "cannot point latest.pt and best.pt" in caplog.text
 
 
 def test_the_metadata_is_written_after_the_file_and_before_the_links(tmp_path, monkeypatch):

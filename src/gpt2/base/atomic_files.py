@@ -1,6 +1,7 @@
 """Atomic writes: after a crash of the process or the machine, a file is complete or absent."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
+NO_SYMLINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # symlink(2)
+TEXT_LINK = "link: "
+"""first letters of a text file in place of a symlink"""
+MAX_TEXT_LINK = 4096 + len(TEXT_LINK)
 
 
 @contextmanager
@@ -44,6 +49,8 @@ def writing_folder(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (".tmp", ".old"))
+    if old.exists() and not path.exists():  # a process was killed between the two renames below
+        os.replace(old, path)
     for left in (temporary, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -68,12 +75,37 @@ def write_text(path: Path, text: str) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Makes `link` a relative symlink to `target`, replacing an existing one atomically."""
+    """Makes `link` a relative symlink to `target`, replacing an existing one atomically.
+
+    On a file system without symlinks (FAT, some network mounts) it becomes a text file that names
+    `target`; `pointed_at` reads both.
+    """
     temporary = link.with_name(link.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
+    try:
+        temporary.symlink_to(target)
+    except OSError as error:
+        if error.errno not in NO_SYMLINKS:
+            raise
+        write_text(link, f"{TEXT_LINK}{target}\n")
+        return
     os.replace(temporary, link)
     _sync(link.parent)
+
+
+def pointed_at(link: Path) -> Path | None:
+    """The path that `link`, which `point` made, points at, in the folder of `link`; it may not
+    exist. None if `link` is no such link."""
+    if link.is_symlink():
+        return link.parent / os.readlink(link)
+    try:
+        with link.open("rb") as file:
+            content = file.read(MAX_TEXT_LINK)
+    except OSError:  # no file
+        return None
+    if not content.startswith(TEXT_LINK.encode()):
+        return None
+    return link.parent / content.decode(errors="replace").removeprefix(TEXT_LINK).rstrip("\n")
 
 
 def remove_temporary(folder: Path, owns: Callable[[str], bool]) -> None:

@@ -34,6 +34,10 @@ class TrainingMetadata:
     """acc_norm at this very step; None if it was not measured there"""
     is_evaluated: bool = False
     """whether everything that was due at this step is measured"""
+    run_id: str = ""
+    """of the run that saved it; empty in checkpoints of earlier versions"""
+    parent_run: str | None = None
+    """id of the run, in another folder, that this one goes on from"""
 
 
 @dataclass(frozen=True)

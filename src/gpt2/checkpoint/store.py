@@ -2,7 +2,8 @@
 
 `step_000250.pt` holds tensors and plain values. `step_000250.json` holds its metadata and is
 written last: a `.pt` without it is incomplete, so a kill during a save costs nothing. `latest.pt`
-and `best.pt` are relative symlinks. A damaged checkpoint is renamed to `….corrupt`, never removed.
+and `best.pt` are relative symlinks, or small text files where the file system has none. A damaged
+checkpoint is renamed to `….corrupt`, never removed.
 """
 
 import contextlib
@@ -90,12 +91,15 @@ def save(
         )
         atomic_files.write_text(path.with_suffix(".json"), metadata_to_json(metadata))
         complete = list_checkpoints(folder)
-        update_links(folder, complete)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot save {path}: {error} ({_free_gb(folder)} free); earlier checkpoints are "
             "intact; make room, or choose another folder with --checkpoint_dir"
         ) from error
+    try:
+        update_links(folder, complete)
+    except OSError as error:  # the checkpoint is whole; the next save tries again
+        logger.warning("cannot point %s and %s at the newest files: %s", LATEST, BEST, error)
     best = find_best(complete)
     with contextlib.suppress(OSError):  # the next save prunes again
         prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
@@ -174,13 +178,18 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
                 return item.path
         steps = ", ".join(str(item.training.step) for item in complete) or "none"
         raise CheckpointError(f"{folder} has no checkpoint of step {which}; steps: {steps}")
-    path = Path(which)
+    path = resolved(Path(which))
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {which}; use latest, best, a step or a path "
             "(--list_checkpoints shows them)"
         )
-    return path.resolve()
+    return path
+
+
+def resolved(path: Path) -> Path:
+    """The path of a checkpoint's file, also if `path` is a link to it; the metadata lies there."""
+    return (atomic_files.pointed_at(path.resolve()) or path).resolve()
 
 
 def load(path: Path, *, trust: bool = False, world: World | None = None) -> CheckpointState:
@@ -295,8 +304,9 @@ def newest_good(items: list[Checkpoint]) -> Checkpoint | None:
 
 def _find_latest(folder: Path, set_aside: bool) -> Path | None:
     for link in (folder / LATEST, folder / BEST):
-        if link.is_symlink() and not link.exists():
-            logger.warning("%s points to %s, which does not exist", link, os.readlink(link))
+        target = atomic_files.pointed_at(link)
+        if target is not None and not target.exists():
+            logger.warning("%s points to %s, which does not exist", link, target.name)
     metadata_paths = sorted(folder.glob("step_*.json"))
     unreadable = {
         path.with_suffix(".pt"): f"{path} is empty, damaged or of another version"

@@ -4,6 +4,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
 from gpt2.base.validation import suggestion
 from gpt2.checkpoint import store
@@ -97,7 +98,7 @@ def require_possible(run_config: RunConfig) -> None:
     newest, settings = link(run_config), run_config.checkpoint
     if newest is None:
         return
-    if newest.exists() and not newest.is_symlink():
+    if newest.exists() and atomic_files.pointed_at(newest) is None:
         raise CheckpointError(
             f"{newest} is a file of its own, and not the link to an experiment's newest "
             "checkpoint; move it away, or choose another --experiment_name"

@@ -135,8 +135,7 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    # The metadata lies beside the file, not beside a link to it.
-    state = store.load(path.resolve(), trust=trust, world=world)
+    state = store.load(store.resolved(path), trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     _refuse_contradictions(path, options.changed(state["config"], run_config, shape))
     weights: dict[str, torch.Tensor] = state["model"]

@@ -17,7 +17,7 @@ from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, events_to
-from gpt2.train import banner, experiment_folder
+from gpt2.train import banner, experiment_folder, run_identity
 from gpt2.train.evaluator import Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
@@ -50,6 +50,11 @@ def build(
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
     start.require_agreement(run_config, fingerprint := data.fingerprint())
+    identity = world.run_on_rank0(
+        lambda: run_identity.find(
+            run_config.checkpoint.checkpoint_dir, start.path, start.checkpoint
+        )
+    )
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
     state, notes = start.train_state(world), None
     replica = Replica(run_config, world, start.weights, state.plain_head)
@@ -79,6 +84,7 @@ def build(
         peak_flops=device.peak_flops(world, replica.dtype),
         state=state,
         first_step=state.step,
+        identity=identity,
         resumed_from=start.path,
         earlier_saves=world.run_on_rank0(lambda: _saves_beyond(folder, state.step)),
     )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gpt2.checkpoint.async_save import Saver
@@ -24,6 +24,7 @@ from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
+from gpt2.train.run_identity import RunIdentity
 from gpt2.train.state import RunResult, TrainState, Update
 from gpt2.train.status import RunState, StatusFile
 from gpt2.train.stop_vote import StopVote
@@ -60,6 +61,7 @@ class TrainingRun:
     state: TrainState
     first_step: int
     """where this process began"""
+    identity: RunIdentity
     resumed_from: Path | None
     earlier_saves: frozenset[int]
     """sequence numbers of checkpoints in the folder that are further on than `first_step`: they
@@ -258,6 +260,8 @@ class TrainingRun:
             world_size=self.world.size,
             run_name=self.name,
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
+            run_id=self.identity.id,
+            parent_run=self.identity.parent,
         )
 
     def checkpoint_state(self) -> CheckpointState:
@@ -267,6 +271,7 @@ class TrainingRun:
             "epoch": self._epoch(),
             "tokens": self.state.step * self.config.data.total_batch_size,
             "run_name": self.name,
+            "run": asdict(self.identity),
             "data_fingerprint": self.data_fingerprint,
             "config": self.config.to_dict(),
             **self.replica.state_dict(),
