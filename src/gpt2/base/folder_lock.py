@@ -1,8 +1,11 @@
 """A lock for a folder: two runs, or two experiments, in one would overwrite each other's files.
 
-`run.lock` is locked; `owner.json` beside it says by whom.
+`run.lock` is locked, and `owner.json` beside it says by whom. Some network file systems let two
+machines lock the same file. So the owner file is a claim, too: it is created exclusively, and its
+time changes as long as its process runs.
 """
 
+import contextlib
 import errno
 import itertools
 import json
@@ -10,7 +13,9 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,9 +23,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gpt2.base import atomic_files
-from gpt2.base.errors import FolderInUse
+from gpt2.base.errors import CheckpointError, FolderInUse
 from gpt2.base.json_fields import from_json
+from gpt2.base.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,9 @@ WAIT_FOR_READERS_S = 1.0
 """`is_held` takes the lock for a moment; a process that wants the folder waits this long for it"""
 PROBE_S = 0.05
 """as long `is_held` waits for another process that asks the same"""
+HEARTBEAT_S, SILENCE_S = 15.0, 60.0
+"""seconds between two signs of life of an owner, and without one after which it counts as dead"""
+CLAIM_POLL_S = 0.5
 RUN_FLAGS = "--out_dir NAME or --experiment_name NAME"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # such as Lustre, mounted without flock
 
@@ -42,9 +50,42 @@ class Owner:
     started: str
     """local time"""
     ticks: int = 0
-    """the same in the kernel's clock ticks since boot: a later process with that pid has others"""
     command: str = ""
     """without its options, which may hold a password"""
+    boot: str = ""
+    namespace: str = ""
+    """with `pid` and `ticks`: see ProcessIdentity"""
+    claim: str = ""
+    """differs between two claims of one process"""
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        process = ProcessIdentity.own()
+        return cls(
+            host=socket.gethostname(),
+            pid=process.pid,
+            started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            ticks=process.ticks,
+            command=_command(),
+            boot=process.boot,
+            namespace=process.namespace,
+            claim=uuid.uuid4().hex,
+        )
+
+    @property
+    def process(self) -> ProcessIdentity:
+        return ProcessIdentity(self.boot, self.namespace, self.pid, self.ticks)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it is known to have ended: it was a process of this machine."""
+        is_here = self.host == socket.gethostname()
+        return self.process.is_gone or (is_here and self.process.is_of_earlier_boot)
+
+    @property
+    def is_running_here(self) -> bool:
+        """Whether it is known to run: it is a process that is visible from here."""
+        return self.process.is_visible and not self.process.is_gone
 
     def __str__(self) -> str:
         command = f" ({self.command})" if self.command else ""
@@ -59,7 +100,9 @@ def held(
 
     If another process holds it, waits for that one with `wait`, else raises FolderInUse, naming the
     owner. The message calls what runs in the folder `what`, and names `flag` as the way to choose
-    another folder.
+    another folder. Where locks do not work, an owner on another machine counts as dead after
+    SILENCE_S without a sign of life, for which this process waits. If this process is silent for so
+    long and another one takes the folder over, this process ends at once.
     """
     with lock_file(folder / NAME) as lock:
         try:
@@ -72,9 +115,13 @@ def held(
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            if _is_running(owner(folder)):
-                raise _refusal(folder, what, flag) from None
-        with _owner_file(folder):
+        me = Owner.this_process()
+        while not _create(folder / OWNER_NAME, me):
+            if _is_alive(folder, what):
+                if not wait:
+                    raise _refusal(folder, what, flag)
+                time.sleep(CLAIM_POLL_S)
+        with _heartbeat(folder / OWNER_NAME, me):
             yield
 
 
@@ -89,7 +136,8 @@ def lock_file(path: Path) -> Iterator[FileLock]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a running process holds the folder. Changes nothing."""
+    """Whether a running process holds the folder, as far as this machine can tell. Changes
+    nothing."""
     if not (folder / NAME).exists():
         return False
     with lock_file(folder / NAME) as lock:
@@ -98,8 +146,9 @@ def is_held(folder: Path) -> bool:
         except Timeout:
             return True
         except OSError:  # no locks, or not this user's file
-            return _is_running(owner(folder))
-        return False
+            pass
+        found = owner(folder)
+        return found is not None and found.is_running_here
 
 
 def owner(folder: Path) -> Owner | None:
@@ -111,43 +160,98 @@ def owner(folder: Path) -> Owner | None:
         return None
 
 
+def _create(path: Path, me: Owner) -> bool:
+    """Creates the owner file; False if there is one. Raises CheckpointError if it cannot be
+    written."""
+    try:
+        with path.open("x") as file:
+            file.write(json.dumps(asdict(me)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; make room, or choose another folder"
+        ) from error
+    return True
+
+
+def _is_alive(folder: Path, what: str) -> bool:
+    """Whether the process that made the owner file lives; removes the file of a dead one.
+
+    Waits for a sign of life of an owner on another machine.
+    """
+    path = folder / OWNER_NAME
+    found, first = owner(folder), _sign_of_life(path)
+    if found is not None and found.is_running_here:
+        return True
+    if found is None or not found.is_dead:
+        logger.warning(
+            "Waiting up to %.0f s for a sign of life: %s", SILENCE_S, _in_use(folder, what)
+        )
+        until = time.monotonic() + SILENCE_S
+        while time.monotonic() < until:
+            if (sign := _sign_of_life(path)) != first:
+                return sign is not None  # it has removed the file, and ended
+            time.sleep(CLAIM_POLL_S)
+        logger.warning("%s gave no sign of life; taking over", found or "the owner")
+    with contextlib.suppress(OSError):
+        # Not removed if another process has taken over meanwhile.
+        if _sign_of_life(path) == first:
+            path.unlink()
+    return False
+
+
+def _sign_of_life(path: Path) -> tuple[int, bytes] | None:
+    """Time and content of the owner file; None if there is none. (It is opened, because a network
+    file system may answer from its cache otherwise.)"""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns, file.read()
+    except OSError:
+        return None
+
+
 @contextmanager
-def _owner_file(folder: Path) -> Iterator[None]:
-    """Names this process as the owner while the block runs."""
-    pid, path = os.getpid(), folder / OWNER_NAME
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    me = Owner(socket.gethostname(), pid, started, _start_ticks(pid), _command())
-    atomic_files.write_text(path, json.dumps(asdict(me)) + "\n")
+def _heartbeat(path: Path, me: Owner) -> Iterator[None]:
+    """Gives signs of life while the block runs, and then removes the owner file."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(HEARTBEAT_S):
+            found = owner(path.parent)
+            if found is not None and found.claim != me.claim:
+                logger.error(
+                    "%s has taken over %s, because this process gave no sign of life for %.0f s; "
+                    "this process ends without saving",
+                    found,
+                    path.parent,
+                    SILENCE_S,
+                )
+                os._exit(1)
+            with contextlib.suppress(OSError, CheckpointError):
+                if found is None:  # somebody has removed it
+                    _create(path, me)
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="owner", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        is_over.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _command() -> str:
     program = Path(sys.argv[0].removesuffix("/__main__.py")).name
     words = itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:])
     return " ".join([program, *words])
-
-
-def _is_running(owner: Owner | None) -> bool:
-    """Whether the owner is a running process of this machine. For file systems without locks, where
-    owners on other machines cannot be checked."""
-    return (
-        owner is not None
-        and owner.host == socket.gethostname()
-        and 0 < owner.ticks == _start_ticks(owner.pid)
-    )
-
-
-def _start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot (proc(5), stat, field 22); 0 if there is no
-    such process or it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[19])
 
 
 def _in_use(folder: Path, what: str) -> str:

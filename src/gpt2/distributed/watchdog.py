@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from gpt2.base.errors import UserError
-from gpt2.distributed.rank_process import RankProcess
+from gpt2.base.process_identity import ProcessIdentity
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `end_with_torchrun` must not wait for it
     from torch._C._distributed_c10d import Store
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 FAILURE_KEY = "gpt2/failed"
 PROCESS_KEY, LEFT_KEY = "gpt2/process", "gpt2/left"
-"""with the number of a rank: its RankProcess, and that it ended as it should"""
+"""with the number of a rank: its ProcessIdentity, and that it ended as it should"""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 1.0
 SAVE_GRACE_S = 30.0
@@ -79,7 +79,7 @@ class Watchdog:
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
         self._on_failure = on_failure
         self._others = [other for other in range(size) if other != rank]
-        self._processes: dict[int, RankProcess] = {}
+        self._processes: dict[int, ProcessIdentity] = {}
         """of other ranks, as far as they are known"""
         self._is_writing: Callable[[], bool] = lambda: False
         self._parent = os.getppid()
@@ -90,7 +90,7 @@ class Watchdog:
         if is_under_torchrun():
             faulthandler.enable()  # also when NCCL's own watchdog aborts the process
             if self._others and self._store:
-                own = json.dumps(asdict(RankProcess.own()))
+                own = json.dumps(asdict(ProcessIdentity.own()))
                 self._store.set(f"{PROCESS_KEY}/{self._rank}", own)
             # Python writes the number of each signal to it at once, also while it waits in C.
             self._signal_reader, self._signal_writer = socket.socketpair()
@@ -242,7 +242,7 @@ class Watchdog:
             if other not in self._processes:
                 if not store.check([key := f"{PROCESS_KEY}/{other}"]):
                     continue
-                self._processes[other] = RankProcess(**json.loads(store.get(key)))
+                self._processes[other] = ProcessIdentity(**json.loads(store.get(key)))
             if self._processes[other].is_gone and not store.check([f"{LEFT_KEY}/{other}"]):
                 return other
         return None
