@@ -76,12 +76,18 @@ def _newest_checkpoint(run: TrainingRun, up_to_step: int) -> Path | None:
 
 
 def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
-    counts = {"bad_steps": run.state.bad_steps, "spikes": run.state.spikes}
+    before = run.state
     run.loader.close()
     trust = run.config.checkpoint.trust_checkpoint
     checkpoint = store.load(path, trust=trust, world=run.world)
     state = resume.train_state(checkpoint, path, run.world)
-    run.state = replace(state, **counts, left_out=left_out, bad_in_a_row=0)
+    run.state = replace(
+        state,
+        bad_steps=before.bad_steps,
+        spikes=before.spikes,
+        bad_in_a_row=0,
+        left_out=left_out,
+    )
     run.replica.load_state_dict(checkpoint, run.state.step)
     run.saver.assume_saved(run.state.step)
     run.metrics.close()
