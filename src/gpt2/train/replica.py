@@ -140,11 +140,13 @@ class Replica:
         return not self.world.all_reduce_max(failed)
 
     def _settle_buckets(self, is_compiled: bool) -> None:
-        """One backward whose gradients are thrown away.
+        """One backward whose gradients are thrown away, and the forward pass after it.
 
-        After its first backward, DDP lays its buckets out anew, which changes the order in which
-        three and more ranks' gradients are added. Without this, the first step after a resume
-        would differ in the last bit from the same step of a run that was never stopped.
+        In the forward pass after its first backward, DDP lays its buckets out anew, which changes
+        the order in which three and more ranks' gradients are added. Without this, the first step
+        after a resume would differ in the last bit from the same step of a run that was never
+        stopped. The layout is a collective, too: in a step, ranks with fewer micro-batches than
+        others would come to it at another time.
         """
         share = len(sampler.share(self.config.rows_per_step, self.world.rank, self.world.size))
         rows = min(self.mini_batch_size, share) if is_compiled else 1  # for the real shape
@@ -154,6 +156,8 @@ class Replica:
             with self.autocast:
                 loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
             loss.backward()
+            with self.exchanging_gradients(is_last=False), self.autocast:
+                self.net(tokens_BT, tokens_BT.clone())
         self.optimizer.zero_grad(set_to_none=True)
 
 
