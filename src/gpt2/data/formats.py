@@ -6,7 +6,6 @@ written by modded-nanogpt) and nanoGPT's `train.bin` and `val.bin` (uint16 witho
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,18 +44,6 @@ def layout(name: str, head: bytes, size: int) -> Layout:
         return _layout(name, head, size)
     except _NotAShard as error:
         raise DataError(f"{name} is truncated, damaged or not a shard ({error})") from error
-
-
-def load(path: Path, name: str | None = None) -> Tokens:
-    """All tokens of a shard, memory-mapped. Raises DataError, with `name`, if it is not a shard."""
-    name = name or str(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-        found = layout(name, head, path.stat().st_size)
-        return np.memmap(path, found.dtype, "r", found.start, (found.tokens,))
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 def _layout(name: str, head: bytes, size: int) -> Layout:

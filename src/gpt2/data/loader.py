@@ -54,6 +54,10 @@ class Loader:
                 self._next = self._ready.get(timeout=within_s)
         return self._next is not None
 
+    def is_behind(self) -> bool:
+        """Whether nothing is read ahead."""
+        return self._ready.empty() and self._next is None
+
     def next_step(self) -> list[MicroBatch]:
         """The micro-batches of the next step."""
         item = self._ready.get() if self._next is None else self._next

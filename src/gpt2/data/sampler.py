@@ -46,6 +46,10 @@ class Sampler:
         """The first step whose first row belongs to `epoch`."""
         return -(-epoch * self.rows_per_epoch // self.rows_per_step)
 
+    def first_step_with(self, shard: int) -> int:
+        """The first step that reads rows of a shard (all of them are read in epoch 0)."""
+        return sum(self.rows_per_shard[:shard]) // self.rows_per_step
+
     def shards_of(self, epoch: int) -> npt.NDArray[np.int64]:
         """Shard indices in the order that `epoch` reads them; name order in epoch 0."""
         count = len(self.rows_per_shard)

@@ -1,16 +1,18 @@
-"""Token shards: found by a manifest or by their names, checked when opened, read by memory map.
+"""Token shards: found by a manifest or by their names, checked when opened and when they change.
 
 `load_index` lists the shards of a storage, `TokenDataset` reads rows from those of one split.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
+import operator
 import re
 import resource
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Literal
@@ -21,15 +23,17 @@ import numpy.typing as npt
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import corpora, formats, tokenizer
+from gpt2.data import corpora, formats, shard_file, tokenizer
 from gpt2.data.cache import ShardCache
-from gpt2.data.formats import DTYPE, HEAD_BYTES, Tokens
+from gpt2.data.digests import Content, Fault
+from gpt2.data.formats import HEAD_BYTES, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
+from gpt2.data.shard_file import ShardFile
 
 Split = Literal["train", "val"]
+Fingerprint = dict[Split, list[str | None]]
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-SAMPLED_IDS = 4096
 OPEN_REMOTE_SHARDS = 3
 """remote training shards open at a time: the one in use, the one before and the one after it"""
 PARALLEL_REQUESTS = 16
@@ -51,7 +55,8 @@ class Shard:
     split: Split
     tokens: int
     bytes: int
-    sha256: str
+    sha256: str | None
+    """None as long as nothing has read a shard that has no manifest"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class DatasetIndex:
     """for copies of remote shards; None if they are not read"""
     corpus: str | None = None
     """name of the corpus; None without a manifest"""
+    ends: tuple[str, ...] = ()
+    """SHA-256 of size, beginning and end of each shard, if there is no manifest"""
+    content: Content = field(default_factory=Content, compare=False)
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -111,9 +119,27 @@ class DatasetIndex:
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.of(split))
 
-    def fingerprint(self) -> str:
-        """Identifies the training data: equal for the same tokens in the same order."""
-        sums = " ".join(shard.sha256 for shard in self.of("train"))
+    @property
+    def hint(self) -> str:
+        """The end of an error message about a shard: how to replace those of a manifest."""
+        return repair_hint(self.storage) if self.has_manifest else ""
+
+    def digest(self, shard: Shard) -> str | None:
+        """The SHA-256 that a shard has, as far as this process knows."""
+        return shard.sha256 or self.content.digests.get(shard.file)
+
+    def fingerprint(self) -> Fingerprint:
+        """Identifies the content: the SHA-256 of each shard of a split, in the order of the shards;
+        None where it is not known yet."""
+        splits: tuple[Split, ...] = ("train", "val")
+        return {split: [self.digest(shard) for shard in self.of(split)] for split in splits}
+
+    def former_fingerprint(self) -> str:
+        """What checkpoints of earlier versions have. It covers the training split alone, and of
+        shards without a manifest only size, beginning and end."""
+        known = self.ends or [shard.sha256 or "" for shard in self.shards]
+        pairs = zip(self.shards, known, strict=True)
+        sums = " ".join(digest for shard, digest in pairs if shard.split == "train")
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
@@ -159,12 +185,13 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
     if not files:
         raise DataError(_missing(storage))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:  # remote storage answers slowly
-        shards = threads.map(lambda file: _shard_by_header(storage, *file), files)
-        return DatasetIndex(storage, tuple(shards), tokenizer.VOCAB_SIZE, has_manifest=False)
+        found = threads.map(lambda file: _shard_by_header(storage, *file), files)
+        shards, ends = zip(*found, strict=True)
+    return DatasetIndex(storage, shards, tokenizer.VOCAB_SIZE, has_manifest=False, ends=ends)
 
 
 class TokenDataset:
-    """The shards of one split as rows of `block_size` tokens, memory-mapped.
+    """The shards of one split as rows of `block_size` tokens.
 
     A shard has `(tokens - 1) // block_size` rows. Row r has the inputs [r*T, r*T + T); its targets
     are the same tokens shifted by one. Raises DataError, naming the file, for a missing or
@@ -209,14 +236,16 @@ class TokenDataset:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Inputs and targets of `rows`, each (B, T) int64.
 
-        Raises DataError for a token id outside the vocabulary, for a shard that cannot be
-        downloaded, and if `stop` is set during a download.
+        Raises DataError for a token id outside the vocabulary, for a shard that has changed or
+        cannot be read or downloaded, and if `stop` is set during a download.
         """
         length = self.block_size
         tokens = np.empty((len(rows), length + 1), dtype=np.int64)
-        for position, (shard, row) in enumerate(rows.tolist()):
-            start = row * length
-            tokens[position] = self._tokens(shard, stop)[start : start + length + 1]
+        position = 0
+        for shard, places in itertools.groupby(rows.tolist(), operator.itemgetter(0)):
+            for part in self._parts(shard, [row * length for _, row in places], stop):
+                tokens[position] = part
+                position += 1
         if tokens.size and (highest := tokens.max()) >= self._index.vocab_size:
             shard = rows[int(tokens.max(axis=1).argmax())][0]
             raise DataError(
@@ -248,14 +277,33 @@ class TokenDataset:
         except BaseException as error:  # raised by read
             future.set_exception(error)
 
-    def _tokens(self, shard: int, stop: threading.Event | None) -> Tokens:
+    def _opened(self, shard: int, stop: threading.Event | None) -> ShardFile:
         self.prefetch(shard)
         future = self._open[shard]
         while not future.done():
             if stop is not None and stop.is_set():
                 raise DataError("stopped while a shard was downloaded")
             wait([future], timeout=0.05)
-        return future.result().tokens
+        return future.result().file
+
+    def _parts(self, shard: int, starts: list[int], stop: threading.Event | None) -> list[Tokens]:
+        """`block_size + 1` tokens of a shard from each of `starts` on.
+
+        A local shard that has changed is hashed, and read again if its content is the same. The
+        cache alone writes a local copy of a remote one.
+        """
+        file = self._opened(shard, stop)
+        try:
+            while True:
+                parts = [file.read(start, self.block_size + 1) for start in starts]
+                if self._index.storage.path is None or file.is_unchanged():
+                    return parts
+                if file.hash() != self._index.digest(self.shards[shard]):
+                    reason = f"{file.name} has changed since the run opened it"
+                    self._index.content.report(Fault(reason + self._index.hint))
+                    raise DataError(reason + self._index.hint)
+        except OSError as error:
+            raise DataError(f"{file.name} cannot be read: {error.strerror or error}") from error
 
 
 def _close(future: "Future[_OpenShard]") -> None:
@@ -265,8 +313,8 @@ def _close(future: "Future[_OpenShard]") -> None:
 
 
 def open_files_needed(shards: int) -> int:
-    """Files that a process has open: two per shard, each kept open by a memory map, and 1024 for
-    sockets, libraries and everything else."""
+    """Files that a process has open: two per shard, which is mapped while it is opened, and 1024
+    for sockets, libraries and everything else."""
     return 2 * shards + 1024
 
 
@@ -319,69 +367,60 @@ def repair_hint(storage: Storage) -> str:
 
 @dataclass(frozen=True)
 class _OpenShard:
-    """The tokens of a shard; until `copy` is closed, the cache keeps its local copy."""
+    """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
 
-    tokens: Tokens
+    file: ShardFile
     copy: contextlib.ExitStack
 
 
 def _open_shard(index: DatasetIndex, shard: Shard) -> _OpenShard:
-    """The tokens of a shard, checked; a remote one is downloaded."""
+    """A shard, checked; a remote one is downloaded."""
     storage, name = index.storage, index.storage.full(shard.file)
-    hint = repair_hint(storage) if index.has_manifest else ""
-
-    def check_download(path: Path) -> str | None:
-        if (size := path.stat().st_size) != shard.bytes:
-            return f"expected {shard.bytes} bytes, got {size}"
-        if index.has_manifest:
-            with path.open("rb") as file:
-                return _check_digest(file, shard)
-        local = Storage(str(path.parent))
-        found = _shard_by_header(local, path.name, size, shard.split)
-        return None if found.sha256 == shard.sha256 else "the file has changed since the run began"
-
     with contextlib.ExitStack() as stack:
         if storage.path is None:
             assert index.cache is not None
-            copy = index.cache.copy(storage, shard.file, shard.bytes, check_download)
+            copy = index.cache.copy(
+                storage, shard.file, shard.bytes, lambda path: _check_download(index, shard, path)
+            )
             path = stack.enter_context(copy)
         else:
             path = Path(name)
             if not path.exists():
-                raise DataError(f"{name} is in the manifest, but the file is missing{hint}")
+                raise DataError(f"{name} is in the manifest, but the file is missing{index.hint}")
         try:
-            tokens = formats.load(path, name)
+            file = shard_file.open_shard(path, name)
+            stack.callback(file.close)
+            shard_file.require_sound(file, shard.tokens, index.vocab_size, index.has_manifest)
         except DataError as error:
-            unreadable = isinstance(error.__cause__, OSError)
-            raise DataError(f"{error}{'' if unreadable else hint}") from error
-        _require_sound(index, shard, tokens, hint)
-        return _OpenShard(tokens, stack.pop_all())
+            raise DataError(f"{error}{index.hint}") from error
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+        return _OpenShard(file, stack.pop_all())
 
 
-def _require_sound(index: DatasetIndex, shard: Shard, tokens: Tokens, hint: str) -> None:
-    name = index.storage.full(shard.file)
-    if len(tokens) != shard.tokens:
-        raise DataError(
-            f"{name}: expected {shard.tokens} tokens as in the manifest, got {len(tokens)}{hint}"
-        )
-    halves = tokens[1 : 2 * SAMPLED_IDS : 2]
-    if not index.has_manifest and tokens.dtype == DTYPE and len(halves) and not halves.any():
-        raise DataError(f"{name}: expected uint16 in a file without a header, got 32-bit numbers")
-    highest = int(_sample(tokens).max(initial=0))
-    if highest >= index.vocab_size:
-        raise DataError(
-            f"{name} holds the token id {highest}, outside the vocabulary of {index.vocab_size}: "
-            f"it was written with another tokeniser{hint}"
-        )
+def _check_download(index: DatasetIndex, shard: Shard, path: Path) -> str | None:
+    """What is wrong with a local copy, or None. The first copy of a shard without a digest gives it
+    one."""
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"expected {shard.bytes} bytes, got {size}"
+    with path.open("rb") as file:
+        if index.has_manifest:
+            return _check_digest(file, shard)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if index.digest(shard) is None:
+        _, ends = _shard_by_header(Storage(str(path.parent)), path.name, size, shard.split)
+        if ends == index.ends[index.shards.index(shard)]:
+            index.content.digests[shard.file] = digest
+    return None if digest == index.digest(shard) else "the file has changed since the run began"
 
 
-def _shard_by_header(storage: Storage, name: str, size: int, split: Split) -> Shard:
-    """A shard without a manifest; its digest covers its size, its beginning and its end."""
+def _shard_by_header(storage: Storage, name: str, size: int, split: Split) -> tuple[Shard, str]:
+    """A shard without a manifest, and a digest of its size, its beginning and its end."""
     head = storage.read(name, 0, min(size, HEAD_BYTES))
     tail = storage.read(name, max(0, size - HEAD_BYTES), size)
     found = formats.layout(storage.full(name), head, size)
     digest = hashlib.sha256(b"%d " % size + head + tail).hexdigest()
-    return Shard(name, split, found.tokens, size, digest)
+    return Shard(name, split, found.tokens, size, sha256=None), digest
 
 
 def _check_digest(file: BufferedReader, shard: Shard) -> str | None:
@@ -409,14 +448,6 @@ def _split_of(name: str) -> Split | None:
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
     return None
-
-
-def _sample(tokens: Tokens) -> Tokens:
-    """Up to SAMPLED_IDS tokens, evenly spaced over the shard."""
-    count = min(SAMPLED_IDS, len(tokens))
-    positions = np.arange(count, dtype=np.int64) * len(tokens) // max(count, 1)
-    sampled: Tokens = tokens[positions].astype("<u4")
-    return sampled
 
 
 def _missing(storage: Storage) -> str:

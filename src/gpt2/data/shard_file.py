@@ -1,0 +1,101 @@
+"""The file of one shard: opened, checked, read.
+
+Rows are read by position, not through a memory map: what is truncated or on a bad disk would kill
+the process there.
+"""
+
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt2.base.errors import DataError
+from gpt2.data import digests, formats
+from gpt2.data.digests import Version
+from gpt2.data.formats import DTYPE, HEAD_BYTES, Layout, Tokens
+
+SAMPLED_IDS = 4096
+
+
+@dataclass(eq=False)
+class ShardFile:
+    """A shard that is open until it is closed or no longer used. Messages call it `name`."""
+
+    path: Path
+    name: str
+    handle: int
+    layout: Layout
+    version: Version
+    """of the file that was opened, or of one with the same content that took its place"""
+
+    def __post_init__(self) -> None:
+        self.close = weakref.finalize(self, os.close, self.handle)
+
+    def read(self, start: int, count: int) -> Tokens:
+        """`count` tokens from `start` on; fewer at the end of the file."""
+        size = self.layout.dtype.itemsize
+        content = os.pread(self.handle, count * size, self.layout.start + start * size)
+        return np.frombuffer(content, self.layout.dtype, len(content) // size)
+
+    def is_unchanged(self) -> bool:
+        """Whether the path still has the version that was opened. A file that was removed stays
+        readable as it was."""
+        try:
+            return digests.version_of(self.path.stat()) == self.version
+        except FileNotFoundError:
+            return True
+
+    def hash(self) -> str:
+        """The SHA-256 of what the path has now, which becomes the version."""
+        with self.path.open("rb") as file:
+            self.version, digest = digests.hash_file(file)
+        return digest
+
+    def mapped(self) -> Tokens:
+        """All tokens, memory-mapped."""
+        found = self.layout
+        with open(self.handle, "rb", closefd=False) as file:
+            return np.memmap(file, found.dtype, "r", found.start, (found.tokens,))
+
+
+def open_shard(path: Path, name: str) -> ShardFile:
+    """Raises DataError if the file is not a shard, and OSError if it cannot be opened."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        version = digests.version_of(os.fstat(handle))
+        layout = formats.layout(name, os.pread(handle, HEAD_BYTES, 0), version[0])
+    except BaseException:
+        os.close(handle)
+        raise
+    return ShardFile(path, name, handle, layout, version)
+
+
+def require_sound(shard: ShardFile, tokens: int, vocab_size: int, has_manifest: bool) -> None:
+    """Raises DataError if the shard has not as many tokens, or was written by another tokeniser, as
+    far as a sample of the ids shows."""
+    if shard.layout.tokens != tokens:
+        raise DataError(
+            f"{shard.name}: expected {tokens} tokens as in the manifest, got {shard.layout.tokens}"
+        )
+    ids = shard.mapped()
+    halves = ids[1 : 2 * SAMPLED_IDS : 2]
+    if not has_manifest and ids.dtype == DTYPE and len(halves) and not halves.any():
+        raise DataError(
+            f"{shard.name}: expected uint16 in a file without a header, got 32-bit numbers"
+        )
+    highest = int(_sample(ids).max(initial=0))
+    if highest >= vocab_size:
+        raise DataError(
+            f"{shard.name} holds the token id {highest}, outside the vocabulary of {vocab_size}: "
+            "it was written with another tokeniser"
+        )
+
+
+def _sample(tokens: Tokens) -> Tokens:
+    """Up to SAMPLED_IDS tokens, evenly spaced over the shard."""
+    count = min(SAMPLED_IDS, len(tokens))
+    positions = np.arange(count, dtype=np.int64) * len(tokens) // max(count, 1)
+    sampled: Tokens = tokens[positions].astype("<u4")
+    return sampled
