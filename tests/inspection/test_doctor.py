@@ -12,6 +12,9 @@ from gpt2.checkpoint import metadata, store
 from gpt2.cli import main
 from gpt2.config import flops, options, presets
 from gpt2.config.run import RunConfig
+from gpt2.data import digests
+from gpt2.data.remote import Storage
+from gpt2.data.shards import load_index
 from gpt2.inspection import checks, doctor, machine
 from gpt2.inspection.checks import Finding, Need
 from support import small_config, small_flags, write_tasks
@@ -63,6 +66,32 @@ def test_data_is_opened_as_the_run_will(tmp_path: Path, data_root: Path):
     assert found.fact.endswith("when the run starts")
     _, found = doctor.find_data(small_config(tmp_path / "nothing", tmp_path))
     assert "make it with: gpt2 data" in found.fact
+
+
+def test_a_shard_with_other_content_is_a_problem(tmp_path: Path, data_root: Path):
+    ignored = shutil.ignore_patterns(digests.NAME)
+    broken = Path(shutil.copytree(data_root, tmp_path / "small", ignore=ignored))
+    names = sorted(path.name for path in broken.iterdir())
+    with (broken / "small_val_000000.npy").open("r+b") as file:
+        file.seek(5000)
+        file.write(bytes(6000))
+    data, found = doctor.find_data(small_config(broken, tmp_path))
+    assert (data, found.level) == (None, "PROBLEM")
+    assert "small_val_000000.npy: its SHA-256 differs from the manifest's" in found.fact
+    assert sorted(path.name for path in broken.iterdir()) == names  # nothing was written
+    (broken / "manifest.json").unlink()
+    run = small_config(broken, tmp_path)
+    data, found = doctor.find_data(run)
+    assert found.level == "ok"  # nothing says what new shards of another tool should hold
+    facts = metadata.TrainingMetadata(7, 0, 1, None, None, 1, "run", "0")
+    fingerprint = load_index(Storage(str(data_root))).fingerprint()
+    state = state_of(run) | {"data_fingerprint": fingerprint}
+    run.checkpoint.checkpoint_dir.mkdir()
+    store.save(run.checkpoint.checkpoint_dir, state, facts, keep_last=10)
+    (found,) = doctor.find_checkpoints(options.overlay(run, {"resume": "latest"}), data)
+    assert found.level == "PROBLEM"
+    assert "validation data: " in found.fact
+    assert "first small_val_000000.npy now" in found.fact
 
 
 def test_remote_data_is_opened_and_its_copies_need_room(tmp_path: Path, data_root: Path):

@@ -20,6 +20,7 @@ from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.config import flops
 from gpt2.config.run import RunConfig
+from gpt2.data import verifier
 from gpt2.data.remote import Storage
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 from gpt2.distributed.device import has_fast_bfloat16
@@ -124,6 +125,7 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     try:
         data = load_index(storage, dataset.cache_of(run_config))
         dataset.require_known_ids(run_config, data)
+        data = verifier.checked(data, hash_all=True)
         train = TokenDataset(data, "train", run_config.model.block_size)
         if storage.path is not None:  # of remote data, that would fetch the whole split
             TokenDataset(data, "val", run_config.model.block_size)
@@ -181,8 +183,7 @@ def _check_beginning(run_config: RunConfig, data: DatasetIndex | None) -> Findin
             trust = settings.trust_checkpoint
             state = store.load(path, trust=trust)
             start = resume.StartingPoint(path=path, checkpoint=state)
-            fingerprint = data.fingerprint() if data else state["data_fingerprint"]
-            start.require_agreement(run_config, fingerprint)
+            start.require_agreement(run_config, data)
             return Finding(
                 "ok", "begins", f"at step {state['progress']['step']}, with {path}, which is whole"
             )

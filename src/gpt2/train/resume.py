@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options
 from gpt2.config.run import RunConfig
+from gpt2.data.shards import DatasetIndex, Split
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+SPLITS: dict[Split, str] = {"train": "training data", "val": "validation data"}
 LAUNCH = "launch.json"
 """which command trains in a folder, and the newest checkpoint that it found there"""
 
@@ -65,16 +67,15 @@ class StartingPoint:
         logger.info("Loading weights from: %s", settings.init_from)
         return cls(weights=load_weights(run_config, world))
 
-    def require_agreement(self, run_config: RunConfig, data_fingerprint: str) -> None:
-        """Raises CheckpointError if the checkpoint is of another run, field by field."""
+    def require_agreement(self, run_config: RunConfig, data: DatasetIndex | None) -> None:
+        """Raises CheckpointError if the checkpoint is of another run, field by field. None is for
+        data that is not there yet."""
         if self.checkpoint is None or self.path is None:
             return
         stored = self.checkpoint["config"]
         rows = options.changed(stored, run_config, options.FIXED_BY_CHECKPOINT)
-        if self.checkpoint["data_fingerprint"] != data_fingerprint:
-            before = f"{stored['data']['data_root']} ({self.checkpoint['data_fingerprint']})"
-            now = f"{run_config.data.data_root} ({data_fingerprint})"
-            rows.append(("training data", before, now))
+        if data is not None:
+            rows += _data_differences(self.checkpoint, data)
         has_other_preset = stored["preset"] != run_config.preset
         hint = f"it was made with --preset {stored['preset']}" if has_other_preset else ""
         _refuse_contradictions(self.path, rows, hint)
@@ -85,11 +86,27 @@ class StartingPoint:
             return TrainState()
         return train_state(self.checkpoint, self.path, world)
 
+    def completed(self, data: DatasetIndex) -> DatasetIndex:
+        """The data with the digests of the checkpoint, which may know those of shards without a
+        manifest."""
+        known = self.checkpoint["data_fingerprint"] if self.checkpoint else ""
+        if isinstance(known, str):
+            return data
+        digests = {split: iter(known[split]) for split in known}
+        pairs = [(shard, next(digests[shard.split])) for shard in data.shards]
+        shards = (replace(shard, sha256=shard.sha256 or digest) for shard, digest in pairs)
+        return replace(data, shards=tuple(shards))
+
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """Permitted differences from the checkpoint, for the banner."""
         assert self.checkpoint is not None
         rows = options.changed(self.checkpoint["config"], run_config, options.NOTED_AT_RESUME)
         notes = [f"{name}: {old} before, {new} from here" for name, old, new in rows]
+        if isinstance(self.checkpoint.get("data_fingerprint"), str):
+            notes.append(
+                "Data: the checkpoint is of an earlier version, which did not record all of the "
+                "data's content; the next one does"
+            )
         ranks = len(self.checkpoint["rng"])
         if ranks != world.size:
             notes.append(f"Ranks: {ranks} before, {world.size} from here; the data is the same")
@@ -171,6 +188,33 @@ def _has_saved(folder: Path) -> bool:
         launch = {"launch": rendezvous.launch(), "newest": newest}
         atomic_files.write_text(record, json.dumps(launch))
     return False
+
+
+def _data_differences(
+    checkpoint: CheckpointState, data: DatasetIndex
+) -> list[tuple[str, Any, Any]]:
+    """How far the data is not that of the checkpoint, as far as digests are known."""
+    root, known = checkpoint["config"]["data"]["data_root"], checkpoint["data_fingerprint"]
+    if isinstance(known, str):
+        if (now := data.former_fingerprint()) == known:
+            return []
+        return [("training data", f"{root} ({known})", f"{data.storage.root} ({now})")]
+    rows: list[tuple[str, Any, Any]] = []
+    for split, name in SPLITS.items():
+        before, shards = known[split], data.of(split)
+        if len(before) != len(shards):
+            rows.append((name, counted(len(before), "shard"), counted(len(shards), "shard")))
+            continue
+        others = [
+            shard.file
+            for shard, digest in zip(shards, before, strict=True)
+            if digest and data.digest(shard) not in (None, digest)
+        ]
+        if others:
+            count = f"{len(others)} of {counted(len(shards), 'shard')}"
+            now = f"{data.storage.root}, where {count} differ in content, first {others[0]}"
+            rows.append((name, root, now))
+    return rows
 
 
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:

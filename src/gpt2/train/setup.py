@@ -10,8 +10,10 @@ from gpt2.base.errors import ConfigError
 from gpt2.checkpoint import store
 from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import RunConfig
+from gpt2.data import verifier
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.verifier import Verifier
 from gpt2.distributed import device
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
@@ -22,6 +24,7 @@ from gpt2.train.evaluator import Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.resume import StartingPoint
+from gpt2.train.run_identity import RunIdentity
 from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
 
@@ -41,20 +44,13 @@ def build(
     All checks come before any file of an earlier run is modified. If it raises, no
     thread runs, no sink is open, and `status.json` is as it was.
     """
-    early_events: list[EventRecord] = []  # for the sinks, which are not open yet
-    with events_to(early_events.append):
-        start = StartingPoint.find(run_config, world)
+    start, data, early_events = _start(run_config, world, data)
+    identity = _identity(run_config, world, start)
     dataset = TokenDataset(data, "train", run_config.model.block_size)
     rows, seed = run_config.rows_per_step, run_config.machine.seed
     sampler = Sampler(dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
-    start.require_agreement(run_config, fingerprint := data.fingerprint())
-    identity = world.run_on_rank0(
-        lambda: run_identity.find(
-            run_config.checkpoint.checkpoint_dir, start.path, start.checkpoint
-        )
-    )
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
     state, notes = start.train_state(world), None
     replica = Replica(run_config, world, start.weights, state.plain_head)
@@ -63,7 +59,6 @@ def build(
         run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
         notes = start.notes(run_config, world)
         replica.load_state_dict(start.checkpoint, state.step)
-
     folder = run_config.checkpoint.checkpoint_dir.resolve()
     plan = _plan(run_config, run_name, total_steps, sampler, world)
     run = TrainingRun(
@@ -71,7 +66,8 @@ def build(
         name=run_name,
         world=world,
         dataset=dataset,
-        data_fingerprint=fingerprint,
+        data=data,
+        verifier=Verifier(data) if data.storage.path and world.is_local_rank0 else None,
         sampler=sampler,
         schedule=run_config.lr_schedule(total_steps),
         total_steps=total_steps,
@@ -90,9 +86,28 @@ def build(
     )
     run.open(early_events)
     with _closed_on_error(run):
+        run.start_verifier()
         banner.log(run, data, plan, notes)
     run.status.write("running", state.step)
     return run
+
+
+def _start(
+    run_config: RunConfig, world: World, data: DatasetIndex
+) -> tuple[StartingPoint, DatasetIndex, list[EventRecord]]:
+    """Where the run starts; its data, which agrees, with all digests that are known; and what was
+    logged for the sinks, which are not open yet."""
+    early_events: list[EventRecord] = []
+    with events_to(early_events.append):
+        start = StartingPoint.find(run_config, world)
+    start.require_agreement(run_config, data)
+    expected = start.completed(data)
+    return start, world.run_on_local_rank0(lambda: verifier.checked(expected)), early_events
+
+
+def _identity(run_config: RunConfig, world: World, start: StartingPoint) -> RunIdentity:
+    folder = run_config.checkpoint.checkpoint_dir
+    return world.run_on_rank0(lambda: run_identity.find(folder, start.path, start.checkpoint))
 
 
 @contextlib.contextmanager

@@ -98,6 +98,13 @@ class TrainState:
             return step
         return step + self.left_out[1]
 
+    def step_that_reads(self, data_step: int) -> int:
+        """The number of finished updates at which, at the earliest, `data_step` or what follows it
+        is trained on: the inverse of `data_step`."""
+        if self.left_out is None or data_step < self.left_out[0]:
+            return data_step
+        return max(self.left_out[0], data_step - self.left_out[1])
+
     def result(self, state: End, exit_code: int = 0) -> RunResult:
         """The result of a run that ends at this step."""
         return RunResult(

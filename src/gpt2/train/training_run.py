@@ -7,20 +7,24 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from gpt2.base.errors import DataError
 from gpt2.checkpoint.async_save import Saver
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config import flops
 from gpt2.config.lr_schedule import Schedule
 from gpt2.config.run import RunConfig
+from gpt2.data.digests import Fault
 from gpt2.data.loader import Loader, MicroBatch
 from gpt2.data.sampler import Sampler
-from gpt2.data.shards import TokenDataset
+from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.verifier import Verifier
 from gpt2.distributed import device
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.watchdog import TORCHRUN_IS_GONE
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
+from gpt2.train import data_faults
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
@@ -30,8 +34,8 @@ from gpt2.train.status import RunState, StatusFile
 from gpt2.train.stop_vote import StopVote
 
 logger = logging.getLogger(__name__)
-# Above all signal numbers, so that one number is a signal or an answer of `report`.
-STOP, PRUNE = 1001, 1002
+# Above all signal numbers, so that one number is a signal, an answer of `report` or a fault.
+STOP, PRUNE, DATA_FAULT = 1001, 1002, 1003
 DATA_SLICE_S = 1.0
 """how long a rank waits for its batches before it votes"""
 
@@ -45,7 +49,10 @@ class TrainingRun:
     world: World
     dataset: TokenDataset
     """the training split"""
-    data_fingerprint: str
+    data: DatasetIndex
+    """all splits"""
+    verifier: Verifier | None
+    """on the first rank of each machine, for local data"""
     sampler: Sampler
     schedule: Schedule
     total_steps: int
@@ -72,6 +79,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.stop_vote = StopVote(self.world, self.stop, lambda: self.status.beat(self.state.step))
+        self.data.content.on_fault = lambda: self.stop.request(DATA_FAULT)
 
     def open(self, events: Iterable[EventRecord] = ()) -> None:
         """Opens the metrics sinks, records `events` first, and starts to read data from
@@ -98,12 +106,18 @@ class TrainingRun:
             self.metrics.close()
             raise
 
+    def start_verifier(self) -> None:
+        if self.verifier is not None:
+            self.verifier.start(is_waiting=lambda: self.loader.is_behind())
+
     def close(self) -> None:
         """Waits for the checkpoint that is being written, ends the loader's thread, closes the
         sinks."""
         try:
             self.saver.wait()
         finally:
+            if self.verifier is not None:
+                self.verifier.close()
             self.loader.close()
             self.metrics.close()
 
@@ -179,7 +193,12 @@ class TrainingRun:
         while not self.loader.is_ready(within_s=DATA_SLICE_S):
             if self.stop_vote.is_to_stop_waiting():
                 return None
-        return self.loader.next_step()
+        try:
+            return self.loader.next_step()
+        except DataError as error:
+            self.data.content.report(Fault(str(error)))
+            self.stop_vote.is_to_stop_waiting()  # to which the other ranks have come
+            return None
 
     def log_step(self, update: Update, learning_rate: float) -> None:
         """Records the update that led to this step, and reports it."""
@@ -212,12 +231,16 @@ class TrainingRun:
         self.status.beat(state.step)
 
     def stopped(self) -> RunResult:
-        """Ends the run before its last step: saves, unless it is pruned."""
+        """Ends the run before its last step: saves, unless it is pruned.
+
+        Raises DataError, after the save, if a fault of the data is the reason.
+        """
         reason = self.world.all_reduce_max(self.stop.number)
         if reason == PRUNE:
             self.status.write("stopped", self.state.step, "pruned")
             return self.state.result("pruned")
         self.saver.save_now(self.metadata(), self.checkpoint_state)
+        data_faults.raise_first(self.data, self.world, self.sampler, self.state)
         names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
         by = names.get(reason, f"by signal {reason}")
         logger.info("Stopped %s at step %d; --resume latest continues", by, self.state.step)
@@ -243,6 +266,9 @@ class TrainingRun:
         self.saver.save_now(self.metadata(), self.checkpoint_state)
         if not self.evaluate_if_due(is_last=True):
             return self.stopped()
+        steps = map(self.state.data_step, range(self.first_step, step))
+        data_faults.wait_for_verifier(self.verifier, self.data, self.world, self.sampler, steps)
+        data_faults.raise_first(self.data, self.world, self.sampler, self.state)
         self.status.write("finished", step)
         return self.state.result("finished")
 
@@ -272,7 +298,7 @@ class TrainingRun:
             "tokens": self.state.step * self.config.data.total_batch_size,
             "run_name": self.name,
             "run": asdict(self.identity),
-            "data_fingerprint": self.data_fingerprint,
+            "data_fingerprint": self.data.fingerprint(),
             "config": self.config.to_dict(),
             **self.replica.state_dict(),
         }

@@ -1,0 +1,212 @@
+"""Data that is not what it was: 3,000 tokens of a shard overwritten, another validation split under
+the same names; in a new run, at a resume, while the run trains."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2.base.errors import CheckpointError, DataError, UserError
+from gpt2.checkpoint import store
+from gpt2.data import digests
+from gpt2.data.digests import Fault
+from gpt2.data.remote import Storage
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import MANIFEST, load_index
+from gpt2.train import data_faults, status, trainer
+from gpt2.train.report import Answer
+from gpt2.train.state import TrainState
+from support import loss_lines, run_command, small_config, small_flags, train_command
+
+Damage = Callable[[Path], str]
+
+
+def overwrite_tokens(folder: Path) -> str:
+    """3,000 tokens of the first training shard, in place; returns the shard's name."""
+    path = sorted(folder.glob("*_train_*.npy"))[0]
+    with path.open("r+b") as file:
+        file.seek(128 + 2 * 2000)
+        file.write(np.arange(3000, dtype="<u2").tobytes())
+    return path.name
+
+
+def replace_validation(folder: Path) -> str:
+    """Another validation split of the same size under the same name."""
+    (path,) = folder.glob("*_val_*.npy")
+    tokens = np.load(path)[::-1].copy()
+    path.unlink()
+    np.save(path, tokens)
+    return path.name
+
+
+DAMAGES = (overwrite_tokens, replace_validation)
+
+
+@pytest.fixture(params=["manifest", "foreign"])
+def folder(data_root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of the small corpus, an hour old, with its manifest or as another tool's shards."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(data_root, folder, ignore=shutil.ignore_patterns(digests.NAME))
+    if request.param == "foreign":
+        (folder / MANIFEST).unlink()
+    age(folder)
+    return folder
+
+
+def age(folder: Path) -> None:
+    an_hour_ago = time.time() - 3600
+    for path in folder.iterdir():
+        os.utime(path, (an_hour_ago, an_hour_ago))
+
+
+def remembered(folder: Path) -> set[str]:
+    lines = (folder / digests.NAME).read_text().splitlines()
+    return {json.loads(line)["file"] for line in lines}
+
+
+def steps_kept(out: Path) -> list[int]:
+    return [item.training.step for item in store.list_checkpoints(out / "checkpoints")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_new_run_on_damaged_shards_of_a_manifest_ends(
+    damage: Damage, folder: Path, tmp_path: Path
+):
+    if not (folder / MANIFEST).exists():
+        pytest.skip("nothing says what new shards of another tool should hold")
+    name = damage(folder)
+    age(folder)
+    with pytest.raises(
+        DataError, match=rf"read .*/{name}: its SHA-256 differs from the manifest's"
+    ):
+        trainer.run(small_config(folder, tmp_path))
+    assert status.read(tmp_path / "checkpoints").state == "failed"
+    [step] = steps_kept(tmp_path)[-1:]
+    with pytest.raises(DataError, match=rf"^[^;]*/{name}: its SHA-256 differs"):
+        trainer.run(small_config(folder, tmp_path, resume="latest"))
+    assert steps_kept(tmp_path)[-1] == step  # not one step more on what is known to be wrong
+
+
+@pytest.mark.parametrize("knows_versions", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_resume_on_other_content_is_refused(
+    damage: Damage, knows_versions: bool, folder: Path, tmp_path: Path
+):
+    """Before its first step if the shard was verified before, soon after that if nothing about it
+    is remembered."""
+    trainer.run(small_config(folder, tmp_path, max_steps=2))
+    assert remembered(folder) == {path.name for path in folder.glob("*.npy")}
+    name = damage(folder)
+    if not knows_versions:
+        (folder / digests.NAME).unlink()
+    with pytest.raises(DataError, match=f"{name}: its SHA-256 differs") as caught:
+        trainer.run(small_config(folder, tmp_path, resume="latest"))
+    assert ("which is saved" in str(caught.value)) != knows_versions
+    if knows_versions:
+        assert steps_kept(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_that_changes_while_the_run_trains_ends_it(
+    damage: Damage, folder: Path, tmp_path: Path
+):
+    """After a verified beginning: no step uses what is wrong, and the steps before are saved."""
+    trainer.run(small_config(folder, tmp_path, max_steps=2))
+    before = steps_kept(tmp_path)
+
+    def damage_at_7(**metrics: float) -> Answer:
+        if metrics["step"] == 7 and "loss" in metrics:
+            damage(folder)
+        return "go"
+
+    shard = "small_train_000001.npy" if damage is overwrite_tokens else "small_val_000000.npy"
+    config = small_config(folder, tmp_path, resume="latest", max_steps=40)
+    with pytest.raises(DataError, match=rf"{shard} has changed since the run opened it"):
+        trainer.run(config, report=damage_at_7)
+    assert before < steps_kept(tmp_path)
+    assert steps_kept(tmp_path)[-1] in range(7, 11)  # 10 is the next validation
+    with pytest.raises(DataError, match=rf"{shard}: its SHA-256 differs"):
+        trainer.run(small_config(folder, tmp_path, resume="latest", max_steps=50))
+
+
+def test_the_first_step_that_may_have_read_it_is_named(folder: Path):
+    data = load_index(Storage(str(folder)))
+    sampler, state = Sampler((100, 50, 80), rows_per_step=8, seed=1), TrainState(step=20)
+    second, third = (shard.file for shard in data.of("train")[1:3])
+
+    def text(fault: Fault, state: TrainState = state) -> str:
+        return data_faults.description(fault, data, sampler, state)
+
+    assert text(Fault("x: broken", second)) == "step 13 is the first that may have read x: broken"
+    assert {int(row) for row in sampler.rows(12)[:, 0]} == {0, 1}
+    assert 1 not in sampler.rows(11)[:, 0]
+    assert text(Fault("x: broken", third), TrainState(step=18)) == "no step has read x: broken"
+    skipped = TrainState(step=20, left_out=(2, 5))
+    assert text(Fault("x", second), skipped) == "step 8 is the first that may have read x"
+    assert text(Fault("x", data.of("val")[0].file)) == "validation may have read x"
+    assert text(Fault("x")) == "step 21 would have been the first to read x"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_fingerprint_of_an_earlier_version_is_accepted_with_a_note(
+    damage: Damage, folder: Path, tmp_path: Path, caplog
+):
+    out, config = tmp_path / "checkpoints", small_config(folder, tmp_path, max_steps=2)
+    trainer.run(config)
+    as_earlier_version(out, load_index(Storage(str(folder))).former_fingerprint())
+    caplog.set_level("INFO")
+    trainer.run(small_config(folder, tmp_path, max_steps=4, resume="latest"))
+    assert "the checkpoint is of an earlier version" in caplog.text
+    caplog.clear()
+    trainer.run(small_config(folder, tmp_path, max_steps=6, resume="latest"))
+    assert "earlier version" not in caplog.text
+    name = damage(folder)
+    with pytest.raises(DataError, match=name):
+        trainer.run(small_config(folder, tmp_path, max_steps=8, resume="latest"))
+    as_earlier_version(out, "0" * 16)
+    with pytest.raises(CheckpointError, match=r"training data: .* \(0{16}\) in the checkpoint"):
+        trainer.run(small_config(folder, tmp_path, max_steps=8, resume="latest"))
+
+
+def as_earlier_version(folder: Path, fingerprint: str) -> None:
+    """The newest checkpoint as an earlier version wrote it, in place of all."""
+    newest = store.list_checkpoints(folder)[-1]
+    state = store.load(newest.path) | {"data_fingerprint": fingerprint}
+    for path in folder.glob("step_*"):
+        path.unlink()
+    store.save(folder, state, newest.training, keep_last=3)
+
+
+def test_all_ranks_save_and_end(data_root: Path, tmp_path: Path):
+    """Two ranks under torchrun. The shard is wrong from the beginning: rank 0 alone verifies it."""
+    folder = Path(shutil.copytree(data_root, tmp_path / "corpus"))
+    (folder / digests.NAME).unlink(missing_ok=True)
+    name = overwrite_tokens(folder)
+    done = run_command(train_command(small_flags(folder, tmp_path), ranks=2), expect=1)
+    text = f"is the first that may have read {folder}/{name}: its SHA-256 differs"
+    assert done.stderr.count(f"error: stopped after step {steps_kept(tmp_path)[-1]}") >= 1
+    assert text in done.stderr or f"no step has read {folder}/{name}" in done.stderr
+    assert "lost the connection" not in done.stderr
+    assert "failed:" not in done.stderr  # with which the watchdog begins a traceback
+
+
+def test_a_repaired_shard_lets_the_run_go_on_bit_identically(
+    folder: Path, tmp_path: Path, data_root: Path
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.run(small_config(data_root, whole))
+    trainer.run(
+        small_config(folder, parts),
+        report=lambda **metrics: "stop" if metrics["step"] == 7 else "go",
+    )
+    name = overwrite_tokens(folder)
+    with pytest.raises(UserError, match=name):
+        trainer.run(small_config(folder, parts, resume="latest"))
+    shutil.copyfile(data_root / name, folder / name)
+    trainer.run(small_config(folder, parts, resume="latest"))
+    assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
