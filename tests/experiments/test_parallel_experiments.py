@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
         (["../a"], "'../a' must begin with a name of letters, digits, . _ and -"),
         (["--learning_rate 1"], "unknown option --learning_rate 1; flags of all experiments come"),
         (["a --sample_prompt 'b"], "has an unmatched quote"),
-        (["--slots", "0", "a"], "--slots 0: expected a number of 1 or more"),
+        (["--slots", "0", "a"], "--slots 0: expected a number from 1 to 9999"),
         (["--gpus=0", "--slots=2", "a"], "use either --gpus or --slots"),
         (["--gpus"], "--gpus needs a value"),
         (

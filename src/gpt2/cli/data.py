@@ -15,7 +15,7 @@ from rich.table import Table
 
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
-from gpt2.base.validation import require_at_least, suggestion
+from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
 from gpt2.cli.parse import CommandOptions, guarded, run_command
 from gpt2.data import corpora, prepare, shards, tokenizer
 from gpt2.data.corpus import Corpus
@@ -44,8 +44,9 @@ class OutputOptions:
     """start from the beginning, even if shards of this corpus exist"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 2, "shard_tokens", "val_tokens")
-        require_at_least(self, 1, "max_tokens", "workers")
+        require_within(self, 2, LARGEST, "shard_tokens", "val_tokens")
+        require_within(self, 1, 10**15, "max_tokens")
+        require_within(self, 1, MOST_PROCESSES, "workers")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class Show(CommandOptions):
     """number of the shard in the table; default is the first training shard"""
     tokens: int = 100
     """number of tokens to decode"""
+
+    def __post_init__(self) -> None:
+        require_within(self, 0, LARGEST, "shard", "tokens")
 
 
 def data_main() -> int:

@@ -25,7 +25,7 @@ class DoctorCommand(CommandOptions):
     """keep checkpoints, runs and logs under this folder"""
 
     def __post_init__(self) -> None:
-        validation.require_at_least(self, 1, "nproc_per_node")
+        validation.require_within(self, 1, validation.MOST_PROCESSES, "nproc_per_node")
 
 
 def doctor_main() -> int:

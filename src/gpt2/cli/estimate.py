@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.base import validation
-from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.cli.parse import CommandOptions, run_command
 from gpt2.config import presets
@@ -26,9 +25,8 @@ class EstimateCommand(CommandOptions):
     """number of GPUs that reach this speed together; default is 1"""
 
     def __post_init__(self) -> None:
-        validation.require_at_least(self, 1, "gpus")
-        if self.tokens_per_sec is not None and self.tokens_per_sec <= 0:
-            raise ConfigError(f"tokens_per_sec={self.tokens_per_sec} must be more than 0")
+        validation.require_within(self, 1, validation.MOST_PROCESSES, "gpus")
+        validation.require_within(self, 1, validation.LARGEST, "tokens_per_sec")
 
 
 def estimate_main() -> int:

@@ -64,7 +64,7 @@ class EvaluateCommand(CommandOptions):
     """where to compute"""
 
     def __post_init__(self) -> None:
-        validation.require_at_least(self, 1, "limit", "batch_tokens")
+        validation.require_within(self, 1, validation.LARGEST, "limit", "batch_tokens")
         for name in self.names:
             if name not in MEASURES:
                 raise ConfigError(

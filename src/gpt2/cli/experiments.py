@@ -10,7 +10,7 @@ import tyro
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import require_at_least, suggestion
+from gpt2.base.validation import LARGEST, require_within, suggestion
 from gpt2.cli import experiments_run
 from gpt2.cli.parse import CommandOptions, guarded, run_command
 
@@ -41,7 +41,7 @@ class ShowCommand(CommandOptions):
     """print everything as one JSON object"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "last")
+        require_within(self, 1, LARGEST, "last")
 
 
 def experiments_main() -> int:

@@ -75,8 +75,8 @@ def read_arguments(arguments: Sequence[str]) -> RunArguments:
 
 def _slots(read: RunArguments) -> list[Slot]:
     """The slots that --gpus or --slots choose, else those of the machine."""
-    if read.slots is not None and not re.fullmatch("[1-9][0-9]*", read.slots):
-        raise ConfigError(f"--slots {read.slots}: expected a number of 1 or more")
+    if read.slots is not None and not re.fullmatch("[1-9][0-9]{0,3}", read.slots):
+        raise ConfigError(f"--slots {read.slots}: expected a number from 1 to 9999")
     if read.gpus is not None:
         ids, all_valid = slots.valid_ids(read.gpus)
         if not all_valid:

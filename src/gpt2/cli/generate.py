@@ -31,9 +31,7 @@ class GenerateCommand(CommandOptions):
     """where to compute"""
 
     def __post_init__(self) -> None:
-        validation.require_at_least(self, 0, "seed")
-        if self.seed >= 2**63:  # torch's limit
-            raise ConfigError(f"seed={self.seed} is too large; it must be less than {2**63}")
+        validation.require_within(self, 0, validation.LARGEST_SEED, "seed")
         if self.interactive and self.prompt == "-":
             raise ConfigError(
                 "--prompt - and --interactive both read standard input; leave one of them out"

@@ -26,7 +26,7 @@ class PlotCommand(CommandOptions):
     """only the last N runs of each log; default is all"""
 
     def __post_init__(self) -> None:
-        validation.require_at_least(self, 1, "last")
+        validation.require_within(self, 1, validation.LARGEST, "last")
 
 
 def plot_main() -> int:

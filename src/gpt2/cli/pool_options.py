@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import require_at_least
+from gpt2.base.validation import MOST_PROCESSES, require_positive, require_within
 from gpt2.cli.parse import parse_known
 from gpt2.cli.train import TrainCommand, parse_train
 from gpt2.experiments.pool.process import Engine
@@ -44,11 +44,9 @@ class PoolOptions:
     default is RAY_ADDRESS, else the cluster that runs on this machine, else a new one"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "slots", "ddp")
-        require_at_least(self, 0, "retries")
-        for name, value in (("job_timeout", self.job_timeout), ("grace", self.grace)):
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value} must be more than 0")
+        require_within(self, 1, MOST_PROCESSES, "slots", "ddp")
+        require_within(self, 0, 10**6, "retries")
+        require_positive(self, 10**8, "job_timeout", "grace")
         if self.ray_address is not None and self.engine != "ray":
             raise ConfigError(f"--ray_address {self.ray_address} needs --engine ray")
         if self.gpus is not None and self.engine == "ray":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import require_at_least
+from gpt2.base.validation import LARGEST, require_within
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
 from gpt2.cli.train import TrainCommand
@@ -56,8 +56,8 @@ class SearchCommand(CommandOptions):
     """folder of search_DATE_TIME.log and of the workers' logs; default is logs"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "n_trials", "patience")
-        require_at_least(self, 0, "startup_trials")
+        require_within(self, 1, LARGEST, "n_trials", "patience")
+        require_within(self, 0, LARGEST, "startup_trials")
 
 
 def search_main() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import require_at_least
+from gpt2.base.validation import LARGEST_SEED, MOST_PROCESSES, require_within
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
 from gpt2.cli.train import TrainCommand
@@ -19,6 +19,7 @@ from gpt2.experiments.pool.function_call import Call
 
 FUNCTION_FLAGS = ("device", "out_dir", "list_checkpoints")
 """options of `gpt2 train` that apply to the functions of --target, too"""
+MOST_SEEDS = 10**6
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class SeedsCommand(CommandOptions):
     """folder of seeds_DATE_TIME.log and of the workers' logs; default is logs"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "num_seeds", "max_gpus")
-        require_at_least(self, 0, "first_seed", "checkpoint_interval")
+        require_within(self, 1, MOST_SEEDS, "num_seeds")
+        require_within(self, 1, MOST_PROCESSES, "max_gpus")
+        require_within(self, 0, LARGEST_SEED - MOST_SEEDS, "first_seed")
+        require_within(self, 0, 10**8, "checkpoint_interval")
 
 
 def seeds_main() -> int:

@@ -6,7 +6,7 @@ A new architecture is a file in `gpt2.model` and an entry of ARCHITECTURES.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpt2.base.validation import nearest_multiples, require, require_at_least, suggestion
+from gpt2.base.validation import nearest_multiples, require, require_within, suggestion
 from gpt2.data import tokenizer
 
 
@@ -40,13 +40,16 @@ class ModelConfig:
             f"{suggestion(self.architecture, list(ARCHITECTURES))}; "
             f"expected one of {', '.join(ARCHITECTURES)}",
         )
-        require_at_least(self, 1, "n_layer", "n_head", "n_embd", "block_size", "window")
+        require_within(self, 1, 10_000, "n_layer")
+        require_within(self, 1, 10**6, "n_head", "n_embd")
+        require_within(self, 1, 10**9, "block_size", "window")
         ARCHITECTURES[self.architecture].check(self)
         require(
             self.vocab_size >= tokenizer.VOCAB_SIZE,
             f"vocab_size={self.vocab_size} is too small; expected {tokenizer.VOCAB_SIZE} tokens or "
             "more; use --vocab_size 50304",
         )
+        require_within(self, tokenizer.VOCAB_SIZE, 10**9, "vocab_size")
         require(
             0 <= self.dropout < 1, f"dropout={self.dropout} is invalid; expected 0 <= dropout < 1"
         )

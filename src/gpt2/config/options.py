@@ -1,5 +1,6 @@
 """Options by name: set from flags, TOML files and stored configs, compared on resume. Pure."""
 
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2.base.errors import ConfigError
-from gpt2.base.validation import require, suggestion
+from gpt2.base.validation import is_finite, require, suggestion
 from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.config.run import OptimConfig, RunConfig
@@ -31,6 +32,21 @@ NOTED_AT_RESUME = (
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )
+# Options of one process: a resumed run has those that are typed, never those of its checkpoint.
+NEVER_FROM_CHECKPOINT = (
+    "data.cache_dir",
+    "checkpoint.resume",
+    "checkpoint.init_from",
+    "checkpoint.checkpoint_dir",
+    "checkpoint.trust_checkpoint",
+    "watch.log_dir",
+    "watch.runs_dir",
+    "machine.device",
+    "machine.collective_timeout",
+    "experiment.experiment_name",
+    "experiment.gpu_id",
+    "experiment.wandb_run_name",  # it names an experiment, too
+)
 # Values of options that did not exist when old checkpoints were written.
 IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 # Options of earlier versions, which files may still have, with the values that they now stand for.
@@ -38,16 +54,45 @@ FORMER = {"fast": True}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:
-    """The configuration in a checkpoint; fields that this version does not have are ignored."""
+    """The configuration in a checkpoint; fields that this version does not have are ignored.
+
+    Raises ConfigError for values that flags could not have.
+    """
+    require(isinstance(stored, Mapping), f"expected a configuration, got {stored!r:.40}")
     table = _field_table()
     known = {
         f"{part}.{name}": value
-        for part, values in stored.items()
+        for part, values in (IMPLICIT | dict(stored)).items()
         if isinstance(values, Mapping)
-        for name, value in values.items()
+        for name, value in (IMPLICIT.get(part, {}) | dict(values)).items()
         if table.get(name, ("",))[0] == part
     }
-    return overlay(presets.preset(stored["preset"]), known)
+    return overlay(presets.preset(str(stored.get("preset"))), known)
+
+
+def on_stored(config: RunConfig, stored: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a checkpoint, with what is never taken from one as it is in `config`.
+
+    An address with a password counts as such.
+    """
+    taken = of_stored(stored).to_dict()
+    for part, name in (option.split(".") for option in NEVER_FROM_CHECKPOINT):
+        del taken[part][name]
+    if public(root := taken["data"]["data_root"]) != root:
+        del taken["data"]["data_root"]
+    return overlay(config, taken)
+
+
+def public(value: Any) -> Any:
+    """`value`, if it is an address with a user and password without these."""
+    return re.sub(r"://[^/@]*@", "://…@", value) if isinstance(value, str) else value
+
+
+def overridden(old: Mapping[str, Any], new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """As `changed`, of every option that may have another value than in the checkpoint."""
+    kept = {*NEVER_FROM_CHECKPOINT, *FIXED_BY_CHECKPOINT}
+    names = (f"{part}.{name}" for name, (part, _) in _field_table().items() if part)
+    return changed(old, new, tuple(name for name in names if name not in kept))
 
 
 def changed(
@@ -58,13 +103,13 @@ def changed(
     A field that the stored config lacks did not exist when it was written: its old value is that in
     IMPLICIT, else it counts as unchanged.
     """
-    rows = []
+    rows: list[tuple[str, Any, Any]] = []
     plain = new.to_dict()
     for name in names:
         part, field = name.split(".")
         stored = IMPLICIT.get(part, {}) | dict(old.get(part, {}))
         if field in stored and stored[field] != plain[part][field]:
-            rows.append((field, stored[field], plain[part][field]))
+            rows.append((field, public(stored[field]), public(plain[part][field])))
     return rows
 
 
@@ -105,7 +150,7 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
             "preset is not valid in a file; use --preset NAME on the command line",
         )
         return overlay(config, values)
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
+    except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
         raise ConfigError(f"{source}: {error}") from error
 
 
@@ -148,6 +193,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if option is str and isinstance(value, Path):
             return str(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            require(is_finite(value), f"{name}: expected a finite number, got {value!r:.40}")
             return float(value)
         if type(value) is option:
             return value

@@ -5,12 +5,19 @@ model are in `gpt2.config.model`. `None` means off. Invalid values and combinati
 ConfigError.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2.base.validation import nearest_multiples, require, require_at_least, suggestion
+from gpt2.base.validation import (
+    LARGEST,
+    LARGEST_SEED,
+    nearest_multiples,
+    require,
+    require_positive,
+    require_within,
+    suggestion,
+)
 from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
 from gpt2.config.model import ModelConfig
@@ -23,6 +30,7 @@ OPTIMIZERS = {
 }
 """`module:function` of each optimiser, which `gpt2.optim.build` calls; a new optimiser is a file in
 `gpt2.optim` and an entry here"""
+MAX_GRAD_CLIP = 10**6
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,9 @@ class DataConfig:
     """what each epoch permutes: the shards, also the rows within each shard, or nothing"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "cache_gb")
-        require(self.cache_gb != math.inf, "cache_gb=inf is invalid; use None for no limit")
-        require_at_least(self, 1, "total_batch_size", "mini_batch_size", "epochs", "max_steps")
+        require_within(self, 0, 10**6, "cache_gb")
+        sizes = ("total_batch_size", "mini_batch_size", "epochs", "max_steps")
+        require_within(self, 1, LARGEST, *sizes)
 
 
 @dataclass(frozen=True)
@@ -92,19 +100,16 @@ class OptimConfig:
             f"optimizer={self.optimizer} is unknown{suggestion(self.optimizer, list(OPTIMIZERS))}; "
             f"expected one of {', '.join(OPTIMIZERS)}",
         )
-        require_at_least(self, 0, "warmup_steps", "weight_decay", "min_lr_ratio")
-        require_at_least(self, 1, "decay_steps", "max_bad_steps")
+        require_within(self, 0, LARGEST, "warmup_steps")
+        require_within(self, 1, LARGEST, "decay_steps", "max_bad_steps")
+        require_within(self, 0, 10, "weight_decay")
+        require_within(self, 0, 1, "min_lr_ratio")
+        require_positive(self, 1, "cooldown")
+        require_positive(self, 10, "learning_rate")
         require(
-            0 < self.cooldown <= 1,
-            f"cooldown={self.cooldown} is invalid; expected 0 < cooldown <= 1",
-        )
-        require(
-            self.learning_rate > 0,
-            f"learning_rate={self.learning_rate} is invalid; expected more than 0",
-        )
-        require(
-            self.grad_clip is None or self.grad_clip > 0,
-            f"grad_clip={self.grad_clip} is invalid; expected more than 0, or None for no clipping",
+            self.grad_clip is None or 0 < self.grad_clip <= MAX_GRAD_CLIP,
+            f"grad_clip={self.grad_clip} is invalid; expected more than 0 and at most "
+            f"{MAX_GRAD_CLIP}, or None for no clipping",
         )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -130,7 +135,7 @@ class CheckpointConfig:
     """load a checkpoint that another user wrote: its pickle can run any code"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "checkpoint_interval", "keep_last")
+        require_within(self, 1, LARGEST, "checkpoint_interval", "keep_last")
         require(
             self.resume is None or self.init_from in ("scratch", "resume"),
             f"--resume {self.resume} and --init_from {self.init_from} both choose the weights; "
@@ -166,8 +171,8 @@ class EvalConfig:
     """text that the samples continue"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "eval_interval", "eval_batches", "eval_rows")
-        require_at_least(self, 1, "sample_interval", "hellaswag_interval", "hellaswag_limit")
+        require_within(self, 1, LARGEST, "eval_interval", "eval_batches", "eval_rows")
+        require_within(self, 1, LARGEST, "sample_interval", "hellaswag_interval", "hellaswag_limit")
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,8 @@ class MachineConfig:
     """CPU: glibc keeps freed buffers for the next step instead of unmapping them"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "seed")
-        require_at_least(self, 1, "collective_timeout")
+        require_within(self, 0, LARGEST_SEED, "seed")
+        require_within(self, 1, 10**6, "collective_timeout")
         require(
             self.device in ("auto", "cpu", "cuda"),
             f"device={self.device} is unknown; expected auto, cpu or cuda "

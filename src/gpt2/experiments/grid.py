@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -55,5 +56,8 @@ def _value(text: str) -> Any:
     words = {"true": True, "false": False, "none": None}
     for read in (lambda: words[text.lower()], lambda: int(text), lambda: float(text)):
         with contextlib.suppress(KeyError, ValueError):
-            return read()
+            value = read()
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"--grid: expected a finite number, got {text}")
+            return value
     return text

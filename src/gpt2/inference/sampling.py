@@ -6,7 +6,7 @@ Invalid values raise ConfigError.
 from dataclasses import dataclass
 
 from gpt2.base.errors import ConfigError
-from gpt2.base.validation import require_at_least
+from gpt2.base.validation import LARGEST, require_within
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,9 @@ class Sampling:
     """then among the fewest likeliest tokens with this total probability, after temperature"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "num_samples", "max_new_tokens", "top_k")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature={self.temperature} is invalid; expected 0 (the likeliest) or above"
-            )
+        require_within(self, 1, 10**6, "num_samples")
+        require_within(self, 1, LARGEST, "max_new_tokens", "top_k")
+        require_within(self, 0, 100, "temperature")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"top_p={self.top_p} is invalid; expected more than 0 and at most 1, or None (off)"

@@ -138,14 +138,14 @@ def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
     every = forecast.checkpoint_interval
     if every and (due := (step_now // every + 1) * every) < end:
         rows.append((due, "next checkpoint"))
-    epoch = sampler.epoch_at(step_now) + 1
-    boundaries = []
-    while (step := sampler.first_step_of(epoch)) < end:
-        boundaries.append((step, f"epoch {epoch} begins, with its shuffle"))
-        epoch += 1
-    rows += boundaries[:SHOWN_EPOCHS]
-    if (hidden := len(boundaries) - SHOWN_EPOCHS) > 0:
-        rows.append((boundaries[-1][0], f"… the last of {hidden} further epochs"))
+    epochs = range(sampler.epoch_at(step_now) + 1, sampler.epoch_at(end - 1) + 1)
+    rows += [
+        (sampler.first_step_of(epoch), f"epoch {epoch} begins, with its shuffle")
+        for epoch in epochs[:SHOWN_EPOCHS]
+    ]
+    if hidden := epochs[SHOWN_EPOCHS:]:
+        last = sampler.first_step_of(hidden[-1])
+        rows.append((last, f"… the last of {hidden[-1] - hidden[0] + 1} further epochs"))
     return [*sorted(rows), (end, "end of the run")]
 
 
@@ -172,4 +172,7 @@ def _scaling(forecast: Forecast, device: str) -> Table:
 
 
 def _date(left_s: float) -> str:
-    return f"{datetime.now() + timedelta(seconds=left_s):%a %Y-%m-%d %H:%M}"
+    try:
+        return f"{datetime.now() + timedelta(seconds=left_s):%a %Y-%m-%d %H:%M}"
+    except OverflowError:
+        return "after the year 9999"

@@ -288,7 +288,10 @@ def test_prune_stop_and_errors_reach_the_other_side(data_root: Path, tmp_path: P
 
     jobs = {
         "pruned": {"max_steps": 1000},
-        "diverged": {"learning_rate": 1e30, "max_bad_steps": 2, "checkpoint_interval": None},
+        "diverged": {
+            **{"learning_rate": 10.0, "weight_decay": 10.0},
+            **{"max_bad_steps": 2, "checkpoint_interval": None},
+        },
         "broken": {},
         "stopped": {"max_steps": 100_000},
     }

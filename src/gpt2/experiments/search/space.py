@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import Trial
 
 from gpt2.base.errors import ConfigError
-from gpt2.base.validation import nearest_multiples, require
+from gpt2.base.validation import is_finite, nearest_multiples, require
 from gpt2.config import options
 from gpt2.config.options import FIXED_BY_CHECKPOINT, NOTED_AT_RESUME
 from gpt2.config.run import RunConfig
@@ -31,6 +31,8 @@ SEARCHABLE = sorted({name.split(".")[1] for name in (*FIXED_BY_CHECKPOINT, *NOTE
 """options that the result of a training depends on, without those of data and validation"""
 SHAPE = ("architecture", "n_embd", "block_size", "window", "n_head")
 """options that must fit each other"""
+LARGEST_SIZE = 10**6
+"""largest end of a range of sizes, whose values are listed"""
 MAX_SHAPES = 5000
 """combinations that are checked before a search begins"""
 TOKEN_TOLERANCE = 0.05
@@ -64,7 +66,7 @@ def parse(text: str, run: RunConfig, source: str) -> Space:
         require(bool(space), "expected a table such as [learning_rate], got none")
         _require_valid_values(space, run)
         _require_even_validations(space, run)
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
+    except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
         raise ConfigError(f"{source}: {error}") from error
     return space
 
@@ -220,10 +222,14 @@ def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
     for key in {"low", "high", "step"} & table.keys():
         is_number = type(table[key]) in ((int,) if is_integer else (int, float))
         require(
-            is_number and math.isfinite(table[key]),
-            f"{name}: expected {'an integer' if is_integer else 'a number'} for {key}, got "
-            f"{table[key]!r}",
+            is_number and is_finite(table[key]),
+            f"{name}: expected {'an integer' if is_integer else 'a number'} for {key}, "
+            f"got {table[key]!r:.40}",
         )
+    require(
+        name not in SHAPE or table.get("high", 0) <= LARGEST_SIZE,
+        f"{name}: high={table.get('high')} is too large; expected {LARGEST_SIZE} at most",
+    )
     try:
         if "choices" in table:
             plain = [None if value == "None" else value for value in table["choices"]]
