@@ -67,7 +67,7 @@ def test_a_training_prints_events_to_standard_output(
 ):
     logger = logging.getLogger("gpt2.train.trainer")
 
-    def run(_: object) -> None:
+    def run(_: object, **__: object) -> None:
         logger.info("an event")
         logger.warning("a warning")
         raise DataError("no data")
@@ -80,7 +80,7 @@ def test_a_training_prints_events_to_standard_output(
 def test_other_ranks_print_errors_only(monkeypatch, capsys):
     logger = logging.getLogger("gpt2.train.trainer")
 
-    def run(_: object) -> None:
+    def run(_: object, **__: object) -> None:
         logger.warning("a warning")
         logger.error("an error")
         raise ReportedByOtherRank("no data")

@@ -131,7 +131,7 @@ def test_other_ranks_are_silent(monkeypatch, capsys):
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(monkeypatch):
-    def interrupted(_: object) -> None:
+    def interrupted(_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "run", interrupted)

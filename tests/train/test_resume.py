@@ -2,10 +2,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import torch
 
 from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata, read_metadata
+from gpt2.cli import train
 from gpt2.config import options
 from gpt2.distributed import world
 from gpt2.train import resume
@@ -28,6 +30,54 @@ def test_it_says_that_dropout_cannot_go_on_on_another_number_of_ranks(tmp_path: 
     assert before.notes(without, worlds[1])[-1] == (
         "Ranks: 3 before, 2 from here; the data is the same"
     )
+
+
+COSINE = {"max_steps": 100, "warmup_steps": 10, "schedule": "cosine", "learning_rate": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "step", "words"),
+    [
+        ({}, {}, 50, None),
+        (
+            {},
+            {"max_steps": 200},
+            100,
+            ["0.1 before, 0.", " from here: its decay ended at step 100"],
+        ),
+        ({}, {"max_steps": 200}, 100, ["--decay_steps 100", "--schedule wsd"]),
+        ({}, {"max_steps": 200, "decay_steps": 100}, 100, None),
+        ({}, {"max_steps": 60}, 50, ["0.644 before, 0.186 from here"]),
+        ({}, {"max_steps": 200}, 5, None),  # still in the warm-up
+        ({}, {"max_steps": 50}, 50, None),  # no update follows
+        ({}, {"learning_rate": 0.5}, 50, ["0.644 before, 0.314 from here"]),
+        ({}, {"learning_rate": 0.5}, 5, ["0.5 before, 0.3 from here"]),
+        ({}, {"weight_decay": 0.5, "mini_batch_size": 4}, 50, None),
+        ({}, {"schedule": "wsd"}, 50, ["0.644 before, 1 from here"]),
+        ({"schedule": "wsd"}, {"max_steps": 200}, 50, None),
+        ({"schedule": "wsd"}, {"max_steps": 200}, 100, ["0.145 before, 1 from here"]),
+        ({"max_steps": None, "epochs": 1}, {"epochs": 2}, 100, ["--decay_steps 100"]),
+        ({"max_steps": None, "epochs": 1}, {"max_steps": 100}, 50, None),
+    ],
+)
+def test_a_learning_rate_that_jumps_is_a_warning(tmp_path, before, changes, step, words):
+    old = small_config(tmp_path, tmp_path, **COSINE | before)
+    start = StartingPoint(checkpoint={"config": old.to_dict(), "rng": [{}]})
+    said = start.rate_warning(options.overlay(old, changes), 100 * old.rows_per_step, step)
+    assert (said is None) == (words is None)
+    for text in words or ():
+        assert text in said
+
+
+def test_what_is_typed_after_a_finished_run_does_not_jump(tmp_path: Path):
+    for options_ in ({}, {"decay_steps": 50}, {"decay_steps": 500}, {"schedule": "wsd"}):
+        run = small_config(tmp_path, tmp_path, **COSINE | options_)
+        text = train.next_commands(run, ["--preset", "demo", "--max_steps=100"], 1, step=100)
+        flags = text.partition("--preset demo ")[2].splitlines()[0].split()
+        stored = StartingPoint(checkpoint={"config": run.to_dict(), "rng": [{}]})
+        now = train.parse_run(train.TrainCommand, flags, stored=run.to_dict()).run
+        assert (now.data.max_steps, now.checkpoint.resume) == (200, "latest")
+        assert stored.rate_warning(now, 10**6, 100) is None
 
 
 def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):

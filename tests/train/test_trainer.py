@@ -367,7 +367,7 @@ def test_other_training_data_is_a_contradiction(data_root: Path, tmp_path: Path)
         trainer.run(small_config(other, tmp_path, resume="latest"))
 
 
-def test_what_may_change_at_a_resume_is_noted_where_it_matters(data_root, tmp_path, capsys):
+def test_each_option_that_changes_at_a_resume_is_listed(data_root, tmp_path, capsys):
     trainer.run(small_config(data_root, tmp_path, max_steps=2))
     moved = Path(shutil.copytree(data_root, tmp_path / "moved"))
     changes = {"mini_batch_size": 8, "checkpoint_interval": 3, "epochs": 9, "learning_rate": 1e-4}
@@ -375,7 +375,8 @@ def test_what_may_change_at_a_resume_is_noted_where_it_matters(data_root, tmp_pa
     assert result.step == 4
     printed = capsys.readouterr().out
     assert "  - learning_rate: 0.006 before, 0.0001 from here" in printed
-    assert "mini_batch_size" not in printed
+    assert "  - mini_batch_size: 2 before, 8 from here" in printed
+    assert "checkpoint_dir" not in printed.partition("Run demo")[0]
 
 
 def test_changed_optimiser_options_take_effect_at_a_resume(data_root: Path, tmp_path: Path):

@@ -1,13 +1,15 @@
 """`gpt2 doctor`: checks this machine and everything that a run needs."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2.base import log, validation
 from gpt2.base.text import console
 from gpt2.cli import train
-from gpt2.cli.parse import CommandOptions, guarded, parse
+from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.config.run import RunConfig
 
 
@@ -33,14 +35,18 @@ def doctor_main() -> int:
 
     def body() -> int:
         arguments = sys.argv[1:]
-        default = DoctorCommand(run=train.run_of_file(arguments))
-        command = parse(DoctorCommand, arguments, default)
+        command = train.parse_before_resume(DoctorCommand, arguments)
         log.setup(command.log_level)
+
+        def configure(stored: Mapping[str, Any] | None) -> RunConfig:
+            return train.parse_run(DoctorCommand, arguments, stored=stored).run
+
         # They import torch: see `gpt2.cli.parse`.
         from gpt2.inspection import doctor
         from gpt2.train import experiment_folder
 
-        findings = doctor.examine(experiment_folder.resolve(command.run), command.nproc_per_node)
+        run = doctor.as_resumed(experiment_folder.resolve(command.run), configure)
+        findings = doctor.examine(run, command.nproc_per_node)
         return 1 if doctor.print_findings(findings, console()) else 0
 
     return guarded(body)

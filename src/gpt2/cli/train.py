@@ -5,9 +5,10 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
@@ -18,11 +19,17 @@ from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
 
 logger = logging.getLogger(__name__)
+SIZES = (
+    *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
+    "--total_batch_size",
+)
+"""options whose values must fit each other"""
 
 
 @dataclass(frozen=True)
 class TrainCommand(CommandOptions):
-    """Pretrain GPT-2. Flags override --config FILE, which overrides --preset."""
+    """Pretrain GPT-2. Flags override --config FILE, which overrides --preset. At a resume, options
+    that are not given come from the checkpoint."""
 
     run: RunConfig
     config: Path | None = None
@@ -31,6 +38,18 @@ class TrainCommand(CommandOptions):
     """keep checkpoints, runs and logs under this folder"""
     list_checkpoints: bool = False
     """print the table of checkpoints and exit"""
+
+
+class RunCommand(Protocol):
+    """A command with the options of a run, --config and --out_dir."""
+
+    def __init__(self, *, run: RunConfig) -> None: ...
+
+    @property
+    def run(self) -> RunConfig: ...
+
+
+CommandOfRun = TypeVar("CommandOfRun", bound=RunCommand)
 
 
 def train_main() -> int:
@@ -42,27 +61,33 @@ def train_main() -> int:
     rank, world_size, local_rank, _ = rendezvous.env_rank()
 
     def body() -> int:
+        arguments = sys.argv[1:]
         with rendezvous.reported_by_local_rank0():
-            command = parse_train(sys.argv[1:], quiet=local_rank > 0)
+            command = parse_before_resume(TrainCommand, arguments, quiet=local_rank > 0)
         log.setup(command.log_level, rank=rank, info_stream="stdout")
         if command.list_checkpoints:
             return _list_checkpoints(command.run) if rank == 0 else 0
-        return _train(command.run, rank, world_size)
+        return _train(command.run, arguments, rank, world_size)
 
     return guarded(body, rank=rank, report=rendezvous.report_to_torchrun)
 
 
-def _train(run_config: RunConfig, rank: int, world_size: int) -> int:
+def _train(run_config: RunConfig, arguments: Sequence[str], rank: int, world_size: int) -> int:
     # They import torch: see `gpt2.cli.parse`.
     from gpt2.distributed import device
     from gpt2.train import experiment_folder, trainer
 
-    result = trainer.run(run_config)
+    def configure(stored: Mapping[str, Any] | None) -> RunConfig:  # called on rank 0
+        nonlocal run_config
+        run_config = parse_run(TrainCommand, arguments, quiet=True, stored=stored).run
+        return run_config
+
+    result = trainer.run(run_config, configure=configure)
     if rank == 0 and result.state == "finished":
         run = experiment_folder.resolve(run_config)
         gpus = None if run == run_config else device.visible_gpus()
         try:
-            print(next_commands(run, sys.argv[1:], world_size, result.step, gpus), flush=True)
+            print(next_commands(run, arguments, world_size, result.step, gpus), flush=True)
         except OSError as error:  # a full disk, a closed pipe: the run has finished all the same
             logger.warning("cannot write to standard output: %s", error)
             discard(sys.stdout)
@@ -79,26 +104,55 @@ def _list_checkpoints(run_config: RunConfig) -> int:
     return 0
 
 
-def parse_train(arguments: Sequence[str], quiet: bool = False) -> TrainCommand:
-    """The training command that `arguments` describe, on top of their preset, file and out_dir.
+def parse_train(arguments: Sequence[str]) -> TrainCommand:
+    """The training command that `arguments` describe, complete without a checkpoint."""
+    return parse_run(TrainCommand, arguments)
+
+
+def parse_before_resume(
+    kind: type[CommandOfRun], arguments: Sequence[str], quiet: bool = False
+) -> CommandOfRun:
+    """The command before it is known which checkpoint it resumes: folders and machine are final.
+
+    Sizes that do not fit the preset are left out if it resumes: they may fit the checkpoint. Raises
+    as `parse_run` does.
+    """
+    try:
+        return parse_run(kind, arguments, quiet)
+    except ConfigError:
+        command = parse_run(kind, _without(arguments, *SIZES), quiet)
+        if command.run.checkpoint.resume_from is None:
+            raise
+        return command
+
+
+def parse_run(
+    kind: type[CommandOfRun],
+    arguments: Sequence[str],
+    quiet: bool = False,
+    stored: Mapping[str, Any] | None = None,
+) -> CommandOfRun:
+    """The command that `arguments` describe, on top of their preset, file and out_dir; and, if it
+    resumes, of the configuration that is `stored` in its checkpoint.
 
     Raises ConfigError for values that cannot work, SystemExit for unknown flags.
     """
-    default = TrainCommand(run=run_of_file(arguments))
-    return parse(TrainCommand, arguments, default, quiet)
+    return parse(kind, arguments, kind(run=_run_of_file(arguments, stored)), quiet)
 
 
-def run_of_file(arguments: Sequence[str]) -> RunConfig:
+def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> RunConfig:
     """The run that --preset, --config and --out_dir in `arguments` give, without other flags.
 
-    tyro takes the defaults of all flags as one object, so the three flags that choose the defaults
-    are read before it parses.
+    A preset is complete: `stored` counts unless another preset is given. tyro takes the defaults of
+    all flags as one object, so the three flags that choose the defaults are read before it parses.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "out_dir"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     flags, _ = parser.parse_known_args(arguments)
     run = presets.preset(flags.preset or "gpt2-124m")
+    if stored is not None and flags.preset in (None, stored.get("preset")):
+        run = options.on_stored(run, stored)
     if flags.config:
         run = options.from_toml(run, _read_text(Path(flags.config)), flags.config)
     if flags.out_dir:
@@ -116,7 +170,7 @@ def next_commands(
     visible_gpus: str | None = None,
 ) -> str:
     """Commands to type after a finished run; `visible_gpus` if its files are named after a GPU."""
-    flags = _without(arguments, "--resume", "--max_steps", "--init_from")
+    flags = _without(arguments, "--resume", "--max_steps", "--decay_steps", "--init_from")
     as_script = not sys.argv[0].startswith("gpt2 ")
     train = "python src/train_improved.py" if as_script else "gpt2 train"
     estimate = "python estimate_training_time.py" if as_script else "gpt2 estimate"
@@ -129,12 +183,14 @@ def next_commands(
     folder_flag = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
     )
+    decay_steps = run.optim.decay_steps or step  # longer, the learning rate would rise again
     prompt = shlex.quote(run.evaluation.sample_prompt)
     tensorboard = "./start_tensorboard.sh" if as_script else "tensorboard"
     if run.watch.runs_dir != Path("runs") or not as_script:
         tensorboard += f" --logdir {shlex.quote(str(run.watch.runs_dir.resolve()))}"
     rows = {
-        "resume": f"{launcher} {shlex.join(flags)} --resume latest --max_steps {2 * step}",
+        "resume": f"{launcher} {shlex.join(flags)} --resume latest --max_steps {2 * step} "
+        f"--decay_steps {decay_steps}",
         "watch": tensorboard,
         "list": f"{train}{folder_flag} --list_checkpoints",
         "estimate": f"{estimate}{folder_flag}",

@@ -35,9 +35,27 @@ def lr_at(step: int, schedule: Schedule) -> float:
     begin = schedule.warmup_steps
     if schedule.shape == "wsd":
         begin = max(begin, schedule.decay_steps - round(schedule.cooldown * schedule.decay_steps))
-    progress = max(0.0, (step - begin) / (schedule.decay_steps - begin))
+    progress = max(0.0, (step - begin) / max(1, schedule.decay_steps - begin))
     left = 1 - progress if schedule.shape == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
     return schedule.floor + left * (schedule.peak - schedule.floor)
+
+
+def warning(schedule: Schedule, total_steps: int) -> str | None:
+    """What is wrong with the schedule of a run of `total_steps`; None if nothing is."""
+    warmup, end = schedule.warmup_steps, max(schedule.warmup_steps, schedule.decay_steps)
+    if total_steps < warmup:
+        return (
+            f"the learning rate never reaches its peak of {schedule.peak:.3g}: the warm-up takes "
+            f"{warmup} steps, the run {total_steps}; use --warmup_steps {total_steps // 10}"
+        )
+    last = lr_at(max(0, end - 1), schedule)
+    is_at_peak = math.isclose(last, schedule.peak) and schedule.floor < schedule.peak
+    if end < total_steps and is_at_peak:
+        return (
+            f"the learning rate drops from {last:.3g} to {schedule.floor:.3g} in one step, at step "
+            f"{end}; use a larger --decay_steps or --cooldown, or a smaller --warmup_steps"
+        )
+    return None
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -30,6 +30,7 @@ from gpt2.inspection.checks import Finding, Need, Severity
 from gpt2.inspection.machine import Gpu
 from gpt2.metrics import wandb
 from gpt2.train import dataset, experiment_folder, resume
+from gpt2.train.resume import Configure, StartingPoint
 
 COLORS: dict[Severity, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
 INSTALL = "pip install --editable ."
@@ -156,6 +157,23 @@ def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Fi
     return Finding("ok", "HellaSwag", f"{path}: {counted(len(tasks), 'task')}")
 
 
+def as_resumed(run_config: RunConfig, configure: Configure) -> RunConfig:
+    """The configuration that will train: with the options of the checkpoint that it resumes, if
+    there is one. If that cannot be loaded, `find_checkpoints` says why."""
+    settings, start = run_config.checkpoint, StartingPoint()
+    try:
+        with log.collecting_warnings():
+            path = settings.resume_from and store.find(
+                settings.checkpoint_dir, settings.resume_from
+            )
+            if path:
+                state = store.load(path, trust=settings.trust_checkpoint)
+                start = StartingPoint(path, state)
+    except UserError:
+        return run_config
+    return start.configured(run_config, configure)
+
+
 def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterator[Finding]:
     """Where the run begins; a checkpoint is loaded and verified as the run will do it."""
     folder = run_config.checkpoint.checkpoint_dir
@@ -182,7 +200,7 @@ def _check_beginning(run_config: RunConfig, data: DatasetIndex | None) -> Findin
         if path is not None:
             trust = settings.trust_checkpoint
             state = store.load(path, trust=trust)
-            start = resume.StartingPoint(path=path, checkpoint=state)
+            start = StartingPoint(path=path, checkpoint=state)
             start.require_agreement(run_config, data)
             return Finding(
                 "ok", "begins", f"at step {state['progress']['step']}, with {path}, which is whole"

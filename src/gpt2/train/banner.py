@@ -3,26 +3,30 @@
 import logging
 
 from gpt2.base.text import counted
+from gpt2.config import lr_schedule
 from gpt2.config.run import RunConfig
 from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.metrics import sinks
 from gpt2.train import experiment_folder
 from gpt2.train.replica import Replica
+from gpt2.train.resume import StartingPoint
 from gpt2.train.status import Plan
 from gpt2.train.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
-def log(run: TrainingRun, data: DatasetIndex, plan: Plan, notes: list[str] | None) -> None:
-    """Logs the banner of a run. `notes` say what differs from the checkpoint that it resumes; None
-    for a run that does not resume."""
-    if run.evaluator.warning is not None:
-        logger.warning(run.evaluator.warning)
-    if notes is not None:
+def log(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) -> None:
+    """Logs the banner of a run."""
+    warnings = [run.evaluator.warning, lr_schedule.warning(run.schedule, run.total_steps)]
+    if start.checkpoint is not None:
+        warnings.append(start.rate_warning(run.config, run.sampler.rows_per_epoch, run.state.step))
+        notes = start.notes(run.config, run.world)
         logger.info("Resuming from:")
         for note in (f"Step: {run.state.step}", f"Epoch: {run.next_epoch()}", *notes):
             logger.info("  - %s", note)
+    for warning in filter(None, warnings):
+        logger.warning(warning)
     for line in (
         _model_line(plan, run.replica),
         *_data_lines(data, run.dataset),

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import logging
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,28 @@ from typing import Any
 import torch
 
 from gpt2.base import atomic_files
-from gpt2.base.errors import CheckpointError
+from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import CheckpointState, read_metadata
-from gpt2.config import options
+from gpt2.config import options, presets
+from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
 from gpt2.data.shards import DatasetIndex, Split
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
+from gpt2.train import experiment_folder
 from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 SPLITS: dict[Split, str] = {"train": "training data", "val": "validation data"}
 LAUNCH = "launch.json"
 """which command trains in a folder, and the newest checkpoint that it found there"""
+UNNOTICED = 0.01
+"""a relative change of the learning rate at a resume that no one needs to know of"""
+Configure = Callable[[Mapping[str, Any] | None], RunConfig]
+"""the configuration that was typed, on top of the one in a checkpoint; None for a new run"""
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,40 @@ class StartingPoint:
             state = store.load(path, trust=settings.trust_checkpoint, world=world)
             return cls(path=path, checkpoint=state)
         if requested is not None:
-            logger.warning("no checkpoint in %s: starting a NEW run from step 0", folder)
+            logger.warning(
+                "no checkpoint in %s: starting a NEW run from step 0%s", folder, _elsewhere(folder)
+            )
         if settings.init_from in ("scratch", "resume"):
             return cls()
         logger.info("Loading weights from: %s", settings.init_from)
         return cls(weights=load_weights(run_config, world))
 
+    def configured(self, run_config: RunConfig, configure: Configure | None) -> RunConfig:
+        """The configuration that trains: what was not typed comes from the checkpoint.
+
+        `run_config` has the folders; without `configure` it is complete. Raises ConfigError if what
+        was typed does not fit the rest, or the checkpoint has values that flags could not have.
+        """
+        if configure is None:
+            return run_config
+        if self.checkpoint is None:
+            return experiment_folder.resolve(configure(None))
+        stored: Any = self.checkpoint.get("config")
+        try:
+            root = options.of_stored(stored).data.data_root
+            configured = experiment_folder.resolve(configure(stored))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path} cannot continue with these flags: {error}") from error
+        if root not in (options.public(root), configured.data.data_root):
+            logger.warning(
+                "--data_root %s is not taken from the checkpoint, as it has a password: type it",
+                options.public(root),
+            )
+        return configured
+
     def require_agreement(self, run_config: RunConfig, data: DatasetIndex | None) -> None:
         """Raises CheckpointError if the checkpoint is of another run, field by field. None is for
-        data that is not there yet."""
+        data that is not opened yet."""
         if self.checkpoint is None or self.path is None:
             return
         stored = self.checkpoint["config"]
@@ -100,7 +133,7 @@ class StartingPoint:
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """Permitted differences from the checkpoint, for the banner."""
         assert self.checkpoint is not None
-        rows = options.changed(self.checkpoint["config"], run_config, options.NOTED_AT_RESUME)
+        rows = options.overridden(self.checkpoint["config"], run_config)
         notes = [f"{name}: {old} before, {new} from here" for name, old, new in rows]
         if isinstance(self.checkpoint.get("data_fingerprint"), str):
             notes.append(
@@ -113,6 +146,24 @@ class StartingPoint:
             if run_config.model.dropout > 0:
                 notes.append("Dropout draws other numbers: its random streams belong to the ranks")
         return notes
+
+    def rate_warning(self, run_config: RunConfig, rows_per_epoch: int, step: int) -> str | None:
+        """What to say of a learning rate that jumps at this resume; None if it does not."""
+        assert self.checkpoint is not None
+        before = options.of_stored(self.checkpoint["config"])
+        totals = [run.total_steps(rows_per_epoch) for run in (before, run_config)]
+        old, new = before.lr_schedule(totals[0]), run_config.lr_schedule(totals[1])
+        expected, rate = lr_at(step, old), lr_at(step, new)
+        if step >= totals[1] or math.isclose(expected, rate, rel_tol=UNNOTICED):
+            return None
+        text = f"learning rate: {lr_at(max(0, step - 1), old):.3g} before, {rate:.3g} from here"
+        if old.decay_steps == new.decay_steps:
+            return text
+        return (
+            f"{text}: its decay ended at step {old.decay_steps}, and now ends at "
+            f"{new.decay_steps}; use --decay_steps {old.decay_steps} to leave it there; a run that "
+            "begins with --schedule wsd can be continued from before its cooldown without a jump"
+        )
 
 
 def train_state(checkpoint: CheckpointState, path: Path, world: World | None = None) -> TrainState:
@@ -171,6 +222,15 @@ def require_fresh(folder: Path) -> None:
         )
 
 
+def _elsewhere(folder: Path) -> str:
+    """Which preset has a run in a folder of its own, if `folder` is that of another preset."""
+    folders = {name: run.checkpoint.checkpoint_dir for name, run in presets.PRESETS.items()}
+    for name, other in folders.items():
+        if other != folder and folder in folders.values() and any(other.glob("step_*.json")):
+            return f"; --preset {name} continues the run in {other}"
+    return ""
+
+
 def _has_saved(folder: Path) -> bool:
     """Whether this very command has saved a checkpoint before torchrun restarted it."""
     newest = max((item.metadata.sequence for item in store.list_checkpoints(folder)), default=0)
@@ -220,7 +280,8 @@ def _data_differences(
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:
     if rows:
         listed = "\n".join(
-            f"  {name}: {old} in the checkpoint, {new} now" for name, old, new in rows
+            f"  {name}: {options.public(old)} in the checkpoint, {options.public(new)} now"
+            for name, old, new in rows
         )
         raise CheckpointError(
             f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n{listed}\n"

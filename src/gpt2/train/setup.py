@@ -19,11 +19,11 @@ from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, events_to
-from gpt2.train import banner, experiment_folder, run_identity
+from gpt2.train import banner, dataset, experiment_folder, run_identity
 from gpt2.train.evaluator import Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
-from gpt2.train.resume import StartingPoint
+from gpt2.train.resume import Configure, StartingPoint
 from gpt2.train.run_identity import RunIdentity
 from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
@@ -35,29 +35,31 @@ def build(
     run_config: RunConfig,
     run_name: str,
     world: World,
-    data: DatasetIndex,
     report: Report,
     stop: StopRequest,
+    configure: Configure | None = None,
 ) -> TrainingRun:
     """The parts of a run, ready for its next step; every rank calls it.
 
-    All checks come before any file of an earlier run is modified. If it raises, no
-    thread runs, no sink is open, and `status.json` is as it was.
+    `configure` is as in `StartingPoint.configured`. All checks come before any file of an earlier
+    run is modified. If it raises, no thread runs, no sink is open, and `status.json` is as it was.
     """
-    start, data, early_events = _start(run_config, world, data)
+    early_events: list[EventRecord] = []  # for the sinks, which are not open yet
+    with events_to(early_events.append):
+        start, run_config = _start(run_config, world, configure)
+        data = _open_data(run_config, world, start)
     identity = _identity(run_config, world, start)
-    dataset = TokenDataset(data, "train", run_config.model.block_size)
+    token_dataset = TokenDataset(data, "train", run_config.model.block_size)
     rows, seed = run_config.rows_per_step, run_config.machine.seed
-    sampler = Sampler(dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
+    sampler = Sampler(token_dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
-    state, notes = start.train_state(world), None
+    state = start.train_state(world)
     replica = Replica(run_config, world, start.weights, state.plain_head)
     evaluator = Evaluator(run_config, world, replica, data)
     if start.checkpoint is not None:
         run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
-        notes = start.notes(run_config, world)
         replica.load_state_dict(start.checkpoint, state.step)
     folder = run_config.checkpoint.checkpoint_dir.resolve()
     plan = _plan(run_config, run_name, total_steps, sampler, world)
@@ -65,7 +67,7 @@ def build(
         config=run_config,
         name=run_name,
         world=world,
-        dataset=dataset,
+        dataset=token_dataset,
         data=data,
         verifier=Verifier(data) if data.storage.path and world.is_local_rank0 else None,
         sampler=sampler,
@@ -87,22 +89,29 @@ def build(
     run.open(early_events)
     with _closed_on_error(run):
         run.start_verifier()
-        banner.log(run, data, plan, notes)
+        banner.log(run, data, plan, start)
     run.status.write("running", state.step)
     return run
 
 
 def _start(
-    run_config: RunConfig, world: World, data: DatasetIndex
-) -> tuple[StartingPoint, DatasetIndex, list[EventRecord]]:
-    """Where the run starts; its data, which agrees, with all digests that are known; and what was
-    logged for the sinks, which are not open yet."""
-    early_events: list[EventRecord] = []
-    with events_to(early_events.append):
-        start = StartingPoint.find(run_config, world)
+    run_config: RunConfig, world: World, configure: Configure | None
+) -> tuple[StartingPoint, RunConfig]:
+    """Where the run starts, and with which configuration."""
+    start = StartingPoint.find(run_config, world)
+    configured = world.run_on_rank0(lambda: start.configured(run_config, configure))
+    start.require_agreement(configured, None)
+    if configured.machine.deterministic:  # `join` knew only what was typed
+        device.make_deterministic()
+    return start, configured
+
+
+def _open_data(run_config: RunConfig, world: World, start: StartingPoint) -> DatasetIndex:
+    """The data, which agrees with the checkpoint, with all digests that are known."""
+    data = dataset.open_data(run_config, world)
     start.require_agreement(run_config, data)
     expected = start.completed(data)
-    return start, world.run_on_local_rank0(lambda: verifier.checked(expected)), early_events
+    return world.run_on_local_rank0(lambda: verifier.checked(expected))
 
 
 def _identity(run_config: RunConfig, world: World, start: StartingPoint) -> RunIdentity:

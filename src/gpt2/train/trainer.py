@@ -21,9 +21,10 @@ from gpt2.distributed.device import DeviceTimestamp
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.optim.build import gradient_norm, set_learning_rate
-from gpt2.train import dataset, divergence, experiment_folder, setup
+from gpt2.train import divergence, experiment_folder, setup
 from gpt2.train.replica import Replica, out_of_memory_explained
 from gpt2.train.report import Report, always_go
+from gpt2.train.resume import Configure
 from gpt2.train.state import RunResult, Update
 from gpt2.train.stop_vote import StopVote
 from gpt2.train.training_run import TrainingRun
@@ -111,6 +112,7 @@ def run(
     report: Report = always_go,
     run_name: str | None = None,
     on_failure: Callable[[Exception], None] | None = None,
+    configure: Configure | None = None,
 ) -> RunResult:
     """Trains until the last step or a stop request, from scratch or from a checkpoint.
 
@@ -118,17 +120,17 @@ def run(
     with step and val_loss or hellaswag (acc_norm) when these are measured. It steers: "stop" saves
     and returns, "prune" only returns. `run_name` is what logs call a new run, by default its preset
     (or experiment) and time. With several ranks, any error but a UserError ends the process; the
-    first rank that fails calls `on_failure(error)` first. Raises UserError for what the user can
-    fix.
+    first rank that fails calls `on_failure(error)` first. `configure` is called on rank 0 once the
+    checkpoint is found; without it, `run_config` is complete and takes nothing from a checkpoint.
+    Raises UserError for what the user can fix.
     """
     with rendezvous.join(run_config.machine, run_config.experiment.gpu_id, on_failure) as world:
         resolved = world.run_on_rank0(lambda: experiment_folder.resolve(run_config))
         name = world.run_on_rank0(lambda: run_name or experiment_folder.run_name(resolved))
         world.run_on_rank0(lambda: experiment_folder.require_possible(resolved))
-        data = dataset.open_data(resolved, world)
         with setup.claimed_folder(resolved, world):
             stop = StopRequest()
-            training_run = setup.build(resolved, name, world, data, report, stop)
+            training_run = setup.build(resolved, name, world, report, stop, configure)
             with stop:  # until the last checkpoint is on the disk
                 return _train_and_close(training_run, world)
 
