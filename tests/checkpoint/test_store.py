@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import metadata, random_state, store
 
@@ -459,7 +460,7 @@ def test_an_error_of_cuda_is_raised_as_it_is(tmp_path: Path, monkeypatch, error:
 
 def test_the_folder_is_made_and_unfinished_files_are_removed(tmp_path: Path):
     folder = tmp_path / "a" / "b"
-    store.require_writable(folder)
+    folder_lock.require_writable(folder)
     assert os.listdir(folder) == []
     (folder / "step_000001.pt.tmp").touch()
     store.remove_unfinished(folder)
@@ -470,7 +471,7 @@ def test_the_folder_is_made_and_unfinished_files_are_removed(tmp_path: Path):
 def test_folder_that_cannot_be_written(tmp_path: Path, name: str):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write to the checkpoint folder"):
-        store.require_writable(tmp_path / name)
+        folder_lock.require_writable(tmp_path / name)
 
 
 def test_random_streams_continue(tmp_path: Path):

@@ -76,10 +76,11 @@ SAVING = f"""
 import sys, torch
 sys.path.insert(0, {str(ROOT / "src")!r})
 from pathlib import Path
+from gpt2.base import folder_lock
 from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import TrainingMetadata
 folder = Path(sys.argv[1])
-store.require_writable(folder)
+folder_lock.require_writable(folder)
 store.remove_unfinished(folder)
 steps = [item.training.step for item in store.list_checkpoints(folder)]
 step = max(steps, default=0)

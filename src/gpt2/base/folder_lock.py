@@ -125,6 +125,20 @@ def held(
             yield
 
 
+def require_writable(folder: Path) -> None:
+    """Makes `folder`; raises CheckpointError if no file can be written to it."""
+    probe = folder / f"write_test_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the checkpoint folder {folder}: {error.strerror}; "
+            "choose another with --checkpoint_dir or --out_dir"
+        ) from error
+
+
 @contextmanager
 def lock_file(path: Path) -> Iterator[FileLock]:
     """A lock, to be acquired; it is released when the block ends, in whatever thread."""

@@ -269,20 +269,6 @@ def _is_host_out_of_memory(error: Exception) -> bool:
     )
 
 
-def require_writable(folder: Path) -> None:
-    """Makes `folder`; raises CheckpointError if no file can be written to it."""
-    probe = folder / f"write_test_{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write to the checkpoint folder {folder}: {error.strerror}; "
-            "choose another with --checkpoint_dir or --out_dir"
-        ) from error
-
-
 def remove_unfinished(folder: Path) -> None:
     """Removes the temporary files of killed writers; only the run that owns `folder` may call
     it."""

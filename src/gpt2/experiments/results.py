@@ -24,7 +24,6 @@ from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import from_json
 from gpt2.base.text import counted
-from gpt2.checkpoint.store import require_writable
 from gpt2.experiments.pool.job import Event
 
 logger = logging.getLogger(__name__)
@@ -187,7 +186,7 @@ def opened(
     read, and ConfigError if it holds another experiment: `differences` compares the `fixed` values
     that it holds with these.
     """
-    require_writable(folder)
+    folder_lock.require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):
         path, content = folder / EXPERIMENT_FILE, {}
         if before := read_description(folder):

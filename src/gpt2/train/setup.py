@@ -191,7 +191,7 @@ def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
     with contextlib.ExitStack() as claim:
 
         def claim_it() -> None:
-            store.require_writable(folder)
+            folder_lock.require_writable(folder)
             claim.enter_context(folder_lock.held(folder))
             store.remove_unfinished(folder)
 
