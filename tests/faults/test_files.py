@@ -78,7 +78,8 @@ def test_damaged_checkpoint_is_set_aside(
     result = trainer.run(small_config(data_root, tmp_path, resume="latest", max_steps=22))
     assert result.step == 22
     assert "  - Step: 15\n" in capfd.readouterr().out
-    [warning] = [item.getMessage() for item in caplog.records if item.levelname == "WARNING"]
+    warnings = [item.getMessage() for item in caplog.records if item.levelname == "WARNING"]
+    [warning] = [text for text in warnings if "learning rate" not in text]  # of a longer cosine
     assert warning.endswith("renamed to step_000020.pt.corrupt")
     assert re.search(reason, warning)
     assert (folder / "step_000020.pt.corrupt").read_bytes() == before

@@ -51,6 +51,8 @@ NEVER_FROM_CHECKPOINT = (
 IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 # Options of earlier versions, which files may still have, with the values that they now stand for.
 FORMER = {"fast": True}
+# Options that earlier versions did not have, with the values for what these did.
+LATER = {"skip_spikes": False}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:

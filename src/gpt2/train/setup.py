@@ -61,7 +61,6 @@ def build(
     if start.checkpoint is not None:
         run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
         replica.load_state_dict(start.checkpoint, state.step)
-    folder = run_config.checkpoint.checkpoint_dir.resolve()
     plan = _plan(run_config, run_name, total_steps, sampler, world)
     run = TrainingRun(
         config=run_config,
@@ -76,7 +75,7 @@ def build(
         replica=replica,
         evaluator=evaluator,
         saver=_saver(run_config, world, start, state.step),
-        status=StatusFile(folder if world.is_rank0 else None, plan),
+        status=StatusFile(_folder(run_config) if world.is_rank0 else None, plan),
         stop=stop,
         report=report,
         peak_flops=device.peak_flops(world, replica.dtype),
@@ -84,7 +83,7 @@ def build(
         first_step=state.step,
         identity=identity,
         resumed_from=start.path,
-        earlier_saves=world.run_on_rank0(lambda: _saves_beyond(folder, state.step)),
+        earlier_saves=world.run_on_rank0(lambda: _saves_beyond(_folder(run_config), state.step)),
     )
     run.open(early_events)
     with _closed_on_error(run):
@@ -92,6 +91,10 @@ def build(
         banner.log(run, data, plan, start)
     run.status.write("running", state.step)
     return run
+
+
+def _folder(run_config: RunConfig) -> Path:
+    return run_config.checkpoint.checkpoint_dir.resolve()
 
 
 def _start(

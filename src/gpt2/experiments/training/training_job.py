@@ -182,7 +182,13 @@ def _peak_memory_bytes() -> int:
 
 def result_options(run_config: RunConfig) -> dict[str, Any]:
     """The options that the result of a training depends on, by the names of their flags: not
-    folders, intervals of checkpoints, or the machine."""
+    folders, intervals of checkpoints, or the machine. Folders of earlier versions have the same
+    ones: a later option is among them only with another value than theirs."""
     plain = run_config.to_dict()
     parts = (name.split(".") for name in RESULT_OPTIONS)
-    return {name: plain[part][name] for part, name in parts} | options.FORMER
+    found = {name: plain[part][name] for part, name in parts} | options.FORMER
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in options.LATER or value != options.LATER[name]
+    }
