@@ -62,8 +62,8 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     assert after <= stopped_at < 20
     assert (tmp_path / "checkpoints" / f"step_{stopped_at:06d}.json").exists()
 
-    resumed = run_command([*command, "--resume", "latest"])
-    assert f"  - Step: {stopped_at}\n" in resumed.stdout
+    resumed = forked_ranks.run(small_flags(data_root, tmp_path, resume="latest"), 2, tmp_path)
+    assert f"  - Step: {stopped_at}\n" in resumed
     assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(uninterrupted / "logs/log.txt")
     one, other = weights(tmp_path, 20), weights(uninterrupted, 20)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -98,7 +98,7 @@ def test_one_rank_that_fails_to_measure_or_is_to_stop_within_a_step_takes_the_ot
     assert "WARNING: step 5: validation failed; training continues\nTraceback" in stopped.stderr
     assert stopped.stderr.count("ZeroDivisionError: a validation") == 1
     assert "Stopped by signal 15 at step 7" in stopped.stdout
-    run_command(train_command([*flags, "--resume", "latest"], ranks=2))
+    forked_ranks.run([*flags, "--resume", "latest"], 2, tmp_path)
     logs = [loss_lines(out / "logs/log.txt") for out in (tmp_path, uninterrupted)]
     steps = [[line for line in log if "val" not in line] for log in logs]
     assert steps[0] == steps[1]

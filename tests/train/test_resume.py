@@ -2,13 +2,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 
+from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata, read_metadata
 from gpt2.cli import train
 from gpt2.config import options
+from gpt2.data.remote import Storage
+from gpt2.data.shards import load_index
 from gpt2.distributed import world
 from gpt2.train import resume
 from gpt2.train.resume import StartingPoint
@@ -106,3 +110,22 @@ def test_a_run_that_began_without_the_single_pass_goes_on_without_it(tmp_path: P
         assert state.plain_head is not fast
         own = {"progress": state.to_dict(), "config": {"machine": {}}}
         assert resume.train_state(own, tmp_path / "a.pt").plain_head is not fast
+
+
+def test_foreign_data_of_which_no_digest_is_known_is_told_apart_by_its_ends(
+    data_root: Path, tmp_path: Path
+):
+    """A run may be killed before its shards were verified, and remote ones are not hashed."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder, count in zip(folders, (2000, 3000), strict=True):
+        folder.mkdir()
+        for split in ("train", "val"):
+            np.save(folder / f"x_{split}_0.npy", np.arange(count, dtype="<u2"))
+    one, other = (load_index(Storage(str(folder))) for folder in folders)
+    config = small_config(folders[0], tmp_path)
+    checkpoint = {"config": config.to_dict(), "data_fingerprint": one.fingerprint()}
+    start = StartingPoint(path=tmp_path / "step_000001.pt", checkpoint=checkpoint)
+    start.require_agreement(config, one)
+    assert start.completed(one) == one
+    with pytest.raises(CheckpointError, match="1 of 1 shard differ in content"):
+        start.require_agreement(config, other)

@@ -37,6 +37,7 @@ PROBE_S = 0.05
 HEARTBEAT_S, SILENCE_S = 15.0, 60.0
 """seconds between two signs of life of an owner, and without one after which it counts as dead"""
 CLAIM_POLL_S = 0.5
+MACHINE_ID = Path("/etc/machine-id")
 RUN_FLAGS = "--out_dir NAME or --experiment_name NAME"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # such as Lustre, mounted without flock
 
@@ -55,6 +56,8 @@ class Owner:
     boot: str = ""
     namespace: str = ""
     """with `pid` and `ticks`: see ProcessIdentity"""
+    machine: str = ""
+    """as the system identifies it; two may have the same host name"""
     claim: str = ""
     """differs between two claims of one process"""
 
@@ -69,6 +72,7 @@ class Owner:
             command=_command(),
             boot=process.boot,
             namespace=process.namespace,
+            machine=_machine_id(),
             claim=uuid.uuid4().hex,
         )
 
@@ -79,7 +83,7 @@ class Owner:
     @property
     def is_dead(self) -> bool:
         """Whether it is known to have ended: it was a process of this machine."""
-        is_here = self.host == socket.gethostname()
+        is_here = (self.host, self.machine) == (socket.gethostname(), _machine_id())
         return self.process.is_gone or (is_here and self.process.is_of_earlier_boot)
 
     @property
@@ -200,6 +204,8 @@ def _is_alive(folder: Path, what: str) -> bool:
     """
     path = folder / OWNER_NAME
     found, first = owner(folder), _sign_of_life(path)
+    if first is None:  # it has ended meanwhile
+        return False
     if found is not None and found.is_running_here:
         return True
     if found is None or not found.is_dead:
@@ -260,6 +266,14 @@ def _heartbeat(path: Path, me: Owner) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _machine_id() -> str:
+    """See machine-id(5); empty where there is none, as in many containers."""
+    try:
+        return MACHINE_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _command() -> str:

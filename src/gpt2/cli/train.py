@@ -19,6 +19,8 @@ from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
 
 logger = logging.getLogger(__name__)
+HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
+"""options that count only without another one: typed, they are to replace that of a checkpoint"""
 SIZES = (
     *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
     "--total_batch_size",
@@ -147,12 +149,15 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
     all flags as one object, so the three flags that choose the defaults are read before it parses.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "config", "out_dir"):
+    for name in ("preset", "config", "out_dir", *HIDDEN_BY, *HIDDEN_BY.values()):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     flags, _ = parser.parse_known_args(arguments)
     run = presets.preset(flags.preset or "gpt2-124m")
     if stored is not None and flags.preset in (None, stored.get("preset")):
         run = options.on_stored(run, stored)
+        for name, hidden_by in HIDDEN_BY.items():
+            if getattr(flags, name) is not None and getattr(flags, hidden_by) is None:
+                run = options.overlay(run, {hidden_by: None})
     if flags.config:
         run = options.from_toml(run, _read_text(Path(flags.config)), flags.config)
     if flags.out_dir:

@@ -25,7 +25,7 @@ from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
 from gpt2.data import corpora, formats, shard_file, tokenizer
 from gpt2.data.cache import ShardCache
-from gpt2.data.digests import Content, Fault
+from gpt2.data.digests import Content, DigestMemory, Fault
 from gpt2.data.formats import HEAD_BYTES, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
@@ -33,6 +33,8 @@ from gpt2.data.shard_file import ShardFile
 
 Split = Literal["train", "val"]
 Fingerprint = dict[Split, list[str | None]]
+ENDS = "ends "
+"""what a digest of the ends of a shard begins with in a fingerprint"""
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 OPEN_REMOTE_SHARDS = 3
 """remote training shards open at a time: the one in use, the one before and the one after it"""
@@ -130,9 +132,16 @@ class DatasetIndex:
 
     def fingerprint(self) -> Fingerprint:
         """Identifies the content: the SHA-256 of each shard of a split, in the order of the shards;
-        None where it is not known yet."""
+        where that is not known yet, one of its size, beginning and end, after ENDS."""
         splits: tuple[Split, ...] = ("train", "val")
-        return {split: [self.digest(shard) for shard in self.of(split)] for split in splits}
+        return {
+            split: [self.digest(shard) or self.ends_of(shard) for shard in self.of(split)]
+            for split in splits
+        }
+
+    def ends_of(self, shard: Shard) -> str | None:
+        """ENDS and the digest of size, beginning and end; None with a manifest."""
+        return f"{ENDS}{self.ends[self.shards.index(shard)]}" if self.ends else None
 
     def former_fingerprint(self) -> str:
         """What checkpoints of earlier versions have. It covers the training split alone, and of
@@ -298,7 +307,11 @@ class TokenDataset:
                 parts = [file.read(start, self.block_size + 1) for start in starts]
                 if self._index.storage.path is None or file.is_unchanged():
                     return parts
-                if file.hash() != self._index.digest(self.shards[shard]):
+                known = self._index.digest(self.shards[shard])
+                if known is None:  # the process that verified it may have been another one
+                    memory = DigestMemory(Path(self._index.storage.folder))
+                    known = memory.get(self.shards[shard].file, file.version)
+                if file.hash() != known:
                     reason = f"{file.name} has changed since the run opened it"
                     self._index.content.report(Fault(reason + self._index.hint))
                     raise DataError(reason + self._index.hint)

@@ -104,11 +104,12 @@ class Verifier:
     def is_done(self) -> bool:
         return not self._left
 
-    def wait_for(self, files: Collection[str]) -> None:
-        """Waits until these shards are verified, as fast as possible."""
+    def wait_for(self, files: Collection[str], timeout_s: float) -> bool:
+        """Waits until these shards are verified, which is no longer slowed down; returns whether
+        they are."""
         self._is_waiting = lambda: False
         with self._progress:
-            self._progress.wait_for(lambda: not self._left.intersection(files))
+            return self._progress.wait_for(lambda: not self._left.intersection(files), timeout_s)
 
     def close(self) -> None:
         self._closed.set()
@@ -150,7 +151,9 @@ class Verifier:
         if expected is None and version == self._versions[shard.file]:
             content.digests[shard.file] = digest
         elif digest != expected:
-            reason = mismatch(self._index, shard) + self._index.hint
+            reason = f"{name}: it has changed before it was verified"
+            if expected is not None:
+                reason = mismatch(self._index, shard) + self._index.hint
             content.report(Fault(reason, unverified=shard.file))
 
     def _hash_once(self, memory: DigestMemory, shard: Shard) -> tuple[digests.Version, str]:

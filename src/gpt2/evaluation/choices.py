@@ -70,7 +70,7 @@ def ending_losses(
     with evaluating(model):
         if not in_rounds(world, track(range(0, len(batches), world.size)), add_batch, stop):
             return None
-    flat = world.all_reduce_sum(losses.to(world.device)).tolist()
+    flat = world.all_reduce_sum(losses).tolist()  # on the CPU: a full GPU must not fail one rank
     return [
         flat[end - len(question.endings) : end]
         for question, end in zip(questions, ends, strict=True)

@@ -7,6 +7,8 @@ LENGTH = 128
 """updates that the statistics are of"""
 MIN_COUNT = LENGTH // 2
 """updates before which none is a spike"""
+MIN_STD = 1e-6
+"""least standard deviation, as a share of the mean: rounding makes no spike of equal updates"""
 LIMIT_STD = 6.0
 """standard deviations above the mean that make a spike"""
 
@@ -37,6 +39,7 @@ class SpikeDetector:
         mean = self._window.sum(dim=0) / filled
         deviations = (self._window - mean) * (self._rows < filled).unsqueeze(1)
         std = (deviations.square().sum(dim=0) / (filled - 1)).sqrt()
+        std = torch.maximum(std, MIN_STD * mean.abs())
         is_above = (numbers > mean + LIMIT_STD * std).any()
         is_spike = is_finite & is_above & (self._count >= MIN_COUNT)
         is_applied = is_finite & ~is_spike if skip_spikes else is_finite

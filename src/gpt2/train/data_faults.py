@@ -8,7 +8,6 @@ from gpt2.base.errors import DataError
 from gpt2.data.digests import Fault
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex
-from gpt2.data.verifier import Verifier
 from gpt2.distributed.world import World
 from gpt2.train.state import TrainState
 
@@ -39,22 +38,8 @@ def description(fault: Fault, data: DatasetIndex, sampler: Sampler, state: Train
     return f"step {first} is the first that may have read {fault.reason}"
 
 
-def wait_for_verifier(
-    verifier: Verifier | None,
-    data: DatasetIndex,
-    world: World,
-    sampler: Sampler,
-    steps: Iterable[int],
-) -> None:
-    """Waits until the validation split and the shards that `steps` of the sampler read are
-    verified; every rank calls it."""
-
-    def wait() -> None:
-        if verifier is None or verifier.is_done:
-            return
-        numbers = {int(one) for step in steps for one in np.unique(sampler.rows(step)[:, 0])}
-        train = data.of("train")
-        read = [*data.of("val"), *(train[number] for number in numbers)]
-        verifier.wait_for({shard.file for shard in read})
-
-    world.run_on_local_rank0(wait)
+def files_read(data: DatasetIndex, sampler: Sampler, steps: Iterable[int]) -> set[str]:
+    """The files of the validation split, and of the shards that `steps` of the sampler read."""
+    numbers = {int(one) for step in steps for one in np.unique(sampler.rows(step)[:, 0])}
+    train = data.of("train")
+    return {shard.file for shard in (*data.of("val"), *(train[number] for number in numbers))}

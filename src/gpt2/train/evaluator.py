@@ -131,6 +131,7 @@ class Evaluator:
         """What `measure` returns; None if it fails or is switched off. Raises EvaluationStopped if
         it returns None."""
         if name in self.switched_off:
+            self.failed_step = step  # it is missing: a resume makes it up
             return None
         try:
             with random_state.kept(self._world.device):

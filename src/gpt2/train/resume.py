@@ -20,7 +20,7 @@ from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options, presets
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
-from gpt2.data.shards import DatasetIndex, Split
+from gpt2.data.shards import ENDS, DatasetIndex, Shard, Split
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
@@ -127,8 +127,15 @@ class StartingPoint:
             return data
         digests = {split: iter(known[split]) for split in known}
         pairs = [(shard, next(digests[shard.split])) for shard in data.shards]
-        shards = (replace(shard, sha256=shard.sha256 or digest) for shard, digest in pairs)
-        return replace(data, shards=tuple(shards))
+        return replace(
+            data,
+            shards=tuple(
+                shard
+                if shard.sha256 or digest is None or digest.startswith(ENDS)
+                else replace(shard, sha256=digest)
+                for shard, digest in pairs
+            ),
+        )
 
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
         """Permitted differences from the checkpoint, for the banner."""
@@ -268,13 +275,18 @@ def _data_differences(
         others = [
             shard.file
             for shard, digest in zip(shards, before, strict=True)
-            if digest and data.digest(shard) not in (None, digest)
+            if digest and _identity(data, shard, digest) not in (None, digest)
         ]
         if others:
             count = f"{len(others)} of {counted(len(shards), 'shard')}"
             now = f"{data.storage.root}, where {count} differ in content, first {others[0]}"
             rows.append((name, root, now))
     return rows
+
+
+def _identity(data: DatasetIndex, shard: Shard, before: str) -> str | None:
+    """What identifies a shard now, of the same kind as `before`; None if that is unknown."""
+    return data.ends_of(shard) if before.startswith(ENDS) else data.digest(shard)
 
 
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:

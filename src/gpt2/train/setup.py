@@ -162,8 +162,6 @@ def _saver(run_config: RunConfig, world: World, start: StartingPoint, step: int)
         resumed_step=step if is_in_folder else None,
         link=experiment_folder.link(run_config),
     )
-    if world.watchdog is not None:
-        world.watchdog.wait_while(lambda: saver.is_busy)
     return saver
 
 

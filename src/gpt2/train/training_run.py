@@ -73,12 +73,16 @@ class TrainingRun:
     earlier_saves: frozenset[int]
     """sequence numbers of checkpoints in the folder that are further on than `first_step`: they
     belong to an earlier course of the run"""
+    is_closing: bool = False
+    """whether it is being closed, which may take longer than another rank's failure allows"""
     stop_vote: StopVote = field(init=False)
     metrics: Metrics = field(init=False)
     loader: Loader = field(init=False)
 
     def __post_init__(self) -> None:
         self.stop_vote = StopVote(self.world, self.stop, lambda: self.status.beat(self.state.step))
+        if self.world.watchdog is not None:
+            self.world.watchdog.wait_while(lambda: self.saver.is_busy or self.is_closing)
         self.data.content.on_fault = lambda: self.stop.request(DATA_FAULT)
 
     def open(self, events: Iterable[EventRecord] = ()) -> None:
@@ -113,6 +117,7 @@ class TrainingRun:
     def close(self) -> None:
         """Waits for the checkpoint that is being written, ends the loader's thread, closes the
         sinks."""
+        self.is_closing = True
         try:
             self.saver.wait()
         finally:
@@ -266,11 +271,26 @@ class TrainingRun:
         self.saver.save_now(self.metadata(), self.checkpoint_state)
         if not self.evaluate_if_due(is_last=True):
             return self.stopped()
-        steps = map(self.state.data_step, range(self.first_step, step))
-        data_faults.wait_for_verifier(self.verifier, self.data, self.world, self.sampler, steps)
+        if self._is_stopped_before_verified():
+            return self.stopped()
         data_faults.raise_first(self.data, self.world, self.sampler, self.state)
         self.status.write("finished", step)
         return self.state.result("finished")
+
+    def _is_stopped_before_verified(self) -> bool:
+        """Waits until what this process has read is verified; whether a signal or a fault of the
+        data ends that. The answers of `report` have no effect on a run that is complete."""
+        if self.verifier is not None and not self.verifier.is_done:
+            steps = map(self.state.data_step, range(self.first_step, self.state.step))
+            read = data_faults.files_read(self.data, self.sampler, steps)
+            while not self.verifier.wait_for(read, DATA_SLICE_S):
+                if self.stop_vote.is_to_stop_waiting():
+                    break
+            else:
+                self.stop_vote.is_to_stop()
+        else:
+            self.stop_vote.is_to_stop()
+        return self.world.all_reduce_max(self.stop.number) not in (0, STOP, PRUNE)
 
     def metadata(self) -> TrainingMetadata:
         """What the JSON beside a checkpoint of this step says of the training."""
