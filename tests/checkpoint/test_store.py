@@ -251,6 +251,14 @@ def test_what_is_not_there(tmp_path: Path, which: str, message: str):
         store.find(tmp_path, which)
 
 
+def test_what_is_no_checkpoint_but_belongs_to_some_is_named(tmp_path: Path):
+    path = save(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"is the metadata; use .*step_000004\.pt"):
+        store.find(tmp_path, str(path.with_suffix(".json")))
+    with pytest.raises(CheckpointError, match="is a folder; use --checkpoint_dir"):
+        store.find(tmp_path, str(tmp_path))
+
+
 def test_a_file_without_metadata_does_not_count(tmp_path: Path):
     save(tmp_path, 10)
     save(tmp_path, 20).with_suffix(".json").unlink()

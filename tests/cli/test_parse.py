@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.base.errors import ConfigError, UserError
-from gpt2.cli.parse import USER_ERROR, guarded, parse, parse_known
+from gpt2.cli.parse import BROKEN_PIPE, USER_ERROR, guarded, parse, parse_known
 from support import HANG_S
 
 
@@ -64,7 +64,7 @@ def test_unknown_arguments_are_returned():
 PRINTS = """
 import os, sys
 from gpt2.base.errors import UserError
-from gpt2.cli.parse import guarded
+from gpt2.cli.parse import BROKEN_PIPE, guarded
 
 def body():
     print("a result " * 4000)
@@ -103,6 +103,18 @@ def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path: P
     assert done.stderr == (
         "error: cannot write to standard output: No space left on device; send it elsewhere\n"
     )
+
+
+def test_a_closed_pipe_has_one_exit_code(tmp_path: Path):
+    """Also where rich prints, which exits with 1 by itself: a code that commands use."""
+    script = "from gpt2.base.text import console\nfrom gpt2.cli.parse import guarded\nimport sys\n"
+    script += "sys.exit(guarded(lambda: [console().print('x' * 80) for _ in range(9000)] and 0))"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as command:
+        command.stdout.readline()
+        command.stdout.close()
+        assert (command.wait(), command.stderr.read()) == (BROKEN_PIPE, b"")
 
 
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path: Path):

@@ -136,6 +136,7 @@ def test_full_disk(data_root: Path, tmp_path: Path):
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING: training")]
     assert len(warnings) == 2  # at 10 and 15
     assert all("earlier checkpoints are intact" in line for line in warnings)
+    assert all("[Errno 27] File too large" in line for line in warnings)
     assert done.stdout.count("step 20 |") == 1
     assert "error: cannot save" in done.stderr
     assert "step_000020.pt" in done.stderr

@@ -28,6 +28,10 @@ def test_python_in_range(version: str, level: str):
     assert checks.check_python(version, ">=3.11", ["3.11", "3.13"]).level == level
 
 
+def test_an_installation_without_a_list_of_tested_versions_has_no_note():
+    assert checks.check_python("3.12.1", ">=3.11", []).level == "ok"
+
+
 def test_packages_out_of_range_and_missing_ones_are_named_with_their_command():
     needed = [Requirement(text) for text in ("torch>=2.9,<=2.13.0", "numpy<3", "tyro>=0.9")]
     there = {"torch": "2.13.0+cpu", "numpy": "3.0.1", "tyro": None}

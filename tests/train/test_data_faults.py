@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.base.errors import CheckpointError, DataError, UserError
+from gpt2.base.errors import CheckpointError, DataError, UserError, WrongContent
 from gpt2.checkpoint import store
 from gpt2.data import digests
 from gpt2.data.digests import Fault
@@ -82,10 +82,10 @@ def test_a_new_run_on_damaged_shards_of_a_manifest_ends(
     name = damage(folder)
     age(folder)
     with pytest.raises(
-        DataError, match=rf"read .*/{name}: its SHA-256 differs from the manifest's"
+        WrongContent, match=rf"/{name}: its SHA-256 differs from the manifest's.*which is saved$"
     ):
         trainer.run(small_config(folder, tmp_path))
-    assert status.read(tmp_path / "checkpoints").state == "failed"
+    assert status.read(tmp_path / "checkpoints").state == "stopped", "a restart would not help"
     [step] = steps_kept(tmp_path)[-1:]
     with pytest.raises(DataError, match=rf"^[^;]*/{name}: its SHA-256 differs"):
         trainer.run(small_config(folder, tmp_path, resume="latest"))
@@ -126,8 +126,9 @@ def test_a_shard_that_changes_while_the_run_trains_ends_it(
 
     shard = "small_train_000001.npy" if damage is overwrite_tokens else "small_val_000000.npy"
     config = small_config(folder, tmp_path, resume="latest", max_steps=40)
-    with pytest.raises(DataError, match=rf"{shard} has changed since the run opened it"):
+    with pytest.raises(WrongContent, match=rf"{shard} has changed since the run opened it"):
         trainer.run(config, report=damage_at_7)
+    assert status.read(tmp_path / "checkpoints").state == "stopped", "a restart would not help"
     assert before < steps_kept(tmp_path)
     assert steps_kept(tmp_path)[-1] in range(7, 11)  # 10 is the next validation
     with pytest.raises(DataError, match=rf"{shard}: its SHA-256 differs"):
@@ -140,16 +141,16 @@ def test_the_first_step_that_may_have_read_it_is_named(folder: Path):
     second, third = (shard.file for shard in data.of("train")[1:3])
 
     def text(fault: Fault, state: TrainState = state) -> str:
-        return data_faults.description(fault, data, sampler, state)
+        return data_faults.extent(fault, data, sampler, state)
 
-    assert text(Fault("x: broken", second)) == "step 13 is the first that may have read x: broken"
+    assert text(Fault("x: broken", second)) == "step 13 may have used it first"
     assert {int(row) for row in sampler.rows(12)[:, 0]} == {0, 1}
     assert 1 not in sampler.rows(11)[:, 0]
-    assert text(Fault("x: broken", third), TrainState(step=18)) == "no step has read x: broken"
+    assert text(Fault("x: broken", third), TrainState(step=18)) == "no step has used it"
     skipped = TrainState(step=20, left_out=(2, 5))
-    assert text(Fault("x", second), skipped) == "step 8 is the first that may have read x"
-    assert text(Fault("x", data.of("val")[0].file)) == "validation may have read x"
-    assert text(Fault("x")) == "step 21 would have been the first to read x"
+    assert text(Fault("x", second), skipped) == "step 8 may have used it first"
+    assert text(Fault("x", data.of("val")[0].file)) == "validation may have used it"
+    assert text(Fault("x")) == "no step has used it"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -188,9 +189,11 @@ def test_all_ranks_save_and_end(data_root: Path, tmp_path: Path):
     (folder / digests.NAME).unlink(missing_ok=True)
     name = overwrite_tokens(folder)
     done = run_command(train_command(small_flags(folder, tmp_path), ranks=2), expect=1)
-    text = f"is the first that may have read {folder}/{name}: its SHA-256 differs"
-    assert done.stderr.count(f"error: stopped after step {steps_kept(tmp_path)[-1]}") >= 1
-    assert text in done.stderr or f"no step has read {folder}/{name}" in done.stderr
+    assert f"error: {folder}/{name}: its SHA-256 differs" in done.stderr
+    ending = f"stopped after step {steps_kept(tmp_path)[-1]}, which is saved"
+    assert f"may have used it first; {ending}" in done.stderr or (
+        f"no step has used it; {ending}" in done.stderr
+    )
     assert "lost the connection" not in done.stderr
     assert "failed:" not in done.stderr  # with which the watchdog begins a traceback
 

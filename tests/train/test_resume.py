@@ -14,7 +14,7 @@ from gpt2.config import options
 from gpt2.data.remote import Storage
 from gpt2.data.shards import load_index
 from gpt2.distributed import world
-from gpt2.train import resume
+from gpt2.train import resume, trainer
 from gpt2.train.resume import StartingPoint
 from support import small_config
 
@@ -129,3 +129,22 @@ def test_foreign_data_of_which_no_digest_is_known_is_told_apart_by_its_ends(
     assert start.completed(one) == one
     with pytest.raises(CheckpointError, match="1 of 1 shard differ in content"):
         start.require_agreement(config, other)
+
+
+def test_weights_of_another_shape_name_the_flags_that_fit(data_root: Path, tmp_path: Path):
+    first = small_config(data_root, tmp_path / "first", max_steps=1, eval_interval=None)
+    trainer.run(first)
+    path = tmp_path / "first/checkpoints/step_000001.pt"
+    other = small_config(data_root, tmp_path / "other", n_layer=1, init_from=str(path))
+    with pytest.raises(CheckpointError, match="do not fit this model") as caught:
+        resume.load_weights(other)
+    assert str(caught.value).endswith("; add --n_layer 2")
+
+
+def test_the_decay_is_blamed_for_a_jump_only_if_it_is_the_cause(tmp_path: Path):
+    run = small_config(tmp_path, tmp_path, max_steps=20)
+    start = StartingPoint(checkpoint={"config": run.to_dict()})
+    longer = small_config(tmp_path, tmp_path, max_steps=40)
+    assert "use --decay_steps 20" in start.rate_warning(longer, 1000, 15)
+    slower = small_config(tmp_path, tmp_path, max_steps=40, learning_rate=1e-4)
+    assert "--decay_steps" not in start.rate_warning(slower, 1000, 15)

@@ -27,6 +27,10 @@ class DataError(UserError):
     """Training data is missing, incomplete or does not match the run."""
 
 
+class WrongContent(DataError):
+    """Training data is not what it was, or should be; starting the run again would not help."""
+
+
 class TrainingError(UserError):
     """Training cannot continue: it diverges, or its batch does not fit into memory."""
 

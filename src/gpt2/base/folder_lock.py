@@ -253,7 +253,7 @@ def _heartbeat(path: Path, me: Owner) -> Iterator[None]:
                 )
                 os._exit(1)
             with contextlib.suppress(OSError, CheckpointError):
-                if found is None:  # somebody has removed it
+                if found is None:  # the file was removed by hand
                     _create(path, me)
                 os.utime(path)
 

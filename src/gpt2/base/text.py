@@ -27,10 +27,21 @@ def four_digits(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
+class PlainConsole(Console):
+    """Prints texts as they are: paths and reasons may hold [brackets]."""
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(highlight=False, markup=False, width=width)
+
+    def on_broken_pipe(self) -> None:
+        """Rich would exit with 1, which is a code that commands use for something else."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """A console; its tables are up to 160 columns wide where the output is a file."""
-    plain = Console(highlight=False, markup=False)  # paths and reasons may hold [brackets]
-    return plain if plain.is_terminal else Console(highlight=False, markup=False, width=160)
+    plain = PlainConsole()
+    return plain if plain.is_terminal else PlainConsole(width=160)
 
 
 def table(title: str, *columns: str) -> Table:

@@ -69,7 +69,7 @@ def save(
     `resumed_from` is never pruned. Returns the path of the checkpoint. Raises CheckpointError if it
     cannot be written; the earlier checkpoints are intact then.
     """
-    path = folder / file_name(training.step)
+    path, before = folder / file_name(training.step), list[Checkpoint]()
     try:
         before = list_checkpoints(folder)
         # The metadata of an earlier save of this step must not describe the new file.
@@ -92,9 +92,10 @@ def save(
         atomic_files.write_text(path.with_suffix(".json"), metadata_to_json(metadata))
         complete = list_checkpoints(folder)
     except (OSError, RuntimeError) as error:
+        earlier = "earlier checkpoints are intact" if before else "there is no earlier checkpoint"
         raise CheckpointError(
-            f"cannot save {path}: {error} ({_free_gb(folder)} free); earlier checkpoints are "
-            "intact; make room, or choose another folder with --checkpoint_dir"
+            f"cannot save {path}: {_disk_error(error)} ({_free_gb(folder)} free); {earlier}; "
+            "make room, or choose another folder with --checkpoint_dir"
         ) from error
     try:
         update_links(folder, complete)
@@ -179,6 +180,10 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
         steps = ", ".join(str(item.training.step) for item in complete) or "none"
         raise CheckpointError(f"{folder} has no checkpoint of step {which}; steps: {steps}")
     path = resolved(Path(which))
+    if path.is_dir():
+        raise CheckpointError(f"{which} is a folder; use --checkpoint_dir {which} with latest")
+    if path.suffix == ".json" and path.with_suffix(".pt").is_file():
+        raise CheckpointError(f"{which} is the metadata; use {path.with_suffix('.pt')}")
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {which}; use latest, best, a step or a path "
@@ -352,6 +357,14 @@ def _forbidden_import(error: Exception) -> str | None:
         return None
     found = re.search(r"GLOBAL \S+", str(error))
     return found.group(0) if found else None
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    """The error of the disk behind one of torch, which tells of a position in its archive."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def _free_gb(folder: Path) -> str:

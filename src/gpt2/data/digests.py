@@ -37,6 +37,8 @@ class Fault:
     """begins with the shard's name"""
     unverified: str | None = None
     """its file, if rows may have been used before the fault was noticed"""
+    may_pass: bool = False
+    """whether it was not read at all, which may succeed later"""
 
 
 @dataclass

@@ -165,7 +165,7 @@ class Verifier:
                 lock.acquire(cancel_check=self._closed.is_set)
             except Timeout:
                 raise _Closed from None
-            except (OSError, NotImplementedError) as error:  # no locks there
+            except (OSError, NotImplementedError) as error:  # the file system has no locks
                 logger.debug("cannot lock %s: %s", memory.place, error)
             memory.refresh()
             known = _remembered(self._index, memory, shard)

@@ -54,7 +54,7 @@ def check_python(version: str, supported: str, tested: Sequence[str]) -> Finding
     if not SpecifierSet(supported).contains(version, prereleases=True):
         fact = f"expected {supported}, got {version}"
         return Finding("PROBLEM", "Python", fact, "make .venv with another Python")
-    if version.rpartition(".")[0] not in tested:
+    if tested and version.rpartition(".")[0] not in tested:  # an old installation has no list
         return Finding("note", "Python", f"{version} is not tested; {', '.join(tested)} are")
     return Finding("ok", "Python", version)
 

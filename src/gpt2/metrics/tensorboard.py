@@ -27,16 +27,15 @@ class TensorBoard:
         self, folder: Path, hparams: dict[str, Any], step: int, references: dict[str, float]
     ) -> None:
         """`references` are the values of constant curves, by name."""
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
-        from torch.utils.tensorboard.summary import hparams as hparams_summaries
+        from torch.utils.tensorboard import SummaryWriter, summary  # seconds to import
 
         self._new_writer = functools.partial(SummaryWriter, str(folder))
         self._writer = self._new_writer(purge_step=step + 1 if step else None)
         if step == 0:
             # SummaryWriter.add_hparams would open a second run folder: write into this one.
             file_writer: Any = self._writer.file_writer
-            for summary in hparams_summaries(_hparam_values(hparams), {"loss/val": 0.0}):  # type: ignore[no-untyped-call]
-                file_writer.add_summary(summary)
+            for part in summary.hparams(_hparam_values(hparams), {"loss/val": 0.0}):  # type: ignore[no-untyped-call]
+                file_writer.add_summary(part)
         self._references = references
         self._writer.add_custom_scalars(_charts(references))
 

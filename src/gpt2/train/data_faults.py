@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gpt2.base.errors import DataError
+from gpt2.base.errors import DataError, WrongContent
 from gpt2.data.digests import Fault
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex
@@ -13,29 +13,30 @@ from gpt2.train.state import TrainState
 
 
 def raise_first(data: DatasetIndex, world: World, sampler: Sampler, state: TrainState) -> None:
-    """Raises DataError on all ranks if one of them has noticed a fault; every rank calls it, after
-    the step is saved."""
+    """Raises DataError on all ranks if one of them has noticed a fault, WrongContent if a shard
+    does not hold what it should; every rank calls it, after the step is saved."""
     faults = world.gather_objects(data.content.fault)
 
     def raise_it() -> None:
         if fault := next(filter(None, faults), None):
-            text = description(fault, data, sampler, state)
-            raise DataError(f"stopped after step {state.step}, which is saved; {text}")
+            kind = DataError if fault.may_pass else WrongContent
+            raise kind(
+                f"{fault.reason}; {extent(fault, data, sampler, state)}; stopped after step "
+                f"{state.step}, which is saved"
+            )
 
     world.run_on_rank0(raise_it)
 
 
-def description(fault: Fault, data: DatasetIndex, sampler: Sampler, state: TrainState) -> str:
-    """What is wrong, and which step may have read it first."""
+def extent(fault: Fault, data: DatasetIndex, sampler: Sampler, state: TrainState) -> str:
+    """What has used the shard, if anything has."""
     train = [shard.file for shard in data.of("train")]
     if fault.unverified is None:
-        return f"step {state.step + 1} would have been the first to read {fault.reason}"
+        return "no step has used it"
     if fault.unverified not in train:
-        return f"validation may have read {fault.reason}"
+        return "validation may have used it"
     first = state.step_that_reads(sampler.first_step_with(train.index(fault.unverified))) + 1
-    if first > state.step:
-        return f"no step has read {fault.reason}"
-    return f"step {first} is the first that may have read {fault.reason}"
+    return "no step has used it" if first > state.step else f"step {first} may have used it first"
 
 
 def files_read(data: DatasetIndex, sampler: Sampler, steps: Iterable[int]) -> set[str]:

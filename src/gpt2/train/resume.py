@@ -1,6 +1,7 @@
 """Where a run starts: from scratch, with given weights, or at a checkpoint."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -20,6 +21,7 @@ from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options, presets
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
+from gpt2.data import remote
 from gpt2.data.shards import ENDS, DatasetIndex, Shard, Split
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
@@ -93,6 +95,15 @@ class StartingPoint:
             configured = experiment_folder.resolve(configure(stored))
         except ConfigError as error:
             raise ConfigError(f"{self.path} cannot continue with these flags: {error}") from error
+        local = Path(root)
+        is_found = remote.is_url(root) or local.is_absolute() or local.exists()
+        if root == configured.data.data_root and not is_found:
+            logger.warning(
+                "--data_root %s comes from the checkpoint and is relative to the current folder, "
+                "%s; type another --data_root if the run began elsewhere",
+                root,
+                Path.cwd(),
+            )
         if root not in (options.public(root), configured.data.data_root):
             logger.warning(
                 "--data_root %s is not taken from the checkpoint, as it has a password: type it",
@@ -164,8 +175,9 @@ class StartingPoint:
         if step >= totals[1] or math.isclose(expected, rate, rel_tol=UNNOTICED):
             return None
         text = f"learning rate: {lr_at(max(0, step - 1), old):.3g} before, {rate:.3g} from here"
-        if old.decay_steps == new.decay_steps:
-            return text
+        with_old_decay = dataclasses.replace(new, decay_steps=old.decay_steps)
+        if not math.isclose(expected, lr_at(step, with_old_decay), rel_tol=UNNOTICED):
+            return text  # the decay alone is not the cause
         return (
             f"{text}: its decay ended at step {old.decay_steps}, and now ends at "
             f"{new.decay_steps}; use --decay_steps {old.decay_steps} to leave it there; a run that "
@@ -212,7 +224,15 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
         )
     state = store.load(store.resolved(path), trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
-    _refuse_contradictions(path, options.changed(state["config"], run_config, shape))
+    if rows := options.changed(state["config"], run_config, shape):
+        listed = "\n".join(
+            f"  {name}: {old} in the checkpoint, {new} now" for name, old, new in rows
+        )
+        flags = " ".join(f"--{name} {old}" for name, old, _ in rows)
+        raise CheckpointError(
+            f"the weights of {path} do not fit this model:\n{listed}\n--init_from takes no options "
+            f"from the checkpoint; add {flags}"
+        )
     weights: dict[str, torch.Tensor] = state["model"]
     return weights
 

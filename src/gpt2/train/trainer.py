@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gpt2.base.errors import Diverged
+from gpt2.base.errors import Diverged, WrongContent
 from gpt2.checkpoint import random_state
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
@@ -143,7 +143,7 @@ def _train_and_close(run: TrainingRun, world: World) -> RunResult:
         run.status.write("stopped", run.state.step, "interrupted")
         raise
     except BaseException as error:
-        if isinstance(error, Diverged):
+        if isinstance(error, Diverged | WrongContent):
             run.status.write("stopped", run.state.step, str(error))
         else:
             run.status.write("failed", run.state.step, world.reason(error))

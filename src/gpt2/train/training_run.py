@@ -201,7 +201,7 @@ class TrainingRun:
         try:
             return self.loader.next_step()
         except DataError as error:
-            self.data.content.report(Fault(str(error)))
+            self.data.content.report(Fault(str(error), may_pass=True))
             self.stop_vote.is_to_stop_waiting()  # to which the other ranks have come
             return None
 
