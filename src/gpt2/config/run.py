@@ -200,7 +200,8 @@ class MachineConfig:
     seed: int = 1337
     """seed of the weights, of dropout and of the shuffling"""
     collective_timeout: float = 600.0
-    """seconds that a rank waits for the others before it reports a hang and exits"""
+    """seconds that a rank waits for the others before it reports a hang and exits; longer than a
+    step takes"""
     deterministic: bool = False
     """bit-identical runs on CUDA, too; slower"""
     keep_freed_memory: bool = True

@@ -225,13 +225,10 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
     state = store.load(store.resolved(path), trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     if rows := options.changed(state["config"], run_config, shape):
-        listed = "\n".join(
-            f"  {name}: {old} in the checkpoint, {new} now" for name, old, new in rows
-        )
         flags = " ".join(f"--{name} {old}" for name, old, _ in rows)
         raise CheckpointError(
-            f"the weights of {path} do not fit this model:\n{listed}\n--init_from takes no options "
-            f"from the checkpoint; add {flags}"
+            f"the weights of {path} do not fit this model:\n{_listed(rows)}\n--init_from takes no "
+            f"options from the checkpoint; add {flags}"
         )
     weights: dict[str, torch.Tensor] = state["model"]
     return weights
@@ -309,14 +306,18 @@ def _identity(data: DatasetIndex, shard: Shard, before: str) -> str | None:
     return data.ends_of(shard) if before.startswith(ENDS) else data.digest(shard)
 
 
+def _listed(rows: list[tuple[str, Any, Any]]) -> str:
+    return "\n".join(
+        f"  {name}: {options.public(old)} in the checkpoint, {options.public(new)} now"
+        for name, old, new in rows
+    )
+
+
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:
     if rows:
-        listed = "\n".join(
-            f"  {name}: {options.public(old)} in the checkpoint, {options.public(new)} now"
-            for name, old, new in rows
-        )
         raise CheckpointError(
-            f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n{listed}\n"
+            f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n"
+            f"{_listed(rows)}\n"
             "use the checkpoint's values, or start another run with --out_dir NAME or "
             "--experiment_name NAME"
         )
