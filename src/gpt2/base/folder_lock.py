@@ -33,7 +33,7 @@ NAME, OWNER_NAME = "run.lock", "owner.json"
 WAIT_FOR_READERS_S = 1.0
 """`is_held` takes the lock for a moment; a process that wants the folder waits this long for it"""
 PROBE_S = 0.05
-"""as long `is_held` waits for another process that asks the same"""
+"""how long `is_held` waits for another process that looks at the same time"""
 HEARTBEAT_S, SILENCE_S = 15.0, 60.0
 """seconds between two signs of life of an owner, and without one after which it counts as dead"""
 CLAIM_POLL_S = 0.5

@@ -1,8 +1,8 @@
 """Verification of local shards: what they hold is compared with the SHA-256 that is expected.
 
-`checked` comes before a run reads them; it is quick, because digests are remembered. What nothing
-is remembered of is hashed by a `Verifier` while the run trains. The copies of remote shards are
-checked when they are downloaded.
+`checked` comes before a run reads them; it is quick, because digests are remembered. A shard whose
+digest is not remembered is hashed by a `Verifier` while the run trains. The copies of remote shards
+are checked when they are downloaded.
 """
 
 import contextlib
@@ -94,9 +94,8 @@ class Verifier:
         self._thread = threading.Thread(target=self._run, name="verifier", daemon=True)
 
     def start(self, is_waiting: Callable[[], bool]) -> None:
-        """Starts the thread. It slows down while `is_waiting` says that rows are waited for: who
-        reads them comes first. It has no lower priority, for while it holds Python's lock, the
-        whole process would have that."""
+        """Starts the thread. It slows down while `is_waiting` says that training waits for rows. (A
+        lower priority of the thread would slow down the whole process while it holds the GIL.)"""
         self._is_waiting = is_waiting
         self._thread.start()
 

@@ -34,7 +34,7 @@ SPLITS: dict[Split, str] = {"train": "training data", "val": "validation data"}
 LAUNCH = "launch.json"
 """which command trains in a folder, and the newest checkpoint that it found there"""
 UNNOTICED = 0.01
-"""a relative change of the learning rate at a resume that no one needs to know of"""
+"""a relative change of the learning rate at a resume that is not reported"""
 Configure = Callable[[Mapping[str, Any] | None], RunConfig]
 """the configuration that was typed, on top of the one in a checkpoint; None for a new run"""
 
@@ -277,7 +277,7 @@ def _has_saved(folder: Path) -> bool:
 def _data_differences(
     checkpoint: CheckpointState, data: DatasetIndex
 ) -> list[tuple[str, Any, Any]]:
-    """How far the data is not that of the checkpoint, as far as digests are known."""
+    """How the data differs from that of the checkpoint, as far as digests are known."""
     root, known = checkpoint["config"]["data"]["data_root"], checkpoint["data_fingerprint"]
     if isinstance(known, str):
         if (now := data.former_fingerprint()) == known:

@@ -107,15 +107,15 @@ def models_table(rows: Sequence[Row]) -> Table:
     was validated."""
     built = table("Models", "model", "parameters", *COLUMNS, "time")
     has_val = any(row["val_loss"] is not None for row in rows)
-    title, judged = ("val loss", "val_loss") if has_val else ("train loss", "train_loss")
-    lowest = min((row[judged] for row in rows if row[judged] is not None), default=None)
+    title, compared_by = ("val loss", "val_loss") if has_val else ("train loss", "train_loss")
+    lowest = min((row[compared_by] for row in rows if row[compared_by] is not None), default=None)
     for row in rows:
         cells = {
             column: "-" if row[name] is None else form.format(row[name])
             for column, (name, form) in COLUMNS.items()
         }
-        if len(rows) > 1 and row[judged] is not None and row[judged] == lowest:
-            cells[title] = f"{row[judged]:.4f} *"
+        if len(rows) > 1 and row[compared_by] is not None and row[compared_by] == lowest:
+            cells[title] = f"{row[compared_by]:.4f} *"
         time = row["state"] if row["train_s"] is None else duration(row["train_s"])
         built.add_row(row["model"], f"{row['parameters'] / 1e6:.1f} M", *cells.values(), time)
     return built
