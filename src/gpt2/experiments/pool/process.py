@@ -66,12 +66,12 @@ class WorkerProcess:
         Without a log it is a part of this process: it writes to the same files, is in the same
         process group, and must be ended before this process ends.
         """
-        self.log = (log or Path(os.devnull)).resolve()
+        self.log = log or Path(os.devnull)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._connection, its_end = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
             target=worker.serve,
-            args=(its_end, os.getpid(), log and self.log, sys.path),
+            args=(its_end, os.getpid(), log and log.resolve(), sys.path),
             name=slot.name,
         )
         resource_tracker.ensure_running()  # its start would unblock the signals again

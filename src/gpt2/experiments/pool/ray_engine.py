@@ -155,7 +155,7 @@ class RemoteWorker:
         self, demand: Mapping[str, float], folder: Path, slot: Slot, log: Path, inbox: Inbox
     ) -> None:
         """It holds `demand` of its machine: num_cpus, num_gpus."""
-        self.log, self.pid, self.host = log.resolve(), 0, ""
+        self.log, self.pid, self.host = log, 0, ""
         self._home, self._slot = Home.of_owner(folder), slot
         self._demand, self._inbox = demand, inbox
         self._outbox: queue.SimpleQueue[Job | Reply | None] = queue.SimpleQueue()
@@ -253,7 +253,7 @@ class RemoteWorker:
         guard = self._guard = actor.options(max_concurrency=3, **self._demand).remote()
         if self._is_stopping:  # `signal` did not see it
             ray.kill(guard)
-        started = guard.start.options(name=name).remote(self._slot, self.log, self._home)
+        started = guard.start.options(name=name).remote(self._slot, self.log.resolve(), self._home)
         self.pid, self.host, self._machine = ray.get(started)
         return guard
 
