@@ -10,7 +10,7 @@ from gpt2.base.text import console
 from gpt2.base.validation import suggestion
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import (
-    PoolOptions,
+    TrainingPoolOptions,
     default_folder,
     list_checkpoints,
     listed,
@@ -31,9 +31,7 @@ class ModelsCommand(CommandOptions):
 
     models: str | None = None
     """models to train, for example gpt2,mlp; default is all: gpt2, modern, mlp"""
-    parallel: bool = True
-    """--no_parallel trains the models one after another, on the first GPU"""
-    pool: PoolOptions = PoolOptions()
+    pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
     """folder of the results, with a folder for each model; default is checkpoints/models"""
     log_dir: Path | None = None
@@ -75,20 +73,8 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
         ranks=pool.ddp,
         log_dir=command.log_dir or train.run.watch.log_dir,
     )
-    room = slots_and_gpus(command, len(names), job_group.AT_ONCE)
-    with pool.opened(folder, train.run.machine.device, *room) as engine:
+    at_once = min(len(names), job_group.AT_ONCE)
+    device = train.run.machine.device
+    with pool.opened(folder, device, at_once=at_once, ddp=pool.ddp) as engine:
         training_job.require_data(train.run, pool.ddp)
         return job_group.run(group, engine, pool.limits(), console()).exit_code
-
-
-def slots_and_gpus(
-    command: ModelsCommand, models: int, at_once: int
-) -> tuple[int | None, int | None]:
-    """The number of slots and the largest number of GPUs; None is no limit.
-
-    One slot for a single model or with --no_parallel, else as the user says, or `at_once` slots.
-    """
-    pool = command.pool
-    if models == 1 or not command.parallel:
-        return 1, None
-    return pool.slots, None if pool.slots or pool.gpus else at_once * pool.ddp

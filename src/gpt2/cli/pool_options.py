@@ -1,4 +1,4 @@
-"""Flags for running many jobs: shared by `seeds`, `models` and `search`."""
+"""Flags for running many jobs: shared by `seeds`, `models`, `search` and the examples."""
 
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,13 @@ class PoolOptions:
 
     gpus: str | None = None
     """physical GPUs to use, for example 1,2"""
+    max_gpus: int | None = None
+    """largest number of GPUs to use, the first ones; default is all"""
     slots: int | None = None
     """jobs that run at the same time; default is one per GPU, or per --ddp GPUs;
     without GPUs it is 2, which share the cores"""
-    ddp: int = 1
-    """GPUs, and thus ranks, of each training; without GPUs, processes that share its cores"""
+    parallel: bool = True
+    """--no_parallel runs the jobs one after another, on the first GPU"""
     retries: int = 1
     """further attempts at a job whose process died, hung or ran out of memory"""
     job_timeout: float | None = None
@@ -44,9 +46,11 @@ class PoolOptions:
     default is RAY_ADDRESS, else the cluster that runs on this machine, else a new one"""
 
     def __post_init__(self) -> None:
-        require_within(self, 1, MOST_PROCESSES, "slots", "ddp")
+        require_within(self, 1, MOST_PROCESSES, "max_gpus", "slots")
         require_within(self, 0, 10**6, "retries")
         require_positive(self, 10**8, "job_timeout", "grace")
+        if self.slots is not None and not self.parallel:
+            raise ConfigError(f"use either --slots {self.slots} or --no_parallel")
         if self.ray_address is not None and self.engine != "ray":
             raise ConfigError(f"--ray_address {self.ray_address} needs --engine ray")
         if self.gpus is not None and self.engine == "ray":
@@ -60,25 +64,45 @@ class PoolOptions:
 
     @contextmanager
     def opened(
-        self, folder: Path, device: str, count: int | None = None, max_gpus: int | None = None
+        self, folder: Path, device: str = "auto", *, at_once: int | None = None, ddp: int = 1
     ) -> Iterator[Engine]:
         """The engine that runs the jobs of the experiment in `folder` while the block runs.
 
-        It has `count` slots, by default what the options say, on at most `max_gpus` GPUs.
+        `at_once` is the number of slots if the options do not choose one; each has `ddp` GPUs.
         """
-        count = count or self.slots
+        count, max_gpus = self.room(at_once, ddp)
         if self.engine == "ray":
             if importlib.util.find_spec("ray") is None:
                 raise ConfigError("--engine ray needs Ray; first: pip install 'ray>=2.60,<3'")
             from gpt2.experiments.pool import ray_engine  # imports ray, which is optional
 
             with ray_engine.connected(
-                self.ray_address, folder, count, device, max_gpus, self.ddp
+                self.ray_address, folder, count, device, max_gpus, ddp
             ) as engine:
                 yield engine
         else:
             gpus = listed("gpus", self.gpus)
-            yield Engine(of_machine(count, gpus, device, max_gpus, self.ddp))
+            yield Engine(of_machine(count, gpus, device, max_gpus, ddp))
+
+    def room(self, at_once: int | None, ddp: int) -> tuple[int | None, int | None]:
+        """The number of slots and the largest number of GPUs; None is no limit."""
+        if not self.parallel or at_once == 1:
+            return 1, None
+        if at_once is None or self.slots or self.gpus or self.max_gpus:
+            return self.slots, self.max_gpus
+        return None, at_once * ddp
+
+
+@dataclass(frozen=True)
+class TrainingPoolOptions(PoolOptions):
+    """Where trainings run, and their limits."""
+
+    ddp: int = 1
+    """GPUs, and thus ranks, of each training; without GPUs, processes that share its cores"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within(self, 1, MOST_PROCESSES, "ddp")
 
 
 def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, TrainCommand, list[str]]:

@@ -13,7 +13,12 @@ from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST, require_within
 from gpt2.cli.parse import CommandOptions, guarded
-from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
+from gpt2.cli.pool_options import (
+    TrainingPoolOptions,
+    default_folder,
+    list_checkpoints,
+    parse_beside_run,
+)
 from gpt2.cli.train import TrainCommand
 from gpt2.config.run import RunConfig
 
@@ -49,11 +54,12 @@ class SearchCommand(CommandOptions):
     """name of the study in the database"""
     keep_checkpoints: bool = False
     """keep the checkpoints of trials that have ended, not only best_model.pth"""
-    pool: PoolOptions = PoolOptions()
+    pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
     """folder of the study: trials, summary and best_overall; default is checkpoints/search"""
     log_dir: Path | None = None
-    """folder of search_DATE_TIME.log and of the workers' logs; default is logs"""
+    """folder of search_DATE_TIME.log and of the workers' logs;
+    default is logs in --checkpoint_dir"""
 
     def __post_init__(self) -> None:
         require_within(self, 1, LARGEST, "n_trials", "patience")
@@ -93,14 +99,14 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
         prune=command.prune,
         startup_trials=command.startup_trials,
         folder=folder,
-        log_dir=command.log_dir or train.run.watch.log_dir,
+        log_dir=command.log_dir or folder / "logs",
         storage=command.storage,
         study_name=command.study_name,
         keep_checkpoints=command.keep_checkpoints,
         ranks=pool.ddp,
     )
     training_job.require_data(search.run, search.ranks)
-    with pool.opened(folder, train.run.machine.device) as engine:
+    with pool.opened(folder, train.run.machine.device, ddp=pool.ddp) as engine:
         return run.run(search, engine, pool.limits(), console())
 
 

@@ -10,9 +10,14 @@ from typing import Any
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import LARGEST_SEED, MOST_PROCESSES, require_within
+from gpt2.base.validation import LARGEST_SEED, require_within
 from gpt2.cli.parse import CommandOptions, guarded
-from gpt2.cli.pool_options import PoolOptions, default_folder, list_checkpoints, parse_beside_run
+from gpt2.cli.pool_options import (
+    TrainingPoolOptions,
+    default_folder,
+    list_checkpoints,
+    parse_beside_run,
+)
 from gpt2.cli.train import TrainCommand
 from gpt2.experiments import grid
 from gpt2.experiments.pool.function_call import Call
@@ -41,9 +46,7 @@ class SeedsCommand(CommandOptions):
     """module:function to call instead of a training, with the seed and the values of a point"""
     metric: str | None = None
     """result to compare; default is val_loss, and with --target `value`, the number it returns"""
-    max_gpus: int | None = None
-    """largest number of GPUs, each with a worker process; default is all"""
-    pool: PoolOptions = PoolOptions()
+    pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
     """folder of the results, with a folder for each training; default is checkpoints/seeds"""
     checkpoint_interval: float = 1800.0
@@ -55,7 +58,6 @@ class SeedsCommand(CommandOptions):
 
     def __post_init__(self) -> None:
         require_within(self, 1, MOST_SEEDS, "num_seeds")
-        require_within(self, 1, MOST_PROCESSES, "max_gpus")
         require_within(self, 0, LARGEST_SEED - MOST_SEEDS, "first_seed")
         require_within(self, 0, 10**8, "checkpoint_interval")
 
@@ -100,7 +102,7 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
         group = planned.of_training(
             run, ranks=pool.ddp, keep_checkpoints=command.keep_checkpoints, **place
         )
-    with pool.opened(folder, run.machine.device, max_gpus=command.max_gpus) as engine:
+    with pool.opened(folder, run.machine.device, ddp=pool.ddp) as engine:
         if command.target is None:
             training_job.require_data(run, pool.ddp)
         return job_group.run(group, engine, pool.limits(), console()).exit_code

@@ -78,6 +78,7 @@ def sweep(
     engine: Engine | None = None,
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
+    save_every_s: float = 1800.0,
     out: Console | None = None,
 ) -> Swept:
     """Calls `function(seed=…, **point)` with every seed of every point, and compares `metric`.
@@ -87,7 +88,8 @@ def sweep(
     None. The worker processes are reused. Later calls may add seeds and points to `folder`; the
     values that a `partial` gives the function must stay the same. `listing` and `draw` make the
     table and the picture of the points; they are called if at least one result has the metric, and
-    some points may have none. By default the sweep runs on all slots of this machine.
+    some points may have none. By default the sweep runs on all slots of this machine. results.json
+    is written every `save_every_s` seconds, and every 50 results.
 
     Raises UserError, before anything runs, if the function cannot be called this way, and if
     `folder` holds another experiment or is in use by another process.
@@ -95,7 +97,9 @@ def sweep(
     chosen = grid.points(points) if isinstance(points, Mapping) else points
     seeds = range(first_seed, first_seed + num_seeds)
     planned = Sweep([plain(point) for point in chosen], seeds, metric, listing, draw)
-    group = planned.of_function(Call.of(function), folder=folder, log_dir=log_dir)
+    group = planned.of_function(
+        Call.of(function), folder=folder, log_dir=log_dir, save_every_s=save_every_s
+    )
     ended = job_group.run(group, engine or Engine(of_machine()), limits, out or console())
     return Swept(ended.exit_code, [*ended.records.values()], planned.summaries(ended.records))
 
@@ -109,6 +113,8 @@ def together(
     engine: Engine | None = None,
     limits: Limits = LIMITS,
     log_dir: Path = Path("logs"),
+    log_name: str = "job",
+    save_every_s: float = 1800.0,
     out: Console | None = None,
 ) -> JobGroupResult:
     """Calls each function once, each in its own process, and compares what they return.
@@ -116,7 +122,8 @@ def together(
     The first functions get a slot each; the next one waits for the last slot. By default there are
     two slots on this machine. Jobs are identified by their names: a finished job never runs again,
     and others may be added. `listing` makes the table and `draw` the picture `comparison.png` of
-    all jobs that have ended; failed ones have no result.
+    all jobs that have ended; failed ones have no result. The logs are NAME_DATE_TIME.log of each
+    function and `log_name`_DATE_TIME.log of the whole.
 
     Raises UserError, before anything runs, if a function cannot be called, and if `folder` holds
     results of other values or is in use by another process.
@@ -139,7 +146,7 @@ def together(
 
     group = JobGroup(
         kind="jobs",
-        log_name="job",
+        log_name=log_name,
         heading=f"Side by side: {', '.join(calls)}",
         fixed={},
         values={
@@ -150,6 +157,7 @@ def together(
         summarize=summarize,
         folder=folder,
         log_dir=log_dir,
+        save_every_s=save_every_s,
     )
     engine = engine or Engine(of_machine(max_gpus=job_group.AT_ONCE))
     return job_group.run(group, engine, limits, printed_to)

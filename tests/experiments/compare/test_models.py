@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from gpt2.base.errors import ConfigError
 from gpt2.cli import main
-from gpt2.cli import models as cli_models
-from gpt2.cli.models import ModelsCommand
 from gpt2.cli.parse import parse
+from gpt2.cli.pool_options import TrainingPoolOptions
 from gpt2.experiments import job_group
 from gpt2.experiments.compare import models
 from gpt2.experiments.pool import slots
@@ -79,20 +79,29 @@ def test_slots_of_models():
 
 
 @pytest.mark.parametrize(
-    ("flags", "count", "room"),
+    ("flags", "at_once", "room"),
     [
-        ([], 3, (None, 2)),
-        (["--gpus", "1,2,3"], 3, (None, None)),
-        (["--slots", "3"], 3, (3, None)),
-        (["--ddp", "2"], 3, (None, 4)),
-        (["--no_parallel", "--gpus", "2,3"], 3, (1, None)),
+        ([], 2, (None, 2)),
+        (["--gpus", "1,2,3"], 2, (None, None)),
+        (["--max_gpus", "3"], 2, (None, 3)),
+        (["--slots", "3"], 2, (3, None)),
+        (["--ddp", "2"], 2, (None, 4)),
+        (["--no_parallel", "--gpus", "2,3"], 2, (1, None)),
         ([], 1, (1, None)),
+        ([], None, (None, None)),
+        (["--max_gpus", "2"], None, (None, 2)),
     ],
 )
 def test_two_at_a_time_unless_more_are_requested(
-    flags: list[str], count: int, room: tuple[int | None, int | None]
+    flags: list[str], at_once: int | None, room: tuple[int | None, int | None]
 ):
-    assert cli_models.slots_and_gpus(parse(ModelsCommand, flags), count, at_once=2) == room
+    pool = parse(TrainingPoolOptions, flags)
+    assert pool.room(at_once, pool.ddp) == room
+
+
+def test_one_after_another_contradicts_slots():
+    with pytest.raises(ConfigError, match="use either --slots 3 or --no_parallel"):
+        parse(TrainingPoolOptions, ["--slots", "3", "--no_parallel"])
 
 
 def test_two_train_at_once_and_the_third_follows_on_the_second_slot(compared: Compared):

@@ -78,10 +78,21 @@ def _print_plan(search: Search, slots: Sequence[Slot], done: int, out: Console) 
     out.print(f"Search: {counted(search.n_trials, 'trial')}, {len(slots)} at a time on {names}")
     if done:
         out.print(f"  - done already: {min(done, search.n_trials)}")
+    if missing := max(0, search.n_trials - done):
+        out.print(f"  - {per_gpu(missing, slots, search.ranks)}")
     for name, values in space.describe(search.space).items():
         out.print(f"  - {name}: {values}")
     out.print(f"  - trials {search.folder}/trial_*, study {study.location(search)}")
     out.print(f"  - logs {search.log_dir}/worker_{slots[0].name}_*.log, one for each slot")
+
+
+def per_gpu(trials: int, slots: Sequence[Slot], ranks: int) -> str:
+    """`12 trials per GPU`: the share of each GPU, group of GPUs, or slot without a GPU."""
+    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in slots} - {None}
+    unit = "slot" if not gpus else "GPU" if ranks == 1 else f"{ranks} GPUs"
+    least, left = divmod(trials, len(gpus) or len(slots))
+    share = f"{least} or {least + 1} trials" if left else counted(least, "trial")
+    return f"{share} per {unit}"
 
 
 def summarize(

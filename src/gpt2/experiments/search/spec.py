@@ -29,7 +29,7 @@ class Search:
     startup_trials: int = 5
     """trials that finish before any is pruned"""
     folder: Path = Path("checkpoints/search")
-    log_dir: Path = Path("logs")
+    log_dir: Path = Path("checkpoints/search/logs")
     storage: str | None = None
     """URL of the study's database; None is a file in `folder`"""
     study_name: str = "search"
