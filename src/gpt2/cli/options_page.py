@@ -93,11 +93,21 @@ def _differences(run: RunConfig) -> str:
 
 
 def _group(kind: type[Any], seen: set[type[Any]]) -> Iterator[str]:
-    """The table of a dataclass's fields, then its parts, each under its own title."""
+    """The table of a dataclass's fields, then its parts, each under its own title.
+
+    The options of every command, which they inherit, have a table of their own.
+    """
     seen.add(kind)
-    hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
+    described = [
+        base
+        for base in reversed(kind.__mro__)
+        if is_dataclass(base) and (base is kind or base is not CommandOptions)
+    ]
+    hints = get_type_hints(kind, include_extras=True)
+    meanings = {name: text for base in described for name, text in _meanings(base).items()}
     parts = [hint for hint in hints.values() if isinstance(hint, type) and is_dataclass(hint)]
-    own = [name for name in inspect.get_annotations(kind) if hints[name] not in parts]
+    names = [name for base in described for name in inspect.get_annotations(base)]
+    own = [name for name in names if hints[name] not in parts]
     if own:
         yield from ("", "| option | default | meaning |", "|---|---|---|")
     for name in own:

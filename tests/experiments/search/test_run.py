@@ -24,8 +24,8 @@ from gpt2.cli import main, train
 from gpt2.config import options, presets
 from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
-from gpt2.experiments.pool.job import Event
-from gpt2.experiments.search import ownership, space, study, trial, trial_source
+from gpt2.experiments.pool.job import Event, Slot
+from gpt2.experiments.search import ownership, run, space, study, trial, trial_source
 from gpt2.experiments.search.ownership import Heartbeat
 from gpt2.experiments.search.spec import Search
 from support import ROOT, loss_lines, small_flags
@@ -158,6 +158,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
     running.communicate()
     code, said = call(flags_of(data_root, tmp_path, space_file, 2))
     assert code == 0, said
+    assert list((folder / "logs").glob("worker_cpu0_*.log"))
     assert [
         (item.number, item.state.name) for item in small_search.study_in(folder).get_trials()
     ] == [
@@ -208,6 +209,27 @@ def call(arguments: list[str]) -> tuple[int, str]:
         patch.setattr(sys, "argv", ["gpt2", "search", *arguments])
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return main.main(), said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("trials", "gpus", "ranks", "text"),
+    [
+        (24, ["0", "1"], 1, "12 trials per GPU"),
+        (10, ["0", "1", "2"], 1, "3 or 4 trials per GPU"),
+        (8, ["0", "0", "1", "1"], 1, "4 trials per GPU"),
+        (1, ["5"], 1, "1 trial per GPU"),
+        (6, ["0,1", "2,3"], 2, "3 trials per 2 GPUs"),
+        (6, [None, None], 2, "3 trials per slot"),
+    ],
+)
+def test_the_banner_has_the_trials_of_each_gpu(
+    trials: int, gpus: list[str | None], ranks: int, text: str
+):
+    slots = [
+        Slot(index, f"slot{index}", {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        for index, gpu in enumerate(gpus)
+    ]
+    assert run.per_gpu(trials, slots, ranks) == text
 
 
 def require_files(folder: Path, said: str) -> None:
