@@ -5,8 +5,8 @@ and `target` is a smooth formula made up for this example: it computes no physic
 
 | model | what a number becomes |
 |---|---|
-| ft | a token: its value times a vector, plus another (FT-Transformer, arXiv:2106.11959) |
-| plr | a token, from sines and cosines of learned frequencies (PLR embeddings, arXiv:2203.05556) |
+| transformer | a token, from sines and cosines of learned frequencies (PLR, arXiv:2203.05556) |
+| transformer_tabular | a token: its value times a vector, plus another (arXiv:2106.11959) |
 | mlp | an input like the others |
 
 All see the same batches in the same number of steps. The same command again trains only what is
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import TransformerEncoder, TransformerEncoderLayer, functional
 
 from gpt2.cli.parse import guarded, parse
+from gpt2.cli.pool_options import ScriptOptions
 from gpt2.experiments import api
 
 # B rows, P parameters, T tokens, D width of a token, F frequencies
@@ -53,15 +54,13 @@ TEST_ROWS, SHOWN = 4_000, 150  # SHOWN: test rows in the picture
 class Command:
     """Train two tabular transformers and an MLP on a synthetic function of 19 parameters."""
 
-    models: tuple[str, ...] = ("ft", "plr", "mlp")
+    models: tuple[str, ...] = ("transformer", "transformer_tabular", "mlp")
     steps: int = 600
     batch_size: int = 128
     train_rows: int = 20_000
     learning_rate: float = 5e-3
     seed: int = 0
-    checkpoint_dir: Path = Path("checkpoints/pmssm")
-    """folder of the results"""
-    log_dir: Path = Path("logs")
+    place: ScriptOptions = ScriptOptions(checkpoint_dir=Path("checkpoints/pmssm"))
 
     def __post_init__(self) -> None:
         if unknown := set(self.models) - set(MODELS):
@@ -149,8 +148,8 @@ def mlp() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "ft": lambda: Transformer(LinearTokens()),
-    "plr": lambda: Transformer(PeriodicTokens()),
+    "transformer": lambda: Transformer(PeriodicTokens()),
+    "transformer_tabular": lambda: Transformer(LinearTokens()),
     "mlp": mlp,
 }
 
@@ -236,13 +235,10 @@ def run() -> int:
     command = parse(Command, sys.argv[1:])
     fields = ("steps", "batch_size", "train_rows", "learning_rate", "seed")
     common = {name: getattr(command, name) for name in fields}
-    return api.together(
-        {name: partial(train, model=name, **common) for name in command.models},
-        folder=command.checkpoint_dir,
-        listing=listing,
-        draw=draw,
-        log_dir=command.log_dir,
-    ).exit_code
+    models = {name: partial(train, model=name, **common) for name in command.models}
+    with command.place.placed(at_once=min(2, len(models))) as place:
+        group = api.together(models, listing=listing, draw=draw, log_name="training", **place)
+    return group.exit_code
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2.cli.parse import guarded, parse
+from gpt2.cli.pool_options import ScriptOptions
 from gpt2.experiments.api import ConfigError, PointSummary, Report, sweep, table
 
 if TYPE_CHECKING:
@@ -58,9 +59,7 @@ class Command:
     """maximum number of guesses; if none fits, the best one is taken"""
     tolerance: float = 0.3
     """training error at which a guess fits; a matrix of zeros has 1"""
-    checkpoint_dir: Path = Path("checkpoints/teacher_student")
-    """folder of the results"""
-    log_dir: Path = Path("logs")
+    place: ScriptOptions = ScriptOptions(checkpoint_dir=Path("checkpoints/teacher_student"))
 
     def __post_init__(self) -> None:
         lists = ("teacher_ranks", "student_dims", "measurements")
@@ -233,16 +232,17 @@ def run() -> int:
         for amount, (rank, dim), method in itertools.product(command.measurements, pairs, methods)
         if dim >= rank
     ]
-    return sweep(
-        partial(recover, size=command.size, guesses=command.guesses, tolerance=command.tolerance),
-        points,
-        command.num_seeds,
-        folder=command.checkpoint_dir,
-        metric="test",
-        listing=listing,
-        draw=draw,
-        log_dir=command.log_dir,
-    ).exit_code
+    fixed = {name: getattr(command, name) for name in ("size", "guesses", "tolerance")}
+    with command.place.placed() as place:
+        return sweep(
+            partial(recover, **fixed),
+            points,
+            command.num_seeds,
+            metric="test",
+            listing=listing,
+            draw=draw,
+            **place,
+        ).exit_code
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from gpt2.experiments import results
 from support import ROOT, run_command, wait_until
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PUBLIC = {"gpt2.cli.parse", "gpt2.experiments.api"}
+PUBLIC = {"gpt2.cli.parse", "gpt2.cli.pool_options", "gpt2.experiments.api"}
 TEACHER = (
     *("teacher_student", "--teacher_ranks", "1", "3", "--student-dims", "2", "4", "--num_seeds"),
     *("2", "--measurements", "4", "--size", "4", "--guesses", "2000"),
 )
-PMSSM = ("pmssm", "--steps", "12", "--train-rows", "500", "--models", "plr", "mlp")
+PMSSM = ("pmssm", "--steps", "12", "--train-rows", "500", "--models", "transformer", "mlp")
 
 
 def example(tmp_path: Path, name: str, *flags: str) -> str:
@@ -92,11 +92,13 @@ def test_pmssm(tmp_path: Path):
     said = example(tmp_path, *PMSSM)
     folder = tmp_path / "checkpoints" / "pmssm"
     records = {record.job: record.result for record in results.read_results(folder)}
-    assert sorted(records) == ["mlp", "plr"]
+    assert sorted(records) == ["mlp", "transformer"]
     for result in records.values():
         assert f"{result['rmse']:.4f}" in said and f"{result['parameters']:,}" in said
         assert result["curve"][-1] == [12, result["rmse"]]
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    logs = {path.name.rpartition("_202")[0] for path in (tmp_path / "logs").iterdir()}
+    assert logs == {"training", "mlp", "transformer"}
     code, again = within(tmp_path, *PMSSM)
     assert code == 0 and "2 of them are done already" in again
     assert {item.job: item.result for item in results.read_results(folder)} == records
@@ -128,7 +130,13 @@ def test_pmssm_fails_where_its_error_is_not_finite(monkeypatch: pytest.MonkeyPat
             ("pmssm", "--models", "mlp", "mlp"),
             "('mlp', 'mlp'): expected one or more different models",
         ),
-        (("pmssm", "--models", "ft", "cnn"), "--models cnn: expected ft, plr, mlp"),
+        (
+            ("pmssm", "--models", "mlp", "cnn"),
+            "--models cnn: expected transformer, transformer_tabular, mlp",
+        ),
+        (("pmssm", "--no-parallel", "--slots", "2"), "use either --slots 2 or --no_parallel"),
+        (("teacher_student", "--max_gpus", "0"), "max_gpus=0"),
+        (("teacher_student", "--checkpoint_interval", "nan"), "checkpoint_interval=nan"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], words: str):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
@@ -28,7 +28,7 @@ class PoolOptions:
     max_gpus: int | None = None
     """largest number of GPUs to use, the first ones; default is all"""
     slots: int | None = None
-    """jobs that run at the same time; default is one per GPU, or per --ddp GPUs;
+    """jobs that run at the same time; default is one per GPU, or group of GPUs;
     without GPUs it is 2, which share the cores"""
     parallel: bool = True
     """--no_parallel runs the jobs one after another, on the first GPU"""
@@ -103,6 +103,37 @@ class TrainingPoolOptions(PoolOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_within(self, 1, MOST_PROCESSES, "ddp")
+
+
+@dataclass(frozen=True)
+class ScriptOptions(PoolOptions):
+    """Where jobs run, their limits, and their files."""
+
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder of the results"""
+    checkpoint_interval: float = 1800.0
+    """seconds between two writes of results.json, which also follow every 50 results"""
+    log_dir: Path = Path("logs")
+    """folder of the logs"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within(self, 0, 10**8, "checkpoint_interval")
+
+    @contextmanager
+    def placed(self, at_once: int | None = None) -> Iterator[dict[str, Any]]:
+        """The parameters of `gpt2.experiments.api.sweep` and `together` that these options set.
+
+        `at_once` is the number of slots if the options do not choose one.
+        """
+        with self.opened(self.checkpoint_dir, at_once=at_once) as engine:
+            yield {
+                "folder": self.checkpoint_dir,
+                "engine": engine,
+                "limits": self.limits(),
+                "log_dir": self.log_dir,
+                "save_every_s": self.checkpoint_interval,
+            }
 
 
 def parse_beside_run(kind: type[T], arguments: Sequence[str]) -> tuple[T, TrainCommand, list[str]]:
