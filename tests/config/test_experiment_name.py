@@ -25,6 +25,12 @@ def test_unsafe_ids_are_refused(gpu_id: str):
         ExperimentConfig("a", gpu_id=gpu_id)
 
 
+@pytest.mark.parametrize("gpu_id", ["0x1", "all", "none", "0-1", "gpu2", "GPU-xyz", "01", "1.0"])
+def test_what_is_not_one_gpu_is_refused(gpu_id: str):
+    with pytest.raises(ConfigError, match=f"gpu_id={gpu_id} is not a GPU; expected one such as 2"):
+        ExperimentConfig("a", gpu_id=gpu_id)
+
+
 def test_the_name_in_weights_and_biases_is_the_default():
     assert ExperimentConfig().name is None
     assert ExperimentConfig(wandb_run_name="seen").name == "seen"
@@ -43,51 +49,45 @@ def test_other_folders_are_not_labels():
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpu_id"),
+    ("shown", "gpu_id"),
     [
-        ("2", "2"),
-        ("3,2", "3"),
-        (" 1 , 2", "1"),
-        ("", "cpu"),
-        ("-1", "cpu"),
-        ("GPU-8932f937,0", "GPU-8932f937"),
-        ("MIG-GPU-89/1/0", "MIG-GPU-89-1-0"),
+        (["3", "2"], "3"),
+        ([], "cpu"),
+        (["GPU-8932"], "GPU-8932"),
+        (["MIG-GPU-89/1/0"], "MIG-GPU-89-1-0"),
     ],
 )
-def test_the_first_visible_gpu(visible: str, gpu_id: str):
-    assert experiment_name.first_visible(visible) == gpu_id
+def test_the_first_gpu(shown: list[str], gpu_id: str):
+    assert experiment_name.first_gpu(shown) == gpu_id
+    assert ExperimentConfig("a", gpu_id=gpu_id).gpu_id == gpu_id
 
 
 @pytest.mark.parametrize(
-    ("gpu_id", "visible", "count", "index"),
+    ("gpu_id", "shown", "index"),
     [
-        ("0", None, 1, 0),
-        ("2", None, 4, 2),
-        ("2", "2", 1, 0),
-        ("3", "2,3", 2, 1),
-        ("GPU-b", "GPU-a,GPU-b", 2, 1),
-        ("2", "GPU-a", 1, 0),  # the ids cannot be compared, and there is only one GPU
-        ("GPU-a", None, 1, 0),
+        ("2", ["0", "1", "2", "3"], 2),
+        ("2", ["2"], 0),
+        ("3", ["2", "3"], 1),
+        ("GPU-b", ["GPU-a", "GPU-b"], 1),
+        ("GPU-bc", ["GPU-a", "GPU-bcde"], 1),  # the beginning of a UUID is enough
+        ("MIG-GPU-89-1-0", ["MIG-GPU-89/2/0", "MIG-GPU-89/1/0"], 1),
+        ("2", ["GPU-a"], 0),  # the ids cannot be compared, and there is only one GPU
+        ("GPU-a", ["0"], 0),
     ],
 )
-def test_the_gpu_of_an_id(gpu_id: str, visible: str | None, count: int, index: int):
-    assert experiment_name.gpu_index(gpu_id, visible, count) == index
+def test_the_gpu_of_an_id(gpu_id: str, shown: list[str], index: int):
+    assert experiment_name.gpu_index(gpu_id, shown) == index
 
 
 @pytest.mark.parametrize(
-    ("gpu_id", "visible", "count", "message"),
+    ("gpu_id", "shown", "message"),
     [
-        (
-            "7",
-            None,
-            2,
-            r"gpu_id=7 is invalid: this machine has 0, 1; leave --gpu_id out, or start with",
-        ),
-        ("0", "2", 1, "gpu_id=0 is invalid: CUDA_VISIBLE_DEVICES=2 has 2;"),
-        ("GPU-a", None, 2, "start with CUDA_VISIBLE_DEVICES=GPU-a"),
-        ("a", "2,3", 2, "has 2, 3"),
+        ("7", ["0", "1"], "gpu_id=7 is invalid: CUDA shows this process 0, 1; leave --gpu_id out"),
+        ("0", ["2"], "shows this process 2;"),
+        ("GPU-a", ["0", "1"], "start with CUDA_VISIBLE_DEVICES=GPU-a"),
+        ("GPU-a", ["GPU-ab", "GPU-ac"], "shows this process GPU-ab, GPU-ac"),
     ],
 )
-def test_contradictions_are_refused(gpu_id: str, visible: str | None, count: int, message: str):
+def test_contradictions_are_refused(gpu_id: str, shown: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
-        experiment_name.gpu_index(gpu_id, visible, count)
+        experiment_name.gpu_index(gpu_id, shown)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from faults.harness import processes_of
-from gpt2.config import experiment_name
+from gpt2.config import experiment_name, gpu_list
 from support import ROOT, run_command, small_flags
 
 SCRIPT = ROOT / "run_parallel_experiments.sh"
@@ -47,11 +47,11 @@ def environment() -> dict[str, str]:
         (["--slots", "0", "a"], "--slots 0: expected a number from 1 to 9999"),
         (["--gpus=0", "--slots=2", "a"], "use either --gpus or --slots"),
         (["--gpus"], "--gpus needs a value"),
+        (["--max_gpus", "0", "a"], "--max_gpus 0: expected a number from 1 to 9999"),
         (
             ["--gpus", "0,-1", "a"],
-            "--gpus '0,-1': expected ids such as 0,2; use --slots N for the CPU",
+            "--gpus '0,-1': '-1' is not a GPU (understood: 0); expected GPUs separated by commas",
         ),
-        (["--gpus=", "a"], "--gpus '': expected ids such as 0,2"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str):
@@ -88,10 +88,10 @@ def stood_in(folder: Path, python: str) -> Path:
 @pytest.mark.parametrize("visible", ["2", "0, 1", " 3 ,-1,4", "-1", "", "MIG-GPU-89/1/0"])
 def test_gpus_are_called_as_the_training_calls_them(stand_in: Path, tmp_path: Path, visible: str):
     done = run_command([str(stand_in), "a", "b"], cwd=tmp_path, CUDA_VISIBLE_DEVICES=visible)
-    gpu_id = experiment_name.first_visible(visible)
+    gpu_id = experiment_name.first_gpu(gpu_list.shown_by(visible) or [])
     (console,) = (tmp_path / "logs" / experiment_name.label("a", gpu_id)).glob("console_*.log")
     shown = console.read_text().split()[0].removeprefix("gpus=")
-    assert experiment_name.first_visible(shown) == gpu_id
+    assert experiment_name.first_gpu(gpu_list.shown_by(shown) or []) == gpu_id
     on = "1" if visible == "0, 1" else gpu_id
     begun = re.search(r"begins b: process \d+, log (\S+)", done.stdout)
     assert begun and experiment_name.label("b", on) in begun[1]

@@ -11,7 +11,7 @@ from gpt2.inspection.machine import Gpu, Torch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GB = 10**9
-H200 = Gpu("NVIDIA H200", 150 * GB, 149 * GB, (9, 0))
+H200 = Gpu("0", "NVIDIA H200", 150 * GB, 149 * GB, (9, 0))
 FOR_CPU, FOR_CUDA = Torch("2.13.0+cpu", None, None), Torch("2.13.0", "13.0", "2.28.9")
 GPT2_124M = flops.state_bytes(presets.preset("gpt2-124m").model)
 
@@ -68,7 +68,7 @@ def test_no_gpu_is_a_note_and_an_unusable_one_a_problem(
         (H200, "ok", "NVIDIA H200, 150.0 GB, 149.0 GB free"),
         (replace(H200, free_bytes=100 * GB), "note", "another process has 50.0 GB"),
         (replace(H200, free_bytes=GB), "PROBLEM", "another process has 149.0 GB"),
-        (Gpu("tiny", 2 * GB, 2 * GB, (8, 0)), "PROBLEM", "moments alone take 2.0 GB"),
+        (Gpu("0", "tiny", 2 * GB, 2 * GB, (8, 0)), "PROBLEM", "moments alone take 2.0 GB"),
     ],
 )
 def test_the_model_fits_beside_others(gpu: Gpu, level: str, expected: str):

@@ -181,6 +181,6 @@ def test_what_to_type_next_names_the_gpu_again(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     arguments = ["--experiment_name", "exp"]
     run = experiment_folder.resolve(train.parse_train(arguments).run)
-    text = train.next_commands(run, arguments, world_size=1, step=5, visible_gpus="2")
+    text = train.next_commands(run, arguments, world_size=1, step=5, gpus=["2"])
     assert "CUDA_VISIBLE_DEVICES=2 python src/train_improved.py --experiment_name exp" in text
     assert "gpt2 generate --checkpoint_dir checkpoints/exp_gpu_2 --checkpoint best" in text

@@ -5,11 +5,12 @@ It does not use tyro: flags of the trainings are inside its positional arguments
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpt2.base.errors import ConfigError
 from gpt2.cli.parse import USER_ERROR
+from gpt2.config import gpu_list
 from gpt2.experiments.named import experiment, run, slots
 from gpt2.experiments.pool.job import Slot
 
@@ -20,13 +21,15 @@ Trains several named experiments side by side, one at a time on each GPU, and wa
   gpt2 experiments run 'lr1e3 --learning_rate 1e-3' 'lr3e4 --learning_rate 3e-4' \\
       -- --preset demo --resume latest
 
-  --gpus 0,2,3   the GPUs to use; default is CUDA_VISIBLE_DEVICES, else all of this machine
+  --gpus 0,2-3   the GPUs to use, or none; default is CUDA_VISIBLE_DEVICES, else all of this machine
+  --max_gpus N   use at most N of these GPUs
   --slots N      train on the CPU, N experiments at a time, each on its share of the cores;
                  default without a GPU is 2
 
 What an experiment prints goes to logs/NAME_gpu_ID/console_DATE_TIME.log. After Ctrl+C or SIGTERM
 all save and end; a second one kills them. Exit code: 0 all finished, 1 one failed, 2 wrong usage,
 130 / 143 stopped. Started again, an experiment waits for the GPU that it had before."""
+OPTIONS = ("--gpus", "--max_gpus", "--slots")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,15 @@ class RunArguments:
     """`NAME FLAGS…` each"""
     common: Sequence[str]
     """the flags of all experiments"""
-    gpus: str | None
-    slots: str | None
+    options: Mapping[str, str]
+    """the command's own, by name"""
+
+    def count(self, option: str) -> int | None:
+        """The value of --slots or --max_gpus; raises ConfigError if it is no number."""
+        text = self.options.get(option)
+        if text is not None and not re.fullmatch("[1-9][0-9]{0,3}", text):
+            raise ConfigError(f"{option} {text}: expected a number from 1 to 9999")
+        return None if text is None else int(text)
 
 
 def run_experiments(arguments: Sequence[str]) -> int:
@@ -62,7 +72,8 @@ def read_arguments(arguments: Sequence[str]) -> RunArguments:
     rest = list(arguments)
     while rest and (argument := rest.pop(0)) != "--":
         name, has_value, value = argument.partition("=")
-        if name in ("--gpus", "--slots"):
+        name = f"--{name.removeprefix('--').replace('-', '_')}"
+        if argument.startswith("--") and name in OPTIONS:
             if not has_value and not rest:
                 raise ConfigError(f"{name} needs a value")
             options[name] = value if has_value else rest.pop(0)
@@ -70,20 +81,16 @@ def read_arguments(arguments: Sequence[str]) -> RunArguments:
             raise ConfigError(f"unknown option {argument}; flags of all experiments come after --")
         else:
             experiments.append(argument)
-    return RunArguments(experiments, rest, options.get("--gpus"), options.get("--slots"))
+    return RunArguments(experiments, rest, options)
 
 
 def _slots(read: RunArguments) -> list[Slot]:
-    """The slots that --gpus or --slots choose, else those of the machine."""
-    if read.slots is not None and not re.fullmatch("[1-9][0-9]{0,3}", read.slots):
-        raise ConfigError(f"--slots {read.slots}: expected a number from 1 to 9999")
-    if read.gpus is not None:
-        ids, all_valid = slots.valid_ids(read.gpus)
-        if not all_valid:
-            raise ConfigError(
-                f"--gpus '{read.gpus}': expected ids such as 0,2; use --slots N for the CPU"
-            )
-        if read.slots is not None:
-            raise ConfigError("use either --gpus or --slots")
-        return slots.of(ids, 0)
-    return slots.of((), int(read.slots)) if read.slots is not None else slots.of_machine()
+    """The slots that the options choose, else those of the machine."""
+    count, max_gpus = read.count("--slots"), read.count("--max_gpus")
+    given = read.options.get("--gpus")
+    gpus = None if given is None else gpu_list.parse(given, "--gpus")
+    if count is None:
+        return slots.of_machine(gpus, max_gpus)
+    if given is not None and gpus != []:
+        raise ConfigError("use either --gpus or --slots")
+    return slots.of((), count)

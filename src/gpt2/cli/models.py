@@ -1,6 +1,7 @@
 """`gpt2 models`: trains several models side by side."""
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from gpt2.cli.pool_options import (
     TrainingPoolOptions,
     default_folder,
     list_checkpoints,
-    listed,
     parse_beside_run,
 )
 from gpt2.cli.train import TrainCommand
@@ -58,13 +58,7 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
     from gpt2.experiments.compare import models
     from gpt2.experiments.training import training_job
 
-    names = listed("models", command.models) or list(models.MODELS)
-    for name in names:
-        if name not in models.MODELS:
-            raise ConfigError(
-                f"--models: unknown model {name}{suggestion(name, models.MODELS)}; expected "
-                f"{', '.join(models.MODELS)}"
-            )
+    names = _names(command.models, models.MODELS)
     pool = command.pool
     group = models.group(
         train.run,
@@ -78,3 +72,19 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
     with pool.opened(folder, device, at_once=at_once, ddp=pool.ddp) as engine:
         training_job.require_data(train.run, pool.ddp)
         return job_group.run(group, engine, pool.limits(), console()).exit_code
+
+
+def _names(text: str | None, known: Collection[str]) -> list[str]:
+    """The models of --models; all without it."""
+    if text is None:
+        return list(known)
+    names = [item.strip() for item in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise ConfigError(f"--models {text}: expected different names separated by commas")
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--models: unknown model {name}{suggestion(name, known)}; expected "
+                f"{', '.join(known)}"
+            )
+    return names

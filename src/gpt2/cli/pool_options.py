@@ -12,6 +12,7 @@ from gpt2.base.text import console
 from gpt2.base.validation import MOST_PROCESSES, require_positive, require_within
 from gpt2.cli.parse import parse_known
 from gpt2.cli.train import TrainCommand, parse_train
+from gpt2.config import gpu_list
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits
 from gpt2.experiments.pool.slots import of_machine
@@ -24,7 +25,8 @@ class PoolOptions:
     """Where jobs run, and their limits."""
 
     gpus: str | None = None
-    """physical GPUs to use, for example 1,2"""
+    """physical GPUs to use, for example 0,2-3 or GPU-8f3a51c2, or none; default is all that
+    CUDA_VISIBLE_DEVICES shows"""
     max_gpus: int | None = None
     """largest number of GPUs to use, the first ones; default is all"""
     slots: int | None = None
@@ -58,6 +60,12 @@ class PoolOptions:
                 f"--gpus {self.gpus}: Ray chooses the GPUs of a cluster; use --slots N for the "
                 "number of jobs that run at the same time"
             )
+        _ = self.gpu_ids  # raises ConfigError
+
+    @property
+    def gpu_ids(self) -> list[str] | None:
+        """The GPUs of --gpus; None is all."""
+        return None if self.gpus is None else gpu_list.parse(self.gpus, "--gpus")
 
     def limits(self) -> Limits:
         return Limits(self.retries, self.job_timeout, self.grace)
@@ -81,14 +89,13 @@ class PoolOptions:
             ) as engine:
                 yield engine
         else:
-            gpus = listed("gpus", self.gpus)
-            yield Engine(of_machine(count, gpus, device, max_gpus, ddp))
+            yield Engine(of_machine(count, self.gpu_ids, device, max_gpus, ddp))
 
     def room(self, at_once: int | None, ddp: int) -> tuple[int | None, int | None]:
         """The number of slots and the largest number of GPUs; None is no limit."""
         if not self.parallel or at_once == 1:
             return 1, None
-        if at_once is None or self.slots or self.gpus or self.max_gpus:
+        if at_once is None or self.slots or self.gpus is not None or self.max_gpus:
             return self.slots, self.max_gpus
         return None, at_once * ddp
 
@@ -157,13 +164,3 @@ def list_checkpoints(folder: Path) -> int:
 
     checkpoints.print_checkpoints(folder, console())
     return 0
-
-
-def listed(flag: str, text: str | None) -> list[str] | None:
-    """`1,2` as a list; None stays None."""
-    if text is None:
-        return None
-    items = [item.strip() for item in text.split(",")]
-    if "" in items or len(set(items)) < len(items):
-        raise ConfigError(f"--{flag} {text}: expected different names separated by commas")
-    return items

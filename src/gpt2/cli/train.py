@@ -76,7 +76,7 @@ def train_main() -> int:
 
 def _train(run_config: RunConfig, arguments: Sequence[str], rank: int, world_size: int) -> int:
     # They import torch: see `gpt2.cli.parse`.
-    from gpt2.distributed import device
+    from gpt2.distributed import visible_gpus
     from gpt2.train import experiment_folder, trainer
 
     def configure(stored: Mapping[str, Any] | None) -> RunConfig:  # called on rank 0
@@ -87,7 +87,7 @@ def _train(run_config: RunConfig, arguments: Sequence[str], rank: int, world_siz
     result = trainer.run(run_config, configure=configure)
     if rank == 0 and result.state == "finished":
         run = experiment_folder.resolve(run_config)
-        gpus = None if run == run_config else device.visible_gpus()
+        gpus = None if run == run_config else visible_gpus.ids()
         try:
             print(next_commands(run, arguments, world_size, result.step, gpus), flush=True)
         except OSError as error:  # a full disk, a closed pipe: the run has finished all the same
@@ -172,9 +172,10 @@ def next_commands(
     arguments: Sequence[str],
     world_size: int,
     step: int,
-    visible_gpus: str | None = None,
+    gpus: Sequence[str] | None = None,
 ) -> str:
-    """Commands to type after a finished run; `visible_gpus` if its files are named after a GPU."""
+    """Commands to type after a finished run; `gpus` are the visible ones if its files are named
+    after a GPU."""
     flags = _without(arguments, "--resume", "--max_steps", "--decay_steps", "--init_from")
     as_script = not sys.argv[0].startswith("gpt2 ")
     train = "python src/train_improved.py" if as_script else "gpt2 train"
@@ -182,8 +183,8 @@ def next_commands(
     launcher = train
     if world_size > 1:
         launcher = f"torchrun --standalone --nproc_per_node={world_size} src/train_improved.py"
-    if visible_gpus is not None:
-        launcher = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible_gpus)} {launcher}"
+    if gpus is not None:
+        launcher = f"CUDA_VISIBLE_DEVICES={shlex.quote(','.join(gpus))} {launcher}"
     folder = run.checkpoint.checkpoint_dir
     folder_flag = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"

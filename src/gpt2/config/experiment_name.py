@@ -5,9 +5,12 @@ where its files are.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt2.base.errors import ConfigError
+from gpt2.base.validation import require
+from gpt2.config import gpu_list
 
 _SAFE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # Without _, so that `read_label` is unambiguous.
@@ -36,6 +39,10 @@ class ExperimentConfig:
         flag = "wandb_run_name" if self.experiment_name is None else "experiment_name"
         _require_safe(flag, self.name, _SAFE_NAME, "letters, digits, . _ and -")
         _require_safe("gpu_id", self.gpu_id, _SAFE_ID, "letters, digits, . and -")
+        require(
+            self.gpu_id in (None, CPU) or gpu_list.is_gpu(self.gpu_id or ""),
+            f"gpu_id={self.gpu_id} is not a GPU; expected one such as 2 or GPU-8f3a51c2, or {CPU}",
+        )
 
     @property
     def name(self) -> str | None:
@@ -69,28 +76,28 @@ def link_name(name: str, gpu_id: str) -> str:
     return f"ckpt_exp_{label(name, gpu_id)}.pt"
 
 
-def first_visible(visible: str) -> str:
-    """The first GPU in a value of CUDA_VISIBLE_DEVICES, as a gpu_id; `cpu` if it hides all."""
-    first = visible.split(",")[0].strip()
-    safe = re.sub(r"[^A-Za-z0-9.-]", "-", first)  # such as the / of MIG-GPU-…/1/0
-    return safe if safe and not safe.startswith("-") else CPU
+def first_gpu(shown: Sequence[str]) -> str:
+    """The first of the GPUs that CUDA shows, as a gpu_id; `cpu` if it shows none."""
+    return as_gpu_id(shown[0]) if shown else CPU
 
 
-def gpu_index(gpu_id: str, visible: str | None, count: int) -> int:
-    """The index of a GPU among the `count` that CUDA shows this process.
+def as_gpu_id(gpu: str) -> str:
+    """A GPU as a part of file names: without the / of MIG-GPU-…/1/0."""
+    return gpu.replace("/", "-")
+
+
+def gpu_index(gpu_id: str, shown: Sequence[str]) -> int:
+    """The index of a GPU among those that CUDA shows this process.
 
     With one GPU and ids that cannot be compared (a number and a UUID), it is that one. Raises
     ConfigError if CUDA shows no such GPU.
     """
-    shown = [str(index) for index in range(count)]
-    if visible is not None:
-        shown = [first_visible(item) for item in visible.split(",")][:count]
-    if gpu_id in shown:
-        return shown.index(gpu_id)
-    if count == 1 and gpu_id.isdigit() != shown[0].isdigit():
+    ids = [as_gpu_id(gpu) for gpu in shown]
+    if (found := gpu_list.find(gpu_id, ids)) is not None:
+        return ids.index(found)
+    if len(ids) == 1 and gpu_list.is_uuid(gpu_id) != gpu_list.is_uuid(ids[0]):
         return 0
-    given = f"CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "this machine"
     raise ConfigError(
-        f"gpu_id={gpu_id} is invalid: {given} has {', '.join(shown)}; "
-        f"leave --gpu_id out, or start with CUDA_VISIBLE_DEVICES={gpu_id}"
+        f"gpu_id={gpu_id} is invalid: CUDA shows this process {', '.join(ids)}; leave --gpu_id "
+        f"out, or start with {gpu_list.VARIABLE}={gpu_id}"
     )

@@ -11,6 +11,7 @@ import torch
 
 from gpt2.base.errors import ConfigError
 from gpt2.config import experiment_name, flops
+from gpt2.distributed import visible_gpus
 from gpt2.distributed.world import World
 
 THREADS = "GPT2_THREADS_OF_A_RANK"
@@ -18,19 +19,15 @@ THREADS = "GPT2_THREADS_OF_A_RANK"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def visible_gpus() -> str | None:
-    """CUDA_VISIBLE_DEVICES; None if it is not set."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
 def gpu_id(wanted: str) -> str:
     """The id of the GPU that this process uses by default, or `cpu`.
 
-    `wanted` is the value of --device: auto, cpu or cuda.
+    `wanted` is the value of --device: auto, cpu or cuda. Raises ConfigError if
+    CUDA_VISIBLE_DEVICES is invalid.
     """
-    visible = visible_gpus()
-    if visible is not None:
-        return experiment_name.first_visible(visible)
+    shown = visible_gpus.ids()
+    if shown is not None:
+        return experiment_name.first_gpu(shown)
     if wanted == "cpu" or not torch.cuda.is_available():
         return experiment_name.CPU
     return str(torch.cuda.current_device())
@@ -104,9 +101,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> torch.device:
     """The device of a rank. `wanted` is the value of --device, `gpu` that of --gpu_id.
 
-    Raises ConfigError if the two contradict each other, the device does not exist, or the machine
-    has more ranks than GPUs.
+    Raises ConfigError if the two contradict each other, the device does not exist, the machine has
+    more ranks than GPUs, or CUDA_VISIBLE_DEVICES is invalid.
     """
+    visible_gpus.ids()  # in CUDA's own spelling, before CUDA reads them
     if gpu == experiment_name.CPU:
         if wanted == "cuda":
             raise ConfigError("device=cuda and gpu_id=cpu contradict each other; give one of them")
@@ -122,7 +120,7 @@ def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> to
             f"use --nproc_per_node={gpus}, or --device cpu"
         )
     if gpu is not None and local_size == 1:
-        return torch.device("cuda", experiment_name.gpu_index(gpu, visible_gpus(), gpus))
+        return torch.device("cuda", experiment_name.gpu_index(gpu, visible_gpus.ids_of(gpus)))
     return torch.device("cuda", local_rank)
 
 

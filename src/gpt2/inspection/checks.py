@@ -99,8 +99,8 @@ def check_gpus(gpus: list[Gpu], state_bytes: int) -> Iterator[Finding]:
     """Whether each GPU has room for the training state; activations of a batch are not counted."""
     # A checkpoint has the weights and both moments; the gradient adds a third of that.
     needed = state_bytes * 4 // 3
-    for index, gpu in enumerate(gpus):
-        yield _check_gpu(f"GPU {index}", gpu, needed)
+    for gpu in gpus:
+        yield _check_gpu(f"GPU {gpu.id}", gpu, needed)
     if len({gpu.name for gpu in gpus}) > 1:
         yield Finding("note", "GPUs", "are of several kinds: every step waits for the slowest")
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpt2.base import folder_lock, log
-from gpt2.base.errors import UserError
+from gpt2.base.errors import ConfigError, UserError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.config import flops
@@ -62,6 +62,8 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     if device_option != "cpu":
         try:
             gpus = machine.gpus()
+        except ConfigError as error:
+            yield Finding("PROBLEM", "GPU", str(error))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             yield Finding("PROBLEM", "GPU", reason, "see nvidia-smi; a reboot may help")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from gpt2.distributed import visible_gpus
+
 DISTRIBUTION = "gpt2-from-scratch"
 SHARED_MEMORY = Path("/dev/shm")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -25,6 +27,8 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 class Gpu:
     """A GPU that torch sees."""
 
+    id: str
+    """as CUDA_VISIBLE_DEVICES names it"""
     name: str
     memory_bytes: int
     free_bytes: int
@@ -42,14 +46,17 @@ class Torch:
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that torch sees; raises RuntimeError if one does not respond."""
-    return [_gpu(index) for index in range(torch.cuda.device_count())]
+    """The GPUs that torch sees; raises RuntimeError if one does not respond, and ConfigError if
+    CUDA_VISIBLE_DEVICES is invalid."""
+    visible_gpus.ids()  # in CUDA's own spelling, before CUDA reads them
+    count = torch.cuda.device_count()
+    return [_gpu(index, visible_gpus.ids_of(count)[index]) for index in range(count)]
 
 
-def _gpu(index: int) -> Gpu:
+def _gpu(index: int, gpu_id: str) -> Gpu:
     free, total = torch.cuda.mem_get_info(index)
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return Gpu(name, total, free, capability)
+    return Gpu(gpu_id, name, total, free, capability)
 
 
 def installed_torch() -> Torch:

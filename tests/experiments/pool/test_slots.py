@@ -14,9 +14,10 @@ def test_without_gpus_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     found = slots.of_machine()
     assert [slot.name for slot in found] == ["cpu0", "cpu1"]
-    assert [slot.environment for slot in found] == [{"OMP_NUM_THREADS": "6"}] * 2
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert [slot.environment for slot in found] == [hidden | {"OMP_NUM_THREADS": "6"}] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert slots.of_machine(3)[2].environment == {"OMP_NUM_THREADS": "1"}
+    assert slots.of_machine(3)[2].environment == hidden | {"OMP_NUM_THREADS": "1"}
     for refused in ({"gpus": ["0"]}, {"device": "cuda"}):
         with pytest.raises(ConfigError, match="GPU"):
             slots.of_machine(**refused)
@@ -37,8 +38,20 @@ def test_each_gpu_is_a_slot_by_its_own_name(monkeypatch: pytest.MonkeyPatch):
     assert [slot.name for slot in slots.of_machine(device="cpu")] == ["cpu0", "cpu1"]
     with pytest.raises(ConfigError, match="no GPU 0; available: 2, 5, GPU-8f3a-11"):
         slots.of_machine(gpus=["0"])
+    assert seen(gpus=["GPU-8f"]) == {"gpu-8f3a-11": "GPU-8f3a-11"}, "the beginning of a UUID"
+    assert [slot.name for slot in slots.of_machine(gpus=[])] == ["cpu0", "cpu1"]
+    with pytest.raises(ConfigError, match="device=cuda, but --gpus chooses none"):
+        slots.of_machine(gpus=[], device="cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1-2")
+    assert seen() == {"gpu1": "1", "gpu2": "2"}
+    with pytest.raises(ConfigError, match="no GPU GPU-8f; available: 1, 2"):
+        slots.of_machine(gpus=["GPU-8f"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0 1")
+    with pytest.raises(ConfigError, match="'0 1' is not a GPU"):
+        slots.of_machine(device="cpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert seen() == {"gpu0": "0", "gpu1": "1", "gpu2": "2"}
+    assert seen(gpus=["GPU-8f", "1"]) == {"gpu-8f": "GPU-8f", "gpu1": "1"}
 
 
 def test_ddp_gives_each_slot_several_gpus(
@@ -61,7 +74,7 @@ def test_ddp_gives_each_slot_several_gpus(
     shared = {"gpu0-1": ("0,1", "5"), "gpu2-5": ("2,5", "5"), "gpu0-1_2": ("0,1", "5")}
     assert seen(count=3) == shared, "in turn"
     assert seen(gpus=["7", "2", "1"], max_gpus=2) == {"gpu7-2": ("7,2", "16")}
-    assert seen(device="cpu") == {"cpu0": ("8",), "cpu1": ("8",)}
+    assert seen(device="cpu") == {"cpu0": ("", "8"), "cpu1": ("", "8")}
     with pytest.raises(ConfigError, match=r"needs 2 GPUs, got 1 GPU \(5\); use --ddp 1"):
         seen(gpus=["5"])
     with pytest.raises(ConfigError, match=r"got 5 GPUs \(0, 1, 2, 5, 7\); use --ddp 5"):

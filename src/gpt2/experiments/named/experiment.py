@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.base.errors import ConfigError
-from gpt2.config import experiment_name
+from gpt2.config import experiment_name, gpu_list
 
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
@@ -29,7 +29,8 @@ class Experiment:
             name, has_value, value = flag.partition("=")
             given[name.replace("-", "_")] = value if has_value else following
         log_dir = given.get("__log_dir") or Path(given.get("__out_dir", ""), "logs")
-        gpu_id = experiment_name.first_visible(environment["CUDA_VISIBLE_DEVICES"])
+        shown = gpu_list.shown_by(environment[gpu_list.VARIABLE])
+        gpu_id = experiment_name.first_gpu(shown or [])
         return Path(log_dir) / experiment_name.label(self.name, gpu_id)
 
     def console(self, environment: Mapping[str, str], begun: str) -> Path:

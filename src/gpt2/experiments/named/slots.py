@@ -2,37 +2,25 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
+from gpt2.distributed import visible_gpus
 from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.job import Slot
 
 
 def of(gpus: Sequence[str], shares: int) -> list[Slot]:
-    """A slot for each of these values of CUDA_VISIBLE_DEVICES; without any, `shares` of the cores,
-    which see no GPU."""
+    """A slot for each of these GPUs; without any, `shares` of the cores."""
     threads = slots.threads(len(os.sched_getaffinity(0)) / (len(gpus) or shares))
-    if gpus:
-        return slots.of_gpus(gpus, len(gpus), threads)
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    shared = slots.of_cores(shares, threads)
-    return [replace(slot, environment={**slot.environment, **hidden}) for slot in shared]
+    return slots.of_gpus(gpus, len(gpus), threads) if gpus else slots.of_cores(shares, threads)
 
 
-def of_machine() -> list[Slot]:
-    """The slots of the GPUs that CUDA_VISIBLE_DEVICES shows, or that the machine has without it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+def of_machine(gpus: Sequence[str] | None = None, max_gpus: int | None = None) -> list[Slot]:
+    """The slots of these GPUs, `max_gpus` at most; the default is those that CUDA_VISIBLE_DEVICES
+    shows, or that the machine has without it. Without GPUs there are two, or one for `max_gpus` 1.
+    """
+    shown = visible_gpus.ids() if gpus is None else gpus
+    if shown is None:
         import torch  # takes seconds to import
 
-        visible = ",".join(str(index) for index in range(torch.cuda.device_count()))
-    return of(valid_ids(visible)[0], slots.CPU_SHARES)
-
-
-def valid_ids(text: str) -> tuple[list[str], bool]:
-    """The ids of a list such as 0,2 that CUDA would show, which are those before the first invalid
-    one, such as -1; and whether the list has ids and all are valid."""
-    items = ["".join(item.split()) for item in text.removesuffix(",").split(",")]
-    invalid = (index for index, item in enumerate(items) if not item or item.startswith("-"))
-    end = next(invalid, len(items))
-    return items[:end], end == len(items)
+        shown = visible_gpus.ids_of(torch.cuda.device_count())
+    return of(shown[:max_gpus], min(slots.CPU_SHARES, max_gpus or slots.CPU_SHARES))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import counted
 from gpt2.base.validation import suggestion
+from gpt2.config import gpu_list
+from gpt2.distributed import visible_gpus
 from gpt2.experiments.pool.job import Slot
 
 logger = logging.getLogger(__name__)
@@ -27,23 +29,36 @@ def of_machine(
     """The slots of this machine: `count` of them, each with `ddp` GPUs.
 
     `gpus` (physical ids) limits the GPUs to these, in this order; `max_gpus` to the first ones.
-    Without `count`, every group of `ddp` GPUs is a slot; a machine without GPUs has two slots,
-    which share the cores. More slots than groups share the groups in turn. Raises ConfigError for
-    a GPU that does not exist, and for fewer GPUs than `ddp`.
+    Without `count`, every group of `ddp` GPUs is a slot; without GPUs there are two slots, which
+    share the cores. More slots than groups share the groups in turn. Raises ConfigError for a GPU
+    that does not exist, for fewer GPUs than `ddp`, and if CUDA_VISIBLE_DEVICES is invalid.
     """
-    available = [] if device == "cpu" else _visible_gpus()
-    if missing := [gpu for gpu in gpus or () if gpu not in available]:
-        there = f"available: {', '.join(available)}" if available else "torch sees no GPU"
-        raise ConfigError(
-            f"--gpus: no GPU {missing[0]}{suggestion(missing[0], available)}; {there}"
-        )
-    if device == "cuda" and not available:
-        raise ConfigError("device=cuda, but torch sees no GPU; use --device cpu")
-    chosen = (available if gpus is None else gpus)[:max_gpus]
-    groups = _groups(chosen, ddp)
+    visible_gpus.ids()  # in CUDA's own spelling, before CUDA reads them
+    available = [] if device == "cpu" else _available()
+    chosen = available if gpus is None else [_found(gpu, available) for gpu in gpus]
+    if device == "cuda" and not chosen:
+        reason = "--gpus chooses none" if available else "torch sees no GPU"
+        raise ConfigError(f"device=cuda, but {reason}; use --device cpu")
+    groups = _groups(chosen[:max_gpus], ddp)
     count = count or len(groups) or min(CPU_SHARES, max_gpus or CPU_SHARES)
     own_threads = threads(len(os.sched_getaffinity(0)) / (count * ddp))
     return of_gpus(groups, count, own_threads) if groups else of_cores(count, own_threads)
+
+
+def _available() -> list[str]:
+    import torch  # takes seconds to import; `device_count` creates no context on a GPU
+
+    return visible_gpus.ids_of(torch.cuda.device_count())
+
+
+def _found(gpu: str, available: Sequence[str]) -> str:
+    """The GPU as one of those that are available, where its UUID may be shortened."""
+    if (found := gpu_list.find(gpu, available)) is not None:
+        return found
+    if available and gpu_list.is_uuid(gpu) and visible_gpus.ids() is None:
+        return gpu  # of one that torch knows by its index
+    there = f"available: {', '.join(available)}" if available else "torch sees no GPU"
+    raise ConfigError(f"--gpus: no GPU {gpu}{suggestion(gpu, available)}; {there}")
 
 
 def _groups(gpus: Sequence[str], ddp: int) -> list[str]:
@@ -69,13 +84,14 @@ def of_gpus(groups: Sequence[str], count: int, threads: str) -> list[Slot]:
         name = f"{'' if short.startswith(('gpu', 'mig')) else 'gpu'}{short}"
         names.append(name)
         name += f"_{names.count(name)}" if names.count(name) > 1 else ""
-        slots.append(Slot(index, name, {"CUDA_VISIBLE_DEVICES": group, "OMP_NUM_THREADS": threads}))
+        slots.append(Slot(index, name, {gpu_list.VARIABLE: group, "OMP_NUM_THREADS": threads}))
     return slots
 
 
 def of_cores(count: int, threads: str) -> list[Slot]:
-    """`count` slots that share the cores."""
-    return [Slot(index, f"cpu{index}", {"OMP_NUM_THREADS": threads}) for index in range(count)]
+    """`count` slots that share the cores, and see no GPU."""
+    environment = {gpu_list.VARIABLE: "", "OMP_NUM_THREADS": threads}
+    return [Slot(index, f"cpu{index}", environment) for index in range(count)]
 
 
 def threads(cores: float) -> str:
@@ -92,15 +108,6 @@ def fair_share(capacities: Sequence[float], count: int) -> float:
         return sum(int(capacity / share + 1e-9) for capacity in capacities) >= count
 
     return math.floor(max(filter(fits, shares), default=0.0) * 1e4) / 1e4  # as exact as Ray's
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    import torch  # takes seconds to import; `device_count` creates no context on a GPU
-
-    count = torch.cuda.device_count()
-    listed = [item.strip() for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return [item for item in listed if item][:count] or [str(index) for index in range(count)]
 
 
 def preferred_slots(jobs: int, slots: int) -> list[int | None]:
