@@ -251,12 +251,19 @@ def test_what_is_not_there(tmp_path: Path, which: str, message: str):
         store.find(tmp_path, which)
 
 
-def test_what_is_no_checkpoint_but_belongs_to_some_is_named(tmp_path: Path):
-    path = save(tmp_path, 4)
-    with pytest.raises(CheckpointError, match=r"is the metadata; use .*step_000004\.pt"):
-        store.find(tmp_path, str(path.with_suffix(".json")))
-    with pytest.raises(CheckpointError, match="is a folder; use --checkpoint_dir"):
-        store.find(tmp_path, str(tmp_path))
+def test_metadata_and_folders_name_a_checkpoint(tmp_path: Path):
+    folder = tmp_path / "out" / "checkpoints"
+    folder.mkdir(parents=True)
+    first, newest = save(folder, 4), save(folder, 8)
+    elsewhere = tmp_path / "elsewhere"
+    assert store.find(elsewhere, str(first.with_suffix(".json"))) == first
+    assert store.find(elsewhere, str(folder)) == store.find(elsewhere, str(folder.parent)) == newest
+    newest.write_bytes(b"")
+    assert store.find(folder, str(folder), set_aside=True) == first
+    assert newest.exists(), "the folder may be that of another run"
+    for which, words in ((tmp_path, "no checkpoint in the folder"), ("4.json", "no checkpoint at")):
+        with pytest.raises(CheckpointError, match=words):
+            store.find(elsewhere, str(which))
 
 
 def test_a_file_without_metadata_does_not_count(tmp_path: Path):

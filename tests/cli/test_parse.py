@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.base.errors import ConfigError, UserError
+from gpt2.cli import main
 from gpt2.cli.parse import BROKEN_PIPE, USER_ERROR, guarded, parse, parse_known
 from support import HANG_S
 
@@ -115,6 +117,16 @@ def test_a_closed_pipe_has_one_exit_code(tmp_path: Path):
         command.stdout.readline()
         command.stdout.close()
         assert (command.wait(), command.stderr.read()) == (BROKEN_PIPE, b"")
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "data --help", "experiments --help"])
+def test_what_a_command_says_of_itself_is_a_result_too(tmp_path: Path, monkeypatch, command: str):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as closed_pipe:
+        monkeypatch.setattr(sys, "stdout", closed_pipe)
+        monkeypatch.setattr(sys, "argv", ["gpt2", *command.split()])
+        assert main.main() == BROKEN_PIPE
 
 
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path: Path):

@@ -161,6 +161,22 @@ def test_a_file_overrides_the_checkpoint_and_flags_override_the_file(begun: Path
     assert train.parse_run(TrainCommand, other, stored=stored).run == parse_train(other).run
 
 
+def test_relative_data_is_looked_for_in_the_current_folder(
+    begun: Path, data_root: Path, tmp_path: Path, monkeypatch, capsys
+):
+    stored = state_of(begun, 4)["config"]
+    again = ("--out_dir", begun, "--resume", "latest", "--max_steps", 5)
+    for root, is_here in (("small", False), ("small", True), ("small/*.npy", True)):
+        stored["data"]["data_root"] = root
+        rewritten(begun, 4, config=stored)
+        monkeypatch.chdir(data_root.parent if is_here else tmp_path)
+        assert command(monkeypatch, *again) == (0 if is_here else 2)
+        error = capsys.readouterr().err
+        assert ("WARNING: --data" in error, "error" in error) == (False, not is_here)
+        if not is_here:
+            assert error.count("\n") == 1 and f"folder, {tmp_path}; resume it where" in error
+
+
 def test_what_is_of_one_process_is_never_taken():
     values = {
         "data.cache_dir": "elsewhere",

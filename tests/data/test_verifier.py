@@ -124,7 +124,9 @@ def test_a_shard_without_a_digest_that_changes_before_it_is_hashed(folder: Path)
     assert "small_train_000001.npy" in index.content.fault.reason
 
 
-def test_a_changed_shard_is_hashed_before_its_rows_are_used(folder: Path, hashed: list[str]):
+def test_a_changed_shard_is_hashed_before_its_rows_are_used(
+    folder: Path, hashed: list[str], caplog
+):
     index, rows = local(folder), np.array([[0, 3], [0, 4], [1, 0]])
     dataset = TokenDataset(index, "train", 32)
     before = dataset.read(rows)
@@ -138,6 +140,10 @@ def test_a_changed_shard_is_hashed_before_its_rows_are_used(folder: Path, hashed
     assert np.array_equal(dataset.read(rows), before)
     path.unlink()  # the open file is as it was
     assert np.array_equal(dataset.read(rows), before)
+    assert np.array_equal(dataset.read(rows), before)
+    assert [item.getMessage().partition(":")[0] for item in caplog.records] == [
+        f"{path} has been removed"  # once
+    ]
     np.save(path, np.arange(8000, dtype=np.uint16))
     with pytest.raises(DataError, match=rf"{path.name} has changed since the run opened it; prep"):
         dataset.read(rows)

@@ -33,6 +33,19 @@ def test_a_failure_is_raised_with_its_traceback(failing: int):
     assert isinstance(caught.value.own_error, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_stop_goes_before_a_failure(failing: int):
+    """As of a shard that has changed: the run ends because of it, with one line."""
+    stop: list[int] = []
+
+    def work(number: int) -> None:
+        if number == failing:
+            stop.append(7)
+            raise ZeroDivisionError("the reason")
+
+    assert not in_rounds(ALONE, range(3), work, lambda: sum(stop))
+
+
 def test_a_failure_keeps_no_tensors():
     """What did not fit into the memory must be free for the steps that follow."""
     kept: list[int] = []

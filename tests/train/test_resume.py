@@ -10,7 +10,7 @@ from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata, read_metadata
 from gpt2.cli import train
-from gpt2.config import options
+from gpt2.config import lr_schedule, options
 from gpt2.data.remote import Storage
 from gpt2.data.shards import load_index
 from gpt2.distributed import world
@@ -74,7 +74,8 @@ def test_a_learning_rate_that_jumps_is_a_warning(tmp_path, before, changes, step
 
 
 def test_what_is_typed_after_a_finished_run_does_not_jump(tmp_path: Path):
-    for options_ in ({}, {"decay_steps": 50}, {"decay_steps": 500}, {"schedule": "wsd"}):
+    choices = [{}, {"decay_steps": 50}, {"decay_steps": 500}, {"schedule": "wsd"}]
+    for options_ in (*choices, {"warmup_steps": 150}):
         run = small_config(tmp_path, tmp_path, **COSINE | options_)
         text = train.next_commands(run, ["--preset", "demo", "--max_steps=100"], 1, step=100)
         flags = text.partition("--preset demo ")[2].splitlines()[0].split()
@@ -82,6 +83,7 @@ def test_what_is_typed_after_a_finished_run_does_not_jump(tmp_path: Path):
         now = train.parse_run(train.TrainCommand, flags, stored=run.to_dict()).run
         assert (now.data.max_steps, now.checkpoint.resume) == (200, "latest")
         assert stored.rate_warning(now, 10**6, 100) is None
+        assert lr_schedule.warning(now.lr_schedule(200), 200) is None
 
 
 def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):

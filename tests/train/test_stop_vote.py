@@ -1,16 +1,21 @@
 """Ranks as threads that vote through a shared maximum; tests/faults has real ones."""
 
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import pytest
+import torch
 
 from gpt2.distributed.signals import StopRequest
+from gpt2.distributed.world import World
 from gpt2.train.stop_vote import StopVote
+from gpt2.train.training_run import DATA_FAULT
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -61,6 +66,16 @@ def test_one_request_stops_all(requested: int | None):
         requests[requested].request(15)
     found = outcomes(*(vote.is_to_stop for vote in votes(requests)))
     assert found == [requested is not None] * 3
+
+
+def test_a_request_of_one_rank_alone_leaves_no_micro_batch_out():
+    """It would wait for the rest of the others' step: for how long a collective may take."""
+    requests = [StopRequest(), StopRequest()]
+    alone, together = (StopVote(World(0, size, CPU), requests[0], str) for size in (1, 2))
+    requests[0].request(DATA_FAULT)
+    assert alone.is_requested and not together.is_requested
+    requests[1].request(signal.SIGTERM)
+    assert StopVote(World(0, 2, CPU), requests[1], str).is_requested
 
 
 def test_ranks_wait_for_the_data_of_others():

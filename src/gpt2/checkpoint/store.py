@@ -156,7 +156,8 @@ def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
 
 
 def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
-    """The path of the checkpoint that `which` names: `latest`, `best`, a step or a path.
+    """The path of the checkpoint that `which` names: `latest`, `best`, a step or a path, also of
+    its metadata, or of a folder that has checkpoints, of which it is the newest.
 
     `latest` skips damaged checkpoints, with a warning, and returns None if there are no checkpoints
     at all. `set_aside` renames damaged ones; only the run that owns `folder` may set it. Raises
@@ -181,15 +182,24 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
         raise CheckpointError(f"{folder} has no checkpoint of step {which}; steps: {steps}")
     path = resolved(Path(which))
     if path.is_dir():
-        raise CheckpointError(f"{which} is a folder; use --checkpoint_dir {which} with latest")
-    if path.suffix == ".json" and path.with_suffix(".pt").is_file():
-        raise CheckpointError(f"{which} is the metadata; use {path.with_suffix('.pt')}")
+        return _find_in(path)
+    if path.suffix == ".json":
+        path = path.with_suffix(".pt")
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {which}; use latest, best, a step or a path "
             "(--list_checkpoints shows them)"
         )
     return path
+
+
+def _find_in(folder: Path) -> Path:
+    """The newest undamaged checkpoint in `folder`, a --checkpoint_dir or an --out_dir."""
+    found = _find_latest(folder, set_aside=False)
+    found = found or _find_latest(folder / "checkpoints", set_aside=False)
+    if found is None:
+        raise CheckpointError(f"no checkpoint in the folder {folder}; use the path of one")
+    return found
 
 
 def resolved(path: Path) -> Path:

@@ -16,7 +16,7 @@ from rich.table import Table
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
-from gpt2.cli.parse import CommandOptions, guarded, run_command
+from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
 from gpt2.data import corpora, prepare, shards, tokenizer
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
@@ -111,8 +111,7 @@ def data_main() -> int:
     """`gpt2 data …`."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(_usage())
-        return 0
+        return show_text(_usage())
     sys.argv[0] += f" {name}"
     if name in ACTIONS:
         kind, run = ACTIONS[name]

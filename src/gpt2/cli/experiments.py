@@ -12,7 +12,15 @@ from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST, require_within, suggestion
 from gpt2.cli import experiments_run
-from gpt2.cli.parse import CommandOptions, guarded, run_command
+from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
+
+USAGE = """usage: gpt2 experiments ACTION [OPTIONS]
+
+  list [DIR]   list every experiment and training in a folder
+  show DIR     show the state, the results and the failures of an experiment
+  run NAME …   train several named experiments side by side
+
+`gpt2 experiments ACTION --help` lists its options"""
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,7 @@ def experiments_main() -> int:
     """`gpt2 experiments …`."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(
-            "usage: gpt2 experiments ACTION [OPTIONS]\n\n"
-            "  list [DIR]   list every experiment and training in a folder\n"
-            "  show DIR     show the state, the results and the failures of an experiment\n"
-            "  run NAME …   train several named experiments side by side\n\n"
-            "`gpt2 experiments ACTION --help` lists its options"
-        )
-        return 0
+        return show_text(USAGE)
     sys.argv[0] += f" {name}"
     if name == "list":
         return run_command(ListCommand, _list, rest)

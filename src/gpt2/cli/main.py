@@ -1,7 +1,6 @@
 """The `gpt2` command: imports the module of the command that is named, and runs it."""
 
 import importlib
-import os
 import sys
 
 import gpt2
@@ -33,19 +32,16 @@ def main() -> int:
         module = importlib.import_module(f"gpt2.cli.{name}")
         code: int = getattr(module, f"{name}_main")()
         return code
-    if name == "--version":
-        print(gpt2.__version__)
-        return 0
+    from gpt2.cli import parse  # it imports tyro, which the commands import at their time
+
     listing = "\n".join(f"  {command:<12} {text}" for command, text in COMMANDS.items())
     usage = f"usage: gpt2 COMMAND [OPTIONS]\n\n{listing}\n\n`gpt2 COMMAND --help` lists its options"
+    if name == "--version":
+        return parse.show_text(gpt2.__version__)
     if name in ("-h", "--help"):
-        try:
-            print(usage, flush=True)
-        except BrokenPipeError:  # `… | head` has closed standard output
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return parse.show_text(usage)
     print(
         f"error: unknown command {name}{suggestion(name, list(COMMANDS))}\n\n{usage}",
         file=sys.stderr,
     )
-    return 2
+    return parse.USER_ERROR

@@ -169,6 +169,16 @@ def guarded(
         return USER_ERROR
 
 
+def show_text(text: str) -> int:
+    """Prints what a command with several actions says of itself; returns the exit code."""
+
+    def body() -> int:
+        print(text)
+        return 0
+
+    return guarded(body)
+
+
 def _open_closed_streams() -> None:
     """Opens the null device in place of standard streams that are closed (`>&-`). Otherwise the
     next files would get their numbers, and what a library prints would go into these files."""

@@ -189,14 +189,15 @@ def next_commands(
     folder_flag = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
     )
-    decay_steps = run.optim.decay_steps or step  # longer, the learning rate would rise again
+    # A decay that ends later would raise the learning rate again; a warm-up just goes on.
+    decay_steps = run.optim.decay_steps or (step if step > run.optim.warmup_steps else None)
+    decay = "" if decay_steps is None else f" --decay_steps {decay_steps}"
     prompt = shlex.quote(run.evaluation.sample_prompt)
     tensorboard = "./start_tensorboard.sh" if as_script else "tensorboard"
     if run.watch.runs_dir != Path("runs") or not as_script:
         tensorboard += f" --logdir {shlex.quote(str(run.watch.runs_dir.resolve()))}"
     rows = {
-        "resume": f"{launcher} {shlex.join(flags)} --resume latest --max_steps {2 * step} "
-        f"--decay_steps {decay_steps}",
+        "resume": f"{launcher} {shlex.join(flags)} --resume latest --max_steps {2 * step}{decay}",
         "watch": tensorboard,
         "list": f"{train}{folder_flag} --list_checkpoints",
         "estimate": f"{estimate}{folder_flag}",

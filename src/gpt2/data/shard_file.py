@@ -4,6 +4,7 @@ Rows are read by position, not through a memory map: what is truncated or on a b
 the process there.
 """
 
+import logging
 import os
 import weakref
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from gpt2.base.errors import DataError
 from gpt2.data import digests, formats
 from gpt2.data.digests import Version
 from gpt2.data.formats import DTYPE, HEAD_BYTES, Layout, Tokens
+
+logger = logging.getLogger(__name__)
 
 SAMPLED_IDS = 4096
 
@@ -29,6 +32,7 @@ class ShardFile:
     layout: Layout
     version: Version
     """of the file that was opened, or of one with the same content that took its place"""
+    _is_removed: bool = False
 
     def __post_init__(self) -> None:
         self.close = weakref.finalize(self, os.close, self.handle)
@@ -41,10 +45,17 @@ class ShardFile:
 
     def is_unchanged(self) -> bool:
         """Whether the path still has the version that was opened. A file that was removed stays
-        readable as it was."""
+        readable as it was, which is a warning, once."""
         try:
             return digests.version_of(self.path.stat()) == self.version
         except FileNotFoundError:
+            if not self._is_removed:
+                logger.warning(
+                    "%s has been removed: this process still reads it, but a resume will need it; "
+                    "put it back",
+                    self.name,
+                )
+            self._is_removed = True
             return True
 
     def hash(self) -> str:

@@ -26,20 +26,26 @@ def in_rounds(
 ) -> bool:
     """Calls `work` for each of `rounds`, of which every rank has as many.
 
-    Returns False if `stop()` was not 0 on some rank before a round. Raises MeasurementFailed if
-    `work` raised on some rank. A rank whose work has failed comes to the collective of the next
-    round all the same, so that no rank waits for it.
+    Returns False if `stop()` was not 0 on some rank before a round, or after an error. Raises
+    MeasurementFailed if `work` raised on some rank. A rank whose work has failed comes to the
+    collective of the next round all the same, so that no rank waits for it.
     """
     error: Exception | None = None
+
+    def vote() -> int:
+        # A stop counts more than an error: shards that have changed are both, and a resume measures
+        # again what a stop has left out.
+        return stop() or (FAILED if error else 0)
+
     for item in rounds:
-        if agreed := world.all_reduce_max(FAILED if error else stop()):
+        if agreed := world.all_reduce_max(vote()):
             break
         try:
             work(item)
         except Exception as raised:  # reported by every rank, below
             error = raised
     else:
-        agreed = world.all_reduce_max(FAILED if error else 0)
+        agreed = world.all_reduce_max(vote() if error else 0)
     if agreed < FAILED:
         return agreed == 0
     traces = world.gather_objects(_trace(error) if error else "")

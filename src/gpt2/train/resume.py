@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from gpt2.base import atomic_files
-from gpt2.base.errors import CheckpointError, ConfigError
+from gpt2.base.errors import CheckpointError, ConfigError, DataError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options, presets
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
-from gpt2.data import remote
+from gpt2.data.remote import Storage
 from gpt2.data.shards import ENDS, DatasetIndex, Shard, Split
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
-from gpt2.train import experiment_folder
+from gpt2.train import dataset, experiment_folder
 from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class StartingPoint:
         """The configuration that trains: what was not typed comes from the checkpoint.
 
         `run_config` has the folders; without `configure` it is complete. Raises ConfigError if what
-        was typed does not fit the rest, or the checkpoint has values that flags could not have.
+        was typed does not fit the rest, or the checkpoint has values that flags could not have, and
+        DataError if its data is missing because the run began in another folder.
         """
         if configure is None:
             return run_config
@@ -95,15 +96,8 @@ class StartingPoint:
             configured = experiment_folder.resolve(configure(stored))
         except ConfigError as error:
             raise ConfigError(f"{self.path} cannot continue with these flags: {error}") from error
-        local = Path(root)
-        is_found = remote.is_url(root) or local.is_absolute() or local.exists()
-        if root == configured.data.data_root and not is_found:
-            logger.warning(
-                "--data_root %s comes from the checkpoint and is relative to the current folder, "
-                "%s; type another --data_root if the run began elsewhere",
-                root,
-                Path.cwd(),
-            )
+        if root == configured.data.data_root:
+            _require_data_here(root)
         if root not in (options.public(root), configured.data.data_root):
             logger.warning(
                 "--data_root %s is not taken from the checkpoint, as it has a password: type it",
@@ -253,6 +247,20 @@ def _elsewhere(folder: Path) -> str:
         if other != folder and folder in folders.values() and any(other.glob("step_*.json")):
             return f"; --preset {name} continues the run in {other}"
     return ""
+
+
+def _require_data_here(root: str) -> None:
+    """Raises DataError if a relative --data_root of a checkpoint has no data below the current
+    folder. An embedded corpus is prepared there."""
+    storage = Storage(root)
+    if storage.path is None or storage.path.is_absolute() or dataset.to_prepare(storage):
+        return
+    if not storage.files():
+        raise DataError(
+            f"no training data in {root}, the --data_root of the checkpoint, which is relative to "
+            f"the current folder, {Path.cwd()}; resume it where the run began, or type another "
+            "--data_root"
+        )
 
 
 def _has_saved(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gpt2.distributed.signals import StopRequest
+from gpt2.distributed.signals import STOP_SIGNALS, StopRequest
 from gpt2.distributed.world import World
 
 NOT_READY, STOP_UNIT = 1, 2
@@ -20,8 +20,11 @@ class StopVote:
 
     @property
     def is_requested(self) -> bool:
-        """Whether this rank has received a request to stop. Then the next vote is to stop."""
-        return self._request.number != 0
+        """Whether this rank has received a signal to stop, which all ranks receive: it may leave
+        out what comes before the vote. With another request, which it alone has, it would only wait
+        for the others there, longer than a collective may take if the step is long."""
+        number = self._request.number
+        return number in STOP_SIGNALS or (number != 0 and self._world.size == 1)
 
     def is_to_stop(self) -> bool:
         """Whether any rank has received a request to stop; the same on every rank.

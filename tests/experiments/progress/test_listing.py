@@ -136,6 +136,9 @@ def test_show_of_folders_without_an_experiment(tmp_path: Path, monkeypatch, caps
     status.write(tmp_path / "alone", PLAN, "finished", 500)
     assert call(monkeypatch, "show", tmp_path / "alone") == 0
     assert "run: finished\n  step 500 of 1,000" in capsys.readouterr().out
+    for missing in (tmp_path / "alnoe", tmp_path):
+        assert call(monkeypatch, "show", missing) == 2
+        assert f"{missing}; there are {tmp_path}/alone\n" in capsys.readouterr().err
     assert call(monkeypatch, "lst") == 2
     assert "did you mean list" in capsys.readouterr().err
 

@@ -160,17 +160,24 @@ def test_the_default_space_of_every_preset_fits(name: str):
     [
         ("[learning_rat]\nlow = 1\nhigh = 2", "learning_rat; did you mean learning_rate"),
         ("[model.learning_rate]\nlow = 1\nhigh = 2", "unknown option model.learning_rate"),
-        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2\nhigh = 1", "unexpected keyword argument 'hig'"),
+        ("[learning_rate]\nlow = 1e-3\nhig = 1e-2\nhigh = 1", "choices alone, got low, hig, high"),
         (
             "[learning_rate]\nlow = 1e-3",
-            "missing 1 required positional argument: 'high'; expected [learning_rate] with",
+            "expected [learning_rate] with low, high and perhaps step or log, or with choices "
+            "alone, got low",
         ),
         (
             "[learning_rate]\nlow = 2e-3\nhigh = 1e-3",
-            "`low <= high` must hold, but got (low=0.002, high=0.001)",
+            "learning_rate: expected low <= high, got low=0.002, high=0.001",
         ),
         ("[learning_rate]\nlow = 0\nhigh = 1", "learning_rate=0.0 is invalid; expected more"),
-        ("[weight_decay]\nlow = 0\nhigh = 1\nlog = true", "`low > 0` must hold for `log=True`"),
+        ("[weight_decay]\nlow = 0\nhigh = 1\nlog = true", "weight_decay: expected low above 0"),
+        ("[beta2]\nlow = 0.1\nhigh = 0.9\nlog = 'no'", "expected true or false for log, got 'no'"),
+        ("[n_layer]\nlow = 1\nhigh = 9\nlog = true\nstep = 2", "step or log = true, not both"),
+        ("[n_layer]\nlow = 1\nhigh = 9\nstep = 0", "n_layer: expected a step above 0, got 0"),
+        ("[n_layer]\nchoices = []", "expected a list of at least one value for choices, got []"),
+        ("[n_layer]\nchoices = 4", "expected a list of at least one value for choices, got 4"),
+        ("[n_layer]\nchoices = [[1]]", "n_layer: expected int, got [1]"),
         ("[learning_rate]\nlow = inf\nhigh = 1", "expected a number for low, got inf"),
         ("[beta2]\nlow = 0.9\nhigh = 1.5", "beta2=1.5 is invalid; expected 0 <= beta2 < 1"),
         ("[n_layer]\nlow = 1.5\nhigh = 3", "expected an integer for low, got 1.5"),

@@ -12,6 +12,7 @@ import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from experiments.search.played import SLOT, Played, trial_of
@@ -317,6 +318,13 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str):
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name / study.FILE).exists()
     assert optuna.load_study(study_name="search", storage=study.url(tmp_path / name)).trials
+
+
+def test_a_folder_that_no_url_can_name_is_refused(tmp_path: Path, monkeypatch):
+    """SQLAlchemy before 2.1 would open `a` for the folder `a?b`."""
+    monkeypatch.setattr(study, "make_url", lambda text: make_url(text.partition("%3F")[0]))
+    with pytest.raises(ConfigError, match=r"a path without '.'; choose another --checkpoint_dir"):
+        study.url(tmp_path / "a?b")
 
 
 @pytest.mark.parametrize(

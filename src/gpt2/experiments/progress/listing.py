@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 STYLES = {"running": "green", "failed": "red", "dead": "red", "stopped": "yellow"}
 FIRST_RESULTS = ("val_loss", "best_val_loss", "loss", "train_loss", "hellaswag", "tokens_per_s")
 """results whose columns come first"""
-MAX_REASONS = 10
+MAX_REASONS, MAX_KNOWN = 10, 10
+DEFAULT_FOLDER = Path("checkpoints")
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,25 @@ def read(folder: Path) -> StoredExperiment:
     read."""
     description = results.read_description(folder)
     if description is None:
-        raise CheckpointError(
-            f"no experiment or training in {folder}; `gpt2 experiments list DIR` shows those in DIR"
-        )
+        raise CheckpointError(f"no experiment or training in {folder}{_known(folder)}")
     last = {result.job: result for result in results.read_results(folder)}
     return StoredExperiment(folder, description, state.read(folder), [*last.values()])
+
+
+def _known(folder: Path) -> str:
+    """The end of an error message: the experiments and trainings below `folder`, beside it, or in
+    the folder that `gpt2 experiments list` shows."""
+    names = (results.EXPERIMENT_FILE, status.NAME)
+    below_it, below_default = (
+        {path for name in names for path in run_status.run_folders(root, name)}
+        for root in (folder, DEFAULT_FOLDER)
+    )
+    beside = {path.parent for name in names for path in folder.parent.glob(f"*/{name}")}
+    known = sorted(map(str, below_it or beside or below_default))
+    if not known:
+        return "; `gpt2 experiments list DIR` shows those in DIR"
+    more = f" and {len(known) - MAX_KNOWN} more" if len(known) > MAX_KNOWN else ""
+    return f"; there are {', '.join(known[:MAX_KNOWN])}{more}"
 
 
 def below(root: Path) -> list[StoredExperiment]:

@@ -209,7 +209,7 @@ def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
-    """The values that a table gives to an option of these types, as Optuna checks them."""
+    """The values that a table gives to an option of these types."""
     require(
         name in SEARCHABLE,
         f"{name} cannot be searched: it does not change results, or makes them incomparable; "
@@ -217,8 +217,12 @@ def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
     )
     is_integer = int in types and float not in types
     expected = f"expected [{name}] with low, high and perhaps step or log, or with choices alone"
-    require(isinstance(table, Mapping), f"{expected}, got {table!r}")
-    require("choices" in table or is_integer or float in types, f"{name} has no range; use choices")
+    require(isinstance(table, Mapping), f"{expected}, got {table!r:.80}")
+    if "choices" in table:
+        return _choices(name, table, expected)
+    require(is_integer or float in types, f"{name} has no range; use choices")
+    is_range = {"low", "high"} <= table.keys() <= {"low", "high", "step", "log"}
+    require(is_range, f"{expected}, got {', '.join(table)}")
     for key in {"low", "high", "step"} & table.keys():
         is_number = type(table[key]) in ((int,) if is_integer else (int, float))
         require(
@@ -230,15 +234,29 @@ def _distribution(name: str, table: Any, types: Sequence[type]) -> Distribution:
         name not in SHAPE or table.get("high", 0) <= LARGEST_SIZE,
         f"{name}: high={table.get('high')} is too large; expected {LARGEST_SIZE} at most",
     )
-    try:
-        if "choices" in table:
-            plain = [None if value == "None" else value for value in table["choices"]]
-            return CategoricalDistribution(**{**table, "choices": plain})
-        with warnings.catch_warnings():  # a `high` between two steps becomes the lower one
-            warnings.simplefilter("ignore")
-            return (IntDistribution if is_integer else FloatDistribution)(**table)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}; {expected}") from error
+    low, high, step = table["low"], table["high"], table.get("step")
+    require(low <= high, f"{name}: expected low <= high, got low={low}, high={high}")
+    require(step is None or step > 0, f"{name}: expected a step above 0, got {step}")
+    is_log = table.get("log", False)
+    require(isinstance(is_log, bool), f"{name}: expected true or false for log, got {is_log!r:.40}")
+    require(low > 0 or not is_log, f"{name}: expected low above 0 with log = true, got {low}")
+    require(not (is_log and step), f"{name}: expected step or log = true, not both")
+    with warnings.catch_warnings():  # a `high` between two steps becomes the lower one
+        warnings.simplefilter("ignore")
+        return (IntDistribution if is_integer else FloatDistribution)(**table)
+
+
+def _choices(name: str, table: Mapping[str, Any], expected: str) -> CategoricalDistribution:
+    """The values that a table lists for an option; their types are checked later."""
+    require(table.keys() == {"choices"}, f"{expected}, got {', '.join(table)}")
+    listed = table["choices"]
+    require(
+        isinstance(listed, list) and len(listed) > 0,
+        f"{name}: expected a list of at least one value for choices, got {listed!r:.40}",
+    )
+    with warnings.catch_warnings():  # values that are no plain ones
+        warnings.simplefilter("ignore")
+        return CategoricalDistribution([None if value == "None" else value for value in listed])
 
 
 def _require_valid_values(space: Space, run: RunConfig) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from gpt2.base.errors import ConfigError, TrainingError
@@ -37,9 +38,17 @@ EXAMPLE = "postgresql+psycopg://user:password@host/name (pip install 'psycopg[bi
 
 
 def url(folder: Path) -> str:
-    """The URL of the study for Optuna's tools, which replace {SCHEMA_VERSION} in it."""
+    """The URL of the study for Optuna's tools, which replace {SCHEMA_VERSION} in it.
+
+    Raises ConfigError for a folder that no URL can name."""
     address = URL.create("sqlite", database=str(folder / FILE))
-    return address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    text = address.render_as_string(hide_password=False)
+    if make_url(text).database != address.database:  # SQLAlchemy before 2.1 escapes nothing
+        raise ConfigError(
+            f"the study cannot be in {folder}: SQLAlchemy {sqlalchemy.__version__} expects a path "
+            "without '?'; choose another --checkpoint_dir, or pip install 'sqlalchemy>=2.1'"
+        )
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def location(search: Search) -> str:
