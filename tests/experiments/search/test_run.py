@@ -15,6 +15,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from rich.console import Console
 
 from experiments import small_search
 from experiments.search.played import RUN, SLOT, Played, trial_of
@@ -25,7 +26,15 @@ from gpt2.config import options, presets
 from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Slot
-from gpt2.experiments.search import ownership, run, space, study, trial, trial_source
+from gpt2.experiments.search import (
+    ownership,
+    run,
+    space,
+    study,
+    trial,
+    trial_report,
+    trial_source,
+)
 from gpt2.experiments.search.ownership import Heartbeat
 from gpt2.experiments.search.spec import Search
 from support import ROOT, loss_lines, small_flags
@@ -117,6 +126,21 @@ def test_interrupted_trials_continue(played: Played, tmp_path: Path):
     assert resumed.tell(job, "reported", metrics={"step": 51, "loss": 3.0}) == "prune"
     fewer = Played(tmp_path / "search", n_trials=2)
     assert fewer.source.next() is None, "fewer are requested now than had started"
+
+
+def test_a_search_that_is_stopped_with_nothing_finished_has_no_table(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither before the first validation nor after it."""
+    monkeypatch.setattr(trial_report, "write", lambda *_: [])
+    for losses in ((), (9.0,)):
+        played.validates(played.next(), *losses)
+        printed = Console(file=io.StringIO())
+        search, source = played.search, played.source
+        assert run.summarize(search, played.study, source, signal.SIGINT, printed) == 130
+        said = printed.file.getvalue()
+        assert "The best of" not in said and "val loss" not in said
+        assert "Stopped: 4 trials left; run the same command to continue" in said
 
 
 def test_another_space_is_refused(played: Played, tmp_path: Path):
@@ -220,6 +244,7 @@ def call(arguments: list[str]) -> tuple[int, str]:
         (1, ["5"], 1, "1 trial per GPU"),
         (6, ["0,1", "2,3"], 2, "3 trials per 2 GPUs"),
         (6, [None, None], 2, "3 trials per slot"),
+        (6, ["", ""], 1, "3 trials per slot"),
     ],
 )
 def test_the_banner_has_the_trials_of_each_gpu(

@@ -2,6 +2,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from gpt2.base.errors import ConfigError
 from gpt2.cli import search
 from gpt2.config import options, presets
-from gpt2.experiments.search import space, spec
+from gpt2.experiments.search import space, spec, trial_report
 
 RUN = options.overlay(presets.preset("demo"), {"max_steps": 500, "eval_interval": 100})
 MIXED = """
@@ -232,3 +233,31 @@ def test_encodings_of_the_space_file(tmp_path: Path, content: bytes, words: str)
             search.read_space(path, RUN)
     else:
         assert space.describe(search.read_space(path, RUN)) == {"n_layer": "2"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "step", "values"),
+    [
+        ("0.0", "0.3", "0.1", {0.0, 0.1, 0.2, 0.3}),
+        ("0.1", "0.7", "0.2", {0.1, 0.3, 0.5, 0.7}),
+        ("0.9", "0.95", "0.01", {0.9, 0.91, 0.92, 0.93, 0.94, 0.95}),
+        ("1e-5", "8e-5", "1e-5", {1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 8e-5}),
+        ("0", "0.35", "0.1", {0.0, 0.1, 0.2, 0.3}),
+    ],
+)
+def test_a_range_with_steps_has_the_numbers_that_were_written(
+    low: str, high: str, step: str, values: set[float]
+):
+    """In trials and in tables; without a warning, as all of them are errors here."""
+    chosen = space.parse(f"dropout = {{low = {low}, high = {high}, step = {step}}}", RUN, "space")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [space.suggest(study.ask(), chosen)["dropout"] for _ in range(60)]
+    assert set(drawn) == values
+    used = [trial_report.used_values(item)["dropout"] for item in study.get_trials()]
+    assert used == drawn
+
+
+def test_a_value_between_two_steps_stays():
+    chosen = space.parse("dropout = {low = 0.1, high = 0.7, step = 0.2}", RUN, "space")
+    assert space.exact(chosen["dropout"], 0.2) == 0.2
+    assert space.exact(chosen["dropout"], 0.1 + 0.2) == 0.3

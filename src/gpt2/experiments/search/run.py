@@ -11,6 +11,7 @@ from rich.console import Console
 
 from gpt2.base.errors import UserError
 from gpt2.base.text import counted
+from gpt2.config import gpu_list
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Job, Slot
 from gpt2.experiments.pool.process import Engine
@@ -88,7 +89,7 @@ def _print_plan(search: Search, slots: Sequence[Slot], done: int, out: Console) 
 
 def per_gpu(trials: int, slots: Sequence[Slot], ranks: int) -> str:
     """`12 trials per GPU`: the share of each GPU, group of GPUs, or slot without a GPU."""
-    gpus = {slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in slots} - {None}
+    gpus = {slot.environment.get(gpu_list.VARIABLE, "") for slot in slots} - {""}
     unit = "slot" if not gpus else "GPU" if ranks == 1 else f"{ranks} GPUs"
     least, left = divmod(trials, len(gpus) or len(slots))
     share = f"{least} or {least + 1} trials" if left else counted(least, "trial")
@@ -103,7 +104,7 @@ def summarize(
     `signal_number` is that of the signal that stopped the search, or 0.
     """
     trials = source.retry(lambda: optuna_study.get_trials(deepcopy=False))
-    if any(trial_report.loss_of(item) is not None for item in trials):
+    if trial_report.best_first(trials):
         out.print(trial_report.best_trials_table(trials, out))
     for item in trials:
         if item.state.name == "FAIL" and (reason := item.user_attrs.get("reason")):

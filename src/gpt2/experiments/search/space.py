@@ -13,9 +13,15 @@ import re
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, get_args
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import Trial
 
 from gpt2.base.errors import ConfigError
@@ -38,6 +44,8 @@ MAX_SHAPES = 5000
 TOKEN_TOLERANCE = 0.05
 """share by which the tokens before a validation may differ between trials if batch sizes are a
 range: no number of steps gives the same tokens for all of them"""
+STEP_TOLERANCE = 1e-6
+"""share of a step that rounding may have moved a value"""
 
 DEFAULT = """\
 learning_rate = {{low = {rates[0]}, high = {rates[1]}, log = true}}
@@ -185,7 +193,8 @@ def values(distribution: Distribution) -> Sequence[Any] | None:
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:
-    """The values that the study's sampler draws for the trial; the same ones if called again.
+    """The values that the study's sampler draws for the trial, as `exact` has them; the same ones
+    if called again.
 
     Raises ValueError or OverflowError for an enqueued value of another type.
     """
@@ -195,8 +204,20 @@ def suggest(trial: Trial, space: Space) -> dict[str, Any]:
             drawn[name] = trial.suggest_categorical(name, kind.choices)
             continue
         draw: Any = trial.suggest_int if isinstance(kind, IntDistribution) else trial.suggest_float
-        drawn[name] = draw(name, kind.low, kind.high, step=kind.step, log=kind.log)
+        drawn[name] = exact(kind, draw(name, kind.low, kind.high, step=kind.step, log=kind.log))
     return drawn
+
+
+def exact(distribution: BaseDistribution, value: Any) -> Any:
+    """A value of a range with steps as the decimal number that it stands for: of 0.1 to 0.7, step
+    0.2, the second is 0.3, for which Optuna's floats give 0.30000000000000004."""
+    if not isinstance(distribution, FloatDistribution) or distribution.step is None:
+        return value
+    low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
+    steps = round((Decimal(value) - low) / step)
+    nearest = float(low + steps * step)
+    is_on_it = abs(nearest - value) < distribution.step * STEP_TOLERANCE  # not if it was enqueued
+    return nearest if is_on_it else value
 
 
 def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from rich.table import Table
 from gpt2.base import atomic_files
 from gpt2.base.text import four_digits, table
 from gpt2.config.flops import duration
-from gpt2.experiments.search import ownership, trial
+from gpt2.experiments.search import ownership, space, trial
 from gpt2.inspection import figures, plot
 from gpt2.inspection.figures import GREY, RED
 from gpt2.metrics.log_reader import LoggedRun
@@ -69,7 +69,10 @@ td {{ padding: .2em .8em; text-align: right; }} tr:nth-child(even) {{ background
 
 def used_values(item: FrozenTrial) -> dict[str, Any]:
     """The values that a trial trained with: the drawn ones, or those that replaced them."""
-    return {name: item.user_attrs.get(USED + name, value) for name, value in item.params.items()}
+    drawn = {
+        name: space.exact(item.distributions[name], value) for name, value in item.params.items()
+    }
+    return {name: item.user_attrs.get(USED + name, value) for name, value in drawn.items()}
 
 
 def loss_of(item: FrozenTrial) -> float | None:
