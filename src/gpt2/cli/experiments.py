@@ -31,6 +31,8 @@ class ListCommand(CommandOptions):
         "checkpoints"
     )
     """folder to search; default is checkpoints"""
+    checkpoint_dir: Path | None = None
+    """the same as DIR, as other commands name it"""
     json: bool = False
     """print one JSON object per experiment, one per line"""
 
@@ -73,21 +75,24 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _list(command: ListCommand) -> int:
-    # It imports torch: see `gpt2.cli.parse`.
     from gpt2.experiments.progress import listing
 
-    if command.folder != ListCommand.folder and not command.folder.is_dir():
-        raise ConfigError(f"no folder {command.folder}; the default is {ListCommand.folder}")
+    folder = command.folder
+    if command.checkpoint_dir is not None:
+        if folder not in (ListCommand.folder, command.checkpoint_dir):
+            raise ConfigError(f"use either {folder} or --checkpoint_dir {command.checkpoint_dir}")
+        folder = command.checkpoint_dir
+    if folder != ListCommand.folder and not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; the default is {ListCommand.folder}")
     if command.json:
-        for item in listing.below(command.folder):
+        for item in listing.below(folder):
             print(json.dumps(listing.summary_json(item)))
     else:
-        listing.print_list(command.folder, console())
+        listing.print_list(folder, console())
     return 0
 
 
 def _show(command: ShowCommand) -> int:
-    # They import torch: see `gpt2.cli.parse`.
     from gpt2.experiments import results
     from gpt2.experiments.progress import listing
     from gpt2.inspection import run_status

@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,22 @@ def test_list_has_every_experiment_and_every_other_training(tmp_path: Path, monk
         str(tmp_path / "here/live"): "running",
         str(tmp_path / "killed"): "dead",
     }
+    assert call(monkeypatch, "list", "--checkpoint_dir", tmp_path, "--json") == 0
+    again = capsys.readouterr().out.splitlines()
+    assert {json.loads(line)["folder"] for line in again} == {item["folder"] for item in facts}
+    require_no_heavy_module("list", "--checkpoint_dir", tmp_path)
+    require_no_heavy_module("show", tmp_path / "done")
+
+
+def require_no_heavy_module(*arguments: str | Path) -> None:
+    program = f"""
+import sys
+from gpt2.cli import experiments
+sys.argv = {["gpt2 experiments", *map(str, arguments)]}
+assert experiments.experiments_main() == 0
+assert not {{"torch", "optuna", "ray", "matplotlib"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_show_has_jobs_with_results_slots_and_failures(tmp_path: Path, monkeypatch, capsys):
@@ -150,6 +167,11 @@ def test_list_of_a_missing_folder(tmp_path: Path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: no folder nodir; ")
     assert call(monkeypatch, "list") == 0
     assert capsys.readouterr().out == "No experiments in checkpoints\n"
+    assert call(monkeypatch, "list", "--checkpoint-dir=nodir") == 2
+    assert call(monkeypatch, "list", "nodir", "--checkpoint_dir", "other") == 2
+    refused = capsys.readouterr().err.splitlines()
+    assert refused[0].startswith("error: no folder nodir; ")
+    assert refused[1] == "error: use either nodir or --checkpoint_dir other"
 
 
 def test_long_experiments_show_their_last_jobs(tmp_path: Path):
