@@ -24,6 +24,10 @@ def square(seed: int, trace: str | None = None, pause: float = 0.0) -> int:
     return seed * seed
 
 
+def spelled(seed: int, code: str, other: "str", width: float, x=None) -> int:
+    return len(code)
+
+
 def environment(variable: str) -> dict[str, Any]:
     print("printed\nby a job")
     subprocess.run(["echo", "by a child"], check=True)

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from experiments import jobs
 from experiments.measured import ENGINE, begun
 from gpt2.experiments import api, results
-from gpt2.experiments.pool import slots
+from gpt2.experiments.pool import slots, worker
+from gpt2.experiments.pool.function_call import plain
+from gpt2.experiments.sweep.sweep import Sweep
 
 
 @pytest.fixture
@@ -156,6 +160,73 @@ def test_invalid_sweeps_are_refused(tmp_path: Path, function: Any, points: Any, 
     with pytest.raises(api.UserError, match=words):
         api.sweep(function, points, **place(tmp_path))
     assert not (tmp_path / "kept").exists()
+
+
+UNGUARDED = """
+from pathlib import Path
+from gpt2.experiments.pool import process, scheduler, slots
+from gpt2.experiments.pool.job import Job
+
+def work(seed): return seed
+
+class Source:
+    left = 5
+    def next(self):
+        self.left -= 1
+        return Job(f"{self.left}", "unguarded:work", {"seed": 1}) if self.left else None
+    def event(self, event):
+        print("event", event.kind)
+        return "go"
+
+engine = process.Engine(slots.of_cores(2, "1"))
+scheduler.Scheduler(engine, Source(), lambda _: None).run()
+"""
+
+
+def test_a_script_that_starts_jobs_when_a_worker_imports_it_is_told_so_once(tmp_path: Path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == "", "no job was retried, or failed"
+    message = f"{script} starts jobs when it is imported, which every worker does; {worker.GUARD}"
+    assert done.stderr.count("Traceback") == done.stderr.count(message) == 1
+
+
+def test_a_module_that_starts_jobs_when_it_is_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    call = "api.sweep(work, [{}], 1, folder=Path('kept'))"
+    for name, start in (
+        ("swept", call),
+        ("side_by_side", call.replace("sweep(work, [{}], 1", "together({'a': work}")),
+    ):
+        text = (
+            "from pathlib import Path\nfrom gpt2.experiments import api\ndef work(seed=0): pass\n"
+        )
+        (tmp_path / f"{name}_at_import.py").write_text(text + start)
+        with pytest.raises(api.UserError, match="starts jobs when it is imported; put what starts"):
+            worker.find_function(f"{name}_at_import:work")
+    assert not Path("kept").exists()
+    worker.require_not_importing()  # nor is anything else refused from then on
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.float32(0.5), torch.tensor(2)])
+def test_values_of_numpy_and_torch_are_numbers(number: Any):
+    planned = Sweep([plain({"width": number})], range(1), "value")
+    assert planned.points == [{"width": number.item()}]
+    assert type(planned.points[0]["width"]) in (int, float)
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float64("inf"), 10**400])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float):
+    for function, points in (
+        (jobs.measured, {"rate": [value]}),
+        (functools.partial(jobs.measured, rate=value), [{}]),
+    ):
+        with pytest.raises(api.ConfigError, match=r"rate: .*; expected finite numbers"):
+            api.sweep(function, points, **place(tmp_path))
 
 
 def test_invalid_jobs_are_refused(tmp_path: Path):

@@ -18,6 +18,45 @@ def test_grid_values_have_the_types_that_they_look_like():
     }
 
 
+def test_only_usual_spellings_are_numbers():
+    texts = [
+        "007",
+        "1_0",
+        "+1",
+        "0x1",
+        "1e",
+        "1.2.3",
+        "\N{FULLWIDTH DIGIT TWO}",
+        "null",
+        "-",
+        "1e1_0",
+    ]
+    assert grid.parse_grid([f"a={','.join(texts)}"]) == {"a": texts}
+    numbers = {"0": 0, "-3": -3, "0.10": 0.1, ".5": 0.5, "5.": 5.0, "1E-5": 1e-5, "-2e3": -2000.0}
+    (parsed,) = grid.parse_grid([f"a={','.join(numbers)}"]).values()
+    assert parsed == [*numbers.values()]
+    assert [type(value) for value in parsed] == [type(value) for value in numbers.values()]
+
+
+def test_the_values_of_a_text_are_as_they_were_typed():
+    parsed = grid.parse_grid(["a=7,007,1_0,True,None,1e3", "b=7"], {"a"})
+    assert parsed == {"a": ["7", "007", "1_0", "True", "None", "1e3"], "b": [7]}
+
+
+def test_1_and_true_are_two_values():
+    assert grid.parse_grid(["a=1,True"]) == {"a": [1, True]}
+    with pytest.raises(ConfigError, match="duplicate"):
+        grid.parse_grid(["a=1,1.0"])
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "NaN", "-nan", "inf", "+Infinity", "-inf", "1e400", "-1e999", "1" + 5000 * "0"]
+)
+def test_what_is_not_finite_is_refused(text: str):
+    with pytest.raises(ConfigError, match=r"--grid x=1.*: expected a finite number, got "):
+        grid.parse_grid([f"x=1,{text}"])
+
+
 @pytest.mark.parametrize("items", [["n_layer"], ["=2"], ["a=1,"], ["a="], ["../b=1"]])
 def test_invalid_grids_are_refused(items: list[str]):
     with pytest.raises(ConfigError, match="--grid"):

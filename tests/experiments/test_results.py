@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt2.base.errors import CheckpointError, ConfigError, FolderInUse
@@ -29,6 +30,23 @@ def test_results_outlive_their_owner(tmp_path: Path):
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["metric"] == "loss" and content["kind"] == "seeds"
     assert [row["job"] for row in content["results"]] == ["a", "b", "c"]
+
+
+def test_files_are_strict_json(tmp_path: Path):
+    """Also with a line of an earlier version, which wrote NaN."""
+    old = '{"job": "old", "state": "finished", "values": {"x": NaN}, "result": -Infinity}\n'
+    (tmp_path / results.RESULT_LINES_FILE).write_text(old)
+    with results.opened(tmp_path, ABOUT) as store:
+        result = {"value": float("nan"), "large": 10**400, "half": np.float32(0.5)}
+        store.add(JobResult("new", "finished", {"x": float("inf")}, result))
+        assert store.results["new"].result == {"value": None, "large": None, "half": 0.5}
+        store.save(metric="loss", mean=float("inf"))
+    lines = (tmp_path / results.RESULT_LINES_FILE).read_text().splitlines()[1:]
+    content = (tmp_path / results.RESULTS_FILE).read_text()
+    for text in (*lines, content):
+        json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    rows = json.loads(content)["results"]
+    assert [row["result"] for row in rows] == [None, result | {"value": None, "large": None}]
 
 
 def test_unknown_fields_of_a_later_version_lose_no_result(

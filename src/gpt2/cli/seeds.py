@@ -19,6 +19,7 @@ from gpt2.cli.pool_options import (
     parse_beside_run,
 )
 from gpt2.cli.train import TrainCommand
+from gpt2.config import options
 from gpt2.experiments import grid
 from gpt2.experiments.pool.function_call import Call
 
@@ -83,8 +84,9 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
     from gpt2.experiments.training import training_job
 
     run, pool = train.run, command.pool
+    call = None if command.target is None else _call(command, train_flags)
     planned = sweep.Sweep(
-        grid.points(grid.parse_grid(command.grid)),
+        grid.points(grid_of(command, call)),
         range(command.first_seed, command.first_seed + command.num_seeds),
         command.metric or ("value" if command.target else "val_loss"),
     )
@@ -93,19 +95,34 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
         "log_dir": command.log_dir or run.watch.log_dir,
         "save_every_s": command.checkpoint_interval,
     }
-    if command.target is not None:
-        if flag := _training_flag(command, train_flags):
-            raise ConfigError(f"{flag} applies to trainings only; leave it out with --target")
-        sys.path.insert(0, os.getcwd())  # the target's module may lie in the current folder
-        group = planned.of_function(Call.of(command.target), **place)
+    if call is not None:
+        group = planned.of_function(call, **place)
     else:
         group = planned.of_training(
             run, ranks=pool.ddp, keep_checkpoints=command.keep_checkpoints, **place
         )
     with pool.opened(folder, run.machine.device, ddp=pool.ddp) as engine:
-        if command.target is None:
+        if call is None:
             training_job.require_data(run, pool.ddp)
         return job_group.run(group, engine, pool.limits(), console()).exit_code
+
+
+def _call(command: SeedsCommand, train_flags: Sequence[str]) -> Call:
+    """The function of --target."""
+    if flag := _training_flag(command, train_flags):
+        raise ConfigError(f"{flag} applies to trainings only; leave it out with --target")
+    sys.path.insert(0, os.getcwd())  # the target's module may lie in the current folder
+    assert command.target is not None
+    return Call.of(command.target)
+
+
+def grid_of(command: SeedsCommand, call: Call | None) -> dict[str, list[Any]]:
+    """The grid, where the values of texts stay as they were typed."""
+    if call is not None:
+        return grid.parse_grid(command.grid, call.text_parameters)
+    names = (item.partition("=")[0].strip() for item in command.grid)
+    known = {name.replace("-", "_") for name in names if name.replace("-", "_").isidentifier()}
+    return grid.parse_grid(command.grid, {name for name in known if options.is_text(name)})
 
 
 def _training_flag(command: SeedsCommand, train_flags: Sequence[str]) -> str | None:

@@ -143,6 +143,11 @@ def locate(name: str) -> tuple[str, str, Any]:
     return owner, field, hint
 
 
+def is_text(name: str) -> bool:
+    """Whether the values of an option are texts or paths; raises ConfigError for an unknown one."""
+    return locate(name)[2] in (str, Path)
+
+
 def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
     """`config` with the values of a TOML document; error messages call it `source`."""
     try:

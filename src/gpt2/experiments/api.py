@@ -26,6 +26,7 @@ from gpt2.config.flops import duration
 from gpt2.experiments import grid, job_group
 from gpt2.experiments.grid import Point
 from gpt2.experiments.job_group import JobGroup, JobGroupResult, Records, Summary
+from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.function_call import Call, plain
 from gpt2.experiments.pool.job import Event, Job, JobSource, Slot, Stopped
 from gpt2.experiments.pool.process import Engine
@@ -94,6 +95,7 @@ def sweep(
     Raises UserError, before anything runs, if the function cannot be called this way, and if
     `folder` holds another experiment or is in use by another process.
     """
+    worker.require_not_importing()
     chosen = grid.points(points) if isinstance(points, Mapping) else points
     seeds = range(first_seed, first_seed + num_seeds)
     planned = Sweep([plain(point) for point in chosen], seeds, metric, listing, draw)
@@ -128,6 +130,7 @@ def together(
     Raises UserError, before anything runs, if a function cannot be called, and if `folder` holds
     results of other values or is in use by another process.
     """
+    worker.require_not_importing()
     calls = {name: Call.of(function) for name, function in functions.items()}
     for name, call in calls.items():
         if not name or name != grid.file_name(name):

@@ -1,6 +1,5 @@
 """Grids of values: parsing, all combinations, and names of the points. Pure."""
 
-import contextlib
 import itertools
 import math
 import re
@@ -9,23 +8,30 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 
+INTEGER = re.compile("-?(0|[1-9][0-9]*)")
+NUMBER = re.compile(rf"({INTEGER.pattern}(\.[0-9]*)?|-?\.[0-9]+)([eE][+-]?[0-9]+)?")
+NOT_FINITE = re.compile("[+-]?(nan|inf|infinity)")
+WORDS = {"true": True, "false": False, "none": None}
 Point = dict[str, Any]
 """one value for each field of a grid"""
 
 
-def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
+def parse_grid(items: Sequence[str], texts: Container[str] = ()) -> dict[str, list[Any]]:
     """`learning_rate=1e-3,3e-4 n_layer=2,4` as lists of values: numbers, True, False, None, text.
 
-    Raises ConfigError for an item without a name or value, and for a duplicate name or value.
+    The values of the names in `texts` are text, whatever they look like. Raises ConfigError for an
+    item without a name or value, for a duplicate name or value, and for NaN and infinity.
     """
     grid: dict[str, list[Any]] = {}
     for item in items:
-        name, _, texts = item.partition("=")
+        name, _, listed = item.partition("=")
         name = name.strip().replace("-", "_")
-        values = [_value(text.strip()) for text in texts.split(",")]
-        if not name.isidentifier() or "" in values:
+        given = [text.strip() for text in listed.split(",")]
+        if not name.isidentifier() or "" in given:
             raise ConfigError(f"--grid {item}: expected NAME=VALUE,VALUE, as in n_layer=2,4")
-        if name in grid or any(values.count(value) > 1 for value in values):
+        values = given if name in texts else [_value(item, text) for text in given]
+        distinct = {(isinstance(value, bool), value) for value in values}  # 1 == True
+        if name in grid or len(distinct) < len(values):
             raise ConfigError(f"--grid {item}: duplicate name or value")
         grid[name] = values
     return grid
@@ -51,13 +57,14 @@ def free_key(key: str, names: Container[str]) -> str:
     return f"the {key}" if key in names else key
 
 
-def _value(text: str) -> Any:
-    """The number, True, False or None that the text spells; else the text."""
-    words = {"true": True, "false": False, "none": None}
-    for read in (lambda: words[text.lower()], lambda: int(text), lambda: float(text)):
-        with contextlib.suppress(KeyError, ValueError):
-            value = read()
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"--grid: expected a finite number, got {text}")
-            return value
+def _value(item: str, text: str) -> Any:
+    """The number, True, False or None that the text spells; else the text. A text such as 007 or
+    1_0 is none of a number's usual spellings."""
+    word = text.lower()
+    if word in WORDS:
+        return WORDS[word]
+    if NUMBER.fullmatch(text) or NOT_FINITE.fullmatch(word):
+        if not math.isfinite(value := float(text)):
+            raise ConfigError(f"--grid {item}: expected a finite number, got {text:.40}")
+        return int(text) if INTEGER.fullmatch(text) else value
     return text

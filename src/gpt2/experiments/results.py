@@ -25,6 +25,7 @@ from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import from_json
 from gpt2.base.text import counted
 from gpt2.experiments.pool.job import Event
+from gpt2.experiments.pool.messages import json_ready
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +119,10 @@ class ResultsStore:
         return job in self.results and self.results[job].state != "failed"
 
     def add(self, result: JobResult) -> None:
-        """Appends a result to `results.jsonl`."""
-        self.results[result.job] = result
-        self._pending += json.dumps(asdict(result)).encode() + b"\n"
+        """Appends a result to `results.jsonl`; it is kept as it would be read from there."""
+        plain = json_ready(asdict(result))
+        self.results[result.job] = JobResult(**plain)
+        self._pending += json.dumps(plain).encode() + b"\n"
         with contextlib.suppress(OSError):  # the next one, or `close`, tries again
             self._write_pending()
             if time.monotonic() > self._flushed + FLUSH_EVERY_S:
@@ -132,7 +134,7 @@ class ResultsStore:
         results = [asdict(result) for result in self.results.values()]
         for result in results:
             del result["traceback"]  # results.jsonl has it, and the worker's log
-        content = {**asdict(self.description), **more, "results": results}
+        content = {**json_ready({**asdict(self.description), **more}), "results": results}
         path = self.folder / RESULTS_FILE
         try:
             atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
@@ -231,7 +233,9 @@ def read_results(folder: Path) -> list[JobResult]:
     results = []
     for number, line in enumerate(lines, start=1):
         try:
-            results.append(from_json(JobResult, json.loads(line), path))
+            # Earlier versions wrote NaN, which is no JSON.
+            content = json.loads(line, parse_constant=lambda _: None)
+            results.append(from_json(JobResult, content, path))
         except (ValueError, TypeError) as error:  # no JSON; no object, or one without a job
             logger.warning("%s, line %d is damaged, its job runs again: %s", path, number, error)
     return results

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 from rich.console import Console
@@ -22,6 +23,15 @@ def test_interval_is_student_s():
 
 def test_a_single_value_has_no_spread():
     assert Statistics.of([2.0]) == Statistics(1, 2.0, None, None, None)
+
+
+def test_what_is_beyond_the_range_of_floats_is_left_out():
+    largest = sys.float_info.max
+    same = Statistics.of([largest, largest])
+    assert (same.mean, same.std, same.low, same.high) == (largest, 0.0, largest, largest)
+    apart = Statistics.of([-largest, largest])
+    assert (apart.mean, apart.low, apart.high) == (0.0, None, None)
+    assert Statistics.of([2, 10**300]).mean == 5e299
 
 
 def test_points_keep_their_own_seeds():

@@ -12,6 +12,7 @@ from gpt2.checkpoint import store
 from gpt2.cli import pool_options, seeds
 from gpt2.config import options
 from gpt2.experiments import results
+from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.sweep.sweep import Sweep
 from gpt2.train import trainer
 from support import ROOT, run_command, small_config, small_flags, wait_until
@@ -112,6 +113,19 @@ def test_mistakes_are_refused_before_anything_runs(
     assert seeds.seeds_main() == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "checkpoints" / "seeds" / "results.jsonl").exists()
+
+
+def test_the_values_of_texts_are_as_they_were_typed():
+    call = Call.of("experiments.jobs:spelled")
+    values = "=007,1_0,7,1e3,True"
+    command = seeds.SeedsCommand(
+        grid=tuple(name + values for name in ("code", "other", "x", "width"))
+    )
+    parsed = seeds.grid_of(command, call)
+    assert parsed["code"] == parsed["other"] == ["007", "1_0", "7", "1e3", "True"]
+    assert parsed["x"] == parsed["width"] == ["007", "1_0", 7, 1000.0, True]
+    options_grid = seeds.SeedsCommand(grid=("data-root=2024,2025", "n_layer=2,4"))
+    assert seeds.grid_of(options_grid, None) == {"data_root": ["2024", "2025"], "n_layer": [2, 4]}
 
 
 def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]):

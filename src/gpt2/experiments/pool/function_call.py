@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool import worker
+from gpt2.experiments.pool.messages import json_ready
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Call:
             )
         return cls(f"{_module(function)}:{name}", function, plain(kwargs))
 
+    @property
+    def text_parameters(self) -> set[str]:
+        """The parameters that are annotated as text."""
+        parameters = self._parameters().values()
+        return {item.name for item in parameters if item.annotation in (str, "str")}
+
     def require(self, names: Iterable[str]) -> None:
         """Raises ConfigError if the function cannot be called with these arguments added."""
-        try:
-            parameters = inspect.signature(self.function).parameters
-        except ValueError as error:
-            raise ConfigError(f"{self.target}: {error}; wrap it in a function") from error
-        given = [*names]
+        parameters, given = self._parameters(), [*names]
         filled = dict.fromkeys([*self.kwargs, *given, *({"report"} & set(parameters))])
         try:
             inspect.signature(self.function).bind(**filled)
@@ -60,16 +62,22 @@ class Call:
                 f"{self.target} cannot be called with {', '.join(given) or 'nothing'}: {error}"
             ) from error
 
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        try:
+            return inspect.signature(self.function).parameters
+        except ValueError as error:
+            raise ConfigError(f"{self.target}: {error}; wrap it in a function") from error
+
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as another process receives them; raises ConfigError for what JSON cannot hold."""
     found = {}
     for name, value in values.items():
         try:
-            found[name] = json.loads(json.dumps(value))
-        except TypeError as error:
+            found[name] = json_ready(value, strict=True)
+        except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"{name}: {error}; expected numbers, strings, and lists and dicts of them"
+                f"{name}: {error}; expected finite numbers, strings, and lists and dicts of them"
             ) from error
     return found
 

@@ -1,8 +1,11 @@
 """Lines in the log files of owners and workers: `2026-11-21 13:00:00 4711 | text`."""
 
 import contextlib
+import io
 import os
+import threading
 import time
+from typing import Any
 
 
 def write_line(handle: int, text: str) -> None:
@@ -14,3 +17,45 @@ def write_line(handle: int, text: str) -> None:
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} | {text}\n"
     with contextlib.suppress(OSError):
         os.write(handle, line.encode(errors="backslashreplace"))
+
+
+def text_stream(handle: int) -> io.TextIOWrapper:
+    """A text stream, as standard output is one, that writes such lines to an open file."""
+    buffer = LineBuffer(handle)
+    return io.TextIOWrapper(
+        buffer, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True
+    )
+
+
+class LineBuffer(io.BufferedIOBase):
+    """Writes whole lines with `write_line`; the beginning of a line waits for its end, or for
+    `flush`. It does not own the file, which stays open."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle, self._rest = handle, b""
+        self._lock = threading.RLock()
+        self.name = handle
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        received = bytes(data)
+        with self._lock:
+            text = (self._rest + received).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            *lines, self._rest = text.split(b"\n")
+            for line in lines:
+                self._write_line(line)
+        return len(received)
+
+    def flush(self) -> None:
+        with self._lock:
+            rest, self._rest = self._rest, b""
+            if rest:
+                self._write_line(rest)
+
+    def fileno(self) -> int:
+        return self._handle
+
+    def _write_line(self, line: bytes) -> None:
+        write_line(self._handle, line.decode(errors="backslashreplace"))

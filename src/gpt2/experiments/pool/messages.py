@@ -6,11 +6,14 @@ the engine. What a job reports and returns are plain values, as JSON has them.
 """
 
 import json
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
+from gpt2.base.validation import is_finite
 from gpt2.train.report import Answer
 
 Phase = Literal["waiting", "loading", "running"]
@@ -76,15 +79,41 @@ class EndedAs(Exception):
         self.ended = ended
 
 
-def json_ready(value: Any) -> Any:
+def json_ready(value: Any, *, strict: bool = False) -> Any:
     """`value` as JSON has it: NumPy and torch values as Python's, paths as text, tuples as lists,
-    NaN and infinity as None. Raises TypeError for what JSON cannot hold."""
-    return json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+    and NaN, infinity and what is beyond the range of floats as None.
 
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
+    Raises TypeError for what JSON cannot hold, and if `strict`, ValueError in place of None.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if is_number(value):
+        if not is_finite(value):
+            if strict:
+                raise ValueError("a number is NaN, infinite or beyond the range of floats")
+            return None
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {_key(key): json_ready(item, strict=strict) for key, item in items}
+    if isinstance(value, list | tuple):
+        return [json_ready(item, strict=strict) for item in value]
     if isinstance(value, Path):
         return str(value)
+    if hasattr(value, "tolist"):
+        return json_ready(value.tolist(), strict=strict)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one real number, of Python or NumPy; a bool is none."""
+    return isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool)
+
+
+def _key(key: Any) -> str:
+    plain = json_ready(key)
+    if isinstance(plain, list | dict):
+        raise TypeError(f"keys of type {type(key).__name__} are not JSON serializable")
+    return plain if isinstance(plain, str) else json.dumps(plain)

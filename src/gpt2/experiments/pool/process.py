@@ -116,7 +116,7 @@ class WorkerProcess:
             while self._connection.poll():  # sent since `wait` looked at the pipe
                 inbox.put((self, self._connection.recv()))
         self._process.join()
-        inbox.put((self, WorkerEnded(_described(self._process.exitcode or 0))))
+        inbox.put((self, _ended(self._process.exitcode or 0)))
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,16 @@ class Engine:
     slots: Sequence[Slot]
     start_worker: Callable[[Slot, Path, Inbox], Worker] = WorkerProcess
     """starts a worker on a slot, which writes to the log; raises OSError if it cannot be started"""
+
+
+def _ended(exit_code: int) -> WorkerEnded:
+    if exit_code == worker.UNGUARDED:
+        script = getattr(sys.modules["__main__"], "__file__", None) or "the script"
+        reason = (
+            f"{script} starts jobs when it is imported, which every worker does; {worker.GUARD}"
+        )
+        return WorkerEnded(reason, lost="engine")
+    return WorkerEnded(_described(exit_code))
 
 
 def _described(exit_code: int) -> str:

@@ -112,6 +112,7 @@ class Scheduler:
         log_of: Callable[[Slot, Job], Path] | None = None,
         limits: Limits = Limits(),
     ) -> None:
+        worker.require_not_importing()
         self._engine, self._slots = engine, [_ManagedSlot(slot) for slot in engine.slots]
         self._source, self._on_event = source, on_event
         self._log_of, self._limits = log_of or worker_logs(Path("logs")), limits

@@ -10,16 +10,16 @@ import functools
 import gc
 import importlib
 import inspect
-import io
 import json
 import logging
+import multiprocessing
 import os
 import select
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,7 +30,14 @@ from gpt2.base.errors import UserError, is_out_of_memory
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import log_lines
 from gpt2.experiments.pool.job import Job, Stopped
-from gpt2.experiments.pool.messages import EndedAs, JobEnded, JobPhase, JobReported, json_ready
+from gpt2.experiments.pool.messages import (
+    EndedAs,
+    JobEnded,
+    JobPhase,
+    JobReported,
+    is_number,
+    json_ready,
+)
 from gpt2.train.report import Answer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +45,10 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES = 16_000_000
 SHOW_STACK = signal.SIGQUIT
 """makes the worker write the stack of each of its threads to its log"""
+UNGUARDED = 94
+"""exit code of a worker process whose script starts jobs when it is imported"""
+GUARD = 'put what starts them below `if __name__ == "__main__":`'
+_is_importing = False
 SIGNALS = (signal.SIGINT, signal.SIGTERM, SHOW_STACK)
 """are blocked until the worker can handle them"""
 
@@ -55,7 +66,7 @@ def serve(
             os._exit(1)
         _kill_group_after_death_of(os.getpid(), owner)
         _write_to(log_path)
-    sys.stdout = sys.stderr = LogStream()
+    sys.stdout, sys.stderr = log_lines.text_stream(1), log_lines.text_stream(2)
     faulthandler.enable(2)
     faulthandler.register(SHOW_STACK, 2)
     log.setup()
@@ -64,8 +75,12 @@ def serve(
     with StopRequest() as stop, contextlib.suppress(EOFError, ConnectionError):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for job in iter(connection.recv, None):
+            # New ones for each job: the one before may have changed or closed them.
+            sys.stdout, sys.stderr = log_lines.text_stream(1), log_lines.text_stream(2)
             ended = run_job(job, Reporter(connection, stop))
-            sys.stdout.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    stream.flush()
             is_last = job.own_process or stop.number != 0 or not _is_fit(ended)
             connection.send(replace(ended, takes_no_more=is_last))
             if is_last:
@@ -130,12 +145,32 @@ def find_function(target: str) -> Callable[..., Any]:
     if not module or module.startswith(".") or not name.isidentifier():
         raise UserError(f"no function {target}; {expected}")
     try:
-        function = getattr(importlib.import_module(module), name, None)
+        with _importing():
+            function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"no function {target} ({error}); {expected}") from error
     if not callable(function):
         raise UserError(f"no function {target}: {module} has none; {expected}")
     return function  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    global _is_importing
+    _is_importing, before = True, _is_importing
+    try:
+        yield
+    finally:
+        _is_importing = before
+
+
+def require_not_importing() -> None:
+    """For what starts jobs: raises UserError if a module does so while the function of a job is
+    imported from it, and ends a worker process whose script does so."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it runs the main script
+        raise SystemExit(UNGUARDED)
+    if _is_importing:
+        raise UserError(f"the module of the function starts jobs when it is imported; {GUARD}")
 
 
 @functools.cache
@@ -205,7 +240,7 @@ def _has_number(result: Any) -> bool:
     """Whether it is a number or a dict with one. NaN counts, a bool does not."""
     named = result if isinstance(result, dict) else {"value": result}
     values = [value.tolist() if hasattr(value, "tolist") else value for value in named.values()]
-    return any(isinstance(item, int | float) and not isinstance(item, bool) for item in values)
+    return any(map(is_number, values))
 
 
 def _is_fit(ended: JobEnded) -> bool:
@@ -230,27 +265,3 @@ def _write_to(path: Path) -> None:
     for number in (1, 2):
         os.dup2(handle, number)
     os.close(handle)
-
-
-class LogStream(io.TextIOBase):
-    """Writes whole lines, with time and pid, to file descriptor 1, one call each, so that the
-    output of other processes does not split them."""
-
-    encoding = "utf-8"
-
-    def __init__(self) -> None:
-        self._rest = ""
-
-    def write(self, text: str) -> int:
-        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
-        for line in lines:
-            log_lines.write_line(1, line)
-        return len(text)
-
-    def flush(self) -> None:
-        if self._rest:
-            log_lines.write_line(1, self._rest)
-            self._rest = ""
-
-    def fileno(self) -> int:
-        return 1

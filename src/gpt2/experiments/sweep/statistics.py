@@ -36,20 +36,25 @@ class Statistics:
     """seeds whose result has the metric as a finite number"""
     mean: float
     std: float | None = None
-    """sample standard deviation (count - 1); None for a single value"""
+    """sample standard deviation (count - 1); None for a single value, or beyond floats' range"""
     low: float | None = None
     high: float | None = None
     """`low` to `high` is the 95 % confidence interval of the mean (Student's t)"""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Statistics:
-        count, mean = len(values), statistics.fmean(values)
+        count, mean = len(values), statistics.mean(map(float, values))
         if count == 1:
             return cls(count, mean)
         from scipy import stats  # half a second
 
-        std = statistics.stdev(values)
+        try:
+            std = statistics.stdev(values)
+        except OverflowError:
+            return cls(count, mean)
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * std / math.sqrt(count)
+        if not math.isfinite(abs(mean) + half):
+            return cls(count, mean, std)
         return cls(count, mean, std, mean - half, mean + half)
 
 
