@@ -236,7 +236,7 @@ def test_an_error_on_rank_0_is_raised_on_all(tmp_path: Path):
         "def fail(): raise DataError('no data')\n"
         "with rendezvous.join(MachineConfig()) as world:\n"
         "    assert world.run_on_rank0(lambda: world.rank) == 0\n"
-        "    assert world.gather(world.rank) == [0.0, 1.0]\n"
+        "    assert world.gather([world.rank, 7]) == [[0.0, 7.0], [1.0, 7.0]]\n"
         "    assert world.all_reduce_max(world.rank << 40) == 1 << 40\n"
         "    assert (world.local_rank, world.is_local_rank0) == (world.rank, world.is_rank0)\n"
         "    called = []\n"

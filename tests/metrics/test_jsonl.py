@@ -46,7 +46,7 @@ def test_every_kind_of_record_is_a_line_with_its_fields(tmp_path: Path):
     assert all(before <= item.pop("time") <= time.time() for item in found)
     assert {item.pop("run") for item in found} == {"run"}
     assert run == {"kind": "run", "step": 4, "seed": 7}
-    assert step == {"kind": "step", **vars(RECORD)}
+    assert step == {"kind": "step", **vars(RECORD), "gpu": {}}
     assert validation == {"kind": "validation", "step": 5, "epoch": 1, "loss": 3.25}
     assert hellaswag == {
         "kind": "hellaswag",
@@ -58,6 +58,14 @@ def test_every_kind_of_record_is_a_line_with_its_fields(tmp_path: Path):
     }
     assert samples == {"kind": "samples", "step": 5, "texts": ["ä\n"]}
     assert event == {"kind": "event", "level": "WARNING", "message": "no space"}
+
+
+def test_the_gpu_of_rank_0_stands_where_earlier_versions_had_it_alone(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    gpus = [{"memory_gb": 1.5, "utilisation_percent": 90.0}, {"memory_gb": 2.5}]
+    write(path, replace(RECORD, rank_gpu=gpus))
+    step = read(path)[1]
+    assert (step["rank_gpu"], step["gpu"]) == (gpus, gpus[0])
 
 
 def test_numbers_keep_every_digit(tmp_path: Path):

@@ -52,7 +52,7 @@ class TestEverySink:
         [
             RECORD,
             replace(RECORD, loss=math.nan, grad_norm=math.inf, applied=False),
-            replace(RECORD, gpu={"memory_gb": 1.5}, left_s=60.0),
+            replace(RECORD, rank_gpu=[{"memory_gb": 1.5}, {}], left_s=60.0),
             ValidationRecord(5, 0, 3.25),
             ValidationRecord(5, 0, math.nan),
             HellaSwagRecord(5, 0, 0.26, 0.28, 9),

@@ -9,7 +9,7 @@ import pytest
 
 from gpt2.base.errors import ConfigError
 from gpt2.metrics import console, log_reader
-from gpt2.metrics.records import Metrics, ValidationRecord
+from gpt2.metrics.records import HellaSwagRecord, Metrics, ValidationRecord
 from metrics.example_record import RECORD
 from metrics.fake_wandb import FakeWandB, open_wandb
 from support import run_command, small_flags, train_command, wait_until
@@ -26,6 +26,18 @@ def test_a_run_keeps_its_id_and_logs_no_step_twice(monkeypatch):
     logged.write(ValidationRecord(5, 0, 3.0))
     assert [step for step, _ in fake.run.rows] == [5, 6, 5]
     assert fake.run.rows[-1][1] == {"loss/val": 3.0}
+
+
+def test_curves_keep_the_names_that_they_have_in_runs_of_earlier_versions(monkeypatch):
+    fake = FakeWandB()
+    logged = open_wandb(monkeypatch, fake)
+    logged.write(replace(RECORD, rank_gpu=[{"memory_gb": 1.5}, {"memory_gb": 2.5}]))
+    logged.write(HellaSwagRecord(5, 1, 0.26, 0.28, 9))
+    (_, step), (_, hellaswag) = fake.run.rows
+    assert step["train/learning_rate"] == 6e-4
+    assert step["speed/tokens_per_s"] == 55188.2
+    assert (step["gpu/memory_gb"], step["rank_gpu/memory_gb/1"]) == (1.5, 2.5)
+    assert hellaswag == {"hellaswag/acc": 0.26, "hellaswag/acc_norm": 0.28}
 
 
 def test_no_failure_ends_the_training(monkeypatch, capsys):

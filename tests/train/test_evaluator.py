@@ -61,10 +61,10 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     (run,) = (tmp_path / "runs").iterdir()
     board = EventAccumulator(str(run))
     board.Reload()
-    assert [point.step for point in board.Scalars("hellaswag/acc_norm")] == [8, 16, 20]
-    line = board.Scalars("hellaswag/gpt2_124m")
+    assert [point.step for point in board.Scalars("main/hellaswag")] == [8, 16, 20]
+    line = board.Scalars("reference/hellaswag_gpt2_124m")
     assert [point.value for point in line] == pytest.approx([0.2955] * 3)
-    assert "loss/gpt2_124m" not in board.Tags()["scalars"]  # this is no FineWeb
+    assert "reference/loss_gpt2_124m" not in board.Tags()["scalars"]  # this is no FineWeb
 
 
 @pytest.fixture
@@ -202,7 +202,9 @@ def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_pat
     data = load_index(Storage(str(data_root)))
     assert Evaluator(run, world, replica, data).references() == {}
     fineweb = replace(data, corpus=corpus)
-    assert Evaluator(run, world, replica, fineweb).references() == {"loss/gpt2_124m": loss}
+    assert Evaluator(run, world, replica, fineweb).references() == {
+        "reference/loss_gpt2_124m": loss
+    }
 
 
 def test_a_stop_within_hellaswag_loses_no_validation(

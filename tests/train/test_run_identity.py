@@ -64,6 +64,22 @@ def test_another_folder_is_another_run_that_names_its_parent(
     assert runs(resume(data_root, folder, "latest", max_steps=8)) == {(own, parent)}
 
 
+def test_another_folder_is_another_run_in_logs_and_tensorboard(
+    data_root: Path, copied: Path, tmp_path: Path
+):
+    """Under the same name, TensorBoard would purge the steps of the run that it goes on from."""
+    flags = {"runs_dir": tmp_path / "runs", "use_tensorboard": True}
+    resume(data_root, copied, "latest", max_steps=5, **flags)
+    (own,) = (tmp_path / "runs").iterdir()
+    forked = tmp_path / "other/checkpoints"
+    for which in (copied / "step_000004.pt", "latest"):
+        resume(data_root, forked, which, **flags)
+    names = {item.training.run_name for item in store.list_checkpoints(forked)}
+    assert len(names) == 1
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {own.name} | names
+    assert own.name not in names
+
+
 def test_a_folder_of_another_run_is_refused_and_left_alone(
     data_root: Path, first: Path, tmp_path: Path
 ):

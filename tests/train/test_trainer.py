@@ -443,7 +443,7 @@ def test_tensorboard_curves_over_a_kill_and_a_resume(data_root: Path, tmp_path: 
     (folder,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
-    for name in ("loss/train", "train/learning_rate", "speed/rank_0_ms", "speed/mfu"):
+    for name in ("loss/train", "main/learning_rate", "speed/rank_0_ms", "speed/mfu"):
         assert [event.step for event in events.Scalars(name)] == list(range(1, 21)), name
     assert [event.step for event in events.Scalars("loss/val")] == [0, 5, 10, 15, 20]
     assert [event.step for event in events.Tensors("samples/text_summary")] == [10, 20]

@@ -51,26 +51,14 @@ class DeviceTimestamp:
         return self._time_s - earlier._time_s
 
 
-def gpu_usage(device: torch.device) -> dict[str, float]:
-    """Memory (GB) and, where NVIDIA's library is installed, utilisation (%) of a CUDA device."""
-    if device.type != "cuda":
-        return {}
-    usage = {
-        "memory_gb": torch.cuda.memory_allocated(device) / 1e9,
-        "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-    }
-    with contextlib.suppress(Exception):  # the library is missing, or refuses (MIG, WSL)
-        usage["utilisation_percent"] = float(torch.cuda.utilization(device))
-    return usage
-
-
 def peak_flops(world: World, dtype: torch.dtype) -> float:
     """FLOP/s of all ranks' devices together: from the data sheets, or measured with `dtype` matrix
     products for a device that `flops` does not list."""
     known = None
     if world.device.type == "cuda":
         known = flops.known_peak_flops(torch.cuda.get_device_name(world.device))
-    return sum(world.gather(known or measured_flops(world.device, dtype)))
+    own = known or measured_flops(world.device, dtype)
+    return sum(of_rank for [of_rank] in world.gather([own]))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 The only file that knows the variables that torchrun sets.
 """
 
+import functools
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gpt2.base.errors import ReportedByOtherRank, UserError
 from gpt2.config.run import MachineConfig
-from gpt2.distributed import device
+from gpt2.distributed import device, gpu_usage
 from gpt2.distributed.watchdog import Watchdog
 from gpt2.distributed.world import World
 
@@ -106,13 +107,14 @@ def join(
     with reported_by_local_rank0():
         own_device = device.choose(config.device, local_rank, local_size, gpu)
     _set_up(own_device, local_size, config)
+    measure_gpu = functools.partial(gpu_usage.measure, own_device)
     if size == 1:
         with Watchdog(rank, None, config.collective_timeout):
-            yield World(rank, size, own_device)
+            yield World(rank, size, own_device, measure_gpu=measure_gpu)
         return
     store, long_timeout_group = _connect(own_device, config.collective_timeout)
     with Watchdog(rank, store, config.collective_timeout, on_failure, size) as watchdog:
-        world = World(rank, size, own_device, local_rank, long_timeout_group, watchdog)
+        world = World(rank, size, own_device, local_rank, long_timeout_group, watchdog, measure_gpu)
         try:
             yield world
         except UserError as error:

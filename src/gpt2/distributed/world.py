@@ -3,7 +3,7 @@
 A run without torchrun is a world of one rank, in which every collective is the identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt2.distributed.gpu_usage import GpuUsage
 from gpt2.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ class World:
     """for collectives in which the other ranks wait for work that one rank does alone"""
     watchdog: Watchdog | None = None
     """knows the failures of other ranks"""
+    measure_gpu: Callable[[], GpuUsage] = GpuUsage
+    """what this rank uses of its GPU; by default nothing is known"""
 
     @property
     def is_rank0(self) -> bool:
@@ -61,13 +64,14 @@ class World:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
-    def gather(self, value: float) -> list[float]:
-        """The `value` of each rank, in rank order, on all ranks."""
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The `values` of each rank, as many on every rank, in rank order, on all ranks."""
         if self.size == 1:
-            return [value]
-        values = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
-        dist.all_gather(values, torch.tensor(value, dtype=torch.float64))
-        return [float(item) for item in values]
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own)
+        return [of_rank.tolist() for of_rank in gathered]
 
     def gather_objects(self, value: T) -> list[T]:
         """The object of each rank, in rank order, on rank 0; an empty list on other ranks."""

@@ -1,6 +1,25 @@
-"""The names of the curves that TensorBoard and W&B draw."""
+"""The names of the curves that TensorBoard and W&B draw.
+
+TensorBoard sorts groups, the names before the first `/`, by the alphabet, and unfolds the first
+two. These are `loss` and `main`; what concerns single ranks and the machine comes after them.
+"""
+
+from collections.abc import Mapping
 
 from gpt2.metrics.records import HellaSwagRecord, Record, StepRecord, ValidationRecord
+
+FORMER = {
+    "main/hellaswag": "hellaswag/acc_norm",
+    "main/hellaswag_acc": "hellaswag/acc",
+    "main/learning_rate": "train/learning_rate",
+    "main/tokens_per_s": "speed/tokens_per_s",
+    "rank_gpu/memory_gb/0": "gpu/memory_gb",
+    "rank_gpu/peak_memory_gb/0": "gpu/peak_memory_gb",
+    "rank_gpu/utilisation_percent/0": "gpu/utilisation_percent",
+    "reference/hellaswag_gpt2_124m": "hellaswag/gpt2_124m",
+    "reference/loss_gpt2_124m": "loss/gpt2_124m",
+}
+"""the names that some curves had in earlier versions; W&B, which unfolds all groups, keeps them"""
 
 
 def points_of(record: Record) -> dict[str, float]:
@@ -9,17 +28,30 @@ def points_of(record: Record) -> dict[str, float]:
         case StepRecord():
             return {
                 "loss/train": record.loss,
-                "train/learning_rate": record.learning_rate,
+                "main/learning_rate": record.learning_rate,
+                "main/tokens_per_s": record.tokens_per_s,
                 "train/grad_norm": record.grad_norm,
                 "train/epoch": record.epoch,
-                "speed/tokens_per_s": record.tokens_per_s,
                 "speed/step_ms": record.elapsed_s * 1000,
                 "speed/mfu": record.mfu,
-                **{f"gpu/{name}": value for name, value in record.gpu.items()},
+                **{f"speed/rank_{rank}_ms": s * 1000 for rank, s in enumerate(record.rank_s)},
+                **{
+                    f"rank_gpu/{name}/{rank}": value
+                    for rank, usage in enumerate(record.rank_gpu)
+                    for name, value in usage.items()
+                },
             }
         case ValidationRecord():
             return {"loss/val": record.loss}
         case HellaSwagRecord():
-            return {"hellaswag/acc": record.acc, "hellaswag/acc_norm": record.acc_norm}
+            return {
+                "main/hellaswag": record.acc_norm,
+                "main/hellaswag_acc": record.acc,
+            }
         case _:
             return {}
+
+
+def under_former_names(points: Mapping[str, float]) -> dict[str, float]:
+    """The points under the names of earlier versions."""
+    return {FORMER.get(name, name): value for name, value in points.items()}

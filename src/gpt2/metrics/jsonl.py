@@ -12,7 +12,7 @@ and, by kind, the fields of the record in `gpt2.metrics.records`, under their na
     run         step: 0, or the step of the checkpoint from which this process goes on; also preset,
                 seed and tokens_per_step
     step        step, epoch, loss, learning_rate, grad_norm, elapsed_s, tokens_per_s, mfu, rank_s,
-                gpu, steps_left, applied, left_s
+                rank_gpu, steps_left, applied, left_s; also gpu, which is that of rank 0
     validation  step, epoch, loss
     hellaswag   step, epoch, acc, acc_norm, tasks
     samples     step, texts
@@ -71,7 +71,10 @@ class JsonLines:
         if self._heading is not None:  # not written at opening, which succeeds on a full disk
             self._append("run", self._heading)
             self._heading = None
-        self._append(KINDS[type(record)], asdict(record))
+        values = asdict(record)
+        if isinstance(record, StepRecord):  # earlier versions had the GPU of rank 0 alone
+            values["gpu"] = record.rank_gpu[0] if record.rank_gpu else {}
+        self._append(KINDS[type(record)], values)
 
     def flush(self) -> None:
         pass

@@ -43,8 +43,9 @@ class StepRecord:
     """model FLOPs utilisation: 1 is the peak of the hardware"""
     rank_s: list[float]
     """each rank's own time, without waiting for the other ranks' gradients"""
-    gpu: dict[str, float] = field(default_factory=dict)
-    """memory and utilisation; empty without CUDA"""
+    rank_gpu: list[dict[str, float]] = field(default_factory=list)
+    """what each rank uses of its GPU: memory_gb, peak_memory_gb and, where it can be measured,
+    utilisation_percent; nothing on a CPU"""
     steps_left: int = 0
     applied: bool = True
     """whether the weights were updated: False if loss or gradient is NaN or infinite"""

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.config.experiment_name import ExperimentConfig
-from gpt2.metrics.curves import points_of
+from gpt2.metrics import curves
 from gpt2.metrics.records import EventRecord, Record, SamplesRecord
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class WandB:
                 blocks = "<hr>".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
                 self._log({"samples": self._wandb.Html(blocks)}, step)
             case _:
-                points = points_of(record).items()
+                points = curves.under_former_names(curves.points_of(record)).items()
                 self._log({name: at for name, at in points if math.isfinite(at)}, record.step)
 
     def flush(self) -> None:

@@ -6,6 +6,8 @@ from gpt2.base.text import counted
 from gpt2.config import lr_schedule
 from gpt2.config.run import RunConfig
 from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.distributed import device_name
+from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.train import experiment_folder
 from gpt2.train.replica import Replica
@@ -17,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def log(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) -> None:
-    """Logs the banner of a run."""
+    """Logs the banner of a run; every rank calls it."""
     warnings = [run.evaluator.warning, lr_schedule.warning(run.schedule, run.total_steps)]
     if start.checkpoint is not None:
         warnings.append(start.rate_warning(run.config, run.sampler.rows_per_epoch, run.state.step))
@@ -29,6 +31,7 @@ def log(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) 
         logger.warning(warning)
     for line in (
         _model_line(plan, run.replica),
+        *_device_lines(run.world),
         *_data_lines(data, run.dataset),
         *_plan_lines(plan, run.config, run.replica.mini_batch_size),
         *_folder_lines(run.config, plan.run_name),
@@ -41,6 +44,12 @@ def _model_line(plan: Plan, replica: Replica) -> str:
     kind = str(replica.dtype).removeprefix("torch.")
     where = f"{plan.world_size} × {plan.device}, {kind}"
     return f"Run {plan.run_name}: {weights / 1e6:.1f} M parameters on {where}"
+
+
+def _device_lines(world: World) -> list[str]:
+    """One line on rank 0, none on other ranks; every rank calls it."""
+    names = world.gather_objects(device_name.of(world.device))
+    return [device_name.line(names)] if names else []
 
 
 def _data_lines(data: DatasetIndex, dataset: TokenDataset) -> list[str]:

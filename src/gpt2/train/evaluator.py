@@ -122,9 +122,9 @@ class Evaluator:
         """What GPT-2 124M reaches, by the name of the curve that shows it beside ours."""
         known = {}
         if self._tasks:
-            known["hellaswag/gpt2_124m"] = baselines.HELLASWAG["completion"][1]
+            known["reference/hellaswag_gpt2_124m"] = baselines.HELLASWAG["completion"][1]
         if self._corpus in baselines.LOSS:
-            known["loss/gpt2_124m"] = baselines.LOSS[self._corpus]
+            known["reference/loss_gpt2_124m"] = baselines.LOSS[self._corpus]
         return known
 
     def _attempt(self, name: str, step: int, measure: Callable[[], T | None]) -> T | None:

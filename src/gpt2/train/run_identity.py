@@ -42,6 +42,12 @@ def find(folder: Path, path: Path | None, checkpoint: CheckpointState | None) ->
     return RunIdentity(uuid.uuid4().hex, parent=own)
 
 
+def goes_on(identity: RunIdentity, checkpoint: CheckpointState) -> bool:
+    """Whether the run is that of `checkpoint`, and not a new one that begins from it."""
+    stored: str = checkpoint.get("run", {}).get("id", identity.id)
+    return stored == identity.id
+
+
 def _other_run(folder: Path, others: list[Checkpoint]) -> CheckpointError:
     newest = others[-1]
     return CheckpointError(

@@ -41,8 +41,9 @@ def build(
 ) -> TrainingRun:
     """The parts of a run, ready for its next step; every rank calls it.
 
-    `configure` is as in `StartingPoint.configured`. All checks come before any file of an earlier
-    run is modified. If it raises, no thread runs, no sink is open, and `status.json` is as it was.
+    `run_name` is that of a new run, `configure` is as in `StartingPoint.configured`. All checks
+    come before any file of an earlier run is modified. If it raises, no thread runs, no sink is
+    open, and `status.json` is as it was.
     """
     early_events: list[EventRecord] = []  # for the sinks, which are not open yet
     with events_to(early_events.append):
@@ -58,8 +59,8 @@ def build(
     state = start.train_state(world)
     replica = Replica(run_config, world, start.weights, state.plain_head)
     evaluator = Evaluator(run_config, world, replica, data)
+    run_name = _run_name(run_config, run_name, start, identity)
     if start.checkpoint is not None:
-        run_name = experiment_folder.run_name(run_config, start.checkpoint["run_name"])
         replica.load_state_dict(start.checkpoint, state.step)
     plan = _plan(run_config, run_name, total_steps, sampler, world)
     run = TrainingRun(
@@ -120,6 +121,15 @@ def _open_data(run_config: RunConfig, world: World, start: StartingPoint) -> Dat
 def _identity(run_config: RunConfig, world: World, start: StartingPoint) -> RunIdentity:
     folder = run_config.checkpoint.checkpoint_dir
     return world.run_on_rank0(lambda: run_identity.find(folder, start.path, start.checkpoint))
+
+
+def _run_name(
+    run_config: RunConfig, new_name: str, start: StartingPoint, identity: RunIdentity
+) -> str:
+    """The name in the checkpoint, if its run goes on, else `new_name`."""
+    if start.checkpoint is None or not run_identity.goes_on(identity, start.checkpoint):
+        return new_name
+    return experiment_folder.run_name(run_config, start.checkpoint["run_name"])
 
 
 @contextlib.contextmanager

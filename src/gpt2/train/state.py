@@ -25,6 +25,8 @@ class Update:
     elapsed_s: float
     rank_s: list[float]
     """seconds that each rank computed before it waited for the other ranks' gradients"""
+    rank_gpu: list[dict[str, float]]
+    """what each rank used of its GPU, as far as it is known"""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gpt2.config.run import RunConfig
 from gpt2.data.loader import MicroBatch
 from gpt2.distributed import rendezvous
 from gpt2.distributed.device import DeviceTimestamp
+from gpt2.distributed.gpu_usage import GpuUsage
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.optim.build import gradient_norm, set_learning_rate
@@ -96,14 +97,17 @@ def train_step(
         replica.optimizer.clip_and_step(grad_norm, config.optim.grad_clip, is_applied)
         replica.optimizer.zero_grad(set_to_none=True)
     finished = DeviceTimestamp(world.device)
+    gpu = world.measure_gpu()  # while the device computes
     outcome = torch.cat([numbers, torch.stack([is_applied, is_spike]).double()]).tolist()
+    ranks = world.gather([computed.since(started), *gpu])
     return Update(
         loss=outcome[0],
         grad_norm=outcome[1],
         applied=bool(outcome[2]),
         is_spike=bool(outcome[3]),
         elapsed_s=finished.since(started),
-        rank_s=world.gather(computed.since(started)),
+        rank_s=[computed_s for computed_s, *_ in ranks],
+        rank_gpu=[GpuUsage(*usage).known() for _, *usage in ranks],
     )
 
 

@@ -18,7 +18,6 @@ from gpt2.data.loader import Loader, MicroBatch
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.data.verifier import Verifier
-from gpt2.distributed import device
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.watchdog import TORCHRUN_IS_GONE
 from gpt2.distributed.world import World
@@ -222,7 +221,7 @@ class TrainingRun:
                 tokens_per_s=tokens_per_s,
                 mfu=flops.mfu(tokens_per_s, self.config.model, self.peak_flops),
                 rank_s=update.rank_s,
-                gpu=device.gpu_usage(self.world.device),
+                rank_gpu=update.rank_gpu,
                 steps_left=self.total_steps - state.step,
             )
         )
