@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from gpt2.base.text import counted
-from gpt2.distributed import device
+from gpt2.distributed import visible_gpus
 
 CPU_INFO = Path("/proc/cpuinfo")
-UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+UUID = re.compile(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 LISTED_HOSTS = 4
 """more hosts with the same devices are counted"""
 
@@ -90,10 +90,8 @@ def _listed(hosts: Sequence[str]) -> str:
 def _gpu_id(index: int) -> str:
     """The id of the GPU that CUDA shows this process as `index`; a UUID with its first digits, by
     which NVIDIA's tools know it, too."""
-    visible = device.visible_gpus()
-    if visible is None:
-        return str(index)
-    return UUID.sub(r"\1", visible.split(",")[index].strip())
+    shown = visible_gpus.ids()
+    return str(index) if shown is None else UUID.sub(r"\1", shown[index])
 
 
 def _cpu_model() -> str:
