@@ -41,9 +41,8 @@ def build(
 ) -> TrainingRun:
     """The parts of a run, ready for its next step; every rank calls it.
 
-    `run_name` is that of a new run, `configure` is as in `StartingPoint.configured`. All checks
-    come before any file of an earlier run is modified. If it raises, no thread runs, no sink is
-    open, and `status.json` is as it was.
+    `run_name` is that of a new run. All checks come before any file of an earlier run is modified.
+    If it raises, no thread runs, no sink is open, and `status.json` is as it was.
     """
     early_events: list[EventRecord] = []  # for the sinks, which are not open yet
     with events_to(early_events.append):
