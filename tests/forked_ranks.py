@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -16,43 +17,77 @@ from torch.distributed import TCPStore
 from support import TRAIN
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["gpt2.train.trainer"])
+# DistributedDataParallel imports torch._dynamo, which takes as long as torch itself.
+FORKS.set_forkserver_preload(["gpt2.train.trainer", "gpt2.cli.train", "torch._dynamo"])
+
+
+class Ranks(AbstractContextManager["Ranks"]):
+    """Ranks that run; none outlives this context. `folder` keeps what they print."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        folder: Path,
+        script: Path = TRAIN,
+        **environment: str,
+    ) -> None:
+        self._output = folder / "ranks.txt"
+        self._output.write_text("")
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.processes = []
+        for rank in range(ranks):
+            given = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": self.store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": True,
+            }
+            variables = {name: str(value) for name, value in given.items()}
+            work = (script, arguments, os.environ | variables | environment, self._output)
+            self.processes.append(FORKS.Process(target=_rank, args=work, daemon=True))
+        for process in self.processes:
+            process.start()
+
+    def text(self) -> str:
+        """What they have printed."""
+        return self._output.read_text()
+
+    def end(self, expect: int = 0) -> str:
+        """What they have printed by their end. Fails with it if a rank ends with another exit code
+        than `expect`; then the others are killed."""
+        running = {process.sentinel: process for process in self.processes}
+        while running:
+            for ended in wait(list(running)):
+                if running.pop(ended).exitcode != expect:
+                    self._kill()
+        assert all(process.exitcode == expect for process in self.processes), self.text()
+        return self.text()
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+        for process in self.processes:
+            process.join()
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
 
 def run(
-    arguments: Sequence[str], ranks: int, folder: Path, script: Path = TRAIN, **environment: str
+    arguments: Sequence[str],
+    ranks: int,
+    folder: Path,
+    script: Path = TRAIN,
+    expect: int = 0,
+    **environment: str,
 ) -> str:
-    """Runs `script` on each rank and returns what they print, which `folder` keeps. Fails with it
-    if a rank fails."""
-    output = folder / "ranks.txt"
-    output.write_text("")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = []
-    for rank in range(ranks):
-        given = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
-            "TORCHELASTIC_USE_AGENT_STORE": True,
-        }
-        variables = os.environ | {name: str(value) for name, value in given.items()} | environment
-        processes.append(
-            FORKS.Process(target=_rank, args=(script, arguments, variables, output), daemon=True)
-        )
-    for process in processes:
-        process.start()
-    running = {process.sentinel: process for process in processes}
-    while running:
-        for ended in wait(list(running)):
-            if running.pop(ended).exitcode != 0:
-                for other in running.values():
-                    other.kill()
-    text = output.read_text()
-    assert not any(process.exitcode for process in processes), text
-    return text
+    """Runs `script` on each rank to its end; see `Ranks`."""
+    with Ranks(arguments, ranks, folder, script, **environment) as started:
+        return started.end(expect)
 
 
 def _rank(script: Path, arguments: Sequence[str], variables: dict[str, str], output: Path) -> None:

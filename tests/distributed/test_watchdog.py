@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
 
+from forked_ranks import Ranks
 from gpt2.distributed.watchdog import Watchdog
-from support import ROOT
+from support import ROOT, wait_until
 
 
 def test_a_run_without_torchrun_outlives_its_shell():
@@ -62,15 +63,13 @@ def test_the_first_rank_that_fails_hands_its_error_on_before_it_exits(
 
 
 STUCK = """
-import ctypes, os, sys, time
+import ctypes, os, signal
 from torch.distributed import TCPStore
 from gpt2.distributed.watchdog import Watchdog
-rank, port = int(sys.argv[1]), int(sys.argv[2])
-store = TCPStore("127.0.0.1", port, is_master=False)
-os.environ["TORCHELASTIC_RUN_ID"] = "x"
-{before}
-with Watchdog(rank, store, 600.0, size=2):
-    print(os.getpid(), flush=True)
+store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+signal.signal(signal.SIGINT, lambda *_: None)
+with Watchdog(int(os.environ["RANK"]), store, 600.0, size=2):
+    os.write(1, b"waits\\n")
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -79,47 +78,28 @@ with Watchdog(rank, store, 600.0, size=2):
 and no Python code runs there."""
 
 
-class StuckRanks:
-    """Two such ranks, and the store that torchrun would keep."""
-
-    def __init__(self, before: str = "") -> None:
-        self.store = TCPStore("127.0.0.1", 0, is_master=True)
-        script = STUCK.format(before=before)
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", script, str(rank), str(self.store.port)],
-                env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        for rank in self.ranks:
-            assert rank.stdout.readline()
-
-    def __enter__(self) -> list[subprocess.Popen[str]]:
-        return self.ranks
-
-    def __exit__(self, *_: object) -> None:
-        for rank in self.ranks:
-            rank.kill()
-            rank.communicate()
+@pytest.fixture
+def stuck(tmp_path: Path) -> Iterator[Ranks]:
+    """Two such ranks, under an agent's name."""
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    with Ranks([], 2, tmp_path, script, TORCHELASTIC_RUN_ID="x") as ranks:
+        wait_until(lambda: ranks.text().count("waits\n") == 2, ranks.text)
+        yield ranks
 
 
-def test_a_rank_ends_when_another_one_is_killed():
-    with StuckRanks() as (one, other):
-        other.kill()
-        other.wait()
-        assert one.wait(60) == 1
-        assert "rank 0 is ended because of this: another rank failed" in one.stderr.read()
+def test_a_rank_ends_when_another_one_is_killed(stuck: Ranks):
+    one, other = stuck.processes
+    other.kill()
+    one.join()
+    assert one.exitcode == 1
+    assert "rank 0 is ended because of this: another rank failed" in stuck.text()
 
 
-def test_ctrl_c_twice_ends_a_rank_that_waits_in_c():
-    handler = "import signal; signal.signal(signal.SIGINT, lambda *_: None)"
-    with StuckRanks(handler) as (one, _):
-        while one.poll() is None:  # signals that arrive together are one
-            one.send_signal(signal.SIGINT)
-            time.sleep(0.1)
-        assert one.returncode == 130
-        assert "rank 0 is ended because of this: Ctrl+C" in one.stderr.read()
+def test_ctrl_c_twice_ends_a_rank_that_waits_in_c(stuck: Ranks):
+    one, _ = stuck.processes
+    while one.is_alive():  # signals that arrive together are one
+        os.kill(one.pid, signal.SIGINT)
+        one.join(0.1)
+    assert one.exitcode == 130
+    assert "rank 0 is ended because of this: Ctrl+C" in stuck.text()

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -227,11 +226,3 @@ def has_weights_of(run: Path, reference: Path) -> bool:
 def is_part_of(lines: list[str], reference: Path) -> bool:
     """Whether every line also stands in the log of the uninterrupted run."""
     return set(lines) <= set(loss_lines(reference / "logs" / "log.txt"))
-
-
-def python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """A Python process that runs `script`."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )

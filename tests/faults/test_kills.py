@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
+import forked_ranks
 from faults.harness import (
     FLAGS,
     Run,
     has_weights_of,
     is_part_of,
     last_step,
-    python,
     slow_script,
     starts_of,
     trial,
 )
+from forked_ranks import Ranks
 from gpt2.checkpoint import store
-from support import ROOT
+from support import small_flags, wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -43,10 +44,8 @@ def kill_at_random(data_root: Path, out: Path, victim: str, chance: random.Rando
         steps_lost.append(lost)
 
 
-def finish(data_root: Path, out: Path) -> Run:
-    last = Run(data_root, out, **FLAGS)
-    assert last.end() == 0, last.text()
-    return last
+def finish(data_root: Path, out: Path) -> None:
+    forked_ranks.run(small_flags(data_root, out, **FLAGS, resume="latest"), 2, out)
 
 
 def test_killed_run_continues_bit_identically(data_root: Path, tmp_path: Path, reference: Path):
@@ -72,9 +71,8 @@ def test_soak_kills_at_random_moments(data_root: Path, tmp_path: Path, reference
         assert has_weights_of(run, reference)
 
 
-SAVING = f"""
+SAVING = """
 import sys, torch
-sys.path.insert(0, {str(ROOT / "src")!r})
 from pathlib import Path
 from gpt2.base import folder_lock
 from gpt2.checkpoint import store
@@ -87,7 +85,7 @@ step = max(steps, default=0)
 while True:
     step += 1
     training = TrainingMetadata(step, 0, 0, 1.0, 1.0 / step, 1, "run", "0")
-    state = {{"model": torch.full((4_000_000,), float(step))}}
+    state = {"model": torch.full((4_000_000,), float(step))}
     store.save(folder, state, training, keep_last=3)
     print("saved", step, flush=True)
 """
@@ -95,12 +93,12 @@ while True:
 
 def kill_while_saving(folder: Path, after_s: float) -> tuple[list[int], int]:
     """The steps saved before the kill, and the step that loads after it."""
-    process = python(SAVING, folder)
-    assert process.stdout is not None
-    output = process.stdout.readline()
-    time.sleep(after_s)
-    process.kill()
-    output += process.communicate()[0]
+    script = folder.with_name("saving.py")
+    script.write_text(SAVING)
+    with Ranks([str(folder)], 1, folder.parent, script) as saving:
+        wait_until(lambda: "saved" in saving.text(), saving.text)
+        time.sleep(after_s)
+    output = saving.text()
     steps = [int(line.split()[1]) for line in output.splitlines() if line.startswith("saved")]
     newest = store.find(folder, "latest")
     assert newest is not None, output
@@ -110,26 +108,27 @@ def kill_while_saving(folder: Path, after_s: float) -> tuple[list[int], int]:
 
 
 def test_killed_while_saving(tmp_path: Path, caplog):
+    folder = tmp_path / "checkpoints"
     for after_s in (0.01, 0.04):
         with trial("kill -9 while a checkpoint is written"):
-            saved, loaded = kill_while_saving(tmp_path, after_s)
+            saved, loaded = kill_while_saving(folder, after_s)
             assert loaded in (saved[-1], saved[-1] + 1)  # saved, but not yet printed
             assert caplog.messages == []
-    store.remove_unfinished(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
+    store.remove_unfinished(folder)
+    assert not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_soak_killed_while_saving(tmp_path: Path, caplog):
-    chance = random.Random(3)
+    folder, chance = tmp_path / "checkpoints", random.Random(3)
     strays = 0
     for _ in range(50):
         with trial("kill -9 while a checkpoint is written"):
-            saved, loaded = kill_while_saving(tmp_path, chance.uniform(0, 0.2))
+            saved, loaded = kill_while_saving(folder, chance.uniform(0, 0.2))
             assert loaded in (saved[-1], saved[-1] + 1)
             assert caplog.messages == []
-        strays += bool(list(tmp_path.glob("*.tmp")))
+        strays += bool(list(folder.glob("*.tmp")))
     assert strays > 10  # most kills hit the moment that this test is about
-    store.remove_unfinished(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
+    store.remove_unfinished(folder)
+    assert not list(folder.glob("*.tmp"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked_ranks
 from faults.harness import (
     FLAGS,
     Run,
@@ -66,19 +67,35 @@ GPT2.forward = fail
 """Rank 1 fails in its tenth forward pass of at least four steps."""
 
 
-@trial("one rank raises")
-def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path: Path):
+def failing_script(folder: Path) -> Path:
     patch = FAILING.format(error='ZeroDivisionError("the reason")')
-    script = patched_script(tmp_path / "failing.py", patch)
-    flags = ENDLESS | {"collective_timeout": 10_000}
-    run = Run(data_root, tmp_path / "run", ranks=3, script=script, **flags)
-    assert run.end() != 0
-    text = run.text()
+    return patched_script(folder / "failing.py", patch)
+
+
+def require_reason(text: str, out: Path) -> None:
+    """Checks that the failure of rank 1 is what a run prints and keeps as the reason of its end."""
     assert "rank 1 failed:\nTraceback" in text
     assert text.count("ZeroDivisionError: the reason") == 1
     assert "Timed out" not in text
-    written = status.read(run.out / "checkpoints")
+    written = status.read(out / "checkpoints")
     assert (written.state, written.reason) == ("failed", "rank 1: ZeroDivisionError: the reason")
+
+
+def test_a_rank_that_fails_ends_all_with_its_traceback(data_root: Path, tmp_path: Path):
+    """Nobody kills the other rank: it learns of the failure and ends by itself."""
+    flags = small_flags(data_root, tmp_path, **ENDLESS, collective_timeout=10_000)
+    text = forked_ranks.run(flags, 2, tmp_path, failing_script(tmp_path), expect=1)
+    require_reason(text, tmp_path)
+
+
+@pytest.mark.soak
+@trial("one rank raises")
+def test_torchrun_reports_the_rank_that_fails_once(data_root: Path, tmp_path: Path):
+    script = failing_script(tmp_path)
+    flags = ENDLESS | {"collective_timeout": 10_000}
+    run = Run(data_root, tmp_path / "run", ranks=3, script=script, **flags)
+    assert run.end() != 0
+    require_reason(run.text(), run.out)
 
 
 def restart_until_finished(data_root: Path, out: Path, kills: int) -> Run:

@@ -1,4 +1,5 @@
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-import forked_ranks
 from gpt2 import model
 from gpt2.base.errors import ConfigError
 from gpt2.config.model import ModelConfig
 from gpt2.config.run import OPTIMIZERS, OptimConfig
 from gpt2.model.base import LanguageModel
 from gpt2.optim import build, combined
+from support import run_command
 
 SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 
@@ -133,4 +134,4 @@ def test_updates_load_no_compiler(tmp_path: Path):
     """It would cost every process two seconds."""
     script = tmp_path / "updates.py"
     script.write_text(UPDATES)
-    forked_ranks.run(["adamw", "muon"], 1, tmp_path, script)
+    run_command([sys.executable, str(script), "adamw", "muon"])

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forked_ranks
 from gpt2.base.errors import CheckpointError, DataError, UserError, WrongContent
 from gpt2.checkpoint import store
+from gpt2.cli.parse import USER_ERROR
 from gpt2.data import digests
 from gpt2.data.digests import Fault
 from gpt2.data.remote import Storage
@@ -21,7 +23,7 @@ from gpt2.data.shards import MANIFEST, load_index
 from gpt2.train import data_faults, status, trainer
 from gpt2.train.report import Answer
 from gpt2.train.state import TrainState
-from support import loss_lines, run_command, small_config, small_flags, train_command
+from support import loss_lines, small_config, small_flags
 
 Damage = Callable[[Path], str]
 
@@ -185,18 +187,18 @@ def as_earlier_version(folder: Path, fingerprint: str) -> None:
 
 
 def test_all_ranks_save_and_end(data_root: Path, tmp_path: Path):
-    """Two ranks under torchrun. The shard is wrong from the beginning: rank 0 alone verifies it."""
+    """The shard is wrong from the beginning: rank 0 alone verifies it."""
     folder = Path(shutil.copytree(data_root, tmp_path / "corpus"))
     (folder / digests.NAME).unlink(missing_ok=True)
     name = overwrite_tokens(folder)
-    done = run_command(train_command(small_flags(folder, tmp_path), ranks=2), expect=1)
-    assert f"error: {folder}/{name}: its SHA-256 differs" in done.stderr
+    printed = forked_ranks.run(small_flags(folder, tmp_path), 2, tmp_path, expect=USER_ERROR)
+    assert printed.count(f"error: {folder}/{name}: its SHA-256 differs") == 1
     ending = f"stopped after step {steps_kept(tmp_path)[-1]}, which is saved"
-    assert f"may have used it first; {ending}" in done.stderr or (
-        f"no step has used it; {ending}" in done.stderr
+    assert f"may have used it first; {ending}" in printed or (
+        f"no step has used it; {ending}" in printed
     )
-    assert "lost the connection" not in done.stderr
-    assert "failed:" not in done.stderr  # with which the watchdog begins a traceback
+    assert "lost the connection" not in printed
+    assert "failed:" not in printed  # with which the watchdog begins a traceback
 
 
 def test_a_repaired_shard_lets_the_run_go_on_bit_identically(
