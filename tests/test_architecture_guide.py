@@ -134,10 +134,10 @@ def with_entry(source: str, table: str, added: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def extended(tmp_path: Path) -> Path:
     """A folder with a copy of the package in `src`, to which the examples are added."""
-    folder = tmp_path_factory.mktemp("extended")
+    folder = tmp_path / "extended"
     shutil.copytree(SOURCE, folder / "src/gpt2", ignore=shutil.ignore_patterns("__pycache__"))
     for name, code in new_files():
         assert not (folder / name).exists()
@@ -148,17 +148,40 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+RUN = f"""
+import sys
+
+if __name__ == "__main__":
+    import pytest
+
+    from gpt2.cli import main
+
+    folder = "checkpoints/series/small"
+    tests = sys.argv[1:]
+    for command in ("series --slots 1", f"evaluate --tasks agreement --checkpoint_dir {{folder}}"):
+        sys.argv = ["gpt2", *command.split()]
+        assert main.main() == 0, command
+    sys.exit(pytest.main(["--rootdir", "{ROOT}", "-c", "{ROOT}/pyproject.toml", *tests]))
+"""
+"""Both commands and the tests in one process: torch takes seconds to import."""
+
+
 def test_the_examples_work(extended: Path):
     """A training of the new job source has the new architecture, optimiser, corpus and sink; the
-    new task measures its model."""
+    new task measures its model; the tests of every entry pass for the new ones."""
     assert len(list(new_files())) == len(list(entries())) == 6
-    environment = {"PYTHONPATH": str(extended / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    gpt2 = [sys.executable, "-m", "gpt2"]
     (extended / "configs").mkdir()
     (extended / "configs" / "small.toml").write_text(TRAINING)
+    (extended / "run.py").write_text(RUN)
+    tests = [*(ROOT / "tests/model").glob("test_*.py"), *(ROOT / "tests/optim").glob("test_*.py")]
+    of_entries = [path for path in tests if re.search("ARCHITECTURES|OPTIMIZERS", path.read_text())]
+    chosen = [*map(str, of_entries), "-k", "bigram or sgd", "-vv", "-p", "no:cacheprovider"]
+    search = os.pathsep.join([str(extended / "src"), str(ROOT / "tests")])
+    done = run_command(
+        [sys.executable, "run.py", *chosen], extended, PYTHONPATH=search, CUDA_VISIBLE_DEVICES=""
+    )
 
-    series = run_command([*gpt2, "series", "--slots", "1"], extended, **environment)
-    assert series.stdout.startswith("small finished {'step': 2"), series.stderr
+    assert done.stdout.startswith("small finished {'step': 2"), done.stderr
     run = extended / "checkpoints/series/small"
     steps = [line.partition(",")[0] for line in (run / "losses.csv").read_text().splitlines()]
     assert steps == ["1", "2"]
@@ -169,18 +192,8 @@ def test_the_examples_work(extended: Path):
     manifest = json.loads((extended / "data/python_topics/manifest.json").read_text())
     assert manifest["corpus"] == "python_topics"
 
-    tasks = ["--tasks", "agreement", "--checkpoint_dir", str(run)]
-    measured = run_command([*gpt2, "evaluate", *tasks], extended, **environment)
     results = json.loads((extended / "results.json").read_text())["results"]
-    assert results["agreement"]["of"] == "2 texts" and "agreement" in measured.stdout
+    assert results["agreement"]["of"] == "2 texts" and "agreement" in done.stdout
     assert results["agreement"]["acc"] in (0, 0.5, 1)
 
-
-def test_the_tests_of_every_entry_pass_for_the_examples(extended: Path):
-    tests = [*(ROOT / "tests/model").glob("test_*.py"), *(ROOT / "tests/optim").glob("test_*.py")]
-    of_entries = [path for path in tests if re.search("ARCHITECTURES|OPTIMIZERS", path.read_text())]
-    chosen = [*map(str, of_entries), "-k", "bigram or sgd"]
-    environment = {"PYTHONPATH": os.pathsep.join([str(extended / "src"), str(ROOT / "tests")])}
-    pytest_ = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
-    done = run_command([*pytest_, *chosen], **environment)
     assert "test_dropout[bigram] PASSED" in done.stdout and "sgd" in done.stdout

@@ -21,7 +21,7 @@ def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monk
     assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
 
 
-SIZES = ["--shard_tokens", "40000", "--max_tokens", "2000000"]
+SIZES = ["--shard_tokens", "16000", "--max_tokens", "800000"]
 
 
 def data_command(folder: Path, *options: str) -> list[str]:
@@ -92,12 +92,12 @@ def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed:
 
 
 def test_a_full_disk_is_one_error_and_finished_shards_are_kept(tmp_path: Path, never_killed: Path):
-    limit = 60_000  # bytes of a file: the small validation shard fits, the next one does not
+    limit = 24_000  # bytes of a file: the small validation shard fits, the next one does not
     start = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "import sys; from gpt2.cli.main import main; sys.exit(main())"
     )
-    command = data_command(tmp_path / "data", "--val_tokens", "20000")
+    command = data_command(tmp_path / "data", "--val_tokens", "8000")
     failed = support.run_command([command[0], "-c", start, *command[3:]], expect=2)
     assert failed.stderr.count("\n") == 1
     assert (

@@ -10,7 +10,6 @@ from typing import Any
 from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool.job import Job, Stopped
 from gpt2.experiments.pool.worker import Reporter
-from gpt2.experiments.training import ddp
 
 if os.environ.get("RANK_WITHOUT_IMPORT", "none") == os.environ.get("RANK"):
     signal.pause()
@@ -37,6 +36,8 @@ def wait_for_end(pid: int) -> None:
 
 def host(report: Any, play: str, count: int, **kwargs: Any) -> Any:
     """The job of a worker that hosts ranks, each of which plays."""
+    from gpt2.experiments.training import ddp  # imports torch, which the ranks do not need
+
     return ddp.run_on_ranks(report, Job("ranks", f"{__name__}:{play}", kwargs), count)
 
 

@@ -31,6 +31,7 @@ class Sweep:
 
     def start(self) -> None:
         flags = ["--target", "experiments.jobs:measured", "--num_seeds", str(SEEDS)]
+        flags += ["--device", "cpu"]  # it need not ask torch for GPUs
         search = {"PYTHONPATH": os.pathsep.join(sys.path), "PAUSE": str(PAUSE_S)}
         with (self.folder / "output.txt").open("a") as output:
             self.owner = subprocess.Popen(

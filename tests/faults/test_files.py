@@ -1,5 +1,6 @@
 """Damaged checkpoints, a full disk, a folder that another run uses."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from faults.harness import trial
 from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError, FolderInUse
 from gpt2.checkpoint import store
+from gpt2.cli import train
 from gpt2.train import trainer
 from gpt2.train.report import Answer
 from support import ROOT, small_config, small_flags, train_command
@@ -115,32 +117,36 @@ def test_where_all_are_damaged_nothing_is_renamed(data_root: Path, tmp_path: Pat
     assert set(before) <= set(os.listdir(folder))
 
 
+@contextlib.contextmanager
+def files_of_at_most(size_bytes: int) -> Iterator[None]:
+    """Within the block this process cannot write larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @trial("disk full during a save")
-def test_full_disk(data_root: Path, tmp_path: Path):
-    """Simulated by RLIMIT_FSIZE: training continues, and the last save fails with a message."""
+def test_full_disk(data_root: Path, tmp_path: Path, monkeypatch, capfd):
+    """Simulated by a limit: training continues, and the last save fails with a message."""
     flags = {"checkpoint_interval": 5, "eval_interval": None}
     trainer.run(small_config(data_root, tmp_path, **flags, max_steps=5))
     before = (tmp_path / "checkpoints/step_000005.pt").read_bytes()
-    command = train_command(
-        small_flags(data_root, tmp_path, **flags, max_steps=20, resume="latest")
-    )
-    limit = len(before) // 2
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING: training")]
+    more = small_flags(data_root, tmp_path, **flags, max_steps=20, resume="latest")
+    monkeypatch.setattr(sys, "argv", ["gpt2 train", *more])
+    with files_of_at_most(len(before) // 2):
+        assert train.train_main() == 2
+    printed = capfd.readouterr()
+    warnings = [line for line in printed.err.splitlines() if line.startswith("WARNING: training")]
     assert len(warnings) == 2  # at 10 and 15
     assert all("earlier checkpoints are intact" in line for line in warnings)
     assert all("[Errno 27] File too large" in line for line in warnings)
-    assert done.stdout.count("step 20 |") == 1
-    assert "error: cannot save" in done.stderr
-    assert "step_000020.pt" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert printed.out.count("step 20 |") == 1
+    assert "error: cannot save" in printed.err
+    assert "step_000020.pt" in printed.err
+    assert "Traceback" not in printed.err
     assert [item.training.step for item in store.list_checkpoints(tmp_path / "checkpoints")] == [5]
     assert (tmp_path / "checkpoints/step_000005.pt").read_bytes() == before
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))

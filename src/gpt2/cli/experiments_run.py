@@ -61,8 +61,8 @@ def run_experiments(arguments: Sequence[str]) -> int:
     if not read.experiments:
         print(HELP, file=sys.stderr)
         return USER_ERROR
-    where = _slots(read)
-    return run.run(experiment.parse_all(read.experiments, read.common), where)
+    named = experiment.parse_all(read.experiments, read.common)
+    return run.run(named, _slots(read))  # to count GPUs, torch is imported
 
 
 def read_arguments(arguments: Sequence[str]) -> RunArguments:

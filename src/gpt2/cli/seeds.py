@@ -78,10 +78,9 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
     folder = command.checkpoint_dir or default_folder(train, "seeds")
     if train.list_checkpoints:
         return list_checkpoints(folder)
-    # They import torch: see `gpt2.cli.parse`.
+    # They take a while to import: see `gpt2.cli.parse`.
     from gpt2.experiments import job_group
     from gpt2.experiments.sweep import sweep
-    from gpt2.experiments.training import training_job
 
     run, pool = train.run, command.pool
     call = None if command.target is None else _call(command, train_flags)
@@ -103,6 +102,8 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
         )
     with pool.opened(folder, run.machine.device, ddp=pool.ddp) as engine:
         if call is None:
+            from gpt2.experiments.training import training_job  # imports torch
+
             training_job.require_data(run, pool.ddp)
         return job_group.run(group, engine, pool.limits(), console()).exit_code
 

@@ -161,7 +161,7 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags_of(data_root: Path, out: Path, space_file: Path, count: int) -> list[str]:
     small = {"max_steps": 4, "eval_interval": 2, "warmup_steps": 1, "mini_batch_size": 8}
-    own = ["--space", str(space_file), "--n_trials", str(count), "--no_prune"]
+    own = ["--space", str(space_file), "--n_trials", str(count), "--no_prune", "--slots", "1"]
     return [*small_flags(data_root, out, **small), *own]
 
 

@@ -27,7 +27,8 @@ def command(*flags: object) -> list[str]:
 def sweep(tmp_path: Path, *flags: object, expect: int = 0, **environment: str) -> Any:
     """A sweep of `jobs.measured` in its own process, in `tmp_path`."""
     environment |= {"TRACE": str(tmp_path / "trace"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    target = ("--target", "experiments.jobs:measured")
+    # On the CPU it need not ask torch for GPUs.
+    target = ("--target", "experiments.jobs:measured", "--device", "cpu")
     return run_command(command(*target, *flags), cwd=tmp_path, expect=expect, **environment)
 
 

@@ -17,8 +17,6 @@ from gpt2.experiments.pool.function_call import Call
 from gpt2.experiments.pool.job import Job
 from gpt2.experiments.sweep import statistics
 from gpt2.experiments.sweep.statistics import MakeFigure, MakeTable, PointSummary
-from gpt2.experiments.training import training_job
-from gpt2.inspection import machine
 
 MAX_NAME_LENGTH = 200
 MAX_CHECKPOINTS = 3
@@ -71,6 +69,9 @@ class Sweep:
         **more: Any,
     ) -> JobGroup:
         """Trains with the options of a point, on `ranks` GPUs, or processes on the CPU."""
+        # Imports torch for seconds; the workers of a script with functions of its own import this.
+        from gpt2.experiments.training import training_job
+
         training_job.require_fresh_start(run)
         if run.machine.seed != MachineConfig().seed:
             raise ConfigError(SEEDS_ONLY_BY_FLAGS)
@@ -137,6 +138,8 @@ class Sweep:
 
 def _require_room(run: RunConfig, group: JobGroup) -> None:
     """Raises ConfigError if the disk has no room for the checkpoints of the missing trainings."""
+    from gpt2.inspection import machine  # imports torch
+
     missing = [item for name, item in group.values.items() if not (group.folder / name).exists()]
     models = (options.overlay(run, values).model for values in missing)
     need_gb = MAX_CHECKPOINTS * sum(map(flops.state_bytes, models)) / 1e9
