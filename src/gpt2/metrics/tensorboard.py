@@ -175,8 +175,7 @@ def _write_hparams(folder: Path, hparams: dict[str, Any]) -> None:
 
 
 def _hparam_values(config: dict[str, Any]) -> dict[str, Any]:
-    """A nested config as flat values of the types that TensorBoard accepts, those that are compared
-    first."""
+    """A nested config as flat values of the types that TensorBoard shows as they are."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -185,4 +184,4 @@ def _hparam_values(config: dict[str, Any]) -> dict[str, Any]:
             flat[name] = value
         else:
             flat[name] = str(value)
-    return {name: flat[name] for name in COMPARED if name in flat} | flat
+    return flat
