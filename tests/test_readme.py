@@ -15,7 +15,10 @@ PAGES = [
     *sorted(ROOT.glob("docs/*.md")),
 ]
 GUIDES = [path for path in PAGES if path.name != "ARCHITECTURE.md"]  # it names files to be added
-NOT_OURS = {"sample.py", "convert_hf_to_gguf.py", "noise.py", "train.sh", "bench/NAME.py"}
+NOT_OURS = {
+    *("sample.py", "convert_hf_to_gguf.py", "noise.py", "train.sh", "bench/NAME.py"),
+    "ntfy.sh",  # a host
+}
 """files of other tools, of the reader, and of a search"""
 OPTIONS = set(re.findall(r"^\| `--(\w+)`", options_page.page(), re.MULTILINE))
 OPTIONS |= {f"no_{name}" for name in OPTIONS}

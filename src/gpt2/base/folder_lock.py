@@ -169,6 +169,20 @@ def is_held(folder: Path) -> bool:
         return found is not None and found.is_running_here
 
 
+def has_live_owner(folder: Path) -> bool:
+    """Whether the process that `owner.json` names lives, as far as this machine can tell. Unlike
+    `is_held`, it leaves the lock alone: for those who look every second."""
+    found = owner(folder)
+    if found is None or found.is_dead:
+        return False
+    if found.is_running_here:
+        return True
+    try:
+        return time.time() - (folder / OWNER_NAME).stat().st_mtime < SILENCE_S
+    except OSError:  # it has ended meanwhile
+        return False
+
+
 def owner(folder: Path) -> Owner | None:
     """The process that holds the folder, or that died holding it; None if that is unknown."""
     path = folder / OWNER_NAME

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from gpt2.base.text import console
 from gpt2.cli import train
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.config.run import RunConfig
+from gpt2.metrics import notify
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class DoctorCommand(CommandOptions):
     """TOML file with options, by name or in a table per part"""
     out_dir: Path | None = None
     """keep checkpoints, runs and logs under this folder"""
+    notify: str | None = field(default=None, repr=False)
+    """address for messages of the run; only its form is checked"""
 
     def __post_init__(self) -> None:
         validation.require_within(self, 1, validation.MOST_PROCESSES, "nproc_per_node")
@@ -37,6 +40,7 @@ def doctor_main() -> int:
         arguments = sys.argv[1:]
         command = train.parse_before_resume(DoctorCommand, arguments)
         log.setup(command.log_level)
+        notify.address_of(command.notify)
 
         def configure(stored: Mapping[str, Any] | None) -> RunConfig:
             return train.parse_run(DoctorCommand, arguments, stored=stored).run

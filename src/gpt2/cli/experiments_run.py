@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpt2.base.errors import ConfigError
+from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import USER_ERROR
 from gpt2.config import gpu_list
 from gpt2.experiments.named import experiment, run, slots
@@ -23,13 +24,14 @@ Trains several named experiments side by side, one at a time on each GPU, and wa
 
   --gpus 0,2-3   the GPUs to use, or none; default is CUDA_VISIBLE_DEVICES, else all of this machine
   --max_gpus N   use at most N of these GPUs
+  --notify URL   post one message when all have ended; default is GPT2_NOTIFY_URL
   --slots N      train on the CPU, N experiments at a time, each on its share of the cores;
                  default without a GPU is 2
 
 What an experiment prints goes to logs/NAME_gpu_ID/console_DATE_TIME.log. After Ctrl+C or SIGTERM
 all save and end; a second one kills them. Exit code: 0 all finished, 1 one failed, 2 wrong usage,
 130 / 143 stopped. Started again, an experiment waits for the GPU that it had before."""
-OPTIONS = ("--gpus", "--max_gpus", "--slots")
+OPTIONS = ("--gpus", "--max_gpus", "--slots", "--notify")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def run_experiments(arguments: Sequence[str]) -> int:
         print(HELP, file=sys.stderr)
         return USER_ERROR
     named = experiment.parse_all(read.experiments, read.common)
-    return run.run(named, _slots(read))  # to count GPUs, torch is imported
+    names = ", ".join(item.name for item in named)
+    with posting_end(read.options.get("--notify"), f"experiments {names}", None) as ended:
+        return ended(run.run(named, _slots(read)))  # to count GPUs, torch is imported
 
 
 def read_arguments(arguments: Sequence[str]) -> RunArguments:

@@ -21,6 +21,7 @@ COMMANDS = {
     "plot": "draw the curves of runs",
     "experiments": "list the experiments on disk, show one, or run named ones",
     "status": "show the state of a run, also as an exit code",
+    "watch": "watch a run in the terminal: progress, losses, speed, messages",
 }
 
 

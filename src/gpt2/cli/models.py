@@ -9,6 +9,7 @@ from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import suggestion
+from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import (
     TrainingPoolOptions,
@@ -69,9 +70,12 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
     )
     at_once = min(len(names), job_group.AT_ONCE)
     device = train.run.machine.device
-    with pool.opened(folder, device, at_once=at_once, ddp=pool.ddp) as engine:
+    with (
+        posting_end(train.notify, f"models {folder}", folder) as ended,
+        pool.opened(folder, device, at_once=at_once, ddp=pool.ddp) as engine,
+    ):
         training_job.require_data(train.run, pool.ddp)
-        return job_group.run(group, engine, pool.limits(), console()).exit_code
+        return ended(job_group.run(group, engine, pool.limits(), console()).exit_code)
 
 
 def _names(text: str | None, known: Collection[str]) -> list[str]:

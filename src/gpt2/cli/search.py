@@ -12,6 +12,7 @@ from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST, require_within
+from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import (
     TrainingPoolOptions,
@@ -105,9 +106,10 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
         keep_checkpoints=command.keep_checkpoints,
         ranks=pool.ddp,
     )
-    training_job.require_data(search.run, search.ranks)
-    with pool.opened(folder, train.run.machine.device, ddp=pool.ddp) as engine:
-        return run.run(search, engine, pool.limits(), console())
+    with posting_end(train.notify, f"search {folder}", folder) as ended:
+        training_job.require_data(search.run, search.ranks)
+        with pool.opened(folder, train.run.machine.device, ddp=pool.ddp) as engine:
+            return ended(run.run(search, engine, pool.limits(), console()))
 
 
 def read_space(path: Path | None, run: RunConfig) -> Space:

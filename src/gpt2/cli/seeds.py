@@ -11,6 +11,7 @@ from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST_SEED, require_within
+from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import CommandOptions, guarded
 from gpt2.cli.pool_options import (
     TrainingPoolOptions,
@@ -23,7 +24,7 @@ from gpt2.config import options
 from gpt2.experiments import grid
 from gpt2.experiments.pool.function_call import Call
 
-FUNCTION_FLAGS = ("device", "out_dir", "list_checkpoints")
+FUNCTION_FLAGS = ("device", "out_dir", "list_checkpoints", "notify")
 """options of `gpt2 train` that apply to the functions of --target, too"""
 MOST_SEEDS = 10**6
 
@@ -100,12 +101,15 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
         group = planned.of_training(
             run, ranks=pool.ddp, keep_checkpoints=command.keep_checkpoints, **place
         )
-    with pool.opened(folder, run.machine.device, ddp=pool.ddp) as engine:
+    with (
+        posting_end(train.notify, f"seeds {folder}", folder) as ended,
+        pool.opened(folder, run.machine.device, ddp=pool.ddp) as engine,
+    ):
         if call is None:
             from gpt2.experiments.training import training_job  # imports torch
 
             training_job.require_data(run, pool.ddp)
-        return job_group.run(group, engine, pool.limits(), console()).exit_code
+        return ended(job_group.run(group, engine, pool.limits(), console()).exit_code)
 
 
 def _call(command: SeedsCommand, train_flags: Sequence[str]) -> Call:

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,8 @@ from gpt2.cli.parse import CommandOptions, discard, guarded, parse
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
+from gpt2.metrics import notify
+from gpt2.train.notices import Notices
 
 logger = logging.getLogger(__name__)
 HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
@@ -40,6 +42,9 @@ class TrainCommand(CommandOptions):
     """keep checkpoints, runs and logs under this folder"""
     list_checkpoints: bool = False
     """print the table of checkpoints and exit"""
+    notify: str | None = field(default=None, repr=False)
+    """http(s) address of a webhook, which gets a message when the run ends, fails, hangs or goes
+    back; default is GPT2_NOTIFY_URL, which does not show in `ps`"""
 
 
 class RunCommand(Protocol):
@@ -66,15 +71,25 @@ def train_main() -> int:
         arguments = sys.argv[1:]
         with rendezvous.reported_by_local_rank0():
             command = parse_before_resume(TrainCommand, arguments, quiet=local_rank > 0)
+            address = notify.address_of(command.notify)
         log.setup(command.log_level, rank=rank, info_stream="stdout")
         if command.list_checkpoints:
             return _list_checkpoints(command.run) if rank == 0 else 0
-        return _train(command.run, arguments, rank, world_size)
+        arguments = without_address(arguments)
+        notices = Notices(address if rank == 0 else None)
+        with notices.posting_failure():
+            return _train(command.run, arguments, rank, world_size, notices)
 
     return guarded(body, rank=rank, report=rendezvous.report_to_torchrun)
 
 
-def _train(run_config: RunConfig, arguments: Sequence[str], rank: int, world_size: int) -> int:
+def _train(
+    run_config: RunConfig,
+    arguments: Sequence[str],
+    rank: int,
+    world_size: int,
+    notices: Notices,
+) -> int:
     # They import torch: see `gpt2.cli.parse`.
     from gpt2.distributed import visible_gpus
     from gpt2.train import experiment_folder, trainer
@@ -84,7 +99,7 @@ def _train(run_config: RunConfig, arguments: Sequence[str], rank: int, world_siz
         run_config = parse_run(TrainCommand, arguments, quiet=True, stored=stored).run
         return run_config
 
-    result = trainer.run(run_config, configure=configure)
+    result = trainer.run(run_config, configure=configure, notices=notices)
     if rank == 0 and result.state == "finished":
         run = experiment_folder.resolve(run_config)
         gpus = None if run == run_config else visible_gpus.ids()
@@ -94,6 +109,12 @@ def _train(run_config: RunConfig, arguments: Sequence[str], rank: int, world_siz
             logger.warning("cannot write to standard output: %s", error)
             discard(sys.stdout)
     return result.exit_code
+
+
+def without_address(arguments: Sequence[str]) -> list[str]:
+    """`arguments` without --notify, also in `sys.argv`, which W&B and worker processes record."""
+    sys.argv[1:] = _without(sys.argv[1:], "--notify")
+    return _without(arguments, "--notify")
 
 
 def _list_checkpoints(run_config: RunConfig) -> int:

@@ -82,6 +82,7 @@ class Watchdog:
         self._processes: dict[int, ProcessIdentity] = {}
         """of other ranks, as far as they are known"""
         self._is_writing: Callable[[], bool] = lambda: False
+        self._before_exit: Callable[[str], None] = lambda _reason: None
         self._parent = os.getppid()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="watchdog", daemon=True)
@@ -124,6 +125,11 @@ class Watchdog:
         `is_writing` is called by the watchdog's thread.
         """
         self._is_writing = is_writing
+
+    def call_before_exit(self, function: Callable[[str], None]) -> None:
+        """Lets the watchdog's thread call `function` with the reason before it ends the process,
+        because the main thread does not exit after another rank's failure."""
+        self._before_exit = function
 
     def first_to_fail(self, reason: str) -> "Failure | None":
         """Records the failure of this rank and returns the first failure of any rank.
@@ -227,7 +233,7 @@ class Watchdog:
                 store = None
                 continue
             if has_failure:
-                self._end_unless_main_thread_exits("another rank failed", 1)
+                self._end_unless_main_thread_exits("another rank failed", 1, self._tell_failure)
                 return
 
     def _signals_within(self, timeout_s: float) -> bytes:
@@ -247,9 +253,17 @@ class Watchdog:
                 return other
         return None
 
-    def _end_unless_main_thread_exits(self, cause: str, exit_code: int) -> None:
+    def _tell_failure(self) -> None:
+        first = self.first_to_fail("")  # another rank has recorded its own
+        self._before_exit(f"rank {first.rank}: {first.reason}" if first else "another rank failed")
+
+    def _end_unless_main_thread_exits(
+        self, cause: str, exit_code: int, before_exit: Callable[[], None] = lambda: None
+    ) -> None:
         if not self._main_thread_exits():
             logger.error("rank %d is ended because of this: %s", self._rank, cause)
+            with contextlib.suppress(Exception):  # the process must exit in any case
+                before_exit()
             os._exit(exit_code)
 
     def _main_thread_exits(self) -> bool:

@@ -22,7 +22,11 @@ class Run:
     @property
     def state(self) -> str:
         """`running`, `finished`, `stopped` or `failed`; `dead` if no process backs `running`."""
-        if folder_lock.is_held(self.folder):
+        return self.state_if(folder_lock.is_held(self.folder))
+
+    def state_if(self, is_held: bool) -> str:
+        """`state`, for those who know whether a process holds the folder."""
+        if is_held:
             return "running"
         silent_s = time.time() - self.status.time
         is_elsewhere = self.status.host != socket.gethostname() and silent_s < status.SILENCE_S

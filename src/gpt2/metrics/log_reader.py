@@ -5,6 +5,7 @@ read from both files; where both have a step, the value of `metrics.jsonl` count
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -137,31 +138,37 @@ def _joined(text: list[LoggedRun], records: list[LoggedRun]) -> list[LoggedRun]:
 def _read_text(path: Path) -> list[LoggedRun]:
     processes: list[LoggedRun] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if header := _HEADER.match(line):
-            processes.append(LoggedRun(header["name"], int(header["step"])))
-        elif processes:
-            _add_line(processes[-1], line)
+        record = object_of_text(line)
+        if record["kind"] == "run":
+            processes.append(LoggedRun(record["run"], record["step"]))
+        elif processes and record["kind"] != "event":
+            _add_record(processes[-1], record["step"], record)
     return processes
 
 
-def _add_line(process: LoggedRun, line: str) -> None:
-    """Adds what a line of `log.txt` holds; ignores lines of other kinds."""
-    found = _LINE.match(line)
-    if not found:
-        return
-    step, rest = int(found["step"]), found["rest"]
-    if update := _UPDATE.match(rest):
-        process.steps[step] = LoggedStep(
-            step=step,
-            loss=_finite(float(update["loss"])),
-            learning_rate=float(update["rate"]),
-            elapsed_s=int(update["ms"]) / 1000,
-            tokens_per_s=float(update["speed"]),
-        )
-    elif validation := _VALIDATION.match(rest):
-        process.val_losses[step] = _finite(float(validation["loss"]))
-    elif hellaswag := _HELLASWAG.match(rest):
-        process.hellaswag[step] = float(hellaswag["acc_norm"])
+def object_of_text(line: str) -> dict[str, Any]:
+    """A line of `log.txt` as `metrics.jsonl` has it, with the keys that the line tells."""
+    if header := _HEADER.match(line):
+        return {"kind": "run", "run": header["name"], "step": int(header["step"])}
+    if found := _LINE.match(line):
+        step, rest = int(found["step"]), found["rest"]
+        if update := _UPDATE.match(rest):
+            return {
+                "kind": "step",
+                "step": step,
+                "loss": float(update["loss"]),
+                "learning_rate": float(update["rate"]),
+                "elapsed_s": int(update["ms"]) / 1000,
+                "tokens_per_s": float(update["speed"]),
+            }
+        if validation := _VALIDATION.match(rest):
+            return {"kind": "validation", "step": step, "loss": float(validation["loss"])}
+        if hellaswag := _HELLASWAG.match(rest):
+            return {"kind": "hellaswag", "step": step, "acc_norm": float(hellaswag["acc_norm"])}
+    level, mark, message = line.partition(": ")
+    if mark and level in logging.getLevelNamesMapping():
+        return {"kind": "event", "level": level, "message": message}
+    return {"kind": "event", "level": "INFO", "message": line}
 
 
 def _read_records(path: Path) -> list[LoggedRun]:
@@ -198,24 +205,20 @@ def _add_record(process: LoggedRun, step: int, record: dict[str, Any]) -> None:
     if kind == "step":
         process.steps[step] = LoggedStep(
             step=step,
-            loss=_number(record["loss"]),
-            learning_rate=_number(record["learning_rate"]),
-            elapsed_s=_number(record["elapsed_s"]),
-            tokens_per_s=_number(record["tokens_per_s"]),
+            loss=number(record["loss"]),
+            learning_rate=number(record["learning_rate"]),
+            elapsed_s=number(record["elapsed_s"]),
+            tokens_per_s=number(record["tokens_per_s"]),
         )
     elif kind == "validation":
-        process.val_losses[step] = _number(record["loss"])
+        process.val_losses[step] = number(record["loss"])
     elif kind == "hellaswag":
-        process.hellaswag[step] = _number(record["acc_norm"])
+        process.hellaswag[step] = number(record["acc_norm"])
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _finite(value: float) -> float:
-    """NaN in place of infinity, as in `metrics.jsonl`."""
-    return value if math.isfinite(value) else math.nan
+def number(value: float | None) -> float:
+    """NaN in place of infinity and of None, which stands for both in `metrics.jsonl`."""
+    return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
 def _until(values: dict[int, T], last: int) -> dict[int, T]:

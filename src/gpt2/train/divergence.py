@@ -41,6 +41,7 @@ def go_back_if_bad(run: TrainingRun, update: Update) -> None:
     logger.warning(
         "%s: no update (%d in a row, %d in all)", numbers, state.bad_in_a_row, state.bad_steps
     )
+    run.notices.skipped(state, numbers)
     if state.bad_in_a_row < limit:
         return
     reason = f"{limit} updates in a row, up to step {state.step}, had no finite loss or gradient"
@@ -59,6 +60,7 @@ def go_back_if_bad(run: TrainingRun, update: Update) -> None:
             "a longer --warmup_steps or a smaller --checkpoint_interval"
         )
     _go_back(run, path, left_out=(first, state.bad_in_a_row))
+    run.notices.went_back(run.state.step, f"{reason}; their data is skipped")
 
 
 def _newest_checkpoint(run: TrainingRun, up_to_step: int) -> Path | None:

@@ -21,6 +21,7 @@ from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, events_to
 from gpt2.train import banner, dataset, experiment_folder, run_identity
 from gpt2.train.evaluator import Evaluator
+from gpt2.train.notices import Notices, forget_death, post_death_before
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.resume import Configure, StartingPoint
@@ -37,7 +38,8 @@ def build(
     world: World,
     report: Report,
     stop: StopRequest,
-    configure: Configure | None = None,
+    configure: Configure | None,
+    notices: Notices,
 ) -> TrainingRun:
     """The parts of a run, ready for its next step; every rank calls it.
 
@@ -50,8 +52,7 @@ def build(
         data = _open_data(run_config, world, start)
     identity = _identity(run_config, world, start)
     token_dataset = TokenDataset(data, "train", run_config.model.block_size)
-    rows, seed = run_config.rows_per_step, run_config.machine.seed
-    sampler = Sampler(token_dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
+    sampler = _sampler(run_config, token_dataset)
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
@@ -75,21 +76,18 @@ def build(
         replica=replica,
         evaluator=evaluator,
         saver=_saver(run_config, world, start, state.step),
-        status=StatusFile(_folder(run_config) if world.is_rank0 else None, plan),
+        status=_status_file(run_config, plan, world, notices),
         stop=stop,
+        notices=notices,
         report=report,
         peak_flops=device.peak_flops(world, replica.dtype),
         state=state,
-        first_step=state.step,
         identity=identity,
         resumed_from=start.path,
         earlier_saves=world.run_on_rank0(lambda: _saves_beyond(_folder(run_config), state.step)),
     )
     run.open(early_events)
-    with _closed_on_error(run):
-        run.start_verifier()
-        banner.log(run, data, plan, start)
-    run.status.write("running", state.step)
+    _begin(run, data, plan, start)
     return run
 
 
@@ -141,6 +139,27 @@ def _closed_on_error(run: TrainingRun) -> Iterator[None]:
         raise
 
 
+def _sampler(run_config: RunConfig, token_dataset: TokenDataset) -> Sampler:
+    rows, seed = run_config.rows_per_step, run_config.machine.seed
+    return Sampler(token_dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
+
+
+def _status_file(run_config: RunConfig, plan: Plan, world: World, notices: Notices) -> StatusFile:
+    folder = _folder(run_config) if world.is_rank0 else None
+    return StatusFile(folder, plan, notices.sign_of_life)
+
+
+def _begin(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) -> None:
+    """Logs the banner, and says in `status.json` that the run trains from now on."""
+    with _closed_on_error(run):
+        run.start_verifier()
+        banner.log(run, data, plan, start)
+    if run.world.is_rank0:
+        forget_death(_folder(run.config))
+    run.notices.begin(plan, run.state.step)
+    run.status.write("running", run.state.step)
+
+
 def _plan(
     run_config: RunConfig, run_name: str, total_steps: int, sampler: Sampler, world: World
 ) -> Plan:
@@ -190,9 +209,9 @@ def _saves_beyond(folder: Path, step: int) -> frozenset[int]:
 
 
 @contextlib.contextmanager
-def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
-    """Locks the checkpoint folder for this run while the block runs, and removes the temporary
-    files of a killed one.
+def claimed_folder(run_config: RunConfig, world: World, notices: Notices) -> Iterator[None]:
+    """Locks the checkpoint folder for this run while the block runs; posts that an earlier process
+    was killed, and removes its temporary files.
 
     Raises CheckpointError if it cannot be written to, and FolderInUse if another run holds it.
     """
@@ -203,6 +222,7 @@ def claimed_folder(run_config: RunConfig, world: World) -> Iterator[None]:
         def claim_it() -> None:
             folder_lock.require_writable(folder)
             claim.enter_context(folder_lock.held(folder))
+            post_death_before(folder, notices.notifier)
             store.remove_unfinished(folder)
 
         world.run_on_rank0(claim_it)

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,8 @@ NAME = "status.json"
 BEAT_EVERY_S = 15
 SILENCE_S = 900
 """a run on another machine whose status is older than this counts as dead"""
+STALL_S, STALL_STEPS = 300, 10
+"""a run hangs if it gives no sign of life for so long: seconds, and times of a step"""
 RunState = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -73,12 +76,23 @@ def write(
     atomic_files.write_text(folder / NAME, json.dumps(asdict(status), indent=2) + "\n")
 
 
+def is_stalled(silent_s: float, step_s: float | None) -> bool:
+    """Whether a run hangs that has given no sign of life for `silent_s`.
+
+    `step_s` is the time of its last step; None before the first one, which may wait for a compiler.
+    """
+    return silent_s > (SILENCE_S if step_s is None else max(STALL_S, STALL_STEPS * step_s))
+
+
 class StatusFile:
     """Keeps `status.json` of a run current, so that a dead run is recognised by its age."""
 
-    def __init__(self, folder: Path | None, plan: Plan) -> None:
-        """`folder` is None on the ranks that do not write it, which are all but rank 0."""
-        self._folder, self._plan = folder, plan
+    def __init__(
+        self, folder: Path | None, plan: Plan, on_beat: Callable[[int], None] = lambda _step: None
+    ) -> None:
+        """`folder` is None on the ranks that do not write it, which are all but rank 0. Each beat
+        calls `on_beat` with its step."""
+        self._folder, self._plan, self._on_beat = folder, plan, on_beat
         self._written = 0.0
         self.switched_off: tuple[str, ...] = ()
 
@@ -92,6 +106,7 @@ class StatusFile:
     def beat(self, step: int) -> bool:
         """Writes that the run is running if the last write is BEAT_EVERY_S ago; returns whether it
         was."""
+        self._on_beat(step)
         if late := time.monotonic() - self._written > BEAT_EVERY_S:
             self.write("running", step)
         return late

@@ -23,6 +23,7 @@ from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.optim.build import gradient_norm, set_learning_rate
 from gpt2.train import divergence, experiment_folder, setup
+from gpt2.train.notices import Notices
 from gpt2.train.replica import Replica, out_of_memory_explained
 from gpt2.train.report import Report, always_go
 from gpt2.train.resume import Configure
@@ -117,6 +118,7 @@ def run(
     run_name: str | None = None,
     on_failure: Callable[[Exception], None] | None = None,
     configure: Configure | None = None,
+    notices: Notices | None = None,
 ) -> RunResult:
     """Trains until the last step or a stop request, from scratch or from a checkpoint.
 
@@ -126,15 +128,19 @@ def run(
     (or experiment) and time. With several ranks, any error but a UserError ends the process; the
     first rank that fails calls `on_failure(error)` first. `configure` is called on rank 0 once the
     checkpoint is found; without it, `run_config` is complete and takes nothing from a checkpoint.
-    Raises UserError for what the user can fix.
+    `notices` of rank 0 posts what becomes of the run. Raises UserError for what the user can fix.
     """
-    with rendezvous.join(run_config.machine, run_config.experiment.gpu_id, on_failure) as world:
+    notices, gpu_id = notices or Notices(), run_config.experiment.gpu_id
+    with (
+        rendezvous.join(run_config.machine, gpu_id, on_failure) as world,
+        notices.posting_failure(),  # here, too, as `join` may end the process
+    ):
         resolved = world.run_on_rank0(lambda: experiment_folder.resolve(run_config))
         name = world.run_on_rank0(lambda: run_name or experiment_folder.run_name(resolved))
         world.run_on_rank0(lambda: experiment_folder.require_possible(resolved))
-        with setup.claimed_folder(resolved, world):
+        with setup.claimed_folder(resolved, world, notices):
             stop = StopRequest()
-            training_run = setup.build(resolved, name, world, report, stop, configure)
+            training_run = setup.build(resolved, name, world, report, stop, configure, notices)
             with stop:  # until the last checkpoint is on the disk
                 return _train_and_close(training_run, world)
 
@@ -144,13 +150,13 @@ def _train_and_close(run: TrainingRun, world: World) -> RunResult:
     try:
         result = train(run)
     except KeyboardInterrupt:  # the second Ctrl+C: leave at once
-        run.status.write("stopped", run.state.step, "interrupted")
+        run.ended("stopped", "interrupted")
         raise
     except BaseException as error:
         if isinstance(error, Diverged | WrongContent):
-            run.status.write("stopped", run.state.step, str(error))
+            run.ended("stopped", str(error))
         else:
-            run.status.write("failed", run.state.step, world.reason(error))
+            run.ended("failed", world.reason(error))
         run.close()
         raise
     run.close()

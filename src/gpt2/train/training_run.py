@@ -25,6 +25,7 @@ from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
 from gpt2.train import data_faults
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
+from gpt2.train.notices import Notices
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.run_identity import RunIdentity
@@ -60,13 +61,12 @@ class TrainingRun:
     saver: Saver
     status: StatusFile
     stop: StopRequest
+    notices: Notices
     report: Report
     """called on rank 0; it steers the run"""
     peak_flops: float
     """of all devices together, FLOP/s"""
     state: TrainState
-    first_step: int
-    """where this process began"""
     identity: RunIdentity
     resumed_from: Path | None
     earlier_saves: frozenset[int]
@@ -74,14 +74,18 @@ class TrainingRun:
     belong to an earlier course of the run"""
     is_closing: bool = False
     """whether it is being closed, which may take longer than another rank's failure allows"""
+    first_step: int = field(init=False)
+    """where this process began"""
     stop_vote: StopVote = field(init=False)
     metrics: Metrics = field(init=False)
     loader: Loader = field(init=False)
 
     def __post_init__(self) -> None:
+        self.first_step = self.state.step
         self.stop_vote = StopVote(self.world, self.stop, lambda: self.status.beat(self.state.step))
         if self.world.watchdog is not None:
             self.world.watchdog.wait_while(lambda: self.saver.is_busy or self.is_closing)
+            self.world.watchdog.call_before_exit(self._ended_by_watchdog)
         self.data.content.on_fault = lambda: self.stop.request(DATA_FAULT)
 
     def open(self, events: Iterable[EventRecord] = ()) -> None:
@@ -123,6 +127,7 @@ class TrainingRun:
             if self.verifier is not None:
                 self.verifier.close()
             self.loader.close()
+            self.notices.close()
             self.metrics.close()
 
     def save_if_due(self) -> None:
@@ -232,6 +237,7 @@ class TrainingRun:
             tokens_per_s=tokens_per_s,
         )
         self.saver.log_outcomes()
+        self.notices.stepped(update.elapsed_s)
         self.status.beat(state.step)
 
     def stopped(self) -> RunResult:
@@ -241,7 +247,7 @@ class TrainingRun:
         """
         reason = self.world.all_reduce_max(self.stop.number)
         if reason == PRUNE:
-            self.status.write("stopped", self.state.step, "pruned")
+            self.ended("stopped", "pruned")
             return self.state.result("pruned")
         self.saver.save_now(self.metadata(), self.checkpoint_state)
         data_faults.raise_first(self.data, self.world, self.sampler, self.state)
@@ -249,7 +255,7 @@ class TrainingRun:
         by = names.get(reason, f"by signal {reason}")
         logger.info("Stopped %s at step %d; --resume latest continues", by, self.state.step)
         ending: RunState = "failed" if reason == TORCHRUN_IS_GONE else "stopped"
-        self.status.write(ending, self.state.step, by)
+        self.ended(ending, by)
         return self.state.result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def finished(self) -> RunResult:
@@ -273,7 +279,7 @@ class TrainingRun:
         if self._is_stopped_before_verified():
             return self.stopped()
         data_faults.raise_first(self.data, self.world, self.sampler, self.state)
-        self.status.write("finished", step)
+        self.ended("finished")
         return self.state.result("finished")
 
     def _is_stopped_before_verified(self) -> bool:
@@ -290,6 +296,15 @@ class TrainingRun:
         else:
             self.stop_vote.is_to_stop()
         return self.world.all_reduce_max(self.stop.number) not in (0, STOP, PRUNE)
+
+    def ended(self, ending: RunState, reason: str | None = None) -> None:
+        """Writes to `status.json` how the run ends, and posts it."""
+        self.status.write(ending, self.state.step, reason)
+        self.notices.ended(ending, self.state, reason)
+
+    def _ended_by_watchdog(self, reason: str) -> None:
+        self.ended("failed", reason)
+        self.notices.close()
 
     def metadata(self) -> TrainingMetadata:
         """What the JSON beside a checkpoint of this step says of the training."""

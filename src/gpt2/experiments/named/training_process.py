@@ -13,6 +13,7 @@ from gpt2.base.errors import UserError
 from gpt2.experiments.named.experiment import Experiment
 from gpt2.experiments.pool.job import Job, Stopped
 from gpt2.experiments.pool.worker import Reporter
+from gpt2.metrics.notify import VARIABLE
 
 POLL_S = 0.2
 """how soon an end and a stop are noticed"""
@@ -33,13 +34,19 @@ def run(name: str, flags: list[str], begun: str, report: Reporter) -> None:
     """
     script = Path(gpt2.__file__).parents[1] / "train_improved.py"  # an installed package has none
     train = [str(script)] if script.exists() else ["-m", "gpt2", "train"]
+    # One message is posted when all experiments have ended, not one for each.
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     command = [sys.executable, *train, *flags, "--experiment_name", name]
     console = Experiment(name, tuple(flags)).console(os.environ, begun)
     try:
         console.parent.mkdir(parents=True, exist_ok=True)
         with console.open("wb") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
     except OSError as error:
         raise UserError(f"cannot start {command[0]}, which writes to {console}: {error}") from error

@@ -57,8 +57,12 @@ class StoredExperiment:
     @property
     def state(self) -> str:
         """running, stopping, finished or stopped; dead if its process was killed."""
+        return self.state_if(folder_lock.is_held(self.folder))
+
+    def state_if(self, is_held: bool) -> str:
+        """`state`, for those who know whether a process holds the folder."""
         now = self.current
-        if folder_lock.is_held(self.folder):
+        if is_held:
             return "stopping" if now and now.state == "stopping" else "running"
         if now is None:
             return "dead"

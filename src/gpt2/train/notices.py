@@ -1,0 +1,173 @@
+"""What is posted about a run, to the address of --notify: its end, a hang, a way back, a death."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from gpt2.base.errors import FolderInUse
+from gpt2.config.flops import duration
+from gpt2.metrics.notify import Notifier
+from gpt2.train import status
+from gpt2.train.state import TrainState
+from gpt2.train.status import Plan, RunState, Status
+
+DEATH_POSTED = "death_posted"
+"""a file in the checkpoint folder: the death of the process that wrote `status.json` is posted"""
+CHECK_S = 5.0
+"""between two looks for a hang"""
+SKIPPED_EVERY_S = 3600.0
+"""between two messages about skipped updates"""
+
+
+class Notices:
+    """Posts what a person wants to know of a run. Without an address it does nothing, as on all
+    ranks but rank 0."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.notifier = Notifier(address)
+        self._name, self._total_steps, self._step = "training", 0, 0
+        self._step_s: float | None = None
+        self._last_sign = time.monotonic()
+        self._is_stalled = self._has_ended = False
+        self._may_tell_skipped_at = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look_for_hang, name="notices", daemon=True)
+
+    @contextlib.contextmanager
+    def posting_failure(self) -> Iterator[None]:
+        """Posts the error that leaves the block, unless the run's end is posted already, and waits
+        until all is posted."""
+        try:
+            yield
+        except FolderInUse:  # the run goes on: only this start of it has failed
+            raise
+        except Exception as error:
+            if not self._has_ended:
+                self._end("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.close()
+
+    def begin(self, plan: Plan, step: int) -> None:
+        """From now on, a hang of the run is posted."""
+        self._name, self._total_steps, self._step = plan.run_name, plan.total_steps, step
+        self._last_sign = time.monotonic()
+        if self.notifier.is_on:
+            self._thread.start()
+
+    def sign_of_life(self, step: int) -> None:
+        """The run does something at `step`; called often by the thread that trains."""
+        now = time.monotonic()
+        silent_s, self._last_sign, self._step = now - self._last_sign, now, step
+        if self._is_stalled:
+            self._is_stalled = False
+            self._post("continues", "goes on", f"after {duration(silent_s)}")
+        self.notifier.log_failure()
+
+    def stepped(self, elapsed_s: float) -> None:
+        """The run has finished a step of this process."""
+        self._step_s = elapsed_s
+
+    def skipped(self, state: TrainState, numbers: str) -> None:
+        """An update was left out, because its `numbers` are bad. Posted once an hour at most."""
+        self._step = state.step
+        if time.monotonic() >= self._may_tell_skipped_at:
+            self._may_tell_skipped_at = time.monotonic() + SKIPPED_EVERY_S
+            self._post("skipped", "skipped an update", f"{numbers} ({state.bad_steps} in all)")
+
+    def went_back(self, step: int, reason: str) -> None:
+        """The run goes on from an earlier step after a divergence."""
+        self._step = step
+        self._post("went_back", "went back", reason)
+
+    def ended(self, ending: RunState, state: TrainState, reason: str | None) -> None:
+        """The run ends. A reason begins with `by signal`, `on request`, or says what went wrong."""
+        self._step = state.step
+        values = {
+            "loss": state.train_loss,
+            "val loss": state.val_loss,
+            "HellaSwag": state.hellaswag,
+        }
+        known = [f"{name} {value:.4f}" for name, value in values.items() if value is not None]
+        self._end(ending, "; ".join(filter(None, [reason, ", ".join(known)])))
+
+    def close(self) -> None:
+        """Ends the threads; waits for messages that are being posted, for a few seconds."""
+        self._is_over.set()
+        self.notifier.close()
+
+    def _end(self, ending: str, details: str) -> None:
+        self._has_ended = True
+        self._is_over.set()
+        self._post(ending, ending, details)
+
+    def _post(self, event: str, words: str, details: str) -> None:
+        at = "to" if event == "went_back" else "at"
+        of = f" of {self._total_steps:,}" if self._total_steps else ""
+        self.notifier.post(
+            event,
+            f"{self._name} on {socket.gethostname()} {words} {at} step {self._step:,}{of}",
+            details,
+            run=self._name,
+            step=self._step,
+            total_steps=self._total_steps,
+        )
+
+    def _look_for_hang(self) -> None:
+        while not self._is_over.wait(CHECK_S):
+            silent_s = time.monotonic() - self._last_sign
+            if not self._is_stalled and status.is_stalled(silent_s, self._step_s):
+                self._is_stalled = True
+                self._post("stalled", "stalled", f"no sign of life for {duration(silent_s)}")
+
+
+def post_death_before(folder: Path, notifier: Notifier) -> None:
+    """Posts that the process that trained in `folder` before this one died, if it did; this process
+    holds the folder."""
+    previous = status.read(folder)
+    if previous is not None and previous.state == "running":
+        post_death(folder, previous, notifier, "it is started again now")
+
+
+def post_death(folder: Path, dead: Status, notifier: Notifier, more: str = "") -> None:
+    """Posts that the process that wrote the status `dead` was killed, or its machine went down.
+
+    It is posted once, whoever notices it: a file in `folder` says that it is.
+    """
+    if not notifier.is_on or not _is_first(folder):
+        return
+    plan = dead.plan
+    details = (
+        f"process {dead.pid} ended without a word (killed, out of memory or a power cut), "
+        f"last seen {datetime.fromtimestamp(dead.time):%Y-%m-%d %H:%M:%S}"
+    )
+    notifier.post(
+        "died",
+        f"{plan.run_name} on {dead.host} died at step {dead.step:,} of {plan.total_steps:,}",
+        f"{details}; {more}" if more else details,
+        run=plan.run_name,
+        step=dead.step,
+        total_steps=plan.total_steps,
+    )
+
+
+def forget_death(folder: Path) -> None:
+    """The run trains again: its next death is another one."""
+    with contextlib.suppress(OSError):
+        (folder / DEATH_POSTED).unlink(missing_ok=True)
+
+
+def _is_first(folder: Path) -> bool:
+    """Whether nobody has posted this death yet; True if the folder takes no file."""
+    try:
+        os.close(os.open(folder / DEATH_POSTED, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
