@@ -38,14 +38,25 @@ class FakeWandB(types.ModuleType):
         self.Html = str
         self.Settings, self.setup, self.teardown = dict, lambda settings: None, lambda: None
 
+    def login(self) -> None:
+        if self.failure:
+            raise self.failure
+
     def init(self, **options: object) -> FakeRun:
         self.started.append(options)
+        if any(letter in ":;,#?/'" for letter in str(options["id"])):  # as W&B does
+            raise self.UsageError("Run ID cannot contain the characters")
         if self.failure and options["mode"] != "offline":
             raise self.failure
         return self.run
 
 
-def open_wandb(monkeypatch, module: object, logged_step: int = 0, **settings: str) -> WandB:
+NAME = "exp_gpu_2_20260101_000000"
+
+
+def open_wandb(
+    monkeypatch, module: object, logged_step: int = 0, run_id: str = NAME, **settings: str
+) -> WandB:
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = ExperimentConfig(use_wandb=True, **settings)
-    return WandB(config, Path("runs"), "exp_gpu_2_20260101_000000", {}, logged_step)
+    return WandB(config, Path("runs"), NAME, run_id, {}, logged_step)

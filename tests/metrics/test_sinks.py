@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from gpt2.metrics.records import (
     Sink,
     ValidationRecord,
 )
+from gpt2.metrics.sinks import RunStart
 from gpt2.metrics.tensorboard import TensorBoard
 from metrics.example_record import RECORD
 from metrics.fake_wandb import FakeWandB, open_wandb
@@ -81,6 +83,10 @@ def run(data_root: Path, tmp_path: Path) -> RunConfig:
     return run
 
 
+def opened_by(run: RunConfig, **changes: object) -> list[Sink]:
+    return sinks.open_sinks(RunStart(options.overlay(run, changes), "run", 0, {}, "run-1"))
+
+
 def names(opened: list[Sink]) -> list[str]:
     return [type(sink).__name__ for sink in opened]
 
@@ -92,27 +98,62 @@ def test_a_run_has_the_sinks_of_its_options(run: RunConfig, monkeypatch):
         ({"use_tensorboard": True}, ["TensorBoard"]),
         ({"use_wandb": True}, ["WandB"]),
     ):
-        opened = sinks.open_sinks(options.overlay(run, flags), "run", 0, {})
+        opened = opened_by(run, **flags)
         assert names(opened) == ["Console", "LogFile", "JsonLines", *more]
         Metrics(opened).close()
 
 
-def test_a_sink_that_cannot_be_opened_leaves_no_other_open(run: RunConfig, monkeypatch):
+def test_without_records_no_other_sink_stays_open(run: RunConfig, monkeypatch):
     closed: list[object] = []
-    for kind in (LogFile, JsonLines):
-        close = kind.close
-        monkeypatch.setattr(kind, "close", lambda self, close=close: closed.append(close(self)))
+    close = LogFile.close
+    monkeypatch.setattr(LogFile, "close", lambda self: closed.append(close(self)))
+    (run.watch.log_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: Is a directory"):
+        opened_by(run)
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (None, "no wandb: --use_wandb needs W&B's package"),
+        (FakeWandB(FakeWandB.UsageError("No API key")), "no wandb: --use_wandb: No API key; or"),
+        (types.ModuleType("wandb"), "no wandb: module 'wandb' has no attribute"),
+    ],
+)
+def test_a_run_goes_on_without_wandb(run: RunConfig, monkeypatch, caplog, module, message: str):
+    """Also if it has changed since it was tried."""
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    opened = opened_by(run, use_wandb=True)
+    assert names(opened) == ["Console", "LogFile", "JsonLines"]
+    assert caplog.messages[0].startswith(message)
+    Metrics(opened).close()
+
+
+def test_a_run_goes_on_without_tensorboard(run: RunConfig, caplog):
+    run.watch.runs_dir.mkdir(parents=True)
+    (run.watch.runs_dir / "run").touch()
+    opened = opened_by(run, use_tensorboard=True)
+    assert "TensorBoard" not in names(opened)
+    assert caplog.messages[0].startswith("no tensorboard: ")
+    Metrics(opened).close()
+
+
+def test_what_the_sinks_need_is_tried_before_a_run(run: RunConfig, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    sinks.require_usable(run)
     with pytest.raises(ConfigError, match="pip install"):
-        sinks.open_sinks(options.overlay(run, {"use_wandb": True}), "run", 0, {})
-    assert len(closed) == 2
+        sinks.require_usable(options.overlay(run, {"use_wandb": True}))
+    monkeypatch.setattr(sinks, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="--use_tensorboard needs TensorBoard; first: pip"):
+        sinks.require_usable(options.overlay(run, {"use_tensorboard": True}))
 
 
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
 def test_a_file_that_cannot_be_opened_is_named_with_its_flag(run: RunConfig, name: str):
     (run.watch.log_dir / name).mkdir()
     with pytest.raises(ConfigError, match=rf"cannot write .*{name}: Is a directory; .*--log_dir"):
-        sinks.open_sinks(run, "run", 0, {})
+        opened_by(run)
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_its_flag(run: RunConfig, tmp_path: Path):
@@ -125,7 +166,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag(run: RunConfig, tmp
 
 def test_a_warning_while_sinks_are_opened_is_in_the_log(run: RunConfig, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandB(failure=OSError("no route")))
-    opened = sinks.open_sinks(options.overlay(run, {"use_wandb": True}), "run", 0, {})
+    opened = opened_by(run, use_wandb=True)
     metrics = Metrics(opened)
     logging.getLogger("gpt2.somewhere").info("Completed Epoch 0")
     metrics.close()

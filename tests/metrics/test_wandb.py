@@ -2,16 +2,18 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpt2.base.errors import ConfigError
-from gpt2.metrics import console, log_reader
+from gpt2.config.experiment_name import ExperimentConfig
+from gpt2.metrics import console, log_reader, wandb
 from gpt2.metrics.records import HellaSwagRecord, Metrics, ValidationRecord
 from metrics.example_record import RECORD
-from metrics.fake_wandb import FakeWandB, open_wandb
+from metrics.fake_wandb import NAME, FakeWandB, open_wandb
 from support import run_command, small_flags, train_command, wait_until
 
 
@@ -38,6 +40,48 @@ def test_curves_keep_the_names_that_they_have_in_runs_of_earlier_versions(monkey
     assert step["speed/tokens_per_s"] == 55188.2
     assert (step["gpu/memory_gb"], step["rank_gpu/memory_gb/1"]) == (1.5, 2.5)
     assert hellaswag == {"hellaswag/acc": 0.26, "hellaswag/acc_norm": 0.28}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "seeds_learning_rate=0.001,seed=0_20260101_000000",
+        "a:b;c#d?e/f'g h",
+        "x" * 300,
+        "é",
+        "",
+    ],
+)
+def test_any_name_gives_an_id_that_wandb_accepts(monkeypatch, name: str):
+    fake = FakeWandB()
+    open_wandb(monkeypatch, fake, run_id=name)
+    (started,) = fake.started
+    assert started["id"] == wandb.safe_id(name) and started["name"] == NAME, "as people read it"
+    assert re.fullmatch(r"[\w.=+-]{1,128}", str(started["id"]), re.ASCII)
+    others = [f"{name} ", name.replace(",", ";"), f"{name}y"]
+    assert wandb.safe_id(name) not in {wandb.safe_id(other) for other in others if other != name}
+
+
+def test_an_id_that_wandb_accepts_stays(monkeypatch):
+    for name in (NAME, "demo_20260101_000000", "a=0.1+b", "x" * 128):
+        assert wandb.safe_id(name) == name
+
+
+def test_what_it_needs_is_tried_without_a_run(monkeypatch, caplog):
+    settings = ExperimentConfig(use_wandb=True)
+    for module, message in (
+        (None, "pip install"),
+        (FakeWandB(FakeWandB.UsageError("No API key.")), "No API key; or keep .* WANDB_MODE=off"),
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(ConfigError, match=message):
+            wandb.require_usable(settings)
+    assert not caplog.messages
+    fake = FakeWandB(failure=OSError("no route\nto host"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    wandb.require_usable(settings)
+    assert caplog.messages == ["W&B does not answer: no route"]
+    assert not fake.started
 
 
 def test_no_failure_ends_the_training(monkeypatch, capsys):
@@ -96,7 +140,7 @@ def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
     assert "WARNING" not in done.stdout + done.stderr
     assert "wandb:" not in done.stdout + done.stderr
     assert not (tmp_path / "wandb").exists()
-    first, second = sorted((tmp_path / "runs" / "wandb").glob(f"offline-run-*-{name}/*.wandb"))
+    first, second = sorted((tmp_path / "runs" / "wandb").glob(f"offline-run-*-{name}-*/*.wandb"))
     before, after = steps_logged(first), steps_logged(second)
     assert len(before & after) <= 1
     assert after == set(range(killed_at, killed_at + 6))

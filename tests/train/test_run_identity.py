@@ -8,7 +8,7 @@ import pytest
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.checkpoint.store import Checkpoint
-from gpt2.train import trainer
+from gpt2.train import run_identity, trainer
 from support import small_config
 
 
@@ -52,6 +52,24 @@ def test_a_run_keeps_its_id(data_root: Path, copied: Path):
     assert len(before) == 32 and parent is None
     for which in ("latest", "2", copied / "step_000004.pt"):
         assert runs(resume(data_root, copied, which)) == {(before, None)}
+
+
+def test_a_run_keeps_its_name_in_wandb(copied: Path, tmp_path: Path):
+    """Runs of earlier versions, which have no mark, are known there by their names alone."""
+    path = copied / "step_000004.pt"
+    state = store.load(path)
+    identity = run_identity.find(copied, path, state)
+    assert identity.unique_name("a") == f"a-{identity.id[:8]}"
+    assert run_identity.find(copied, path, state) == identity
+    fork = run_identity.find(tmp_path / "empty", path, state)
+    assert fork.unique_name("a") != identity.unique_name("a")
+    del state["run"]["mark"]
+    assert run_identity.find(copied, path, state).unique_name("a") == "a"
+    del state["run"]
+    without_ids(copied)
+    assert run_identity.find(copied, path, state).unique_name("a") == "a"
+    new = [run_identity.find(tmp_path / "empty", None, None).unique_name("a") for _ in range(2)]
+    assert len({*new}) == 2, "two that begin in the same second"
 
 
 def test_another_folder_is_another_run_that_names_its_parent(

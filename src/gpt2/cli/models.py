@@ -74,7 +74,7 @@ def _run(command: ModelsCommand, train: TrainCommand) -> int:
         posting_end(train.notify, f"models {folder}", folder) as ended,
         pool.opened(folder, device, at_once=at_once, ddp=pool.ddp) as engine,
     ):
-        training_job.require_data(train.run, pool.ddp)
+        training_job.prepare(train.run, pool.ddp)
         return ended(job_group.run(group, engine, pool.limits(), console()).exit_code)
 
 

@@ -107,7 +107,7 @@ def _run(command: SearchCommand, train: TrainCommand) -> int:
         ranks=pool.ddp,
     )
     with posting_end(train.notify, f"search {folder}", folder) as ended:
-        training_job.require_data(search.run, search.ranks)
+        training_job.prepare(search.run, search.ranks)
         with pool.opened(folder, train.run.machine.device, ddp=pool.ddp) as engine:
             return ended(run.run(search, engine, pool.limits(), console()))
 

@@ -108,7 +108,7 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
         if call is None:
             from gpt2.experiments.training import training_job  # imports torch
 
-            training_job.require_data(run, pool.ddp)
+            training_job.prepare(run, pool.ddp)
         return ended(job_group.run(group, engine, pool.limits(), console()).exit_code)
 
 

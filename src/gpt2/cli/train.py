@@ -92,11 +92,13 @@ def _train(
 ) -> int:
     # They import torch: see `gpt2.cli.parse`.
     from gpt2.distributed import visible_gpus
+    from gpt2.metrics import sinks
     from gpt2.train import experiment_folder, trainer
 
     def configure(stored: Mapping[str, Any] | None) -> RunConfig:  # called on rank 0
         nonlocal run_config
         run_config = parse_run(TrainCommand, arguments, quiet=True, stored=stored).run
+        sinks.require_usable(run_config)
         return run_config
 
     result = trainer.run(run_config, configure=configure, notices=notices)

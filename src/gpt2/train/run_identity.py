@@ -18,6 +18,12 @@ class RunIdentity:
     id: str
     parent: str | None = None
     """id of the run that it goes on from, which is in another folder"""
+    mark: str = ""
+    """what makes its name unique in Weights & Biases; empty in runs of earlier versions, which keep
+    the id that they have there"""
+
+    def unique_name(self, run_name: str) -> str:
+        return f"{run_name}-{self.mark}" if self.mark else run_name
 
 
 def find(folder: Path, path: Path | None, checkpoint: CheckpointState | None) -> RunIdentity:
@@ -38,8 +44,9 @@ def find(folder: Path, path: Path | None, checkpoint: CheckpointState | None) ->
     if others := [item for item in complete if item.training.run_id not in own_ids]:
         raise _other_run(folder, others)
     if own is not None and (is_inside or complete):
-        return RunIdentity(own, stored.get("parent"))
-    return RunIdentity(uuid.uuid4().hex, parent=own)
+        return RunIdentity(own, stored.get("parent"), stored.get("mark", ""))
+    new = uuid.uuid4().hex
+    return RunIdentity(new, parent=own, mark="" if is_inside else new[:8])
 
 
 def goes_on(identity: RunIdentity, checkpoint: CheckpointState) -> bool:

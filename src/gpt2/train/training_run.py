@@ -23,6 +23,7 @@ from gpt2.distributed.watchdog import TORCHRUN_IS_GONE
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
+from gpt2.metrics.sinks import RunStart
 from gpt2.train import data_faults
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
 from gpt2.train.notices import Notices
@@ -92,12 +93,14 @@ class TrainingRun:
         """Opens the metrics sinks, records `events` first, and starts to read data from
         `state.step` on."""
         found: list[Sink] = []  # stays empty off rank 0
-        references = self.evaluator.references()
-        self.world.run_on_rank0(
-            lambda: found.extend(
-                sinks.open_sinks(self.config, self.name, self.state.step, references)
-            )
+        start = RunStart(
+            config=self.config,
+            name=self.name,
+            step=self.state.step,
+            references=self.evaluator.references(),
+            run_id=self.identity.unique_name(self.name),
         )
+        self.world.run_on_rank0(lambda: found.extend(sinks.open_sinks(start)))
         self.metrics = Metrics(found, events)
         try:
             self.loader = Loader(

@@ -191,7 +191,7 @@ def test_every_source_of_trainings_passes_the_ranks_on(data_root: Path, tmp_path
     two, one = Search(run, searched, ranks=2), Search(run, searched)
     assert two.description() == one.description(), "a search continues with another number of GPUs"
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
-        training_job.require_data(run, ranks=9)
+        training_job.prepare(run, ranks=9)
 
 
 def job_of(data_root: Path, out: Path, **changes: object) -> Job:

@@ -22,7 +22,7 @@ from gpt2.experiments.pool.job import Job, Stopped
 from gpt2.experiments.pool.messages import EndedAs, JobEnded
 from gpt2.experiments.pool.worker import Reporter
 from gpt2.experiments.training import ddp
-from gpt2.metrics import log_reader
+from gpt2.metrics import log_reader, sinks
 from gpt2.train import trainer
 from gpt2.train.dataset import open_data
 from gpt2.train.report import Answer, Report
@@ -145,9 +145,12 @@ def wait_for_folder(report: Report, folder: Path) -> None:
         time.sleep(LOCK_POLL_S)
 
 
-def require_data(run_config: RunConfig, ranks: int = 1) -> None:
-    """Prepares the data, if necessary, once for all trainings. Raises DataError if there is none,
-    and ConfigError if a step has too few rows for `ranks` ranks."""
+def prepare(run_config: RunConfig, ranks: int = 1) -> None:
+    """What is done once for all trainings, before the first one: prepares the data, if necessary,
+    and tries the metrics sinks. Raises DataError without data, and ConfigError if a step has too
+    few rows for `ranks` ranks or a sink cannot work."""
+    sinks.require_usable(run_config)
+    sinks.require_folders(run_config)
     cpu = torch.device("cpu")
     require_enough_rows(run_config, World(0, ranks, cpu))
     open_data(run_config, World(0, 1, cpu))
