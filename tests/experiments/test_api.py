@@ -219,7 +219,7 @@ def test_values_of_numpy_and_torch_are_numbers(number: Any):
     assert type(planned.points[0]["width"]) in (int, float)
 
 
-@pytest.mark.parametrize("value", [float("nan"), np.float64("inf"), 10**400])
+@pytest.mark.parametrize("value", [float("nan"), np.float64("inf")])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float):
     for function, points in (
         (jobs.measured, {"rate": [value]}),

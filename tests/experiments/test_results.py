@@ -38,7 +38,7 @@ def test_files_are_strict_json(tmp_path: Path):
     (tmp_path / results.RESULT_LINES_FILE).write_text(old)
     with results.opened(tmp_path, ABOUT) as store:
         result = {"value": float("nan"), "large": 10**400, "half": np.float32(0.5)}
-        store.add(JobResult("new", "finished", {"x": float("inf")}, result))
+        store.add(JobResult("new", "finished", {"x": 10**400}, result))
         assert store.results["new"].result == {"value": None, "large": None, "half": 0.5}
         store.save(metric="loss", mean=float("inf"))
     lines = (tmp_path / results.RESULT_LINES_FILE).read_text().splitlines()[1:]

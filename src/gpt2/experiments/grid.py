@@ -11,6 +11,8 @@ from gpt2.base.errors import ConfigError
 INTEGER = re.compile("-?(0|[1-9][0-9]*)")
 NUMBER = re.compile(rf"({INTEGER.pattern}(\.[0-9]*)?|-?\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile("[+-]?(nan|inf|infinity)")
+MOST_DIGITS = 3900
+"""of an integer: Python reads 4300 at most"""
 WORDS = {"true": True, "false": False, "none": None}
 Point = dict[str, Any]
 """one value for each field of a grid"""
@@ -63,8 +65,10 @@ def _value(item: str, text: str) -> Any:
     word = text.lower()
     if word in WORDS:
         return WORDS[word]
+    if INTEGER.fullmatch(text) and len(text) <= MOST_DIGITS:
+        return int(text)
     if NUMBER.fullmatch(text) or NOT_FINITE.fullmatch(word):
         if not math.isfinite(value := float(text)):
-            raise ConfigError(f"--grid {item}: expected a finite number, got {text:.40}")
-        return int(text) if INTEGER.fullmatch(text) else value
+            raise ConfigError(f"--grid {item:.80}: expected a finite number, got {text:.40}")
+        return value
     return text

@@ -119,10 +119,9 @@ class ResultsStore:
         return job in self.results and self.results[job].state != "failed"
 
     def add(self, result: JobResult) -> None:
-        """Appends a result to `results.jsonl`; it is kept as it would be read from there."""
-        plain = json_ready(asdict(result))
-        self.results[result.job] = JobResult(**plain)
-        self._pending += json.dumps(plain).encode() + b"\n"
+        """Appends a result to `results.jsonl`."""
+        self.results[result.job] = plain = replace(result, result=json_ready(result.result))
+        self._pending += json.dumps(asdict(plain)).encode() + b"\n"
         with contextlib.suppress(OSError):  # the next one, or `close`, tries again
             self._write_pending()
             if time.monotonic() > self._flushed + FLUSH_EVERY_S:
@@ -134,7 +133,7 @@ class ResultsStore:
         results = [asdict(result) for result in self.results.values()]
         for result in results:
             del result["traceback"]  # results.jsonl has it, and the worker's log
-        content = {**json_ready({**asdict(self.description), **more}), "results": results}
+        content = {**asdict(self.description), **json_ready(more), "results": results}
         path = self.folder / RESULTS_FILE
         try:
             atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
