@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -25,9 +26,14 @@ def test_shims_are_short(name: str):
     assert (ROOT / name).read_text().count("\n") < 15
 
 
-def test_list_checkpoints_in_an_empty_folder(tmp_path: Path):
-    command = [sys.executable, str(ROOT / "src" / "train_improved.py"), "--list_checkpoints"]
-    assert run_command(command, cwd=tmp_path).stdout == "No checkpoints in checkpoints\n"
+def test_list_checkpoints_in_an_empty_folder(tmp_path: Path, monkeypatch, capsys):
+    script = ROOT / "src" / "train_improved.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "--list_checkpoints"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "No checkpoints in checkpoints\n"
 
 
 def test_estimate_without_a_run(tmp_path: Path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from faults.harness import processes_of
+from gpt2.cli import main
 from gpt2.config import experiment_name, gpu_list
 from support import ROOT, run_command, small_flags
 
@@ -54,11 +55,20 @@ def environment() -> dict[str, str]:
         ),
     ],
 )
-def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str):
-    done = run_command([str(SCRIPT), *arguments], cwd=tmp_path, expect=2)
-    assert message in done.stderr
-    assert done.stdout == ""
+def test_wrong_usage(tmp_path: Path, monkeypatch, capsys, arguments: list[str], message: str):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpt2", "experiments", "run", *arguments])
+    assert main.main() == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_the_script_passes_its_arguments_and_the_exit_code_on(tmp_path: Path):
+    done = run_command([str(SCRIPT), "a --sample_prompt 'b"], cwd=tmp_path, expect=2)
+    assert "has an unmatched quote" in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,6 +146,8 @@ def test_temperature_top_k_and_top_p_work_together_as_in_transformers(
     temperature: float, top_k: int | None, top_p: float
 ):
     logits_V = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 2
+    import transformers  # takes seconds
+
     warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(transformers.TopKLogitsWarper(top_k))

@@ -5,11 +5,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from torch import nn
 
 from gpt2 import model
@@ -99,8 +99,15 @@ def rewrite(path: Path, **changes: object) -> str:
     return f"nanogpt:{path}"
 
 
+@pytest.fixture
+def transformers() -> ModuleType:
+    import transformers  # takes seconds
+
+    return transformers
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_transformers_gives_the_same_logits(offline, tmp_path: Path, bias: bool):
+def test_transformers_gives_the_same_logits(offline, transformers, tmp_path: Path, bias: bool):
     net, source = trained(bias=bias)
     interchange.export(source, "hf", tmp_path / "hf", "float32", overwrite=False)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -113,7 +120,7 @@ def test_transformers_gives_the_same_logits(offline, tmp_path: Path, bias: bool)
     assert theirs.generation_config.bos_token_id == 50256
 
 
-def test_transformers_gives_the_same_tokens(offline, hf_folder: Path):
+def test_transformers_gives_the_same_tokens(offline, transformers, hf_folder: Path):
     theirs = transformers.AutoTokenizer.from_pretrained(hf_folder)
     assert theirs.model_max_length == SHAPE.block_size
     assert len(theirs) == 50257
@@ -136,7 +143,7 @@ def test_every_character_has_the_same_tokens(hf_folder: Path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_types(tmp_path: Path, dtype: str):
+def test_other_types(transformers, tmp_path: Path, dtype: str):
     net, source = trained()
     interchange.export(source, "hf", tmp_path / "hf", dtype, overwrite=False)
     kind = getattr(torch, dtype)
@@ -161,7 +168,7 @@ def test_round_trip_through_nanogpt(tmp_path: Path, bias: bool):
     )
 
 
-def test_weights_that_transformers_wrote(tmp_path: Path):
+def test_weights_that_transformers_wrote(transformers, tmp_path: Path):
     """In parts, as large models are; with and without the names and masks of older files."""
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32)

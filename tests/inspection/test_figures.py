@@ -128,7 +128,7 @@ KINDS: dict[str, Callable[[str, int], Figure]] = {
     "points": lambda case, count: statistics.draw(points(case, count), "value"),
 }
 CASES = [
-    *(("plain", count) for count in (1, 3, 12, 40, 100)),
+    *(("plain", count) for count in (1, 12, 100)),
     *(("long names", count) for count in (1, 12)),
     ("NaN", 40),
     *((case, 1) for case in ("one value", "no value")),
@@ -138,6 +138,11 @@ PICTURES = [
     *((kind, "one value", 40) for kind in ("runs", "models")),
     *((kind, "huge", 12) for kind in ("models", "history", "options")),
     ("runs", "many steps", 3),
+    *(
+        pytest.param(kind, "plain", count, marks=pytest.mark.soak)
+        for kind in KINDS
+        for count in (3, 40)
+    ),
 ]
 
 

@@ -1,13 +1,12 @@
 """Named experiments: their folders, the link to the newest checkpoint, several of them at once."""
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from forked_ranks import Ranks
 from gpt2.base import log
 from gpt2.base.errors import CheckpointError, FolderInUse
 from gpt2.checkpoint import store
@@ -15,7 +14,7 @@ from gpt2.cli import train
 from gpt2.config import options, presets
 from gpt2.train import experiment_folder, trainer
 from gpt2.train.report import Answer
-from support import losses, small_config, small_flags, train_command, wait_until
+from support import losses, small_config, small_flags, wait_until
 
 SHORT = {"device": "cpu", "eval_interval": None, "total_batch_size": 64}
 
@@ -76,21 +75,15 @@ def test_an_experiment_from_its_start_to_a_resume(data_root: Path, tmp_path: Pat
     folder = tmp_path / "checkpoints" / "exp_gpu_2"
     link = tmp_path / "checkpoints" / "ckpt_exp_exp_gpu_2.pt"
     flags = SHORT | {"experiment_name": "exp", "max_steps": 100_000, "checkpoint_interval": 10}
-    command = train_command(small_flags(data_root, tmp_path, **flags))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "2"}
-    printed = tmp_path / "printed.txt"
-    with printed.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        wait_until(lambda: printed.read_text().count("Saved checkpoint") >= 3, printed.read_text)
-        assert f"Checkpoint will be saved as {link}\n" in printed.read_text()
+    given = small_flags(data_root, tmp_path, **flags)
+    with Ranks(given, 1, tmp_path, CUDA_VISIBLE_DEVICES="2") as running:  # killed at the end
+        wait_until(lambda: running.text().count("Saved checkpoint") >= 3, running.text)
+        assert f"Checkpoint will be saved as {link}\n" in running.text()
+        (process,) = running.processes
         with pytest.raises(FolderInUse, match=rf"exp_gpu_2: process {process.pid} on"):
             trainer.run(named_config(data_root, tmp_path, "exp", resume="latest"))
         assert trainer.run(named_config(data_root, tmp_path, "exp", gpu_id="3")).step == 4
         assert link.resolve(strict=True).parent == folder
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     assert link.resolve(strict=True) in [item.path for item in store.list_checkpoints(folder)]
     before = losses(tmp_path / "logs" / "exp_gpu_2" / "log.txt")
     newest, damaged = store.list_checkpoints(folder)[-2:]
