@@ -261,9 +261,9 @@ def test_metadata_and_folders_name_a_checkpoint(tmp_path: Path):
     newest.write_bytes(b"")
     assert store.find(folder, str(folder), set_aside=True) == first
     assert newest.exists(), "the folder may be that of another run"
-    for which, words in ((tmp_path, "no checkpoint in the folder"), ("4.json", "no checkpoint at")):
-        with pytest.raises(CheckpointError, match=words):
-            store.find(elsewhere, str(which))
+    for which in (str(tmp_path), "4.json"):
+        with pytest.raises(CheckpointError, match=f"no checkpoint at {which}; use latest"):
+            store.find(elsewhere, which)
 
 
 def test_a_file_without_metadata_does_not_count(tmp_path: Path):

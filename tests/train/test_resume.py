@@ -60,6 +60,7 @@ COSINE = {"max_steps": 100, "warmup_steps": 10, "schedule": "cosine", "learning_
         ({}, {"schedule": "wsd"}, 50, ["0.644 before, 1 from here"]),
         ({"schedule": "wsd"}, {"max_steps": 200}, 50, None),
         ({"schedule": "wsd"}, {"max_steps": 200}, 100, ["0.145 before, 1 from here"]),
+        ({"schedule": "wsd", "cooldown": 0.01}, {"max_steps": 200}, 100, None),  # one step of it
         ({"max_steps": None, "epochs": 1}, {"epochs": 2}, 100, ["--decay_steps 100"]),
         ({"max_steps": None, "epochs": 1}, {"max_steps": 100}, 50, None),
     ],
@@ -136,7 +137,7 @@ def test_foreign_data_of_which_no_digest_is_known_is_told_apart_by_its_ends(
 def test_weights_of_another_shape_name_the_flags_that_fit(data_root: Path, tmp_path: Path):
     first = small_config(data_root, tmp_path / "first", max_steps=1, eval_interval=None)
     trainer.run(first)
-    path = tmp_path / "first/checkpoints/step_000001.pt"
+    path = tmp_path / "first/checkpoints/step_000001.json"
     other = small_config(data_root, tmp_path / "other", n_layer=1, init_from=str(path))
     with pytest.raises(CheckpointError, match="do not fit this model") as caught:
         resume.load_weights(other)

@@ -156,8 +156,8 @@ def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
 
 
 def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
-    """The path of the checkpoint that `which` names: `latest`, `best`, a step or a path, also of
-    its metadata, or of a folder that has checkpoints, of which it is the newest.
+    """The path of the checkpoint that `which` names: `latest`, `best`, a step or a path (see
+    `at`).
 
     `latest` skips damaged checkpoints, with a warning, and returns None if there are no checkpoints
     at all. `set_aside` renames damaged ones; only the run that owns `folder` may set it. Raises
@@ -180,12 +180,8 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
                 return item.path
         steps = ", ".join(str(item.training.step) for item in complete) or "none"
         raise CheckpointError(f"{folder} has no checkpoint of step {which}; steps: {steps}")
-    path = resolved(Path(which))
-    if path.is_dir():
-        return _find_in(path)
-    if path.suffix == ".json":
-        path = path.with_suffix(".pt")
-    if not path.is_file():
+    path = at(Path(which))
+    if path is None:
         raise CheckpointError(
             f"no checkpoint at {which}; use latest, best, a step or a path "
             "(--list_checkpoints shows them)"
@@ -193,13 +189,15 @@ def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:
     return path
 
 
-def _find_in(folder: Path) -> Path:
-    """The newest undamaged checkpoint in `folder`, a --checkpoint_dir or an --out_dir."""
-    found = _find_latest(folder, set_aside=False)
-    found = found or _find_latest(folder / "checkpoints", set_aside=False)
-    if found is None:
-        raise CheckpointError(f"no checkpoint in the folder {folder}; use the path of one")
-    return found
+def at(path: Path) -> Path | None:
+    """The checkpoint that `path` names: its file or a link to it, its metadata, or the newest one
+    in a --checkpoint_dir or an --out_dir. None if there is none."""
+    path = resolved(path)
+    if path.is_dir():
+        return _find_latest(path, False) or _find_latest(path / "checkpoints", False)
+    if path.suffix == ".json":
+        path = path.with_suffix(".pt")
+    return path if path.is_file() else None
 
 
 def resolved(path: Path) -> Path:

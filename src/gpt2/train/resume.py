@@ -165,10 +165,11 @@ class StartingPoint:
         before = options.of_stored(self.checkpoint["config"])
         totals = [run.total_steps(rows_per_epoch) for run in (before, run_config)]
         old, new = before.lr_schedule(totals[0]), run_config.lr_schedule(totals[1])
-        expected, rate = lr_at(step, old), lr_at(step, new)
-        if step >= totals[1] or math.isclose(expected, rate, rel_tol=UNNOTICED):
+        last, expected, rate = lr_at(max(0, step - 1), old), lr_at(step, old), lr_at(step, new)
+        is_smooth = any(math.isclose(rate, one, rel_tol=UNNOTICED) for one in (last, expected))
+        if step >= totals[1] or is_smooth:
             return None
-        text = f"learning rate: {lr_at(max(0, step - 1), old):.3g} before, {rate:.3g} from here"
+        text = f"learning rate: {last:.3g} before, {rate:.3g} from here"
         with_old_decay = dataclasses.replace(new, decay_steps=old.decay_steps)
         if not math.isclose(expected, lr_at(step, with_old_decay), rel_tol=UNNOTICED):
             return text  # the decay alone is not the cause
@@ -210,13 +211,13 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
     source, trust = run_config.checkpoint.init_from, run_config.checkpoint.trust_checkpoint
     if interchange.is_foreign(source):
         return interchange.load(source, run_config.model, trust=trust)
-    path = Path(source)
-    if not path.is_file():
+    path = store.at(Path(source))
+    if path is None:
         raise CheckpointError(
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    state = store.load(store.resolved(path), trust=trust, world=world)
+    state = store.load(path, trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     if rows := options.changed(state["config"], run_config, shape):
         flags = " ".join(f"--{name} {old}" for name, old, _ in rows)
