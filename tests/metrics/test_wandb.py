@@ -117,6 +117,7 @@ def test_killed_and_resumed_offline(data_root: Path, tmp_path: Path):
     pytest.importorskip("wandb")
     environment = {"WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
     flags = {"use_wandb": True, "wandb_run_name": "exp", "total_batch_size": 64}
+    flags["decay_steps"] = 100_000  # the end of the second start would bend the learning rate
     flags |= {"checkpoint_interval": 4, "eval_interval": 4, "eval_batches": 1, "device": "cpu"}
     log = tmp_path / "logs" / "exp_gpu_cpu" / "log.txt"
 
