@@ -5,6 +5,7 @@ import sys
 
 import gpt2
 from gpt2.base.validation import suggestion
+from gpt2.cli import parse
 
 # Command -> what it does. Module `gpt2.cli.NAME`, function `NAME_main`.
 COMMANDS = {
@@ -33,8 +34,6 @@ def main() -> int:
         module = importlib.import_module(f"gpt2.cli.{name}")
         code: int = getattr(module, f"{name}_main")()
         return code
-    from gpt2.cli import parse  # it imports tyro, which the commands import at their time
-
     listing = "\n".join(f"  {command:<12} {text}" for command, text in COMMANDS.items())
     usage = f"usage: gpt2 COMMAND [OPTIONS]\n\n{listing}\n\n`gpt2 COMMAND --help` lists its options"
     if name == "--version":

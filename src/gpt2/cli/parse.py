@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, TextIO, TypeVar, get_type_hints
 
-import tyro
-
 from gpt2.base import log
 from gpt2.base.errors import ReportedByOtherRank, UserError, is_out_of_memory
 
@@ -65,6 +63,8 @@ def parse(
     Raises UserError for values that the command refuses. For flags that it does not know, and for
     `--help`, tyro prints its own text, unless `quiet`, and exits.
     """
+    import tyro  # `gpt2 --help` and wrong names of commands are answered without it
+
     # tyro prints a wrong value even with console_outputs=False.
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         return tyro.cli(
@@ -79,6 +79,8 @@ def parse(
 
 def parse_known(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     """As `parse`; also returns the arguments that are not flags of this command."""
+    import tyro
+
     return tyro.cli(
         kind,
         args=_as_switches(kind, arguments),
