@@ -164,6 +164,8 @@ if __name__ == "__main__":
     sys.exit(pytest.main(["--rootdir", "{ROOT}", "-c", "{ROOT}/pyproject.toml", *tests]))
 """
 """Both commands and the tests in one process: torch takes seconds to import."""
+WITHOUT_REWRITE = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""the commands have imported a plugin before pytest could look at it"""
 
 
 def test_the_examples_work(extended: Path):
@@ -176,6 +178,7 @@ def test_the_examples_work(extended: Path):
     tests = [*(ROOT / "tests/model").glob("test_*.py"), *(ROOT / "tests/optim").glob("test_*.py")]
     of_entries = [path for path in tests if re.search("ARCHITECTURES|OPTIMIZERS", path.read_text())]
     chosen = [*map(str, of_entries), "-k", "bigram or sgd", "-vv", "-p", "no:cacheprovider"]
+    chosen += WITHOUT_REWRITE
     search = os.pathsep.join([str(extended / "src"), str(ROOT / "tests")])
     done = run_command(
         [sys.executable, "run.py", *chosen], extended, PYTHONPATH=search, CUDA_VISIBLE_DEVICES=""

@@ -33,6 +33,7 @@ COMMANDS = {
     "experiments list": [],
     "experiments show": ["nowhere"],
     "status": [],
+    "watch": [],
 }
 
 
