@@ -1,11 +1,14 @@
 import os
+import sys
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from gpt2.base.errors import ConfigError
 from gpt2.config.run import MachineConfig
 from gpt2.distributed import rendezvous
+from support import run_command
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
@@ -19,15 +22,42 @@ def test_more_ranks_than_gpus(monkeypatch, wanted: str):
         pass
 
 
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
+    "TORCHINDUCTOR_DYNAMIC_SCALE_RBLOCK": "0",
+}
+
+
 def test_deterministic(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    """Inductor may be imported already, with the settings that it had before."""
+    monkeypatch.setattr(inductor, "deterministic", False)
+    monkeypatch.setattr(inductor, "dynamic_scale_rblock", True)
+    for name in DETERMINISTIC:
+        monkeypatch.setenv(name, "")  # so that it is as before, afterwards
+        monkeypatch.delenv(name)
     try:
         with rendezvous.join(MachineConfig(device="cpu", deterministic=True)):
             assert torch.are_deterministic_algorithms_enabled()
-            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert DETERMINISTIC.items() <= os.environ.items()
+            assert inductor.deterministic and not inductor.dynamic_scale_rblock
     finally:
         torch.use_deterministic_algorithms(False)
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_inductor_is_imported_after_the_ranks_have_joined():
+    """It reads its settings when it is imported; in a new process, as torch is imported once."""
+    script = """
+import sys
+from gpt2.config.run import MachineConfig
+from gpt2.distributed import rendezvous
+from gpt2.experiments.training import training_job
+assert "torch._inductor.config" not in sys.modules
+with rendezvous.join(MachineConfig(device="cpu", deterministic=True)):
+    import torch._inductor.config as settings
+assert settings.deterministic and not settings.dynamic_scale_rblock
+"""
+    run_command([sys.executable, "-c", script])
 
 
 def test_a_run_on_a_chosen_gpu(monkeypatch):

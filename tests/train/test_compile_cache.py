@@ -11,7 +11,7 @@ from support import losses, run_command, small_flags, train_command
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(torch, "compile", lambda net: net)
+    monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before, afterwards

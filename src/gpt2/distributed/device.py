@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 import time
 from typing import Any
 
@@ -142,7 +143,18 @@ def recover(device: torch.device) -> None:
 
 
 def make_deterministic() -> None:
-    """Makes torch choose algorithms that give the same bits every time, on CUDA too."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    """Makes torch choose algorithms that give the same bits every time, on CUDA too.
+
+    Inductor reads its variables when it is imported, and cuBLAS its own when it is first used.
+    Where Inductor is imported already, its settings are changed, too.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Without these, Inductor times several kernels and takes the fastest: they add in other orders.
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    os.environ["TORCHINDUCTOR_DYNAMIC_SCALE_RBLOCK"] = "0"
+    if settings := sys.modules.get("torch._inductor.config"):
+        for name, value in {"deterministic": True, "dynamic_scale_rblock": False}.items():
+            if hasattr(settings, name):  # torch 2.9 does not have all of them
+                setattr(settings, name, value)
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

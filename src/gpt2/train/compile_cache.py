@@ -19,6 +19,9 @@ def compiled(net: nn.Module) -> nn.Module:
     torch keeps the kernels below /tmp, which a restart of the machine empties; here they stay in
     the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says. Machines with other processors
     may share that folder: each kind has its own part.
+
+    Each shape has its own graph. By default, torch compiles the second shape of an input as one of
+    any size, and everything stays on that slower graph from then on.
     """
     if KERNELS not in os.environ:
         with contextlib.suppress(OSError, RuntimeError):  # there is no home, or none to write to
@@ -27,7 +30,7 @@ def compiled(net: nn.Module) -> nn.Module:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 os.environ[KERNELS] = str(folder)
-    return cast(nn.Module, torch.compile(net))
+    return cast(nn.Module, torch.compile(net, dynamic=False))
 
 
 def _processor() -> str:

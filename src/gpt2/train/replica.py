@@ -24,6 +24,7 @@ from gpt2.distributed.world import World
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_options
 from gpt2.optim.spikes import SpikeDetector
+from gpt2.train import micro_batch
 from gpt2.train.compile_cache import compiled
 
 
@@ -60,17 +61,22 @@ class Replica:
         is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
         self.model.fast_head = not (plain_head or on_cuda or is_compiled)
         self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
-        self.mini_batch_size = run_config.data.mini_batch_size
-        if run_config.data.auto_mini_batch:
-            self._fit_mini_batch()
         self.net = self.local_net
         if world.size > 1:
+            # Before anything is compiled: torch divides a graph into parts, between which gradients
+            # are exchanged, only if it compiles inside DDP's forward pass.
             # No static_graph: after no_sync it exchanges nothing (pytorch pull request 187732).
             self.net = DistributedDataParallel(
                 self.local_net,
                 device_ids=[world.device] if on_cuda else None,
                 gradient_as_bucket_view=True,
             )
+        self.mini_batch_size = run_config.data.mini_batch_size
+        if run_config.data.auto_mini_batch:
+            self.mini_batch_size = micro_batch.largest_that_fits(
+                self.mini_batch_size, self._try_micro_batch, world, run_config.model.block_size
+            )
+        if world.size > 1:
             self._settle_buckets(is_compiled)
         _seed_streams(machine.seed, world.rank)
 
@@ -105,39 +111,21 @@ class Replica:
         else:
             _seed_streams(self.config.machine.seed, self.world.rank, step)
 
-    def _fit_mini_batch(self) -> None:
-        """Halves `mini_batch_size` until every rank has the memory for one micro-batch."""
-        while not self._fits(self.mini_batch_size):
-            if self.mini_batch_size == 1:
-                raise TrainingError(
-                    f"a single row of block_size={self.config.model.block_size} does not fit into "
-                    "the memory; use a smaller --block_size or --preset"
-                )
-            self.mini_batch_size //= 2
-            torch.compiler.reset()  # or a second size would be compiled as one of any size
-
-    def _fits(self, rows: int) -> bool:
-        """Whether a micro-batch of `rows` fits beside everything that training keeps, on every
-        rank."""
-        rows = min(rows, -(-self.config.rows_per_step // self.world.size))
-        shape = (rows, self.config.model.block_size)
-        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
-        failed = False
+    def _try_micro_batch(self, rows: int) -> None:
+        """One forward and backward pass of `rows` rows beside everything that training keeps; its
+        gradients are thrown away. Raises an out-of-memory error if there is too little memory."""
+        tokens_BT = self._zeros(min(rows, -(-self.config.rows_per_step // self.world.size)))
+        # As much as the optimiser will keep: two moments of every weight.
+        moments = [torch.empty_like(part) for part in self.model.parameters() for _ in range(2)]
         try:
-            # As much as the optimiser will keep: two moments of every weight.
-            moments = [torch.empty_like(part) for part in self.model.parameters() for _ in range(2)]
-            with self.autocast:
-                loss = self.local_net(tokens_BT, tokens_BT.clone())
-            loss.backward()
-            del moments, loss
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = True
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return not self.world.all_reduce_max(failed)
+            # Nothing is exchanged: a rank without enough memory would leave the others waiting.
+            with self.exchanging_gradients(is_last=False):
+                with self.autocast:
+                    loss = self.net(tokens_BT, tokens_BT.clone())  # an alias is another graph
+                loss.backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        del moments
 
     def _settle_buckets(self, is_compiled: bool) -> None:
         """One backward whose gradients are thrown away, and the forward pass after it.
@@ -150,15 +138,19 @@ class Replica:
         """
         share = len(sampler.share(self.config.rows_per_step, self.world.rank, self.world.size))
         rows = min(self.mini_batch_size, share) if is_compiled else 1  # for the real shape
-        shape = (rows, self.config.model.block_size)
-        tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.world.device)
-        with out_of_memory_explained(*shape):
+        tokens_BT = self._zeros(rows)
+        with out_of_memory_explained(*tokens_BT.shape):
             with self.autocast:
-                loss = self.net(tokens_BT, tokens_BT.clone())  # aliases would compile another graph
+                loss = self.net(tokens_BT, tokens_BT.clone())
             loss.backward()
             with self.exchanging_gradients(is_last=False), self.autocast:
                 self.net(tokens_BT, tokens_BT.clone())
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _zeros(self, rows: int) -> torch.Tensor:
+        """Tokens of (rows, T), all 0, on the device."""
+        shape = (rows, self.config.model.block_size)
+        return torch.zeros(shape, dtype=torch.long, device=self.world.device)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,47 @@
+"""Which graphs a run compiles."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import forked_ranks
+from gpt2.train import trainer
+from run_compiled import RecordingBackend
+from support import ROOT, losses, small_config
+
+SCRIPT = ROOT / "tests" / "run_compiled.py"
+
+
+def test_each_shape_has_a_graph_of_its_own(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The validation before the first step has an odd last batch, and so has each step."""
+    import torch._dynamo  # seconds to import
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    backend = RecordingBackend()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    changes = {"mini_batch_size": 3, "max_steps": 2, "eval_interval": 1, "compile": "on"}
+    trainer.run(small_config(data_root, tmp_path, **changes))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert sorted(backend.shapes) == [(1, 8), (2, 8), (3, 8), (3, 8)]
+    assert all(type(size) is int for shape in backend.shapes for size in shape)
+
+
+def test_gradients_are_exchanged_between_parts_of_a_graph_after_rows_are_fitted(
+    data_root: Path, tmp_path: Path
+):
+    arguments = [str(data_root), str(tmp_path), "mini_batch_size=8", "total_batch_size=128"]
+    printed = forked_ranks.run(
+        [*arguments, "max_steps=2", "eval_interval=None"], 2, tmp_path, SCRIPT
+    )
+    assert "--auto_mini_batch: 4 rows at once" in printed
+    assert list(losses(tmp_path / "logs/log.txt")) == [1, 2]
+    counts = re.findall(r"rank \d: frames (\d+), graphs (\d+)", printed)
+    assert len(counts) == 2
+    for frames, graphs in counts:
+        assert int(frames) == 2  # of 8 rows, and of the 4 that fit
+        assert int(graphs) > int(frames)
