@@ -17,6 +17,7 @@ from gpt2.distributed import rendezvous
 from gpt2.distributed.gpu_usage import GpuUsage
 from gpt2.distributed.signals import StopRequest
 from gpt2.train import setup, trainer
+from gpt2.train.notices import Notices
 from gpt2.train.report import always_go
 from support import small_config
 
@@ -35,8 +36,9 @@ def main(data_root: str, out: str, *values: str) -> None:
             return GpuUsage(10 + world.rank, 40 + world.rank, load if is_known else math.nan)
 
         fake = replace(world, measure_gpu=measure)
-        with setup.claimed_folder(run_config, fake):
-            run = setup.build(run_config, "run", fake, always_go, StopRequest())
+        notices = Notices()
+        with setup.claimed_folder(run_config, fake, notices):
+            run = setup.build(run_config, "run", fake, always_go, StopRequest(), None, notices)
             trainer.train(run)
             run.close()
 

@@ -98,7 +98,7 @@ def test_options_of_a_training_are_refused_for_a_function(
         ),
         (["--resume", "latest"], "--resume latest is for one run; to resume an experiment"),
         (["--num_seeds", "0"], "num_seeds=0 is too small"),
-        (["--data_root", "nowhere"], "nowhere"),
+        (["--preset", "demo", "--data_root", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(
