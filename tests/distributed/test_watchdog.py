@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from forked_ranks import Ranks
+from gpt2.distributed import watchdog
 from gpt2.distributed.watchdog import Watchdog
 from support import ROOT, wait_until
 
@@ -39,27 +42,71 @@ def test_a_run_without_torchrun_outlives_its_shell():
     assert output(TORCHELASTIC_RUN_ID="x") == "9 False"
 
 
-class StoreOfOneRank:
-    """The part of torch's Store that a failing rank uses."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        return self.values.setdefault(key, value.encode())
-
-
-def test_the_first_rank_that_fails_hands_its_error_on_before_it_exits(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(os, "_exit", lambda code: None)
+@pytest.fixture
+def exit_codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those with which a watchdog would have ended this process, which is not under torchrun."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(watchdog, "NOTICED_S", 0.0)
+    return codes
+
+
+LOST = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:11498. This is typical.")
+HANGS = RuntimeError("[unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation")
+
+
+def test_the_first_rank_that_fails_hands_its_error_on_before_it_exits(exit_codes: list[int]):
     failures: list[Exception] = []
-    errors = [RuntimeError("CUDA error"), RuntimeError("gloo: Connection closed by peer")]
+    errors = [RuntimeError("CUDA error"), LOST]
     for error in errors:
-        with pytest.raises(RuntimeError), Watchdog(0, StoreOfOneRank(), 1.0, failures.append):
+        with pytest.raises(RuntimeError), Watchdog(0, HashStore(), 1.0, failures.append):
             raise error
     assert failures == errors[:1], "a lost connection is not this rank's failure"
+    assert exit_codes == [1, 1]
+
+
+def failed(rank: int, error: Exception, store: HashStore) -> tuple[str, list[str]]:
+    """The rank ends with `error`. Returns the reason for `status.json`, and the reports."""
+    reports: list[str] = []
+    watching = Watchdog(rank, store, 9.0, size=4, report=reports.append)
+    with pytest.raises(type(error)), watching:
+        reason = watching.reason(error)
+        raise error
+    return reason, reports
+
+
+def test_ranks_that_notice_name_the_rank_that_failed_first(exit_codes, caplog):
+    store = HashStore()
+    cause = "ZeroDivisionError: the reason"
+    reason, reports = failed(1, ZeroDivisionError("the reason\nand more"), store)
+    assert (reason, reports) == (f"{cause}\nand more", [f"rank 1: {cause}"])
+    assert "rank 1 failed:\nTraceback" in caplog.text
+    nccl = RuntimeError("ncclRemoteError: A call failed possibly due to a network error")
+    for rank, error in ((0, LOST), (2, nccl)):
+        caplog.clear()
+        reason, reports = failed(rank, error, store)
+        assert (reason, reports) == (f"rank 1: {cause}\nand more", [f"rank 1: {cause}"])
+        assert caplog.messages == [f"rank {rank} exits because of rank 1: {cause}"]
+    assert failed(3, HANGS, store)[1] == [f"rank 1: {cause}"]
+
+
+def test_without_a_known_cause_a_rank_says_what_it_noticed(exit_codes, caplog):
+    said = "lost the connection to another rank (Connection closed by peer [127.0.0.1]:11498)"
+    assert failed(0, LOST, HashStore()) == (said, [f"rank 0: {said}"])
+    assert "rank 0 lost the connection to another rank, which was killed" in caplog.text
+    said = "no reply from another rank within 9 s: a rank hangs"
+    assert failed(0, HANGS, HashStore()) == (said, [f"rank 0: {said}"])
+    assert "rank 0 got no reply from another rank within 9 s (--collective_timeout)" in caplog.text
+
+
+def test_a_rank_waits_for_the_cause_to_be_recorded(exit_codes, monkeypatch):
+    monkeypatch.setattr(watchdog, "NOTICED_S", 60.0)
+    store = HashStore()
+    slow = threading.Timer(0.2, Watchdog(1, store, 9.0, size=2).first_to_fail, ["the late reason"])
+    slow.start()
+    assert Watchdog(0, store, 9.0, size=2).reason(LOST) == "rank 1: the late reason"
+    slow.join()
 
 
 STUCK = """
@@ -93,7 +140,7 @@ def test_a_rank_ends_when_another_one_is_killed(stuck: Ranks):
     other.kill()
     one.join()
     assert one.exitcode == 1
-    assert "rank 0 is ended because of this: another rank failed" in stuck.text()
+    assert "rank 0 is ended because of this: rank 1: its process was killed" in stuck.text()
 
 
 def test_ctrl_c_twice_ends_a_rank_that_waits_in_c(stuck: Ranks):

@@ -75,8 +75,10 @@ def failing_script(folder: Path) -> Path:
 def require_reason(text: str, out: Path) -> None:
     """Checks that the failure of rank 1 is what a run prints and keeps as the reason of its end."""
     assert "rank 1 failed:\nTraceback" in text
-    assert text.count("ZeroDivisionError: the reason") == 1
+    assert text.count("failed:\nTraceback") == 1
     assert "Timed out" not in text
+    named = re.findall(r"rank \d exits because of (.*)", text)
+    assert set(named) <= {"rank 1: ZeroDivisionError: the reason"}
     written = status.read(out / "checkpoints")
     assert (written.state, written.reason) == ("failed", "rank 1: ZeroDivisionError: the reason")
 
@@ -96,6 +98,8 @@ def test_torchrun_reports_the_rank_that_fails_once(data_root: Path, tmp_path: Pa
     run = Run(data_root, tmp_path / "run", ranks=3, script=script, **flags)
     assert run.end() != 0
     require_reason(run.text(), run.out)
+    _, _, last_lines = run.text().rpartition("Root Cause (first observed failure):")
+    assert "rank 1: ZeroDivisionError: the reason" in last_lines
 
 
 def restart_until_finished(data_root: Path, out: Path, kills: int) -> Run:

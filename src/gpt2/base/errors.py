@@ -1,13 +1,24 @@
 """Errors that a user can fix. The command line prints them as one line and exits with code 2."""
 
-# Messages of the CPU allocator, CUDA and cuBLAS where torch raises no OutOfMemoryError.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA and its allocator, NCCL's "Cuda failure 2", Triton's loader
+    "OutOfMemoryError",  # by Inductor and Dynamo, which raise errors of their own for it
+    "CUDA_ERROR_OUT_OF_MEMORY",  # the driver
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuSPARSE, cuDNN 8
+    "ALLOCATION_FAILED",  # cuDNN 9
+    "can't allocate memory",  # torch's allocator for the CPU
+    "Cannot allocate memory",  # the system, as for mmap
+)
+"""what RuntimeErrors say that mean it, by who says it; torch wraps some more than once"""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host ran out of memory."""
-    return type(error).__name__ == "OutOfMemoryError" or any(
-        words in str(error) for words in OUT_OF_MEMORY
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 

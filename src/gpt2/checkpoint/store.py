@@ -256,7 +256,7 @@ def unpickle(path: Path, *, trust: bool = False, verified: Verified | None = Non
 
 def _reason(path: Path, error: Exception) -> str:
     """Why torch could not load `path`, and what to do."""
-    if isinstance(error, MemoryError) or _is_host_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"not enough memory to load {path} ({error!r:.120}); stop other processes on this "
             "machine or use one with more memory"
@@ -273,12 +273,6 @@ def _reason(path: Path, error: Exception) -> str:
 def _is_cuda_error(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
-    )
-
-
-def _is_host_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and (
-        is_out_of_memory(error) or "Cannot allocate memory" in str(error)  # of mmap
     )
 
 

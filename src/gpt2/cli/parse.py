@@ -149,11 +149,11 @@ def guarded(
         if not isinstance(error, ReportedByOtherRank):
             _print_error(line)
         return USER_ERROR
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"{str(error).splitlines()[0]:.120}"
-        _print_error(f"error: out of memory ({reason}); use a smaller batch or model")
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        _print_error(f"error: out of memory ({reason:.120}); use a smaller batch or model")
         return USER_ERROR
     except KeyboardInterrupt:
         if on_interrupt:

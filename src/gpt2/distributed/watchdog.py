@@ -1,10 +1,11 @@
 """Ends the other ranks soon, with a reason, when one rank fails, hangs or loses torchrun.
 
 A rank that fails writes its failure to the store that torchrun keeps for all ranks, before its
-connections close. A thread on every rank reads the store once per second, because the main thread
-may wait in a collective for ever. The same thread notices when torchrun or another rank on this
-machine has died, and when Ctrl+C is pressed twice: while the main thread waits in C, it does not
-run Python's signal handlers.
+connections close. A rank that only notices a lost connection waits for that, so that all name the
+same one, the first that failed. A thread on every rank reads the store once per second, because the
+main thread may wait in a collective for ever. The same thread notices when torchrun or another rank
+on this machine has died, and when Ctrl+C is pressed twice: while the main thread waits in C, it
+does not run Python's signal handlers.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from gpt2.base.errors import UserError
 from gpt2.base.process_identity import ProcessIdentity
+from gpt2.distributed import lost_rank
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `end_with_torchrun` must not wait for it
     from torch._C._distributed_c10d import Store
@@ -46,7 +48,9 @@ EXIT_GRACE_S, WRITING_GRACE_S = 4.0, 25.0
 STORE_TIMEOUT_S = 3.0
 """for a reply of the store, which may have died, or hang, as well"""
 TORCHRUN_IS_GONE = signal.SIGUSR2
-CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out")
+NOTICED_S = 3 * POLL_S
+"""time for the failure of a lost rank to be recorded: by itself, or by the ranks on its machine"""
+NOTICED_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Failure:
 
     rank: int
     reason: str
+
+    def __str__(self) -> str:
+        """One line: the reason of an error in a CUDA kernel, for one, has many."""
+        return f"rank {self.rank}: {self.reason.partition(chr(10))[0]}"
 
 
 class Watchdog:
@@ -70,14 +78,16 @@ class Watchdog:
         timeout_s: float,
         on_failure: Callable[[Exception], None] | None = None,
         size: int = 1,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`timeout_s` is the timeout of collectives, for messages. `size` is the number of ranks.
 
         `on_failure` is called before this process exits, with the error that ends it. It is called
         only on the rank that fails first, and not for a UserError, which is raised instead.
+        `report` is called on every rank that the watchdog ends, with the first failure of all.
         """
         self._rank, self._store, self._timeout_s = rank, store, timeout_s
-        self._on_failure = on_failure
+        self._on_failure, self._report = on_failure, report
         self._others = [other for other in range(size) if other != rank]
         self._processes: dict[int, ProcessIdentity] = {}
         """of other ranks, as far as they are known"""
@@ -139,15 +149,21 @@ class Watchdog:
         return self._first_failure(Failure(self._rank, reason))
 
     def reason(self, error: BaseException) -> str:
-        """Why this rank ends with `error`: the other rank's reason if `error` is a lost contact."""
-        first = None
-        if isinstance(error, Exception) and is_contact_lost(error):
-            self._wait_for_others_failure()
-            found = self._query(
-                lambda store: store.get(FAILURE_KEY) if store.check([FAILURE_KEY]) else b""
-            )
-            first = Failure(**json.loads(found)) if found else None
-        return f"rank {first.rank}: {first.reason}" if first else _description(error)
+        """Why this rank ends with `error`: another rank's failure if `error` is a lost rank."""
+        first = self._others_failure() if self._has_noticed(error) else None
+        return f"rank {first.rank}: {first.reason}" if first else self._description(error)
+
+    def _has_noticed(self, error: BaseException) -> bool:
+        """Whether `error` says that another rank, which this run has, died or hangs."""
+        return self._store is not None and lost_rank.is_lost(error)
+
+    def _description(self, error: BaseException) -> str:
+        """What this rank says of `error`, of which no other rank says the cause."""
+        if not self._has_noticed(error):
+            return f"{type(error).__name__}: {error}"
+        if lost_rank.is_without_reply(error):
+            return f"no reply from another rank within {self._timeout_s:g} s: a rank hangs"
+        return f"lost the connection to another rank ({lost_rank.words_of(error)})"
 
     def _first_failure(self, failure: Failure) -> Failure | None:
         """Records `failure` unless there is an earlier one; returns the first."""
@@ -171,18 +187,21 @@ class Watchdog:
         except queue.Empty:
             return None
 
-    def _wait_for_others_failure(self) -> None:
-        """A rank that closed its connection may be about to record why."""
-        self._is_over.wait(POLL_S)
+    def _others_failure(self) -> Failure | None:
+        """The failure that this rank has noticed by a lost connection, once it is recorded; None if
+        it is not within NOTICED_S."""
+        deadline = time.monotonic() + NOTICED_S
+        while (found := self._query(_recorded)) is None and time.monotonic() < deadline:
+            self._is_over.wait(NOTICED_POLL_S)
+        return found
 
     def _exit_process(self, error: Exception) -> None:
         """Ends this process with exit code 1. Logs the traceback if this rank failed first."""
-        is_lost = is_contact_lost(error)
-        if is_lost:
-            self._wait_for_others_failure()
-        first = self.first_to_fail(_description(error))
+        is_lost = self._has_noticed(error)
+        own = Failure(self._rank, self._description(error))
+        first = (self._others_failure() if is_lost else None) or self._first_failure(own) or own
         trace = "".join(traceback.format_exception(error)).rstrip()
-        if is_lost and "Timed out" in str(error):
+        if is_lost and lost_rank.is_without_reply(error):
             # Every rank that still runs logs this. The rank that hangs logs nothing.
             logger.error(
                 "rank %d got no reply from another rank within %g s (--collective_timeout): a rank "
@@ -191,21 +210,28 @@ class Watchdog:
                 self._timeout_s,
                 trace,
             )
-        elif first is not None and first.rank != self._rank:
-            logger.error("rank %d exits because rank %d failed", self._rank, first.rank)
+        elif first.rank != self._rank:
+            logger.error("rank %d exits because of %s", self._rank, first)
         elif is_lost:
             logger.error(
                 "rank %d lost the connection to another rank, which was killed or whose machine is "
                 "down (%s)",
                 self._rank,
-                str(error).rpartition("] ")[2].partition(". ")[0],
+                lost_rank.words_of(error),
             )
         else:
             logger.error("rank %d failed:\n%s", self._rank, trace)
             if self._on_failure is not None:
                 with contextlib.suppress(Exception):  # the process must exit in any case
                     self._on_failure(error)
-        os._exit(1)  # an orderly exit would wait for ranks that no longer run
+        self._exit(1, first)  # an orderly exit would wait for ranks that no longer run
+
+    def _exit(self, code: int, first: Failure | None) -> None:
+        """Exits at once, after the report of the first failure."""
+        if first is not None:
+            with contextlib.suppress(Exception):  # the process must exit in any case
+                self._report(str(first))
+        os._exit(code)
 
     def _poll(self) -> None:
         """The thread: ends this process when torchrun has died, another rank has failed or died,
@@ -228,12 +254,12 @@ class Watchdog:
             try:
                 if store is not None and (gone := self._gone_rank(store)) is not None:
                     self._first_failure(Failure(gone, "its process was killed"))
-                has_failure = store is not None and store.check([FAILURE_KEY])
+                failure = _recorded(store) if store is not None else None
             except Exception:  # the machine with the store is down; collectives will fail, too
                 store = None
                 continue
-            if has_failure:
-                self._end_unless_main_thread_exits("another rank failed", 1, self._tell_failure)
+            if failure is not None:
+                self._end_unless_main_thread_exits(str(failure), 1, failure)
                 return
 
     def _signals_within(self, timeout_s: float) -> bytes:
@@ -253,18 +279,15 @@ class Watchdog:
                 return other
         return None
 
-    def _tell_failure(self) -> None:
-        first = self.first_to_fail("")  # another rank has recorded its own
-        self._before_exit(f"rank {first.rank}: {first.reason}" if first else "another rank failed")
-
     def _end_unless_main_thread_exits(
-        self, cause: str, exit_code: int, before_exit: Callable[[], None] = lambda: None
+        self, cause: str, exit_code: int, failure: Failure | None = None
     ) -> None:
         if not self._main_thread_exits():
             logger.error("rank %d is ended because of this: %s", self._rank, cause)
-            with contextlib.suppress(Exception):  # the process must exit in any case
-                before_exit()
-            os._exit(exit_code)
+            if failure is not None:
+                with contextlib.suppress(Exception):  # the process must exit in any case
+                    self._before_exit(f"rank {failure.rank}: {failure.reason}")
+            self._exit(exit_code, failure)
 
     def _main_thread_exits(self) -> bool:
         """Whether the main thread leaves the context by itself, within the time granted."""
@@ -299,15 +322,11 @@ def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def is_contact_lost(error: Exception) -> bool:
-    """Whether `error` says that another rank died or hangs, which is not a bug in this rank."""
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in CONTACT_LOST)
+def _recorded(store: "Store") -> Failure | None:
+    """The first failure of a rank, if there is one."""
+    return Failure(**json.loads(store.get(FAILURE_KEY))) if store.check([FAILURE_KEY]) else None
 
 
 def _set_parent_death_signal(number: int) -> None:
     """Sets the signal that the kernel sends when a thread of the parent dies; 0 is none."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-
-
-def _description(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -38,7 +38,7 @@ def _fits(rows: int, run_micro_batch: Callable[[int], None], world: World) -> bo
     failed = False
     try:
         run_micro_batch(rows)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         failed = True

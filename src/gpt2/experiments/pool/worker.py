@@ -229,9 +229,7 @@ def _ended_by(error: BaseException) -> JobEnded:
         return JobEnded("failed", reason=str(error), is_device_error=is_device_error)
     reason = f"{type(error).__name__}: {error}".removesuffix(": ")
     trace = "".join(traceback.format_exception(error))
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and is_out_of_memory(error)
-    ):  # perhaps because of the jobs before it
+    if is_out_of_memory(error):  # perhaps because of the jobs before it
         return JobEnded("lost", reason=f"out of memory: {reason}", traceback=trace)
     return JobEnded("failed", reason=reason, traceback=trace, is_device_error=is_device_error)
 

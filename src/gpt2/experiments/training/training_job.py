@@ -15,7 +15,7 @@ from gpt2.base.errors import ConfigError, Diverged, ReportedByOtherRank
 from gpt2.checkpoint import store
 from gpt2.config import options
 from gpt2.config.run import RunConfig
-from gpt2.distributed import watchdog
+from gpt2.distributed import lost_rank
 from gpt2.distributed.rendezvous import env_rank
 from gpt2.distributed.world import World
 from gpt2.experiments.pool.job import Job, Stopped
@@ -103,7 +103,7 @@ def run_rank(report: Reporter, run: Mapping[str, Any], run_name: str) -> dict[st
     except Diverged as error:  # which a caller may handle
         return {"diverged": str(error)}
     except RuntimeError as error:
-        if watchdog.is_contact_lost(error):
+        if lost_rank.is_lost(error):
             raise EndedAs(JobEnded("lost", reason="another rank died")) from error
         raise
 
