@@ -68,15 +68,6 @@ def test_mfu():
     assert flops.mfu(speed, shape, 312e12) == pytest.approx(0.5)
 
 
-def test_the_longest_known_name_determines_the_peak():
-    assert flops.known_peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert flops.known_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert flops.known_peak_flops("NVIDIA L40S") == 362e12
-    assert flops.known_peak_flops("NVIDIA L4") == 121e12
-    assert flops.known_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert flops.known_peak_flops("NVIDIA RTX A1000") is None
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

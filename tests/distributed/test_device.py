@@ -1,10 +1,12 @@
 import os
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from gpt2.base.errors import ConfigError
+from gpt2.config import peak_rates
 from gpt2.distributed import device
 from gpt2.distributed.world import World
 
@@ -12,6 +14,76 @@ from gpt2.distributed.world import World
 def test_measured_peak_is_a_plausible_rate():
     world = World(0, 1, torch.device("cpu"))
     assert 1e8 < device.peak_flops(world, torch.float32) < 1e14
+
+
+ON_CUDA = World(0, 1, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA H100 NVL", torch.bfloat16, peak_rates.PEAK_FLOPS["H100 NVL"]),
+        ("NVIDIA H100 NVL", torch.float32, 12e12),
+        ("NVIDIA H100 NVL MIG 1g.12gb", torch.bfloat16, 12e12),
+        ("NVIDIA H999", torch.bfloat16, 12e12),
+    ],
+)
+def test_the_rate_of_a_gpu_is_measured_where_no_data_sheet_says_it(
+    monkeypatch, caplog, name: str, dtype: torch.dtype, expected: float
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(device, "measured_flops", lambda *_: 12e12)
+    caplog.set_level("INFO")
+    assert device.peak_flops(ON_CUDA, dtype) == expected
+    is_unknown = expected == 12e12 and dtype is torch.bfloat16
+    assert (f"measured rate: that of {name} is not listed" in caplog.text) == is_unknown
+
+
+class MixedRanks(World):
+    """Four ranks, of which the last two have no fast bfloat16."""
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        assert values == [True]
+        return [[1.0], [1.0], [0.0], [0.0]]
+
+
+def test_ranks_with_different_hardware_agree_on_a_dtype(monkeypatch, caplog):
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda _: True)
+    mixed, alike = MixedRanks(0, 4, torch.device("cpu")), World(0, 1, torch.device("cpu"))
+    assert device.autocast_dtype("auto", alike) is torch.bfloat16
+    assert not caplog.text
+    assert device.autocast_dtype("auto", mixed) is torch.float32
+    assert "all ranks compute in float32, because the hardware of ranks 2, 3" in caplog.text
+    caplog.clear()
+    assert device.autocast_dtype("bfloat16", mixed) is torch.bfloat16
+    assert device.autocast_dtype("float32", mixed) is torch.float32
+    assert not caplog.text
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda _: False)
+    assert device.autocast_dtype("auto", alike) is torch.float32
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_segments_of_the_allocator_expand_unless_the_user_has_configured_it(monkeypatch, is_new):
+    settings: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", None, raising=False)
+    owner, name = (
+        (torch._C, "_accelerator_setAllocatorSettings")
+        if is_new
+        else (torch.cuda.memory, "_set_allocator_settings")
+    )
+    monkeypatch.setattr(owner, name, settings.append, raising=False)
+    for given in device.ALLOCATOR_VARIABLES:
+        for variable in device.ALLOCATOR_VARIABLES:
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv(given, "max_split_size_mb:128")
+        device.use_expandable_segments()
+    assert not settings, "the user's own"
+    monkeypatch.delenv(given)
+    device.use_expandable_segments()
+    assert settings == ["expandable_segments:True"]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
 
 
 def test_time_between_moments():

@@ -4,10 +4,11 @@ import sys
 import pytest
 import torch
 import torch._inductor.config as inductor
+import torch.distributed as dist
 
-from gpt2.base.errors import ConfigError
+from gpt2.base.errors import ConfigError, UserError
 from gpt2.config.run import MachineConfig
-from gpt2.distributed import rendezvous
+from gpt2.distributed import device, rendezvous
 from support import run_command
 
 
@@ -60,16 +61,66 @@ assert settings.deterministic and not settings.dynamic_scale_rblock
     run_command([sys.executable, "-c", script])
 
 
-def test_a_run_on_a_chosen_gpu(monkeypatch):
-    chosen = []
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with four GPUs; the list has those that a process chooses."""
+    chosen: list[torch.device] = []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(device, "use_expandable_segments", lambda: None)
+    return chosen
+
+
+def test_a_run_on_a_chosen_gpu(gpus: list[torch.device]):
     with rendezvous.join(MachineConfig(), gpu="2") as world:
-        assert chosen == [world.device] == [torch.device("cuda", 2)]
+        assert gpus == [world.device] == [torch.device("cuda", 2)]
     with rendezvous.join(MachineConfig(), gpu="cpu") as world:
         assert world.device.type == "cpu"
     for machine, gpu in [(MachineConfig(device="cuda"), "cpu"), (MachineConfig(), "4")]:
         with pytest.raises(ConfigError, match=f"gpu_id={gpu}"), rendezvous.join(machine, gpu):
             pass
+
+
+class GroupOnCuda:
+    """What `join` does with the process groups of rank 1 of 2 on CUDA, without CUDA."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.options: dict[str, object] = {}
+        for name, value in rendezvous.rank_variables(1, 2, 0).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # nothing to watch
+        store = dist.HashStore()
+        monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+        monkeypatch.setattr(rendezvous, "_store_of_this_start", lambda *_: store)
+        monkeypatch.setattr(dist, "init_process_group", self.init_process_group)
+        monkeypatch.setattr(dist, "new_group", lambda **_: None)
+        for name in ("destroy_process_group", "distributed_c10d._abort_process_group"):
+            monkeypatch.setattr(
+                f"torch.distributed.{name}", lambda name=name: self.calls.append(name)
+            )
+
+    def init_process_group(self, backend: str, **options: object) -> None:
+        self.options = {"backend": backend, **options}
+
+
+def test_nccl_is_bound_to_the_device_of_the_rank(monkeypatch, gpus):
+    group = GroupOnCuda(monkeypatch)
+    with rendezvous.join(MachineConfig(device="cuda")) as world:
+        assert group.options["device_id"] == world.device == torch.device("cuda", 1)
+        assert group.options["backend"] == "cpu:gloo,cuda:nccl"
+    assert group.calls == ["destroy_process_group"]
+    with rendezvous.join(MachineConfig(device="cpu")):
+        assert group.options["device_id"] is None
+
+
+def test_a_user_error_destroys_the_group_without_waiting_for_other_ranks(monkeypatch, gpus):
+    group = GroupOnCuda(monkeypatch)
+    with pytest.raises(UserError), rendezvous.join(MachineConfig(device="cuda")):
+        raise UserError("the batch does not fit")
+    assert group.calls == ["distributed_c10d._abort_process_group"]
+    with pytest.raises(UserError), rendezvous.join(MachineConfig(device="cpu")):
+        raise UserError("the batch does not fit")
+    assert group.calls[1:] == ["destroy_process_group"]

@@ -1,30 +1,6 @@
 """Numbers of a run: parameters, bytes, FLOPs, utilisation, durations. Pure."""
 
-import re
-
 from gpt2.config.model import ARCHITECTURES, ModelConfig
-
-# Dense bfloat16 FLOP/s per GPU, from the manufacturers' data sheets. The first name that occurs in
-# the device's name is used, so longer names stand first.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 150e12,
-    "A6000": 155e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 4080": 97e12,
-    "RTX 3090": 71e12,
-    "RTX 3080": 60e12,
-}
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -54,13 +30,6 @@ def flops_per_token(model: ModelConfig) -> float:
 def mfu(tokens_per_s: float, model: ModelConfig, peak_flops: float) -> float:
     """Model FLOPs utilisation: the used share of `peak_flops`, the FLOP/s of all devices."""
     return tokens_per_s * flops_per_token(model) / peak_flops
-
-
-def known_peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by its name; None if PEAK_FLOPS does not list it."""
-    return next(
-        (rate for name, rate in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None
-    )
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import sys
 import time
@@ -11,12 +12,16 @@ from typing import Any
 import torch
 
 from gpt2.base.errors import ConfigError
-from gpt2.config import experiment_name, flops
+from gpt2.config import experiment_name, peak_rates
 from gpt2.distributed import visible_gpus
 from gpt2.distributed.world import World
 
+logger = logging.getLogger(__name__)
 THREADS = "GPT2_THREADS_OF_A_RANK"
 """environment variable with the number of CPU threads of each rank"""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""with which a user configures torch's allocator for GPUs; the others are former names"""
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -53,13 +58,22 @@ class DeviceTimestamp:
 
 
 def peak_flops(world: World, dtype: torch.dtype) -> float:
-    """FLOP/s of all ranks' devices together: from the data sheets, or measured with `dtype` matrix
-    products for a device that `flops` does not list."""
-    known = None
-    if world.device.type == "cuda":
-        known = flops.known_peak_flops(torch.cuda.get_device_name(world.device))
-    own = known or measured_flops(world.device, dtype)
+    """FLOP/s of all ranks' devices together, for matrix products of `dtype`: from the data sheets,
+    or measured where these do not say."""
+    own = _known_flops(world.device, dtype) or measured_flops(world.device, dtype)
     return sum(of_rank for [of_rank] in world.gather([own]))
+
+
+def _known_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """As the maker says; None for a device that is not listed, for a part of one, and for float32,
+    whose rate depends on settings."""
+    if device.type != "cuda" or dtype is torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = peak_rates.of(name)
+    if known is None:
+        logger.info("MFU is the share of a measured rate: that of %s is not listed", name)
+    return known
 
 
 @functools.cache
@@ -77,6 +91,26 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         product = matrix @ matrix
     float(product[0, 0])
     return repeats * 2 * side**3 / (time.perf_counter() - started)
+
+
+def autocast_dtype(wanted: str, world: World) -> torch.dtype:
+    """The type of matrix products, the same on all ranks; `wanted` is the value of --dtype.
+
+    With `auto` it is bfloat16 if the hardware of every rank multiplies it, else float32. Every rank
+    calls it.
+    """
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    is_fast = world.gather([has_fast_bfloat16(world.device)])
+    slow = [str(rank) for rank, [fast] in enumerate(is_fast) if not fast]
+    if 0 < len(slow) < world.size:
+        logger.warning(
+            "all ranks compute in float32, because the hardware of %s %s does not multiply "
+            "bfloat16; train on devices of one kind, or use --dtype bfloat16",
+            "rank" if len(slow) == 1 else "ranks",
+            ", ".join(slow),
+        )
+    return torch.float32 if slow else torch.bfloat16
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -132,6 +166,20 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
             mallopt(option, value)
+
+
+def use_expandable_segments() -> None:
+    """Makes torch's allocator for GPUs grow its segments, so that the free memory between them is
+    not lost to large tensors. To be called before CUDA is first used.
+
+    A setting of the user's own stays. The variable alone is not enough: torch may have read it when
+    it was imported, and torch 2.9 ignores its new name (pytorch issue 183387).
+    """
+    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return
+    os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE_SEGMENTS
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (configure or torch.cuda.memory._set_allocator_settings)(EXPANDABLE_SEGMENTS)
 
 
 def recover(device: torch.device) -> None:

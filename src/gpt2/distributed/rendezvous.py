@@ -113,13 +113,17 @@ def join(
             yield World(rank, size, own_device, measure_gpu=measure_gpu)
         return
     store, long_timeout_group = _connect(own_device, config.collective_timeout)
-    with Watchdog(rank, store, config.collective_timeout, on_failure, size) as watchdog:
+    with Watchdog(
+        rank, store, config.collective_timeout, on_failure, size, report_to_torchrun
+    ) as watchdog:
         world = World(rank, size, own_device, local_rank, long_timeout_group, watchdog, measure_gpu)
         try:
             yield world
         except UserError as error:
             first = watchdog.first_to_fail(str(error))
-            if own_device.type == "cpu":  # NCCL would wait for ranks that did not fail
+            if own_device.type == "cuda":
+                _abort()
+            else:
                 _leave()
             if first is not None and first.rank != rank:
                 raise ReportedByOtherRank(str(error)) from error
@@ -130,6 +134,7 @@ def join(
 def _set_up(own_device: torch.device, local_size: int, config: MachineConfig) -> None:
     """Sets torch's device, threads and determinism for this process."""
     if own_device.type == "cuda":
+        device.use_expandable_segments()
         torch.cuda.set_device(own_device)
     else:
         if local_size > 1:
@@ -147,8 +152,16 @@ def _connect(own_device: torch.device, timeout_s: float) -> tuple[Store, dist.Pr
     shared_store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_S)))
     shared_store.set_timeout(timeout)
     store = _store_of_this_start(shared_store, rank, size, timeout_s)
-    backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    on_cuda = own_device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        # With it, NCCL connects now, not in the first collective, and never guesses the device.
+        device_id=own_device if on_cuda else None,
+    )
     return store, dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
 
 
@@ -184,3 +197,11 @@ def _leave() -> None:
     destroyed, and reference cycles of DDP keep the group alive."""
     gc.collect()
     dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """Destroys the process group without a word to the other ranks, as one that leaves in the
+    middle of a step must: `destroy_process_group` waits for collectives of NCCL that they may never
+    come to."""
+    gc.collect()
+    dist.distributed_c10d._abort_process_group()

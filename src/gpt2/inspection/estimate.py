@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gpt2.base.errors import DataError
 from gpt2.base.text import table
-from gpt2.config import flops
+from gpt2.config import flops, peak_rates
 from gpt2.config.flops import duration
 from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
@@ -22,6 +22,7 @@ from gpt2.metrics import log_reader, records
 
 # Without a run and without data, these are assumed.
 ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
+ASSUMED_FLOPS = peak_rates.PEAK_FLOPS["A100-SXM4-40GB"]
 ASSUMED_TOKENS, ASSUMED_SHARDS = 9_900_000_000, 99
 DEVICE_COUNTS = (1, 2, 4, 8)
 SHOWN_EPOCHS = 10
@@ -90,8 +91,7 @@ def print_assumed_forecast(
         tokens, shards = ASSUMED_TOKENS, ASSUMED_SHARDS
         source = "99 shards of 100 M tokens, as FineWeb-Edu sample-10BT gives"
     if tokens_per_s is None:
-        peak = flops.PEAK_FLOPS[ASSUMED_GPU] * gpus
-        tokens_per_s = ASSUMED_MFU * peak / flops.flops_per_token(config.model)
+        tokens_per_s = ASSUMED_MFU * ASSUMED_FLOPS * gpus / flops.flops_per_token(config.model)
         speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
     else:
         speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
