@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import signal
@@ -17,6 +18,11 @@ from gpt2.data import prepare
 
 settings.register_profile("any_machine", deadline=None)  # no test depends on the machine's speed
 settings.load_profile("any_machine")
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage leave out what is imported, and a run has nothing more to freeze."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

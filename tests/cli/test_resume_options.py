@@ -186,6 +186,8 @@ def test_what_is_of_one_process_is_never_taken():
         "checkpoint.trust_checkpoint": True,
         "watch.log_dir": "elsewhere",
         "watch.runs_dir": "elsewhere",
+        "watch.profile": 9,
+        "watch.memory_snapshot": True,
         "machine.device": "cuda",
         "machine.collective_timeout": 5.0,
         "experiment.experiment_name": "other",

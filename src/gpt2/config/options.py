@@ -41,6 +41,8 @@ NEVER_FROM_CHECKPOINT = (
     "checkpoint.trust_checkpoint",
     "watch.log_dir",
     "watch.runs_dir",
+    "watch.profile",
+    "watch.memory_snapshot",
     "machine.device",
     "machine.collective_timeout",
     "experiment.experiment_name",
@@ -52,7 +54,7 @@ IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 # Options of earlier versions, which files may still have, with the values that they now stand for.
 FORMER = {"fast": True}
 # Options that earlier versions did not have, with the values for what these did.
-LATER = {"skip_spikes": False}
+LATER = {"skip_spikes": False, "profile": None, "memory_snapshot": False}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:

@@ -185,6 +185,15 @@ class WatchConfig:
     """folder of TensorBoard runs"""
     use_tensorboard: bool = False
     """write curves, samples and hyperparameters for TensorBoard"""
+    profile: int | None = None
+    """steps to record with torch.profiler, from the sixth of this process on: a trace in the run's
+    folder in runs_dir (TensorBoard, Perfetto), and the ten longest kernels in the log"""
+    memory_snapshot: bool = False
+    """CUDA: when a step runs out of memory, write what holds it to log_dir, for
+    pytorch.org/memory_viz"""
+
+    def __post_init__(self) -> None:
+        require_within(self, 1, 100, "profile")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gpt2.distributed.world import World
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_options
 from gpt2.optim.spikes import SpikeDetector
-from gpt2.train import micro_batch
+from gpt2.train import memory_snapshot, micro_batch
 from gpt2.train.compile_cache import compiled
 
 
@@ -45,7 +45,7 @@ class Replica:
         """Weights are drawn from the seed, the same on every rank, unless some are given.
         `plain_head` is as in `TrainState`."""
         self.config, self.world = run_config, world
-        self.dtype = _autocast_dtype(run_config, world)
+        self.dtype = device.autocast_dtype(run_config.machine.dtype, world)
         self.autocast = torch.autocast(
             world.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16
         )
@@ -85,6 +85,27 @@ class Replica:
         if is_last or not isinstance(self.net, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.net.no_sync()
+
+    @contextlib.contextmanager
+    def out_of_memory_explained(self, rows: int, block_size: int) -> Iterator[None]:
+        """Turns an out-of-memory error into a TrainingError that says what to do."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            snapshot = memory_snapshot.write(self.config.watch, self.world)
+            remedy = "use a smaller --block_size or --preset"
+            if rows > 1:
+                smaller = 1 << ((rows - 1).bit_length() - 1)
+                remedy = f"use --mini_batch_size {smaller} (the total batch stays), "
+                remedy += "or --auto_mini_batch"
+            if snapshot is not None:
+                remedy += f"; what holds it is in {snapshot} (https://pytorch.org/memory_viz)"
+            raise TrainingError(
+                f"{rows} rows of block_size={block_size} at once do not fit into the memory; "
+                f"{remedy}"
+            ) from error
 
     def state_dict(self) -> CheckpointState:
         """What a checkpoint keeps of it, beside the random streams."""
@@ -139,7 +160,7 @@ class Replica:
         share = len(sampler.share(self.config.rows_per_step, self.world.rank, self.world.size))
         rows = min(self.mini_batch_size, share) if is_compiled else 1  # for the real shape
         tokens_BT = self._zeros(rows)
-        with out_of_memory_explained(*tokens_BT.shape):
+        with self.out_of_memory_explained(*tokens_BT.shape):
             with self.autocast:
                 loss = self.net(tokens_BT, tokens_BT.clone())
             loss.backward()
@@ -153,36 +174,12 @@ class Replica:
         return torch.zeros(shape, dtype=torch.long, device=self.world.device)
 
 
-@contextlib.contextmanager
-def out_of_memory_explained(rows: int, block_size: int) -> Iterator[None]:
-    """Turns an out-of-memory error into a TrainingError that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        remedy = "use a smaller --block_size or --preset"
-        if rows > 1:
-            smaller = 1 << ((rows - 1).bit_length() - 1)
-            remedy = f"use --mini_batch_size {smaller} (the total batch stays), "
-            remedy += "or --auto_mini_batch"
-        raise TrainingError(
-            f"{rows} rows of block_size={block_size} at once do not fit into the memory; {remedy}"
-        ) from error
-
-
 def _copied(state: Any) -> Any:
     """An optimiser's state in memory of its own: tensors of a checkpoint are mapped from the file,
     and torch would keep using them there."""
     if isinstance(state, dict):
         return {name: _copied(part) for name, part in state.items()}
     return state.clone() if isinstance(state, torch.Tensor) else state
-
-
-def _autocast_dtype(run_config: RunConfig, world: World) -> torch.dtype:
-    wanted = run_config.machine.dtype
-    fast = wanted == "auto" and device.has_fast_bfloat16(world.device)
-    return torch.bfloat16 if wanted == "bfloat16" or fast else torch.float32
 
 
 def _seed_streams(seed: int, rank: int, step: int = 0) -> None:

@@ -22,9 +22,9 @@ from gpt2.distributed.gpu_usage import GpuUsage
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.optim.build import gradient_norm, set_learning_rate
-from gpt2.train import divergence, experiment_folder, setup
+from gpt2.train import divergence, experiment_folder, memory_snapshot, setup
 from gpt2.train.notices import Notices
-from gpt2.train.replica import Replica, out_of_memory_explained
+from gpt2.train.replica import Replica
 from gpt2.train.report import Report, always_go
 from gpt2.train.resume import Configure
 from gpt2.train.state import RunResult, Update
@@ -73,7 +73,7 @@ def train_step(
     started = computed = DeviceTimestamp(world.device)
     streams = random_state.rng_state(world.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    with out_of_memory_explained(*micro_batches[0][0].shape):
+    with replica.out_of_memory_explained(*micro_batches[0][0].shape):
         for number, micro_batch in enumerate(micro_batches, 1):
             is_last = number == len(micro_batches)
             if stop_vote and is_last and stop_vote.is_to_stop():
@@ -138,7 +138,8 @@ def run(
         resolved = world.run_on_rank0(lambda: experiment_folder.resolve(run_config))
         name = world.run_on_rank0(lambda: run_name or experiment_folder.run_name(resolved))
         world.run_on_rank0(lambda: experiment_folder.require_possible(resolved))
-        with setup.claimed_folder(resolved, world, notices):
+        recording = memory_snapshot.recording(resolved.watch, world.device)
+        with setup.claimed_folder(resolved, world, notices), recording:
             stop = StopRequest()
             training_run = setup.build(resolved, name, world, report, stop, configure, notices)
             with stop:  # until the last checkpoint is on the disk

@@ -26,12 +26,14 @@ from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
 from gpt2.metrics.sinks import RunStart
 from gpt2.train import data_faults
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
+from gpt2.train.garbage import Garbage
 from gpt2.train.notices import Notices
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.run_identity import RunIdentity
 from gpt2.train.state import RunResult, TrainState, Update
 from gpt2.train.status import RunState, StatusFile
+from gpt2.train.step_profiler import StepProfiler
 from gpt2.train.stop_vote import StopVote
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,9 @@ class TrainingRun:
     stop_vote: StopVote = field(init=False)
     metrics: Metrics = field(init=False)
     loader: Loader = field(init=False)
+    profiler: StepProfiler | None = None
+    """on rank 0, if the user requests it"""
+    garbage: Garbage = field(default_factory=Garbage)
 
     def __post_init__(self) -> None:
         self.first_step = self.state.step
@@ -115,6 +120,10 @@ class TrainingRun:
         except BaseException:
             self.metrics.close()
             raise
+        watch = self.config.watch
+        if watch.profile is not None and self.world.is_rank0:
+            folder, device = watch.runs_dir / self.name, self.world.device
+            self.profiler = StepProfiler(watch.profile, folder, device, self.state.step)
 
     def start_verifier(self) -> None:
         if self.verifier is not None:
@@ -127,6 +136,9 @@ class TrainingRun:
         try:
             self.saver.wait()
         finally:
+            self.garbage.close()
+            if self.profiler is not None:
+                self.profiler.close()
             if self.verifier is not None:
                 self.verifier.close()
             self.loader.close()
@@ -242,6 +254,9 @@ class TrainingRun:
         self.saver.log_outcomes()
         self.notices.stepped(update.elapsed_s)
         self.status.beat(state.step)
+        self.garbage.after_step()
+        if self.profiler is not None:
+            self.profiler.step()
 
     def stopped(self) -> RunResult:
         """Ends the run before its last step: saves, unless it is pruned.
