@@ -116,16 +116,17 @@ def waiting(folder: Path) -> None:
     import torch  # not above: the tokenising processes import this file too
 
     from gpt2 import model
-    from gpt2.config import presets
+    from gpt2.config import memory, presets
     from gpt2.data.loader import Loader
 
     torch.set_num_threads(1)
     run = presets.preset("demo")
     shards = TokenDataset(load_index(Storage(str(folder))), "train", run.model.block_size)
     line = Sampler(shards.rows_per_shard, run.rows_per_step, seed=1)
+    rows = memory.ROWS_ON_CPU["demo"]
     net = model.build(run.model)
     waited_s = total_s = 0.0
-    with Loader(shards, line, range(40), mini_batch_size=run.data.mini_batch_size) as loader:
+    with Loader(shards, line, range(40), mini_batch_size=rows) as loader:
         for step in range(40):
             started = time.perf_counter()
             micros = loader.next_step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from gpt2.config import flops, options, presets
+from gpt2.config import flops, memory, options, presets
 from gpt2.inspection import checks
 from gpt2.inspection.checks import Finding
 from gpt2.inspection.machine import Gpu, Torch
@@ -113,6 +113,25 @@ def test_a_batch_is_divided_among_the_ranks():
     assert checks.check_batch(run, 4, 2).remedy == "use --nproc_per_node=2"
     few = options.overlay(run, {"total_batch_size": 2048})
     assert "too few for 4 ranks" in checks.check_batch(few, 4, 4).fact
+
+
+def test_a_batch_is_what_fits_into_the_memory_unless_a_number_is_given():
+    run = presets.preset("gpt2-124m")
+    small = checks.check_batch(run, 1, 1, free_bytes=16 * 10**9)
+    assert "512 rows per step, 16 at once, gradient accumulation 32" in small.fact
+    given = options.overlay(run, {"mini_batch_size": 64})
+    assert "64 at once" in checks.check_batch(given, 1, 1, free_bytes=16 * 10**9).fact
+    none = checks.check_batch(run, 1, 1, free_bytes=2 * 10**9)
+    assert (none.level, none.fact) == (
+        "PROBLEM",
+        "2.0 GB of memory are too little for a single row",
+    )
+
+
+def test_what_fits_into_which_gpu_is_listed():
+    fact = checks.check_cards(presets.preset("gpt2-1558m"), 1).fact
+    assert fact.startswith("estimated rows of 1024 tokens at once on a GPU of 16 GB: does not fit")
+    assert [size for size in memory.CARDS_GB if f"{size} GB: " in fact] == [*memory.CARDS_GB]
 
 
 def test_limits():

@@ -57,6 +57,10 @@ def test_assumptions_are_printed_without_a_run(out: Console):
     estimate.print_assumed_forecast(presets.preset("gpt2-124m"), None, 1, out)
     printed = text_of(out)
     assert "An estimate for --preset gpt2-124m. Assumed:" in printed
+    cards = [line.split() for line in printed.partition("Memory of the GPU")[2].splitlines()]
+    rows = {line[0]: line[2:4] for line in cards if line[1:2] == ["GB"]}
+    assert list(rows) == ["16", "24", "40", "80", "141"]
+    assert rows["80"] == ["64", "8"]
     assert "9,900,000,000 training tokens: 99 shards of 100 M tokens" in printed
     assert "1 × A100 at 40% MFU" in printed
     assert "94,414" in printed  # 5 epochs of 9.9 G tokens in steps of 524,288

@@ -25,23 +25,20 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
-def _gpt2(
-    name: PresetName, n_layer: int, n_head: int, n_embd: int, rate: float, rows: int
-) -> RunConfig:
+def _gpt2(name: PresetName, n_layer: int, n_head: int, n_embd: int, rate: float) -> RunConfig:
     """Shapes from Radford et al. 2019, table 2; rates from Brown et al. 2020, table 2.1."""
     return RunConfig(
         preset=name,
         model=ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
-        data=DataConfig(mini_batch_size=rows),
         optim=OptimConfig(learning_rate=rate),
     )
 
 
 PRESETS: dict[str, RunConfig] = {
-    "gpt2-124m": _gpt2("gpt2-124m", 12, 12, 768, 6e-4, 64),
-    "gpt2-350m": _gpt2("gpt2-350m", 24, 16, 1024, 3e-4, 32),
-    "gpt2-774m": _gpt2("gpt2-774m", 36, 20, 1280, 2.5e-4, 16),
-    "gpt2-1558m": _gpt2("gpt2-1558m", 48, 25, 1600, 2e-4, 8),
+    "gpt2-124m": _gpt2("gpt2-124m", 12, 12, 768, 6e-4),
+    "gpt2-350m": _gpt2("gpt2-350m", 24, 16, 1024, 3e-4),
+    "gpt2-774m": _gpt2("gpt2-774m", 36, 20, 1280, 2.5e-4),
+    "gpt2-1558m": _gpt2("gpt2-1558m", 48, 25, 1600, 2e-4),
     # Three minutes on two CPU cores, on text that every machine has. Its folders are separate, so
     # that a real run after it starts with empty ones.
     "demo": RunConfig(
@@ -50,7 +47,6 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(
             data_root="data/python_stdlib",
             total_batch_size=1024,
-            mini_batch_size=8,
             max_steps=350,
         ),
         optim=OptimConfig(optimizer="muon", learning_rate=0.024, warmup_steps=40),

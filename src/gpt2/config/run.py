@@ -45,10 +45,11 @@ class DataConfig:
     """disk space for those copies in GB; the least recently used ones are removed"""
     total_batch_size: int = 524288
     """tokens per optimiser step, over all ranks"""
-    mini_batch_size: int = 64
-    """rows of block_size tokens in a micro-batch of one rank; lower it if memory runs out"""
+    mini_batch_size: int | Literal["auto"] = "auto"
+    """rows of block_size tokens in a micro-batch of one rank; auto is what fits into a GPU's
+    memory; on CPUs 64, 32, 16 or 8, by preset"""
     auto_mini_batch: bool = False
-    """halve mini_batch_size at the start until a micro-batch fits into memory"""
+    """halve a given mini_batch_size at the start until a micro-batch fits into memory"""
     epochs: int = 5
     """passes over the training split"""
     max_steps: int | None = None
@@ -58,8 +59,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_within(self, 0, 10**6, "cache_gb")
-        sizes = ("total_batch_size", "mini_batch_size", "epochs", "max_steps")
-        require_within(self, 1, LARGEST, *sizes)
+        require_within(self, 1, LARGEST, "total_batch_size", "epochs", "max_steps")
+        if self.mini_batch_size != "auto":
+            require_within(self, 1, LARGEST, "mini_batch_size")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -180,6 +180,22 @@ def use_expandable_segments() -> None:
     os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE_SEGMENTS
     configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     (configure or torch.cuda.memory._set_allocator_settings)(EXPANDABLE_SEGMENTS)
+
+
+class DeviceMemory(NamedTuple):
+    """The memory of a GPU, in bytes."""
+
+    total: int
+    free: int
+    """what this process has or can have, beside other processes"""
+
+
+def memory(device: torch.device) -> DeviceMemory | None:
+    """The memory of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total, free + torch.cuda.memory_reserved(device))
 
 
 def recover(device: torch.device) -> None:

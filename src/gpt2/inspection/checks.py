@@ -15,12 +15,13 @@ from packaging.specifiers import SpecifierSet
 
 from gpt2.base.errors import UserError
 from gpt2.base.text import counted
+from gpt2.config import memory
 from gpt2.config.run import RunConfig
 from gpt2.data.shards import open_files_needed
 from gpt2.distributed.world import World
 from gpt2.inspection import machine
 from gpt2.inspection.machine import Gpu, Torch
-from gpt2.train import setup
+from gpt2.train import micro_batch, setup
 
 Severity = Literal["ok", "note", "PROBLEM"]
 NCCL_SHARED_MEMORY = 1_000_000_000
@@ -137,9 +138,12 @@ def check_precision(dtype: str, fast_bfloat16: bool, device: torch.device) -> Fi
     return Finding("note", "precision", fact, "--dtype auto is faster here")
 
 
-def check_batch(run_config: RunConfig, ranks: int, gpus: int) -> Finding:
-    """How the rows of a step are divided among the ranks."""
-    rows, mini = run_config.rows_per_step, run_config.data.mini_batch_size
+def check_batch(
+    run_config: RunConfig, ranks: int, gpus: int, free_bytes: int | None = None
+) -> Finding:
+    """How the rows of a step are divided among the ranks. `free_bytes` is the memory of the GPU
+    with the least, which `--mini_batch_size auto` depends on."""
+    rows = run_config.rows_per_step
     if gpus and ranks > gpus:
         fact = f"{ranks} ranks on {counted(gpus, 'GPU')}"
         return Finding("PROBLEM", "batch", fact, f"use --nproc_per_node={gpus}")
@@ -147,6 +151,12 @@ def check_batch(run_config: RunConfig, ranks: int, gpus: int) -> Finding:
         setup.require_enough_rows(run_config, World(0, ranks, torch.device("cpu")))
     except UserError as error:
         return problem("batch", error)
+    mini = micro_batch.given(run_config)
+    if free_bytes is not None and run_config.data.mini_batch_size == "auto":
+        mini = memory.rows_on_card(run_config, free_bytes / 1e9, ranks)
+        if mini == 0:
+            fact = f"{gigabytes(free_bytes)} of memory are too little for a single row"
+            return Finding("PROBLEM", "batch", fact, "use a smaller --block_size or --preset")
     steps = run_config.grad_accum_steps(ranks, mini)
     share = f"{rows / ranks:g} rows" if rows % ranks == 0 else f"{rows // ranks} or one row more"
     fact = (
@@ -156,6 +166,17 @@ def check_batch(run_config: RunConfig, ranks: int, gpus: int) -> Finding:
     if rows % ranks:
         return Finding("note", "batch", fact + ": every step waits for the ranks with more")
     return Finding("ok", "batch", fact)
+
+
+def check_cards(run_config: RunConfig, ranks: int) -> Finding:
+    """How many rows GPUs of several sizes compute at once, as far as it is known beforehand."""
+    parts = []
+    for size in memory.CARDS_GB:
+        rows = memory.rows_on_card(run_config, size, ranks)
+        parts.append(f"{size} GB: {rows}" if rows else f"{size} GB: does not fit")
+    length = run_config.model.block_size
+    fact = f"estimated rows of {length} tokens at once on a GPU of {', '.join(parts)}"
+    return Finding("ok", "GPU memory", fact)
 
 
 def check_folders(

@@ -75,7 +75,9 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     device = torch.device("cuda" if gpus else "cpu")
     dtype = run_config.machine.dtype
     yield checks.check_precision(dtype, has_fast_bfloat16(device), device)
-    yield checks.check_batch(run_config, count, len(gpus))
+    least = min((gpu.free_bytes for gpu in gpus), default=None)
+    yield checks.check_batch(run_config, count, len(gpus), least)
+    yield checks.check_cards(run_config, count)
     yield from _of_this_run(run_config, device)
     yield from _of_this_machine(run_config, count, device)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gpt2.base.errors import DataError
 from gpt2.base.text import table
-from gpt2.config import flops, peak_rates
+from gpt2.config import flops, memory, peak_rates
 from gpt2.config.flops import duration
 from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
@@ -113,6 +113,7 @@ def print_assumed_forecast(
         checkpoint_interval=config.checkpoint.checkpoint_interval,
     )
     _print_forecast(forecast, "gpu", out)
+    out.print(_cards(config, gpus))
 
 
 def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
@@ -168,6 +169,24 @@ def _scaling(forecast: Forecast, device: str) -> Table:
             duration(left_s),
             _date(left_s) if left_s else "-",
         )
+    return listing
+
+
+def _cards(config: RunConfig, gpus: int) -> Table:
+    """What fits into GPUs of several sizes."""
+    listing = table(
+        f"Memory of {'the' if gpus == 1 else f'each of {gpus}'} GPU{'s'[: gpus > 1]} "
+        "(estimate; a run tries it before it trains)",
+        *("memory", "rows at once", "micro-batches a step", "used"),
+    )
+    how = memory.computation(config, gpus)
+    for size in memory.CARDS_GB:
+        if rows := memory.rows_on_card(config, size, gpus):
+            used = memory.step_bytes(config.model, rows, how) + memory.CONTEXT_BYTES
+            steps = config.grad_accum_steps(gpus, rows)
+            listing.add_row(f"{size} GB", str(rows), str(steps), f"{used / 1e9:.1f} GB")
+        else:
+            listing.add_row(f"{size} GB", "does not fit", "-", "-")
     return listing
 
 

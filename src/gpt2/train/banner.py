@@ -10,6 +10,7 @@ from gpt2.distributed import device_name
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.train import experiment_folder
+from gpt2.train.micro_batch import FittedRows
 from gpt2.train.replica import Replica
 from gpt2.train.resume import StartingPoint
 from gpt2.train.status import Plan
@@ -34,6 +35,7 @@ def log(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) 
         *_device_lines(run.world),
         *_data_lines(data, run.dataset),
         *_plan_lines(plan, run.config, run.replica.mini_batch_size),
+        *_rows_lines(run.replica, start.fitted_rows),
         *_folder_lines(run.config, plan.run_name),
     ):
         logger.info(line)
@@ -62,14 +64,29 @@ def _data_lines(data: DatasetIndex, dataset: TokenDataset) -> list[str]:
 
 def _plan_lines(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
     accumulation = run_config.grad_accum_steps(plan.world_size, mini_batch_size)
-    line = (
+    return [
         f"Plan: {plan.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
         f"(gradient accumulation {accumulation}), "
         f"{plan.total_steps * plan.rows_per_step / plan.rows_per_epoch:.2f} epochs"
-    )
-    if not run_config.data.auto_mini_batch:
-        return [line]
-    return [line, f"  - --auto_mini_batch: {mini_batch_size} rows at once"]
+    ]
+
+
+def _rows_lines(replica: Replica, before: FittedRows | None) -> list[str]:
+    """How many rows were found to fit, and why it is another number than in the checkpoint."""
+    found = replica.fitted_rows
+    if found is None:
+        return []
+    flag = "--auto_mini_batch" if replica.config.data.auto_mini_batch else "--mini_batch_size auto"
+    line = f"  - {flag}: {found.rows} rows at once"
+    if before is not None and before.rows != found.rows:
+        causes = {
+            "another --mini_batch_size": before.requested != found.requested,
+            "a GPU with other memory": before.memory_bytes != found.memory_bytes,
+            "another share of a step for each rank": before.rows_per_rank != found.rows_per_rank,
+        }
+        reason = ", ".join(name for name, holds in causes.items() if holds) or "less free memory"
+        line += f", {before.rows} before ({reason}); each step trains on the same tokens"
+    return [line]
 
 
 def _folder_lines(run_config: RunConfig, run_name: str) -> list[str]:

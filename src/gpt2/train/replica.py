@@ -6,6 +6,7 @@ Shapes: B rows, T time.
 import contextlib
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gpt2 import model
 from gpt2.base.errors import TrainingError, is_out_of_memory
 from gpt2.checkpoint import random_state
 from gpt2.checkpoint.metadata import CheckpointState
+from gpt2.config.memory import Computation
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
 from gpt2.distributed import device
@@ -26,6 +28,7 @@ from gpt2.optim.build import build_optimizer, set_options
 from gpt2.optim.spikes import SpikeDetector
 from gpt2.train import memory_snapshot, micro_batch
 from gpt2.train.compile_cache import compiled
+from gpt2.train.micro_batch import FittedRows
 
 
 class Replica:
@@ -41,9 +44,10 @@ class Replica:
         world: World,
         weights: dict[str, torch.Tensor] | None = None,
         plain_head: bool = False,
+        fitted_rows: FittedRows | None = None,
     ) -> None:
         """Weights are drawn from the seed, the same on every rank, unless some are given.
-        `plain_head` is as in `TrainState`."""
+        `plain_head` is as in `TrainState`, `fitted_rows` that of the checkpoint."""
         self.config, self.world = run_config, world
         self.dtype = device.autocast_dtype(run_config.machine.dtype, world)
         self.autocast = torch.autocast(
@@ -71,11 +75,14 @@ class Replica:
                 device_ids=[world.device] if on_cuda else None,
                 gradient_as_bucket_view=True,
             )
-        self.mini_batch_size = run_config.data.mini_batch_size
-        if run_config.data.auto_mini_batch:
-            self.mini_batch_size = micro_batch.largest_that_fits(
-                self.mini_batch_size, self._try_micro_batch, world, run_config.model.block_size
+        self.mini_batch_size = micro_batch.given(run_config)
+        self.fitted_rows: FittedRows | None = None
+        if micro_batch.is_to_be_fitted(run_config, world):
+            how = Computation(self.dtype is not torch.float32, is_compiled, world.size)
+            self.fitted_rows = micro_batch.fitted(
+                run_config, world, how, self._try_micro_batch, fitted_rows
             )
+            self.mini_batch_size = self.fitted_rows.rows
         if world.size > 1:
             self._settle_buckets(is_compiled)
         _seed_streams(machine.seed, world.rank)
@@ -113,6 +120,7 @@ class Replica:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "spikes": self.spikes.state_dict(),
+            "fitted_rows": self.fitted_rows and asdict(self.fitted_rows),
         }
 
     def load_state_dict(self, state: CheckpointState, step: int) -> None:

@@ -27,6 +27,7 @@ from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.train import dataset, experiment_folder
+from gpt2.train.micro_batch import FittedRows
 from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,11 @@ class StartingPoint:
         if self.checkpoint is None or self.path is None:
             return TrainState()
         return train_state(self.checkpoint, self.path, world)
+
+    @property
+    def fitted_rows(self) -> FittedRows | None:
+        """The micro-batch that was found to fit before the checkpoint; None if it was given."""
+        return FittedRows.from_dict(self.checkpoint and self.checkpoint.get("fitted_rows"))
 
     def completed(self, data: DatasetIndex) -> DatasetIndex:
         """The data with the digests of the checkpoint, which may know those of shards without a
