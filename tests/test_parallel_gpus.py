@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 import side_by_side
+from gpt2.base.errors import UserError
 from gpt2.base.text import counted
 from gpt2.config import flops
 from gpt2.config.model import ModelConfig
@@ -71,18 +72,23 @@ def main() -> int:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         against = obstacles(gpus, machine.installed_torch(), machine.driver(), visible)
         against = against or failures(slots.of_machine(max_gpus=2))
+    except UserError as error:  # CUDA_VISIBLE_DEVICES is invalid
+        gpus, against = [], [str(error)]
     except RuntimeError as error:  # a GPU does not respond
         gpus, against = [], [f"{str(error).strip().splitlines()[0]}; see nvidia-smi"]
     if against:
         print(IMPOSSIBLE, *(f"  - {line}" for line in against), sep="\n")
         return 1
-    for index, gpu in enumerate(gpus):
-        print(f"GPU {index}: {gpu.name}, {checks.gigabytes(gpu.free_bytes)} free")
+    for gpu in gpus:
+        print(f"GPU {gpu.id}: {gpu.name}, {checks.gigabytes(gpu.free_bytes)} free")
     print(POSSIBLE)
     return 0
 
 
-FREE, FULL = (Gpu("NVIDIA H100", 80 * 10**9, free, (9, 0)) for free in (79 * 10**9, 10**9))
+FREE, FULL = (
+    Gpu(gpu, "NVIDIA H100", 80 * 10**9, free, (9, 0))
+    for gpu, free in (("0", 79 * 10**9), ("1", 10**9))
+)
 CUDA, CPU = Torch("2.13.0", "13.0", "2.27.3"), Torch("2.13.0", None, None)
 
 
@@ -110,6 +116,14 @@ def test_two_free_gpus_suffice():
 
 def test_two_jobs_run_at_the_same_time():
     assert failures(slots.of_cores(2, "1")) == []
+
+
+def test_a_wrong_list_of_gpus_stands_against_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0;1")
+    assert main() == 1
+    assert "'0;1' is not a GPU" in capsys.readouterr().out
 
 
 def test_the_answer_for_this_machine(capsys: pytest.CaptureFixture[str]):

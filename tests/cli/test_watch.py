@@ -186,6 +186,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_with_the_last_view_and_exit_code_0
         on_other_screen, _, after = shown.text.rpartition("\x1b[?1049l")
         assert "\x1b[?1049h" in on_other_screen
         assert "the_run" in after
+        assert len(after.splitlines()) <= 24  # the head of the view has not left the terminal
         assert "\x1b[?25h" in shown.text  # the cursor is back
         assert "Traceback" not in shown.text
         assert "\x1b[3" not in shown.text  # no colour

@@ -145,6 +145,16 @@ def test_where_the_run_begins_is_checked(tmp_path: Path, data_root: Path):
     assert path.exists()  # looked at, not set aside
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_wrong_list_of_gpus_is_a_problem_on_a_cpu_too(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3-1")
+    run_config = small_config(tmp_path, tmp_path, device=device)
+    found = next(item for item in doctor.examine(run_config) if item.what == "GPU")
+    assert found.level == "PROBLEM" and "'3-1' is not a GPU" in found.fact
+
+
 def test_without_an_address(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     assert machine.own_address() is None

@@ -55,7 +55,9 @@ def test_a_run_that_cannot_start_posts_why(tmp_path: Path, monkeypatch, capsys):
         assert train.train_main() == 2
         (message,) = hook.received
     assert message["event"] == "failed"
-    assert str(tmp_path / "none") in message["text"]
+    assert message["title"].startswith(f"training in {tmp_path}")
+    assert message["title"].endswith(" failed")  # it has no steps yet
+    assert f"failed: no training data in {tmp_path / 'none'}" in message["text"]
 
 
 def test_a_bad_address_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys):
@@ -147,7 +149,7 @@ def test_a_death_is_posted_once_by_the_next_start(data_root: Path, tmp_path: Pat
         )
         assert hook.wait_for(5)[3:] == ["died", "finished"]
     text = hook.received[0]["text"]
-    assert "died at step 0 of 1,000: process " in text
+    assert "died after step 0 of 1,000: process " in text
     assert text.endswith("it is started again now")
 
 

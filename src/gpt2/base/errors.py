@@ -56,3 +56,10 @@ class FolderInUse(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, not trusted, or contradicts the run."""
+
+
+def described(error: BaseException) -> str:
+    """An error as text: its message and, unless that is for users, its type."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpt2.base.errors import ConfigError
+from gpt2.base.text import shortened
 from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import USER_ERROR
 from gpt2.config import gpu_list
@@ -32,6 +33,8 @@ What an experiment prints goes to logs/NAME_gpu_ID/console_DATE_TIME.log. After 
 all save and end; a second one kills them. Exit code: 0 all finished, 1 one failed, 2 wrong usage,
 130 / 143 stopped. Started again, an experiment waits for the GPU that it had before."""
 OPTIONS = ("--gpus", "--max_gpus", "--slots", "--notify")
+MOST_CELLS = 80
+"""of the names in a message to --notify"""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ def run_experiments(arguments: Sequence[str]) -> int:
         print(HELP, file=sys.stderr)
         return USER_ERROR
     named = experiment.parse_all(read.experiments, read.common)
-    names = ", ".join(item.name for item in named)
+    names = shortened(", ".join(item.name for item in named), MOST_CELLS)
     with posting_end(read.options.get("--notify"), f"experiments {names}", None) as ended:
-        return ended(run.run(named, _slots(read)))  # to count GPUs, torch is imported
+        return ended(*run.run(named, _slots(read)))  # to count GPUs, torch is imported
 
 
 def read_arguments(arguments: Sequence[str]) -> RunArguments:

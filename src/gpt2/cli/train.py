@@ -76,7 +76,8 @@ def train_main() -> int:
         if command.list_checkpoints:
             return _list_checkpoints(command.run) if rank == 0 else 0
         arguments = without_address(arguments)
-        notices = Notices(address if rank == 0 else None)
+        folder = command.run.checkpoint.checkpoint_dir
+        notices = Notices(address if rank == 0 else None, f"training in {folder}")
         with notices.posting_failure():
             return _train(command.run, arguments, rank, world_size, notices)
 

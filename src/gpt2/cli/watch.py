@@ -113,7 +113,8 @@ def _print_lines(view: View, out: Console) -> None:
 def _print_snapshot(view: View, out: Console) -> None:
     while view.update():
         pass
-    out.print(_rendered(view, out, SNAPSHOT_LINES))
+    height = min(SNAPSHOT_LINES, out.height - 1) if out.is_terminal else SNAPSHOT_LINES
+    out.print(_rendered(view, out, height))
 
 
 def _rendered(view: View, out: Console, height: int) -> RenderableType:

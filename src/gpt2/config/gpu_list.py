@@ -10,7 +10,7 @@ ALL = "all"
 NONE = ("", "-1", "none", "void", "nodevfiles", "10000")
 """no GPU; the last four as NVIDIA's containers, Slurm and HTCondor write it"""
 EXPECTED = "GPUs separated by commas, such as 0,2-3 or GPU-8f3a51c2, or all, or none"
-INDEX = re.compile(r"0|[1-9][0-9]{0,3}")
+INDEX = re.compile(r"0|[1-9][0-9]{0,2}")
 RANGE = re.compile(f"({INDEX.pattern})-({INDEX.pattern})")
 HEX = "[0-9A-Fa-f][0-9A-Fa-f-]*"
 UUID = re.compile(rf"GPU-{HEX}|MIG-(GPU-)?{HEX}(/[0-9]+/[0-9]+)?")

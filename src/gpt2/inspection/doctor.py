@@ -23,6 +23,7 @@ from gpt2.config.run import RunConfig
 from gpt2.data import verifier
 from gpt2.data.remote import Storage
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
+from gpt2.distributed import visible_gpus
 from gpt2.distributed.device import has_fast_bfloat16
 from gpt2.evaluation import hellaswag
 from gpt2.inspection import checks, machine
@@ -59,14 +60,14 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     device_option = run_config.machine.device
     build, driver = machine.installed_torch(), machine.driver()
     gpus: list[Gpu] = []
-    if device_option != "cpu":
-        try:
-            gpus = machine.gpus()
-        except ConfigError as error:
-            yield Finding("PROBLEM", "GPU", str(error))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            yield Finding("PROBLEM", "GPU", reason, "see nvidia-smi; a reboot may help")
+    try:
+        visible_gpus.ids()  # without GPUs, too, a run is refused if these are invalid
+        gpus = [] if device_option == "cpu" else machine.gpus()
+    except ConfigError as error:
+        yield Finding("PROBLEM", "GPU", str(error))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        yield Finding("PROBLEM", "GPU", reason, "see nvidia-smi; a reboot may help")
     count = ranks or (max(1, len(gpus)) if run_config.experiment.name is None else 1)
     yield checks.check_device(device_option, len(gpus), build, driver)
     yield from checks.check_gpus(gpus, flops.state_bytes(run_config.model))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from gpt2.base.errors import FolderInUse
+from gpt2.base.errors import FolderInUse, described
 from gpt2.config.flops import duration
 from gpt2.metrics.notify import Notifier
 from gpt2.train import status
@@ -28,9 +28,10 @@ class Notices:
     """Posts what a person wants to know of a run. Without an address it does nothing, as on all
     ranks but rank 0."""
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, name: str = "training") -> None:
+        """`name` stands for that of the run until the run has one."""
         self.notifier = Notifier(address)
-        self._name, self._total_steps, self._step = "training", 0, 0
+        self._name, self._total_steps, self._step = name, 0, 0
         self._step_s: float | None = None
         self._last_sign = time.monotonic()
         self._is_stalled = self._has_ended = False
@@ -48,7 +49,7 @@ class Notices:
             raise
         except Exception as error:
             if not self._has_ended:
-                self._end("failed", f"{type(error).__name__}: {error}")
+                self._end("failed", described(error))
             raise
         finally:
             self.close()
@@ -108,10 +109,10 @@ class Notices:
 
     def _post(self, event: str, words: str, details: str) -> None:
         at = "to" if event == "went_back" else "at"
-        of = f" of {self._total_steps:,}" if self._total_steps else ""
+        where = f" {at} step {self._step:,} of {self._total_steps:,}" if self._total_steps else ""
         self.notifier.post(
             event,
-            f"{self._name} on {socket.gethostname()} {words} {at} step {self._step:,}{of}",
+            f"{self._name} on {socket.gethostname()} {words}{where}",
             details,
             run=self._name,
             step=self._step,
@@ -148,7 +149,7 @@ def post_death(folder: Path, dead: Status, notifier: Notifier, more: str = "") -
     )
     notifier.post(
         "died",
-        f"{plan.run_name} on {dead.host} died at step {dead.step:,} of {plan.total_steps:,}",
+        f"{plan.run_name} on {dead.host} died after step {dead.step:,} of {plan.total_steps:,}",
         f"{details}; {more}" if more else details,
         run=plan.run_name,
         step=dead.step,

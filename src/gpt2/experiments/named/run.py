@@ -16,7 +16,7 @@ from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.progress.live_view import showing_progress
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.state import ExperimentState, StateTracker
 from gpt2.train.report import Answer
 
 logger = logging.getLogger(__name__)
@@ -27,10 +27,11 @@ KILLING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 """that end the experiments at once if one of them comes after the signal that stops them"""
 
 
-def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> int:
+def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> tuple[int, ExperimentState]:
     """Trains the experiments, one at a time on each slot.
 
-    Returns the exit code: 0 if all finished, 1 if one ended early, 128 + N after signal N.
+    Returns the exit code (0 if all finished, 1 if one ended early, 128 + N after signal N) and the
+    last state.
     """
     out, source = console(), NamedTrainings(experiments, slots)
     tracker = StateTracker("experiments", len(experiments), slots)
@@ -52,7 +53,8 @@ def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> int:
         number = scheduler.run()
     if number:
         out.print("To continue, run the same command with --resume latest after --")
-    return 128 + number if number else int(tracker.current.done < len(experiments))
+    code = 128 + number if number else int(tracker.current.done < len(experiments))
+    return code, tracker.current
 
 
 def _interrupt_at_next_signal() -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base import log
-from gpt2.base.errors import UserError, is_out_of_memory
+from gpt2.base.errors import UserError, described, is_out_of_memory
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import log_lines
 from gpt2.experiments.pool.job import Job, Stopped
@@ -225,9 +225,9 @@ def _call(job: Job, report: Reporter) -> JobEnded:
 def _ended_by(error: BaseException) -> JobEnded:
     """How a job ends that raises this error."""
     is_device_error = "CUDA error" in str(error)
+    reason = described(error)
     if isinstance(error, UserError):
-        return JobEnded("failed", reason=str(error), is_device_error=is_device_error)
-    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        return JobEnded("failed", reason=reason, is_device_error=is_device_error)
     trace = "".join(traceback.format_exception(error))
     if is_out_of_memory(error):  # perhaps because of the jobs before it
         return JobEnded("lost", reason=f"out of memory: {reason}", traceback=trace)

@@ -1,0 +1,55 @@
+"""What `gpt2 seeds`, `models`, `search` and `experiments run` post to --notify."""
+
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpt2.base.errors import ConfigError, FolderInUse
+from gpt2.cli.experiment_notices import posting_end
+from gpt2.experiments.pool.job import Slot
+from gpt2.experiments.progress import state
+from gpt2.experiments.progress.state import StateTracker
+from gpt2.metrics import notify
+from webhook import SECRET, webhook
+
+LAST = replace(StateTracker("seeds", 4, [Slot(0, "cpu0", {})]).current, finished=3, failed=1)
+
+
+@pytest.fixture(autouse=True)
+def no_address_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(notify.VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("code", "event"), [(0, "finished"), (1, "failed"), (128 + signal.SIGINT, "stopped")]
+)
+@pytest.mark.parametrize("is_on_disk", [True, False])
+def test_the_end_is_posted_with_what_was_done(
+    code: int, event: str, is_on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with webhook() as hook:
+        monkeypatch.setattr(sys, "argv", ["gpt2 seeds", "--notify", hook.address])
+        state.write(tmp_path, LAST)
+        folder, more = (tmp_path, ()) if is_on_disk else (None, (LAST,))
+        with posting_end(hook.address, "seeds checkpoints/seeds", folder) as ended:
+            assert ended(code, *more) == code
+        (message,) = hook.received
+    assert SECRET not in str(sys.argv)  # which the workers get
+    assert message["event"] == event
+    assert message["title"].startswith("seeds checkpoints/seeds on ")
+    assert f"{event}: 3 of 4 done, 1 failed | " in message["text"]
+
+
+def test_an_error_is_posted_in_its_words_and_one_of_a_second_start_is_not(tmp_path: Path):
+    with webhook() as hook:
+        for error in (ConfigError("no data"), OSError("disk on fire"), FolderInUse("process 1")):
+            with pytest.raises(type(error)), posting_end(hook.address, "seeds", tmp_path):
+                raise error
+        texts = [message["text"] for message in hook.received]
+    assert [text.partition(" failed: ")[2] for text in texts] == [
+        "no data",
+        "OSError: disk on fire",
+    ]
