@@ -135,3 +135,15 @@ def test_ranks_share_the_cores_unless_the_environment_sets_their_threads(monkeyp
         assert device.threads_per_rank(3) == threads
     monkeypatch.setenv(device.THREADS, "1")
     assert device.threads_per_rank(3) == 1, "of a slot, not torchrun's default"
+
+
+def test_the_memory_of_a_gpu_is_what_this_process_may_have(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 15)
+    share = 1.0
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: share)
+    gpu = torch.device("cuda", 0)
+    assert device.memory(gpu) == (100, 75)  # other processes have 25
+    share = 0.5
+    assert device.memory(gpu) == (100, 50)
+    assert device.memory(torch.device("cpu")) is None

@@ -187,7 +187,8 @@ class DeviceMemory(NamedTuple):
 
     total: int
     free: int
-    """what this process has or can have, beside other processes"""
+    """what this process has or can have: beside other processes, and within
+    `torch.cuda.set_per_process_memory_fraction`"""
 
 
 def memory(device: torch.device) -> DeviceMemory | None:
@@ -195,7 +196,9 @@ def memory(device: torch.device) -> DeviceMemory | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return DeviceMemory(total, free + torch.cuda.memory_reserved(device))
+    own = free + torch.cuda.memory_reserved(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return DeviceMemory(total, min(own, int(share * total)))
 
 
 def recover(device: torch.device) -> None:
