@@ -86,6 +86,29 @@ def test_little_padding_and_no_more_tokens_than_the_limit(
         assert padding_B.max() <= (1 - choices.MIN_LENGTH_RATIO) * tokens_BT.size(1)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lengths_rounded_up_give_few_shapes_and_the_same_losses(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As on CUDA."""
+    net, questions, shapes = build(architecture), random_questions(40), set()
+    features = type(net).features
+    monkeypatch.setattr(
+        type(net), "features", lambda net, x, *rest: shapes.add(x.shape) or features(net, x, *rest)
+    )
+    exact = ending_losses(net, questions, ALONE, FULL, 256)
+    assert len({length for _, length in shapes}) > 5
+    shapes.clear()
+    monkeypatch.setitem(choices.LENGTH_STEP, "cpu", 16)
+    rounded = ending_losses(net, questions, ALONE, FULL, 256)
+    assert exact is not None and rounded is not None
+    assert max(rows * length for rows, length in shapes) <= 256
+    assert {length % 16 for _, length in shapes} == {0}
+    assert len({length for _, length in shapes}) <= 5
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])
 def test_texts_longer_than_the_context_are_cut_at_the_beginning(
     net: LanguageModel, context: int, ending: int
@@ -149,7 +172,7 @@ def test_only_the_logits_that_are_needed(net: LanguageModel, monkeypatch: pytest
 def test_logits_in_parts(net: LanguageModel, monkeypatch: pytest.MonkeyPatch, at_once: int):
     questions = random_questions(4)
     expected = ending_losses(net, questions, ALONE, FULL)
-    monkeypatch.setattr(choices, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(choices.LOGITS_AT_ONCE, "cpu", at_once)
     for ours, theirs in zip(ending_losses(net, questions, ALONE, FULL), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
 

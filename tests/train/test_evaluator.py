@@ -67,6 +67,28 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     assert "reference/loss_gpt2_124m" not in board.Tags()["scalars"]  # this is no FineWeb
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "mlp"])
+def test_samples_are_generated_in_the_type_of_the_training(
+    architecture: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    world, seen = World(0, 1, torch.device("cpu")), set[torch.dtype]()
+    options = {"sample_interval": 1, "dtype": "bfloat16", "architecture": architecture}
+    run = small_config(data_root, tmp_path, **options)
+    linear = torch.nn.functional.linear
+
+    def noted(*given: torch.Tensor) -> torch.Tensor:
+        seen.add((result := linear(*given)).dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    replica = Replica(run, world)
+    evaluator = Evaluator(run, world, replica, load_index(Storage(str(data_root))))
+    texts = evaluator.samples(1, is_last=False)
+    assert len(texts) == 3 and all(text.startswith("def") for text in texts)
+    assert seen == {torch.bfloat16}
+    assert evaluator.failed_step is None
+
+
 @pytest.fixture
 def fail_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], None]:
     """Makes forward passes of evaluations fail whose number, from 0 on, is chosen."""

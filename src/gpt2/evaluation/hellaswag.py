@@ -107,7 +107,7 @@ def evaluate(
     tasks: list[Task],
     world: World,
     autocast: torch.autocast,
-    batch_tokens: int = choices.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Score | None:

@@ -46,6 +46,7 @@ def generate(
                 pending_BT = torch.cat(seen, dim=1)[:, -kept:]
                 seen = [pending_BT]
             logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.VOCAB_SIZE]
+            logits_BV = logits_BV.to(model.token_embedding.weight.dtype)  # autocast may be on
             pending_BT = pick(logits_BV.expand(sampling.num_samples, -1), sampling, generator)
             seen.append(pending_BT)
             yield pending_BT[:, 0]

@@ -106,7 +106,8 @@ class Evaluator:
         alone = World(0, 1, self._world.device)
 
         def generate_them(_round: int) -> None:
-            texts.extend(generate.generate_text(model, settings.sample_prompt, seed=seed))
+            with self._replica.autocast:
+                texts.extend(generate.generate_text(model, settings.sample_prompt, seed=seed))
 
         self._attempt(
             "sampling", step, lambda: in_rounds(alone, range(1), generate_them, lambda: 0)
