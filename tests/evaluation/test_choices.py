@@ -9,7 +9,7 @@ from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.data import tokenizer
 from gpt2.distributed import world as distributed
 from gpt2.evaluation import choices
-from gpt2.evaluation.choices import Question, ending_losses
+from gpt2.evaluation.choices import OtherWork, Question, ending_losses
 from gpt2.model.base import LanguageModel
 from gpt2.model.gpt2 import GPT2
 
@@ -135,9 +135,14 @@ def test_dropout_is_off_and_the_mode_is_as_before():
     assert net.training
 
 
-def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
-    """The sum over three ranks is bit-identical to the result of one rank."""
-    questions = random_questions(7)
+@pytest.mark.parametrize("other_rounds", [None, 1, 100])
+def test_ranks_share_the_batches(
+    net: LanguageModel, other_rounds: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The sum over three ranks is bit-identical to the result of one rank, also while the first one
+    does other work."""
+    questions, advanced = random_questions(7), list[int]()
+    whole = ending_losses(net, questions, ALONE, FULL, batch_tokens=100)
     parts = []
     monkeypatch.setattr(
         distributed.World, "all_reduce_sum", lambda _, tensor: parts.append(tensor) or tensor
@@ -145,10 +150,24 @@ def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(distributed.World, "all_reduce_max", lambda _, value: value)
     for rank in range(3):
         world = distributed.World(rank, 3, torch.device("cpu"))
-        ending_losses(net, questions, world, FULL, batch_tokens=100)
+        other = other_rounds and OtherWork(other_rounds, lambda rank=rank: advanced.append(rank))
+        ending_losses(net, questions, world, FULL, batch_tokens=100, other_work=other or None)
+    assert set(advanced) == ({0} if other_rounds else set())
     assert all((part == 0).any() for part in parts)
-    whole = ending_losses(net, questions, ALONE, FULL, batch_tokens=100)
+    assert bool((parts[0] == 0).all()) is (other_rounds == 100)
     assert sum(parts[:3]).tolist() == [loss for row in whole for loss in row]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("without_rank0", [0, 1, 3, 100])
+@pytest.mark.parametrize("batches", [0, 1, 9])
+def test_each_batch_is_computed_once(batches: int, without_rank0: int, ranks: int):
+    rounds = list(choices._rounds(batches, ranks, without_rank0))
+    assert sorted(number for found in rounds for number in found.values()) == list(range(batches))
+    assert all(set(found) <= set(range(ranks)) for found in rounds)
+    if ranks > 1:
+        without = [number for number, found in enumerate(rounds) if 0 not in found]
+        assert without == list(range(min(without_rank0, len(rounds))))
 
 
 def test_a_stop_ends_the_evaluation(net: LanguageModel):

@@ -43,6 +43,16 @@ class Question:
     endings: tuple[TokenIds, ...]
 
 
+@dataclass(frozen=True)
+class OtherWork:
+    """What rank 0 does in place of its first batches, while the other ranks compute theirs."""
+
+    rounds: int
+    """in which rank 0 has no batch; the other ranks know it, too"""
+    advance: Callable[[], None]
+    """called on rank 0 in each of them; it never raises"""
+
+
 @torch.no_grad()
 def ending_losses(
     model: LanguageModel,
@@ -52,6 +62,7 @@ def ending_losses(
     batch_tokens: int | None = None,
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    other_work: OtherWork | None = None,
 ) -> list[list[float]] | None:
     """Summed cross entropy in nats of each ending of each question, the same on every rank.
 
@@ -59,7 +70,7 @@ def ending_losses(
     is cut at its beginning. The ranks share the batches of `batch_tokens` (None: BATCH_TOKENS),
     which do not depend on the number of ranks. Returns None if `stop()` was not 0 on some rank
     before the end; raises MeasurementFailed on all ranks if one of them fails. `track` wraps the
-    loop over rounds of batches, for a progress bar.
+    loop over rounds of batches, for a progress bar. Of several ranks, the first does `other_work`.
     """
     ends = np.cumsum([len(question.endings) for question in questions])
     sequences = list(_sequences(questions, model.config.block_size))
@@ -67,19 +78,35 @@ def ending_losses(
     batches = list(_batches(sequences, batch_tokens or BATCH_TOKENS[kind], LENGTH_STEP[kind]))
     losses = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
 
-    def add_batch(first: int) -> None:
-        for batch in batches[first + world.rank : first + world.rank + 1]:
+    rounds = list(_rounds(len(batches), world.size, other_work.rounds if other_work else 0))
+
+    def add_batch(number: int) -> None:
+        if world.rank in rounds[number]:
+            batch = batches[rounds[number][world.rank]]
             endings, token_losses = _batch_losses(model, batch, world, autocast)
             losses.index_add_(0, torch.from_numpy(endings), token_losses)
+        elif other_work and world.is_rank0:
+            other_work.advance()
 
     with evaluating(model):
-        if not in_rounds(world, track(range(0, len(batches), world.size)), add_batch, stop):
+        if not in_rounds(world, track(range(len(rounds))), add_batch, stop):
             return None
     flat = world.all_reduce_sum(losses).tolist()  # on the CPU: a full GPU must not fail one rank
     return [
         flat[end - len(question.endings) : end]
         for question, end in zip(questions, ends, strict=True)
     ]
+
+
+def _rounds(batches: int, ranks: int, without_rank0: int) -> Iterator[dict[int, int]]:
+    """The number of the batch that each rank computes in each round. With several ranks, rank 0 has
+    none in the first rounds."""
+    begin = 0
+    while begin < batches:
+        first_rank = int(ranks > 1 and without_rank0 > 0)
+        end = min(begin + ranks - first_rank, batches)
+        yield dict(enumerate(range(begin, end), first_rank))
+        begin, without_rank0 = end, without_rank0 - 1
 
 
 @dataclass(frozen=True)
