@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,8 +22,9 @@ from gpt2.train.replica import Replica
 from support import losses, run_command, small_config
 
 
-def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(features_ND, weight_VD), targets_N, reduction="sum")
+def plain(features: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(features, weight_VD).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
@@ -163,8 +163,10 @@ def test_gradients_can_be_used_once(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def compiled_graphs() -> Iterator[CompileCounterWithBackend]:
+def compiled_graphs() -> Iterator[Any]:
     """A backend that counts what it compiles. It keeps torch's operators as they are."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds to import
+
     torch.compiler.reset()
     yield CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
@@ -181,7 +183,7 @@ def gradients(net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
     ]
 
 
-def test_a_compiled_model_has_it_in_its_graph(compiled_graphs: CompileCounterWithBackend):
+def test_a_compiled_model_has_it_in_its_graph(compiled_graphs: Any):
     """One graph for training and one for evaluation; a graph break would be an error."""
     net = model.build(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16))
     tokens_BT = torch.randint(50257, (2, 16))
@@ -198,7 +200,7 @@ def test_a_compiled_model_has_it_in_its_graph(compiled_graphs: CompileCounterWit
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_what_happens_between_the_products_can_be_compiled(
     softcap: float | None,
-    compiled_graphs: CompileCounterWithBackend,
+    compiled_graphs: Any,
     monkeypatch: pytest.MonkeyPatch,
 ):
     """As on CUDA, where it becomes one kernel: within the operator, which is itself in a graph."""
@@ -228,7 +230,7 @@ def test_what_happens_between_the_products_can_be_compiled(
 
 
 def test_ddp_splits_a_compiled_model_around_it(
-    compiled_graphs: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+    compiled_graphs: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """So gradients are exchanged while others are computed."""
     net = model.build(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16))

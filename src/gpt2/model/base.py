@@ -57,12 +57,11 @@ class LanguageModel(nn.Module, ABC):
 
     def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """As `forward`, from the features of the tokens."""
-        features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
         weight_VD = self.token_embedding.weight
         if not self.plain_head:
-            return summed_cross_entropy(features_ND, weight_VD, targets_N)
-        logits_NV = self.unembed(features_ND).to(weight_VD.dtype)
-        return F.cross_entropy(logits_NV, targets_N, reduction="sum")
+            return summed_cross_entropy(features_BTD, weight_VD, targets_BT)
+        logits_BTV = self.unembed(features_BTD).to(weight_VD.dtype)
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
     def logits(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the next token at each position, (B, T, V).

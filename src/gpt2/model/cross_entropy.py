@@ -28,22 +28,23 @@ larger ones to be busy."""
 
 
 def summed_cross_entropy(
-    features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None
+    features: Tensor, weight_VD: Tensor, targets: Tensor, softcap: float | None = None
 ) -> Tensor:
-    """`cross_entropy(features_ND @ weight_VD.T, targets_N, reduction="sum")`, a scalar.
+    """The cross entropy of `features @ weight_VD.T`, summed over all targets, a scalar.
 
-    With `softcap`, the logits z become softcap · tanh(z / softcap). Needs at least one token. Where
-    gradients are enabled, they are computed together with the loss, and can be used once.
+    Features are (…, D), targets (…), at least one. With `softcap`, the logits z become
+    softcap · tanh(z / softcap). Where gradients are enabled, they are computed together with the
+    loss, and can be used once.
     """
-    device = features_ND.device.type
-    dtype = features_ND.dtype
+    device = features.device.type
+    dtype = features.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     loss: Tensor
     loss, _, _ = torch.ops.gpt2.summed_cross_entropy(
-        features_ND,
+        features,
         weight_VD,
-        targets_N,
+        targets,
         dtype,
         softcap,
         has_gradients=torch.is_grad_enabled(),
@@ -53,9 +54,9 @@ def summed_cross_entropy(
 
 
 def _loss_and_gradients(
-    features_ND: Tensor,
+    features: Tensor,
     weight_VD: Tensor,
-    targets_N: Tensor,
+    targets: Tensor,
     dtype: torch.dtype,
     softcap: float | None,
     has_gradients: bool,
@@ -65,13 +66,15 @@ def _loss_and_gradients(
 
     `is_compiled` fuses what happens to the logits between the matrix products.
     """
+    features_ND, targets_N = features.flatten(0, -2), targets.flatten()
     tokens_at_once = max(1, CHUNK_ELEMENTS[features_ND.device.type] // len(weight_VD))
     chunks = [
         slice(begin, begin + tokens_at_once) for begin in range(0, len(features_ND), tokens_at_once)
     ]
     exponentiate = _compiled_exponentiate() if is_compiled else _exponentiate
-    loss, gradient_ND, gradient_VD = _outputs(features_ND, weight_VD, has_gradients)
+    outputs = loss, gradient, gradient_VD = _outputs(features, weight_VD, has_gradients)
     loss.zero_()
+    gradient_ND = gradient.view(-1, weight_VD.size(1))
     with torch.autocast(features_ND.device.type, enabled=False):
         matrix_VD = weight_VD.to(dtype)
         buffer_NV = matrix_VD.new_empty(min(tokens_at_once, len(features_ND)), len(weight_VD))
@@ -98,17 +101,17 @@ def _loss_and_gradients(
             if slopes:
                 some_ND = some_ND * slopes[number]
             gradient_VD.index_add_(0, targets_N[chunk], some_ND, alpha=-1)
-    return loss, gradient_ND, gradient_VD
+    return outputs
 
 
 def _outputs(
-    features_ND: Tensor, weight_VD: Tensor, has_gradients: bool
+    features: Tensor, weight_VD: Tensor, has_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients, uninitialised."""
     loss = weight_VD.new_empty(())
     if not has_gradients:
-        return loss, features_ND.new_empty(0), weight_VD.new_empty(0)
-    return loss, torch.empty_like(features_ND), torch.empty_like(weight_VD)
+        return loss, features.new_empty(0), weight_VD.new_empty(0)
+    return loss, features.new_empty(features.shape), weight_VD.new_empty(weight_VD.shape)
 
 
 def _exponentiate(
@@ -150,16 +153,16 @@ def _add_product(sum_VD: Tensor, work_NV: Tensor, some_ND: Tensor, is_first: boo
 
 
 def _fake(
-    features_ND: Tensor,
+    features: Tensor,
     weight_VD: Tensor,
-    targets_N: Tensor,
+    targets: Tensor,
     dtype: torch.dtype,
     softcap: float | None,
     has_gradients: bool,
     is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What torch.compile knows of the results: their shapes and dtypes."""
-    return _outputs(features_ND, weight_VD, has_gradients)
+    return _outputs(features, weight_VD, has_gradients)
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,8 +173,8 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scaled_gradients(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     # In place: torch refuses to use a saved tensor after that, so a second backward is an error.
-    gradient_ND, gradient_VD = ctx.saved_tensors
-    return gradient_ND.mul_(scale), gradient_VD.mul_(scale), None, None, None, None, None
+    gradient, gradient_VD = ctx.saved_tensors
+    return gradient.mul_(scale), gradient_VD.mul_(scale), None, None, None, None, None
 
 
 _OPERATOR = "gpt2::summed_cross_entropy"
