@@ -79,7 +79,7 @@ def updates(
 
     def step(tokens: Tensor, targets: Tensor) -> float:
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            loss = loss_of(tokens.to(device), targets.to(device))
+            loss = loss_of(*(part.to(device, non_blocking=True) for part in (tokens, targets)))
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()

@@ -61,9 +61,7 @@ def tokens_of(run: RunConfig) -> Tensor:
     return torch.randint(50257, shape, generator=generator)
 
 
-def timed(step: Callable[[Tensor, Tensor], object], rows_BT: Tensor) -> Timed:
-    inputs_BT, targets_BT = rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
-
+def timed(step: Callable[[Tensor, Tensor], object], inputs_BT: Tensor, targets_BT: Tensor) -> Timed:
     def run(steps: int) -> list[float]:
         times = []
         for _ in range(steps):
@@ -80,6 +78,7 @@ def prepare(name: str, shape: str, folder: str) -> Timed:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = run_config(shape, device)
     rows_BT = tokens_of(run)
+    shifted = rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
     which, _, how = name.partition(":")
     dtype = fastest_dtype(device)
     fused = which == "plain" and device.type == "cuda"  # there nanoGPT does it
@@ -89,14 +88,14 @@ def prepare(name: str, shape: str, folder: str) -> Timed:
             if which == "ours":
                 replica = Replica(run, world)
                 return timed(
-                    lambda *batch: trainer.train_step(replica, [batch], LEARNING_RATE), rows_BT
+                    lambda *batch: trainer.train_step(replica, [batch], LEARNING_RATE), *shifted
                 )
     torch.manual_seed(0)
     if which == "trainer":
         theirs = plain.trainer(run.model, device, dtype, fused, folder)
         return lambda steps: theirs(rows_BT[:, :-1], steps)
     build = plain.plain if which == "plain" else plain.transformers_loop
-    return timed(build(run.model, device, dtype, fused), rows_BT)
+    return timed(build(run.model, device, dtype, fused), *shifted)
 
 
 def breakdown(shape: str, steps: int) -> dict[str, float]:

@@ -26,13 +26,15 @@ class Contender:
     peak_gb: float = 0.0
 
     @classmethod
-    def start(cls, name: str, command: Sequence[str], **environment: str) -> "Contender":
-        """`command` ends in `serve`."""
+    def start(
+        cls, name: str, command: Sequence[str], quiet: bool = True, **environment: str
+    ) -> "Contender":
+        """`command` ends in `serve`. Unless it is `quiet`, its stderr is that of this process."""
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if quiet else None,
             text=True,
             env=os.environ | environment,
         )
@@ -40,9 +42,19 @@ class Contender:
 
     def run(self, steps: int) -> float:
         """Median seconds of so many steps."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        self.begin(steps)
+        return self.finish()
+
+    def begin(self, steps: int) -> None:
+        """Requests so many steps, without waiting for them."""
+        assert self.process.stdin is not None
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
+
+    def finish(self) -> float:
+        """Median seconds of the steps that were requested last. Raises SystemExit if the process
+        has failed."""
+        assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
             raise SystemExit(f"{self.name} has failed: {' '.join(map(str, self.process.args))}")
         answer = json.loads(line)

@@ -27,7 +27,17 @@ OPTIONS_OF_OTHERS = {
     *("nodes", "requeue", "signal", "time"),  # SLURM
     *("address", "now", "outfile", "user"),  # ray, systemd, llama.cpp
     *("data_dir", "gd", "gnc", "student_dims", "teacher_ranks"),  # examples, a reader's function
-    *("bfloat16", "head", "lm_eval", "model", "smoke"),  # bench/
+    *(
+        "bfloat16",
+        "budget_s",
+        "head",
+        "json",
+        "lm_eval",
+        "model",
+        "parts",
+        "smoke",
+        "wheels",
+    ),  # bench/
 }
 
 

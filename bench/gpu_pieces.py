@@ -1,0 +1,292 @@
+"""Pieces of a step by themselves, and what a run does beside its steps: parts of `gpu_check.py`.
+
+Not a bench by itself. Shapes: N tokens, D width, V vocabulary.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import gpu_machine
+import gpu_step
+import head
+import numpy as np
+import plain
+import torch
+from gpu_check import Setting
+from gpu_report import Recorder
+from gpu_speed import LEARNING_RATE
+from torch import Tensor
+
+from gpt2.base.errors import is_out_of_memory
+from gpt2.checkpoint import metadata, store
+from gpt2.checkpoint.async_save import Saver
+from gpt2.config import presets
+from gpt2.config.run import CheckpointConfig
+from gpt2.data import tokenizer
+from gpt2.evaluation import choices, hellaswag
+from gpt2.evaluation.choices import Question
+from gpt2.optim.build import gradient_norm
+from gpt2.train import trainer
+from gpt2.train.replica import Replica
+
+MAX_SHARE = 0.03
+"""of the time of a default run, for validation, HellaSwag and samples"""
+TASKS_OF_HELLASWAG = 10_042
+
+
+def evaluation(record: Recorder, setting: Setting) -> None:
+    """What a default run does every 250 steps beside training, and its share of the time."""
+    rows = gpu_machine.largest_rows(setting)
+    compiled = "off" if setting.is_smoke else "on"
+    run = gpu_machine.run_config(
+        setting, rows, compile=compiled, data_root=gpu_step.made_up(setting)
+    )
+    defaults = presets.preset("gpt2-124m")
+    spent_s: dict[str, float] = {}
+    with gpu_machine.joined(run) as world:
+        replica, batch = Replica(run, world), gpu_machine.batch_of(run)
+        step_s = [
+            gpu_step.seconds(lambda: trainer.train_step(replica, [batch], 0.0)) for _ in range(6)
+        ]
+        training_s = statistics.median(step_s[1:]) * defaults.rows_per_step / rows * 250
+        with record.attempt("HellaSwag"):
+            spent_s["HellaSwag"] = hellaswag_passes(record, setting, replica)
+        with record.attempt("validation"):
+            evaluator = gpu_step.evaluator_of(setting, replica, eval_rows=4 * rows)
+            passes = [
+                gpu_step.seconds(lambda: evaluator.validation_loss(0, lambda: 0, False))
+                for _ in "12"
+            ]
+            spent_s["validation"] = passes[1] / (4 * rows) * defaults.eval_rows
+            rates = [4 * rows * run.model.block_size / passed for passed in passes]
+            record.add("validation", f"{rates[0]:,.0f}, then {rates[1]:,.0f} tokens/s")
+        with record.attempt("samples"):
+            sample = partial(evaluator.samples, 1, is_last=True)
+            passes = [gpu_step.seconds(sample) for _ in range(2)]
+            spent_s["samples"] = passes[1]
+            record.add("samples", f"{passes[0]:.2f} s, then {passes[1]:.2f} s")
+    share = sum(spent_s.values()) / (training_s + sum(spent_s.values()))
+    on_cuda = torch.cuda.is_available()
+    parts = [f"{name} {value:.1f} s" for name, value in spent_s.items()]
+    record.add(
+        "share of a default run",
+        f"{share:.1%}",
+        f"at most {MAX_SHARE:.0%}" if on_cuda else "",
+        share <= MAX_SHARE if on_cuda else None,
+        details=[f"250 steps {training_s:.1f} s, then {', '.join(parts)}"],
+        spent_s=spent_s,
+    )
+
+
+def hellaswag_passes(record: Recorder, setting: Setting, replica: Replica) -> float:
+    """Seconds of a pass over all tasks, by the second one here; beside one task at a time."""
+    count, few = (6, 2) if setting.is_smoke else (1000, 100)
+    if hellaswag.find(None) is None:
+        kind, asked = "made-up", questions(count)
+    else:
+        kind, asked = "real", [task.question for task in hellaswag.load(None, count)]
+
+    def packed() -> None:
+        assert choices.ending_losses(replica.model, asked, replica.world, replica.autocast)
+
+    def padded() -> None:
+        with replica.autocast:
+            for question in asked[:few]:
+                plain.ending_losses(replica.model, question)
+
+    passes = [len(asked) / gpu_step.seconds(packed) for _ in range(2)]
+    one_by_one = [few / gpu_step.seconds(padded) for _ in range(2)]
+    found = f"{passes[0]:,.0f}, then {passes[1]:,.0f} tasks/s"
+    record.add(f"HellaSwag, {kind} tasks", found, tasks_per_s=passes)
+    on_cuda = torch.cuda.is_available()
+    record.add(
+        "the same, one padded task at a time",
+        f"{one_by_one[0]:,.0f}, then {one_by_one[1]:,.0f} tasks/s",
+        "slower" if on_cuda else "",
+        one_by_one[1] < passes[1] if on_cuda else None,
+    )
+    return TASKS_OF_HELLASWAG / passes[1]
+
+
+def questions(count: int) -> list[Question]:
+    """Random tokens, of lengths like HellaSwag's: padded rows have 2.5 times the tokens of packed
+    ones, the real ones 2.33."""
+    draw = np.random.default_rng(0)
+    asked = []
+    for _ in range(count):
+        lengths = (draw.integers(16, 130), *draw.integers(6, 46, size=4))
+        context, *endings = (
+            tuple(draw.integers(0, tokenizer.VOCAB_SIZE, length).tolist()) for length in lengths
+        )
+        asked.append(Question(context, tuple(endings)))
+    return asked
+
+
+def heads(record: Recorder, setting: Setting) -> None:
+    """Ways to the loss of the head and its gradients, by time and memory. Training uses ours."""
+    sizes = (16, 32) if setting.is_smoke else (16 * 1024, 64 * 1024)
+    width = 32 if setting.is_smoke else 768
+    ours = "ours" if setting.is_smoke else "ours, compiled"
+    run, memory, times = gpu_machine.run_config(setting, 2), {}, {}
+    ways = head.ways(compiled=not setting.is_smoke)
+    if setting.is_smoke:
+        ways.pop("the same, in chunks", None)  # minutes on a CPU
+    for name, tokens in itertools.product(ways, sizes):
+        with record.attempt(item := f"{name}, {tokens:,} tokens"), gpu_machine.joined(run):
+            inputs = head_inputs(tokens, width, run.model.vocab_size)
+            work = in_autocast(ways[name], inputs)
+            try:
+                milliseconds = gpu_machine.device_ms(work, repeats=2 if setting.is_smoke else 5)
+                memory[name, tokens] = gpu_machine.peak_gb(work)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                record.add(item, "does not fit into the memory")
+            else:
+                times[name, tokens] = statistics.median(milliseconds)
+                size = gpu_machine.shown_gb(memory[name, tokens])
+                found = f"{times[name, tokens]:.1f} ms, {size}"
+                record.add(item, found, milliseconds=milliseconds)
+            del inputs, work
+        gpu_machine.free()
+    small, large = (memory.get((ours, tokens)) for tokens in sizes)
+    if small is not None and large is not None:
+        gradient_gb = (sizes[1] - sizes[0]) * width * 2 / gpu_machine.GB
+        record.add(
+            "memory of ours grows by",
+            f"{large - small:.2f} GB",
+            f"about {gradient_gb:.2f} GB, the gradient of the features",
+            large - small < 3 * gradient_gb,
+        )
+    rivals = [time for (name, tokens), time in times.items() if tokens == sizes[1] and name != ours]
+    if torch.cuda.is_available() and (ours, sizes[1]) in times:
+        slower = times[ours, sizes[1]] / min(rivals)
+        record.add(
+            "ours to the fastest other",
+            f"{slower:.2f} times its time",
+            "at most 1.05",
+            slower <= 1.05,
+        )
+
+
+def head_inputs(tokens: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N, D), weight (V, D) and targets (N)."""
+    device = gpu_machine.own_device()
+    features_ND = torch.randn(tokens, width, device=device, dtype=gpu_machine.own_dtype())
+    weight_VD = 0.02 * torch.randn(vocabulary, width, device=device)
+    targets_N = torch.randint(vocabulary, (tokens,), device=device)
+    return features_ND.requires_grad_(), weight_VD.requires_grad_(), targets_N
+
+
+def in_autocast(
+    way: Callable[..., object], inputs: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[], None]:
+    dtype = gpu_machine.own_dtype()
+
+    def work() -> None:
+        inputs[0].grad = inputs[1].grad = None
+        with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not torch.float32):
+            way(*inputs)
+
+    return work
+
+
+def optimizers(record: Recorder, setting: Setting) -> None:
+    """The update alone, clipping included; and torch's fused AdamW with torch's clipping."""
+    repeats, found = 2 if setting.is_smoke else 20, {}
+    for name in ("adamw", "muon"):
+        run = gpu_machine.run_config(setting, 2, compile="off", optimizer=name)
+        with record.attempt(name), gpu_machine.joined(run) as world:
+            replica = Replica(run, world)
+            set_gradients(replica.model)
+
+            def update(replica: Replica = replica) -> None:
+                norm = gradient_norm(replica.model)
+                replica.optimizer.clip_and_step(norm, 1.0, norm.isfinite())
+
+            found[name] = gpu_machine.device_ms(update, repeats)
+            extra = gpu_machine.shown_gb(gpu_machine.peak_gb(update))
+            middle = statistics.median(found[name])
+            record.add(f"{name}, update", f"{middle:.2f} ms, {extra} more", update_ms=found[name])
+            del replica, update
+        gpu_machine.free()
+    net = plain.GPT2(gpu_machine.run_config(setting, 2).model).to(gpu_machine.own_device())
+    adamw = plain.adamw(net, fused=True)
+    set_gradients(net)
+
+    def plain_update() -> None:
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        adamw.step()
+
+    theirs = statistics.median(gpu_machine.device_ms(plain_update, repeats))
+    on_cuda = torch.cuda.is_available() and "adamw" in found
+    record.add(
+        "torch's fused AdamW and clipping",
+        f"{theirs:.2f} ms",
+        "not faster than ours" if on_cuda else "",
+        theirs >= 0.95 * statistics.median(found["adamw"]) if on_cuda else None,
+    )
+
+
+def set_gradients(net: torch.nn.Module) -> None:
+    for part in net.parameters():
+        part.grad = torch.full_like(part, 1e-3)
+
+
+def checkpoint(record: Recorder, setting: Setting) -> None:
+    """How long a save holds training up, beside torch.save; and whether what is loaded is equal."""
+    run = gpu_machine.run_config(setting, 2, compile="off")
+    folder = setting.folder / "checkpoint"
+    folder.mkdir()
+    with gpu_machine.joined(run) as world:
+        replica = Replica(run, world)
+        trainer.train_step(replica, [gpu_machine.batch_of(run)], LEARNING_RATE)
+        saver = Saver(world, CheckpointConfig(checkpoint_dir=folder, keep_last=2), None, None)
+        blocked, written = zip(*(saves(saver, replica, 2 if setting.is_smoke else 4)), strict=True)
+        started = time.perf_counter()
+        torch.save(replica.state_dict(), folder / "plain")
+        plain_s = time.perf_counter() - started
+        size_gb = (folder / "plain").stat().st_size / gpu_machine.GB
+        record.add(
+            "a save blocks for",
+            f"{blocked[0]:.3f} s, then {statistics.median(blocked[1:]):.3f} s",
+            f"less than torch.save, {plain_s:.3f} s" if torch.cuda.is_available() else "",
+            statistics.median(blocked[1:]) < plain_s if torch.cuda.is_available() else None,
+        )
+        record.add("written after", f"{statistics.median(written):.2f} s, {size_gb:.2f} GB")
+        load(record, folder, replica, size_gb)
+
+
+def saves(saver: Saver, replica: Replica, count: int) -> Iterable[tuple[float, float]]:
+    """Seconds for which each save blocks, and seconds after which it is on the disk."""
+    for number in itertools.islice(itertools.count(1), count):
+        training = metadata.TrainingMetadata(number, 0, 0, 3.0, None, 1, "bench", "0")
+        gpu_machine.wait()
+        started = time.perf_counter()
+        saver.save_in_background(training, replica.state_dict)
+        blocked_s = time.perf_counter() - started
+        saver.wait()
+        yield blocked_s, time.perf_counter() - started
+
+
+def load(record: Recorder, folder: Path, replica: Replica, size_gb: float) -> None:
+    """The newest checkpoint, into another replica."""
+    newest = store.find(folder, "latest")
+    assert newest is not None
+    other = Replica(replica.config, replica.world)
+    started = time.perf_counter()
+    state = store.load(newest)
+    loaded_s = time.perf_counter() - started
+    other.load_state_dict(state, step=1)
+    gpu_machine.wait()
+    whole_s = time.perf_counter() - started
+    record.add("verified and loaded", f"{loaded_s:.2f} s; on the device after {whole_s:.2f} s")
+    rate = size_gb / whole_s
+    pairs = zip(replica.model.parameters(), other.model.parameters(), strict=True)
+    is_equal = all(torch.equal(one, another) for one, another in pairs)
+    record.add("weights after loading", "equal" if is_equal else "DIFFERENT", "equal", is_equal)
+    record.add("rate of loading", f"{rate:.2f} GB/s")
