@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from gpt2.base import folder_lock
 from gpt2.base.errors import ConfigError, FolderInUse
+from gpt2.cli import watch
 from gpt2.cli.experiment_notices import posting_end
 from gpt2.experiments.pool.job import Slot
 from gpt2.experiments.progress import state
 from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.results import EXPERIMENT_FILE
 from gpt2.metrics import notify
 from webhook import SECRET, webhook
 
@@ -32,9 +35,9 @@ def test_the_end_is_posted_with_what_was_done(
 ):
     with webhook() as hook:
         monkeypatch.setattr(sys, "argv", ["gpt2 seeds", "--notify", hook.address])
-        state.write(tmp_path, LAST)
         folder, more = (tmp_path, ()) if is_on_disk else (None, (LAST,))
         with posting_end(hook.address, "seeds checkpoints/seeds", folder) as ended:
+            state.write(tmp_path, LAST)
             assert ended(code, *more) == code
         (message,) = hook.received
     assert SECRET not in str(sys.argv)  # which the workers get
@@ -53,3 +56,27 @@ def test_an_error_is_posted_in_its_words_and_one_of_a_second_start_is_not(tmp_pa
         "no data",
         "OSError: disk on fire",
     ]
+
+
+def test_a_death_is_posted_once_by_who_watches_or_by_the_next_start(tmp_path: Path):
+    """Nobody holds the folder, whose state says `running`."""
+    (tmp_path / EXPERIMENT_FILE).write_text('{"kind": "seeds", "fixed": {}, "total": 4}')
+    state.write(tmp_path, LAST)
+    with webhook() as hook:
+        command = ["gpt2 watch", str(tmp_path), "--notify", hook.address]
+        for _ in range(2):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", command)
+                assert watch.watch_main() == 0
+        assert hook.wait_for(1) == ["died"]
+        for _ in range(2):  # the first death is posted already, the second is not
+            with posting_end(hook.address, "seeds", tmp_path):
+                pass
+        assert hook.wait_for(2) == ["died", "died"]
+        with folder_lock.held(tmp_path), posting_end(hook.address, "seeds", tmp_path):
+            pass
+    assert len(hook.received) == 2
+    first, second = (message["text"] for message in hook.received)
+    assert first.startswith(f"seeds {tmp_path} on {LAST.host} died: process {LAST.pid} ended with")
+    assert "; 3 of 4 done, 1 failed | " in first
+    assert second.endswith("; it is started again now")

@@ -69,6 +69,8 @@ def test_it_finds_what_is_named_and_the_newest_without_a_name(tmp_path: Path):
     (root / "demo" / "status.json").unlink()
     assert found(str(root / "demo"), root) == "demo"  # by its log alone
     assert found(None, root) == "lr1_gpu_x_gpu_0"
+    (root / "lr1_gpu_0" / "status.json").write_text("{")
+    assert found(str(root / "lr1_gpu_0"), root) == "lr1_gpu_0"
 
 
 def test_an_experiment_is_shown_instead_of_its_trainings(tmp_path: Path):

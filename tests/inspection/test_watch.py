@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,27 @@ def test_it_fits_into_the_terminal(tmp_path: Path, width: int, height: int):
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)
     assert "step 300 of 1,000" in lines[1]
+
+
+def test_what_is_null_is_shown_as_unknown(tmp_path: Path):
+    """`metrics.jsonl` has null for NaN and infinity."""
+    write(tmp_path)
+    nothing = math.nan
+    usage = dict.fromkeys(("memory_gb", "peak_memory_gb", "utilisation_percent"), nothing)
+    record = StepRecord(301, 0, nothing, nothing, nothing, nothing, math.inf, nothing, [], [usage])
+    log(tmp_path, record)
+    text = shown(view_of(tmp_path))
+    assert "step 301 of 1,000" in text
+    assert "tokens/s  nan" in text
+
+
+def test_a_log_whose_run_must_have_ended_has_no_time_left(tmp_path: Path):
+    write(tmp_path)
+    path = tmp_path / "logs" / "log.txt"
+    for later_s, is_shown in ((60, True), (3800, False)):
+        view = RunView(None, path, clock=lambda after=later_s: time.time() + after)
+        view.update()
+        assert (" left, " in shown(view)) == is_shown
 
 
 def test_a_high_terminal_is_used(tmp_path: Path):

@@ -1,4 +1,7 @@
-"""One message to the address of --notify when an experiment ends, not one for each of its jobs."""
+"""One message to the address of --notify when an experiment ends, not one for each of its jobs.
+
+A process that was killed posts nothing: `gpt2 watch`, or the next start, does it.
+"""
 
 import contextlib
 import socket
@@ -6,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gpt2.base import folder_lock
 from gpt2.base.errors import FolderInUse, described
 from gpt2.cli.train import without_address
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import ExperimentState
 from gpt2.metrics import notify
 from gpt2.metrics.notify import Notifier
+from gpt2.train import notices
 
 
 @contextlib.contextmanager
@@ -24,6 +29,8 @@ def posting_end(typed: str | None, what: str, folder: Path | None) -> Iterator[C
     """
     notifier = Notifier(notify.address_of(typed))
     without_address([])
+    if folder is not None:
+        _post_death_before(folder, notifier)
 
     def ended(code: int, last: ExperimentState | None = None) -> int:
         word = "finished" if code == 0 else "stopped" if code >= 128 else "failed"
@@ -40,6 +47,26 @@ def posting_end(typed: str | None, what: str, folder: Path | None) -> Iterator[C
         raise
     finally:
         notifier.close()
+
+
+def post_death(folder: Path, dead: ExperimentState, notifier: Notifier, more: str = "") -> None:
+    """Posts that the process that wrote the state `dead` was killed, or its machine went down. It
+    is posted once, whoever notices it."""
+    if not notifier.is_on or not notices.is_first_to_post_death(folder):
+        return
+    what, done = f"{dead.kind} {folder}", rendering.summary(dead, dead.written)
+    details = notices.words_of_death(dead.pid, dead.written, done, more)
+    notifier.post("died", f"{what} on {dead.host} died", details, run=what)
+
+
+def _post_death_before(folder: Path, notifier: Notifier) -> None:
+    """Posts that the process that ran the experiment in `folder` before this one died, if so."""
+    if folder_lock.has_live_owner(folder):
+        return
+    last = state.read(folder)
+    if last is not None and not last.is_over:
+        post_death(folder, last, notifier, "it is started again now")
+    notices.forget_death(folder)  # the next death is another one
 
 
 def _post(notifier: Notifier, event: str, what: str, details: str) -> None:

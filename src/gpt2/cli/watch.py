@@ -16,10 +16,12 @@ from rich.live import Live
 from gpt2.base import validation
 from gpt2.base.errors import CheckpointError
 from gpt2.base.text import PlainConsole
+from gpt2.cli import experiment_notices
 from gpt2.cli.parse import CommandOptions, run_command
 from gpt2.config import experiment_name
 from gpt2.experiments.progress import state
 from gpt2.experiments.progress.experiment_view import ExperimentView
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.inspection import run_status
 from gpt2.inspection.watch import RunView, View, log_in
 from gpt2.metrics import notify
@@ -49,8 +51,8 @@ class WatchCommand(CommandOptions):
     every: float = 1.0
     """seconds between two looks at the files"""
     notify: str | None = None
-    """http(s) address that gets a message if the run's process is killed, unless it got one
-    already; default is GPT2_NOTIFY_URL"""
+    """http(s) address that gets a message if the process that is watched is killed, unless it got
+    one already; default is GPT2_NOTIFY_URL"""
 
     def __post_init__(self) -> None:
         validation.require_within(self, 0.1, 3600, "every")
@@ -170,15 +172,23 @@ def _newest_below(root: Path, notifier: Notifier) -> View | None:
         if (current := state.read(folder))
     }
     if root in experiments:
-        return ExperimentView(root)
+        return _of_experiment(root, notifier)
     found: dict[Path, float] = dict(experiments)
     for folder in run_status.run_folders(root, status.NAME):
-        if not experiments.keys() & {folder, *folder.parents}:
-            found[folder] = _time_of_run(folder)
+        is_part = experiments.keys() & {folder, *folder.parents}
+        if not is_part and (run := status.read(folder)):
+            found[folder] = run.time
     if not found:
         return None
     newest = max(found, key=lambda folder: found[folder])
-    return ExperimentView(newest) if newest in experiments else _of_run(newest, notifier)
+    return (_of_experiment if newest in experiments else _of_run)(newest, notifier)
+
+
+def _of_experiment(folder: Path, notifier: Notifier) -> ExperimentView:
+    def on_death(folder: Path, dead: ExperimentState) -> None:
+        experiment_notices.post_death(folder, dead, notifier)
+
+    return ExperimentView(folder, on_death=on_death)
 
 
 def _of_run(folder: Path, notifier: Notifier) -> RunView:

@@ -18,6 +18,8 @@ from gpt2.metrics.jsonl import RECORDS_NAME
 BLOCK_BYTES = 2**24
 KEPT_MESSAGES = 200
 SAMPLE_INDENT = "    "
+STEP_NUMBERS = ("loss", "learning_rate", "elapsed_s", "tokens_per_s")
+"""that every record of a step has; NaN where they are null"""
 
 
 class Message(NamedTuple):
@@ -135,15 +137,16 @@ class RunLog:
                 )
 
     def _add_step(self, record: dict[str, Any]) -> None:
-        step, loss = int(record["step"]), log_reader.number(record["loss"])
+        step = int(record["step"])
+        numbers = {name: log_reader.number(record[name]) for name in STEP_NUMBERS}
         if self.steps and step <= self.steps[-1]:  # read before the file was cut
             return
-        self.step_s = float(record["elapsed_s"])
+        self.step_s = numbers["elapsed_s"]
         self.steps.append(step)
-        self.losses.append(loss)
+        self.losses.append(numbers["loss"])
         if not record.get("applied", True):
             self.skipped.append(step)
-        self.last = record
+        self.last = record | numbers
 
     def _add_message(self, message: Message) -> None:
         self.messages.append(message)

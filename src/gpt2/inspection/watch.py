@@ -125,15 +125,17 @@ class RunView:
     def total_steps(self) -> int:
         if self.status is not None:
             return self.status.plan.total_steps
-        return self.step + int(self.log.last.get("steps_left", 0))
+        return self.step + int(self.log.last.get("steps_left") or 0)
 
     @property
     def left_s(self) -> float | None:
-        """Estimated seconds until the last step of a running run; None if unknown."""
+        """Estimated seconds until the last step of a running run; None if unknown, as where there
+        is only a log and that time is over."""
         left_s = self.log.last.get("left_s")
         if left_s is None or self.state not in ("running", "unknown"):
             return None
-        return max(0.0, float(left_s) - (self._clock() - float(self.log.last["time"])))
+        left_s -= self._clock() - self.log.last["time"]
+        return None if left_s < 0 and self.state == "unknown" else max(0.0, left_s)
 
     def render(self, width: int, height: int, *, is_ascii: bool = False) -> RenderableType:
         """The view in `width` cells and at most `height` lines."""
@@ -189,7 +191,7 @@ class RunView:
         for name in now.switched_off if now is not None else ():
             found.append(f"{name} is switched off: it failed again and again")
         if self._is_status_missing:
-            found.append(f"status.json is gone from {self._folder}")
+            found.append(f"status.json is gone from {self._folder}, or damaged")
         if self.log.is_missing:
             found.append("The log is gone, or not written yet")
         return found
@@ -327,7 +329,7 @@ def _gpu_fields(ranks: list[dict[str, float]]) -> list[tuple[str, str]]:
             fields.append(
                 (f"GPU {rank}" if len(usage) > 1 else "GPU", "  ".join(filter(None, parts)))
             )
-    peaks = [item["peak_memory_gb"] for item in usage if "peak_memory_gb" in item]
+    peaks = [item["peak_memory_gb"] for item in usage if item.get("peak_memory_gb")]
     return [*fields, ("GPU peak", f"{max(peaks):.1f} GB")] if peaks else fields
 
 

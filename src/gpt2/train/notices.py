@@ -140,17 +140,13 @@ def post_death(folder: Path, dead: Status, notifier: Notifier, more: str = "") -
 
     It is posted once, whoever notices it: a file in `folder` says that it is.
     """
-    if not notifier.is_on or not _is_first(folder):
+    if not notifier.is_on or not is_first_to_post_death(folder):
         return
     plan = dead.plan
-    details = (
-        f"process {dead.pid} ended without a word (killed, out of memory or a power cut), "
-        f"last seen {datetime.fromtimestamp(dead.time):%Y-%m-%d %H:%M:%S}"
-    )
     notifier.post(
         "died",
         f"{plan.run_name} on {dead.host} died after step {dead.step:,} of {plan.total_steps:,}",
-        f"{details}; {more}" if more else details,
+        words_of_death(dead.pid, dead.time, more),
         run=plan.run_name,
         step=dead.step,
         total_steps=plan.total_steps,
@@ -163,7 +159,16 @@ def forget_death(folder: Path) -> None:
         (folder / DEATH_POSTED).unlink(missing_ok=True)
 
 
-def _is_first(folder: Path) -> bool:
+def words_of_death(pid: int, last_seen: float, *more: str) -> str:
+    """What a message says of a process that was killed; `last_seen` is in seconds since 1970."""
+    details = (
+        f"process {pid} ended without a word (killed, out of memory or a power cut), "
+        f"last seen {datetime.fromtimestamp(last_seen):%Y-%m-%d %H:%M:%S}"
+    )
+    return "; ".join(filter(None, [details, *more]))
+
+
+def is_first_to_post_death(folder: Path) -> bool:
     """Whether nobody has posted this death yet; True if the folder takes no file."""
     try:
         os.close(os.open(folder / DEATH_POSTED, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))

@@ -13,6 +13,7 @@ from gpt2.config.flops import duration
 from gpt2.experiments import results
 from gpt2.experiments.progress import listing, rendering, state
 from gpt2.experiments.progress.listing import StoredExperiment
+from gpt2.experiments.progress.state import ExperimentState
 
 MOST_FAILURES = 8
 
@@ -20,21 +21,28 @@ MOST_FAILURES = 8
 class ExperimentView:
     """An experiment, by its `state.json`; a view as `gpt2.inspection.watch` defines it."""
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
-        """Raises CheckpointError if there is no experiment in `folder`, or none that can be
-        read."""
-        self._folder, self._clock = folder, clock
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        on_death: Callable[[Path, ExperimentState], None] = lambda _folder, _state: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`on_death` is called whenever the process is found dead. Raises CheckpointError if there
+        is no experiment in `folder`, or none that can be read."""
+        self._folder, self._on_death, self._clock = folder, on_death, clock
         self._experiment = listing.read(folder)
+        self.state = ""
 
     def update(self) -> bool:
         description = results.read_description(self._folder) or self._experiment.description
         current = state.read(self._folder) or self._experiment.current
         self._experiment = StoredExperiment(self._folder, description, current, ())
+        is_held = folder_lock.has_live_owner(self._folder)
+        before, self.state = self.state, self._experiment.state_if(is_held)
+        if current is not None and self.state == "dead" != before:
+            self._on_death(self._folder, current)
         return False
-
-    @property
-    def state(self) -> str:
-        return self._experiment.state_if(folder_lock.has_live_owner(self._folder))
 
     def render(self, width: int, height: int, *, is_ascii: bool = False) -> RenderableType:
         """The view in `width` cells and at most `height` lines."""
