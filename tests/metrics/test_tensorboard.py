@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
 from gpt2.base import atomic_files
 from gpt2.config import presets
@@ -104,6 +105,16 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
     }
 
 
+def test_what_is_not_measured_has_no_chart(tmp_path: Path):
+    board = TensorBoard(tmp_path, {}, step=0, references={})
+    board.write(replace(RECORD, rank_gpu=[{}], rank_s=[1.0]))
+    board.close()
+    (layout,) = events(tmp_path).Tensors("custom_scalars__config__")
+    (layout_bytes,) = layout.tensor_proto.string_val
+    assert b"loss/val$" in layout_bytes
+    assert b"hellaswag" not in layout_bytes and b"gpu" not in layout_bytes
+
+
 def test_the_page_of_hyper_parameters_begins_with_those_that_are_compared(tmp_path: Path):
     run = presets.preset("demo").to_dict()
     TensorBoard(tmp_path, run, step=0, references={}).close()
@@ -156,6 +167,8 @@ def test_a_kill_after_a_flush_loses_no_curve(tmp_path: Path):
 
 def test_a_full_disk_ends_no_curve(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of TensorBoard's own thread
+    # Two files of one second are read in the order of their numbers' digits: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     board = TensorBoard(tmp_path, {}, step=5, references={})
     sinks = Metrics([Console(), board])
     sinks.step(replace(RECORD, step=6))

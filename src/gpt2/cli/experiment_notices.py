@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from gpt2.base import folder_lock
@@ -54,7 +55,8 @@ def post_death(folder: Path, dead: ExperimentState, notifier: Notifier, more: st
     is posted once, whoever notices it."""
     if not notifier.is_on or not notices.is_first_to_post_death(folder):
         return
-    what, done = f"{dead.kind} {folder}", rendering.summary(dead, dead.written)
+    what, last = f"{dead.kind} {folder}", replace(dead, state="stopped")  # no time is left
+    done = rendering.summary(last, dead.written)
     details = notices.words_of_death(dead.pid, dead.written, done, more)
     notifier.post("died", f"{what} on {dead.host} died", details, run=what)
 

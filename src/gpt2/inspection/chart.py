@@ -18,6 +18,8 @@ LINE_STYLE, POINT_STYLE, AXIS_STYLE = "cyan", "bold yellow", "dim"
 NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 CELLS_PER_LABEL = 18
 """at the horizontal axis"""
+LINES_PER_TICK = 3
+"""at the vertical axis; with fewer, rounding to whole lines makes equal steps look unequal"""
 POINT_EVERY = 3
 """cells from one point to the next at least, so that the line can be seen"""
 STEEP = 0.1
@@ -65,7 +67,7 @@ def loss_chart(
     if shown is None:
         return None
     rows = height - 2  # below them are the axis and its labels
-    ticks = nice_ticks(*shown, most=max(3, rows // 2))
+    ticks = nice_ticks(*shown, most=max(3, rows // LINES_PER_TICK))
     labels = {_row(value, shown, rows): text for value, text in ticks}
     margin = max(len(text) for _, text in ticks) + 1
     columns = max(2, width - margin - 1)

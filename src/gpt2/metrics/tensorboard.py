@@ -117,10 +117,9 @@ def _charts(references: Mapping[str, float], record: StepRecord) -> dict[str, An
 
     They hold the former names, too, so that one chart shows runs of all versions.
     """
-    charts = {
-        "loss": ["loss/train", "loss/val"],
-        "HellaSwag": ["main/hellaswag", "main/hellaswag_acc"],
-    }
+    charts = {"loss": ["loss/train", "loss/val"]}
+    if any("hellaswag" in name for name in references):  # else it is not measured
+        charts["HellaSwag"] = ["main/hellaswag", "main/hellaswag_acc"]
     for chart, names in charts.items():
         names += [name for name in references if chart.lower() in name]
         names += [curves.FORMER[name] for name in names if name in curves.FORMER]
