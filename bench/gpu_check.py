@@ -31,6 +31,8 @@ from gpu_report import Outcome, Recorder
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = "GPU_CHECK_PART"
 """environment variable of all processes of a part"""
+STUCK_S = 10
+"""for which a killed process is waited for"""
 ROOMY_GB = 100
 """memory of a GPU on which parts of a stage run at the same time"""
 
@@ -113,7 +115,8 @@ class PartProcess:
     deadline: float
     limit: str
     """the limit in words"""
-    token: str
+    owner: str
+    """the value of OWNER in its processes"""
     findings: Path
     log: Path
     pidfd: int
@@ -123,14 +126,14 @@ class PartProcess:
     def start(cls, part: Part, outcome: Outcome, setting: Setting, left_s: float) -> "PartProcess":
         """`left_s` is the rest of the budget."""
         findings, log = (setting.folder / f"{part.name}.{kind}" for kind in ("jsonl", "log"))
-        token = f"{OWNER}={setting.folder}/{part.name}"
+        owner = f"{setting.folder}/{part.name}"
         arguments = [*("--serve", part.work), *("--folder", str(setting.folder))]
         arguments += ["--findings", str(findings), *map(str, part.arguments)]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, __file__, *arguments, *["--smoke"][: setting.is_smoke]],
                 cwd=ROOT,
-                env=os.environ | environment(setting) | dict([token.split("=", 1)]),
+                env=os.environ | environment(setting) | {OWNER: owner},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -147,7 +150,7 @@ class PartProcess:
             process,
             time.monotonic() + limit_s,
             limit,
-            token,
+            owner,
             findings,
             log,
             os.pidfd_open(process.pid),
@@ -165,8 +168,9 @@ class PartProcess:
 
     def settle(self, state: str, reason: str) -> None:
         """Ends what is left of it and takes what it has found."""
-        end_all_of(self.token)
-        self.process.wait()
+        end_all_of(self.owner)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold it
+            self.process.wait(STUCK_S)
         os.close(self.pidfd)
         outcome = self.outcome
         outcome.state, outcome.reason = state, reason
@@ -197,15 +201,16 @@ def environment(setting: Setting) -> dict[str, str]:
     }
 
 
-def end_all_of(token: str) -> None:
-    """Kills every process that was started with `token` in its environment, in whatever session.
+def end_all_of(owner: str) -> None:
+    """Kills every process whose environment has this OWNER, in whatever session.
 
     Twice, for what one of them was just starting.
     """
+    variable = f"{OWNER}={owner}".encode()
     for _ in range(2):
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended, or is another user's
-                if token.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                if variable in (entry / "environ").read_bytes().split(b"\0"):
                     os.kill(int(entry.name), signal.SIGKILL)
 
 
@@ -265,7 +270,8 @@ def check(options: argparse.Namespace, stages: Sequence[Stage]) -> int:
             code = 130
     found = list(outcomes.values())
     options.json.write_text(gpu_report.as_json(found, **about))
-    print(gpu_report.table(found))
+    print(gpu_report.details(found))
+    print(gpu_report.table(found))  # at the end, where one looks first
     print(f"\n{time.monotonic() - started:.0f} s; {gpu_report.summary(found)}")
     print(f"every number: {options.json}", flush=True)
     is_good = all(

@@ -177,7 +177,7 @@ def versions(record: Recorder, setting: Setting) -> None:
     )
     lines = (doctor.stdout + doctor.stderr).splitlines()
     found, is_ok = f"exit code {doctor.returncode}", doctor.returncode == 0
-    record.add("gpt2 doctor", found, "exit code 0", is_ok, details=lines)
+    record.add("gpt2 doctor", found, "exit code 0", is_ok, details=[] if is_ok else lines)
 
 
 def libraries() -> str:

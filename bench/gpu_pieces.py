@@ -211,7 +211,9 @@ def optimizers(record: Recorder, setting: Setting) -> None:
             found[name] = gpu_machine.device_ms(update, repeats)
             extra = gpu_machine.shown_gb(gpu_machine.peak_gb(update))
             middle = statistics.median(found[name])
-            record.add(f"{name}, update", f"{middle:.2f} ms, {extra} more", update_ms=found[name])
+            record.add(
+                f"{name}, update", f"{middle:.2f} ms, more memory: {extra}", update_ms=found[name]
+            )
             del replica, update
         gpu_machine.free()
     net = plain.GPT2(gpu_machine.run_config(setting, 2).model).to(gpu_machine.own_device())

@@ -14,7 +14,7 @@ from typing import Any
 
 NOT_RUN, RUNNING, DONE, FAILED, TOO_LONG = "not run", "running", "done", "failed", "too long"
 LOG_LINES = 15
-"""of a failed part, shown below the table"""
+"""of a failed part, shown above the table"""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Finding:
     is_ok: bool | None
     """whether it is as predicted; None where nothing is"""
     details: list[str] = field(default_factory=list)
-    """shown below the table"""
+    """shown above the table"""
     numbers: dict[str, Any] = field(default_factory=dict)
     """for the JSON file: every round, without rounding"""
 
@@ -112,7 +112,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """`item: predicted / found` of every part, then what needs more than a line."""
+    """`item: predicted / found` of every part."""
     rows = [["part", "item", "predicted", "found", ""], [""] * 5]
     for outcome in outcomes:
         name = outcome.part
@@ -124,15 +124,20 @@ def table(outcomes: Sequence[Outcome]) -> str:
             rows.append([name, outcome.state.upper(), "", outcome.reason, ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows[1] = ["-" * width for width in widths]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def details(outcomes: Sequence[Outcome]) -> str:
+    """What needs more than a line of the table: kernels, reasons, ends of logs."""
+    lines = []
     for outcome in outcomes:
         for finding in outcome.findings:
             if finding.details:
-                lines += ["", f"{outcome.part}, {finding.item}:"]
-                lines += [f"  {line}" for line in finding.details]
+                lines += [f"{outcome.part}, {finding.item}:"]
+                lines += [f"  {line}" for line in finding.details] + [""]
         if outcome.log:
-            lines += ["", f"{outcome.part}, the end of its output:"]
-            lines += [f"  {line}" for line in outcome.log]
+            lines += [f"{outcome.part}, the end of its output:"]
+            lines += [f"  {line}" for line in outcome.log] + [""]
     return "\n".join(lines)
 
 
