@@ -2,27 +2,34 @@
 
 For the two shapes of train.py, in turn: torch's plain operations, these compiled, torch's
 `linear_cross_entropy` (2.13) as it comes and in chunks, and `gpt2.model.cross_entropy`, which
-training uses. And the three matrix products alone, which none of them can do without. This is for
-the CPU; `gpu_check.py --parts head` compares the same ways on a GPU, with Liger's kernel.
+training uses. And the three matrix products alone, which none of them can do without. Then the
+memory that each takes beside its inputs, by the number of tokens, in a process of its own. This is
+for the CPU; `gpu_check.py --parts head` compares the same ways on a GPU, with Liger's kernel.
 """
 
 import argparse
 import importlib.util
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turns import ratio
+from turns import peak_gb, ratio
 
 from gpt2.config import run
 from gpt2.distributed import rendezvous
 from gpt2.model.cross_entropy import summed_cross_entropy
 from train import SHAPES
 
+VOCABULARY = 50304
+TOKENS = (1024, 4096)
+"""of the memory's table"""
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Way = Callable[[Tensor, Tensor, Tensor], object]
 """takes features, weights and targets, and makes the gradients of the first two"""
@@ -74,28 +81,61 @@ def milliseconds(way: Way, features_ND: Tensor, weight_VD: Tensor, targets_N: Te
     return 1000 * (time.perf_counter() - started)
 
 
+def drawn(tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, weights and targets."""
+    features_ND = torch.randn(tokens, width).requires_grad_()
+    weight_VD = (0.02 * torch.randn(VOCABULARY, width)).requires_grad_()
+    return features_ND, weight_VD, torch.randint(VOCABULARY, (tokens,))
+
+
+def compare_speed(rounds: int) -> None:
+    for name, shape in SHAPES.items():
+        tokens = shape["mini_batch_size"] * shape["block_size"]
+        inputs, known = drawn(tokens, shape["n_embd"]), ways()
+        times: dict[str, list[float]] = {label: [] for label in known}
+        for _ in range(rounds + 1):
+            for label, way in known.items():
+                times[label].append(milliseconds(way, *inputs))
+        print(f"{name}: {tokens} tokens of {shape['n_embd']}")
+        for label, (_, *measured) in times.items():  # the first ones compile
+            print(
+                f"  {label:22} {statistics.median(measured):6.0f} ms, "
+                f"ours is {ratio(times['ours'][1:], measured)} times as fast",
+                flush=True,
+            )
+
+
+def print_memory(label: str) -> None:
+    """GB above those of the inputs, at each number of tokens; the gradients are among them."""
+    for tokens in TOKENS:
+        way, inputs = ways()[label], drawn(tokens, SHAPES["124m"]["n_embd"])
+        way(*inputs)  # compiles, which takes memory, too
+        inputs[0].grad = inputs[1].grad = None
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = peak_gb()
+        way(*inputs)
+        print(f"{peak_gb() - before:8.2f}", end="")
+
+
+def compare_memory() -> None:
+    print("GB beside the inputs, 124m:", *(f"{tokens:,} tokens" for tokens in TOKENS))
+    for label in ways():
+        command = [sys.executable, __file__, "--memory", label]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(f"  {label:22}{found}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory:
+        print_memory(options.memory)
+        return
     with rendezvous.join(run.MachineConfig(device="cpu")):  # sets malloc
-        for name, shape in SHAPES.items():
-            tokens, vocabulary = shape["mini_batch_size"] * shape["block_size"], 50304
-            features_ND = torch.randn(tokens, shape["n_embd"]).requires_grad_()
-            weight_VD = (0.02 * torch.randn(vocabulary, shape["n_embd"])).requires_grad_()
-            inputs = features_ND, weight_VD, torch.randint(vocabulary, (tokens,))
-            known = ways()
-            times: dict[str, list[float]] = {label: [] for label in known}
-            for _ in range(options.rounds + 1):
-                for label, way in known.items():
-                    times[label].append(milliseconds(way, *inputs))
-            print(f"{name}: {tokens} tokens of {shape['n_embd']}")
-            for label, (_, *rounds) in times.items():  # the first ones compile
-                print(
-                    f"  {label:22} {statistics.median(rounds):6.0f} ms, "
-                    f"ours is {ratio(times['ours'][1:], rounds)} times as fast",
-                    flush=True,
-                )
+        compare_speed(options.rounds)
+    compare_memory()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.data import tokenizer
 from gpt2.distributed import world as distributed
 from gpt2.evaluation import choices
-from gpt2.evaluation.choices import Question, ending_losses
+from gpt2.evaluation.choices import OtherWork, Question, ending_losses
 from gpt2.model.base import LanguageModel
 from gpt2.model.gpt2 import GPT2
 
@@ -86,6 +86,29 @@ def test_little_padding_and_no_more_tokens_than_the_limit(
         assert padding_B.max() <= (1 - choices.MIN_LENGTH_RATIO) * tokens_BT.size(1)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lengths_rounded_up_give_few_shapes_and_the_same_losses(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As on CUDA."""
+    net, questions, shapes = build(architecture), random_questions(40), set()
+    features = type(net).features
+    monkeypatch.setattr(
+        type(net), "features", lambda net, x, *rest: shapes.add(x.shape) or features(net, x, *rest)
+    )
+    exact = ending_losses(net, questions, ALONE, FULL, 256)
+    assert len({length for _, length in shapes}) > 5
+    shapes.clear()
+    monkeypatch.setitem(choices.LENGTH_STEP, "cpu", 16)
+    rounded = ending_losses(net, questions, ALONE, FULL, 256)
+    assert exact is not None and rounded is not None
+    assert max(rows * length for rows, length in shapes) <= 256
+    assert {length % 16 for _, length in shapes} == {0}
+    assert len({length for _, length in shapes}) <= 5
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])
 def test_texts_longer_than_the_context_are_cut_at_the_beginning(
     net: LanguageModel, context: int, ending: int
@@ -112,9 +135,14 @@ def test_dropout_is_off_and_the_mode_is_as_before():
     assert net.training
 
 
-def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
-    """The sum over three ranks is bit-identical to the result of one rank."""
-    questions = random_questions(7)
+@pytest.mark.parametrize("other_rounds", [None, 1, 100])
+def test_ranks_share_the_batches(
+    net: LanguageModel, other_rounds: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The sum over three ranks is bit-identical to the result of one rank, also while the first one
+    does other work."""
+    questions, advanced = random_questions(7), list[int]()
+    whole = ending_losses(net, questions, ALONE, FULL, batch_tokens=100)
     parts = []
     monkeypatch.setattr(
         distributed.World, "all_reduce_sum", lambda _, tensor: parts.append(tensor) or tensor
@@ -122,10 +150,24 @@ def test_ranks_share_the_batches(net: LanguageModel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(distributed.World, "all_reduce_max", lambda _, value: value)
     for rank in range(3):
         world = distributed.World(rank, 3, torch.device("cpu"))
-        ending_losses(net, questions, world, FULL, batch_tokens=100)
+        other = other_rounds and OtherWork(other_rounds, lambda rank=rank: advanced.append(rank))
+        ending_losses(net, questions, world, FULL, batch_tokens=100, other_work=other or None)
+    assert set(advanced) == ({0} if other_rounds else set())
     assert all((part == 0).any() for part in parts)
-    whole = ending_losses(net, questions, ALONE, FULL, batch_tokens=100)
+    assert bool((parts[0] == 0).all()) is (other_rounds == 100)
     assert sum(parts[:3]).tolist() == [loss for row in whole for loss in row]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("without_rank0", [0, 1, 3, 100])
+@pytest.mark.parametrize("batches", [0, 1, 9])
+def test_each_batch_is_computed_once(batches: int, without_rank0: int, ranks: int):
+    rounds = list(choices._rounds(batches, ranks, without_rank0))
+    assert sorted(number for found in rounds for number in found.values()) == list(range(batches))
+    assert all(set(found) <= set(range(ranks)) for found in rounds)
+    if ranks > 1:
+        without = [number for number, found in enumerate(rounds) if 0 not in found]
+        assert without == list(range(min(without_rank0, len(rounds))))
 
 
 def test_a_stop_ends_the_evaluation(net: LanguageModel):
@@ -149,7 +191,7 @@ def test_only_the_logits_that_are_needed(net: LanguageModel, monkeypatch: pytest
 def test_logits_in_parts(net: LanguageModel, monkeypatch: pytest.MonkeyPatch, at_once: int):
     questions = random_questions(4)
     expected = ending_losses(net, questions, ALONE, FULL)
-    monkeypatch.setattr(choices, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(choices.LOGITS_AT_ONCE, "cpu", at_once)
     for ours, theirs in zip(ending_losses(net, questions, ALONE, FULL), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from gpt2 import model
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.config.run import OptimConfig
+from gpt2.model import layers
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_learning_rate
 
@@ -95,6 +97,29 @@ def test_a_mask_and_positions_pack_two_texts_into_one_row(net: LanguageModel):
         packed_BTD = net.features(tokens_BT, positions_BT, hidden_BTT)
         alone_BTD = net.features(alone_BT, torch.arange(12), None)
     assert torch.allclose(packed_BTD[:, 14:], alone_BTD[:, 8:], atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_cudnn_does_not_attend_where_lengths_vary(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It prepares a plan for each shape. Training has one shape, and may use it."""
+    net, allowed = perturbed(architecture), list[bool]()
+    attend = layers.F.scaled_dot_product_attention
+
+    def noted(*given: torch.Tensor, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*given, **options)
+
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", noted)
+    tokens_BT, positions_T = torch.randint(50257, (2, 24)), torch.arange(24)
+    mask_BTT = torch.ones(2, 24, 24, dtype=torch.bool).tril()
+    with torch.no_grad():
+        net(tokens_BT, tokens_BT)
+        net.features(tokens_BT, positions_T, mask_BTT)
+        net.logits(tokens_BT, net.empty_cache(2))
+        net(tokens_BT, tokens_BT)
+    assert allowed == [True] * 3 + [False] * 6 + [True] * 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

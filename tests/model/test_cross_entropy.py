@@ -1,14 +1,18 @@
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpt2 import model
 from gpt2.config import presets
-from gpt2.config.model import ARCHITECTURES
+from gpt2.config.model import ARCHITECTURES, ModelConfig
 from gpt2.config.options import overlay
 from gpt2.distributed import rendezvous
 from gpt2.model import base, cross_entropy
@@ -18,8 +22,9 @@ from gpt2.train.replica import Replica
 from support import losses, run_command, small_config
 
 
-def plain(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(features_ND, weight_VD), targets_N, reduction="sum")
+def plain(features: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(features, weight_VD).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
@@ -28,7 +33,7 @@ def test_loss_and_gradients_are_those_of_plain_operations(
     size: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Also if one token has all the probability and the target has none."""
-    monkeypatch.setattr(cross_entropy, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 7 * 101)
     torch.manual_seed(0)
     targets_N = torch.randint(101, (tokens,))
     found = []
@@ -41,6 +46,209 @@ def test_loss_and_gradients_are_those_of_plain_operations(
         found.append((loss.detach(), features_ND.grad, weight_VD.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=1e-5 * size)
+
+
+PRECISION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""of gradients, relative to their norm"""
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary"), [(1, 8, 40), (37, 16, 303), (64, 24, 96)]
+)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_loss_and_gradients_are_those_of_the_log_softmax(
+    is_tied: bool,
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    softcap: float | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Products in `dtype`, everything else in float32 (or float64), in chunks of 16 tokens. A tied
+    weight is the embedding, too, and has the gradients of both."""
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 16 * vocabulary)
+    kept = torch.float64 if dtype is torch.float64 else torch.float32
+    torch.manual_seed(0)
+    start_VD, inputs_N = torch.randn(vocabulary, width), torch.randint(vocabulary, (tokens,))
+    targets_N, hidden_ND = torch.randint(vocabulary, (tokens,)), torch.randn(tokens, width)
+
+    def found(exact: bool) -> list[Tensor]:
+        kind = torch.float64 if exact else kept
+        weight_VD = start_VD.to(kind, copy=True).requires_grad_()
+        hidden = hidden_ND.to(kind, copy=True).requires_grad_()
+        features_ND = hidden * weight_VD[inputs_N] if is_tied else hidden * 1
+        if exact:
+            logits_NV = features_ND @ weight_VD.T
+            if softcap is not None:
+                logits_NV = softcap * torch.tanh(logits_NV / softcap)
+            loss = -logits_NV.log_softmax(1).gather(1, targets_N[:, None]).sum()
+        else:
+            with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+                loss = summed_cross_entropy(features_ND, weight_VD, targets_N, softcap)
+        (loss / tokens).backward()
+        assert hidden.grad is not None and weight_VD.grad is not None
+        return [loss.detach(), hidden.grad, weight_VD.grad]
+
+    for ours, exact in zip(found(exact=False), found(exact=True), strict=True):
+        assert ours.dtype is kept
+        assert (ours - exact).norm() < PRECISION[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_without_gradients_is_computed_in_full_precision(dtype: torch.dtype):
+    torch.manual_seed(0)
+    features_ND, weight_VD = torch.randn(50, 16), torch.randn(300, 16)
+    targets_N = torch.randint(300, (50,))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        loss = summed_cross_entropy(features_ND, weight_VD, targets_N)
+        logits_NV = F.linear(features_ND, weight_VD).float()
+    assert float(loss) == pytest.approx(
+        float(F.cross_entropy(logits_NV, targets_N, reduction="sum")), rel=1e-6
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns or writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.gpt2.summed_cross_entropy.default:
+            with self:  # the operations in it
+                return cross_entropy._loss_and_gradients(*args, **kwargs or {})
+        results = func(*args, **kwargs or {})
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_the_memory_does_not_grow_with_the_batch(
+    dtype: torch.dtype, with_gradients: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Forward and backward of a whole model. A tensor of logits for all tokens would be larger than
+    anything else: 16 rows have 256 tokens, that is 13 million logits."""
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
+    net = model.build(config)
+    largest = []
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 20 * config.vocab_size)
+    for rows in (2, 16):
+        tokens_BT = torch.randint(50257, (rows, 16))
+        with torch.set_grad_enabled(with_gradients), Largest() as seen:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                loss = net(tokens_BT, tokens_BT.flip(1))
+            if with_gradients:
+                loss.backward()
+        largest.append(seen.elements)
+    assert largest == [20 * config.vocab_size] * 2
+    net.plain_head = True
+    with Largest() as seen:
+        net(tokens_BT, tokens_BT.flip(1))
+    assert seen.elements == 256 * config.vocab_size, "this test would see them"
+
+
+def test_gradients_can_be_used_once(monkeypatch: pytest.MonkeyPatch):
+    features_ND, weight_VD = torch.randn(3, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
+    loss = summed_cross_entropy(features_ND, weight_VD, torch.tensor([1, 2, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.fixture
+def compiled_graphs() -> Iterator[Any]:
+    """A backend that counts what it compiles. It keeps torch's operators as they are."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds to import
+
+    torch.compiler.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+
+
+def gradients(net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(*batch)
+    loss.backward()
+    return [
+        loss.detach(),
+        *(part.grad.clone() for part in net.parameters() if part.grad is not None),
+    ]
+
+
+def test_a_compiled_model_has_it_in_its_graph(compiled_graphs: Any):
+    """One graph for training and one for evaluation; a graph break would be an error."""
+    net = model.build(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16))
+    tokens_BT = torch.randint(50257, (2, 16))
+    batch = tokens_BT, tokens_BT.flip(1)
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=compiled_graphs)
+    for _ in range(2):
+        for ours, expected in zip(gradients(compiled, batch), gradients(net, batch), strict=True):
+            torch.testing.assert_close(ours, expected)
+        with torch.no_grad():
+            assert float(compiled(*batch)) == pytest.approx(float(net(*batch)), rel=1e-6)
+    assert compiled_graphs.frame_count == 2
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_happens_between_the_products_can_be_compiled(
+    softcap: float | None,
+    compiled_graphs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As on CUDA, where it becomes one kernel: within the operator, which is itself in a graph."""
+    inner = torch.compile(cross_entropy._exponentiate, dynamic=False, backend=compiled_graphs)
+    monkeypatch.setattr(cross_entropy, "_compiled_exponentiate", lambda: inner)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 20 * 100)
+    torch.manual_seed(0)
+    targets_N = torch.randint(100, (50,))
+    found = []
+    for is_compiled in (False, True):
+        torch.manual_seed(1)
+        features_ND = torch.randn(50, 8).requires_grad_()
+        weight_VD = torch.randn(100, 8).requires_grad_()
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def loss_of(is_compiled: bool, *tensors: Tensor) -> Tensor:
+            dtype = torch.float32
+            operator = torch.ops.gpt2.summed_cross_entropy
+            loss: Tensor = operator(*tensors, dtype, softcap, True, is_compiled)[0]
+            return loss
+
+        loss = loss_of(is_compiled, features_ND, weight_VD, targets_N)
+        loss.backward()
+        found.append((loss.detach(), features_ND.grad, weight_VD.grad))
+    torch.testing.assert_close(*found)
+    assert compiled_graphs.frame_count == 2, "two chunks of 20 tokens, and one of 10"
+
+
+def test_ddp_splits_a_compiled_model_around_it(
+    compiled_graphs: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """So gradients are exchanged while others are computed."""
+    net = model.build(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16))
+    tokens_BT = torch.randint(50257, (2, 16))
+    batch = tokens_BT, tokens_BT.flip(1)
+    expected = gradients(net, batch)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = torch.compile(net, dynamic=False, backend=compiled_graphs)
+        parallel = nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=1)
+        torch.testing.assert_close(gradients(parallel, batch), expected)
+        assert compiled_graphs.frame_count > 1
+        with parallel.no_sync(), torch.autocast("cpu", torch.bfloat16):
+            parallel(*batch).backward()  # accumulates
+        for part, once in zip(net.parameters(), expected[1:], strict=True):
+            torch.testing.assert_close(part.grad, 2 * once)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [0.02, 0.1])
@@ -83,7 +291,7 @@ def test_every_architecture_has_its_gradients_in_bfloat16(architecture: str):
     net = model.build(run.model)
     tokens_BT = torch.randint(50257, (2, 16))
     found = []
-    for net.fast_head in (False, True):
+    for net.plain_head in (True, False):
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss = net(tokens_BT, tokens_BT.flip(1))
@@ -117,9 +325,8 @@ def test_a_model_learns_as_well_with_it(tmp_path: Path, monkeypatch: pytest.Monk
         assert ours < 4.5 and abs(ours - plain_one) < 0.01
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_where_it_is_used(data_root, tmp_path, dtype: str):
-    run = small_config(data_root, tmp_path, dtype=dtype)
+def test_a_run_that_began_with_plain_operations_goes_on_with_them(data_root, tmp_path):
+    run = small_config(data_root, tmp_path)
     with rendezvous.join(run.machine) as world:
-        assert Replica(run, world).model.fast_head
-        assert not Replica(run, world, plain_head=True).model.fast_head
+        assert not Replica(run, world).model.plain_head
+        assert Replica(run, world, plain_head=True).model.plain_head

@@ -23,11 +23,12 @@ from gpt2.data.sampler import Rows
 from gpt2.data.shards import TokenDataset, load_index
 from gpt2.distributed import device
 from gpt2.distributed.world import World
-from gpt2.evaluation import hellaswag
+from gpt2.evaluation import choices, hellaswag
+from gpt2.inference import generate
 from gpt2.inspection import run_status
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import trainer
-from gpt2.train.evaluator import Evaluator
+from gpt2.train.evaluator import EvaluationStopped, Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Answer
 from support import loss_lines, small_config, write_tasks
@@ -65,6 +66,91 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
     line = board.Scalars("reference/hellaswag_gpt2_124m")
     assert [point.value for point in line] == pytest.approx([0.2955] * 3)
     assert "reference/loss_gpt2_124m" not in board.Tags()["scalars"]  # this is no FineWeb
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "mlp"])
+def test_samples_are_generated_in_the_type_of_the_training(
+    architecture: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    world, seen = World(0, 1, torch.device("cpu")), set[torch.dtype]()
+    options = {"sample_interval": 1, "dtype": "bfloat16", "architecture": architecture}
+    run = small_config(data_root, tmp_path, **options)
+    linear = torch.nn.functional.linear
+
+    def noted(*given: torch.Tensor) -> torch.Tensor:
+        seen.add((result := linear(*given)).dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    replica = Replica(run, world)
+    evaluator = Evaluator(run, world, replica, load_index(Storage(str(data_root))))
+    texts = evaluator.samples(1, is_last=False)
+    assert len(texts) == 3 and all(text.startswith("def") for text in texts)
+    assert seen == {torch.bfloat16}
+    assert evaluator.failed_step is None
+
+
+class FirstOfTwo(World):
+    """Rank 0, whose other rank agrees with it and measures nothing."""
+
+    def all_reduce_max(self, value: int) -> int:
+        return value
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def run_on_rank0(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+@pytest.fixture
+def beside(data_root: Path, tmp_path: Path) -> Evaluator:
+    """Of rank 0 of two, with HellaSwag and samples due at every step."""
+    tasks = write_tasks(tmp_path / "tasks.jsonl", count=40)
+    options = {"sample_interval": 1, "hellaswag_interval": 1, "hellaswag_path": tasks}
+    run, world = small_config(data_root, tmp_path, **options), FirstOfTwo(0, 2, torch.device("cpu"))
+    replica = Replica(run, World(0, 1, world.device))
+    return Evaluator(run, world, replica, load_index(Storage(str(data_root))))
+
+
+def test_rank_0_samples_while_other_ranks_compute_hellaswag(
+    beside: Evaluator, monkeypatch: pytest.MonkeyPatch
+):
+    """The texts are the same as without; the model is in its mode again, with dropout."""
+    net = beside._replica.model
+    expected = beside.samples(3, is_last=False)
+    drawn = torch.get_rng_state()
+    monkeypatch.setitem(choices.BATCH_TOKENS, "cpu", 1)  # 20 rounds
+    assert beside.hellaswag(3, lambda: 0, is_last=False) is not None
+    assert net.training
+    monkeypatch.setattr(type(net), "features", Mock(side_effect=AssertionError("already sampled")))
+    assert beside.samples(3, is_last=False) == expected
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_stop_within_hellaswag_ends_the_sampling_beside_it(
+    beside: Evaluator, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(choices.BATCH_TOKENS, "cpu", 1)
+    stops = iter([0, 0, 15])
+    with pytest.raises(EvaluationStopped):
+        beside.hellaswag(3, lambda: next(stops), is_last=False)
+    assert beside._replica.model.training
+    assert len(beside.samples(3, is_last=False)) == 3
+
+
+def test_sampling_that_fails_costs_no_hellaswag(
+    beside: Evaluator, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(generate, "pick", Mock(side_effect=RuntimeError("no more memory")))
+    for step in (1, 2, 3, 4):
+        assert beside.hellaswag(step, lambda: 0, is_last=False) is not None
+        assert beside.samples(step, is_last=False) == []
+        assert beside.failed_step == step
+        assert beside._replica.model.training
+    assert beside.switched_off == ("sampling",)
+    error = capsys.readouterr().err
+    assert error.count("RuntimeError: no more memory") == 3
 
 
 @pytest.fixture

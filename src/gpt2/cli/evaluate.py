@@ -56,8 +56,8 @@ class EvaluateCommand(CommandOptions):
     """shards whose validation split is measured; None is those of the run"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the model's matrix products; the logits are computed in float32"""
-    batch_tokens: int = 4096
-    """largest number of HellaSwag tokens in one batch"""
+    batch_tokens: int | None = None
+    """largest number of HellaSwag tokens in one batch; None is 16384 on CUDA, 4096 on the CPU"""
     output: Path = Path("results.json")
     """file for the results"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -33,7 +33,7 @@ from gpt2.data import tokenizer
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices
 from gpt2.evaluation.baselines import PromptStyle
-from gpt2.evaluation.choices import Question
+from gpt2.evaluation.choices import OtherWork, Question
 from gpt2.model.base import LanguageModel
 
 REPO = "Rowan/hellaswag"
@@ -107,17 +107,20 @@ def evaluate(
     tasks: list[Task],
     world: World,
     autocast: torch.autocast,
-    batch_tokens: int = choices.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    other_work: OtherWork | None = None,
 ) -> Score | None:
     """How many of `tasks` the model gets right, the same on every rank.
 
-    Returns None if `stop()` was not 0 on some rank before the end. `track` wraps the loop over
-    rounds, for a progress bar.
+    Returns None if `stop()` was not 0 on some rank before the end. The other options are those of
+    `choices.ending_losses`.
     """
     questions = [task.question for task in tasks]
-    losses = choices.ending_losses(model, questions, world, autocast, batch_tokens, stop, track)
+    losses = choices.ending_losses(
+        model, questions, world, autocast, batch_tokens, stop, track, other_work
+    )
     return None if losses is None else score(tasks, losses)
 
 

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, T time, V vocabulary, K the likeliest tokens in falling order.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 
 import torch
@@ -46,6 +46,7 @@ def generate(
                 pending_BT = torch.cat(seen, dim=1)[:, -kept:]
                 seen = [pending_BT]
             logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.VOCAB_SIZE]
+            logits_BV = logits_BV.to(model.token_embedding.weight.dtype)  # autocast may be on
             pending_BT = pick(logits_BV.expand(sampling.num_samples, -1), sampling, generator)
             seen.append(pending_BT)
             yield pending_BT[:, 0]
@@ -69,7 +70,7 @@ def context_warnings(context: int, prompt: str, sampling: Sampling) -> list[str]
 
 def stream_text(
     model: LanguageModel, prompt: str, sampling: Sampling, *, seed: int
-) -> Iterator[list[str]]:
+) -> Generator[list[str], None, None]:
     """The new part of each sample's text, step by step; the first step is `prompt`.
 
     A text ends before <|endoftext|>. A character whose bytes are shared by several tokens comes

@@ -45,8 +45,9 @@ class LanguageModel(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.fast_head = False
-        """whether the loss and the gradients of the head are computed in one pass; for the CPU"""
+        self.plain_head = False
+        """whether the loss is computed from the logits of all tokens, by plain operations; for runs
+        that began so"""
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -56,12 +57,10 @@ class LanguageModel(nn.Module, ABC):
 
     def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """As `forward`, from the features of the tokens."""
-        if self.fast_head and torch.is_grad_enabled():
-            features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
-            return summed_cross_entropy(features_ND, self.token_embedding.weight, targets_N)
-        logits_BTV = self.unembed(features_BTD)
-        if logits_BTV.dtype is torch.bfloat16:
-            logits_BTV = logits_BTV.float()
+        weight_VD = self.token_embedding.weight
+        if not self.plain_head:
+            return summed_cross_entropy(features_BTD, weight_VD, targets_BT)
+        logits_BTV = self.unembed(features_BTD).to(weight_VD.dtype)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
     def logits(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:

@@ -3,15 +3,19 @@
 Shape suffixes: B batch, T time, D width (n_embd), H heads, K width of a head.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2.config.model import ModelConfig
 from gpt2.model.base import Cache, Context
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class FeedForward(nn.Module):
@@ -87,15 +91,17 @@ def attend(
         mask = context.causal_mask(q_BHTK.size(2))
     elif isinstance(context, Tensor):
         mask = context.unsqueeze(1)
-    y_BHTK = F.scaled_dot_product_attention(
-        q_BHTK,
-        k_BHTK,
-        v_BHTK,
-        attn_mask=mask,
-        dropout_p=dropout,
-        # Without a mask: all tokens at once, or a single one that sees all the others.
-        is_causal=mask is None and q_BHTK.size(2) == k_BHTK.size(2),
-    )
+    # With a context, lengths vary, and cuDNN would prepare a plan for each of them.
+    with sdpa_kernel(WITHOUT_CUDNN) if context is not None else contextlib.nullcontext():
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BHTK,
+            v_BHTK,
+            attn_mask=mask,
+            dropout_p=dropout,
+            # Without a mask: all tokens at once, or a single one that sees all the others.
+            is_causal=mask is None and q_BHTK.size(2) == k_BHTK.size(2),
+        )
     return y_BHTK.transpose(1, 2).flatten(2)
 
 

@@ -1,7 +1,9 @@
 """How good the model is while it trains: validation loss, HellaSwag, samples."""
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from gpt2.base.errors import DataError
@@ -13,16 +15,21 @@ from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
+from gpt2.evaluation.choices import OtherWork
 from gpt2.evaluation.hellaswag import Score, Task
 from gpt2.evaluation.loss import validation_loss
 from gpt2.evaluation.rounds import MeasurementFailed, in_rounds
 from gpt2.inference import generate
+from gpt2.model import evaluating
 from gpt2.train.replica import Replica
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_FAILURES = 3
 """failures of a measurement in a row after which it is switched off"""
+SAMPLING_ROUNDS = 16
+TOKENS_OF_A_ROUND = -(-generate.IN_TRAINING.max_new_tokens // SAMPLING_ROUNDS)
+"""what rank 0 generates while every other rank computes one batch of HellaSwag"""
 
 
 class EvaluationStopped(Exception):
@@ -51,6 +58,8 @@ class Evaluator:
         self.warning: str | None = None
         """why HellaSwag is off though it was requested"""
         self._tasks = world.run_on_rank0(self._load_tasks)
+        self._sampled: dict[int, _Sampling] = {}
+        """by step: samples that were generated beside HellaSwag"""
         self._failures: dict[str, int] = {}
         """how often each measurement has failed in a row"""
         self.failed_step: int | None = None
@@ -80,38 +89,63 @@ class Evaluator:
         )
 
     def hellaswag(self, step: int, stop_reason: Callable[[], int], is_last: bool) -> Score | None:
-        """The score, if it is due at `step`: every `hellaswag_interval` steps and after the
-        last."""
+        """The score, if it is due at `step`: every `hellaswag_interval` steps and after the last.
+
+        Of several ranks, the first generates samples meanwhile, if they are due, too.
+        """
         interval, replica = self._config.evaluation.hellaswag_interval, self._replica
         if not self._tasks or interval is None or not (is_last or is_due(step, interval)):
             return None
-        return self._attempt(
-            "HellaSwag",
-            step,
-            lambda: hellaswag.evaluate(
-                replica.model, self._tasks, self._world, replica.autocast, stop=stop_reason
-            ),
-        )
+        with evaluating(replica.model), self._sampling_beside(step, is_last) as sampling:
+            return self._attempt(
+                "HellaSwag",
+                step,
+                lambda: hellaswag.evaluate(
+                    replica.model,
+                    self._tasks,
+                    self._world,
+                    replica.autocast,
+                    stop=stop_reason,
+                    other_work=sampling,
+                ),
+            )
 
     def samples(self, step: int, is_last: bool) -> list[str]:
         """Generated texts on rank 0, if they are due at `step`: every `sample_interval` steps and
         after the last."""
-        settings = self._config.evaluation
-        interval = settings.sample_interval
-        if interval is None or not (is_last or is_due(step, interval)):
+        if not self._world.is_rank0 or not self._are_samples_due(step, is_last):
             return []
-        if not self._world.is_rank0:
-            return []
-        model, seed, texts = self._replica.model, self._config.machine.seed + step, list[str]()
-        alone = World(0, 1, self._world.device)
+        texts, alone = list[str](), World(0, 1, self._world.device)
+        sampling = self._sampled.pop(step, None) or self._sampling(step)
 
-        def generate_them(_round: int) -> None:
-            texts.extend(generate.generate_text(model, settings.sample_prompt, seed=seed))
+        def finish(_round: int) -> None:
+            texts.extend(sampling.finished())
 
-        self._attempt(
-            "sampling", step, lambda: in_rounds(alone, range(1), generate_them, lambda: 0)
-        )
+        self._attempt("sampling", step, lambda: in_rounds(alone, range(1), finish, lambda: 0))
         return texts
+
+    def _are_samples_due(self, step: int, is_last: bool) -> bool:
+        interval = self._config.evaluation.sample_interval
+        return interval is not None and (is_last or is_due(step, interval))
+
+    def _sampling(self, step: int) -> "_Sampling":
+        seed = self._config.machine.seed + step
+        return _Sampling(self._replica, self._config.evaluation.sample_prompt, seed)
+
+    @contextlib.contextmanager
+    def _sampling_beside(self, step: int, is_last: bool) -> Iterator[OtherWork | None]:
+        """The sampling of this step as other work of rank 0, which is complete after the block."""
+        if self._world.size == 1 or not self._are_samples_due(step, is_last):
+            yield None
+            return
+        with contextlib.closing(self._sampling(step)) as sampling:
+            is_off = "sampling" in self.switched_off  # on rank 0
+            yield OtherWork(
+                SAMPLING_ROUNDS, lambda: None if is_off else sampling.advance(TOKENS_OF_A_ROUND)
+            )
+            if self._world.is_rank0 and not is_off:
+                sampling.advance()
+                self._sampled = {step: sampling}
 
     @property
     def switched_off(self) -> tuple[str, ...]:
@@ -171,3 +205,32 @@ class Evaluator:
                 "it off"
             )
             return []
+
+
+class _Sampling:
+    """The samples of one step, which can be generated piece by piece."""
+
+    def __init__(self, replica: Replica, prompt: str, seed: int) -> None:
+        self._autocast = replica.autocast
+        self._steps = generate.stream_text(replica.model, prompt, generate.IN_TRAINING, seed=seed)
+        self._pieces: list[list[str]] = []
+        self._error: Exception | None = None
+
+    def advance(self, tokens: int | None = None) -> None:
+        """Generates so many tokens more, or all (None). `finished` raises what goes wrong."""
+        try:
+            with self._autocast:
+                self._pieces += itertools.islice(self._steps, tokens)
+        except Exception as error:
+            self._error = error
+
+    def finished(self) -> list[str]:
+        """The whole texts."""
+        self.advance()
+        if self._error is not None:
+            raise self._error
+        return ["".join(text) for text in zip(*self._pieces, strict=True)]
+
+    def close(self) -> None:
+        """Ends it, complete or not; the model is in the mode again in which it was."""
+        self._steps.close()

@@ -63,7 +63,7 @@ class Replica:
         self.spikes = SpikeDetector(world.device)
         on_cuda = world.device.type == "cuda"
         is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
-        self.model.fast_head = not (plain_head or on_cuda or is_compiled)
+        self.model.plain_head = plain_head and not on_cuda
         self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
         self.net = self.local_net
         if world.size > 1:
