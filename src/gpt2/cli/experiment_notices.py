@@ -55,12 +55,8 @@ def post_death(folder: Path, dead: ExperimentState, notifier: Notifier, more: st
     is posted once, whoever notices it."""
     if not notifier.is_on or not notices.is_first_to_post_death(folder):
         return
-<<<<<<< HEAD
     what, last = f"{dead.kind} {folder}", replace(dead, state="stopped")  # no time is left
     done = rendering.summary(last, dead.written)
-=======
-    what, done = f"{dead.kind} {folder}", rendering.summary(dead, dead.written)
->>>>>>> 24170b2 (The loss head, evaluation and experiments' notices are again as they were before the last commit, which had an older copy of them)
     details = notices.words_of_death(dead.pid, dead.written, done, more)
     notifier.post("died", f"{what} on {dead.host} died", details, run=what)
 

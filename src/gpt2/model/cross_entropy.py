@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1024 * 50304, "cuda": 4096 * 50304}
+from gpt2.config import memory
+
+CHUNK_ELEMENTS = {"cpu": 1024 * 50304, "cuda": memory.HEAD_LOGITS}
 """Largest number of logits at once, by device: 1024 or 4096 tokens with GPT-2's vocabulary, which
 take 206 MB in float32 and 412 MB in bfloat16. Smaller matrix products are slower; a GPU needs
 larger ones to be busy."""
