@@ -27,7 +27,7 @@ from gpt2.config.memory import Computation
 from gpt2.config.run import RunConfig
 from gpt2.data import tokenizer
 from gpt2.data.loader import MicroBatch
-from gpt2.distributed import device, rendezvous
+from gpt2.distributed import device, precision, rendezvous
 from gpt2.distributed.device import DeviceTimestamp
 from gpt2.distributed.world import World
 
@@ -47,8 +47,8 @@ def device_name() -> str:
 
 
 def own_dtype() -> torch.dtype:
-    fast = device.has_fast_bfloat16(own_device())
-    return torch.bfloat16 if fast else torch.float32
+    fast = precision.fast_dtype(own_device())
+    return torch.bfloat16 if fast is torch.bfloat16 else torch.float32
 
 
 def run_config(setting: Setting, rows: int, **changes: object) -> RunConfig:

@@ -26,7 +26,7 @@ from gpt2.config import options as options_module
 from gpt2.config import presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed import device as device_module
-from gpt2.distributed import rendezvous
+from gpt2.distributed import precision, rendezvous
 from gpt2.optim.build import gradient_norm
 from gpt2.train import trainer
 from gpt2.train.replica import Replica
@@ -52,7 +52,8 @@ def run_config(shape: str, device: torch.device) -> RunConfig:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device_module.has_fast_bfloat16(device) else torch.float32
+    fast = precision.fast_dtype(device)
+    return torch.bfloat16 if fast is torch.bfloat16 else torch.float32
 
 
 def tokens_of(run: RunConfig) -> Tensor:

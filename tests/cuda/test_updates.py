@@ -13,8 +13,23 @@ from support import small_config
 
 
 def replica_on(device: str, folder: Path, **changes: object) -> Replica:
-    config = small_config(folder, folder, device=device, dtype="float32", compile="off", **changes)
+    given = {"device": device, "dtype": "float32", "compile": "off", **changes}
+    config = small_config(folder, folder, **given)
     return Replica(config, World(0, 1, torch.device(device, 0)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_updates_in_float16_are_those_in_float32(device: str, optimizer: str, tmp_path: Path):
+    scaled, plain = (
+        replica_on(device, tmp_path, optimizer=optimizer, dropout=0.0, dtype=dtype)
+        for dtype in ("float16", "float32")
+    )
+    for _ in range(4):
+        drawn = batch(scaled)
+        one, other = (trainer.train_step(item, [drawn], 1e-2) for item in (scaled, plain))
+        assert one.applied and one.loss_scale == 2.0**16
+        assert one.loss == pytest.approx(other.loss, abs=1e-2)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-2)
 
 
 def batch(replica: Replica) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
 import os
 import time
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -37,30 +36,6 @@ def test_the_rate_of_a_gpu_is_measured_where_no_data_sheet_says_it(
     assert device.peak_flops(ON_CUDA, dtype) == expected
     is_unknown = expected == 12e12 and dtype is torch.bfloat16
     assert (f"measured rate: that of {name} is not listed" in caplog.text) == is_unknown
-
-
-class MixedRanks(World):
-    """Four ranks, of which the last two have no fast bfloat16."""
-
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
-        assert values == [True]
-        return [[1.0], [1.0], [0.0], [0.0]]
-
-
-def test_ranks_with_different_hardware_agree_on_a_dtype(monkeypatch, caplog):
-    monkeypatch.setattr(device, "has_fast_bfloat16", lambda _: True)
-    mixed, alike = MixedRanks(0, 4, torch.device("cpu")), World(0, 1, torch.device("cpu"))
-    assert device.autocast_dtype("auto", alike) is torch.bfloat16
-    assert not caplog.text
-    assert device.autocast_dtype("auto", mixed) is torch.float32
-    assert "all ranks compute in float32, because the hardware of ranks 2, 3" in caplog.text
-    caplog.clear()
-    assert device.autocast_dtype("bfloat16", mixed) is torch.bfloat16
-    assert device.autocast_dtype("float32", mixed) is torch.float32
-    assert not caplog.text
-    monkeypatch.setattr(device, "has_fast_bfloat16", lambda _: False)
-    assert device.autocast_dtype("auto", alike) is torch.float32
-    assert not caplog.text
 
 
 @pytest.mark.parametrize("is_new", [True, False])

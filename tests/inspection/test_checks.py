@@ -91,16 +91,29 @@ def test_nccl():
 @pytest.mark.parametrize(
     ("dtype", "fast", "device", "level", "expected"),
     [
-        ("auto", True, CUDA, "ok", "bfloat16"),
-        ("auto", False, CPU, "ok", "float32: this CPU has no fast bfloat16"),
-        ("auto", False, CUDA, "note", "float32: this GPU has no fast bfloat16"),
-        ("float32", True, CUDA, "note", "float32"),
-        ("bfloat16", False, CPU, "note", "bfloat16, which this CPU only emulates"),
+        ("auto", torch.bfloat16, CUDA, "ok", "bfloat16"),
+        ("auto", torch.float16, CUDA, "ok", "float16"),
+        ("auto", torch.float32, CPU, "ok", "float32: this CPU has no fast bfloat16"),
+        ("auto", torch.float32, CUDA, "note", "float32: this GPU has no fast bfloat16"),
+        ("float32", torch.bfloat16, CUDA, "note", "float32"),
+        ("float16", torch.bfloat16, CUDA, "note", "float16"),
+        ("bfloat16", torch.float16, CUDA, "note", "bfloat16, which this GPU only emulates"),
+        ("bfloat16", torch.float32, CPU, "note", "bfloat16, which this CPU only emulates"),
+        ("float16", torch.bfloat16, CPU, "note", "float16, which this CPU only emulates"),
     ],
 )
 def test_precision(dtype, fast, device, level, expected):
     found = checks.check_precision(dtype, fast, device)
     assert (found.level, found.fact) == (level, expected)
+
+
+def test_a_gpu_without_kernels_is_a_problem():
+    v100 = Gpu("1", "Tesla V100", 32 * GB, 31 * GB, (7, 0))
+    build = replace(FOR_CUDA, architectures=("sm_75", "sm_80", "sm_90"))
+    (found,) = checks.check_kernels([H200, v100], build)
+    assert (found.level, found.fact) == ("PROBLEM", "torch 2.13.0 has none for Tesla V100")
+    assert "CUDA 12.6" in found.remedy
+    assert not [*checks.check_kernels([v100], replace(build, cuda=None))]
 
 
 def test_a_batch_is_divided_among_the_ranks():

@@ -77,6 +77,21 @@ def test_an_update_that_is_no_good_changes_nothing(optimizer: str):
     torch.testing.assert_close(all_that_changes(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("limit", [1.0, None])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_update_from_scaled_gradients_is_that_from_the_gradients(
+    optimizer: str, limit: float | None
+):
+    (net, ours), (scaled_net, scaled) = with_gradients(optimizer), with_gradients(optimizer)
+    norm, scale = build.gradient_norm(net), torch.tensor(2.0**12)
+    for part in scaled_net.parameters():
+        part.grad *= scale
+    ours.clip_and_step(norm, limit, torch.tensor(True))
+    scaled.clip_and_step(norm, limit, torch.tensor(True), scale)
+    for one, two in zip(net.parameters(), scaled_net.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "modern", "mlp"])
 def test_muon_has_the_hidden_matrices_and_adamw_the_rest(architecture: str):
     net = model.build(replace(SHAPE, architecture=architecture, window=8))

@@ -24,6 +24,7 @@ from gpt2.metrics.records import Metrics
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import banner, status, trainer
 from gpt2.train.report import Answer
+from same_state import assert_same
 from support import LOSS_TOLERANCE, SMALL_CORPUS, loss_lines, losses, small_config
 
 
@@ -35,25 +36,6 @@ def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def load(out: Path, step: int) -> metadata.CheckpointState:
     return store.load(out / "checkpoints" / f"step_{step:06d}.pt")
-
-
-def assert_same(one: object, other: object) -> None:
-    """Bit-identical, through all nesting."""
-    if isinstance(one, torch.Tensor):
-        assert isinstance(other, torch.Tensor)
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert isinstance(other, dict)
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert isinstance(other, list | tuple)
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    else:
-        assert one == other
 
 
 def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, capsys):

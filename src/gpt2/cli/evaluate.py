@@ -27,7 +27,7 @@ from gpt2.config.run import MachineConfig
 from gpt2.data import sampler
 from gpt2.data.remote import Storage
 from gpt2.data.shards import TokenDataset, load_index
-from gpt2.distributed import rendezvous
+from gpt2.distributed import precision, rendezvous
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.baselines import PromptStyle
@@ -54,7 +54,7 @@ class EvaluateCommand(CommandOptions):
     """file of tasks (.jsonl, .jsonl.gz); None downloads them once to data/hellaswag"""
     data_root: str | None = None
     """shards whose validation split is measured; None is those of the run"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the model's matrix products; the logits are computed in float32"""
     batch_tokens: int | None = None
     """largest number of HellaSwag tokens in one batch; None is 16384 on CUDA, 4096 on the CPU"""
@@ -208,8 +208,7 @@ def _write(command: EvaluateCommand, loaded: LoadedModel, measured: list[Measure
 
 
 def _autocast(command: EvaluateCommand, world: World) -> torch.autocast:
-    enabled = command.dtype == "bfloat16"
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
+    return precision.autocast(precision.DTYPES[command.dtype], world.device)
 
 
 def _progress(what: str, world: World) -> Callable[[Sequence[int]], Iterable[int]]:

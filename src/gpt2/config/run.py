@@ -204,17 +204,18 @@ class MachineConfig:
 
     device: str = "auto"
     """auto, cpu, cuda; auto is cuda if there is a GPU"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """autocast type of matrix products; auto is bfloat16 if the hardware supports it"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """autocast type of matrix products; auto is bfloat16 if the hardware multiplies it, float16 on
+    GPUs that multiply that alone (V100, T4), else float32"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """use torch.compile; auto is on for CUDA"""
+    """use torch.compile; auto is on for GPUs from V100 on"""
     seed: int = 1337
     """seed of the weights, of dropout and of the shuffling"""
     collective_timeout: float = 600.0
     """seconds that a rank waits for the others before it reports a hang and exits; longer than a
     step takes"""
     deterministic: bool = False
-    """bit-identical runs on CUDA, too; slower"""
+    """bit-identical runs on CUDA, too, and float32 without TF32; slower"""
     keep_freed_memory: bool = True
     """CPU: glibc keeps freed buffers for the next step instead of unmapping them"""
 

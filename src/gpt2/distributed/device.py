@@ -13,7 +13,7 @@ import torch
 
 from gpt2.base.errors import ConfigError
 from gpt2.config import experiment_name, peak_rates
-from gpt2.distributed import visible_gpus
+from gpt2.distributed import precision, visible_gpus
 from gpt2.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _known_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of large matrix products, measured in less than a second, once in a process."""
     side, repeats = (8192, 8) if device.type == "cuda" else (1024, 3)
-    if dtype is torch.bfloat16 and not has_fast_bfloat16(device):
+    if precision.is_emulated(dtype, precision.fast_dtype(device), device):
         side //= 4  # emulated products take many times as long, at every size
     # Random numbers: a GPU needs less power to multiply equal ones, and raises its clock.
     generator = torch.Generator(device).manual_seed(0)
@@ -91,34 +91,6 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         product = matrix @ matrix
     float(product[0, 0])
     return repeats * 2 * side**3 / (time.perf_counter() - started)
-
-
-def autocast_dtype(wanted: str, world: World) -> torch.dtype:
-    """The type of matrix products, the same on all ranks; `wanted` is the value of --dtype.
-
-    With `auto` it is bfloat16 if the hardware of every rank multiplies it, else float32. Every rank
-    calls it.
-    """
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    is_fast = world.gather([has_fast_bfloat16(world.device)])
-    slow = [str(rank) for rank, [fast] in enumerate(is_fast) if not fast]
-    if 0 < len(slow) < world.size:
-        logger.warning(
-            "all ranks compute in float32, because the hardware of %s %s does not multiply "
-            "bfloat16; train on devices of one kind, or use --dtype bfloat16",
-            "rank" if len(slow) == 1 else "ranks",
-            ", ".join(slow),
-        )
-    return torch.float32 if slow else torch.bfloat16
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices. Without that, torch emulates it slowly."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> torch.device:

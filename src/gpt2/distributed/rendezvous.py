@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gpt2.base.errors import ReportedByOtherRank, UserError
 from gpt2.config.run import MachineConfig
-from gpt2.distributed import device, gpu_usage
+from gpt2.distributed import device, gpu_usage, precision
 from gpt2.distributed.watchdog import Watchdog
 from gpt2.distributed.world import World
 
@@ -100,13 +100,14 @@ def join(
     """Joins the process group that torchrun started, for as long as the block runs.
 
     A single process computes on the GPU with the id `gpu`. `on_failure` is as in `Watchdog`.
-    Raises ConfigError if the device does not exist or there are more ranks than GPUs. A UserError
-    that several ranks raise is raised as ReportedByOtherRank on all of them but one.
+    Raises ConfigError if the device does not exist, torch has no kernels for it, or there are more
+    ranks than GPUs. A UserError that several ranks raise is raised as ReportedByOtherRank on all of
+    them but one.
     """
     rank, size, local_rank, local_size = env_rank()
     with reported_by_local_rank0():
         own_device = device.choose(config.device, local_rank, local_size, gpu)
-    _set_up(own_device, local_size, config)
+        _set_up(own_device, local_size, config)
     measure_gpu = functools.partial(gpu_usage.measure, own_device)
     if size == 1:
         with Watchdog(rank, None, config.collective_timeout):
@@ -136,6 +137,7 @@ def _set_up(own_device: torch.device, local_size: int, config: MachineConfig) ->
     if own_device.type == "cuda":
         device.use_expandable_segments()
         torch.cuda.set_device(own_device)
+        precision.require_kernels(own_device)
     else:
         if local_size > 1:
             torch.set_num_threads(device.threads_per_rank(local_size))

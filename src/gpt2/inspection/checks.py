@@ -18,6 +18,7 @@ from gpt2.base.text import counted
 from gpt2.config import memory
 from gpt2.config.run import RunConfig
 from gpt2.data.shards import open_files_needed
+from gpt2.distributed import precision
 from gpt2.distributed.world import World
 from gpt2.inspection import machine
 from gpt2.inspection.machine import Gpu, Torch
@@ -119,6 +120,15 @@ def _check_gpu(what: str, gpu: Gpu, needed: int) -> Finding:
     return Finding("ok", what, fact)
 
 
+def check_kernels(gpus: list[Gpu], build: Torch) -> Iterator[Finding]:
+    """The GPUs for which torch has no kernels."""
+    for gpu in gpus if build.cuda else ():  # torch for AMD has other names for GPUs
+        remedy = precision.kernels_missing(gpu.capability, build.architectures)
+        if remedy is not None:
+            fact = f"torch {build.version} has none for {gpu.name}"
+            yield Finding("PROBLEM", "kernels", fact, remedy)
+
+
 def check_nccl(build: Torch) -> Finding:
     """Whether torch has NCCL, which exchanges gradients between GPUs."""
     if build.nccl is None:
@@ -126,16 +136,20 @@ def check_nccl(build: Torch) -> Finding:
     return Finding("ok", "NCCL", build.nccl)
 
 
-def check_precision(dtype: str, fast_bfloat16: bool, device: torch.device) -> Finding:
-    """The number type of the matrix products."""
-    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16):
-        fact = "float32" + ("" if fast_bfloat16 else f": this {_kind(device)} has no fast bfloat16")
-        slow = device.type == "cuda" or fast_bfloat16
-        return Finding("note" if slow else "ok", "precision", fact)
-    if fast_bfloat16:
-        return Finding("ok", "precision", "bfloat16")
-    fact = f"bfloat16, which this {_kind(device)} only emulates"
-    return Finding("note", "precision", fact, "--dtype auto is faster here")
+def check_precision(option: str, fast: torch.dtype, device: torch.device) -> Finding:
+    """The number type of the matrix products, by --dtype and by what the hardware multiplies."""
+    dtype = fast if option == "auto" else precision.DTYPES[option]
+    name, best = (str(item).removeprefix("torch.") for item in (dtype, fast))
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    if precision.is_emulated(dtype, fast, device):
+        fact = f"{name}, which this {kind} only emulates"
+        return Finding("note", "precision", fact, "--dtype auto is faster here")
+    if dtype is not fast:
+        return Finding("note", "precision", name, f"--dtype {best} is better here")
+    if dtype is not torch.float32:
+        return Finding("ok", "precision", name)
+    fact = f"float32: this {kind} has no fast bfloat16"
+    return Finding("note" if device.type == "cuda" else "ok", "precision", fact)
 
 
 def check_batch(
@@ -259,10 +273,6 @@ def check_clock(now: float, newest: float) -> Finding:
 def problem(what: str, error: UserError) -> Finding:
     """An error as the run would print it, on one line."""
     return Finding("PROBLEM", what, " ".join(str(error).split()))
-
-
-def _kind(device: torch.device) -> str:
-    return "GPU" if device.type == "cuda" else "CPU"
 
 
 def gigabytes(size_bytes: int) -> str:

@@ -23,8 +23,7 @@ from gpt2.config.run import RunConfig
 from gpt2.data import verifier
 from gpt2.data.remote import Storage
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
-from gpt2.distributed import visible_gpus
-from gpt2.distributed.device import has_fast_bfloat16
+from gpt2.distributed import precision, visible_gpus
 from gpt2.evaluation import hellaswag
 from gpt2.inspection import checks, machine
 from gpt2.inspection.checks import Finding, Need, Severity
@@ -71,11 +70,12 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     count = ranks or (max(1, len(gpus)) if run_config.experiment.name is None else 1)
     yield checks.check_device(device_option, len(gpus), build, driver)
     yield from checks.check_gpus(gpus, flops.state_bytes(run_config.model))
+    yield from checks.check_kernels(gpus, build)
     if gpus and count > 1:
         yield checks.check_nccl(build)
     device = torch.device("cuda" if gpus else "cpu")
     dtype = run_config.machine.dtype
-    yield checks.check_precision(dtype, has_fast_bfloat16(device), device)
+    yield checks.check_precision(dtype, precision.fast_dtype(device), device)
     least = min((gpu.free_bytes for gpu in gpus), default=None)
     yield checks.check_batch(run_config, count, len(gpus), least)
     yield checks.check_cards(run_config, count)

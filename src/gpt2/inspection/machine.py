@@ -43,6 +43,8 @@ class Torch:
     version: str
     cuda: str | None
     nccl: str | None
+    architectures: tuple[str, ...] = ()
+    """those of GPUs that it has kernels for, as `sm_90`; empty without a GPU"""
 
 
 def gpus() -> list[Gpu]:
@@ -65,7 +67,8 @@ def installed_torch() -> Torch:
     if torch.distributed.is_nccl_available():
         with contextlib.suppress(Exception):  # a broken library raises errors of many kinds
             nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    return Torch(torch.__version__, torch.version.cuda, nccl)
+    architectures = tuple(torch.cuda.get_arch_list())
+    return Torch(torch.__version__, torch.version.cuda, nccl, architectures)
 
 
 def driver() -> str | None:

@@ -32,6 +32,7 @@ def points_of(record: Record) -> dict[str, float]:
                 "main/tokens_per_s": record.tokens_per_s,
                 "train/grad_norm": record.grad_norm,
                 "train/epoch": record.epoch,
+                **({} if record.loss_scale is None else {"train/loss_scale": record.loss_scale}),
                 "speed/step_ms": record.elapsed_s * 1000,
                 "speed/mfu": record.mfu,
                 **{f"speed/rank_{rank}_ms": s * 1000 for rank, s in enumerate(record.rank_s)},

@@ -12,7 +12,7 @@ and, by kind, the fields of the record in `gpt2.metrics.records`, under their na
     run         step: 0, or the step of the checkpoint from which this process goes on; also preset,
                 seed and tokens_per_step
     step        step, epoch, loss, learning_rate, grad_norm, elapsed_s, tokens_per_s, mfu, rank_s,
-                rank_gpu, steps_left, applied, left_s; also gpu, which is that of rank 0
+                rank_gpu, steps_left, applied, loss_scale, left_s; also gpu, that of rank 0
     validation  step, epoch, loss
     hellaswag   step, epoch, acc, acc_norm, tasks
     samples     step, texts

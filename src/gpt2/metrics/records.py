@@ -49,6 +49,8 @@ class StepRecord:
     steps_left: int = 0
     applied: bool = True
     """whether the weights were updated: False if loss or gradient is NaN or infinite"""
+    loss_scale: float | None = None
+    """by which the loss was scaled for the gradients of float16; None for other types"""
     left_s: float | None = None
     """estimated time of the steps left; `Metrics` fills it in"""
 

@@ -29,16 +29,22 @@ class AdamW(Uncompiled, torch.optim.AdamW):
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
 
-    def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
-        """Clips the gradients, whose L2 norm is `norm`, to `max_norm` (None: no clipping), and
-        updates the weights; leaves weights and moments as they are unless `is_finite`.
+    def clip_and_step(
+        self,
+        norm: Tensor,
+        max_norm: float | None,
+        is_finite: Tensor,
+        scale: Tensor | None = None,
+    ) -> None:
+        """As `TrainOptimizer.clip_and_step`.
 
-        The fused kernel does both, as it does for a GradScaler: no extra pass over the gradients,
-        and the host does not wait for the device.
+        The fused kernel does all of it, as it does for a GradScaler: no extra pass over the
+        gradients, and the host does not wait for the device.
         """
-        self.found_inf = is_finite.logical_not().float()
+        self.found_inf, self.grad_scale = is_finite.logical_not().float(), scale
         if max_norm is not None:
-            self.grad_scale = (norm / max_norm).clamp(min=1).float()
+            clipping = (norm / max_norm).clamp(min=1).float()
+            self.grad_scale = clipping if scale is None else clipping * scale
         self.step()
         self.found_inf = self.grad_scale = None
 

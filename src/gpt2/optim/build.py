@@ -16,9 +16,16 @@ class TrainOptimizer(Protocol):
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
 
-    def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
-        """Clips the gradients, whose L2 norm is `norm`, to `max_norm` (None: no clipping), and
-        updates the weights; leaves weights and moments as they are unless `is_finite`."""
+    def clip_and_step(
+        self,
+        norm: Tensor,
+        max_norm: float | None,
+        is_finite: Tensor,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Divides the gradients by `scale` (None: 1), which makes their L2 norm `norm`; clips them
+        to `max_norm` (None: no clipping), and updates the weights. Leaves weights and moments as
+        they are unless `is_finite`."""
         ...
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...

@@ -18,12 +18,21 @@ class CombinedOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
-    def clip_and_step(self, norm: Tensor, max_norm: float | None, is_finite: Tensor) -> None:
+    def clip_and_step(
+        self,
+        norm: Tensor,
+        max_norm: float | None,
+        is_finite: Tensor,
+        scale: Tensor | None = None,
+    ) -> None:
         """As `TrainOptimizer.clip_and_step`, but the host waits for the device: torch's optimisers
         can neither scale gradients nor skip a step."""
         if is_finite:
+            weights = [part for group in self.param_groups for part in group["params"]]
+            if scale is not None:
+                gradients = [part.grad for part in weights if part.grad is not None]
+                torch._foreach_div_(gradients, scale)
             if max_norm is not None:
-                weights = [part for group in self.param_groups for part in group["params"]]
                 torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
             for part in self.parts:
                 part.step()

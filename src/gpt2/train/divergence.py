@@ -8,7 +8,7 @@ from pathlib import Path
 from gpt2.base.errors import Diverged
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
-from gpt2.optim import spikes
+from gpt2.optim import loss_scale, spikes
 from gpt2.train import resume
 from gpt2.train.state import Update
 from gpt2.train.training_run import TrainingRun
@@ -18,12 +18,23 @@ logger = logging.getLogger(__name__)
 
 def go_back_if_bad(run: TrainingRun, update: Update) -> None:
     """Counts the update if it is a spike or was skipped. After `max_bad_steps` skipped ones in a
-    row, goes back to the newest checkpoint before them.
+    row, goes back to the newest checkpoint before them. An overflow does not count as such: in
+    float16, that is how the scale of the loss is found.
 
     Raises Diverged if there is no such checkpoint, or if the run went back before: then the data
     is not the cause.
     """
     state, limit = run.state, run.config.optim.max_bad_steps
+    if loss_scale.is_too_large(update.loss_scale, update.loss, update.grad_norm):
+        state.overflows += 1
+        logger.info(
+            "step %d: gradients overflow float16 with the loss scaled by %g: no update, and a "
+            "smaller scale (%s in all)",
+            state.step,
+            update.loss_scale,
+            counted(state.overflows, "overflow"),
+        )
+        return
     state.spikes += update.is_spike
     numbers = f"step {state.step}: loss {update.loss}, gradient norm {update.grad_norm}"
     if update.is_spike:
@@ -87,6 +98,7 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
         state,
         bad_steps=before.bad_steps,
         spikes=before.spikes,
+        overflows=before.overflows,
         bad_in_a_row=0,
         left_out=left_out,
     )

@@ -21,10 +21,11 @@ from gpt2.checkpoint.metadata import CheckpointState
 from gpt2.config.memory import Computation
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
-from gpt2.distributed import device
+from gpt2.distributed import precision
 from gpt2.distributed.world import World
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_options
+from gpt2.optim.loss_scale import LossScale
 from gpt2.optim.spikes import SpikeDetector
 from gpt2.train import memory_snapshot, micro_batch
 from gpt2.train.compile_cache import compiled
@@ -49,10 +50,8 @@ class Replica:
         """Weights are drawn from the seed, the same on every rank, unless some are given.
         `plain_head` is as in `TrainState`, `fitted_rows` that of the checkpoint."""
         self.config, self.world = run_config, world
-        self.dtype = device.autocast_dtype(run_config.machine.dtype, world)
-        self.autocast = torch.autocast(
-            world.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16
-        )
+        self.dtype = precision.autocast_dtype(run_config.machine.dtype, world)
+        self.autocast = precision.autocast(self.dtype, world.device)
         machine = run_config.machine
         torch.manual_seed(machine.seed)
         self.model: LanguageModel = model.build(run_config.model).to(world.device)
@@ -61,8 +60,10 @@ class Replica:
             weights.clear()  # the copy on the host is not needed for the days that follow
         self.optimizer = build_optimizer(self.model, run_config.optim)
         self.spikes = SpikeDetector(world.device)
+        self.loss_scale = LossScale(self.dtype, world.device)
         on_cuda = world.device.type == "cuda"
-        is_compiled = machine.compile == "on" or (machine.compile == "auto" and on_cuda)
+        is_fast_compiled = machine.compile == "auto" and precision.can_compile(world.device)
+        is_compiled = machine.compile == "on" or is_fast_compiled
         self.model.plain_head = plain_head and not on_cuda
         self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
         self.net = self.local_net
@@ -121,6 +122,7 @@ class Replica:
             "optimizer": self.optimizer.state_dict(),
             "spikes": self.spikes.state_dict(),
             "fitted_rows": self.fitted_rows and asdict(self.fitted_rows),
+            "loss_scale": self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: CheckpointState, step: int) -> None:
@@ -134,6 +136,7 @@ class Replica:
         set_options(self.optimizer, self.config.optim)
         if spikes := state.pop("spikes", None):  # earlier versions have none
             self.spikes.load_state_dict(spikes)
+        self.loss_scale.load_state_dict(state.pop("loss_scale", {}))
         streams = state["rng"]
         if len(streams) == self.world.size:
             random_state.set_rng_state(streams[self.world.rank], self.world.device)

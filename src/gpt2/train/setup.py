@@ -14,7 +14,7 @@ from gpt2.data import verifier
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.data.verifier import Verifier
-from gpt2.distributed import device
+from gpt2.distributed import device, precision
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
@@ -104,6 +104,7 @@ def _start(
     start.require_agreement(configured, None)
     if configured.machine.deterministic:  # `join` knew only what was typed
         device.make_deterministic()
+    precision.set_tf32(not configured.machine.deterministic, world.device)
     return start, configured
 
 

@@ -22,6 +22,8 @@ class Update:
     """whether the weights changed: not if loss or norm is NaN or infinite, or a skipped spike"""
     is_spike: bool
     """whether loss or norm is far above those of the updates before"""
+    loss_scale: float | None
+    """by which the loss was scaled; None unless the run computes in float16"""
     elapsed_s: float
     rank_s: list[float]
     """seconds that each rank computed before it waited for the other ranks' gradients"""
@@ -66,6 +68,8 @@ class TrainState:
     bad_in_a_row: int = 0
     spikes: int = 0
     """spikes so far, skipped or not"""
+    overflows: int = 0
+    """updates skipped so far because the loss was scaled too much; none of them is a bad one"""
     left_out: tuple[int, int] | None = None
     """the sampler's steps that are never trained on, as (first, count)"""
     plain_head: bool = False

@@ -62,14 +62,13 @@ def train_step(
     Each micro-batch is tokens and targets of (B, T) int64. DDP averages the gradients over the
     ranks, and the loss is the mean over the global batch, hence the factor before `backward`. An
     update whose loss or gradient norm is NaN or infinite is skipped on every rank, and so is a
-    spike if the run skips spikes. Raises TrainingError if a micro-batch does not fit into the
-    memory.
+    spike if the run skips spikes. Raises TrainingError if a micro-batch does not fit into memory.
 
     A rank that receives a stop request leaves out its micro-batches but the last, before which the
     ranks agree. If they stop, returns None: weights, moments and random streams are as before.
     """
-    world, config = replica.world, replica.config
-    batch_tokens = config.data.total_batch_size
+    world, optim, loss_scale = replica.world, replica.config.optim, replica.loss_scale
+    batch_tokens = replica.config.data.total_batch_size
     started = computed = DeviceTimestamp(world.device)
     streams = random_state.rng_state(world.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -88,24 +87,26 @@ def train_step(
                     loss = replica.net(tokens_BT, targets_BT)
                 if is_last:
                     computed = DeviceTimestamp(world.device)
-                (loss * (world.size / batch_tokens)).backward()
+                (loss * loss_scale.times(world.size / batch_tokens)).backward()
             loss_sum += loss.detach()
-        grad_norm = gradient_norm(replica.model)
+        grad_norm = loss_scale.unscaled(gradient_norm(replica.model))
         loss, norm = world.all_reduce_sum(torch.stack([loss_sum, grad_norm.double()]))
         numbers = torch.stack([loss / batch_tokens, norm / world.size])
-        is_applied, is_spike = replica.spikes.add(numbers, config.optim.skip_spikes)
+        is_applied, is_spike = replica.spikes.add(numbers, optim.skip_spikes)
         set_learning_rate(replica.optimizer, learning_rate)
-        replica.optimizer.clip_and_step(grad_norm, config.optim.grad_clip, is_applied)
+        replica.optimizer.clip_and_step(grad_norm, optim.grad_clip, is_applied, loss_scale.scale)
         replica.optimizer.zero_grad(set_to_none=True)
+        scale = loss_scale.update(norm)
     finished = DeviceTimestamp(world.device)
     gpu = world.measure_gpu()  # while the device computes
-    outcome = torch.cat([numbers, torch.stack([is_applied, is_spike]).double()]).tolist()
+    outcome = torch.stack([*numbers, is_applied, is_spike, scale]).tolist()
     ranks = world.gather([computed.since(started), *gpu])
     return Update(
         loss=outcome[0],
         grad_norm=outcome[1],
         applied=bool(outcome[2]),
         is_spike=bool(outcome[3]),
+        loss_scale=outcome[4] or None,
         elapsed_s=finished.since(started),
         rank_s=[computed_s for computed_s, *_ in ranks],
         rank_gpu=[GpuUsage(*usage).known() for _, *usage in ranks],

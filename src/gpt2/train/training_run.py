@@ -237,6 +237,7 @@ class TrainingRun:
                 learning_rate=learning_rate,
                 grad_norm=update.grad_norm,
                 applied=update.applied,
+                loss_scale=update.loss_scale,
                 elapsed_s=update.elapsed_s,
                 tokens_per_s=tokens_per_s,
                 mfu=flops.mfu(tokens_per_s, self.config.model, self.peak_flops),
