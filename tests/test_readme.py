@@ -33,6 +33,7 @@ OPTIONS_OF_OTHERS = {
         "head",
         "json",
         "lm_eval",
+        "memory",
         "model",
         "parts",
         "smoke",
