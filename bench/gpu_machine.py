@@ -214,7 +214,7 @@ def record_gpu(record: Recorder) -> None:
     )
     capability, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
     predicted = "for sm_{}{}".format(*capability)
-    fits = has_kernels(capability, built)
+    fits = precision.kernels_missing(capability, built) is None
     record.add("kernels in the wheel", " ".join(built), predicted, fits)
     query = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
     try:
@@ -227,17 +227,3 @@ def record_gpu(record: Recorder) -> None:
         record.add("driver, clocks, power, heat", smi.stdout.strip() or smi.stderr.strip())
     except OSError as error:
         record.add("driver, clocks, power, heat", f"unknown: {error}")
-
-
-def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether a wheel with kernels for `built` runs on a card: it has some for an equal or an
-    earlier minor version, or code that the driver compiles."""
-    for name in built:
-        kind, _, number = name.partition("_")
-        version = int(number.rstrip("af"))
-        of_wheel = divmod(version, 10)
-        if kind == "sm" and of_wheel[0] == capability[0] and of_wheel[1] <= capability[1]:
-            return True
-        if kind == "compute" and of_wheel <= capability:
-            return True
-    return False

@@ -216,25 +216,6 @@ def test_kernels_are_sorted_by_their_names(gpu_check: ModuleType, kernel: str, k
     assert importlib.import_module("gpu_step").kind_of(kernel) == kind
 
 
-@pytest.mark.parametrize(
-    ("capability", "built", "fits"),
-    [
-        ((9, 0), ["sm_80", "sm_90"], True),
-        ((8, 9), ["sm_80", "sm_90"], True),  # kernels of 8.0 run on 8.9
-        ((7, 0), ["sm_75", "sm_80", "sm_90"], False),
-        ((9, 0), ["sm_80", "sm_90a"], True),
-        ((12, 0), ["sm_90", "compute_90"], True),  # the driver compiles
-        ((12, 0), ["sm_90", "sm_120"], True),
-        ((12, 0), ["sm_90"], False),
-    ],
-)
-def test_a_wheel_has_kernels_for_a_card(
-    gpu_check: ModuleType, capability: tuple[int, int], built: list[str], fits: bool
-):
-    machine = importlib.import_module("gpu_machine")
-    assert machine.has_kernels(capability, built) is fits
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_smoke(tmp_path: Path):
