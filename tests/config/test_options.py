@@ -61,7 +61,10 @@ def test_options_of_earlier_versions_are_ignored():
         ({"model.learning_rate": 1.0}, "unknown option model.learning_rate"),
         ({"n_layer": "six"}, "n_layer: expected int, got 'six'"),
         ({"n_layer": True}, "n_layer: expected int, got True"),
-        ({"dtype": "float16"}, "dtype: expected 'auto' or 'bfloat16' or 'float32', got 'float16'"),
+        (
+            {"dtype": "float8"},
+            "dtype: expected 'auto' or 'bfloat16' or 'float16' or 'float32', got 'float8'",
+        ),
         ({"n_layer": 0}, "n_layer=0 is too small"),
         ({"n_head": 5}, "n_embd=768 is not a multiple of n_head=5; nearest: 765 or 770"),
         ({"architecture": "gpt3"}, "did you mean gpt2.*; expected one of gpt2, modern, mlp"),
