@@ -24,7 +24,15 @@ def square(seed: int, trace: str | None = None, pause: float = 0.0) -> int:
     return seed * seed
 
 
-def spelled(seed: int, code: str, other: "str", width: float, x=None) -> int:
+def spelled(
+    seed: int,
+    code: str,
+    other: "str",
+    width: float,
+    x=None,
+    label: str | None = None,
+    tag: "str | None" = None,
+) -> int:
     return len(code)
 
 

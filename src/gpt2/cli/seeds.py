@@ -22,7 +22,7 @@ from gpt2.cli.pool_options import (
 from gpt2.cli.train import TrainCommand
 from gpt2.config import options
 from gpt2.experiments import grid
-from gpt2.experiments.pool.function_call import Call
+from gpt2.experiments.pool.function_call import OPTIONAL_TEXT, TEXT, Call
 
 FUNCTION_FLAGS = ("device", "out_dir", "list_checkpoints", "notify")
 """options of `gpt2 train` that apply to the functions of --target, too"""
@@ -124,7 +124,8 @@ def _call(command: SeedsCommand, train_flags: Sequence[str]) -> Call:
 def grid_of(command: SeedsCommand, call: Call | None) -> dict[str, list[Any]]:
     """The grid, where the values of texts stay as they were typed."""
     if call is not None:
-        return grid.parse_grid(command.grid, call.text_parameters)
+        texts, optional_texts = call.annotated(TEXT), call.annotated(OPTIONAL_TEXT)
+        return grid.parse_grid(command.grid, texts, optional_texts)
     names = (item.partition("=")[0].strip() for item in command.grid)
     known = {name.replace("-", "_") for name in names if name.replace("-", "_").isidentifier()}
     return grid.parse_grid(command.grid, {name for name in known if options.is_text(name)})

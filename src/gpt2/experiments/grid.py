@@ -18,11 +18,14 @@ Point = dict[str, Any]
 """one value for each field of a grid"""
 
 
-def parse_grid(items: Sequence[str], texts: Container[str] = ()) -> dict[str, list[Any]]:
+def parse_grid(
+    items: Sequence[str], texts: Container[str] = (), optional_texts: Container[str] = ()
+) -> dict[str, list[Any]]:
     """`learning_rate=1e-3,3e-4 n_layer=2,4` as lists of values: numbers, True, False, None, text.
 
-    The values of the names in `texts` are text, whatever they look like. Raises ConfigError for an
-    item without a name or value, for a duplicate name or value, and for NaN and infinity.
+    The values of the names in `texts` are text, whatever they look like; those of the names in
+    `optional_texts` are text or None. Raises ConfigError for an item without a name or value, for a
+    duplicate name or value, and for NaN and infinity.
     """
     grid: dict[str, list[Any]] = {}
     for item in items:
@@ -31,7 +34,12 @@ def parse_grid(items: Sequence[str], texts: Container[str] = ()) -> dict[str, li
         given = [text.strip() for text in listed.split(",")]
         if not name.isidentifier() or "" in given:
             raise ConfigError(f"--grid {item}: expected NAME=VALUE,VALUE, as in n_layer=2,4")
-        values = given if name in texts else [_value(item, text) for text in given]
+        if name in texts:
+            values: list[Any] = given
+        elif name in optional_texts:
+            values = [None if text.lower() == "none" else text for text in given]
+        else:
+            values = [_value(item, text) for text in given]
         distinct = {(isinstance(value, bool), value) for value in values}  # 1 == True
         if name in grid or len(distinct) < len(values):
             raise ConfigError(f"--grid {item}: duplicate name or value")

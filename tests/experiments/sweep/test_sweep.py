@@ -125,6 +125,8 @@ def test_the_values_of_texts_are_as_they_were_typed():
     parsed = seeds.grid_of(command, call)
     assert parsed["code"] == parsed["other"] == ["007", "1_0", "7", "1e3", "True"]
     assert parsed["x"] == parsed["width"] == ["007", "1_0", 7, 1000.0, True]
+    optional = seeds.SeedsCommand(grid=("label=1e3,None", "tag=none,007"))
+    assert seeds.grid_of(optional, call) == {"label": ["1e3", None], "tag": [None, "007"]}
     options_grid = seeds.SeedsCommand(grid=("data-root=2024,2025", "n_layer=2,4"))
     assert seeds.grid_of(options_grid, None) == {"data_root": ["2024", "2025"], "n_layer": [2, 4]}
 

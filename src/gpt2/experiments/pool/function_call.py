@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,10 @@ from typing import Any
 from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.messages import json_ready
+
+TEXT = (str, "str")
+OPTIONAL_TEXT = (str | None, "str | None", "None | str", "Optional[str]", "typing.Optional[str]")
+"""annotations of parameters; strings under `from __future__ import annotations`"""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,10 @@ class Call:
             )
         return cls(f"{_module(function)}:{name}", function, plain(kwargs))
 
-    @property
-    def text_parameters(self) -> set[str]:
-        """The parameters that are annotated as text."""
+    def annotated(self, annotations: Container[Any]) -> set[str]:
+        """The parameters that have one of these annotations, such as TEXT."""
         parameters = self._parameters().values()
-        return {item.name for item in parameters if item.annotation in (str, "str")}
+        return {item.name for item in parameters if item.annotation in annotations}
 
     def require(self, names: Iterable[str]) -> None:
         """Raises ConfigError if the function cannot be called with these arguments added."""
