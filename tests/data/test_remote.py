@@ -20,7 +20,7 @@ from gpt2.data.loader import Loader
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
-from support import wait_until
+from support import HANG_S, wait_until
 
 URL = "memory://bucket/corpora/small"
 
@@ -302,11 +302,12 @@ def name_of_a_train_shard(memory: MemoryFileSystem) -> str:
 def test_closing_does_not_wait_for_a_download(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    begun, goes_on = threading.Event(), threading.Event()
+    begun, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def hangs(*_: object, **__: object) -> None:
         begun.set()
-        goes_on.wait()
+        goes_on.wait(HANG_S)
+        ended.set()
         sys.exit()
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", hangs)
@@ -315,6 +316,7 @@ def test_closing_does_not_wait_for_a_download(
     loader = Loader(dataset, sampler, range(100), mini_batch_size=1)
     begun.wait()
     loader.close()
+    assert not ended.is_set(), "it waited for the download"
     goes_on.set()
 
 

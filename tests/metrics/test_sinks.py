@@ -65,15 +65,19 @@ class TestEverySink:
         ],
         ids=lambda record: type(record).__name__,
     )
-    def test_it_accepts_every_record(self, sink: Sink, record: Record):
+    def test_it_accepts_every_record(
+        self, sink: Sink, record: Record, caplog: pytest.LogCaptureFixture
+    ):
         for _ in range(2):
             sink.write(record)
             sink.flush()
         sink.close()
+        assert not caplog.records, "W&B logs the errors that it does not raise"
 
-    def test_it_can_be_closed_without_a_record(self, sink: Sink):
+    def test_it_can_be_closed_without_a_record(self, sink: Sink, caplog: pytest.LogCaptureFixture):
         sink.flush()
         sink.close()
+        assert not caplog.records
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from gpt2.optim import loss_scale
 from gpt2.optim.loss_scale import LossScale
@@ -74,9 +75,13 @@ def test_other_types_have_no_scale(dtype: torch.dtype):
 
 
 def test_the_host_never_waits():
-    """Fake tensors have no values: reading one on the host raises."""
+    """Fake tensors have no values: reading one on the host raises, unless it is a constant, as
+    `torch.tensor` makes one."""
     with torch._subclasses.FakeTensorMode():
+        norm = torch.ones((), dtype=torch.float64)
+        with pytest.raises(DataDependentOutputException):
+            float(norm)
         for dtype in (torch.float16, torch.float32):
             scaling = LossScale(dtype, CPU)
             torch.ones(()) * scaling.times(0.25)
-            scaling.update(scaling.unscaled(number(1.0)))
+            scaling.update(scaling.unscaled(norm))
