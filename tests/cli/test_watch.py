@@ -112,7 +112,7 @@ def test_an_experiment_without_a_terminal(monkeypatch, capsys, tmp_path: Path):
     assert call(monkeypatch, str(tmp_path / "seeds")) == 0
     printed = capsys.readouterr().out
     assert "seeds" in printed and "0 of 4 done" in printed
-    assert "Its process ended without a word" in printed
+    assert "Its process ended unexpectedly" in printed
 
 
 def test_a_death_is_posted_once_by_all_who_watch(monkeypatch, tmp_path: Path, capsys):

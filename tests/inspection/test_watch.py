@@ -286,6 +286,7 @@ def test_many_gpus_are_a_range():
     assert fields == {"GPU use": "90-98 %", "GPU mem": "70-71 GB"}
     assert watch._gpu_fields([{}, {}]) == []
     assert dict(watch._gpu_fields(usage[:1])) == {"GPU": "90 %  70.0 GB"}
+    assert dict(watch._gpu_fields([{}, usage[0]])) == {"GPU 1": "90 %  70.0 GB"}
 
 
 def test_old_warnings_stay_among_the_messages(tmp_path: Path):

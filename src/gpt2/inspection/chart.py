@@ -1,4 +1,4 @@
-"""A curve as text: loss over steps, in Braille dots, or in ASCII where a terminal has no others."""
+"""A curve as text: loss over steps, in Braille dots, or in ASCII where a terminal lacks them."""
 
 import math
 from collections.abc import Iterable, Sequence

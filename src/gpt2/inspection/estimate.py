@@ -174,9 +174,9 @@ def _scaling(forecast: Forecast, device: str) -> Table:
 
 def _cards(config: RunConfig, gpus: int) -> Table:
     """What fits into GPUs of several sizes."""
+    where = "the GPU" if gpus == 1 else f"each of {gpus} GPUs"
     listing = table(
-        f"Memory of {'the' if gpus == 1 else f'each of {gpus}'} GPU{'s'[: gpus > 1]} "
-        "(estimate; a run tries it before it trains)",
+        f"Memory of {where} (estimate; a run tries it before it trains)",
         *("memory", "rows at once", "micro-batches a step", "used"),
     )
     how = memory.computation(config, gpus)

@@ -43,6 +43,8 @@ class RunLog:
         `run_name`, it is the run that began last in the log."""
         self._path, self._given_name = path, run_name
         self.name = run_name
+        self._name_in_text: str | None = None
+        """the run whose lines follow in `log.txt`"""
         self._file_id, self._position = (0, 0), 0
         self.steps, self.losses = array("q"), array("d")
         self.skipped: list[int] = []
@@ -62,7 +64,7 @@ class RunLog:
         self.is_missing = False
 
     def read(self, at_most: int = BLOCK_BYTES) -> bool:
-        """Reads what was appended, `at_most` so many bytes; returns whether there is more."""
+        """Reads up to `at_most` bytes of what was appended; returns whether there is more."""
         path = self._path.with_name(RECORDS_NAME)
         is_text = not path.exists() and self._path.suffix != ".jsonl"
         try:
@@ -106,10 +108,7 @@ class RunLog:
                 record = json.loads(line)
             self._add(record)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-            return  # a torn line, or something else's
-
-    _name_in_text: str | None = None
-    """the run whose lines follow in `log.txt`"""
+            return  # a torn line, or one that is no record
 
     def _add(self, record: dict[str, Any]) -> None:
         kind, name = record["kind"], record["run"]

@@ -25,7 +25,7 @@ class Run:
         return self.state_if(folder_lock.is_held(self.folder))
 
     def state_if(self, is_held: bool) -> str:
-        """`state`, for those who know whether a process holds the folder."""
+        """`state`, given whether a process holds the folder."""
         if is_held:
             return "running"
         silent_s = time.time() - self.status.time

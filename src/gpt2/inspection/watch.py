@@ -29,9 +29,9 @@ FIELD_CELLS, LABEL_CELLS = 26, 10
 LEAST_CHART, MOST_CHART = 7, 18
 """lines of the chart with its axis; if there is less room, there is none"""
 MOST_GPUS = 8
-"""each of so many has a field of its own"""
+"""up to this number, each has a field of its own"""
 MOST_MESSAGES, KEPT_WARNINGS = 8, 3
-"""lines of messages; so many of them are for the newest warnings, however old they are"""
+"""lines of messages, and those among them that keep the newest warnings, however old these are"""
 
 
 class View(Protocol):
@@ -69,7 +69,7 @@ class RunView:
         self.status: Status | None = None
         self.log = RunLog(log or Path(LOG_NAME))
         self._is_status_missing = False
-        self._messages_told = 0
+        self._messages_shown = 0
         self.state = ""
 
     def update(self) -> bool:
@@ -96,11 +96,11 @@ class RunView:
             places = (folder, self._folder.parent / "logs", self._folder)
             folder = next((place for place in places if log_in(place)), folder)
         log = self._log or folder / LOG_NAME
-        self.log, self._messages_told = RunLog(log, plan.run_name), 0
+        self.log, self._messages_shown = RunLog(log, plan.run_name), 0
 
     @property
     def silent_s(self) -> float | None:
-        """Seconds since the run gave a sign of life: a status, or a record in its log."""
+        """Seconds since the run wrote its status or a record of its log."""
         signs = [at for at in (self.status and self.status.time, self.log.written) if at]
         return max(0.0, self._clock() - max(signs)) if signs else None
 
@@ -187,7 +187,7 @@ class RunView:
         if now is not None and now.reason and self.state != "running":
             found.append(f"{self.state.capitalize()}: {one_line(now.reason)}")
         if now is not None and self.state == "dead":
-            found.append(f"Process {now.pid} on {now.host} ended without a word; resume the run")
+            found.append(f"Process {now.pid} on {now.host} ended unexpectedly; resume the run")
         for name in now.switched_off if now is not None else ():
             found.append(f"{name} is switched off: it failed again and again")
         if self._is_status_missing:
@@ -272,8 +272,8 @@ class RunView:
 
     def news(self) -> list[str]:
         """The messages since the last call, and a line about the progress."""
-        new = min(self.log.message_count - self._messages_told, len(self.log.messages))
-        self._messages_told = self.log.message_count
+        new = min(self.log.message_count - self._messages_shown, len(self.log.messages))
+        self._messages_shown = self.log.message_count
         lines = [
             f"{item.level}: {one_line(item.text)}" if item.is_warning else one_line(item.text)
             for item in list(self.log.messages)[len(self.log.messages) - max(0, new) :]
@@ -321,14 +321,12 @@ def _gpu_fields(ranks: list[dict[str, float]]) -> list[tuple[str, str]]:
         fields += [("GPU use", _spread(usage, "utilisation_percent", ".0f", "%"))]
         fields += [("GPU mem", _spread(usage, "memory_gb", ".0f", "GB"))]
     else:
-        for rank, item in enumerate(usage):
-            parts = [
-                _spread([item], "utilisation_percent", ".0f", "%"),
-                _spread([item], "memory_gb", ".1f", "GB"),
-            ]
-            fields.append(
-                (f"GPU {rank}" if len(usage) > 1 else "GPU", "  ".join(filter(None, parts)))
-            )
+        for rank, item in enumerate(ranks):
+            if item:
+                name = f"GPU {rank}" if len(ranks) > 1 else "GPU"
+                use = _spread([item], "utilisation_percent", ".0f", "%")
+                memory = _spread([item], "memory_gb", ".1f", "GB")
+                fields.append((name, "  ".join(filter(None, [use, memory]))))
     peaks = [item["peak_memory_gb"] for item in usage if item.get("peak_memory_gb")]
     return [*fields, ("GPU peak", f"{max(peaks):.1f} GB")] if peaks else fields
 
@@ -348,11 +346,8 @@ def _left(left_s: float | None, now: float) -> str:
         return ""
     end = datetime.fromtimestamp(now) + timedelta(seconds=left_s)
     is_today = end.date() == datetime.fromtimestamp(now).date()
-    return (
-        f"{duration(left_s)} left, {end:%H:%M}"
-        if is_today
-        else (f"{duration(left_s)} left, {end:%a %-d %b %H:%M}")
-    )
+    at = f"{end:%H:%M}" if is_today else f"{end:%a %-d %b %H:%M}"
+    return f"{duration(left_s)} left, {at}"
 
 
 def _clock_time(at: float, now: float) -> str:

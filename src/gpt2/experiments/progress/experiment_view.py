@@ -1,7 +1,8 @@
-"""An experiment as a terminal shows it to who did not start it: `gpt2 watch FOLDER`."""
+"""An experiment in a terminal other than the one that runs it: `gpt2 watch FOLDER`."""
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -10,9 +11,7 @@ from rich.text import Text
 from gpt2.base import folder_lock
 from gpt2.base.text import one_line, shortened
 from gpt2.config.flops import duration
-from gpt2.experiments import results
 from gpt2.experiments.progress import listing, rendering, state
-from gpt2.experiments.progress.listing import StoredExperiment
 from gpt2.experiments.progress.state import ExperimentState
 
 MOST_FAILURES = 8
@@ -35,9 +34,8 @@ class ExperimentView:
         self.state = ""
 
     def update(self) -> bool:
-        description = results.read_description(self._folder) or self._experiment.description
         current = state.read(self._folder) or self._experiment.current
-        self._experiment = StoredExperiment(self._folder, description, current, ())
+        self._experiment = replace(self._experiment, current=current)
         is_held = folder_lock.has_live_owner(self._folder)
         before, self.state = self.state, self._experiment.state_if(is_held)
         if current is not None and self.state == "dead" != before:
@@ -55,7 +53,7 @@ class ExperimentView:
         parts: list[RenderableType] = [heading]
         if word == "dead":
             ago = duration(self._clock() - now.written)
-            parts.append(Text(f"Its process ended without a word, last seen {ago} ago", "red"))
+            parts.append(Text(f"Its process ended unexpectedly, last seen {ago} ago", "red"))
         parts += [Text(), rendering.view(now, at, width)]
         room = height - len(parts) - len(now.slots) - 4
         if now.failures and room > 0:

@@ -60,7 +60,7 @@ class StoredExperiment:
         return self.state_if(folder_lock.is_held(self.folder))
 
     def state_if(self, is_held: bool) -> str:
-        """`state`, for those who know whether a process holds the folder."""
+        """`state`, given whether a process holds the folder."""
         now = self.current
         if is_held:
             return "stopping" if now and now.state == "stopping" else "running"
