@@ -91,6 +91,16 @@ def test_ranks_that_notice_name_the_rank_that_failed_first(exit_codes, caplog):
     assert failed(3, HANGS, store)[1] == [f"rank 1: {cause}"]
 
 
+def test_a_report_that_fails_is_logged_and_the_rank_still_exits(exit_codes, caplog):
+    def fail(_: object) -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(RuntimeError), Watchdog(0, HashStore(), 1.0, on_failure=fail, report=fail):
+        raise RuntimeError("CUDA error")
+    assert exit_codes == [1]
+    assert caplog.text.count("OSError: the disk is full") == 2
+
+
 def test_without_a_known_cause_a_rank_says_what_it_noticed(exit_codes, caplog):
     said = "lost the connection to another rank (Connection closed by peer [127.0.0.1]:11498)"
     assert failed(0, LOST, HashStore()) == (said, [f"rank 0: {said}"])

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from gpt2.base.errors import UserError
+from gpt2.base.errors import UserError, described
 from gpt2.base.process_identity import ProcessIdentity
 from gpt2.distributed import lost_rank
 
@@ -61,7 +61,7 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        """One line: the reason of an error in a CUDA kernel, for one, has many."""
+        """One line; some reasons have more, such as those of errors in CUDA kernels."""
         return f"rank {self.rank}: {self.reason.partition(chr(10))[0]}"
 
 
@@ -160,7 +160,7 @@ class Watchdog:
     def _description(self, error: BaseException) -> str:
         """What this rank says of `error`, of which no other rank says the cause."""
         if not self._has_noticed(error):
-            return f"{type(error).__name__}: {error}"
+            return described(error)
         if lost_rank.is_without_reply(error):
             return f"no reply from another rank within {self._timeout_s:g} s: a rank hangs"
         return f"lost the connection to another rank ({lost_rank.words_of(error)})"
@@ -222,16 +222,21 @@ class Watchdog:
         else:
             logger.error("rank %d failed:\n%s", self._rank, trace)
             if self._on_failure is not None:
-                with contextlib.suppress(Exception):  # the process must exit in any case
-                    self._on_failure(error)
+                self._attempt(self._on_failure, error)
         self._exit(1, first)  # an orderly exit would wait for ranks that no longer run
 
     def _exit(self, code: int, first: Failure | None) -> None:
         """Exits at once, after the report of the first failure."""
         if first is not None:
-            with contextlib.suppress(Exception):  # the process must exit in any case
-                self._report(str(first))
+            self._attempt(self._report, str(first))
         os._exit(code)
+
+    def _attempt(self, function: Callable[[T], None], argument: T) -> None:
+        """Calls `function`; logs its error, because the process must exit in any case."""
+        try:
+            function(argument)
+        except Exception:
+            logger.exception("rank %d: reporting the failure failed, too", self._rank)
 
     def _poll(self) -> None:
         """The thread: ends this process when torchrun has died, another rank has failed or died,
@@ -285,8 +290,7 @@ class Watchdog:
         if not self._main_thread_exits():
             logger.error("rank %d is ended because of this: %s", self._rank, cause)
             if failure is not None:
-                with contextlib.suppress(Exception):  # the process must exit in any case
-                    self._before_exit(f"rank {failure.rank}: {failure.reason}")
+                self._attempt(self._before_exit, f"rank {failure.rank}: {failure.reason}")
             self._exit(exit_code, failure)
 
     def _main_thread_exits(self) -> bool:

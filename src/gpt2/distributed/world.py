@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt2.base.errors import described
 from gpt2.distributed.gpu_usage import GpuUsage
 from gpt2.distributed.watchdog import Watchdog
 
@@ -65,7 +66,8 @@ class World:
         return int(largest)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The `values` of each rank, as many on every rank, in rank order, on all ranks."""
+        """The `values` of each rank, in rank order, on all ranks. Their number is the same on every
+        rank."""
         if self.size == 1:
             return [list(values)]
         own = torch.tensor(values, dtype=torch.float64)
@@ -83,7 +85,7 @@ class World:
 
     def reason(self, error: BaseException) -> str:
         """Why this rank ends with `error`: another rank's failure if that is the cause."""
-        return self.watchdog.reason(error) if self.watchdog else f"{type(error).__name__}: {error}"
+        return self.watchdog.reason(error) if self.watchdog else described(error)
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0 only. All ranks return its result, or raise its exception."""
