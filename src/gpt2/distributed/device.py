@@ -65,7 +65,7 @@ def peak_flops(world: World, dtype: torch.dtype) -> float:
 
 
 def _known_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """As the maker says; None for a device that is not listed, for a part of one, and for float32,
+    """The maker's figure; None for a device that is not listed, for a part of one, and for float32,
     whose rate depends on settings."""
     if device.type != "cuda" or dtype is torch.float32:
         return None
@@ -144,7 +144,7 @@ def use_expandable_segments() -> None:
     """Makes torch's allocator for GPUs grow its segments, so that the free memory between them is
     not lost to large tensors. To be called before CUDA is first used.
 
-    A setting of the user's own stays. The variable alone is not enough: torch may have read it when
+    A setting of the user stays. The variable alone is not enough: torch may have read it when
     it was imported, and torch 2.9 ignores its new name (pytorch issue 183387).
     """
     if any(name in os.environ for name in ALLOCATOR_VARIABLES):

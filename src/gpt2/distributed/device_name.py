@@ -88,8 +88,8 @@ def _listed(hosts: Sequence[str]) -> str:
 
 
 def _gpu_id(index: int) -> str:
-    """The id of the GPU that CUDA shows this process as `index`; a UUID with its first digits, by
-    which NVIDIA's tools know it, too."""
+    """The id of the GPU that CUDA shows this process as `index`; of a UUID, the first digits, which
+    are enough in CUDA_VISIBLE_DEVICES."""
     shown = visible_gpus.ids()
     return str(index) if shown is None else UUID.sub(r"\1", shown[index])
 

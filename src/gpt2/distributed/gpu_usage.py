@@ -12,7 +12,7 @@ class GpuUsage(NamedTuple):
 
     memory_gb: float = math.nan
     peak_memory_gb: float = math.nan
-    """the most since the process began"""
+    """the most since the process began, or the job in a worker of a pool"""
     utilisation_percent: float = math.nan
     """share of the time in which the GPU computes; NVIDIA's library measures it"""
 

@@ -18,21 +18,20 @@ logger = logging.getLogger(__name__)
 Capability = tuple[int, int]
 VOLTA, TURING, AMPERE, BLACKWELL = (7, 0), (7, 5), (8, 0), (10, 0)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""values of --dtype: what multiplies one of them multiplies those before it"""
-
-
-def fast_dtype_of(capability: Capability) -> torch.dtype:
-    """The best number type for training whose matrices a GPU multiplies in hardware. bfloat16 has
-    the range of float32; float16 has not, so that its gradients have to be scaled."""
-    if capability >= AMPERE:
-        return torch.bfloat16
-    return torch.float16 if capability >= VOLTA else torch.float32
+"""values of --dtype; a GPU that multiplies one of them also multiplies those before it"""
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """As `fast_dtype_of`; on the CPU, bfloat16 or float32."""
+    """The best number type for training whose matrices the device multiplies in hardware.
+
+    bfloat16 has the range of float32. float16 has not, so its gradients have to be scaled; it is
+    chosen only on GPUs.
+    """
     if device.type == "cuda":
-        return fast_dtype_of(torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= AMPERE:
+            return torch.bfloat16
+        return torch.float16 if capability >= VOLTA else torch.float32
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     is_fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if is_fast else torch.float32
@@ -82,15 +81,16 @@ def can_compile(device: torch.device) -> bool:
 
 
 def set_tf32(is_on: bool, device: torch.device) -> None:
-    """Whether a GPU rounds the factors of float32 matrix products to TF32, with the ten binary
-    digits of float16: on Ampere and newer, that is many times as fast. Does nothing elsewhere."""
+    """Sets whether a GPU rounds the factors of float32 matrix products to TF32, which has the
+    10-bit mantissa of float16: on Ampere and newer, that is many times as fast. Does nothing on
+    other devices."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE:
         _set_matmul_precision("high" if is_on else "highest")
 
 
 @contextlib.contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """Within the context, float32 matrix products have all digits of float32."""
+    """Within the context, float32 matrix products are computed in full precision."""
     if device.type != "cuda":
         yield
         return
@@ -117,9 +117,7 @@ def _matmul_precision() -> str:
 
 def require_kernels(device: torch.device) -> None:
     """Raises ConfigError if the installed torch has no kernels for a GPU."""
-    if (
-        device.type != "cuda" or torch.version.cuda is None
-    ):  # torch for AMD has other names for GPUs
+    if device.type != "cuda" or torch.version.cuda is None:  # torch for AMD names GPUs differently
         return
     remedy = kernels_missing(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
     if remedy is not None:
@@ -133,7 +131,7 @@ def kernels_missing(capability: Capability, architectures: Sequence[str]) -> str
     """What to do if none of the architectures that torch was built for, as
     `torch.cuda.get_arch_list()` names them, runs on a GPU of this capability; None if one does.
 
-    An empty list says nothing, and counts as enough.
+    An empty list means that nothing is known, and gives None.
     """
     if not architectures or any(_runs_on(capability, name) for name in architectures):
         return None

@@ -202,8 +202,8 @@ def _leave() -> None:
 
 
 def _abort() -> None:
-    """Destroys the process group without a word to the other ranks, as one that leaves in the
-    middle of a step must: `destroy_process_group` waits for collectives of NCCL that they may never
-    come to."""
+    """Destroys the process group without waiting for the other ranks, which is necessary in the
+    middle of a step: `destroy_process_group` waits for collectives of NCCL that the others may
+    never reach."""
     gc.collect()
     dist.distributed_c10d._abort_process_group()

@@ -8,8 +8,8 @@ from gpt2.config import gpu_list
 def ids() -> list[str] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES shows; None if that is all of the machine.
 
-    The variable is replaced by what CUDA reads: it knows neither ranges nor words, and would show
-    other GPUs. Raises ConfigError if it is no list of different GPUs.
+    The variable is rewritten in CUDA's own spelling: CUDA knows neither ranges nor words, and would
+    show other GPUs. Raises ConfigError if it is no list of different GPUs.
     """
     given = os.environ.get(gpu_list.VARIABLE)
     if given is None:
@@ -23,9 +23,10 @@ def ids() -> list[str] | None:
 
 
 def ids_of(count: int) -> list[str]:
-    """The ids of the GPUs of which CUDA shows `count` to this process.
+    """The ids of the `count` GPUs that CUDA shows this process.
 
-    Of MIG devices CUDA shows a process one only, but another process can have another one.
+    Of several MIG devices, CUDA shows a process only the first; the list has all of them, because
+    other processes can use the others.
     """
     shown = ids()
     if shown is None:

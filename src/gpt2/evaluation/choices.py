@@ -49,7 +49,7 @@ class OtherWork:
     """What rank 0 does in place of its first batches, while the other ranks compute theirs."""
 
     rounds: int
-    """in which rank 0 has no batch; the other ranks know it, too"""
+    """number of rounds in which rank 0 has no batch, the same on every rank"""
     advance: Callable[[], None]
     """called on rank 0 in each of them; it never raises"""
 

@@ -33,8 +33,8 @@ def in_rounds(
     error: Exception | None = None
 
     def vote() -> int:
-        # A stop counts more than an error: shards that have changed are both, and a resume measures
-        # again what a stop has left out.
+        # A stop goes before an error of this rank: a shard that has changed causes both, and a
+        # resume measures again what a stop has left out.
         return stop() or (FAILED if error else 0)
 
     for item in rounds:

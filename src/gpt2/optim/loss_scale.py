@@ -17,19 +17,19 @@ BACKOFF_FACTOR = 0.5
 GROWTH_INTERVAL = 2000
 """updates in a row without overflow after which the scale grows"""
 SMALLEST_SCALE = 1.0
-"""at which a gradient that is not finite is no matter of scale; GradScaler has no such limit"""
+"""at this scale, gradients that are not finite have another cause; GradScaler has no such limit"""
 
 
 def is_too_large(scale: float | None, loss: float, norm: float) -> bool:
-    """Whether the scale of an update (None: the loss is not scaled) may be what made its gradients
-    infinite: not if the loss itself is not finite, nor at the smallest scale."""
+    """Whether the scale of an update (None: the loss is not scaled) may be why its gradients are
+    not finite: not if the loss itself is not finite, nor at the smallest scale."""
     has_overflow = math.isfinite(loss) and not math.isfinite(norm)
     return scale is not None and scale > SMALLEST_SCALE and has_overflow
 
 
 class LossScale:
     """The scale of the loss, on the device: the host never waits. It is a power of two, so that
-    scaling rounds nothing. For other types than float16 there is none, and nothing is scaled."""
+    scaling rounds nothing. For types other than float16 there is none, and nothing is scaled."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.scale: Tensor | None = None
