@@ -1,8 +1,8 @@
-"""The truth about this project on a GPU, in five minutes: python bench/gpu_check.py
+"""Checks and measures this project on a GPU in five minutes: python bench/gpu_check.py
 
 On a bare machine with CUDA and torch 2.9 or later; no network: `--wheels FOLDER` installs, for this
 check alone, packages that are missing. Parts run in the order of their importance, each in its own
-process with a time limit; what they find stays, whatever becomes of later ones. At the end, and
+process with a time limit; their findings are kept if a later part fails. At the end, and
 after Ctrl+C, stdout has a table `item: predicted / found`; the JSON file has every number, and is
 written after each part. `--parts a,b` runs some parts again. `--smoke` runs everything that runs
 without CUDA, in tiny sizes.
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OWNER = "GPU_CHECK_PART"
 """environment variable of all processes of a part"""
 STUCK_S = 10
-"""for which a killed process is waited for"""
+"""seconds to wait for a killed process to end"""
 ROOMY_GB = 100
 """memory of a GPU on which parts of a stage run at the same time"""
 
@@ -190,7 +190,8 @@ def first_to_end(running: Sequence[PartProcess]) -> PartProcess:
 
 
 def environment(setting: Setting) -> dict[str, str]:
-    """Of all parts: no network, own caches and keys, and the code of this folder."""
+    """The environment variables of all parts: no network, their own caches and keys, and the code
+    of this folder."""
     folders = [ROOT / "src", setting.folder / "site"]
     return {
         "PYTHONPATH": os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]),
@@ -204,7 +205,7 @@ def environment(setting: Setting) -> dict[str, str]:
 def end_all_of(owner: str) -> None:
     """Kills every process whose environment has this OWNER, in whatever session.
 
-    Twice, for what one of them was just starting.
+    Twice, because one of them may have been about to start another.
     """
     variable = f"{OWNER}={owner}".encode()
     for _ in range(2):
@@ -217,7 +218,8 @@ def end_all_of(owner: str) -> None:
 def run_stages(
     stages: Sequence[Stage], outcomes: dict[str, Outcome], setting: Setting, budget_s: float
 ) -> Iterator[Outcome]:
-    """Runs the parts; yields the outcome of each when it ends. Ends running ones if it is left."""
+    """Runs the parts; yields the outcome of each when it ends. Closing the iterator ends the parts
+    that still run."""
     end_at = time.monotonic() + budget_s
     running: list[PartProcess] = []
     is_roomy = False

@@ -30,6 +30,7 @@ from gpt2.data.loader import MicroBatch
 from gpt2.distributed import device, precision, rendezvous
 from gpt2.distributed.device import DeviceTimestamp
 from gpt2.distributed.world import World
+from train import fastest_dtype
 
 TINY: dict[str, object] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 192}
 NEEDED = ("tyro", "rich", "tiktoken", "safetensors", "filelock", "fsspec", "packaging", "tenacity")
@@ -47,8 +48,7 @@ def device_name() -> str:
 
 
 def own_dtype() -> torch.dtype:
-    fast = precision.fast_dtype(own_device())
-    return torch.bfloat16 if fast is torch.bfloat16 else torch.float32
+    return fastest_dtype(own_device())
 
 
 def run_config(setting: Setting, rows: int, **changes: object) -> RunConfig:
@@ -113,7 +113,7 @@ def wait() -> None:
 
 
 def free() -> None:
-    """Gives back what nobody uses any more."""
+    """Frees the memory that is no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A rank of a training in a situation that `gpu_runs.py` wants to see; not a bench by itself.
+"""A rank of a training in a situation that `gpu_runs.py` tests; not a bench by itself.
 
 `python gpu_rank.py [situation] OPTIONS`: the options of `gpt2 train`, which runs in this process.
 """
@@ -33,7 +33,7 @@ def share_one_gpu() -> None:
 
 
 def run_out_of_memory(replica: Any) -> None:
-    """The next step of this rank does; on the CPU it is simulated."""
+    """Makes the next step of this rank run out of memory; on the CPU it is simulated."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-5)
@@ -46,7 +46,8 @@ def run_out_of_memory(replica: Any) -> None:
 
 
 def watch_steps(options: argparse.Namespace) -> None:
-    """Calls what happens at the given step; notes the rows of a micro-batch, and the memory."""
+    """Makes the requested event happen at its step; writes down the rows of a micro-batch and the
+    peak memory."""
     train_step, done = trainer.train_step, [0]
     is_failing = int(os.environ.get("RANK", "0")) == FAILING_RANK
 

@@ -142,6 +142,6 @@ def details(outcomes: Sequence[Outcome]) -> str:
 
 
 def as_json(outcomes: Sequence[Outcome], **about: Any) -> str:
-    """All of it."""
+    """All outcomes, with what `about` says of the check."""
     parts = [asdict(outcome) for outcome in outcomes]
     return json.dumps({**about, "summary": summary(outcomes), "parts": parts}, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Whole runs as users start them, and what becomes of them: parts of `gpu_check.py`, not a bench.
+"""Whole runs as users start them, and how they end: parts of `gpu_check.py`, not a bench.
 
 The ranks of a run are forked from a process that has torch, as `tests/forked_ranks.py` does.
 """
@@ -29,7 +29,7 @@ STEPS, EVENT_AT = 8, 4
 STOPPED = 128 + signal.SIGTERM
 """exit code of a run that SIGTERM has stopped"""
 HANG_S = 60
-"""for which no rank waits without a reason"""
+"""seconds after which a rank that has not ended counts as hanging"""
 ROWS_OF_FIT = 64
 OUT_OF_MEMORY = "do not fit into the memory"
 

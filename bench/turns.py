@@ -17,7 +17,7 @@ Timed = Callable[[int], list[float]]
 
 @dataclass
 class Contender:
-    """A process that waits for its turn, and what it has said."""
+    """A process that waits for its turn, and its answers."""
 
     name: str
     process: subprocess.Popen[str]
