@@ -334,7 +334,8 @@ def test_shards_without_a_manifest(memory: MemoryFileSystem, tmp_path: Path):
         memory.pipe(f"/theirs/deep/{name}", tokens.tobytes())
     by_folder = remote_index(tmp_path, url="memory://theirs")
     by_glob = remote_index(tmp_path, url="memory://theirs/deep/x_*_?.bin")
-    assert by_glob.ends == by_folder.ends == local_index(folder).ends
+    ends = [list(index.ends.values()) for index in (by_glob, by_folder, local_index(folder))]
+    assert ends[0] == ends[1] == ends[2]
     first, second, val = map(by_glob.ends_of, by_glob.shards)
     assert by_glob.fingerprint() == {"train": [first, second], "val": [val]}
     inputs, _ = TokenDataset(by_glob, "train", 10).read(np.array([[1, 3]]))

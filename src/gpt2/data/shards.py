@@ -11,6 +11,7 @@ import operator
 import re
 import resource
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
@@ -111,8 +112,8 @@ class DatasetIndex:
     """for copies of remote shards; None if they are not read"""
     corpus: str | None = None
     """name of the corpus; None without a manifest"""
-    ends: tuple[str, ...] = ()
-    """SHA-256 of size, beginning and end of each shard, if there is no manifest"""
+    ends: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of size, beginning and end of each shard, by file, if there is no manifest"""
     content: Content = field(default_factory=Content, compare=False)
 
     def of(self, split: Split) -> list[Shard]:
@@ -141,14 +142,13 @@ class DatasetIndex:
 
     def ends_of(self, shard: Shard) -> str | None:
         """ENDS and the digest of size, beginning and end; None with a manifest."""
-        return f"{ENDS}{self.ends[self.shards.index(shard)]}" if self.ends else None
+        return f"{ENDS}{self.ends[shard.file]}" if self.ends else None
 
     def former_fingerprint(self) -> str:
         """What checkpoints of earlier versions have. It covers the training split alone, and of
         shards without a manifest only size, beginning and end."""
-        known = self.ends or [shard.sha256 or "" for shard in self.shards]
-        pairs = zip(self.shards, known, strict=True)
-        sums = " ".join(digest for shard, digest in pairs if shard.split == "train")
+        known = [self.ends.get(shard.file) or shard.sha256 or "" for shard in self.of("train")]
+        sums = " ".join(known)
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
@@ -194,8 +194,9 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
     if not files:
         raise DataError(_missing(storage))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:  # remote storage answers slowly
-        found = threads.map(lambda file: _shard_by_header(storage, *file), files)
-        shards, ends = zip(*found, strict=True)
+        found = list(threads.map(lambda file: _shard_by_header(storage, *file), files))
+    shards = tuple(shard for shard, _ in found)
+    ends = {shard.file: digest for shard, digest in found}
     return DatasetIndex(storage, shards, tokenizer.VOCAB_SIZE, has_manifest=False, ends=ends)
 
 
@@ -422,7 +423,7 @@ def _check_download(index: DatasetIndex, shard: Shard, path: Path) -> str | None
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if index.digest(shard) is None:
         _, ends = _shard_by_header(Storage(str(path.parent)), path.name, size, shard.split)
-        if ends == index.ends[index.shards.index(shard)]:
+        if ends == index.ends[shard.file]:
             index.content.digests[shard.file] = digest
     return None if digest == index.digest(shard) else "the file has changed since the run began"
 
