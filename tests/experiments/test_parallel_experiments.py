@@ -47,6 +47,7 @@ def environment() -> dict[str, str]:
         (["a --sample_prompt 'b"], "has an unmatched quote"),
         (["--slots", "0", "a"], "--slots 0: expected a number from 1 to 9999"),
         (["--gpus=0", "--slots=2", "a"], "use either --gpus or --slots"),
+        (["--max_gpus=1", "--slots=2", "a"], "use either --max_gpus or --slots"),
         (["--gpus"], "--gpus needs a value"),
         (["--max_gpus", "0", "a"], "--max_gpus 0: expected a number from 1 to 9999"),
         (

@@ -69,7 +69,7 @@ def run_experiments(arguments: Sequence[str]) -> int:
     named = experiment.parse_all(read.experiments, read.common)
     names = shortened(", ".join(item.name for item in named), MOST_CELLS)
     with posting_end(read.options.get("--notify"), f"experiments {names}", None) as ended:
-        return ended(*run.run(named, _slots(read)))  # to count GPUs, torch is imported
+        return ended(*run.run(named, _slots(read)))  # `_slots` may import torch to count GPUs
 
 
 def read_arguments(arguments: Sequence[str]) -> RunArguments:
@@ -100,4 +100,6 @@ def _slots(read: RunArguments) -> list[Slot]:
         return slots.of_machine(gpus, max_gpus)
     if given is not None and gpus != []:
         raise ConfigError("use either --gpus or --slots")
+    if max_gpus is not None:
+        raise ConfigError("use either --max_gpus or --slots")
     return slots.of((), count)
