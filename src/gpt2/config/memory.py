@@ -22,7 +22,8 @@ CARDS_GB = (16, 24, 40, 80, 141)
 ROWS_ON_CPU = {"gpt2-124m": 64, "gpt2-350m": 32, "gpt2-774m": 16, "gpt2-1558m": 8, "demo": 8}
 """what `--mini_batch_size auto` is on CPUs, by preset"""
 MOST_TOKENS = 64 * 1024
-"""of a micro-batch that is chosen automatically: products of so many rows keep any GPU busy"""
+"""largest micro-batch that is chosen automatically: matrix products of this size keep any GPU
+busy"""
 CONTEXT_BYTES = 10**9
 """allowance for CUDA's context, its kernels and the workspaces of cuBLAS"""
 NCCL_BYTES = 5 * 10**8
@@ -92,11 +93,17 @@ before and after its activation 8 + 8, of the norm's result 2, and its float32 c
 
 
 def step_bytes(model: ModelConfig, rows: int, how: Computation) -> int:
-    """Peak memory of a training step with micro-batches of `rows` rows, without CONTEXT_BYTES and
-    NCCL_BYTES."""
+    """Peak memory of a training step with micro-batches of `rows` rows, without
+    `overhead_bytes`."""
     tokens = rows * model.block_size
     per_token = saved_bytes_per_token(model, how) + WORK_WIDTHS[how.is_half] * model.n_embd
     return state_bytes(model, how) + head_bytes(model, how) + tokens * per_token
+
+
+def overhead_bytes(ranks: int) -> int:
+    """Memory of a GPU that a process holds before it trains: of CUDA, and of NCCL with several
+    ranks."""
+    return CONTEXT_BYTES + (NCCL_BYTES if ranks > 1 else 0)
 
 
 def state_bytes(model: ModelConfig, how: Computation) -> int:
@@ -158,6 +165,6 @@ def computation(run_config: RunConfig, ranks: int) -> Computation:
 
 
 def rows_on_card(run_config: RunConfig, gigabytes: float, ranks: int) -> int:
-    """The micro-batch that a GPU of so much memory gets, as far as it is known beforehand."""
-    free = int(gigabytes * 1e9) - CONTEXT_BYTES - (NCCL_BYTES if ranks > 1 else 0)
+    """The estimated micro-batch of a run on GPUs with this memory; 0 if no row fits."""
+    free = int(gigabytes * 1e9) - overhead_bytes(ranks)
     return automatic_rows(run_config, free, computation(run_config, ranks))

@@ -182,7 +182,7 @@ def _cards(config: RunConfig, gpus: int) -> Table:
     how = memory.computation(config, gpus)
     for size in memory.CARDS_GB:
         if rows := memory.rows_on_card(config, size, gpus):
-            used = memory.step_bytes(config.model, rows, how) + memory.CONTEXT_BYTES
+            used = memory.step_bytes(config.model, rows, how) + memory.overhead_bytes(gpus)
             steps = config.grad_accum_steps(gpus, rows)
             listing.add_row(f"{size} GB", str(rows), str(steps), f"{used / 1e9:.1f} GB")
         else:
