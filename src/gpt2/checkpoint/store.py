@@ -69,7 +69,8 @@ def save(
     `resumed_from` is never pruned. Returns the path of the checkpoint. Raises CheckpointError if it
     cannot be written; the earlier checkpoints are intact then.
     """
-    path, before = folder / file_name(training.step), list[Checkpoint]()
+    path = folder / file_name(training.step)
+    before: list[Checkpoint] = []
     try:
         before = list_checkpoints(folder)
         # The metadata of an earlier save of this step must not describe the new file.
@@ -92,9 +93,9 @@ def save(
         atomic_files.write_text(path.with_suffix(".json"), metadata_to_json(metadata))
         complete = list_checkpoints(folder)
     except (OSError, RuntimeError) as error:
-        earlier = "earlier checkpoints are intact" if before else "there is no earlier checkpoint"
+        earlier = "earlier checkpoints are intact; " if before else ""
         raise CheckpointError(
-            f"cannot save {path}: {_disk_error(error)} ({_free_gb(folder)} free); {earlier}; "
+            f"cannot save {path}: {_disk_error(error)} ({_free_gb(folder)} free); {earlier}"
             "make room, or choose another folder with --checkpoint_dir"
         ) from error
     try:
@@ -362,7 +363,7 @@ def _forbidden_import(error: Exception) -> str | None:
 
 
 def _disk_error(error: BaseException) -> BaseException:
-    """The error of the disk behind one of torch, which tells of a position in its archive."""
+    """The OSError that caused `error`, else `error`: torch's own only names a place in its file."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
