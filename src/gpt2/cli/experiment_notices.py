@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import FolderInUse, described
-from gpt2.cli.train import without_address
+from gpt2.cli.train import hide_address
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import ExperimentState
 from gpt2.metrics import notify
@@ -22,14 +22,14 @@ from gpt2.train import notices
 
 @contextlib.contextmanager
 def posting_end(typed: str | None, what: str, folder: Path | None) -> Iterator[Callable[..., int]]:
-    """Posts how the block ends; `typed` is the value of --notify.
+    """Posts how the block ends; `typed` is the value of --notify, `what` names the experiment.
 
-    Yields a function that takes the exit code of the experiment and, if no `folder` has it as
-    `state.json`, its last state; it returns the exit code. `what` names the experiment. Raises
-    ConfigError for an invalid address.
+    Yields a function to be called with the exit code, which it returns, and without `folder` also
+    with the last state; with one, that is read from `state.json`. Raises ConfigError for an invalid
+    address.
     """
     notifier = Notifier(notify.address_of(typed))
-    without_address([])
+    hide_address()
     if folder is not None:
         _post_death_before(folder, notifier)
 
@@ -51,24 +51,27 @@ def posting_end(typed: str | None, what: str, folder: Path | None) -> Iterator[C
 
 
 def post_death(folder: Path, dead: ExperimentState, notifier: Notifier, more: str = "") -> None:
-    """Posts that the process that wrote the state `dead` was killed, or its machine went down. It
-    is posted once, whoever notices it."""
+    """Posts that the process that wrote the state `dead` was killed, or its machine went down.
+
+    Only the first process that notices a death posts it.
+    """
     if not notifier.is_on or not notices.is_first_to_post_death(folder):
         return
-    what, last = f"{dead.kind} {folder}", replace(dead, state="stopped")  # no time is left
+    what = f"{dead.kind} {folder}"
+    last = replace(dead, state="stopped")  # so that the summary estimates no remaining time
     done = rendering.summary(last, dead.written)
     details = notices.words_of_death(dead.pid, dead.written, done, more)
     notifier.post("died", f"{what} on {dead.host} died", details, run=what)
 
 
 def _post_death_before(folder: Path, notifier: Notifier) -> None:
-    """Posts that the process that ran the experiment in `folder` before this one died, if so."""
+    """Posts the death of the process that ran the experiment in `folder` before, if it died."""
     if folder_lock.has_live_owner(folder):
         return
     last = state.read(folder)
     if last is not None and not last.is_over:
         post_death(folder, last, notifier, "it is started again now")
-    notices.forget_death(folder)  # the next death is another one
+    notices.forget_death(folder)  # so that the death of this process is posted too
 
 
 def _post(notifier: Notifier, event: str, what: str, details: str) -> None:

@@ -22,7 +22,8 @@ from gpt2.train.notices import Notices
 
 logger = logging.getLogger(__name__)
 HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
-"""options that count only without another one: typed, they are to replace that of a checkpoint"""
+"""options that have no effect beside another one: on a resume with --epochs, the --max_steps of the
+checkpoint is dropped"""
 SIZES = (
     *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
     "--total_batch_size",
@@ -75,7 +76,8 @@ def train_main() -> int:
         log.setup(command.log_level, rank=rank, info_stream="stdout")
         if command.list_checkpoints:
             return _list_checkpoints(command.run) if rank == 0 else 0
-        arguments = without_address(arguments)
+        hide_address()
+        arguments = sys.argv[1:]
         folder = command.run.checkpoint.checkpoint_dir
         notices = Notices(address if rank == 0 else None, f"training in {folder}")
         with notices.posting_failure():
@@ -114,10 +116,9 @@ def _train(
     return result.exit_code
 
 
-def without_address(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without --notify, also in `sys.argv`, which W&B and worker processes record."""
+def hide_address() -> None:
+    """Removes --notify from `sys.argv`, which W&B and worker processes record."""
     sys.argv[1:] = _without(sys.argv[1:], "--notify")
-    return _without(arguments, "--notify")
 
 
 def _list_checkpoints(run_config: RunConfig) -> int:

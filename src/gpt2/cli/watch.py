@@ -1,11 +1,11 @@
-"""`gpt2 watch`: a run, or an experiment, as it goes on."""
+"""`gpt2 watch`: a live view of a run or an experiment."""
 
 import io
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +30,7 @@ from gpt2.train import notices, status
 
 SNAPSHOT_LINES = 40
 LINES_EVERY_S = 10.0
-"""between two lines on a terminal that only prints lines"""
+"""between two reports on a terminal that only prints lines"""
 POOR_TERMINALS = ("dumb", "linux")
 """values of TERM of terminals without Braille dots"""
 
@@ -38,7 +38,7 @@ POOR_TERMINALS = ("dumb", "linux")
 @dataclass(frozen=True)
 class WatchCommand(CommandOptions):
     """Watch a run, or the jobs of an experiment, in the terminal: progress, losses, speed,
-    messages, and whether it lives. Ctrl+C ends the view, not the run. Where the output is no
+    messages, and whether it is alive. Ctrl+C ends the view, not the run. If the output is not a
     terminal, prints one view and ends."""
 
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
@@ -50,7 +50,7 @@ class WatchCommand(CommandOptions):
     """print one view and end"""
     every: float = 1.0
     """seconds between two looks at the files"""
-    notify: str | None = None
+    notify: str | None = field(default=None, repr=False)
     """http(s) address that gets a message if the process that is watched is killed, unless it got
     one already; default is GPT2_NOTIFY_URL"""
 
@@ -84,7 +84,8 @@ def _show(command: WatchCommand, view: View) -> int:
             signal.signal(number, signal.default_int_handler)
         if out.is_dumb_terminal:
             _print_lines(view, out)
-        _show_live(view, out, command.every)
+        else:
+            _show_live(view, out, command.every)
     except KeyboardInterrupt:
         _print_snapshot(view, out)
     return 0
@@ -155,7 +156,7 @@ def _of_name(name: str, root: Path) -> list[Path]:
         for folder in root.glob(experiment_name.label("*", "*"))
         if (read := experiment_name.read_label(folder.name)) and read[0] == name
     ]
-    return sorted(found, key=lambda folder: _time_of_run(folder), reverse=True)
+    return sorted(found, key=_time_of_run, reverse=True)
 
 
 def _time_of_run(folder: Path) -> float:
