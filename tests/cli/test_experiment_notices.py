@@ -46,7 +46,7 @@ def test_the_end_is_posted_with_what_was_done(
     assert f"{event}: 3 of 4 done, 1 failed | " in message["text"]
 
 
-def test_an_error_is_posted_in_its_words_and_one_of_a_second_start_is_not(tmp_path: Path):
+def test_an_error_is_posted_but_not_that_a_second_start_is_refused(tmp_path: Path):
     with webhook() as hook:
         for error in (ConfigError("no data"), OSError("disk on fire"), FolderInUse("process 1")):
             with pytest.raises(type(error)), posting_end(hook.address, "seeds", tmp_path):
@@ -58,8 +58,8 @@ def test_an_error_is_posted_in_its_words_and_one_of_a_second_start_is_not(tmp_pa
     ]
 
 
-def test_a_death_is_posted_once_by_who_watches_or_by_the_next_start(tmp_path: Path):
-    """Nobody holds the folder, whose state says `running`."""
+def test_a_death_is_posted_once_by_a_watch_or_by_the_next_start(tmp_path: Path):
+    """No process holds the folder, whose state says `running`."""
     (tmp_path / EXPERIMENT_FILE).write_text('{"kind": "seeds", "fixed": {}, "total": 4}')
     state.write(tmp_path, LAST)
     with webhook() as hook:

@@ -120,7 +120,9 @@ def test_a_closed_pipe_has_one_exit_code(tmp_path: Path):
 
 
 @pytest.mark.parametrize("command", ["--help", "--version", "data --help", "experiments --help"])
-def test_what_a_command_says_of_itself_is_a_result_too(tmp_path: Path, monkeypatch, command: str):
+def test_help_and_version_end_with_the_exit_code_of_a_closed_pipe(
+    tmp_path: Path, monkeypatch, command: str
+):
     ours, theirs = os.pipe()
     os.close(ours)
     with os.fdopen(theirs, "w") as closed_pipe:

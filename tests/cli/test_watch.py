@@ -115,7 +115,7 @@ def test_an_experiment_without_a_terminal(monkeypatch, capsys, tmp_path: Path):
     assert "Its process ended unexpectedly" in printed
 
 
-def test_a_death_is_posted_once_by_all_who_watch(monkeypatch, tmp_path: Path, capsys):
+def test_a_death_is_posted_once_by_several_watches(monkeypatch, tmp_path: Path, capsys):
     write_named(tmp_path, "run")
     with webhook() as hook:
         for _ in range(2):
@@ -143,7 +143,9 @@ class Terminal:
             | {"TERM": "xterm-256color", "COLUMNS": "60", "LINES": "24"}
             | environment,
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # it controls it
+            preexec_fn=lambda: os.close(
+                os.open(os.ttyname(0), os.O_RDWR)
+            ),  # becomes the controlling one
         )
         os.close(other)
         self.text = ""

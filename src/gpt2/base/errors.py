@@ -2,14 +2,14 @@
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA and its allocator, NCCL's "Cuda failure 2", Triton's loader
-    "OutOfMemoryError",  # by Inductor and Dynamo, which raise errors of their own for it
+    "OutOfMemoryError",  # Inductor and Dynamo, which name the error that they wrap
     "CUDA_ERROR_OUT_OF_MEMORY",  # the driver
     "STATUS_ALLOC_FAILED",  # cuBLAS, cuSPARSE, cuDNN 8
     "ALLOCATION_FAILED",  # cuDNN 9
     "can't allocate memory",  # torch's allocator for the CPU
     "Cannot allocate memory",  # the system, as for mmap
 )
-"""what RuntimeErrors say that mean it, by who says it; torch wraps some more than once"""
+"""a RuntimeError whose message contains one of these reports it; torch wraps some more than once"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -171,7 +171,7 @@ def is_held(folder: Path) -> bool:
 
 def has_live_owner(folder: Path) -> bool:
     """Whether the process that `owner.json` names lives, as far as this machine can tell. Unlike
-    `is_held`, it leaves the lock alone: for those who look every second."""
+    `is_held`, it does not take the lock, so it can be called every second."""
     found = owner(folder)
     if found is None or found.is_dead:
         return False

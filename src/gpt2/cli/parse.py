@@ -172,7 +172,7 @@ def guarded(
 
 
 def show_text(text: str) -> int:
-    """Prints what a command with several actions says of itself; returns the exit code."""
+    """Prints a help text or a version; returns the exit code, as `guarded` does."""
 
     def body() -> int:
         print(text)

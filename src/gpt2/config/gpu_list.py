@@ -18,8 +18,8 @@ FROM_A_NEGATIVE_INDEX_ON = re.compile(r"(^|,)\s*-[0-9]+\s*(,.*)?$")
 
 
 def parse(text: str, source: str) -> list[str] | None:
-    """The GPUs of a list by index, UUID or MIG id; None for `all`. `source` is the flag or variable
-    that has it, for messages.
+    """The GPUs of a list by index, UUID or MIG id; None for `all`. Messages name `source`, the flag
+    or variable that the list is from.
 
     Raises ConfigError for what is no list of different GPUs.
     """
@@ -61,7 +61,7 @@ def is_same(one: str, other: str) -> bool:
 
 
 def find(gpu: str, among: Sequence[str]) -> str | None:
-    """The only one among several ids that is that of this GPU, or None."""
+    """The one of several ids that names this GPU; None if none does, or more than one."""
     same = [other for other in among if is_same(gpu, other)]
     return same[0] if len(same) == 1 else None
 

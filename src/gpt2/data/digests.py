@@ -38,7 +38,7 @@ class Fault:
     unverified: str | None = None
     """its file, if rows may have been used before the fault was noticed"""
     may_pass: bool = False
-    """whether it was not read at all, which may succeed later"""
+    """whether the shard could not be read, which may succeed later"""
 
 
 @dataclass

@@ -104,8 +104,9 @@ class Verifier:
         return not self._left
 
     def wait_for(self, files: Collection[str], timeout_s: float) -> bool:
-        """Waits until these shards are verified, which is no longer slowed down; returns whether
-        they are."""
+        """Waits up to `timeout_s` seconds until these shards are verified, and from now on lets the
+        thread run at full speed. Returns whether they are; a shard that cannot be read, which is a
+        warning, counts as verified."""
         self._is_waiting = lambda: False
         with self._progress:
             return self._progress.wait_for(lambda: not self._left.intersection(files), timeout_s)
@@ -164,7 +165,8 @@ class Verifier:
                 lock.acquire(cancel_check=self._closed.is_set)
             except Timeout:
                 raise _Closed from None
-            except (OSError, NotImplementedError) as error:  # the file system has no locks
+            except (OSError, NotImplementedError) as error:
+                # Without the lock, several processes may hash the shard; their digests are equal.
                 logger.debug("cannot lock %s: %s", memory.place, error)
             memory.refresh()
             known = _remembered(self._index, memory, shard)
