@@ -183,7 +183,7 @@ scheduler.Scheduler(engine, Source(), lambda _: None).run()
 """
 
 
-def test_a_script_that_starts_jobs_when_a_worker_imports_it_is_told_so_once(tmp_path: Path):
+def test_a_script_that_starts_jobs_when_a_worker_imports_it_fails_with_one_message(tmp_path: Path):
     script = tmp_path / "unguarded.py"
     script.write_text(UNGUARDED)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)

@@ -198,7 +198,7 @@ def test_looking_takes_no_lock_and_changes_no_file(tmp_path: Path, monkeypatch):
     }
 
 
-def test_a_death_is_told_once(tmp_path: Path):
+def test_a_death_is_reported_once(tmp_path: Path):
     write(tmp_path)
     deaths: list[Path] = []
     view = RunView(tmp_path / "checkpoints", on_death=lambda folder, _: deaths.append(folder))

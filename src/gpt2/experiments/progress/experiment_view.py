@@ -43,7 +43,7 @@ class ExperimentView:
         return False
 
     def render(self, width: int, height: int, *, is_ascii: bool = False) -> RenderableType:
-        """The view in `width` cells and at most `height` lines."""
+        """The view in `width` cells and, unless it has many slots, at most `height` lines."""
         word, now = self.state, self._experiment.current
         title = shortened(one_line(str(self._folder)), max(10, width - len(word) - 2))
         heading = Text.assemble((title, "bold"), "  ", (word, listing.STYLES.get(word, "bold")))
