@@ -5,6 +5,15 @@ import pytest
 from gpt2.distributed import signals
 
 
+def test_a_request_is_withdrawn_by_its_number():
+    stop = signals.StopRequest()
+    stop.request(1001)
+    stop.withdraw(1002)
+    assert stop.number == 1001
+    stop.withdraw(1001, 1002)
+    assert stop.number == 0
+
+
 def test_stop_request_records_signals_and_the_second_ctrl_c_interrupts(monkeypatch):
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT)

@@ -1,11 +1,13 @@
 """Data that is not what it was: 3,000 tokens of a shard overwritten, another validation split under
 the same names; in a new run, at a resume, while the run trains."""
 
+import itertools
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ import forked_ranks
 from gpt2.base.errors import CheckpointError, DataError, UserError, WrongContent
 from gpt2.checkpoint import store
 from gpt2.cli.parse import USER_ERROR
-from gpt2.data import digests
-from gpt2.data.digests import Fault
+from gpt2.data import digests, verifier
+from gpt2.data.digests import DigestMemory, Fault
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
-from gpt2.data.shards import MANIFEST, load_index
-from gpt2.train import data_faults, status, trainer
+from gpt2.data.shards import MANIFEST, Shard, load_index
+from gpt2.data.verifier import Verifier
+from gpt2.train import data_faults, status, trainer, training_run
 from gpt2.train.report import Answer
 from gpt2.train.state import TrainState
 from support import loss_lines, small_config, small_flags
@@ -92,6 +95,36 @@ def test_a_new_run_on_damaged_shards_of_a_manifest_ends(
     with pytest.raises(DataError, match=rf"^[^;]*/{name}: its SHA-256 differs"):
         trainer.run(small_config(folder, tmp_path, resume="latest"))
     assert steps_kept(tmp_path)[-1] == step  # not one step more on what is known to be wrong
+
+
+@pytest.mark.parametrize("answer", ["stop", "prune"])
+def test_a_complete_run_is_verified_whatever_report_answers(
+    answer: Answer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The shards are still being hashed when the last step is done."""
+    if not (folder / MANIFEST).exists():
+        pytest.skip("nothing says what new shards of another tool should hold")
+    name, waits, may_verify = overwrite_tokens(folder), itertools.count(1), threading.Event()
+    age(folder)
+    verify, wait_for = Verifier._verify, Verifier.wait_for
+
+    def verify_later(self: Verifier, memory: DigestMemory, shard: Shard) -> None:
+        while not may_verify.wait(0.01):
+            if self._closed.is_set():
+                raise verifier._Closed
+        verify(self, memory, shard)
+
+    def wait_twice(self: Verifier, files: Collection[str], timeout_s: float) -> bool:
+        if next(waits) == 2:
+            may_verify.set()
+        return wait_for(self, files, timeout_s)
+
+    monkeypatch.setattr(training_run, "DATA_SLICE_S", 0.01)
+    monkeypatch.setattr(Verifier, "_verify", verify_later)
+    monkeypatch.setattr(Verifier, "wait_for", wait_twice)
+    config = small_config(folder, tmp_path, max_steps=2, eval_interval=None)
+    with pytest.raises(WrongContent, match=rf"/{name}: its SHA-256 differs"):
+        trainer.run(config, lambda **metrics: answer if metrics["step"] == 2 else "go")
 
 
 @pytest.mark.parametrize("knows_versions", [True, False])

@@ -36,6 +36,11 @@ class StopRequest:
         """Requests a stop with this number, unless one was requested before; 0 requests nothing."""
         self.number = self.number or number
 
+    def withdraw(self, *numbers: int) -> None:
+        """Forgets the request if it has one of these numbers."""
+        if self.number in numbers:
+            self.number = 0
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._interrupted and number in second_interrupts():
             self._restore()

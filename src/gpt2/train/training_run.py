@@ -304,6 +304,7 @@ class TrainingRun:
     def _is_stopped_before_verified(self) -> bool:
         """Waits until what this process has read is verified; whether a signal or a fault of the
         data ends that. The answers of `report` have no effect on a run that is complete."""
+        self.stop.withdraw(STOP, PRUNE)
         if self.verifier is not None and not self.verifier.is_done:
             steps = map(self.state.data_step, range(self.first_step, self.state.step))
             read = data_faults.files_read(self.data, self.sampler, steps)
@@ -314,7 +315,7 @@ class TrainingRun:
                 self.stop_vote.is_to_stop()
         else:
             self.stop_vote.is_to_stop()
-        return self.world.all_reduce_max(self.stop.number) not in (0, STOP, PRUNE)
+        return self.world.all_reduce_max(self.stop.number) != 0
 
     def ended(self, ending: RunState, reason: str | None = None) -> None:
         """Writes to `status.json` how the run ends, and posts it."""
