@@ -153,6 +153,16 @@ def test_what_the_sinks_need_is_tried_before_a_run(run: RunConfig, monkeypatch):
         sinks.require_usable(options.overlay(run, {"use_tensorboard": True}))
 
 
+@pytest.mark.parametrize("name", sinks.REQUIRED)
+def test_an_unexpected_error_of_a_required_sink_ends_the_run(run: RunConfig, monkeypatch, name):
+    def fail(_: RunStart) -> Sink:
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(sinks.SINKS, name, fail)
+    with pytest.raises(ValueError, match="a bug"):
+        opened_by(run)
+
+
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
 def test_a_file_that_cannot_be_opened_is_named_with_its_flag(run: RunConfig, name: str):
     (run.watch.log_dir / name).mkdir()

@@ -92,15 +92,17 @@ def open_sinks(start: RunStart) -> list[Sink]:
         for name, open_sink in SINKS.items():
             try:
                 sink = open_sink(start)
-            except Exception as error:  # of many kinds; only a required one ends the run
-                if name in REQUIRED and isinstance(error, OSError):
-                    raise ConfigError(
-                        f"cannot write {error.filename}: {error.strerror}; choose another folder "
-                        "with --log_dir or --out_dir"
-                    ) from error
-                is_expected = isinstance(error, ConfigError | OSError)
-                logger.warning("no %s: %s", name, error, exc_info=not is_expected)
-                continue
+            except Exception as error:  # of many kinds; only that of a required sink ends the run
+                if name not in REQUIRED:
+                    is_expected = isinstance(error, ConfigError | OSError)
+                    logger.warning("no %s: %s", name, error, exc_info=not is_expected)
+                    continue
+                if not isinstance(error, OSError):
+                    raise
+                raise ConfigError(
+                    f"cannot write {error.filename}: {error.strerror}; choose another folder "
+                    "with --log_dir or --out_dir"
+                ) from error
             if sink is not None:
                 opened.callback(sink.close)
                 sinks.append(sink)
