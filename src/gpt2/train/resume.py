@@ -1,7 +1,6 @@
 """Where a run starts: from scratch, with given weights, or at a checkpoint."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -176,7 +175,7 @@ class StartingPoint:
         if step >= totals[1] or is_smooth:
             return None
         text = f"learning rate: {last:.3g} before, {rate:.3g} from here"
-        with_old_decay = dataclasses.replace(new, decay_steps=old.decay_steps)
+        with_old_decay = replace(new, decay_steps=old.decay_steps)
         if not math.isclose(expected, lr_at(step, with_old_decay), rel_tol=UNNOTICED):
             return text  # the decay alone is not the cause
         return (

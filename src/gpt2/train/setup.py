@@ -180,18 +180,16 @@ def _plan(
 
 
 def _saver(run_config: RunConfig, world: World, start: StartingPoint, step: int) -> Saver:
-    """What saves the run's checkpoints. After another rank's failure, the watchdog gives it the
-    time to complete the file that it writes."""
-    folder, path = run_config.checkpoint.checkpoint_dir.resolve(), start.path
+    """What saves the run's checkpoints."""
+    folder, path = _folder(run_config), start.path
     is_in_folder = path is not None and world.run_on_rank0(lambda: _is_complete(path, folder))
-    saver = Saver(
+    return Saver(
         world,
         run_config.checkpoint,
         resumed_from=path,
         resumed_step=step if is_in_folder else None,
         link=experiment_folder.link(run_config),
     )
-    return saver
 
 
 def _is_complete(path: Path, folder: Path) -> bool:

@@ -23,7 +23,7 @@ LISTED_KERNELS = 10
 class StepProfiler:
     """Records `steps` steps of a process, a few after its first, with `torch.profiler`.
 
-    What it cannot do is a warning: it never ends a run, nor changes its numbers.
+    Its failures are warnings: it never ends a run, nor changes its numbers.
     """
 
     def __init__(self, steps: int, folder: Path, device: torch.device, first_step: int) -> None:
@@ -32,8 +32,11 @@ class StepProfiler:
         self._steps, self._folder, self._on_cuda = steps, folder, device.type == "cuda"
         self._before = first_step + SETTLING_STEPS + WARM_UP_STEPS
         self._done = 0
+        activities = [ProfilerActivity.CPU]
+        if self._on_cuda:
+            activities.append(ProfilerActivity.CUDA)
         self._profiler: torch.profiler.profile | None = torch.profiler.profile(
-            activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA][: self._on_cuda]],
+            activities=activities,
             schedule=torch.profiler.schedule(
                 wait=SETTLING_STEPS, warmup=WARM_UP_STEPS, active=steps, repeat=1
             ),
