@@ -131,7 +131,7 @@ def test_before_the_first_step_a_run_may_compile_for_long():
 
 
 def test_a_death_is_posted_once_by_the_next_start(data_root: Path, tmp_path: Path):
-    """A killed run leaves a status that says `running`, and nobody holds the folder."""
+    """A killed run leaves a status that says `running`, and no lock on the folder."""
     config = small_config(data_root, tmp_path, max_steps=2)
     folder = config.checkpoint.checkpoint_dir
     write_run(folder, 3)
@@ -153,7 +153,7 @@ def test_a_death_is_posted_once_by_the_next_start(data_root: Path, tmp_path: Pat
     assert text.endswith("it is started again now")
 
 
-def test_many_who_notice_a_death_post_it_once(tmp_path: Path):
+def test_a_death_that_several_processes_notice_is_posted_once(tmp_path: Path):
     write_run(tmp_path, 1)
     dead = status.read(tmp_path)
     with webhook() as hook:
@@ -171,7 +171,7 @@ def test_many_who_notice_a_death_post_it_once(tmp_path: Path):
         assert [message["event"] for message in hook.received] == ["died"]
 
 
-def test_without_an_address_a_death_stays_for_who_has_one(tmp_path: Path):
+def test_a_process_without_an_address_leaves_a_death_to_one_that_has_one(tmp_path: Path):
     write_run(tmp_path, 1)
     dead = status.read(tmp_path)
     assert dead is not None

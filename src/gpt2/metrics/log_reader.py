@@ -147,7 +147,7 @@ def _read_text(path: Path) -> list[LoggedRun]:
 
 
 def object_of_text(line: str) -> dict[str, Any]:
-    """A line of `log.txt` as `metrics.jsonl` has it, with the keys that the line tells."""
+    """A line of `log.txt` as `metrics.jsonl` has it, with the keys that the line holds."""
     if header := _HEADER.match(line):
         return {"kind": "run", "run": header["name"], "step": int(header["step"])}
     if found := _LINE.match(line):

@@ -3,8 +3,8 @@
 The body is a JSON object. Slack, Mattermost and Rocket.Chat show its `text`, Discord its `content`,
 and ntfy what the address asks for: `https://ntfy.sh/TOPIC?tpl=1&t={{.title}}&m={{.text}}`.
 
-The address is a secret, as who knows it can post: no message, warning or error of this module names
-it, and it is never part of a run's configuration, which checkpoints and TensorBoard hold.
+The address is a secret, as anyone who knows it can post: no message, warning or error of this
+module has it, and it is never part of the configuration, which checkpoints and TensorBoard hold.
 """
 
 import base64

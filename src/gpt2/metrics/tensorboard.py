@@ -51,7 +51,7 @@ class TensorBoard:
         self._has_former_names = _has_former_names(folder)
         try:
             _write_hparams(folder, hparams)
-        except OSError as error:  # such as a full disk, on which the curves can be opened
+        except OSError as error:  # such as a full disk: there may be room for the curves later
             logger.warning("TensorBoard cannot write the hyper-parameters: %s", error)
         self._new_writer = functools.partial(SummaryWriter, str(folder))
         self._writer = self._new_writer(purge_step=step + 1 if step else None)

@@ -91,11 +91,12 @@ class Evaluator:
     def hellaswag(self, step: int, stop_reason: Callable[[], int], is_last: bool) -> Score | None:
         """The score, if it is due at `step`: every `hellaswag_interval` steps and after the last.
 
-        Of several ranks, the first generates samples meanwhile, if they are due, too.
+        With several ranks, rank 0 generates samples meanwhile, if they are due, too.
         """
         interval, replica = self._config.evaluation.hellaswag_interval, self._replica
         if not self._tasks or interval is None or not (is_last or is_due(step, interval)):
             return None
+        # HellaSwag and the sampling beside it each set the model's mode and restore it, in turns.
         with evaluating(replica.model), self._sampling_beside(step, is_last) as sampling:
             return self._attempt(
                 "HellaSwag",
@@ -139,7 +140,7 @@ class Evaluator:
             yield None
             return
         with contextlib.closing(self._sampling(step)) as sampling:
-            is_off = "sampling" in self.switched_off  # on rank 0
+            is_off = "sampling" in self.switched_off  # only rank 0 knows, and only it advances
             yield OtherWork(
                 SAMPLING_ROUNDS, lambda: None if is_off else sampling.advance(TOKENS_OF_A_ROUND)
             )
@@ -217,7 +218,7 @@ class _Sampling:
         self._error: Exception | None = None
 
     def advance(self, tokens: int | None = None) -> None:
-        """Generates so many tokens more, or all (None). `finished` raises what goes wrong."""
+        """Generates this many more tokens, or all (None). An error is kept for `finished`."""
         try:
             with self._autocast:
                 self._pieces += itertools.islice(self._steps, tokens)
@@ -225,12 +226,12 @@ class _Sampling:
             self._error = error
 
     def finished(self) -> list[str]:
-        """The whole texts."""
+        """The whole texts. Raises the error that ended the sampling, if one did."""
         self.advance()
         if self._error is not None:
             raise self._error
         return ["".join(text) for text in zip(*self._pieces, strict=True)]
 
     def close(self) -> None:
-        """Ends it, complete or not; the model is in the mode again in which it was."""
+        """Ends the sampling, complete or not, which restores the mode of the model."""
         self._steps.close()

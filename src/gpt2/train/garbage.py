@@ -6,8 +6,8 @@ import gc
 class Garbage:
     """Excludes what exists after the first step from garbage collections, until the run is over.
 
-    Those are hundreds of thousands, of Python's modules and the model, and they stay. To look
-    through them all takes time at another moment on each rank, for which the others wait.
+    Python's modules and the model have hundreds of thousands of objects, which stay. Collections
+    that traverse them happen on each rank at another moment, and the other ranks wait each time.
     """
 
     def __init__(self) -> None:
@@ -15,8 +15,8 @@ class Garbage:
         self._has_stepped = False
 
     def after_step(self) -> None:
-        """Freezes after the first step, unless this process has already frozen its modules, as
-        workers do."""
+        """Freezes all objects after the first step, unless this process has frozen its modules
+        before, as workers do."""
         if not self._has_stepped and gc.get_freeze_count() == 0:
             gc.collect()  # what is garbage by now would stay
             gc.freeze()
@@ -24,7 +24,7 @@ class Garbage:
         self._has_stepped = True
 
     def close(self) -> None:
-        """Collections are as before."""
+        """Undoes what `after_step` did."""
         if self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False

@@ -15,13 +15,13 @@ from gpt2.distributed import device
 from gpt2.distributed.world import World
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
-"""of the largest bucket in which DDP exchanges float32 gradients by default"""
+"""in the largest bucket of float32 gradients that DDP exchanges by default"""
 
 
 @dataclass(frozen=True)
 class FittedRows:
     """A number of rows that was found to fit, and for what; checkpoints hold it. A run that is
-    resumed with the same of everything keeps it, and computes the same bits."""
+    resumed with all else the same keeps the number, and computes the same bits."""
 
     rows: int
     requested: int | str
@@ -60,8 +60,8 @@ def fitted(
     """The rows that fit, the same number on every rank; every rank calls it.
 
     It is that of the checkpoint, `kept`, if that is for the same memory and share of a step; else
-    what `memory` estimates, or the given number. As long as a pass of so many rows,
-    `run_micro_batch(rows)`, does not have the memory on every rank, it is halved.
+    what `memory` estimates, or the given number. It is halved until `run_micro_batch(rows)`, a pass
+    of that many rows, fits into the memory of every rank.
     """
     # NCCL has its buffers from its first collective on; a large one goes the way of gradients.
     world.all_reduce_sum(torch.zeros(BUCKET_ELEMENTS, device=world.device))
@@ -85,7 +85,7 @@ def fitted(
 def largest_that_fits(
     rows: int, run_micro_batch: Callable[[int], None], world: World, block_size: int
 ) -> int:
-    """`rows`, halved until `run_micro_batch(rows)` has the memory on every rank.
+    """`rows`, halved until `run_micro_batch(rows)` fits into the memory of every rank.
 
     `run_micro_batch` exchanges nothing: a rank that runs out of memory would leave the others
     waiting. Raises TrainingError if a single row does not fit.
@@ -102,7 +102,7 @@ def largest_that_fits(
 
 
 def _fits(rows: int, run_micro_batch: Callable[[int], None], world: World) -> bool:
-    """Whether `run_micro_batch(rows)` has the memory on every rank. Frees all that it took."""
+    """Whether `run_micro_batch(rows)` fits into the memory of every rank. Frees what it took."""
     failed = False
     try:
         run_micro_batch(rows)

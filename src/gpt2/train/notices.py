@@ -1,4 +1,5 @@
-"""What is posted about a run, to the address of --notify: its end, a hang, a way back, a death."""
+"""What is posted about a run to the address of --notify: its end, a hang, skipped updates, a return
+to an earlier checkpoint, the death of its process."""
 
 import contextlib
 import os
@@ -19,7 +20,7 @@ from gpt2.train.status import Plan, RunState, Status
 DEATH_POSTED = "death_posted"
 """a file in the checkpoint folder: the death of the process that wrote `status.json` is posted"""
 CHECK_S = 5.0
-"""between two looks for a hang"""
+"""between two checks for a hang"""
 SKIPPED_EVERY_S = 3600.0
 """between two messages about skipped updates"""
 
@@ -29,7 +30,7 @@ class Notices:
     ranks but rank 0."""
 
     def __init__(self, address: str | None = None, name: str = "training") -> None:
-        """`name` stands for that of the run until the run has one."""
+        """`name` is used until the run has one of its own."""
         self.notifier = Notifier(address)
         self._name, self._total_steps, self._step = name, 0, 0
         self._step_s: float | None = None
@@ -62,7 +63,7 @@ class Notices:
             self._thread.start()
 
     def sign_of_life(self, step: int) -> None:
-        """The run does something at `step`; called often by the thread that trains."""
+        """The run is alive, at `step`; called often by the thread that trains."""
         now = time.monotonic()
         silent_s, self._last_sign, self._step = now - self._last_sign, now, step
         if self._is_stalled:
@@ -87,7 +88,7 @@ class Notices:
         self._post("went_back", "went back", reason)
 
     def ended(self, ending: RunState, state: TrainState, reason: str | None) -> None:
-        """The run ends. A reason begins with `by signal`, `on request`, or says what went wrong."""
+        """The run ends; `reason` is that of `status.json`."""
         self._step = state.step
         values = {
             "loss": state.train_loss,
@@ -123,8 +124,8 @@ class Notices:
         while not self._is_over.wait(CHECK_S):
             silent_s = time.monotonic() - self._last_sign
             if not self._is_stalled and status.is_stalled(silent_s, self._step_s):
-                self._is_stalled = True
                 self._post("stalled", "stalled", f"no sign of life for {duration(silent_s)}")
+                self._is_stalled = True  # now, so that `continues` is posted after `stalled`
 
 
 def post_death_before(folder: Path, notifier: Notifier) -> None:
@@ -138,7 +139,7 @@ def post_death_before(folder: Path, notifier: Notifier) -> None:
 def post_death(folder: Path, dead: Status, notifier: Notifier, more: str = "") -> None:
     """Posts that the process that wrote the status `dead` was killed, or its machine went down.
 
-    It is posted once, whoever notices it: a file in `folder` says that it is.
+    Several processes may notice it; a file in `folder` makes sure that only one posts it.
     """
     if not notifier.is_on or not is_first_to_post_death(folder):
         return
@@ -169,7 +170,8 @@ def words_of_death(pid: int, last_seen: float, *more: str) -> str:
 
 
 def is_first_to_post_death(folder: Path) -> bool:
-    """Whether nobody has posted this death yet; True if the folder takes no file."""
+    """Creates DEATH_POSTED in `folder`; returns whether it is new. True if it cannot be created: a
+    second message is better than none."""
     try:
         os.close(os.open(folder / DEATH_POSTED, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:

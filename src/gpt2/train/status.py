@@ -18,7 +18,7 @@ BEAT_EVERY_S = 15
 SILENCE_S = 900
 """a run on another machine whose status is older than this counts as dead"""
 STALL_S, STALL_STEPS = 300, 10
-"""a run hangs if it gives no sign of life for so long: seconds, and times of a step"""
+"""a run hangs if its last sign of life is older than both: seconds, and times of a step"""
 RunState = Literal["running", "finished", "stopped", "failed"]
 
 

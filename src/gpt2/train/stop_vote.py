@@ -20,9 +20,9 @@ class StopVote:
 
     @property
     def is_requested(self) -> bool:
-        """Whether this rank has received a signal to stop, which all ranks receive: it may leave
-        out what comes before the vote. With another request, which it alone has, it would only wait
-        for the others there, longer than a collective may take if the step is long."""
+        """Whether this rank has received a signal to stop. All ranks receive it, so each may go
+        straight to the vote. Another request (of `report`, a fault of the data) is known to this
+        rank alone: it would wait in the vote for the others, in a long step beyond the timeout."""
         number = self._request.number
         return number in STOP_SIGNALS or (number != 0 and self._world.size == 1)
 

@@ -129,7 +129,7 @@ def run(
     (or experiment) and time. With several ranks, any error but a UserError ends the process; the
     first rank that fails calls `on_failure(error)` first. `configure` is called on rank 0 once the
     checkpoint is found; without it, `run_config` is complete and takes nothing from a checkpoint.
-    `notices` of rank 0 posts what becomes of the run. Raises UserError for what the user can fix.
+    `notices` of rank 0 posts what happens to the run. Raises UserError for what the user can fix.
     """
     notices, gpu_id = notices or Notices(), run_config.experiment.gpu_id
     with (
