@@ -56,6 +56,15 @@ def test_other_errors_are_of_this_rank(error: Exception):
     assert not lost_rank.is_without_reply(error)
 
 
+def test_an_error_as_text():
+    assert lost_rank.described(RuntimeError(WITHOUT_REPLY[0])) == (
+        "no reply from another rank: a rank hangs"
+    )
+    assert "within 25 s" in lost_rank.described(RuntimeError(WITHOUT_REPLY[0]), 25)
+    assert lost_rank.described(RuntimeError(LOST[0])).startswith("lost the connection to another")
+    assert lost_rank.described(RuntimeError("shapes differ")) == "RuntimeError: shapes differ"
+
+
 def test_what_is_said_of_the_connection():
     assert lost_rank.words_of(RuntimeError(LOST[0])) == (
         "Connection closed by peer [127.0.0.1]:11498"

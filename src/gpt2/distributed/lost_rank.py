@@ -3,6 +3,8 @@
 The rank that raises such an error has only noticed it: the cause is on another rank.
 """
 
+from gpt2.base import errors
+
 NO_REPLY = (
     "Timed out",  # gloo: a rank sends nothing; torch: not all ranks have joined
     "caused pair closure",  # gloo, in every operation after one that timed out
@@ -30,6 +32,19 @@ def is_lost(error: BaseException) -> bool:
 def is_without_reply(error: BaseException) -> bool:
     """Whether a lost rank still has its connections: it hangs, or its machine is down."""
     return isinstance(error, RuntimeError) and _first_with(str(error), NO_REPLY) != ""
+
+
+def described(error: BaseException, timeout_s: float | None = None) -> str:
+    """An error as text; for a lost rank, what that means instead of where gloo or NCCL raised it.
+
+    `timeout_s` is how long this rank has waited, if that is known.
+    """
+    if not is_lost(error):
+        return errors.described(error)
+    if is_without_reply(error):
+        within = "" if timeout_s is None else f" within {timeout_s:g} s"
+        return f"no reply from another rank{within}: a rank hangs"
+    return f"lost the connection to another rank ({words_of(error)})"
 
 
 def words_of(error: BaseException) -> str:

@@ -161,9 +161,7 @@ class Watchdog:
         """What this rank says of `error`, of which no other rank says the cause."""
         if not self._has_noticed(error):
             return described(error)
-        if lost_rank.is_without_reply(error):
-            return f"no reply from another rank within {self._timeout_s:g} s: a rank hangs"
-        return f"lost the connection to another rank ({lost_rank.words_of(error)})"
+        return lost_rank.described(error, self._timeout_s)
 
     def _first_failure(self, failure: Failure) -> Failure | None:
         """Records `failure` unless there is an earlier one; returns the first."""

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from gpt2.base.errors import FolderInUse, described
+from gpt2.base.errors import FolderInUse
 from gpt2.config.flops import duration
+from gpt2.distributed import lost_rank
 from gpt2.metrics.notify import Notifier
 from gpt2.train import status
 from gpt2.train.state import TrainState
@@ -50,7 +51,7 @@ class Notices:
             raise
         except Exception as error:
             if not self._has_ended:
-                self._end("failed", described(error))
+                self._end("failed", lost_rank.described(error))
             raise
         finally:
             self.close()
