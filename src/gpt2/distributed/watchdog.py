@@ -272,7 +272,7 @@ class Watchdog:
         return self._signal_reader.recv(1024)
 
     def _gone_rank(self, store: "Store") -> int | None:
-        """A rank on this machine whose process has ended without a word."""
+        """A rank on this machine whose process has ended and recorded no reason."""
         for other in self._others:
             if other not in self._processes:
                 if not store.check([key := f"{PROCESS_KEY}/{other}"]):

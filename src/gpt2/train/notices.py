@@ -164,7 +164,7 @@ def forget_death(folder: Path) -> None:
 def words_of_death(pid: int, last_seen: float, *more: str) -> str:
     """What a message says of a process that was killed; `last_seen` is in seconds since 1970."""
     details = (
-        f"process {pid} ended without a word (killed, out of memory or a power cut), "
+        f"process {pid} ended unexpectedly (killed, out of memory or a power cut), "
         f"last seen {datetime.fromtimestamp(last_seen):%Y-%m-%d %H:%M:%S}"
     )
     return "; ".join(filter(None, [details, *more]))

@@ -16,6 +16,7 @@ from rich.console import Console
 from experiments.given import Given
 from experiments.given import job as real_job
 from experiments.progress.tracked import SLOTS, Clock, event, tracker_of, train
+from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler
@@ -75,6 +76,16 @@ def fail_until_full(tell: Callable[[Event], None], handle: int) -> int:
         if last is None and not select.select([], [handle], [], 0)[1]:
             last = count + 1000
     return count
+
+
+def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path):
+    (tmp_path / "file").touch()
+    tracker = StateTracker("seeds", 1, SLOTS)
+    with (
+        pytest.raises(ConfigError, match=r"cannot write .*another folder with --log_dir"),
+        showing_progress(tracker, log=tmp_path / "file" / "seeds.log", out=plain()),
+    ):
+        pass
 
 
 def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool import log_lines
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.progress import rendering, state
@@ -50,9 +51,8 @@ def showing_progress(
     shows a live view of the state instead, with failures and other output of the process above it.
     """
     is_live = out.is_interactive and out.file.isatty()
-    log.parent.mkdir(parents=True, exist_ok=True)
     with (
-        log.open("ab") as log_file,
+        _opened(log) as log_file,
         _printing_in_background(out, tracker if is_live else None),
     ):
         log_lines.write_line(log_file.fileno(), rendering.first_line(tracker.current))
@@ -70,6 +70,16 @@ def showing_progress(
             tracker.end()
             write()
             reporter.report_end()
+
+
+def _opened(log: Path) -> IO[bytes]:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("ab")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {log}: {error.strerror}; choose another folder with --log_dir"
+        ) from error
 
 
 class LineReporter:
