@@ -77,6 +77,7 @@ def test_a_death_is_posted_once_by_a_watch_or_by_the_next_start(tmp_path: Path):
             pass
     assert len(hook.received) == 2
     first, second = (message["text"] for message in hook.received)
-    assert first.startswith(f"seeds {tmp_path} on {LAST.host} died: process {LAST.pid} ended with")
+    beginning = f"seeds {tmp_path} on {LAST.host} died: process {LAST.pid} ended unexpectedly"
+    assert first.startswith(beginning)
     assert "; 3 of 4 done, 1 failed | " in first and " left" not in first
     assert second.endswith("; it is started again now")
