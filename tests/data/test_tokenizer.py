@@ -1,6 +1,7 @@
 import hashlib
 from importlib import resources
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ def test_decoding_gives_the_text_back(text: str):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert all(0 <= token < tokenizer.END_OF_TEXT for token in tokens)
+    shard = np.array([tokenizer.END_OF_TEXT, *tokens], dtype=np.uint16)
+    assert tokenizer.text_bytes(shard) == len(text.encode())
 
 
 def test_a_special_token_in_text_is_ordinary_text():

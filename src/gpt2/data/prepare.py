@@ -371,7 +371,8 @@ class _ShardWriter:
             np.save(file, tokens, allow_pickle=False)
         with path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        self.shards.append(Shard(path.name, split, len(tokens), path.stat().st_size, digest))
+        size, text_bytes = path.stat().st_size, tokenizer.text_bytes(tokens)
+        self.shards.append(Shard(path.name, split, len(tokens), size, digest, text_bytes))
         self._parts, self._pending = [], 0
 
 

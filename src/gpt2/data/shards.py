@@ -60,6 +60,8 @@ class Shard:
     bytes: int
     sha256: str | None
     """None as long as nothing has read a shard that has no manifest"""
+    text_bytes: int | None = None
+    """UTF-8 bytes of its text; None without a manifest, and in those of earlier versions"""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ import hashlib
 from functools import cache
 from importlib import resources
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from gpt2.base.errors import DataError
@@ -49,6 +52,21 @@ def load() -> tiktoken.Encoding:
         special_tokens={"<|endoftext|>": END_OF_TEXT},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+@cache
+def byte_lengths() -> npt.NDArray[np.uint8]:
+    """Bytes of text by token id, for all ids of uint16; 0 for <|endoftext|> and above."""
+    lengths = np.zeros(1 << 16, dtype=np.uint8)
+    for token, rank in ranks().items():
+        lengths[rank] = len(token)
+    lengths.flags.writeable = False
+    return lengths
+
+
+def text_bytes(tokens: npt.NDArray[np.unsignedinteger[Any]]) -> int:
+    """Bytes of the UTF-8 text that the tokens hold, without their <|endoftext|>."""
+    return int(byte_lengths()[tokens].sum(dtype=np.int64))
 
 
 def merges() -> list[tuple[bytes, bytes]]:
