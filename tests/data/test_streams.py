@@ -1,11 +1,8 @@
 """Files as streams of UTF-8: every compression, every truncation, every byte order mark."""
 
 import bz2
-import codecs
 import gzip
-import io
 import lzma
-import tracemalloc
 from pathlib import Path
 
 import pytest

@@ -24,8 +24,8 @@ from gpt2.base.text import printable
 from gpt2.data import signatures
 
 BUFFER_BYTES = 256 * 1024
-PIECE_BYTES = 2048
-"""compressed bytes at a time: zstd, which knows no limit, makes 64 MiB of them at most"""
+PIECE_BYTES = 512
+"""compressed bytes at a time: zstd, which knows no limit, makes 16 MiB of them at most"""
 CHUNK_BYTES = 128 * 1024
 """decompressed bytes at a time"""
 PADDING_BYTES = 64 * 1024
@@ -154,7 +154,8 @@ def open_utf8(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def seekable(path: Path) -> Iterator[BinaryIO]:
-    """A file for readers that move in it. A compressed one is decompressed into a temporary file."""
+    """A file for readers that move in it: a compressed one is copied, decompressed, to a temporary
+    file without a name."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_bytes(path))
         if compression_of(path):
