@@ -17,7 +17,7 @@ from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import corpora, prepare, shards, tokenizer
+from gpt2.data import corpora, hints, prepare, shards, tokenizer
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
@@ -47,6 +47,8 @@ class OutputOptions:
         require_within(self, 2, LARGEST, "shard_tokens", "val_tokens")
         require_within(self, 1, 10**15, "max_tokens")
         require_within(self, 1, MOST_PROCESSES, "workers")
+        if self.out is not None:
+            _require_local(self.out)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _prepare(corpus: Corpus, options: OutputOptions) -> int:
         f"{manifest.replaced_documents:,} with bytes that are not UTF-8 (now U+FFFD); "
         f"{elapsed_s:.0f} s"
     )
-    out.print(f"Train on it with --data_root {folder}")
+    out.print(f"Train on it with --data_root {shlex.quote(str(folder))}", soft_wrap=True)
     return 0
 
 
@@ -187,8 +189,7 @@ def _verify(command: Verify) -> int:
     if wrong:
         raise DataError(
             f"{len(wrong)} of {len(manifest.shards)} shards do not match the manifest, or "
-            f"cannot be read{shards.repair_hint(storage)}"
-            + "".join(f"\n  {line}" for line in wrong)
+            f"cannot be read{hints.repair(storage)}" + "".join(f"\n  {line}" for line in wrong)
         )
     print(f"{storage}: all {len(manifest.shards)} shards match the manifest")
     return 0
@@ -212,6 +213,16 @@ def _show(command: Show) -> int:
     tokens = shards.first_tokens(storage, index.shards[number], command.tokens)
     print(f"Shard {number} begins with:\n{tokenizer.decode(tokens)}")
     return 0
+
+
+def _require_local(folder: Path) -> None:
+    """Raises ConfigError for a URL, in which pathlib has made one slash of two."""
+    is_url = re.match(r"[a-z][a-z0-9+.]*:/", str(folder))
+    if is_url and not Path(folder.parts[0]).exists():
+        raise ConfigError(
+            f"--out {folder} looks like a URL; expected a local folder: prepare there, then upload "
+            "the folder"
+        )
 
 
 def _split_table(index: shards.DatasetIndex) -> Table:

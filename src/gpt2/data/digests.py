@@ -138,5 +138,5 @@ def _place_in_cache(folder: Path) -> Path | None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         return None
-    key = hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()
+    key = hashlib.sha256(os.fsencode(f"{socket.gethostname()}:{folder.resolve()}")).hexdigest()
     return caches / "gpt2-from-scratch" / "digests" / f"{key}.jsonl"

@@ -34,7 +34,7 @@ import gpt2
 from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import shards, tokenizer
+from gpt2.data import hints, tokenizer
 from gpt2.data.corpus import Corpus, Document
 from gpt2.data.formats import DTYPE, Tokens
 from gpt2.data.remote import Storage
@@ -136,7 +136,7 @@ def prepare(
     recipe = Recipe(
         corpus.name, corpus.source, shard_tokens, val_tokens or default_val_tokens, max_tokens
     )
-    progress = _ProgressFile(folder, recipe, command or shards.prepare_command(folder))
+    progress = _ProgressFile(folder, recipe, command or hints.prepare_command(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists() and not overwrite:  # it may be read-only

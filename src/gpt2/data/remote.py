@@ -1,9 +1,13 @@
-"""Storage of shards: a local folder, or a URL that fsspec can read."""
+"""Storage of shards: a local folder, or a URL that fsspec can read.
+
+A name is a name: what exists is never taken for a pattern or a URL.
+"""
 
 import contextlib
 import glob
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from gpt2.base.errors import DataError
 
@@ -20,57 +26,61 @@ SILENCE_S = 60
 
 @dataclass(frozen=True)
 class Storage:
-    """A local or remote folder, or the files in one that match a glob.
+    """A local or remote folder, or the files in one that match a pattern.
 
-    Names of files are relative to `folder`. Methods raise DataError, naming the file, if it cannot
-    be read.
+    `root` is that folder, or the folder and the pattern. Names of files are relative to `folder`.
+    Methods raise DataError, naming the file, if it cannot be read.
     """
 
     root: str
 
-    @property
+    @cached_property
     def path(self) -> Path | None:
-        """The local folder or glob; None if the storage is remote."""
-        return None if is_url(self.root) else Path(self.root).expanduser()
-
-    @property
-    def is_glob(self) -> bool:
-        return glob.has_magic(self.root) and not (self.path and self.path.exists())
+        """The root as a local path; None if the storage is remote."""
+        return None if is_url(self.root) else _expanded(self.root)
 
     @property
     def folder(self) -> str:
-        """The root without its glob."""
-        root = self.root.rstrip("/") if self.path is None else str(self.path)
-        if self.is_glob and (magic := re.search(r"[*?\[]", root)):
-            return root[: magic.start()].rpartition("/")[0]
-        return root
+        """The root without its pattern."""
+        return self._divided[0]
+
+    @property
+    def pattern(self) -> str | None:
+        """The pattern that files match, relative to the folder; None stands for all files."""
+        return self._divided[1]
 
     def __str__(self) -> str:
         return self.folder
 
     def full(self, name: str) -> str:
         """The path or URL of a file."""
-        return f"{self.folder}/{name}" if self.folder else name
+        if self.path is not None:
+            return str(Path(self.folder, name))
+        return f"{self.folder}{'' if self.folder.endswith('/') else '/'}{name}"
 
     def files(self) -> dict[str, int]:
-        """All files below the folder, or those that match the glob, with their sizes in bytes."""
+        """All files below the folder, or those that match the pattern, with their sizes in bytes.
+
+        Hidden ones, such as those that macOS writes beside each file, are left out.
+        """
         with self._errors(self.root):
             try:
-                self._fs.ls(self._home)  # find and glob report no files for a refused connection
+                self._fs.ls(self._home)  # find reports no files for a refused connection
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-            if self.is_glob:
-                root = self.root if self.path is None else str(self.path)
-                found = self._fs.glob(self._fs._strip_protocol(root), detail=True)
-            else:
-                found = self._fs.find(self._home, detail=True)
-        start = f"{self._home}/"
+            found = self._fs.find(self._home, maxdepth=self._depth, detail=True)
+            matches = re.compile(glob_translate(self.pattern or "**")).match
+        start = self._fs_path("")
         sizes = {
             name.removeprefix(start): entry["size"]
             for name, entry in sorted(found.items())
-            if name.startswith(start) and entry["type"] != "directory"  # links count as files
+            if name.startswith(start) and _is_file(entry)
         }
-        return {name: self.size(name) if size is None else size for name, size in sizes.items()}
+        return {
+            name: self.size(name) if size is None else size
+            for name, size in sizes.items()
+            if matches(name) and not _is_hidden(name)
+        }
 
     def read_if_any(self, name: str) -> bytes | None:
         """The content of a small file, or None if it does not exist."""
@@ -102,24 +112,41 @@ class Storage:
             self._fs.get_file(self._fs_path(name), str(path))
 
     @cached_property
+    def _divided(self) -> tuple[str, str | None]:
+        """Folder and pattern."""
+        if self.path is not None:
+            return _divide(self.path.parts, lambda names: str(Path(*names)), os.path.lexists)
+        scheme = _scheme(self.root)
+        rest = self.root.removeprefix(scheme)
+        names = (rest.rstrip("/") or rest[:1]).split("/")
+        return _divide(names, lambda names: scheme + "/".join(names), _remote_exists)
+
+    @property
+    def _depth(self) -> int | None:
+        """How many levels of folders can have matching files; None for all."""
+        pattern = self.pattern
+        return None if pattern is None or "**" in pattern else pattern.count("/") + 1
+
+    @cached_property
     def _fs(self) -> Any:
         return self._location[0]
 
     @cached_property
     def _home(self) -> str:
-        return str(self._location[1]).rstrip("/")
+        return str(self._location[1])
 
     @cached_property
     def _location(self) -> tuple[Any, str]:
+        """The file system and the folder's name in it."""
+        if self.path is not None:  # fsspec takes no part of an absolute path for a protocol
+            return LocalFileSystem(), str(Path.cwd() / self.folder)
         try:
-            options = _without_time_limit() if self.folder.startswith("http") else {}
-            file_system, home = fsspec.core.url_to_fs(self.folder or ".", **options)
+            return _remote_location(self.folder)
         except (ImportError, ValueError) as error:
             raise DataError(f"{self.root} cannot be opened: {error}") from error
-        return file_system, str(home)
 
     def _fs_path(self, name: str) -> str:
-        return f"{self._home}/{name}"
+        return f"{self._home.rstrip('/')}/{name}"
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -132,8 +159,12 @@ class Storage:
 
 
 def is_url(root: str) -> bool:
-    """Whether `root` is a URL of fsspec, such as s3://bucket/folder."""
-    return re.match(r"[a-z][a-z0-9+.]*(::|://)", root) is not None
+    """Whether `root` is a URL of fsspec, such as s3://bucket/folder or filecache::s3://bucket.
+
+    A local folder whose name has a double colon is none.
+    """
+    scheme = _scheme(root)
+    return scheme.endswith("://") or (scheme != "" and not _begins_with_a_name(root))
 
 
 def describe(error: BaseException) -> str:
@@ -150,3 +181,57 @@ def _without_time_limit() -> dict[str, Any]:
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
     return {"client_kwargs": {"timeout": timeout}}
+
+
+def _divide(
+    names: Sequence[str], joined: Callable[[Sequence[str]], str], exists: Callable[[str], bool]
+) -> tuple[str, str | None]:
+    """Folder and pattern of a path with these components. The pattern begins with the first one
+    that has a wildcard and does not exist as it is written."""
+    for number, name in enumerate(names):
+        if glob.has_magic(name) and not exists(joined(names[: number + 1])):
+            return joined(names[:number]), "/".join(names[number:])
+    return joined(names), None
+
+
+def _expanded(root: str) -> Path:
+    """The local path, with a home folder for `~`, unless a folder has that name."""
+    if not _begins_with_a_name(root):
+        with contextlib.suppress(RuntimeError):  # there is no such user
+            return Path(root).expanduser()
+    return Path(root)
+
+
+def _begins_with_a_name(root: str) -> bool:
+    """Whether the first component is that of a local folder or file."""
+    return os.path.lexists(root.partition("/")[0])
+
+
+def _scheme(root: str) -> str:
+    """The protocols at the beginning of a URL, such as s3:// or filecache::s3://."""
+    found = re.match(r"([a-z][a-z0-9+.]*(::|://))*", root)
+    return found[0] if found else ""
+
+
+def _remote_location(url: str) -> tuple[Any, str]:
+    options = _without_time_limit() if url.startswith("http") else {}
+    file_system, home = fsspec.core.url_to_fs(url, **options)
+    return file_system, str(home)
+
+
+def _remote_exists(url: str) -> bool:
+    """False also if there is no connection, which is reported when files are listed."""
+    try:
+        file_system, path = _remote_location(url)
+    except (ImportError, ValueError):
+        return False
+    return bool(file_system.exists(path))
+
+
+def _is_file(entry: dict[str, Any]) -> bool:
+    """Whether an entry of a listing is a file or a link, and not a folder, pipe or socket."""
+    return entry["type"] not in ("directory", "other") or entry.get("islink", False)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import corpora, formats, shard_file, tokenizer
+from gpt2.data import formats, hints, shard_file, tokenizer
 from gpt2.data.cache import ShardCache
 from gpt2.data.digests import Content, DigestMemory, Fault
 from gpt2.data.formats import HEAD_BYTES, Tokens
@@ -98,7 +98,7 @@ class Manifest:
             shards = tuple(from_json(Shard, item, source) for item in values["shards"])
             return from_json(cls, {**values, "shards": shards}, source)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{source} cannot be read ({error}){repair_hint(storage)}") from error
+            raise DataError(f"{source} cannot be read ({error}){hints.repair(storage)}") from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class DatasetIndex:
     @property
     def hint(self) -> str:
         """The end of an error message about a shard: how to replace those of a manifest."""
-        return repair_hint(self.storage) if self.has_manifest else ""
+        return hints.repair(self.storage) if self.has_manifest else ""
 
     def digest(self, shard: Shard) -> str | None:
         """The SHA-256 that a shard has, as far as this process knows."""
@@ -165,13 +165,13 @@ def load_index(storage: Storage, cache: ShardCache | None = None) -> DatasetInde
 
 
 def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
-    if storage.is_glob or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
+    if storage.pattern or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
         return None
     manifest = Manifest.read(storage)
     if manifest.tokenizer != tokenizer.NAME:
         raise DataError(
             f"{storage}: expected tokens of {tokenizer.NAME}, got tokens of {manifest.tokenizer}"
-            f"{repair_hint(storage)}"
+            f"{hints.repair(storage)}"
         )
     if storage.path is None:  # TokenDataset checks local shards when it opens them
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:
@@ -180,7 +180,7 @@ def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
                 if size != shard.bytes:
                     raise DataError(
                         f"{storage.full(shard.file)}: expected {shard.bytes} bytes, got {size}"
-                        f"{repair_hint(storage)}"
+                        f"{hints.repair(storage)}"
                     )
     return DatasetIndex(
         storage, manifest.shards, manifest.vocab_size, has_manifest=True, corpus=manifest.corpus
@@ -363,24 +363,6 @@ def first_tokens(storage: Storage, shard: Shard, count: int) -> list[int]:
     return [int(token) for token in np.frombuffer(content, found.dtype)]
 
 
-def prepare_command(folder: Path, overwrite: bool = False) -> str:
-    """The command that prepares `folder`, which is named after its corpus by convention."""
-    corpus = corpora.find(folder.name)
-    name = corpus.name.replace("_", "-") if corpus else "NAME"
-    out = "" if corpus and folder == Path("data") / folder.name else f" --out {folder}"
-    names = "" if corpus else " (gpt2 data --help lists the names)"
-    return f"gpt2 data {name}{out}{' --overwrite' if overwrite else ''}{names}"
-
-
-def repair_hint(storage: Storage) -> str:
-    """The end of an error message about shards of a manifest: how to replace them."""
-    if storage.path is None:
-        return "; upload it again"
-    if corpora.find(storage.path.name) is None:
-        return "; prepare it again with the command that made it and --overwrite"
-    return f"; prepare it again with: {prepare_command(storage.path, overwrite=True)}"
-
-
 @dataclass(frozen=True)
 class _OpenShard:
     """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
@@ -469,8 +451,8 @@ def _split_of(name: str) -> Split | None:
 def _missing(storage: Storage) -> str:
     """The error message for a storage without a manifest and without shards that can be used."""
     nothing = f"no training data in {storage.root}"
-    if storage.is_glob:
-        return f"{nothing}; {NAMING}"
+    if storage.pattern:
+        return f"{nothing}; {NAMING}" if storage.files() else f"no file matches {storage.root}"
     unfinished = storage.read_if_any(PROGRESS) is not None
     if unfinished and storage.path is None:
         return f"{storage} is unfinished: it has a {PROGRESS}, but no {MANIFEST}"
@@ -478,11 +460,11 @@ def _missing(storage: Storage) -> str:
         return f"{storage} is unfinished: no {MANIFEST}; continue with: {_begun_with(storage.path)}"
     if any(name.endswith((".npy", ".bin")) for name in storage.files()):
         return f"no {MANIFEST} in {storage}; without one, {NAMING}"
-    return (
-        nothing
-        if storage.path is None
-        else f"{nothing}; make it with: {prepare_command(storage.path)}"
-    )
+    if storage.path is None:
+        return nothing
+    if storage.path.is_file():
+        return f"expected a folder of shards, got the file {storage}; name its folder"
+    return f"{nothing}; make it with: {hints.prepare_command(storage.path)}"
 
 
 def _begun_with(folder: Path) -> str:
@@ -490,5 +472,5 @@ def _begun_with(folder: Path) -> str:
     try:
         begun = str(json.loads((folder / PROGRESS).read_text())["command"])
     except (OSError, ValueError, KeyError, TypeError):
-        return prepare_command(folder)
+        return hints.prepare_command(folder)
     return begun

@@ -15,13 +15,14 @@ def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
 
     Raises DataError if there are none, or if they do not fit the model.
     """
-    storage, cache = Storage(run_config.data.data_root), cache_of(run_config)
+    root, cache = run_config.data.data_root, cache_of(run_config)
 
     def find() -> DatasetIndex:
+        storage = Storage(root)
         if corpus := to_prepare(storage):
             assert storage.path is not None
             prepare.prepare(corpus, storage.path, wait=True)
-        return load_index(storage, cache)
+        return load_index(Storage(root), cache)  # what its name means depends on what exists
 
     data = world.run_on_rank0(find)
     require_known_ids(run_config, data)
