@@ -149,7 +149,7 @@ def test_what_fits_into_which_gpu_is_listed():
 
 def test_limits():
     assert checks.check_open_files(4096, 100).level == "ok"
-    assert checks.check_open_files(None, 100).fact == "no limit, 1,224 needed"
+    assert checks.check_open_files(None, 100).fact == "no limit, 1,124 needed"
     assert checks.check_open_files(1024, 100).level == "PROBLEM"
     assert checks.check_memory(2 * GB, GB, ranks_on_cpu=0).level == "ok"
     assert checks.check_memory(2 * GB, GB, ranks_on_cpu=1).level == "PROBLEM"

@@ -1,9 +1,12 @@
 import io
+import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -13,8 +16,9 @@ from gpt2.cli import main
 from gpt2.config import flops, options, presets
 from gpt2.config.run import RunConfig
 from gpt2.data import digests
+from gpt2.data.digests import DigestMemory
 from gpt2.data.remote import Storage
-from gpt2.data.shards import load_index
+from gpt2.data.shards import Manifest, Shard, load_index
 from gpt2.inspection import checks, doctor, machine
 from gpt2.inspection.checks import Finding, Need
 from support import small_config, small_flags, write_tasks
@@ -68,19 +72,37 @@ def test_data_is_opened_as_the_run_will(tmp_path: Path, data_root: Path):
     assert "make it with: gpt2 data" in found.fact
 
 
-def test_a_shard_with_other_content_is_a_problem(tmp_path: Path, data_root: Path):
-    ignored = shutil.ignore_patterns(digests.NAME)
-    broken = Path(shutil.copytree(data_root, tmp_path / "small", ignore=ignored))
-    names = sorted(path.name for path in broken.iterdir())
-    with (broken / "small_val_000000.npy").open("r+b") as file:
+@pytest.fixture
+def verified(data_root: Path, tmp_path: Path) -> Path:
+    """A copy of the small corpus, an hour old, that has been verified."""
+    folder = tmp_path / "small"
+    shutil.copytree(data_root, folder, ignore=shutil.ignore_patterns(digests.NAME))
+    memory = DigestMemory(folder)
+    for path in folder.glob("*.npy"):
+        os.utime(path, (time.time() - 3600,) * 2)
+        with path.open("rb") as file:
+            memory.add(path.name, *digests.hash_file(file))
+    return folder
+
+
+def damage(path: Path) -> None:
+    """Other tokens in the middle of a shard."""
+    with path.open("r+b") as file:
         file.seek(5000)
         file.write(bytes(6000))
-    data, found = doctor.find_data(small_config(broken, tmp_path))
+
+
+def test_a_shard_with_other_content_is_a_problem(tmp_path: Path, data_root: Path, verified: Path):
+    before = {path.name: path.read_bytes() for path in verified.iterdir()}
+    damage(verified / "small_val_000000.npy")
+    data, found = doctor.find_data(small_config(verified, tmp_path))
     assert (data, found.level) == (None, "PROBLEM")
     assert "small_val_000000.npy: its SHA-256 differs from the manifest's" in found.fact
-    assert sorted(path.name for path in broken.iterdir()) == names  # nothing was written
-    (broken / "manifest.json").unlink()
-    run = small_config(broken, tmp_path)
+    after = {path.name: path.read_bytes() for path in verified.iterdir()}
+    assert after.keys() == before.keys()
+    assert after[digests.NAME] == before[digests.NAME], "it has remembered something"
+    (verified / "manifest.json").unlink()
+    run = small_config(verified, tmp_path)
     data, found = doctor.find_data(run)
     assert found.level == "ok"  # nothing says what new shards of another tool should hold
     facts = metadata.TrainingMetadata(7, 0, 1, None, None, 1, "run", "0")
@@ -92,6 +114,67 @@ def test_a_shard_with_other_content_is_a_problem(tmp_path: Path, data_root: Path
     assert found.level == "PROBLEM"
     assert "validation data: " in found.fact
     assert "first small_val_000000.npy now" in found.fact
+
+
+def test_a_shard_that_has_changed_and_holds_the_same_is_read_again_and_good(
+    tmp_path: Path, verified: Path
+):
+    os.utime(verified / "small_train_000001.npy")
+    before = (verified / digests.NAME).read_bytes()
+    data, found = doctor.find_data(small_config(verified, tmp_path))
+    assert found.level == "ok"
+    assert list(doctor.find_unverified(data)) == []
+    assert (verified / digests.NAME).read_bytes() == before
+
+
+def test_shards_that_were_never_verified_are_named_with_the_command(verified: Path, tmp_path: Path):
+    folder = verified.rename(tmp_path / "my data")
+    (folder / digests.NAME).unlink()
+    damage(folder / "small_val_000000.npy")
+    data, found = doctor.find_data(small_config(folder, tmp_path))
+    assert found.level == "ok"
+    (note,) = doctor.find_unverified(data)
+    count, first = len(data.shards), ", ".join(shard.file for shard in data.shards[:3])
+    assert note.level == "note"
+    assert f"{count} of {count} shards were never verified ({first}, …)" in note.fact
+    assert note.remedy.endswith(f"type gpt2 data verify '{folder}'")
+    for shard in data.shards[1:]:
+        DigestMemory(folder).add(shard.file, (1, 2, 3), shard.sha256)
+    (note,) = doctor.find_unverified(data)
+    assert f"1 of {count} shards were never verified (small_val_000000.npy);" in note.fact
+
+
+def test_of_verified_shards_only_a_few_bytes_are_read(tmp_path: Path, monkeypatch):
+    """Files with holes, of the size of a real corpus: to read them takes long."""
+    tokens, files = 100_000_000, ["big_val_000000.npy", "big_train_000001.npy"]
+    for name in files:
+        with (tmp_path / name).open("wb") as file:
+            shape = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+            np.lib.format.write_array_header_1_0(file, shape)
+            size = file.tell() + 2 * tokens
+            file.truncate(size)
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+        version = digests.version_of((tmp_path / name).stat())
+        DigestMemory(tmp_path).add(name, version, "0" * 64)
+    splits = dict(zip(files, ("val", "train"), strict=True))
+    listed = tuple(Shard(name, splits[name], tokens, size, "0" * 64) for name in files)
+    recipe = (tokens, tokens, None, 1, 0, 0, "0")
+    Manifest("big", "holes", "gpt2", 50257, "uint16", *recipe, listed).write(tmp_path)
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(handle: int, count: int, place: int) -> bytes:
+        read.append(count)
+        return pread(handle, count, place)
+
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(digests, "hash_file", lambda *_: pytest.fail("a whole shard was read"))
+    monkeypatch.setattr(np, "memmap", lambda *_, **__: pytest.fail("a shard was mapped"))
+    data, found = doctor.find_data(options.overlay(RunConfig(), {"data_root": str(tmp_path)}))
+    assert found.level == "ok"
+    assert list(doctor.find_unverified(data)) == []
+    assert len(read) == 6 * len(files)  # of each, a seek and a page or two
+    assert max(read) <= 4096
 
 
 def test_remote_data_is_opened_and_its_copies_need_room(tmp_path: Path, data_root: Path):

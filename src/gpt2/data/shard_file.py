@@ -19,7 +19,8 @@ from gpt2.data.formats import DTYPE, HEAD_BYTES, Layout, Tokens
 
 logger = logging.getLogger(__name__)
 
-SAMPLED_IDS = 4096
+SAMPLED_PLACES, SAMPLED_IDS = 4, 1024
+"""places in a shard where ids are looked at, and how many in each; a place is a seek on a disk"""
 
 
 @dataclass(eq=False)
@@ -64,12 +65,6 @@ class ShardFile:
             self.version, digest = digests.hash_file(file)
         return digest
 
-    def mapped(self) -> Tokens:
-        """All tokens, memory-mapped."""
-        found = self.layout
-        with open(self.handle, "rb", closefd=False) as file:
-            return np.memmap(file, found.dtype, "r", found.start, (found.tokens,))
-
 
 def open_shard(path: Path, name: str) -> ShardFile:
     """Raises DataError if the file is not a shard, and OSError if it cannot be opened."""
@@ -90,13 +85,12 @@ def require_sound(shard: ShardFile, tokens: int, vocab_size: int, has_manifest: 
         raise DataError(
             f"{shard.name}: expected {tokens} tokens as in the manifest, got {shard.layout.tokens}"
         )
-    ids = shard.mapped()
-    halves = ids[1 : 2 * SAMPLED_IDS : 2]
-    if not has_manifest and ids.dtype == DTYPE and len(halves) and not halves.any():
+    halves = shard.read(0, 2 * SAMPLED_IDS)[1::2]
+    if not has_manifest and halves.dtype == DTYPE and len(halves) and not halves.any():
         raise DataError(
             f"{shard.name}: expected uint16 in a file without a header, got 32-bit numbers"
         )
-    highest = int(_sample(ids).max(initial=0))
+    highest = int(_sample(shard).max(initial=0))
     if highest >= vocab_size:
         raise DataError(
             f"{shard.name} holds the token id {highest}, outside the vocabulary of {vocab_size}: "
@@ -104,9 +98,8 @@ def require_sound(shard: ShardFile, tokens: int, vocab_size: int, has_manifest: 
         )
 
 
-def _sample(tokens: Tokens) -> Tokens:
-    """Up to SAMPLED_IDS tokens, evenly spaced over the shard."""
-    count = min(SAMPLED_IDS, len(tokens))
-    positions = np.arange(count, dtype=np.int64) * len(tokens) // max(count, 1)
-    sampled: Tokens = tokens[positions].astype("<u4")
-    return sampled
+def _sample(shard: ShardFile) -> Tokens:
+    """Ids at evenly spaced places of the shard, its beginning and its end among them."""
+    last = max(0, shard.layout.tokens - SAMPLED_IDS)
+    starts = np.linspace(0, last, SAMPLED_PLACES, dtype=np.int64).tolist()
+    return np.concatenate([shard.read(start, SAMPLED_IDS) for start in starts])

@@ -238,7 +238,7 @@ class TokenDataset:
         if self._on_demand:
             _require_room(index)
             return
-        _allow_open_files(len(self.shards))
+        _allow_open_files(len(index.shards))  # of both splits
         for number, shard in enumerate(self.shards):
             self._open[number] = Future()
             self._open[number].set_result(_open_shard(index, shard))
@@ -329,9 +329,9 @@ def _close(future: "Future[_OpenShard]") -> None:
 
 
 def open_files_needed(shards: int) -> int:
-    """Files that a process has open: two per shard, which is mapped while it is opened, and 1024
-    for sockets, libraries and everything else."""
-    return 2 * shards + 1024
+    """Files that a process has open: one per shard, and 1024 for sockets, libraries and everything
+    else."""
+    return shards + 1024
 
 
 def _allow_open_files(count: int) -> None:

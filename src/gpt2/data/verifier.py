@@ -34,12 +34,11 @@ PAUSES_S = (1, 10)
 """before it tries again to read a file"""
 
 
-def checked(index: DatasetIndex, hash_all: bool = False) -> DatasetIndex:
+def checked(index: DatasetIndex, remember: bool = True) -> DatasetIndex:
     """The index, completed by the digests that are remembered.
 
-    A shard that has changed since it was hashed is hashed again; with `hash_all`, also one that
-    never was, and nothing is written. Raises DataError, naming the first shard that has not the
-    digest that is expected.
+    A shard that has changed since it was hashed is hashed again; without `remember`, nothing is
+    written. Raises DataError, naming the first shard that has not the digest that is expected.
     """
     if index.storage.path is None:
         return index
@@ -49,14 +48,14 @@ def checked(index: DatasetIndex, hash_all: bool = False) -> DatasetIndex:
         version = _version(index, shard)
         if version and (digest := memory.get(shard.file, version)):
             found[shard.file] = digest
-        elif version and (hash_all or memory.has(shard.file)):
+        elif version and memory.has(shard.file):
             unknown.append(shard)
     if unknown:
         logger.info("Verifying %s of %s", counted(len(unknown), "shard"), index.storage)
     threads = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))))
     try:
-        remember = (lambda *_: None) if hash_all else memory.add
-        hashed = threads.map(lambda shard: _hash(index, shard, remember)[1], unknown)
+        add = memory.add if remember else (lambda *_: None)
+        hashed = threads.map(lambda shard: _hash(index, shard, add)[1], unknown)
         found |= zip((shard.file for shard in unknown), hashed, strict=True)
     except OSError as error:
         raise DataError(
@@ -74,6 +73,14 @@ def checked(index: DatasetIndex, hash_all: bool = False) -> DatasetIndex:
         raise DataError(mismatch(index, wrong[0]) + more + index.hint)
     known = (replace(shard, sha256=shard.sha256 or found.get(shard.file)) for shard in index.shards)
     return replace(index, shards=tuple(known))
+
+
+def never_verified(index: DatasetIndex) -> list[Shard]:
+    """The local shards of which no digest is remembered, not even one of an earlier version."""
+    if index.storage.path is None:
+        return []
+    memory = _memory(index)
+    return [shard for shard in index.shards if not memory.has(shard.file)]
 
 
 class Verifier:

@@ -4,6 +4,7 @@
 conclusions. Nothing is changed.
 """
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -34,6 +35,8 @@ from gpt2.train.resume import Configure, StartingPoint
 
 COLORS: dict[Severity, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
 INSTALL = "pip install --editable ."
+NAMED_SHARDS = 3
+"""named in a note about many"""
 
 
 def print_findings(findings: Iterable[Finding], out: Console) -> int:
@@ -105,6 +108,8 @@ def _software(run_config: RunConfig) -> Iterator[Finding]:
 def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Finding]:
     data, finding = find_data(run_config)
     yield finding
+    if data is not None:
+        yield from find_unverified(data)
     yield find_hellaswag(run_config)
     yield from find_checkpoints(run_config, data)
     shards = len(data.shards) if data else 0
@@ -122,7 +127,8 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
 def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     """Opens the shards as the run will; returns their index, or None if that fails.
 
-    Copies no remote shards.
+    Shards that have changed since they were verified are read as a whole, the others hardly. Copies
+    no remote shards.
     """
     storage = Storage(run_config.data.data_root)
     if corpus := dataset.to_prepare(storage):
@@ -131,7 +137,7 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     try:
         data = load_index(storage, dataset.cache_of(run_config))
         dataset.require_known_ids(run_config, data)
-        data = verifier.checked(data, hash_all=True)
+        data = verifier.checked(data, remember=False)
         train = TokenDataset(data, "train", run_config.model.block_size)
         if storage.path is not None:  # of remote data, that would fetch the whole split
             TokenDataset(data, "val", run_config.model.block_size)
@@ -144,6 +150,20 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
         f"validation, {counted(len(data.shards), 'shard')}, {manifest}: {steps:,} steps"
     )
     return data, Finding("ok", "data", fact)
+
+
+def find_unverified(data: DatasetIndex) -> Iterator[Finding]:
+    """A note if there are shards of which no digest is remembered."""
+    never = [shard.file for shard in verifier.never_verified(data)]
+    if never:
+        first = ", ".join(never[:NAMED_SHARDS])
+        more = ", …" if len(never) > NAMED_SHARDS else ""
+        fact = (
+            f"{len(never):,} of {counted(len(data.shards), 'shard')} were never verified "
+            f"({first}{more}); a run does it while it trains"
+        )
+        command = f"gpt2 data verify {shlex.quote(data.storage.root)}"
+        yield Finding("note", "data", fact, f"before that, type {command}")
 
 
 def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Finding:
