@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from gpt2.data import corpora, prepare, tokenizer
-from gpt2.data.corpus import Corpus, Document
+from gpt2.data.corpus import Corpus, Document, in_blocks
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import TokenDataset, load_index
@@ -56,7 +56,7 @@ def rate_of_all(cores: int) -> float:
 
 def prepare_rate(folder: Path) -> float:
     """Tokens/s of a whole preparation on all cores, start-up, checksums and fsync included."""
-    corpus = Corpus("bench", "a bench", 10_000_000, documents=documents)
+    corpus = Corpus("bench", "a bench", 10_000_000, in_blocks(documents))
     started = time.perf_counter()
     manifest = prepare.prepare(corpus, folder, console=Console(quiet=True))
     return sum(shard.tokens for shard in manifest.shards) / (time.perf_counter() - started)
@@ -64,7 +64,8 @@ def prepare_rate(folder: Path) -> float:
 
 def prepare_with_defaults(folder: Path, copies: int) -> None:
     """With shards of the size that real corpora have here."""
-    corpus = Corpus("bench", "", 100_000_000, documents=functools.partial(documents, copies=copies))
+    copied = in_blocks(functools.partial(documents, copies=copies))
+    corpus = Corpus("bench", "", 100_000_000, copied)
     prepare.prepare(corpus, folder, val_tokens=1_000_000, console=Console(quiet=True))
 
 

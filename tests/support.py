@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
-from gpt2.data.corpus import Corpus, Document
+from gpt2.data.corpus import Corpus, Document, in_blocks
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "src" / "train_improved.py"
@@ -63,7 +63,7 @@ def small_documents(skip: int = 0) -> Iterator[Document]:
         yield Document((stdlib / f"{name}.py").read_text(encoding="utf-8"))
 
 
-SMALL_CORPUS = Corpus("small", "a few modules", tokens_per_shard=8000, documents=small_documents)
+SMALL_CORPUS = Corpus("small", "a few modules", 8000, in_blocks(small_documents))
 
 
 def shard_tokens(folder: Path) -> list[int]:

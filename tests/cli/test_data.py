@@ -39,7 +39,9 @@ def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):
     pattern = str(tmp_path / "*.txt")
     flags = ("files", pattern, "--out", str(out), "--shard_tokens", "400", "--workers", "1")
     assert data(monkeypatch, *flags) == 0
-    assert f"Train on it with --data_root {out}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 documents of 2 files, 0 of them empty, 0 with bytes that are not UTF-8" in printed
+    assert f"Train on it with --data_root {out}" in printed
     assert (out / "mine_val_000000.npy").exists()
     assert data(monkeypatch, "show", str(out), "--shard", "0") == 0
     assert "one one one" in capsys.readouterr().out
@@ -78,3 +80,31 @@ def test_a_local_data_set_through_the_hub_command(monkeypatch, capsys, tmp_path:
         for split in ("train", "val")
     )
     assert val == (train + val) // 10
+
+
+def test_bad_lines_up_to_a_limit(tmp_path: Path, monkeypatch, capsys):
+    """The shards that were written before the refusal are used by the command that it names."""
+    lines = [json.dumps({"text": f"text number {number}"}) for number in range(400)]
+    lines[300:302] = ["broken", "[]"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    flags = ("files", str(path), "--out", str(out), "--workers", "1", "--shard_tokens", "500")
+    assert data(monkeypatch, *flags) == 2
+    printed = capsys.readouterr()
+    assert f"{path}:301: invalid JSON" in printed.err
+    assert f"{path}:302: expected a JSON object, got an array: left out" in printed.err
+    assert "2 of 400 lines cannot be read, such as" in printed.err
+    assert "--max_bad_lines 0.005 (now 0.001)" in printed.err
+    assert not (out / "manifest.json").exists()
+    assert data(monkeypatch, *flags, "--max_bad_lines", "0.005") == 0
+    assert "398 documents of 1 file" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["bad_lines"] == 2
+
+
+def test_a_clearly_wrong_corpus_is_refused_before_its_end(tmp_path: Path, monkeypatch, capsys):
+    good, bad = json.dumps({"text": "x " * 100}), json.dumps({"body": "x " * 100})
+    (tmp_path / "a.jsonl").write_text("\n".join([good] + [bad] * 5000 + ['{"text": 1}']))
+    flags = ("files", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert data(monkeypatch, *flags) == 2
+    assert "lines cannot be read" in capsys.readouterr().err  # not the number at the end

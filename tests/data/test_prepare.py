@@ -19,8 +19,8 @@ from rich.console import Console
 import support
 from gpt2.base import folder_lock
 from gpt2.base.errors import DataError, FolderInUse
-from gpt2.data import prepare, tokenizer
-from gpt2.data.corpus import Corpus, Document
+from gpt2.data import corpus, prepare, tokenisation, tokenizer
+from gpt2.data.corpus import Block, Corpus, Document, Documents, Place, in_blocks
 from support import shard_tokens
 
 
@@ -28,18 +28,29 @@ class Killed(BaseException):
     """As sudden as a signal: no code catches it."""
 
 
-def in_this_process(documents, workers: int):
-    """As `tokenised_batches`, without processes; the document "kill" raises Killed."""
-    while part := list(itertools.islice(documents, workers)):
-        if any(document.text == "kill" for document in part):
+def in_this_process(blocks, workers: int):
+    """As `encoded_blocks`, without processes; the document "kill" raises Killed."""
+    while part := list(itertools.islice(blocks, workers)):
+        read = [document for block in part for document in block.content.documents()]
+        if any(document.text == "kill" for document in read):
             raise Killed
-        yield prepare.Batch(part, *prepare.encode_texts([document.text for document in part]))
+        yield tokenisation.encode(part)
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What several processes change is in test_prepare_processes.py."""
-    monkeypatch.setattr(prepare, "tokenised_batches", in_this_process)
+    monkeypatch.setattr(tokenisation, "encoded_blocks", in_this_process)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 1)
+
+
+def listed(documents: list[Document], name: str = "c", tokens_per_shard: int = 5) -> Corpus:
+    blocks = in_blocks(lambda skip: iter(documents[skip:]))
+    return Corpus(name, "a test", tokens_per_shard, blocks)
 
 
 def plain_loop(documents: list[Document]) -> list[int]:
@@ -103,27 +114,24 @@ def test_max_tokens(tmp_path: Path):
 
 def test_empty_and_invalid_documents_are_counted(tmp_path: Path):
     documents = [Document("a" * 50), Document("\ufffd", replaced=True), Document("")]
-    corpus = Corpus("odd", "a test", 5, documents=lambda skip: iter(documents[skip:]))
-    manifest = prepare.prepare(corpus, tmp_path, workers=1)
+    manifest = prepare.prepare(listed(documents), tmp_path, workers=1)
     assert (manifest.documents, manifest.empty_documents, manifest.replaced_documents) == (3, 1, 1)
     assert shard_tokens(tmp_path) == plain_loop(documents)
 
 
 def test_a_corpus_of_one_shard_has_nothing_to_train_on(tmp_path: Path):
-    corpus = Corpus(
-        "short", "a test", 1000, documents=lambda skip: iter([Document("some words")][skip:])
-    )
+    short = listed([Document("some words")], tokens_per_shard=1000)
     with pytest.raises(DataError, match="use more text, or --val_tokens 2"):
-        prepare.prepare(corpus, tmp_path, workers=1)
+        prepare.prepare(short, tmp_path, workers=1)
     assert not (tmp_path / "manifest.json").exists()
-    prepare.prepare(corpus, tmp_path, workers=1, val_tokens=2)  # as the error says
+    prepare.prepare(short, tmp_path, workers=1, val_tokens=2)  # as the error says
 
 
 @pytest.mark.parametrize(("shard_tokens", "count"), [(100_000, 2), (20_000, 4)])
 def test_a_small_corpus_gives_a_tenth_for_validation(tmp_path: Path, shard_tokens, count):
     whole = prepare.prepare(support.SMALL_CORPUS, tmp_path / "whole", workers=1).shards
-    corpus = replace(support.SMALL_CORPUS, tokens_per_shard=shard_tokens, val_tokens=15_000)
-    found = prepare.prepare(corpus, tmp_path / "split", workers=1).shards
+    sized = replace(support.SMALL_CORPUS, tokens_per_shard=shard_tokens, val_tokens=15_000)
+    found = prepare.prepare(sized, tmp_path / "split", workers=1).shards
     tokens = sum(shard.tokens for shard in whole)
     assert [shard.split for shard in found] == ["val", *["train"] * (count - 1)]
     assert found[0].tokens == tokens // 10
@@ -150,7 +158,7 @@ def test_two_preparations_of_one_folder(tmp_path: Path):
             prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
         yield from support.small_documents(skip)
 
-    prepare.prepare(replace(support.SMALL_CORPUS, documents=second), tmp_path, workers=1)
+    prepare.prepare(replace(support.SMALL_CORPUS, blocks=in_blocks(second)), tmp_path, workers=1)
 
 
 def test_runs_that_start_together_wait_for_one_preparation(tmp_path: Path, caplog):
@@ -169,15 +177,19 @@ def test_runs_that_start_together_wait_for_one_preparation(tmp_path: Path, caplo
     assert caplog.messages[0].startswith(waiting)
 
 
+def encoded_text(text: str) -> tokenisation.Encoded:
+    return tokenisation.encode([Block(Place(), Documents((Document(text),)), 1)])
+
+
 def test_a_text_on_which_the_regular_expression_fails(tmp_path: Path):
     text = "before\n" + "\n" * 1_000_000 + "after"
-    tokens, lengths = prepare.encode_texts([text])
-    assert lengths.tolist() == [len(tokens)]
-    assert tokenizer.decode(tokens[1:].tolist()) == text
+    encoded = encoded_text(text)
+    assert encoded.documents.tolist() == [0]
+    assert tokenizer.decode(encoded.tokens[1:].tolist()) == text
 
 
 def test_a_failed_preparation_can_be_started_again(tmp_path: Path):
-    broken = replace(support.SMALL_CORPUS, source="wrong field", documents=lambda skip: 1 / 0)
+    broken = replace(support.SMALL_CORPUS, source="wrong field", blocks=lambda place: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(broken, tmp_path, workers=1)
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
@@ -198,8 +210,7 @@ def test_the_validation_shard_may_have_another_size(tmp_path: Path):
 
 def test_a_document_longer_than_a_shard_spans_shards(tmp_path: Path):
     documents = [Document("one two " * 100), Document("three")]
-    corpus = Corpus("long", "a test", 30, documents=lambda skip: iter(documents[skip:]))
-    manifest = prepare.prepare(corpus, tmp_path, workers=1)
+    manifest = prepare.prepare(listed(documents, "long", 30), tmp_path, workers=1)
     assert len(manifest.shards) > 5
     assert shard_tokens(tmp_path) == plain_loop(documents)
 
@@ -211,39 +222,39 @@ def test_shards_of_unknown_origin_are_kept(tmp_path: Path):
     assert (tmp_path / "theirs_000001.npy").exists()
 
 
-def test_other_options_are_refused_for_an_unfinished_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)  # some shards are finished before
+@pytest.mark.usefixtures("small_blocks")
+def test_other_options_are_refused_for_an_unfinished_folder(tmp_path: Path):
 
     def broken(skip: int):
         yield from support.small_documents(skip)
         raise DataError("the source broke off")
 
-    corpus = Corpus("small", "a few modules", 8000, documents=broken)
+    broken_off = replace(support.SMALL_CORPUS, blocks=in_blocks(broken))
     with pytest.raises(DataError, match="broke off"):
-        prepare.prepare(corpus, tmp_path, workers=1)
+        prepare.prepare(broken_off, tmp_path, workers=1)
     with pytest.raises(
         DataError, match=r"was started with other options \(val_tokens: 8000 before, 5 now"
     ):
-        prepare.prepare(corpus, tmp_path, workers=1, val_tokens=5)
+        prepare.prepare(broken_off, tmp_path, workers=1, val_tokens=5)
     (tmp_path / "progress.json").write_text("{")
     with pytest.raises(DataError, match=r"progress\.json cannot be read .*--overwrite"):
-        prepare.prepare(corpus, tmp_path, workers=1)
+        prepare.prepare(broken_off, tmp_path, workers=1)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_unknown_fields_of_a_progress_file_are_ignored_with_a_warning(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+    data_root: Path, tmp_path: Path, caplog
 ):
     """A preparation that a later version began continues, and ends with the same shards."""
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)
 
     def broken(skip: int):
         yield from support.small_documents(skip)
         raise DataError("the source broke off")
 
     with pytest.raises(DataError, match="broke off"):
-        prepare.prepare(replace(support.SMALL_CORPUS, documents=broken), tmp_path, workers=1)
+        prepare.prepare(
+            replace(support.SMALL_CORPUS, blocks=in_blocks(broken)), tmp_path, workers=1
+        )
     values = json.loads((tmp_path / "progress.json").read_text()) | {"started": 1.0}
     values["counts"] |= {"duplicates": 0}
     values["shards"] = [shard | {"crc": 1} for shard in values["shards"]]
@@ -273,21 +284,21 @@ def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataO
     }
     kills = data.draw(st.lists(st.integers(0, 12), max_size=4), label="killed before document")
 
-    def corpus(killed_at: int | None = None) -> Corpus:
-        def listed(skip: int):
+    def killed(killed_at: int | None = None) -> Corpus:
+        def documents_after(skip: int):
             for number in range(skip, len(documents)):
                 if number == killed_at:
                     yield Document("kill")
                 yield documents[number]
 
-        return Corpus("c", "a test", 5, documents=listed)
+        return Corpus("c", "a test", 5, in_blocks(documents_after))
 
     def prepared(folder: Path, *moments: int) -> dict[str, bytes]:
         with contextlib.suppress(DataError):  # too few tokens for two shards
             for moment in moments:
                 with contextlib.suppress(Killed):
-                    prepare.prepare(corpus(moment), folder, **options)
-            prepare.prepare(corpus(), folder, **options)
+                    prepare.prepare(killed(moment), folder, **options)
+            prepare.prepare(killed(), folder, **options)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     with tempfile.TemporaryDirectory() as root:
@@ -297,8 +308,28 @@ def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataO
             stream = plain_loop(documents)[: options["max_tokens"]]
             assert shard_tokens(Path(root, "one")) == stream
             begun = stream.count(tokenizer.END_OF_TEXT)
-            expected = prepare.Counts().plus(documents[:begun])
             manifest = json.loads(at_once["manifest.json"])
-            assert manifest["documents"] == expected.documents == begun
-            assert manifest["empty_documents"] == expected.empty
-            assert manifest["replaced_documents"] == expected.replaced
+            assert manifest["documents"] == begun
+            assert manifest["empty_documents"] == lengths[:begun].count(0)
+            assert manifest["replaced_documents"] == lengths[:begun].count(3)
+
+
+CHARACTERS = "ab 1.'s\n\t\r\u00a0\u2028\u0085\x1c\u3000é中"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from(CHARACTERS) | st.characters(exclude_categories=["Cs"]), max_size=80))
+def test_a_text_in_pieces_has_the_same_tokens(text: str):
+    for size in (1, 7):
+        parts = list(tokenisation.pieces(text, size))
+        assert "".join(parts) == text
+        tokens = [token for part in parts for token in tokenizer.encode(part)]
+        assert tokens == tokenizer.encode(text)
+
+
+def test_lone_surrogates_become_replacement_characters():
+    documents = (Document("a\ud800b"), Document("\ud83d\ude00"), Document("é"))
+    encoded = tokenisation.encode([Block(Place(), Documents(documents), 1)])
+    text = tokenizer.decode(encoded.tokens.tolist())
+    assert text == "<|endoftext|>a\ufffdb<|endoftext|>\U0001f600<|endoftext|>é"
+    assert encoded.replaced.tolist() == encoded.documents.tolist()[:2]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import support
-from gpt2.data import prepare
+from gpt2.data import corpus, prepare
 from support import shard_tokens, wait_until
 
 
 def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 10_000)
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=3)
     assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
 

@@ -1,5 +1,6 @@
 """`gpt2 data`: prepares a corpus, verifies shards and shows what is in them."""
 
+import logging
 import re
 import shlex
 import sys
@@ -17,10 +18,11 @@ from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import corpora, hints, prepare, shards, tokenizer
+from gpt2.data import corpora, files, hints, prepare, shards, tokenizer
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
+logger = logging.getLogger(__name__)
 ON_INTERRUPT = "Interrupted; the same command again resumes"
 
 
@@ -40,6 +42,8 @@ class OutputOptions:
     """stop after this many tokens"""
     workers: int | None = None
     """processes that tokenise; default is one per core"""
+    max_bad_lines: float = prepare.MAX_BAD_LINES
+    """share of the lines that may be left out because they cannot be read"""
     overwrite: bool = False
     """start from the beginning, even if shards of this corpus exist"""
 
@@ -47,6 +51,7 @@ class OutputOptions:
         require_within(self, 2, LARGEST, "shard_tokens", "val_tokens")
         require_within(self, 1, 10**15, "max_tokens")
         require_within(self, 1, MOST_PROCESSES, "workers")
+        require_within(self, 0, 1, "max_bad_lines")
         if self.out is not None:
             _require_local(self.out)
 
@@ -68,8 +73,8 @@ class Hub(CommandOptions):
     """configuration of the dataset"""
     split: str = "train"
     """split of the dataset"""
-    text_field: str = "text"
-    """field that holds the text"""
+    text_field: str | None = None
+    """field that holds the text; default is text, content, raw_content or the like"""
     streaming: bool = True
     """read the dataset while it downloads, instead of downloading it first"""
     output: OutputOptions = OutputOptions()
@@ -77,12 +82,13 @@ class Hub(CommandOptions):
 
 @dataclass(frozen=True)
 class Files(CommandOptions):
-    """Prepare .txt, .jsonl or .parquet files, also .gz and .zst."""
+    """Prepare .txt, .jsonl, .json, .csv, .parquet or .arrow files, also .gz, .zst, .bz2 and .xz."""
 
     patterns: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GLOB …")]
     """files or globs, in quotes: 'texts/**/*.txt'"""
-    text_field: str = "text"
-    """field that holds the text, in .jsonl and .parquet files"""
+    text_field: str | None = None
+    """field that holds the text, in all files but .txt;
+    default is text, content, raw_content or the like"""
     output: OutputOptions = OutputOptions()
 
 
@@ -132,8 +138,15 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _hub(command: Hub) -> int:
+    name, local = _slug(command.repo.rstrip("/").rpartition("/")[2]), Path(command.repo)
+    if command.hf_name is None and local.is_dir():
+        corpus = corpora.local_folder(
+            name, local, split=command.split, text_field=command.text_field
+        )
+        if corpus is not None:
+            return _prepare(corpus, command.output)
     corpus = corpora.hub(
-        _slug(command.repo.rstrip("/").rpartition("/")[2]),
+        name,
         command.repo,
         command.hf_name,
         split=command.split,
@@ -149,11 +162,14 @@ def _files(command: Files) -> int:
         raise ConfigError("no files given; type gpt2 data files 'texts/*.txt'")
     folder = command.output.out or Path(command.patterns[0]).absolute().parent
     name = _slug(re.sub(r"[*?\[\]]", "", folder.name)) or "files"
-    corpus = corpora.local_files(name, list(command.patterns), text_field=command.text_field)
-    return _prepare(corpus, command.output)
+    found = files.find(command.patterns)
+    for line in found.skipped:
+        logger.warning("%s", line)
+    corpus = corpora.of_files(name, " ".join(command.patterns), found, command.text_field)
+    return _prepare(corpus, command.output, file_count=len(found.paths))
 
 
-def _prepare(corpus: Corpus, options: OutputOptions) -> int:
+def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = None) -> int:
     folder = options.out or Path("data") / corpus.name
     started = time.perf_counter()
     manifest = prepare.prepare(
@@ -162,6 +178,7 @@ def _prepare(corpus: Corpus, options: OutputOptions) -> int:
         shard_tokens=options.shard_tokens,
         val_tokens=options.val_tokens,
         max_tokens=options.max_tokens,
+        max_bad_lines=options.max_bad_lines,
         workers=options.workers,
         overwrite=options.overwrite,
         command=_typed_command(),
@@ -169,10 +186,13 @@ def _prepare(corpus: Corpus, options: OutputOptions) -> int:
     elapsed_s = time.perf_counter() - started
     out = console()
     out.print(_split_table(shards.load_index(Storage(str(folder)))))
+    read = counted(manifest.documents, "document")
+    if file_count is not None:
+        read += f" of {counted(file_count, 'file')}"
     out.print(
-        f"{counted(manifest.documents, 'document')}, {manifest.empty_documents:,} of them empty, "
-        f"{manifest.replaced_documents:,} with bytes that are not UTF-8 (now U+FFFD); "
-        f"{elapsed_s:.0f} s"
+        f"{read}, {manifest.empty_documents:,} of them empty, "
+        f"{manifest.replaced_documents:,} with bytes that are not UTF-8 (now U+FFFD), "
+        f"{counted(manifest.bad_lines, 'bad line')} left out; {elapsed_s:.0f} s"
     )
     out.print(f"Train on it with --data_root {shlex.quote(str(folder))}", soft_wrap=True)
     return 0
@@ -247,7 +267,7 @@ def _usage() -> str:
     rows = [(_typed(corpus.name), corpus.source) for corpus in corpora.CORPORA.values()]
     rows += [
         ("hf REPO", "any dataset of the Hugging Face hub"),
-        ("files GLOB…", ".txt, .jsonl or .parquet files, also .gz and .zst"),
+        ("files GLOB…", ".txt, .jsonl, .csv, .parquet or .arrow files, also compressed"),
         ("verify DIR", "check the size and the SHA-256 of every shard"),
         ("show DIR", "print the table of shards, and the text at the beginning of one"),
     ]

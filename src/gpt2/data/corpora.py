@@ -4,18 +4,19 @@ A new corpus is an entry of CORPORA; where `hub` does not read it, its documents
 its own.
 """
 
-import glob
-import hashlib
-import itertools
 import logging
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import DataError
-from gpt2.data.corpus import Corpus, Document
+from gpt2.data import files, readers, streams
+from gpt2.data.corpus import BadLines, Corpus, Document, in_blocks
+from gpt2.data.files import FoundFiles
 
 logger = logging.getLogger(__name__)
 
@@ -34,72 +35,88 @@ def hub(
     config: str | None = None,
     *,
     split: str = "train",
-    text_field: str = "text",
+    text_field: str | None = "text",
     streaming: bool = True,
     tokens_per_shard: int = 100_000_000,
     val_tokens: int | None = None,
 ) -> Corpus:
-    """A data set of the Hugging Face hub or in a local folder; `repo` is its name in `datasets`."""
+    """A data set of the Hugging Face hub or in a local folder; `repo` is its name in `datasets`.
 
-    def documents(skip: int) -> Iterator[Document]:
+    Without a `text_field`, it is the usual one that the first record has.
+    """
+
+    def documents(skip: int) -> Iterator[Document | BadLines]:
         return _records(
             repo, skip, text_field, path=repo, name=config, split=split, streaming=streaming
         )
 
-    source = " ".join(filter(None, (repo, config, split, text_field)))
-    return Corpus(name, source, tokens_per_shard, documents, val_tokens)
+    source = " ".join(filter(None, (repo, config, split, text_field or readers.FIELDS[0])))
+    return Corpus(name, source, tokens_per_shard, in_blocks(documents), val_tokens)
 
 
-# For each kind of file, its loader in the `datasets` library and the options of that.
-FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document", "encoding_errors": "replace"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-COMPRESSIONS = (".gz", ".zst")
 VAL_TOKENS = 10_000_000
-FINGERPRINT_BYTES = 4096
 
 
-def local_files(name: str, patterns: list[str], *, text_field: str = "text") -> Corpus:
+def local_files(name: str, patterns: Sequence[str], *, text_field: str | None = None) -> Corpus:
     """Files of one kind, in sorted order; a `.txt` file is one document.
 
-    Raises DataError if no file matches or the kinds differ.
+    Without a `text_field`, it is the usual one that the first record has. Raises DataError if no
+    file matches, a file cannot be training data, or no field is the text.
     """
-    matches = itertools.chain.from_iterable(glob.glob(item, recursive=True) for item in patterns)
-    files = sorted({os.path.normpath(file) for file in matches if Path(file).is_file()})
-    if not files:
-        folders = [item for item in patterns if Path(item).is_dir()]
-        hint = f"; for the files of a folder use '{Path(folders[0], '*.txt')}'" if folders else ""
-        raise DataError(f"no file matches {' '.join(patterns)}{hint}")
-    kinds = {_kind(Path(file)) for file in files}
-    known = f"{', '.join(FILE_LOADERS)}, each also with {' or '.join(COMPRESSIONS)}"
-    if unknown := sorted(kinds - FILE_LOADERS.keys()):
-        raise DataError(
-            f"files of kind {', '.join(unknown)} cannot be read; expected one of {known}"
-        )
-    if len(kinds) > 1:
-        raise DataError(
-            f"expected files of one kind, got {', '.join(sorted(kinds))}; choose one of them"
-        )
-    loader, options = FILE_LOADERS[kinds.pop()]
-    field = "text" if loader == "text" else text_field
+    return of_files(name, " ".join(patterns), files.find(patterns), text_field)
 
-    def documents(skip: int) -> Iterator[Document]:
-        return _records(
-            " ".join(patterns),
-            skip,
-            field,
-            path=loader,
-            data_files=files,
-            split="train",
-            streaming=True,
-            **options,
-        )
 
-    source = f"{len(files)} files {' '.join(patterns)} {field} {_fingerprint(files)}"
-    return Corpus(name, source, 100_000_000, documents, VAL_TOKENS)
+def of_files(name: str, described: str, found: FoundFiles, text_field: str | None) -> Corpus:
+    """As `local_files`, for files that have been found."""
+    field = readers.choose_field(found.paths, found.kind, text_field)
+    source = f"{len(found.paths)} files {described} {field or 'text'} {found.fingerprint}"
+    return Corpus(
+        name,
+        source,
+        100_000_000,
+        readers.blocks(found.paths, found.kind, field),
+        VAL_TOKENS,
+        size=lambda: sum(streams.size(path) for path in found.paths),
+    )
+
+
+NOT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""what the `datasets` library writes beside the data"""
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""words in the name of a file or folder that say to which split it belongs"""
+
+
+def local_folder(
+    name: str, folder: Path, *, split: str = "train", text_field: str | None = None
+) -> Corpus | None:
+    """The files of a split in a folder that may be a data set; None where they are not clear.
+
+    It is identified as `hub` identifies it.
+    """
+    below = sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    data = [
+        file
+        for file in below
+        if files.kind_of(file) in files.KINDS.values()
+        and not file.endswith(NOT_DATA)
+        and "/." not in file
+    ]
+    named = {file: _split_of(os.path.relpath(file, folder)) for file in data}
+    if any(named.values()):
+        data = [file for file in data if named[file] == split]
+    if not data or len({files.kind_of(file) for file in data}) > 1:
+        return None
+    source = " ".join((str(folder), split, text_field or readers.FIELDS[0]))
+    return replace(of_files(name, str(folder), files.find(data), text_field), source=source)
+
+
+def _split_of(file: str) -> str | None:
+    words = re.split(r"[^a-z]+", file.lower())
+    return next((split for split, known in SPLITS.items() if set(known) & set(words)), None)
 
 
 def find(name: str) -> Corpus | None:
@@ -107,7 +124,9 @@ def find(name: str) -> Corpus | None:
     return CORPORA.get(name.replace("-", "_"))
 
 
-def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterator[Document]:
+def _records(
+    source: str, skip: int, text_field: str | None, **options: Any
+) -> Iterator[Document | BadLines]:
     """Documents after the first `skip`, loaded by the `datasets` library.
 
     Raises DataError if they cannot be loaded or a record has no text.
@@ -117,41 +136,15 @@ def _records(source: str, skip: int, text_field: str, **options: Any) -> Iterato
     try:
         records = datasets.load_dataset(**options)
         for number, record in enumerate(records.skip(skip) if skip else records, skip):
-            if text_field not in record:
-                raise DataError(
-                    f"{source}: record {number} has no field {text_field!r}; choose one of "
-                    f"{', '.join(record)} with --text_field"
-                )
-            text = "" if record[text_field] is None else record[text_field]  # an empty document
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{source}: record {number}: expected text in field {text_field!r}, got "
-                    f"{type(text).__name__}; choose one of {', '.join(record)} with --text_field"
-                )
-            yield Document(text, replaced="\ufffd" in text)
+            place = f"{source}: record {number}"
+            text_field = text_field or readers.field_among(list(record), None, place)
+            yield readers.from_record(record, text_field, place)
     except DataError:
         raise
     except Exception as error:  # the library and its readers have no common class of errors
         logger.debug("cannot read %s", source, exc_info=True)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"cannot read {source}: {reason[0]}") from error
-
-
-def _fingerprint(files: list[str]) -> str:
-    """Digest of the sizes, beginnings and ends of files: other files of the same names differ."""
-    digest = hashlib.sha256()
-    for name in files:
-        with open(name, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            end = file.read()
-            file.seek(0)
-            digest.update(b"%d " % size + file.read(FINGERPRINT_BYTES) + end)
-    return digest.hexdigest()[:16]
-
-
-def _kind(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def _stdlib_files() -> list[Path]:
@@ -171,8 +164,8 @@ CORPORA = {
             name="python_stdlib",
             source="the running Python's standard library",
             tokens_per_shard=1_000_000,
-            documents=python_stdlib,
-            count=lambda: len(_stdlib_files()),
+            blocks=in_blocks(python_stdlib),
+            size=lambda: len(_stdlib_files()),
             embedded=True,
         ),
         hub("fineweb_edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),

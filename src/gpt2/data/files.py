@@ -223,7 +223,8 @@ def _ending(name: str) -> str:
     return kind + compression if kind.lower() in KINDS else ""
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """One of KINDS' values, or the ending of a file of another kind."""
     path = Path(name)
     ending = (Path(path.stem) if streams.compression_of(path) else path).suffix.lower()
     return KINDS.get(ending, ending)
@@ -238,7 +239,7 @@ def _common_kind(names: Iterable[str]) -> str:
     """The kind of all files. Raises DataError if they differ or it cannot be read."""
     first: dict[str, str] = {}
     for name in names:
-        first.setdefault(_kind(name), name)
+        first.setdefault(kind_of(name), name)
     if unknown := sorted(first.keys() - set(KINDS.values())):
         shown = ", ".join(kind or "no ending" for kind in unknown)
         raise DataError(

@@ -6,27 +6,20 @@ and removed after `manifest.json`, which is written last and marks the folder as
 """
 
 import contextlib
-import ctypes
 import errno
 import hashlib
-import itertools
 import json
 import logging
-import multiprocessing
+import math
 import os
 import re
 import shutil
-import signal
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import tiktoken
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,17 +27,20 @@ import gpt2
 from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import hints, tokenizer
-from gpt2.data.corpus import Corpus, Document
-from gpt2.data.formats import DTYPE, Tokens
+from gpt2.data import hints, tokenisation, tokenizer
+from gpt2.data.corpus import Corpus, Place
+from gpt2.data.formats import Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split
+from gpt2.data.tokenisation import Encoded
 
 logger = logging.getLogger(__name__)
 
-BATCH_CHARACTERS = 500_000  # per task of a worker: enough to make its overhead negligible
-BATCHES_PER_WORKER = 2  # submitted at a time: no worker waits, and memory is bounded
-PR_SET_PDEATHSIG = 1  # prctl.h
+MAX_BAD_LINES = 0.001
+"""share of the lines that may be left out because they cannot be read"""
+NAMED_BAD_LINES = 10
+CLEARLY_WRONG = 100
+"""bad lines after which a corpus is refused before its end, if they are more than the good ones"""
 
 
 @dataclass(frozen=True)
@@ -69,45 +65,31 @@ class Counts:
     documents: int = 0
     empty: int = 0
     replaced: int = 0
-    """with bytes that are not UTF-8 and became U+FFFD"""
+    """with something that cannot be decoded and became U+FFFD"""
+    bad_lines: int = 0
+    """lines that cannot be read and were left out; they are no documents"""
+    first_bad_lines: tuple[str, ...] = ()
 
-    def plus(self, documents: list[Document]) -> "Counts":
+    def plus(self, encoded: Encoded, tokens: int) -> "Counts":
+        """The counts with the documents that begin in the first `tokens` of `encoded`."""
+        reasons = (*self.first_bad_lines, *(item.reason for item in encoded.bad_lines))
         return Counts(
-            self.documents + len(documents),
-            self.empty + sum(not document.text for document in documents),
-            self.replaced + sum(document.replaced for document in documents),
+            self.documents + int(np.searchsorted(encoded.documents, tokens)),
+            self.empty + int(np.searchsorted(encoded.empty, tokens)),
+            self.replaced + int(np.searchsorted(encoded.replaced, tokens)),
+            self.bad_lines + sum(item.count for item in encoded.bad_lines),
+            reasons[:NAMED_BAD_LINES],
         )
 
 
 @dataclass(frozen=True)
 class Position:
-    """The end of a shard: the counts of the documents that end before it, and the number of tokens
-    of the next document that the shard holds."""
+    """The end of a shard: in which block of the corpus it is, after how many tokens of that, and
+    the counts of what is before the block."""
 
+    place: Place = Place()
+    tokens: int = 0
     counts: Counts = Counts()
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tokens of consecutive documents, each after an <|endoftext|>."""
-
-    documents: list[Document]
-    tokens: Tokens
-    lengths: npt.NDArray[np.int64]
-
-    def position(self, consumed: int, before: Position) -> Position:
-        """The position after `consumed` tokens of the batch, which begins at `before`."""
-        ends = np.cumsum(self.lengths)
-        whole = int(np.searchsorted(ends, consumed + before.offset, side="right"))
-        start = int(ends[whole - 1]) if whole else 0
-        counts = before.counts.plus(self.documents[:whole])
-        return Position(counts, consumed + before.offset - start)
-
-    def counts_with_cut(self, before: Position, after: Position) -> Counts:
-        """The counts at `after`, including the document that is cut there."""
-        whole = after.counts.documents - before.counts.documents
-        return after.counts.plus(self.documents[whole : whole + 1] if after.offset else [])
 
 
 def prepare(
@@ -117,6 +99,7 @@ def prepare(
     shard_tokens: int | None = None,
     val_tokens: int | None = None,
     max_tokens: int | None = None,
+    max_bad_lines: float = MAX_BAD_LINES,
     workers: int | None = None,
     overwrite: bool = False,
     wait: bool = False,
@@ -129,7 +112,7 @@ def prepare(
     on how often the preparation was killed and started again. Messages name `command` as the one
     that continues it. With `wait`, waits for another process that prepares the same folder; else
     raises FolderInUse. Raises DataError if the folder holds other shards, the documents cannot be
-    read, or the disk is full.
+    read, more than the share `max_bad_lines` of the lines cannot be read, or the disk is full.
     """
     shard_tokens = shard_tokens or corpus.tokens_per_shard
     default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
@@ -137,7 +120,7 @@ def prepare(
         corpus.name, corpus.source, shard_tokens, val_tokens or default_val_tokens, max_tokens
     )
     progress = _ProgressFile(folder, recipe, command or hints.prepare_command(folder))
-    try:
+    with _errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists() and not overwrite:  # it may be read-only
             return _finished(folder, recipe)
@@ -150,11 +133,21 @@ def prepare(
             writer = _ShardWriter(folder, recipe, done)
             tenth = corpus.val_tokens is not None and val_tokens is None
             processes = workers or len(os.sched_getaffinity(0))
-            counts = _write(corpus, recipe, writer, progress, position, processes, console)
+            counts = _write(
+                corpus, recipe, writer, progress, position, processes, max_bad_lines, console
+            )
+            _require_few(counts, max_bad_lines)
             if tenth and writer.leaves_too_little():
                 progress.record([], Position())  # all shards are written again
                 writer.split_again()
             return _finish(folder, recipe, writer, counts)
+
+
+@contextlib.contextmanager
+def _errors(folder: Path) -> Iterator[None]:
+    """Turns the errors of the system into what the user can do."""
+    try:
+        yield
     except BrokenProcessPool:
         raise DataError(
             "a tokenising process was killed, possibly for lack of memory; type the same command "
@@ -178,30 +171,51 @@ def _write(
     progress: "_ProgressFile",
     position: Position,
     workers: int,
+    max_bad_lines: float,
     console: Console | None,
 ) -> Counts:
     """Writes the shards after `position`; returns the counts of all documents."""
-    already = writer.written
-    limit = recipe.max_tokens
+    already, limit = writer.written, recipe.max_tokens
+    counts, skipped = position.counts, position.tokens  # of the first block
     with _progress_bar(console) as bar:
-        task = bar.add_task(corpus.name, total=corpus.count(), speed="")
-        for batch in tokenised_batches(corpus.documents(position.counts.documents), workers):
-            tokens = batch.tokens[position.offset :]
+        task = bar.add_task(corpus.name, total=corpus.size(), documents=counts.documents, speed="")
+        for encoded in tokenisation.encoded_blocks(corpus.blocks(position.place), workers):
+            tokens = encoded.tokens[skipped:]
             if limit is not None:
                 tokens = tokens[: limit - writer.written]
             for consumed in writer.add(tokens):
-                progress.record(writer.shards, batch.position(consumed, position))
-            before, position = position, batch.position(len(tokens), position)
+                position = Position(encoded.place, skipped + consumed, counts)
+                progress.record(writer.shards, position)
+            counts, before = counts.plus(encoded, skipped + len(tokens)), counts
+            skipped = 0
+            for reason in counts.first_bad_lines[len(before.first_bad_lines) :]:
+                logger.warning("%s: left out", reason)
+            if counts.bad_lines > (max(counts.documents, CLEARLY_WRONG) if max_bad_lines else 0):
+                _require_few(counts, max_bad_lines)
             rate = (writer.written - already) / (bar.tasks[task].elapsed or 1e-9)
             speed = f"{writer.written / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
-            bar.update(task, completed=position.counts.documents, speed=speed)
+            bar.update(task, completed=encoded.done, documents=counts.documents, speed=speed)
             if limit is not None and writer.written >= limit:
-                return batch.counts_with_cut(before, position)
-    return position.counts
+                break
+    return counts
+
+
+def _require_few(counts: Counts, max_bad_lines: float) -> None:
+    """Raises DataError if more than that share of the lines cannot be read."""
+    share = counts.bad_lines / max(1, counts.bad_lines + counts.documents)
+    if share > max_bad_lines:
+        enough = math.ceil(share * 1000) / 1000
+        raise DataError(
+            f"{counts.bad_lines:,} of {counts.bad_lines + counts.documents:,} lines cannot be "
+            f"read, such as {counts.first_bad_lines[0]}; mend them, or leave them out by the same "
+            f"command with --max_bad_lines {enough:g} (now {max_bad_lines:g})"
+        )
 
 
 def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts) -> Manifest:
     writer.close()
+    if not writer.written:
+        raise DataError(f"{recipe.corpus} has no documents: {recipe.source}")
     if len(writer.shards) < 2:
         raise DataError(
             f"{recipe.corpus} has {writer.written} tokens, which fit into one shard, the "
@@ -219,6 +233,7 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
         documents=counts.documents,
         empty_documents=counts.empty,
         replaced_documents=counts.replaced,
+        bad_lines=counts.bad_lines,
         version=recipe.version,
         shards=tuple(writer.shards),
     )
@@ -249,7 +264,11 @@ class _ProgressFile:
         try:
             values = json.loads(path.read_text())
             done = [from_json(Shard, item, path) for item in values["shards"]]
-            position = Position(from_json(Counts, values["counts"], path), values["offset"])
+            if "place" not in values:
+                raise ValueError("it was begun by an earlier version")
+            counts = from_json(Counts, values["counts"], path)
+            counts = replace(counts, first_bad_lines=tuple(counts.first_bad_lines))
+            position = Position(Place(*values["place"]), values["tokens"], counts)
             begun_with = values["recipe"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -269,7 +288,8 @@ class _ProgressFile:
             "command": self._command,
             "recipe": asdict(self._recipe),
             "counts": asdict(position.counts),
-            "offset": position.offset,
+            "place": position.place,
+            "tokens": position.tokens,
             "shards": [asdict(shard) for shard in done],
         }
         atomic_files.write_text(self._folder / PROGRESS, json.dumps(values, indent=1) + "\n")
@@ -376,91 +396,11 @@ class _ShardWriter:
         self._parts, self._pending = [], 0
 
 
-# Tokenisation
-
-
-def tokenised_batches(documents: Iterator[Document], workers: int) -> Iterator[Batch]:
-    """Tokens of batches of documents, in the order of the documents."""
-    # Not "fork": the tokeniser's threads can deadlock in a forked process.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
-    )
-    waiting: deque[tuple[list[Document], Future[tuple[Tokens, npt.NDArray[np.int64]]]]] = deque()
-    try:
-        for documents_of_batch in _batches(documents):
-            texts = [document.text for document in documents_of_batch]
-            with _interrupts_blocked():
-                waiting.append((documents_of_batch, pool.submit(encode_texts, texts)))
-            if len(waiting) > BATCHES_PER_WORKER * workers:
-                first, future = waiting.popleft()
-                yield Batch(first, *future.result())
-        while waiting:
-            first, future = waiting.popleft()
-            yield Batch(first, *future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started in the block do not receive Ctrl+C, not even before they can ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    for first in documents:
-        batch, characters = [first], len(first.text)
-        while characters < BATCH_CHARACTERS and (more := list(itertools.islice(documents, 1))):
-            batch += more
-            characters += len(more[0].text)
-        yield batch
-
-
-def encode_texts(texts: list[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
-    """The tokens of all texts, each after an <|endoftext|>, and their numbers of tokens."""
-    encoding = tokenizer.load()
-    separator = np.array([tokenizer.END_OF_TEXT], dtype=np.uint32)
-    parts = []
-    for text in texts:
-        parts += [separator, _encode_one(encoding, text)]
-    lengths = np.array([len(part) for part in parts[1::2]], dtype=np.int64) + 1
-    return np.concatenate(parts).astype(DTYPE), lengths
-
-
-def _encode_one(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32]:
-    """The tokens of a text.
-
-    The regular expression fails on some texts, such as a million empty lines: these are encoded in
-    halves, which are divided at the beginning of a line.
-    """
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError:  # tiktoken's, from the regular expression
-        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
-        if not 0 < middle < len(text):
-            raise
-        halves = (text[:middle], text[middle:])
-        return np.concatenate([_encode_one(encoding, half) for half in halves])
-
-
-def _end_with(parent: int) -> None:
-    """Lets a worker end with its parent, also if that is killed, and ignore Ctrl+C."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the call above
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _progress_bar(console: Console | None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
-        TextColumn("documents: {task.completed:,}, {task.fields[speed]}"),
+        TextColumn("documents: {task.fields[documents]:,}, {task.fields[speed]}"),
         TimeRemainingColumn(compact=True),  # short enough for 80 columns
         console=console,
     )

@@ -79,10 +79,12 @@ class Manifest:
     documents: int
     empty_documents: int
     replaced_documents: int
-    """documents with bytes that are not UTF-8 and became U+FFFD"""
+    """documents with something that cannot be decoded and became U+FFFD"""
     version: str
     """version of this package that wrote it"""
     shards: tuple[Shard, ...]
+    bad_lines: int = 0
+    """lines of the source that could not be read and were left out"""
 
     def write(self, folder: Path) -> None:
         atomic_files.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")

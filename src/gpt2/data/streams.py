@@ -152,6 +152,20 @@ def open_utf8(path: Path) -> BinaryIO:
     return file
 
 
+def size(path: Path) -> int:
+    """Bytes of a file on disk."""
+    with _reading(path):
+        return path.stat().st_size
+
+
+def position(file: BinaryIO) -> int:
+    """How many bytes of the file on disk have been read, about."""
+    if file.closed:
+        return 0
+    raw = file.raw if isinstance(file, io.BufferedReader) else None
+    return position(raw.source) if isinstance(raw, _Chunks) else file.tell()
+
+
 @contextlib.contextmanager
 def seekable(path: Path) -> Iterator[BinaryIO]:
     """A file for readers that move in it: a compressed one is copied, decompressed, to a temporary
@@ -227,7 +241,7 @@ class _Chunks(io.RawIOBase):
 
     def __init__(self, chunks: Iterator[bytes], source: BinaryIO) -> None:
         self._chunks = chunks
-        self._source = source
+        self.source = source
         self._chunk = memoryview(b"")
 
     def readable(self) -> bool:
@@ -249,7 +263,7 @@ class _Chunks(io.RawIOBase):
         return filled
 
     def close(self) -> None:
-        self._source.close()
+        self.source.close()
         super().close()
 
 

@@ -1,0 +1,168 @@
+"""From the blocks of a corpus to tokens, in several processes and in the order of the blocks."""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from gpt2.data import corpus, tokenizer
+from gpt2.data.corpus import BadLines, Block, Document, Place
+from gpt2.data.formats import DTYPE, Tokens
+
+TASKS_PER_WORKER = 2  # submitted at a time: no worker waits, and memory is bounded
+PIECE_CHARACTERS = 500_000  # of a text that are encoded at a time: memory is bounded
+PR_SET_PDEATHSIG = 1  # prctl.h
+
+# Between a character and a space or newline after it, GPT-2's pattern always divides a text: no
+# token has white space after anything else, and no part of the pattern looks behind. (What Python
+# calls white space includes all that the pattern calls so.)
+EXACT_CUT = re.compile(r"(?<=\S)[ \n]")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of consecutive blocks: those of each document after an <|endoftext|>."""
+
+    place: Place
+    """of the first block"""
+    tokens: Tokens
+    documents: npt.NDArray[np.int64]
+    """the position in `tokens` of each document that begins here"""
+    empty: npt.NDArray[np.int64]
+    """of those without text"""
+    replaced: npt.NDArray[np.int64]
+    """of those with something that became U+FFFD"""
+    bad_lines: tuple[BadLines, ...]
+    done: int
+    """how much of the corpus' size is read with it"""
+
+
+def encoded_blocks(blocks: Iterator[Block], workers: int) -> Iterator[Encoded]:
+    """The tokens of all blocks, in their order."""
+    # Not "fork": the tokeniser's threads can deadlock in a forked process.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    )
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for task in tasks(blocks):
+            with _interrupts_blocked():
+                waiting.append(pool.submit(encode, task))
+            if len(waiting) > TASKS_PER_WORKER * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tasks(blocks: Iterator[Block]) -> Iterator[list[Block]]:
+    """Consecutive blocks together, up to the size of a large one: a file may be small."""
+    for first in blocks:
+        task, size = [first], first.content.size
+        while size < corpus.BLOCK_CHARACTERS and (more := list(itertools.islice(blocks, 1))):
+            task += more
+            size += more[0].content.size
+        yield task
+
+
+def encode(task: list[Block]) -> Encoded:
+    """Raises DataError as `Content.documents` does."""
+    encoding = tokenizer.load()
+    separator = np.array([tokenizer.END_OF_TEXT], dtype=DTYPE)
+    parts, length = list[Tokens](), 0
+    documents, empty, replaced = list[int](), list[int](), list[int]()
+    bad_lines = list[BadLines]()
+    for item in itertools.chain.from_iterable(block.content.documents() for block in task):
+        if isinstance(item, BadLines):
+            bad_lines.append(item)
+            continue
+        document = _without_surrogates(item)
+        if document.replaced:
+            replaced.append(length)
+        if not document.continues:
+            documents.append(length)
+            if not document.text:
+                empty.append(length)
+            parts.append(separator)
+            length += 1
+        for piece in pieces(document.text):
+            parts.append(_encode_one(encoding, piece).astype(DTYPE))
+            length += len(parts[-1])
+    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=DTYPE)
+    return Encoded(
+        task[0].place,
+        tokens,
+        np.array(documents, dtype=np.int64),
+        np.array(empty, dtype=np.int64),
+        np.array(replaced, dtype=np.int64),
+        tuple(bad_lines),
+        task[-1].done,
+    )
+
+
+def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Parts of at least `size` characters, whose tokens one after the other are those of `text`."""
+    start = 0
+    while len(text) - start > size and (cut := EXACT_CUT.search(text, start + size)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _without_surrogates(document: Document) -> Document:
+    """A lone surrogate, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
+    if document.text.isascii():  # known without looking at the characters
+        return document
+    try:
+        document.text.encode()
+    except UnicodeEncodeError:
+        text = document.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return replace(document, text=text, replaced=True)
+    return document
+
+
+def _encode_one(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32]:
+    """The tokens of a text.
+
+    The regular expression fails on some texts, such as a million empty lines: these are encoded in
+    halves, which are divided at the beginning of a line.
+    """
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:  # tiktoken's, from the regular expression
+        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        if not 0 < middle < len(text):
+            raise
+        halves = (text[:middle], text[middle:])
+        return np.concatenate([_encode_one(encoding, half) for half in halves])
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started in the block do not receive Ctrl+C, not even before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with(parent: int) -> None:
+    """Lets a worker end with its parent, also if that is killed, and ignore Ctrl+C."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent died before the call above
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
