@@ -26,6 +26,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 UNFOLDED = (
     "loss/train",
     "loss/val",
+    "loss/val_bits_per_byte",
     "main/hellaswag",
     "main/hellaswag_acc",
     "main/learning_rate",

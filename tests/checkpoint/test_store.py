@@ -181,6 +181,15 @@ def test_metadata_is_written_as_it_was_read(tmp_path: Path):
     assert metadata.metadata_to_json(found) == metadata_path.read_text()
 
 
+def test_metadata_of_versions_without_bits_per_byte(tmp_path: Path):
+    metadata_path = save(tmp_path, 1, val_loss=2.5).with_suffix(".json")
+    values = json.loads(metadata_path.read_text())
+    del values["bits_per_byte"]
+    metadata_path.write_text(json.dumps(values))
+    (found,) = store.list_checkpoints(tmp_path)
+    assert (found.training.val_loss, found.training.bits_per_byte) == (2.5, None)
+
+
 def test_one_digest_of_the_whole_file_as_the_first_version_wrote_it(tmp_path: Path):
     path = save(tmp_path, 1)
     values = json.loads(path.with_suffix(".json").read_text())

@@ -48,11 +48,14 @@ def test_it_finds_what_training_found(trained: Path, tmp_path: Path, monkeypatch
     assert found["hellaswag"]["acc"] == pytest.approx(float(acc), abs=1e-4)
     loss = float(re.findall(r"step 20 .*val loss: (\S+)", log)[0])
     assert found["val"]["loss"] == pytest.approx(loss, abs=1e-5)
+    bits_per_byte = float(re.findall(r"step 20 .*bits per byte: (\S+)", log)[0])
+    assert found["val"]["bits_per_byte"] == pytest.approx(bits_per_byte, abs=1e-5)
     assert 0 < found["val"]["loss_stderr"] < 1
     shown = capsys.readouterr().out
     row = r"hellaswag \(completion\) +acc_norm +0\.\d{4} +0\.\d{4} +6 tasks +0\.2955"
     assert re.search(row, shown)
     assert f"{loss:.4f}" in shown
+    assert re.search(rf"val .* bits_per_byte +{bits_per_byte:.4f} +0\.\d{{4}} ", shown)
 
 
 def test_style_limit_and_task(trained: Path, tmp_path: Path, monkeypatch, capsys):
@@ -91,11 +94,12 @@ def test_several_ranks(trained: Path, tmp_path: Path, monkeypatch):
     run_command([sys.executable, "-m", *launcher, "evaluate", *flags])
     one, two = (results(tmp_path / name) for name in ("one.json", "two.json"))
     assert one["hellaswag"] == two["hellaswag"]
-    assert one["val"]["loss"] == pytest.approx(two["val"]["loss"])
+    for name in ("loss", "bits_per_byte", "bits_per_byte_stderr"):
+        assert one["val"][name] == pytest.approx(two["val"][name])
 
 
 def test_figures(trained: Path, data_root: Path, tmp_path: Path, monkeypatch):
-    """The loss of two rows, its standard error and perplexity; and one row, which has no error."""
+    """Of two rows, with standard errors; and of one row, which has none."""
     found = []
     for limit in ("2", "1"):
         flags = ("--tasks", "val", "--limit", limit)
@@ -106,6 +110,14 @@ def test_figures(trained: Path, data_root: Path, tmp_path: Path, monkeypatch):
     other = 2 * two["loss"] - one["loss"]  # both begin with the same row
     assert two["loss_stderr"] == pytest.approx(abs(one["loss"] - other) / 2, rel=1e-4)
     assert two["perplexity"] == pytest.approx(math.exp(two["loss"]))
+    assert one["bits_per_byte_stderr"] is None
+    of_one, of_two = (  # the rows have 8 tokens
+        rows * 8 * of["loss"] / math.log(2) / of["bits_per_byte"]
+        for rows, of in ((1, one), (2, two))
+    )
+    assert (of_one, of_two) == (pytest.approx(round(of_one)), pytest.approx(round(of_two)))
+    off_the_ratio = of_one * abs(one["bits_per_byte"] - two["bits_per_byte"])
+    assert two["bits_per_byte_stderr"] == pytest.approx(off_the_ratio / (of_two / 2), rel=1e-4)
 
 
 def test_bfloat16(trained: Path, tmp_path: Path, monkeypatch):

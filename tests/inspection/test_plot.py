@@ -13,12 +13,19 @@ from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import HellaSwagRecord, StepRecord, ValidationRecord
 
 
-def write_log(path: Path, name: str, losses: list[float], first: int = 0, hellaswag: bool = False):
+def write_log(
+    path: Path,
+    name: str,
+    losses: list[float],
+    first: int = 0,
+    hellaswag: bool = False,
+    bits_per_byte: float | None = None,
+):
     log = LogFile(path, name, first)
     for step, loss in enumerate(losses, start=first + 1):
         log.write(StepRecord(step, 0, loss, 1e-3, 1.0, 2.0, 500.0, 0.1, []))
         if step % 10 == 0:
-            log.write(ValidationRecord(step, 0, loss))
+            log.write(ValidationRecord(step, 0, loss, bits_per_byte))
             if hellaswag:
                 log.write(HellaSwagRecord(step, 0, 0.26, 0.27, 9))
     log.close()
@@ -95,6 +102,12 @@ def test_one_run_is_the_title_and_several_are_a_legend(tmp_path: Path):
     assert not figure.legends
     (legend,) = plot.draw(runs).legends
     assert [text.get_text() for text in legend.get_texts()] == ["_a $x$", "b"]
+
+
+def test_bits_per_byte_stand_beside_the_validation_loss(tmp_path: Path):
+    write_log(tmp_path / "log.txt", "a", [3.0] * 10, bits_per_byte=1.0625)
+    (run,) = plot.read([tmp_path])
+    assert plot.summary(run) == "a: step 10, loss 3.0000, val loss 3.0000, bits per byte 1.0625"
 
 
 def test_every_curve_outside_of_a_band_has_its_color():

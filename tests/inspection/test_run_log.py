@@ -55,7 +55,8 @@ def test_it_knows_what_was_logged(path: Path):
         step(1, 3.0),
         step(2, 2.0),
         step(3, math.nan, applied=False),
-        ValidationRecord(2, 0, 2.25),
+        ValidationRecord(1, 0, 2.5),  # as earlier versions logged it
+        ValidationRecord(2, 0, 2.25, 0.75),
         HellaSwagRecord(2, 0, 0.26, 0.28, 9),
         SamplesRecord(2, ["step 9 | epoch 0 | val loss: 1.0"]),
         EventRecord("WARNING", "step 3: loss nan"),
@@ -64,7 +65,8 @@ def test_it_knows_what_was_logged(path: Path):
     assert not log.read()
     assert [*log.steps] == [1, 2, 3]
     assert [*log.losses][:2] == [3.0, 2.0] and math.isnan(log.losses[2])
-    assert (log.val_losses, log.hellaswag) == ({2: 2.25}, {2: 0.28})
+    assert (log.val_losses, log.hellaswag) == ({1: 2.5, 2: 2.25}, {2: 0.28})
+    assert log.bits_per_byte == {2: 0.75}
     assert [(item.level, item.text) for item in log.warnings] == [("WARNING", "step 3: loss nan")]
     assert "Completed Epoch 0" in [item.text for item in log.messages]
     assert (log.last["step"], log.step_s) == (3, 2.0)
@@ -114,14 +116,14 @@ def test_a_line_is_read_when_it_is_complete(tmp_path: Path):
 
 
 def test_a_resume_undoes_later_steps(path: Path):
-    write(path, *(step(number, 5.0) for number in range(1, 6)), ValidationRecord(4, 0, 5.0))
+    write(path, *(step(number, 5.0) for number in range(1, 6)), ValidationRecord(4, 0, 5.0, 2.0))
     log = RunLog(path, "run")
     log.read()
     with opened(path, first=2) as sink:
         sink.write(EventRecord("INFO", "Resuming from:"))
         log.read()
         assert [*log.steps] == [1, 2]
-        assert not log.val_losses
+        assert not log.val_losses and not log.bits_per_byte
         assert log.step_s is None  # it may compile for long
         sink.write(step(3, 1.0))
         log.read()

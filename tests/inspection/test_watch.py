@@ -45,7 +45,7 @@ def write(folder: Path, steps: int = 300, state: RunState = "running", reason: s
         if step == 7:
             sink.write(EventRecord("WARNING", "step 7: loss nan, gradient norm inf: no update"))
         if step % 100 == 0:
-            sink.write(ValidationRecord(step, 0, 3.1 + 30 / step))
+            sink.write(ValidationRecord(step, 0, 3.1 + 30 / step, 1 + 30 / step))
             sink.write(HellaSwagRecord(step, 0, 0.26, 0.2821, 10042))
             for number in range(3):
                 sink.write(EventRecord("INFO", f"Message {number} of step {step}"))
@@ -93,6 +93,7 @@ def test_a_running_run(tmp_path: Path):
         "loss      3.1000",
         "val loss  3.2000",
         "best val  3.2000",
+        "bits/byte 1.1000",
         "HellaSwag 0.2821",
         "tokens/s  551,880",
         "step time 950 ms",

@@ -36,7 +36,7 @@ def test_every_kind_of_record_is_a_line_with_its_fields(tmp_path: Path):
     write(
         path,
         RECORD,
-        ValidationRecord(5, 1, 3.25),
+        ValidationRecord(5, 1, 3.25, 1.0625),
         HellaSwagRecord(5, 1, 0.26, 0.28, 9),
         SamplesRecord(5, ["ä\n"]),
         EventRecord("WARNING", "no space"),
@@ -47,7 +47,13 @@ def test_every_kind_of_record_is_a_line_with_its_fields(tmp_path: Path):
     assert {item.pop("run") for item in found} == {"run"}
     assert run == {"kind": "run", "step": 4, "seed": 7}
     assert step == {"kind": "step", **vars(RECORD), "gpu": {}}
-    assert validation == {"kind": "validation", "step": 5, "epoch": 1, "loss": 3.25}
+    assert validation == {
+        "kind": "validation",
+        "step": 5,
+        "epoch": 1,
+        "loss": 3.25,
+        "bits_per_byte": 1.0625,
+    }
     assert hellaswag == {
         "kind": "hellaswag",
         "step": 5,

@@ -35,14 +35,16 @@ def test_console_and_log_file_say_the_same_with_more_digits_in_the_file(tmp_path
     path = tmp_path / "logs" / "log.txt"
     metrics = Metrics([Console(), LogFile(path, "run", 0)])
     metrics.step(replace(RECORD, steps_left=2))
-    metrics.validation(19074, 1, 3.25)
+    metrics.validation(19074, 1, 3.25, 1.0625)
+    metrics.validation(19075, 1, 3.5)
     metrics.samples(19074, ["one\n\ntwo"])
     logging.getLogger("gpt2.somewhere").info("Completed Epoch 0")
     metrics.close()
     printed = capsys.readouterr().out
     assert "loss: 3.445 " in printed
     assert "eta: 19s" in printed
-    assert "step 19074 | epoch 1 | val loss: 3.2500\n" in printed
+    assert "step 19074 | epoch 1 | val loss: 3.2500 | bits per byte: 1.0625\n" in printed
+    assert "step 19075 | epoch 1 | val loss: 3.5000\n" in printed
     assert "sample 1:\n    one\n\n    two\n" in printed
     logged = path.read_text()
     assert re.match(r"# run run \| from step 0 \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", logged)

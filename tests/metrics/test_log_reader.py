@@ -70,7 +70,7 @@ def test_a_resume_undoes_the_steps_beyond_its_first_one(write: Write, tmp_path: 
             first,
             [
                 *records,
-                ValidationRecord(last, 0, 3.0 + first),
+                ValidationRecord(last, 0, 3.0 + first, 1.0 + first),
                 SamplesRecord(last, ["# run c | from step 9 | 2026-01-01"]),
                 HellaSwagRecord(last, 0, 0.2859, 0.2955, 10),
                 EventRecord("INFO", f"step {last} | epoch 0 | something else"),
@@ -81,16 +81,38 @@ def test_a_resume_undoes_the_steps_beyond_its_first_one(write: Write, tmp_path: 
     losses = [(step, item.loss) for step, item in a.steps.items()]
     assert losses == [*((s, s) for s in range(1, 6)), *((s, 5 + s) for s in range(6, 11))]
     assert a.steps[10].learning_rate == 6e-4
-    assert (a.val_losses, a.hellaswag) == ({10: 8.0}, {10: 0.2955})
+    assert (a.val_losses, a.bits_per_byte, a.hellaswag) == ({10: 8.0}, {10: 6.0}, {10: 0.2955})
     assert (list(b.steps), b.val_losses, b.hellaswag) == ([1, 2], {2: 3.0}, {2: 0.2955})
+    assert b.bits_per_byte == {2: 1.0}
 
 
 def test_losses_that_are_nan_or_infinite_are_read_as_nan(write: Write, tmp_path: Path):
     for loss in (math.nan, math.inf):
-        write("a", 0, [replace(RECORD, loss=loss), ValidationRecord(19074, 0, loss)])
+        write("a", 0, [replace(RECORD, loss=loss), ValidationRecord(19074, 0, loss, loss)])
         (run,) = log_reader.read_runs(tmp_path / TEXT)
         assert math.isnan(run.steps[19074].loss)
         assert math.isnan(run.val_losses[19074])
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "line"),
+    [
+        (TEXT, "# run a | from step 0 | 2026-01-01 00:00:00", "step 5 | epoch 0 | val loss: 3.25"),
+        (
+            RECORDS,
+            '{"kind": "run", "run": "a", "step": 0}',
+            '{"kind": "validation", "run": "a", "step": 5, "epoch": 0, "loss": 3.25}',
+        ),
+    ],
+)
+def test_validations_of_versions_without_bits_per_byte(
+    tmp_path: Path, name: str, heading: str, line: str
+):
+    """Those that a resume by this version adds have them."""
+    (tmp_path / name).write_text(f"{heading}\n{line}\n")
+    write_process(tmp_path, (name,), "a", 5, [ValidationRecord(6, 0, 3.0, 1.0)])
+    (run,) = log_reader.read_runs(tmp_path / name)
+    assert (run.val_losses, run.bits_per_byte) == ({5: 3.25, 6: 3.0}, {6: 1.0})
 
 
 def test_a_torn_line_hides_no_later_one(write: Write, tmp_path: Path):

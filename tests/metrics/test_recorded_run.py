@@ -33,4 +33,6 @@ def test_a_resumed_run_reads_back_as_one_in_full_precision(data_root: Path, tmp_
     written = {step: item.loss for step, item in run.steps.items()}
     assert written == pytest.approx(losses(text), abs=1e-6)
     assert written != losses(text)  # which has six digits
-    assert list(run.val_losses) == [0, 3, 6, 8]
+    assert list(run.val_losses) == list(run.bits_per_byte) == [0, 3, 6, 8]
+    ratios = [bits / run.val_losses[step] for step, bits in run.bits_per_byte.items()]
+    assert ratios == pytest.approx([ratios[0]] * 4), "of the same rows"

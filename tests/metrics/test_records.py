@@ -53,7 +53,7 @@ def test_every_sink_receives_every_record():
     sinks = [Recorder(), Recorder()]
     metrics = Metrics(sinks)
     metrics.step(RECORD)
-    metrics.validation(1, 0, 3.0)
+    metrics.validation(1, 0, 3.0, 1.0)
     metrics.hellaswag(1, 0, 0.26, 0.28, 9)
     metrics.samples(1, ["a"])
     metrics.close()
@@ -61,7 +61,7 @@ def test_every_sink_receives_every_record():
         assert sink.is_closed
         assert sink.records == [
             RECORD,
-            ValidationRecord(1, 0, 3.0),
+            ValidationRecord(1, 0, 3.0, 1.0),
             HellaSwagRecord(1, 0, 0.26, 0.28, 9),
             SamplesRecord(1, ["a"]),
         ]

@@ -57,6 +57,8 @@ class TestEverySink:
             replace(RECORD, rank_gpu=[{"memory_gb": 1.5}, {}], left_s=60.0),
             ValidationRecord(5, 0, 3.25),
             ValidationRecord(5, 0, math.nan),
+            ValidationRecord(5, 0, 3.25, 1.05),
+            ValidationRecord(5, 0, math.nan, math.nan),
             HellaSwagRecord(5, 0, 0.26, 0.28, 9),
             SamplesRecord(5, ["one\n\ntwo", ""]),
             SamplesRecord(5, []),

@@ -58,7 +58,7 @@ GPUS = [
 def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
     board = TensorBoard(tmp_path, presets.preset("demo").to_dict(), step=0, references=KNOWN)
     board.write(replace(RECORD, rank_gpu=GPUS))
-    board.write(ValidationRecord(19074, 1, 3.25))
+    board.write(ValidationRecord(19074, 1, 3.25, 1.0625))
     board.write(HellaSwagRecord(19074, 1, 0.26, 0.28, 10042))
     board.write(SamplesRecord(19074, ["def f():\n    pass"]))
     board.close()
@@ -68,6 +68,7 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
         {
             "loss/train": 3.4451239,
             "loss/val": 3.25,
+            "loss/val_bits_per_byte": 1.0625,
             "reference/loss_gpt2_124m": 3.29,
             "main/hellaswag_acc": 0.26,
             "main/hellaswag": 0.28,
@@ -98,6 +99,7 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
     assert unfolded == {
         "loss/train",
         "loss/val",
+        "loss/val_bits_per_byte",
         "main/hellaswag_acc",
         "main/hellaswag",
         "main/learning_rate",

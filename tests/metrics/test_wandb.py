@@ -28,6 +28,8 @@ def test_a_run_keeps_its_id_and_logs_no_step_twice(monkeypatch):
     logged.write(ValidationRecord(5, 0, 3.0))
     assert [step for step, _ in fake.run.rows] == [5, 6, 5]
     assert fake.run.rows[-1][1] == {"loss/val": 3.0}
+    logged.write(ValidationRecord(6, 0, 3.0, 1.0))
+    assert fake.run.rows[-1] == (6, {"loss/val": 3.0, "loss/val_bits_per_byte": 1.0})
 
 
 def test_curves_keep_the_names_that_they_have_in_runs_of_earlier_versions(monkeypatch):

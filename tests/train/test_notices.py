@@ -39,6 +39,7 @@ def test_a_run_posts_its_end_and_the_address_is_in_no_file(
         assert SECRET not in str(sys.argv)  # which W&B records
     assert message["event"] == "finished"
     assert "finished at step 4 of 4: loss " in message["text"]
+    assert ", bits per byte " in message["text"]
     assert (message["step"], message["total_steps"]) == (4, 4)
     printed = capfd.readouterr()
     assert SECRET not in printed.out + printed.err

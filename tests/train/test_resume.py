@@ -93,7 +93,7 @@ def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):
     training = TrainingMetadata(5, 0, 0, 1.0, None, 1, "run", "0")
     path = store.save(tmp_path, {}, training, keep_last=3)
     before = read_metadata(path.with_suffix(".json"))
-    measurements.add(path, val_loss=3.0, is_evaluated=True)
+    measurements.add(path, val_loss=3.0, bits_per_byte=1.0, is_evaluated=True)
 
     class Rank1(world.World):
         def run_on_rank0(self, function: Callable[[], T]) -> T:
@@ -104,6 +104,7 @@ def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):
     assert resume.train_state(checkpoint, path, rank_1).evaluated_step is None
     rank_0 = resume.train_state(checkpoint, path)
     assert (rank_0.val_loss, rank_0.best_val_loss, rank_0.evaluated_step) == (3.0, 3.0, 5)
+    assert rank_0.bits_per_byte == 1.0
 
 
 def test_a_run_that_began_without_the_single_pass_goes_on_without_it(tmp_path: Path):

@@ -51,6 +51,7 @@ def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, caps
     checkpoints = store.list_checkpoints(tmp_path / "checkpoints")
     assert [item.training.step for item in checkpoints] == [10, 20, 30]
     assert all(item.training.val_loss is not None for item in checkpoints)
+    assert result.bits_per_byte == checkpoints[-1].training.bits_per_byte is not None
     assert checkpoints[-1].training.train_loss == pytest.approx(log[30], abs=1e-6)
     assert os.readlink(tmp_path / "checkpoints" / "best.pt") == "step_000030.pt"
     written = status.read(tmp_path / "checkpoints")

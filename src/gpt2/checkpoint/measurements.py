@@ -12,6 +12,7 @@ def add(
     path: Path,
     *,
     val_loss: float | None = None,
+    bits_per_byte: float | None = None,
     hellaswag: float | None = None,
     is_evaluated: bool = False,
 ) -> None:
@@ -29,6 +30,7 @@ def add(
     measured = replace(
         training,
         val_loss=training.val_loss if val_loss is None else val_loss,
+        bits_per_byte=training.bits_per_byte if bits_per_byte is None else bits_per_byte,
         hellaswag=training.hellaswag if hellaswag is None else hellaswag,
         is_evaluated=training.is_evaluated or is_evaluated,
     )

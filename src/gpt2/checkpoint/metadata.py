@@ -32,6 +32,8 @@ class TrainingMetadata:
     config_digest: str
     hellaswag: float | None = None
     """acc_norm at this very step; None if it was not measured there"""
+    bits_per_byte: float | None = None
+    """beside `val_loss`; None in checkpoints of earlier versions"""
     is_evaluated: bool = False
     """whether everything that was due at this step is measured"""
     run_id: str = ""

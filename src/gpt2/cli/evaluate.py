@@ -4,12 +4,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -31,7 +32,7 @@ from gpt2.distributed import precision, rendezvous
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.baselines import PromptStyle
-from gpt2.evaluation.loss import row_losses
+from gpt2.evaluation.loss import Loss, row_losses
 from gpt2.evaluation.measured_value import Measure, MeasuredValue
 from gpt2.evaluation.rounds import MeasurementFailed
 from gpt2.train.dataset import cache_of, require_known_ids
@@ -39,8 +40,8 @@ from gpt2.train.dataset import cache_of, require_known_ids
 
 @dataclass(frozen=True)
 class EvaluateCommand(CommandOptions):
-    """Measure a trained model: HellaSwag accuracy, and the loss on a validation split. Under
-    torchrun, all ranks share the work."""
+    """Measure a trained model: HellaSwag accuracy, and the loss on a validation split, per token
+    and per byte. Under torchrun, all ranks share the work."""
 
     source: ModelSource = ModelSource()
     tasks: str = "hellaswag,val"
@@ -153,18 +154,39 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         losses = row_losses(
             loaded.model, shards, rows, world, _autocast(command, world), _progress("val", world)
         )
-        mean = float(np.mean(losses))
-        error = float(np.std(losses, ddof=1)) / math.sqrt(len(losses)) if losses[1:] else math.nan
+        per_token = [loss.per_token for loss in losses]
+        mean, error = float(np.mean(per_token)), _standard_error(per_token)
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(mean))
         count, about = counted(len(losses), "row"), {"data": root}
         reference = baselines.LOSS.get(data.corpus or "")
         return [
             MeasuredValue("val", about, "loss", mean, error, count, reference),
+            *_bits_per_byte(losses, about, count),
             MeasuredValue("val", about, "perplexity", perplexity, perplexity * error, count),
         ]
 
     return measure
+
+
+def _bits_per_byte(
+    losses: Sequence[Loss], about: Mapping[str, str], count: str
+) -> Iterator[MeasuredValue]:
+    """The bits per byte of all rows together; nothing if they have no text."""
+    bits = np.array([loss.nats for loss in losses]) / math.log(2)
+    text_bytes = np.array([loss.text_bytes for loss in losses])
+    if text_bytes.any():
+        value = bits.sum() / text_bytes.sum()
+        # A ratio of two means over rows (Cochran, Sampling Techniques, 1977, section 2.11).
+        error = _standard_error(bits - value * text_bytes) / text_bytes.mean()
+        yield MeasuredValue("val", about, "bits_per_byte", float(value), float(error), count)
+
+
+def _standard_error(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """That of the mean of `values`; NaN for a single one."""
+    if len(values) == 1:
+        return math.nan
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 MEASURES: dict[str, Callable[[EvaluateCommand, LoadedModel, World], Measure]] = {

@@ -64,7 +64,7 @@ def byte_lengths() -> npt.NDArray[np.uint8]:
     return lengths
 
 
-def text_bytes(tokens: npt.NDArray[np.unsignedinteger[Any]]) -> int:
+def text_bytes(tokens: npt.NDArray[np.integer[Any]]) -> int:
     """Bytes of the UTF-8 text that the tokens hold, without their <|endoftext|>."""
     return int(byte_lengths()[tokens].sum(dtype=np.int64))
 

@@ -172,6 +172,8 @@ def summary(run: LoggedRun) -> str:
         parts.append(f"loss {smoothed(final)[-1]:.4f}")
     if run.val_losses:
         parts.append(f"val loss {list(run.val_losses.values())[-1]:.4f}")
+    if run.bits_per_byte:
+        parts.append(f"bits per byte {list(run.bits_per_byte.values())[-1]:.4f}")
     if run.hellaswag:
         parts.append(f"HellaSwag {list(run.hellaswag.values())[-1]:.4f}")
     return f"{run.name}: {', '.join(parts)}"

@@ -50,6 +50,8 @@ class RunLog:
         self.skipped: list[int] = []
         """steps whose update was left out"""
         self.val_losses: dict[int, float] = {}
+        self.bits_per_byte: dict[int, float] = {}
+        """of validations; those of earlier versions have none"""
         self.hellaswag: dict[int, float] = {}
         """acc_norm by step"""
         self.last: dict[str, Any] = {}
@@ -127,13 +129,19 @@ class RunLog:
             case "step":
                 self._add_step(record)
             case "validation":
-                self.val_losses[int(record["step"])] = log_reader.number(record["loss"])
+                self._add_validation(record)
             case "hellaswag":
                 self.hellaswag[int(record["step"])] = log_reader.number(record["acc_norm"])
             case "event":
                 self._add_message(
                     Message(record.get("time"), str(record["level"]), str(record["message"]))
                 )
+
+    def _add_validation(self, record: dict[str, Any]) -> None:
+        step = int(record["step"])
+        self.val_losses[step] = log_reader.number(record["loss"])
+        if (bits_per_byte := record.get("bits_per_byte")) is not None:
+            self.bits_per_byte[step] = log_reader.number(bits_per_byte)
 
     def _add_step(self, record: dict[str, Any]) -> None:
         step = int(record["step"])
@@ -159,7 +167,7 @@ class RunLog:
         kept = bisect_right(self.steps, step)
         del self.steps[kept:], self.losses[kept:]
         self.skipped = [item for item in self.skipped if item <= step]
-        for values in (self.val_losses, self.hellaswag):
+        for values in (self.val_losses, self.bits_per_byte, self.hellaswag):
             for later in [item for item in values if item > step]:
                 del values[later]
         if self.last and int(self.last["step"]) > step:

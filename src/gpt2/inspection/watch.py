@@ -221,6 +221,8 @@ class RunView:
             fields.append(("val loss", _at_step(log.val_losses, self.step)))
             best = min((v for v in log.val_losses.values() if math.isfinite(v)), default=math.nan)
             fields.append(("best val", f"{best:.4f}"))
+        if log.bits_per_byte:
+            fields.append(("bits/byte", _at_step(log.bits_per_byte, self.step)))
         if log.hellaswag:
             fields.append(("HellaSwag", _at_step(log.hellaswag, self.step)))
         if last:
@@ -283,7 +285,7 @@ class RunView:
     def summary(self) -> str:
         """`running | step 19,073 of 95,367 | loss 3.4451 | … | 8d 21h left`."""
         parts = [self._state_text().plain, f"step {self.step:,} of {self.total_steps:,}"]
-        shown = ("loss", "val loss", "HellaSwag", "tokens/s")
+        shown = ("loss", "val loss", "bits/byte", "HellaSwag", "tokens/s")
         parts += [f"{name} {value}" for name, value in self.fields() if name in shown]
         return " | ".join([*parts, *filter(None, [_left(self.left_s, self._clock())])])
 

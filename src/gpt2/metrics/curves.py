@@ -43,7 +43,10 @@ def points_of(record: Record) -> dict[str, float]:
                 },
             }
         case ValidationRecord():
-            return {"loss/val": record.loss}
+            points = {"loss/val": record.loss}
+            if record.bits_per_byte is not None:
+                points["loss/val_bits_per_byte"] = record.bits_per_byte
+            return points
         case HellaSwagRecord():
             return {
                 "main/hellaswag": record.acc_norm,

@@ -13,12 +13,13 @@ and, by kind, the fields of the record in `gpt2.metrics.records`, under their na
                 seed and tokens_per_step
     step        step, epoch, loss, learning_rate, grad_norm, elapsed_s, tokens_per_s, mfu, rank_s,
                 rank_gpu, steps_left, applied, loss_scale, left_s; also gpu, that of rank 0
-    validation  step, epoch, loss
+    validation  step, epoch, loss, bits_per_byte
     hellaswag   step, epoch, acc, acc_norm, tasks
     samples     step, texts
     event       level, message: a log message of the program
 
-NaN and infinity are null; `applied` is false for a step that left the weights as they were.
+NaN and infinity are null; `applied` is false for a step that left the weights as they were, and
+`bits_per_byte` is null if the text of the validation rows is empty.
 
 The file is only appended to. After a `run` object with step N, what earlier processes of that run
 wrote about steps after N is undone: `log_reader` leaves it out. A power cut or a full disk can

@@ -12,12 +12,16 @@ from gpt2.metrics.records import (
 
 
 def text_of(record: Record, loss_digits: int, val_loss_digits: int) -> str:
-    """`step 250 | epoch 0 | val loss: 3.2500`; several lines for samples and tracebacks."""
+    """`step 250 | epoch 0 | val loss: 3.2500 | bits per byte: 1.0450`; several lines for samples
+    and tracebacks."""
     match record:
         case StepRecord():
             return step_line(record, loss_digits)
-        case ValidationRecord(step, epoch, loss):
-            return f"step {step} | epoch {epoch} | val loss: {loss:.{val_loss_digits}f}"
+        case ValidationRecord(step, epoch, loss, bits_per_byte):
+            line = f"step {step} | epoch {epoch} | val loss: {loss:.{val_loss_digits}f}"
+            if bits_per_byte is None:
+                return line
+            return f"{line} | bits per byte: {bits_per_byte:.{val_loss_digits}f}"
         case HellaSwagRecord(step, epoch, acc, acc_norm, tasks):
             scores = f"{acc_norm:.4f} acc_norm | {acc:.4f} acc | {tasks} tasks"
             return f"step {step} | epoch {epoch} | hellaswag: {scores}"

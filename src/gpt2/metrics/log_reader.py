@@ -26,7 +26,9 @@ _UPDATE = re.compile(
     rf"loss: (?P<loss>{_NUMBER}) \| lr: (?P<rate>{_NUMBER}) .*"
     r"\| dt: (?P<ms>\d+)ms \| tok/sec: (?P<speed>\d+)"
 )
-_VALIDATION = re.compile(rf"val loss: (?P<loss>{_NUMBER})$")
+_VALIDATION = re.compile(
+    rf"val loss: (?P<loss>{_NUMBER})(?: \| bits per byte: (?P<bits_per_byte>{_NUMBER}))?$"
+)
 _HELLASWAG = re.compile(rf"hellaswag: (?P<acc_norm>{_NUMBER}) acc_norm ")
 
 
@@ -51,6 +53,8 @@ class LoggedRun:
     """where it began: 0, or the step of the checkpoint that it continued"""
     steps: dict[int, LoggedStep] = field(default_factory=dict)
     val_losses: dict[int, float] = field(default_factory=dict)
+    bits_per_byte: dict[int, float] = field(default_factory=dict)
+    """of validations; those that earlier versions logged have none"""
     hellaswag: dict[int, float] = field(default_factory=dict)
     """share of right answers, lengths normalised (acc_norm)"""
     is_mixed: bool = False
@@ -62,12 +66,14 @@ class LoggedRun:
         first = process.first_step
         self.steps = _until(self.steps, first) | process.steps
         self.val_losses = _until(self.val_losses, first) | process.val_losses
+        self.bits_per_byte = _until(self.bits_per_byte, first) | process.bits_per_byte
         self.hellaswag = _until(self.hellaswag, first) | process.hellaswag
 
     def replace_with(self, process: "LoggedRun") -> None:
         """Takes the values of another reading of the same process, and keeps what only this has."""
         self.steps = _in_order(self.steps | process.steps)
         self.val_losses = _in_order(self.val_losses | process.val_losses)
+        self.bits_per_byte = _in_order(self.bits_per_byte | process.bits_per_byte)
         self.hellaswag = _in_order(self.hellaswag | process.hellaswag)
 
 
@@ -162,7 +168,8 @@ def object_of_text(line: str) -> dict[str, Any]:
                 "tokens_per_s": float(update["speed"]),
             }
         if validation := _VALIDATION.match(rest):
-            return {"kind": "validation", "step": step, "loss": float(validation["loss"])}
+            numbers = {name: float(text) for name, text in validation.groupdict().items() if text}
+            return {"kind": "validation", "step": step, **numbers}
         if hellaswag := _HELLASWAG.match(rest):
             return {"kind": "hellaswag", "step": step, "acc_norm": float(hellaswag["acc_norm"])}
     level, mark, message = line.partition(": ")
@@ -212,6 +219,8 @@ def _add_record(process: LoggedRun, step: int, record: dict[str, Any]) -> None:
         )
     elif kind == "validation":
         process.val_losses[step] = number(record["loss"])
+        if (bits_per_byte := record.get("bits_per_byte")) is not None:
+            process.bits_per_byte[step] = number(bits_per_byte)
     elif kind == "hellaswag":
         process.hellaswag[step] = number(record["acc_norm"])
 

@@ -57,11 +57,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """The validation loss after a step, nats per token."""
+    """The validation loss after a step."""
 
     step: int
     epoch: int
     loss: float
+    """nats per token"""
+    bits_per_byte: float | None = None
+    """the same loss by the text of the targets; None if they have no text"""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,10 @@ class Metrics:
             record = replace(record, left_s=left_s)
         self._write(record)
 
-    def validation(self, step: int, epoch: int, loss: float) -> None:
-        self._write(ValidationRecord(step, epoch, loss))
+    def validation(
+        self, step: int, epoch: int, loss: float, bits_per_byte: float | None = None
+    ) -> None:
+        self._write(ValidationRecord(step, epoch, loss, bits_per_byte))
 
     def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
         self._write(HellaSwagRecord(step, epoch, acc, acc_norm, tasks))

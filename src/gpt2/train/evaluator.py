@@ -17,7 +17,7 @@ from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
 from gpt2.evaluation.choices import OtherWork
 from gpt2.evaluation.hellaswag import Score, Task
-from gpt2.evaluation.loss import validation_loss
+from gpt2.evaluation.loss import Loss, validation_loss
 from gpt2.evaluation.rounds import MeasurementFailed, in_rounds
 from gpt2.inference import generate
 from gpt2.model import evaluating
@@ -68,9 +68,9 @@ class Evaluator:
 
     def validation_loss(
         self, step: int, stop_reason: Callable[[], int], is_last: bool
-    ) -> float | None:
-        """Nats per token, if it is due at `step`: every `eval_interval` steps, also before the
-        first step and after the last."""
+    ) -> Loss | None:
+        """The loss on the validation rows, if it is due at `step`: every `eval_interval` steps,
+        also before the first step and after the last."""
         interval, replica = self._config.evaluation.eval_interval, self._replica
         if interval is None or not (step == 0 or is_last or is_due(step, interval)):
             return None

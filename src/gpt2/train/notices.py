@@ -94,6 +94,7 @@ class Notices:
         values = {
             "loss": state.train_loss,
             "val loss": state.val_loss,
+            "bits per byte": state.bits_per_byte,
             "HellaSwag": state.hellaswag,
         }
         known = [f"{name} {value:.4f}" for name, value in values.items() if value is not None]

@@ -200,7 +200,7 @@ def train_state(checkpoint: CheckpointState, path: Path, world: World | None = N
         return state
     measured = metadata.training
     if measured.val_loss is not None and state.validated_step != state.step:
-        state.add_validation(measured.val_loss)
+        state.add_validation(measured.val_loss, measured.bits_per_byte)
     if measured.hellaswag is not None and state.scored_step != state.step:
         state.add_hellaswag(measured.hellaswag)
     if measured.is_evaluated:

@@ -40,6 +40,8 @@ class RunResult:
     train_loss: float | None
     val_loss: float | None
     """at `step`; None if it was not measured there"""
+    bits_per_byte: float | None
+    """as `val_loss`; also None if an earlier version measured that"""
     best_val_loss: float | None
     hellaswag: float | None
     """acc_norm, when it was last measured"""
@@ -55,6 +57,8 @@ class TrainState:
     train_loss: float | None = None
     val_loss: float | None = None
     """at `validated_step`"""
+    bits_per_byte: float | None = None
+    """beside `val_loss`; None if that is of an earlier version, or its rows have no text"""
     best_val_loss: float | None = None
     hellaswag: float | None = None
     """acc_norm, when it was last measured"""
@@ -84,9 +88,9 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def add_validation(self, loss: float) -> None:
+    def add_validation(self, loss: float, bits_per_byte: float | None) -> None:
         """Records the validation loss of this step."""
-        self.val_loss, self.validated_step = loss, self.step
+        self.val_loss, self.bits_per_byte, self.validated_step = loss, bits_per_byte, self.step
         if math.isfinite(loss):
             best = self.best_val_loss
             self.best_val_loss = loss if best is None else min(loss, best)
@@ -113,11 +117,13 @@ class TrainState:
 
     def result(self, state: End, exit_code: int = 0) -> RunResult:
         """The result of a run that ends at this step."""
+        is_validated = self.validated_step == self.step
         return RunResult(
             state,
             self.step,
             self.train_loss,
-            self.val_loss if self.validated_step == self.step else None,
+            self.val_loss if is_validated else None,
+            self.bits_per_byte if is_validated else None,
             self.best_val_loss,
             self.hellaswag,
             exit_code,

@@ -182,10 +182,11 @@ class TrainingRun:
         if state.validated_step != step:
             loss = self.evaluator.validation_loss(step, stop_reason, is_last)
             if loss is not None:
-                state.add_validation(loss)
-                self.metrics.validation(step, epoch, loss)
-                self.saver.add_measured(step, val_loss=loss)
-                self._report(step=step, val_loss=loss)
+                val_loss, bits_per_byte = loss.per_token, loss.bits_per_byte
+                state.add_validation(val_loss, bits_per_byte)
+                self.metrics.validation(step, epoch, val_loss, bits_per_byte)
+                self.saver.add_measured(step, val_loss=val_loss, bits_per_byte=bits_per_byte)
+                self._report(step=step, val_loss=val_loss)
         if state.scored_step != step:
             score = self.evaluator.hellaswag(step, stop_reason, is_last)
             if score is not None:
@@ -335,6 +336,7 @@ class TrainingRun:
             tokens=state.step * self.config.data.total_batch_size,
             train_loss=state.train_loss,
             val_loss=state.val_loss if state.validated_step == state.step else None,
+            bits_per_byte=state.bits_per_byte if state.validated_step == state.step else None,
             hellaswag=state.hellaswag if state.scored_step == state.step else None,
             is_evaluated=state.evaluated_step == state.step,
             world_size=self.world.size,

@@ -37,7 +37,15 @@ MODELS: dict[str, dict[str, Any]] = {name: {"architecture": name} for name in AR
 Row = dict[str, Any]
 """one model: its name, parameters, state, and what its training returned; None is unknown"""
 LOSSES = ("train_loss", "val_loss")
-RETURNED = (*LOSSES, "hellaswag", "tokens", "tokens_per_s", "peak_memory_gb", "train_s")
+RETURNED = (
+    *LOSSES,
+    "bits_per_byte",
+    "hellaswag",
+    "tokens",
+    "tokens_per_s",
+    "peak_memory_gb",
+    "train_s",
+)
 COLUMNS = {
     "train loss": ("train_loss", "{:.4f}  "),
     "val loss": ("val_loss", "{:.4f}  "),
