@@ -18,7 +18,7 @@ from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import corpora, files, hints, prepare, shards, tokenizer
+from gpt2.data import corpora, files, hints, prepare, shards, vocabulary
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
@@ -231,7 +231,7 @@ def _show(command: Show) -> int:
             f"shard={number} is not in the table; expected 0 to {len(index.shards) - 1}"
         )
     tokens = shards.first_tokens(storage, index.shards[number], command.tokens)
-    print(f"Shard {number} begins with:\n{tokenizer.decode(tokens)}")
+    print(f"Shard {number} begins with:\n{vocabulary.decode(index.vocabulary, tokens)}")
     return 0
 
 

@@ -109,6 +109,7 @@ def evaluate_main() -> int:
 
 
 def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> Measure:
+    loaded.require_gpt2_tokens("; use --tasks val")
     tasks = world.run_on_rank0(
         lambda: hellaswag.load(command.hellaswag_path, command.limit, command.style)
     )
@@ -147,6 +148,8 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
     settings = replace(settings, model=loaded.model.config)
     data = load_index(Storage(root), cache_of(settings))
     require_known_ids(settings, data)
+    if data.vocabulary != loaded.vocabulary and loaded.vocabulary is not None:
+        loaded.require_gpt2_tokens(f", as {data.storage} has them")
     shards = TokenDataset(data, "val", loaded.model.config.block_size)
     rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
 

@@ -37,6 +37,7 @@ def _run(command: ExportCommand) -> int:
     from gpt2.inference import interchange
 
     loaded = loading.load_model(command.source)
+    loaded.require_gpt2_tokens()
     net = loaded.model
     best_val_loss = loaded.train_state.best_val_loss if loaded.train_state else None
     trained = interchange.TrainedModel(

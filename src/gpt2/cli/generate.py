@@ -49,6 +49,7 @@ def _run(command: GenerateCommand) -> int:
     from gpt2.distributed import rendezvous
 
     loaded = loading.load_model(command.source)
+    loaded.require_gpt2_tokens()
     print(loaded, file=sys.stderr, flush=True)
     prompt = generate_output.read_prompt(command.prompt)
     write = generate_output.stream_texts if command.stream else generate_output.print_texts

@@ -1,5 +1,6 @@
 """Loads the trained model that flags name: shared by `generate`, `evaluate` and `export`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
 from gpt2.config import options
+from gpt2.data.vocabulary import META_PKL
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
@@ -29,10 +31,20 @@ class LoadedModel:
     """with what was measured after it was saved; None for a model of another tool"""
     config: dict[str, Any] | None
     """configuration of its run; None for a model of another tool"""
+    vocabulary: Sequence[str] | None = None
+    """the texts of its tokens, if it was trained on a nanoGPT data set with its own ones"""
 
     @property
     def step(self) -> int | None:
         return None if self.train_state is None else self.train_state.step
+
+    def require_gpt2_tokens(self, way_out: str = "") -> None:
+        """Raises CheckpointError if the model's tokens are not those of GPT-2."""
+        if self.vocabulary is not None:
+            raise CheckpointError(
+                f"{self.source} was trained on the {len(self.vocabulary)} tokens of a {META_PKL}; "
+                f"expected a model of GPT-2's tokens{way_out}"
+            )
 
     def __str__(self) -> str:
         return self.source if self.step is None else f"{self.source} (step {self.step})"
@@ -44,7 +56,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
     which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
-    train_state, run, shown = None, None, which
+    train_state, run, vocabulary, shown = None, None, None, which
     if interchange.is_foreign(which):
         shape, weights = interchange.read(which, trust=trust)
         weights = {name: part.float() for name, part in weights.items()}
@@ -61,7 +73,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = store.load(path, trust=trust, world=world)
-        weights, run = state["model"], state["config"]
+        weights, run, vocabulary = state["model"], state["config"], state.get("vocabulary")
         train_state = resume.train_state(state, path, world)
         shown = str(path)
         shape = options.of_stored(run).model
@@ -72,4 +84,4 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     with torch.device("meta"):  # no random numbers for weights that are replaced below
         net = model.build(shape)
     net.load_state_dict(weights, assign=True)
-    return LoadedModel(shown, net, train_state, run)
+    return LoadedModel(shown, net, train_state, run, vocabulary)

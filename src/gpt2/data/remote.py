@@ -82,11 +82,11 @@ class Storage:
             if matches(name) and not _is_hidden(name)
         }
 
-    def read_if_any(self, name: str) -> bytes | None:
-        """The content of a small file, or None if it does not exist."""
+    def read_if_any(self, name: str, most_bytes: int | None = None) -> bytes | None:
+        """The content of a small file, up to `most_bytes`, or None if it does not exist."""
         with self._errors(self.full(name)):
             try:
-                return bytes(self._fs.cat_file(self._fs_path(name)))
+                return bytes(self._fs.cat_file(self._fs_path(name), end=most_bytes))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 

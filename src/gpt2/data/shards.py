@@ -24,13 +24,14 @@ import numpy.typing as npt
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import formats, hints, shard_file, tokenizer
+from gpt2.data import formats, hints, shard_file, tokenizer, vocabulary
 from gpt2.data.cache import ShardCache
 from gpt2.data.digests import Content, DigestMemory, Fault
 from gpt2.data.formats import HEAD_BYTES, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
 from gpt2.data.shard_file import ShardFile
+from gpt2.data.vocabulary import Vocabulary
 
 Split = Literal["train", "val"]
 Fingerprint = dict[Split, list[str | None]]
@@ -118,6 +119,8 @@ class DatasetIndex:
     """name of the corpus; None without a manifest"""
     ends: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of size, beginning and end of each shard, by file, if there is no manifest"""
+    vocabulary: Vocabulary | None = None
+    """the texts of a nanoGPT data set's own token ids; None for GPT-2's tokens"""
     content: Content = field(default_factory=Content, compare=False)
 
     def of(self, split: Split) -> list[Shard]:
@@ -201,7 +204,15 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
         found = list(threads.map(lambda file: _shard_by_header(storage, *file), files))
     shards = tuple(shard for shard, _ in found)
     ends = {shard.file: digest for shard, digest in found}
-    return DatasetIndex(storage, shards, tokenizer.VOCAB_SIZE, has_manifest=False, ends=ends)
+    own = vocabulary.of_shards(storage, ends)
+    return DatasetIndex(
+        storage,
+        shards,
+        vocab_size=tokenizer.VOCAB_SIZE if own is None else len(own),
+        has_manifest=False,
+        ends=ends,
+        vocabulary=own,
+    )
 
 
 class TokenDataset:

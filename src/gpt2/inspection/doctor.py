@@ -145,6 +145,8 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
         return None, checks.problem("data", error)
     steps = run_config.total_steps(sum(train.rows_per_shard))
     manifest = "all in the manifest" if data.has_manifest else "without a manifest"
+    if data.vocabulary is not None:
+        manifest += f", {counted(len(data.vocabulary), 'token')} of its own, without HellaSwag"
     fact = (
         f"{storage}: {data.tokens('train'):,} training tokens, {data.tokens('val'):,} for "
         f"validation, {counted(len(data.shards), 'shard')}, {manifest}: {steps:,} steps"

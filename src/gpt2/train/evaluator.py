@@ -12,6 +12,7 @@ from gpt2.config.lr_schedule import is_due
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.vocabulary import META_PKL
 from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
@@ -55,8 +56,9 @@ class Evaluator:
         self._val_dataset = TokenDataset(data, "val", run_config.model.block_size)
         self._val_rows = sampler.spread(self._val_dataset.rows_per_shard, run_config.eval_rows)
         self._corpus = data.corpus or ""
-        self.warning: str | None = None
-        """why HellaSwag is off though it was requested"""
+        self._knows_gpt2_tokens = data.vocabulary is None
+        self.warning = None if self._knows_gpt2_tokens else self._own_vocabulary_warning()
+        """why HellaSwag or samples are off though they were requested"""
         self._tasks = world.run_on_rank0(self._load_tasks)
         self._sampled: dict[int, _Sampling] = {}
         """by step: samples that were generated beside HellaSwag"""
@@ -127,7 +129,8 @@ class Evaluator:
 
     def _are_samples_due(self, step: int, is_last: bool) -> bool:
         interval = self._config.evaluation.sample_interval
-        return interval is not None and (is_last or is_due(step, interval))
+        is_on = interval is not None and self._knows_gpt2_tokens
+        return is_on and (is_last or is_due(step, interval))
 
     def _sampling(self, step: int) -> "_Sampling":
         seed = self._config.machine.seed + step
@@ -192,9 +195,20 @@ class Evaluator:
             )
         device.recover(self._world.device)
 
+    def _own_vocabulary_warning(self) -> str | None:
+        settings = self._config.evaluation
+        wanted = {"HellaSwag": settings.hellaswag_interval, "samples": settings.sample_interval}
+        off = " and ".join(name for name, interval in wanted.items() if interval is not None)
+        if not off:
+            return None
+        return (
+            f"training continues without {off}: the data's {META_PKL} gives the tokens texts of "
+            "their own, and these need GPT-2's tokens"
+        )
+
     def _load_tasks(self) -> list[Task]:
         settings = self._config.evaluation
-        if settings.hellaswag_interval is None:
+        if settings.hellaswag_interval is None or not self._knows_gpt2_tokens:
             return []
         try:
             return hellaswag.load(settings.hellaswag_path, settings.hellaswag_limit)

@@ -355,6 +355,7 @@ class TrainingRun:
             "run_name": self.name,
             "run": asdict(self.identity),
             "data_fingerprint": self.data.fingerprint(),
+            "vocabulary": self.data.vocabulary,
             "config": self.config.to_dict(),
             **self.replica.state_dict(),
         }

@@ -1,0 +1,150 @@
+"""The vocabulary of a nanoGPT data set: `meta.pkl` beside its shards.
+
+Nothing of it is executed: a pickle of anything but plain values is refused before it is loaded.
+"""
+
+import io
+import pickle
+import pickletools
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import PurePosixPath
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2.base.errors import DataError
+from gpt2.base.text import printable
+from gpt2.data import tokenizer
+from gpt2.data.remote import Storage
+
+META_PKL = "meta.pkl"
+LARGEST_BYTES = 16 << 20
+MOST_TEXTS = 1 << 16
+"""what uint16 can number"""
+PLAIN_OPCODES = re.compile(
+    "PROTO|FRAME|MARK|STOP|(EMPTY_)?(DICT|LIST|TUPLE)|TUPLE[123]|SETITEMS?|APPENDS?|NONE|NEWTRUE"
+    "|NEWFALSE|(BIN)?FLOAT|(BIN)?INT[12]?|LONG1?|UNICODE|(SHORT_)?BINUNICODE8?|(LONG_)?BIN(PUT|GET)"
+    "|PUT|GET|MEMOIZE"
+)
+"""those of dicts, lists, texts and numbers, and of references to them, in every protocol"""
+WAY_OUT = (
+    "if these tokens are GPT-2's, move {source} elsewhere; else write it again as nanoGPT's "
+    "data/shakespeare_char/prepare.py does"
+)
+
+Vocabulary = tuple[str, ...]
+"""the text of each token, by its id"""
+
+
+class _NotPlain(Exception):
+    """Says why a file is not a plain vocabulary."""
+
+
+def of_shards(storage: Storage, files: Iterable[str]) -> Vocabulary | None:
+    """The vocabulary of these files, from the nearest `meta.pkl` in their folder or one above it;
+    None if there is none, and the tokens are GPT-2's.
+
+    Raises DataError, naming the file, for one that is not plain, and if files have several ones.
+    """
+
+    @cache
+    def of_folder(folder: PurePosixPath) -> tuple[str | None, Vocabulary | None]:
+        name = str(folder / META_PKL)
+        content = storage.read_if_any(name, LARGEST_BYTES + 1)
+        if content is not None:
+            return storage.full(name), read(content, storage.full(name))
+        return of_folder(folder.parent) if folder.parts else (None, None)
+
+    sources = dict[Vocabulary | None, str]()
+    for file in sorted(files):
+        source, vocabulary = of_folder(PurePosixPath(file).parent)
+        sources.setdefault(vocabulary, source or "GPT-2's")
+    if len(sources) > 1:
+        raise DataError(
+            f"{storage} has shards of several vocabularies, {' and '.join(sources.values())}; name "
+            "the folder of one of them"
+        )
+    return next(iter(sources), None)
+
+
+def read(content: bytes, source: str) -> Vocabulary:
+    """The vocabulary in the content of a `meta.pkl`. Raises DataError if it is not plain."""
+    try:
+        return _checked(_load(content))
+    except _NotPlain as error:
+        way_out = WAY_OUT.format(source=source)
+        raise DataError(f"{source} is not a plain vocabulary: {error}; {way_out}") from error
+
+
+def decode(vocabulary: Vocabulary | None, tokens: list[int]) -> str:
+    """Text of `tokens`, which are GPT-2's where the vocabulary is None. Ids outside the vocabulary,
+    as in a damaged shard, become U+FFFD."""
+    if vocabulary is None:
+        return tokenizer.decode(tokens)
+    return "".join(vocabulary[token] if token < len(vocabulary) else "\ufffd" for token in tokens)
+
+
+def text_bytes(vocabulary: Vocabulary | None, tokens: npt.NDArray[np.integer[Any]]) -> int:
+    """UTF-8 bytes of the text of `tokens`, which are GPT-2's where the vocabulary is None."""
+    if vocabulary is None:
+        return tokenizer.text_bytes(tokens)
+    lengths = np.array([len(text.encode(errors="surrogatepass")) for text in vocabulary])
+    return int(lengths[tokens].sum())
+
+
+def _load(content: bytes) -> object:
+    if len(content) > LARGEST_BYTES:
+        raise _NotPlain(f"it is larger than {LARGEST_BYTES >> 20} MiB")
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if not PLAIN_OPCODES.fullmatch(opcode.name):
+                raise _NotPlain(f"it holds {_described(opcode.name, argument)}")
+            if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number:
+                raise _NotPlain("it is damaged")  # the unpickler would reserve that much memory
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except _NotPlain:
+        raise
+    except Exception as error:  # both have many kinds, for a file that is damaged or no pickle
+        raise _NotPlain("it is truncated, damaged or no pickle") from error
+
+
+def _described(opcode: str, argument: object) -> str:
+    if opcode == "GLOBAL":
+        return f"the name of code, {printable(str(argument).replace(' ', '.'))}"
+    if opcode in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"):
+        return "the name of code"
+    return f"more than dicts, lists, texts and numbers ({opcode})"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Loads no code, whatever the opcodes are."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise _NotPlain(f"it holds the name of code, {printable(f'{module_name}.{global_name}')}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise _NotPlain("it refers to another file")
+
+
+def _checked(value: object) -> Vocabulary:
+    if not isinstance(value, dict):
+        raise _NotPlain(f"expected a dict, got {type(value).__name__}")
+    missing = [key for key in ("vocab_size", "itos", "stoi") if key not in value]
+    if missing:
+        raise _NotPlain(f"it has no {' and no '.join(missing)}")
+    size, itos, stoi = value["vocab_size"], value["itos"], value["stoi"]
+    if type(size) is not int or not 0 < size <= MOST_TEXTS:
+        raise _NotPlain(f"expected a vocab_size of 1 to {MOST_TEXTS}, got {size!r:.40}")
+    if not (isinstance(itos, dict) and all(type(key) is int for key in itos)):
+        raise _NotPlain("expected itos to be a dict with whole numbers as keys")
+    if itos.keys() != set(range(size)):
+        raise _NotPlain(f"expected itos to have the keys 0 to {size - 1}")
+    vocabulary = tuple(itos[token] for token in range(size))
+    if not all(type(text) is str and text for text in vocabulary):
+        raise _NotPlain("expected itos to have texts as values")
+    if stoi != {text: token for token, text in itos.items()}:
+        raise _NotPlain("expected stoi to be the reverse of itos")
+    return vocabulary

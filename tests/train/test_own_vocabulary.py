@@ -1,0 +1,69 @@
+"""A run on a nanoGPT data set of characters: nothing takes its tokens for GPT-2's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import foreign_shards
+from gpt2.checkpoint import store
+from gpt2.cli import main
+from gpt2.train import trainer
+from support import small_config, write_tasks
+
+
+def gpt2(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["gpt2", *map(str, arguments)])
+    return main.main()
+
+
+def test_what_needs_gpt2_tokens_is_off(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
+):
+    characters, out = tmp_path / "char", tmp_path / "out"
+    splits = foreign_shards.nanogpt_characters(characters)
+    size = len({*splits["train"], *splits["val"]})
+    flags = {
+        "hellaswag_interval": 2,
+        "hellaswag_path": write_tasks(tmp_path / "tasks.jsonl"),
+        "sample_interval": 2,
+        "max_steps": 4,
+    }
+    result = trainer.run(small_config(characters, out, **flags))
+    assert (result.state, result.step, result.hellaswag) == ("finished", 4, None)
+    assert result.val_loss is not None
+    log = (out / "logs" / "log.txt").read_text()
+    assert "sample 1" not in log
+    assert log.count("training continues without HellaSwag and samples: the data's meta.pkl") == 1
+    newest = store.list_checkpoints(out / "checkpoints")[-1].path
+    characters_of_run = sorted({*splits["train"], *splits["val"]})
+    assert store.load(newest)["vocabulary"] == tuple(characters_of_run)
+
+    source = ("--checkpoint_dir", out / "checkpoints")
+    refused = f"was trained on the {size} tokens of a meta.pkl; expected a model of GPT-2's tokens"
+    results = ("--output", tmp_path / "results.json")
+    capsys.readouterr()
+    for command, way_out in (
+        (("generate", *source), ""),
+        (("export", tmp_path / "export", *source), ""),
+        (("evaluate", *source, *results), "; use --tasks val"),
+        (
+            ("evaluate", *source, *results, "--tasks", "val", "--data_root", data_root),
+            f", as {data_root} has them",
+        ),
+    ):
+        assert gpt2(monkeypatch, *command) == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith(f"{refused}{way_out}")
+    assert not (tmp_path / "export").exists()
+    assert gpt2(monkeypatch, "evaluate", *source, *results, "--tasks", "val") == 0
+    measured = json.loads((tmp_path / "results.json").read_text())["results"]["val"]["loss"]
+    assert measured == pytest.approx(result.val_loss, abs=1e-4)
+    assert gpt2(monkeypatch, "data", "show", characters, "--tokens", "9") == 0
+    assert splits["train"][:9] in capsys.readouterr().out
+
+
+def test_without_what_needs_gpt2_tokens_there_is_no_warning(tmp_path: Path, caplog):
+    foreign_shards.nanogpt_characters(tmp_path / "char")
+    flags = {"hellaswag_interval": None, "sample_interval": None, "max_steps": 1}
+    trainer.run(small_config(tmp_path / "char", tmp_path / "out", **flags))
+    assert "meta.pkl" not in caplog.text
