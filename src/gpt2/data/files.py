@@ -1,24 +1,24 @@
 """From patterns to a checked list of files of one kind.
 
 A name is a name: what exists is that file, whatever characters its name has. The beginning and the
-end of each file are read before anything is tokenised, so that a failed download or a file of
-another kind is refused by name at once.
+end of each file are read before anything is tokenised, so that a failed download, or a file of
+another kind, is refused by its name at once.
 """
 
-import collections
 import glob
 import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.base.errors import DataError
 from gpt2.base.text import counted, printable
 from gpt2.data import signatures, streams
-from gpt2.data.signatures import Content
+from gpt2.data.signatures import DOWNLOAD, Content
 
 KINDS = {
     ".txt": ".txt",
@@ -30,13 +30,12 @@ KINDS = {
     ".parquet": ".parquet",
     ".arrow": ".arrow",
 }
-"""the kind of a file by the ending of its name, in lower case and without that of a compression"""
-
+"""the kind of a file, by the ending of its name in lower case, without that of a compression"""
 FINGERPRINT_BYTES = 4096
-SEARCHED_NAMES = 10_000
-"""of a folder, for the hint which of its files can be read"""
 PARQUET, ENCRYPTED_PARQUET, ARROW = b"PAR1", b"PARE", b"ARROW1"
 LARGEST_ARROW_SCHEMA = 1 << 24
+NAMES_SEARCHED = 10_000
+"""in a folder, for a pattern that would match some"""
 
 
 @dataclass(frozen=True)
@@ -45,95 +44,80 @@ class FoundFiles:
 
     paths: tuple[Path, ...]
     kind: str
-    """one of KINDS' values"""
+    """one of the values of KINDS"""
     skipped: tuple[str, ...]
-    """a line for each file that was left out, with the reason"""
+    """a line, with the reason, for each file or folder that was left out"""
     fingerprint: str
     """digest of the sizes, beginnings and ends: other files of the same names differ"""
 
 
-@dataclass(frozen=True)
-class _Match:
-    name: str
-    status: os.stat_result
-
-
-@dataclass
-class _Matches:
-    files: list[_Match] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The files that match, each once, sorted and normalised.
+    """The files that match, each once, normalised and sorted.
 
-    Raises DataError, naming it, for a pattern without a match, and for what is not a regular file.
+    Raises DataError for a pattern that matches nothing, and for what is not a regular file.
     """
-    return [match.name for match in _matches(patterns).files]
+    return _expand(patterns)[0]
 
 
 def find(patterns: Sequence[str]) -> FoundFiles:
-    """The files that match, checked. Raises DataError, naming the file, for what cannot be data."""
-    matches = _matches(patterns)
-    kind = _common_kind([match.name for match in matches.files])
+    """The files that match. Raises DataError, naming the first of them, if some cannot be data."""
+    names, skipped = _expand(patterns)
+    kind = _common_kind(names)
     digest = hashlib.sha256()
     refused = []
-    for match in matches.files:
+    for name in names:
         try:
-            _check(match.name, kind, digest)
+            digest.update(_checked(name, kind))
         except DataError as error:
             refused.append(str(error))
     if refused:
-        others = len(refused) - 1
-        also = f" (and {counted(others, 'file')} more cannot be used)" if others else ""
-        raise DataError(f"{refused[0]}{also}")
-    paths = tuple(Path(match.name) for match in matches.files)
-    return FoundFiles(paths, kind, tuple(matches.skipped), digest.hexdigest()[:16])
+        others = counted(len(refused) - 1, "other file")
+        more = f" ({others} cannot be used either)" if len(refused) > 1 else ""
+        raise DataError(f"{refused[0]}{more}")
+    paths = tuple(Path(name) for name in names)
+    return FoundFiles(paths, kind, tuple(skipped), digest.hexdigest()[:16])
 
 
-def _matches(patterns: Sequence[str]) -> _Matches:
-    found = _Matches()
-    names: dict[str, str] = {}
+def _expand(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that match, and a line for each file or folder that was left out."""
+    spellings: dict[str, str] = {}
+    skipped: list[str] = []
     for pattern in patterns:
-        matching = _matching(pattern, found.skipped)
-        if not matching:
-            raise DataError(_nothing_matches(pattern))
-        for name in matching:
-            names.setdefault(os.path.abspath(name), name)
-    by_file: dict[tuple[int, int], str] = {}
-    for name in sorted(names.values()):
-        status = _status(name)
-        file = (status.st_dev, status.st_ino)
-        if file in by_file and status.st_ino:
-            found.skipped.append(f"{printable(name)}: the same file as {printable(by_file[file])}")
-            continue
-        by_file[file] = name
-        found.files.append(_Match(name, status))
-    return found
+        names = _matches(pattern, skipped)
+        if not names:
+            raise DataError(f"no file matches {printable(pattern)}{_why_nothing(pattern)}")
+        for name in names:
+            spellings.setdefault(os.path.abspath(name), name)
+    files: dict[tuple[int, int], str] = {}
+    for name in sorted(spellings.values()):
+        first = files.setdefault(_identity(name), name)
+        if first != name:
+            skipped.append(f"{printable(name)}: the same file as {printable(first)}")
+    return list(files.values()), skipped
 
 
-def _matching(pattern: str, skipped: list[str]) -> list[str]:
-    """The files that match a pattern. Adds those that are left out to `skipped`."""
-    for name in (pattern, os.path.expanduser(pattern)):
+def _matches(pattern: str, skipped: list[str]) -> list[str]:
+    """The files that match one pattern. What is left out is added to `skipped`."""
+    expanded = os.path.expanduser(pattern)
+    for name in (pattern, expanded):
         if os.path.lexists(name) and not os.path.isdir(name):
-            if _is_left_out(name):
-                raise DataError(f"{printable(name)} is no data: macOS or Windows made it")
+            if system := _made_by_system(name):
+                raise DataError(f"{printable(name)} is {system}; leave it out")
             return [_normalised(name)]
-    root, rest = _literal_part(os.path.expanduser(pattern))
-    matching = []
-    for match in glob.glob(rest, root_dir=root or None, recursive=True):
+    root, rest = _literal_part(expanded)
+    skipped += [f"{printable(folder)}: may not be read" for folder in _unreadable(root, rest)]
+    names = []
+    for match in glob.iglob(rest, root_dir=root, recursive=True):
         name = _normalised(os.path.join(root, match))
-        if os.path.isdir(name):
-            continue
-        if _is_left_out(name):
-            skipped.append(f"{printable(name)}: no data: macOS or Windows made it")
-        else:
-            matching.append(name)
-    return matching
+        if system := _made_by_system(name):
+            skipped.append(f"{printable(name)}: {system}")
+        elif not os.path.isdir(name):
+            names.append(name)
+    return names
 
 
 def _literal_part(pattern: str) -> tuple[str, str]:
-    """A pattern divided after its longest leading part that exists as it is written."""
+    """The longest leading part of a pattern that exists as it is written, and the rest."""
     parts = Path(pattern).parts
     for count in range(len(parts) - 1, 0, -1):
         root = os.path.join(*parts[:count])
@@ -142,8 +126,19 @@ def _literal_part(pattern: str) -> tuple[str, str]:
     return "", pattern
 
 
+def _unreadable(root: str, pattern: str) -> list[str]:
+    """Folders in which files may match, but which may not be listed: `glob` passes over them."""
+    parts = Path(pattern).parts
+    folders = {
+        os.path.join(root, match)
+        for count in range(1, len(parts))
+        for match in glob.iglob(os.path.join(*parts[:count], ""), root_dir=root, recursive=True)
+    }
+    return sorted(folder for folder in folders if not os.access(folder, os.R_OK | os.X_OK))
+
+
 def _normalised(name: str) -> str:
-    """As `os.path.normpath`, where that is the same file: a folder before `..` may be a link."""
+    """As `os.path.normpath`, if that is the same file: a folder before `..` may be a link."""
     short = os.path.normpath(name)
     try:
         return short if ".." not in name or os.path.samefile(name, short) else name
@@ -151,83 +146,84 @@ def _normalised(name: str) -> str:
         return name
 
 
-def _status(name: str) -> os.stat_result:
+def _made_by_system(name: str) -> str | None:
+    """What a file is that macOS or Windows made beside those of the user."""
+    base = os.path.basename(name)
+    if base.startswith("._") or base == ".DS_Store":
+        return "metadata that macOS wrote"
+    return "pictures that Windows wrote" if base == "Thumbs.db" else None
+
+
+def _identity(name: str) -> tuple[int, int]:
+    """Device and inode. Raises DataError if it is not a regular file."""
     try:
         status = os.stat(name)
     except OSError as error:
         if os.path.islink(name):
             raise DataError(
-                f"{printable(name)} is a broken link to {printable(os.readlink(name))}; get the "
-                "file that it is to name, or remove the link"
+                f"{printable(name)} is a broken link to {printable(os.readlink(name))}; remove it, "
+                "or get the file that it names"
             ) from error
-        raise DataError(f"cannot read {printable(name)}: {error.strerror or error}") from error
-    if stat.S_ISREG(status.st_mode):
-        return status
-    special = {
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFDIR: "a folder",
-    }.get(stat.S_IFMT(status.st_mode), "a device")
-    raise DataError(
-        f"{printable(name)} is {special}; expected a file, whose data can be read twice"
-    )
+        raise DataError(_cannot_read(name, error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        special = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        what = special.get(stat.S_IFMT(status.st_mode), "a device")
+        raise DataError(f"{printable(name)} is {what}; expected a file, which can be read again")
+    return status.st_dev, status.st_ino
 
 
-def _is_left_out(name: str) -> bool:
-    base = os.path.basename(name)
-    return base.startswith("._") or base in (".DS_Store", "Thumbs.db")
+def _cannot_read(name: str, error: OSError) -> str:
+    return f"cannot read {printable(name)}: {error.strerror or error}"
 
 
-def _nothing_matches(pattern: str) -> str:
-    """The message for a pattern without a match."""
-    nothing = f"no file matches {printable(pattern)}"
+def _why_nothing(pattern: str) -> str:
+    """The end of the message for a pattern without a match: the reason, or what would match."""
     expanded = os.path.expanduser(pattern)
-    root, _ = _literal_part(expanded)
-    folders = [expanded] if os.path.isdir(expanded) else []
     try:
         os.stat(expanded)
     except FileNotFoundError:
         pass
     except OSError as error:
-        return f"{nothing}: {error.strerror or error}"
-    if root and not folders:
-        if not os.path.isdir(root):
-            return f"{nothing}: {printable(root)} is not a folder"
-        if not os.access(root, os.R_OK | os.X_OK):
-            return f"{nothing}: the folder {printable(root)} may not be read"
-    if not folders:
-        folders = sorted(filter(os.path.isdir, glob.glob(expanded, recursive=True)))
-    if folders:
-        return f"{nothing}; {_hint(folders[0])}"
-    return nothing
-
-
-def _hint(folder: str) -> str:
-    """Which pattern finds the files of a folder."""
+        return f": {error.strerror or error}"
+    root, rest = _literal_part(expanded)
+    if root and not os.access(root, os.R_OK | os.X_OK):
+        return f": {printable(root)} may not be read"
+    folders = sorted(glob.glob(rest, root_dir=root, recursive=True))
+    if os.path.isdir(expanded):
+        folder = expanded
+    elif folders:
+        folder = os.path.join(root, folders[0])
+    else:
+        return "; in a pattern, [[] stands for a [ of the name" if "[" in rest else ""
     for below in ("", "**"):
-        names = glob.iglob(os.path.join(glob.escape(folder), below, "*"), recursive=True)
-        endings = collections.Counter(
-            ending for name in itertools.islice(names, SEARCHED_NAMES) if (ending := _ending(name))
-        )
-        if endings:
-            common = max(endings, key=lambda ending: endings[ending])
-            return f"for the files of a folder use '{Path(folder, below, '*' + common)}'"
-    return f"the folder {printable(folder)} has no file of kind {_known_kinds()}"
+        if ending := _most_common_ending(folder, below):
+            return f"; for the files of a folder use '{Path(folder, below, f'*{ending}')}'"
+    return f"; the folder {printable(folder)} has no {_known_kinds()}"
 
 
-def _ending(name: str) -> str:
-    """The part of a file's name that says how it is read, or nothing."""
-    path = Path(name)
-    kind = Path(path.stem).suffix if streams.compression_of(path) else path.suffix
-    compression = path.suffix if streams.compression_of(path) else ""
-    return kind + compression if kind.lower() in KINDS else ""
+def _most_common_ending(folder: str, below: str) -> str | None:
+    """That of most files in a folder that can be read, such as `.jsonl.gz`."""
+    names = glob.iglob(os.path.join(below, "*"), root_dir=folder, recursive=True)
+    counts = Counter(
+        "".join(endings)
+        for name in itertools.islice(names, NAMES_SEARCHED)
+        if (endings := _endings(name))[0].lower() in KINDS
+    )
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def kind_of(name: str) -> str:
-    """One of KINDS' values, or the ending of a file of another kind."""
-    path = Path(name)
-    ending = (Path(path.stem) if streams.compression_of(path) else path).suffix.lower()
+    """One of the values of KINDS, or the ending of a file of another kind."""
+    ending = _endings(name)[0].lower()
     return KINDS.get(ending, ending)
+
+
+def _endings(name: str) -> tuple[str, str]:
+    """The ending of a file's name that says its kind, and that of a compression, or nothing."""
+    stem, last = os.path.splitext(name)
+    if last.lower() in streams.COMPRESSIONS:
+        return os.path.splitext(stem)[1], last
+    return last, ""
 
 
 def _known_kinds() -> str:
@@ -235,80 +231,81 @@ def _known_kinds() -> str:
     return f"{', '.join(KINDS)}, each also with {', '.join(most)} or {last}"
 
 
-def _common_kind(names: Iterable[str]) -> str:
-    """The kind of all files. Raises DataError if they differ or it cannot be read."""
-    first: dict[str, str] = {}
+def _common_kind(names: Sequence[str]) -> str:
+    """The kind of all files. Raises DataError if they differ, or it is none of KINDS."""
+    examples: dict[str, str] = {}
     for name in names:
-        first.setdefault(kind_of(name), name)
-    if unknown := sorted(first.keys() - set(KINDS.values())):
-        shown = ", ".join(kind or "no ending" for kind in unknown)
+        examples.setdefault(kind_of(name), name)
+    kinds = sorted(examples)
+    shown = ", ".join(kind or "without an ending" for kind in kinds if kind not in KINDS.values())
+    if shown:
+        first = next(examples[kind] for kind in kinds if kind not in KINDS.values())
         raise DataError(
-            f"files of kind {shown} cannot be read; expected one of {_known_kinds()}: "
-            f"{printable(first[unknown[0]])}"
+            f"files of kind {shown} cannot be read; expected one of {_known_kinds()}: leave out "
+            f"{printable(first)}, or give it the ending of what it is"
         )
-    if len(first) > 1:
-        examples = ", ".join(printable(first[kind]) for kind in sorted(first))
+    if len(kinds) > 1:
         raise DataError(
-            f"expected files of one kind, got {', '.join(sorted(first))}; choose one of them "
-            f"(such as {examples})"
+            f"expected files of one kind, got {', '.join(kinds)}; choose one of them (such as "
+            f"{' and '.join(printable(examples[kind]) for kind in kinds)})"
         )
-    return next(iter(first))
+    return kinds[0]
 
 
-def _check(name: str, kind: str, digest: "hashlib._Hash") -> None:
-    """Raises DataError if a file cannot be data of its kind; adds its fingerprint to `digest`."""
-    compression = streams.compression_of(Path(name))
-    head_bytes = compression.head_bytes if compression else FINGERPRINT_BYTES
+def _checked(name: str, kind: str) -> bytes:
+    """What the fingerprint has of a file. Raises DataError if it cannot be data of its kind."""
+    compression = streams.compression_of(name)
     try:
-        handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            size = os.fstat(handle).st_size
-            raw = os.pread(handle, head_bytes, 0)
-            start = max(0, size - FINGERPRINT_BYTES)
-            end = os.pread(handle, FINGERPRINT_BYTES, start) if start else raw[:FINGERPRINT_BYTES]
-        finally:
-            os.close(handle)
+        with open(name, "rb", buffering=0, opener=_open_at_once) as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(compression.head_bytes if compression else FINGERPRINT_BYTES)
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            end = file.read(FINGERPRINT_BYTES)
     except OSError as error:
-        raise DataError(f"cannot read {printable(name)}: {error.strerror or error}") from error
-    digest.update(b"%d " % size + raw[:FINGERPRINT_BYTES] + end)
-    head = streams.head(Path(name), raw)
-    if compression and not head:
-        return
-    if content := _wrong_content(kind, head, None if compression else end):
-        raise DataError(f"{printable(name)} is {content.what}; {content.advice}")
+        raise DataError(_cannot_read(name, error)) from error
+    content = streams.head(name, head)
+    if content or not compression:
+        wrong = _wrong_content(kind, content, None if compression else end)
+        if wrong and compression and wrong.ending in streams.COMPRESSIONS:
+            wrong = Content(f"{wrong.what} twice", f"decompress it with {compression.tool} -d")
+        if wrong:
+            raise DataError(f"{printable(name)} is {wrong.what}; {wrong.advice}")
+    return b"%d " % size + head[:FINGERPRINT_BYTES] + end
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    """Opens a file, and does not wait if it has become a pipe."""
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def _wrong_content(kind: str, head: bytes, end: bytes | None) -> Content | None:
-    """What a file is that is not of its kind. `end` is None where it is not known."""
+    """What a file is instead of its kind, or None. `end` is None where it is not known."""
     if kind == ".parquet":
         return _wrong_parquet(head, end)
-    if kind == ".arrow":
-        return _wrong_arrow(head, end)
-    return signatures.of_text(head)
+    return _wrong_arrow(head, end) if kind == ".arrow" else signatures.of_text(head)
 
 
 def _wrong_parquet(head: bytes, end: bytes | None) -> Content | None:
-    if ENCRYPTED_PARQUET in (head[:4], end and end[-4:]):
+    if head.startswith(ENCRYPTED_PARQUET) or (end and end.endswith(ENCRYPTED_PARQUET)):
         return Content("an encrypted Parquet file", "decrypt it")
-    if head[:4] != PARQUET:
-        return _other(head, "Parquet")
-    if end is not None and (end[-4:] != PARQUET or len(head) < 12):
-        return Content("truncated: the end of a Parquet file is missing", signatures.DOWNLOAD)
-    return None
+    if not head.startswith(PARQUET):
+        return _other(head, "a Parquet file")
+    if end is None or (end.endswith(PARQUET) and len(head) > 2 * len(PARQUET)):
+        return None
+    return Content("truncated: the end of a Parquet file is missing", DOWNLOAD)
 
 
 def _wrong_arrow(head: bytes, end: bytes | None) -> Content | None:
     if head.startswith(ARROW):
         if end is None or (end.endswith(ARROW) and len(head) > 2 * len(ARROW)):
             return None
-        return Content("truncated: the end of an Arrow file is missing", signatures.DOWNLOAD)
-    schema_bytes = head[4:8] if head.startswith(b"\xff" * 4) else head[:4]
-    if 0 < int.from_bytes(schema_bytes, "little") < LARGEST_ARROW_SCHEMA:
-        return None  # a stream
-    return _other(head, "Arrow")
+        return Content("truncated: the end of an Arrow file is missing", DOWNLOAD)
+    schema_bytes = int.from_bytes(head.removeprefix(b"\xff" * 4)[:4], "little")
+    is_stream = len(head) >= 8 and 0 < schema_bytes < LARGEST_ARROW_SCHEMA
+    return None if is_stream else _other(head, "an Arrow file")
 
 
 def _other(head: bytes, expected: str) -> Content:
     if not head:
-        return Content("empty (0 bytes)", signatures.DOWNLOAD)
-    return signatures.of(head) or Content(f"not a {expected} file", signatures.DOWNLOAD)
+        return Content("empty (0 bytes)", DOWNLOAD)
+    return signatures.of(head) or Content(f"not {expected}", DOWNLOAD)

@@ -9,13 +9,14 @@ import codecs
 import contextlib
 import io
 import lzma
+import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import zstandard
 
@@ -23,17 +24,16 @@ from gpt2.base.errors import DataError
 from gpt2.base.text import printable
 from gpt2.data import signatures
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 BUFFER_BYTES = 256 * 1024
-PIECE_BYTES = 512
-"""compressed bytes at a time: zstd, which knows no limit, makes 16 MiB of them at most"""
 CHUNK_BYTES = 128 * 1024
 """decompressed bytes at a time"""
 PADDING_BYTES = 64 * 1024
 """zero bytes after the end of a stream that are padding; more are data that was lost"""
 LONGEST_WINDOW = 2**31
 """of zstd, in bytes: what its --long=31 needs"""
-MAGIC_BYTES = 10
-"""of the longest"""
 
 
 class Decompressor(Protocol):
@@ -69,7 +69,7 @@ class _Gzip:
 
 
 class _Zstd:
-    """A frame. `max_length` has no effect: `data` is to be small."""
+    """`max_length` has no effect: `data` is to be small."""
 
     needs_input = True
 
@@ -88,63 +88,65 @@ class _Zstd:
         return self._frame.decompress(data)
 
 
-def _xz() -> Decompressor:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
-
-
 @dataclass(frozen=True)
 class Compression:
-    tool: str
-    """the program that compresses, and with -t tests, such files"""
-    magic: tuple[bytes, ...]
-    """first bytes of such files"""
+    ending: str
+    """of the names of such files"""
     decompressor: Callable[[], Decompressor]
-    head_bytes: int
+    head_bytes: int = signatures.HEAD_BYTES
     """compressed bytes that usually give the first bytes of the content"""
+    piece_bytes: int = 16 * 1024
+    """compressed bytes that are read at a time"""
 
+    @property
+    def tool(self) -> str:
+        """The program that compresses, and with -t tests, such files."""
+        return signatures.COMPRESSIONS[self.ending]
 
-def _compression(
-    ending: str,
-    decompressor: Callable[[], Decompressor],
-    head_bytes: int = signatures.HEAD_BYTES,
-) -> Compression:
-    names, magic = signatures.NAMES, signatures.COMPRESSIONS
-    return Compression(names[ending], magic[ending], decompressor, head_bytes)
+    def begins(self, data: bytes) -> bool:
+        """Whether `data`, of which the end may be missing, begins as such a file."""
+        magics = signatures.COMPRESSED[self.ending]
+        return any(magic.startswith(data[: len(magic)]) for magic in magics)
 
 
 COMPRESSIONS = {
-    ".gz": _compression(".gz", _Gzip),
-    ".zst": _compression(".zst", _Zstd, head_bytes=132 * 1024),  # a whole block
-    ".bz2": _compression(".bz2", bz2.BZ2Decompressor),
-    ".xz": _compression(".xz", _xz),
+    compression.ending: compression
+    for compression in (
+        Compression(".gz", _Gzip),
+        # A whole block; and bytes of which it makes 8 MiB at most, as it takes no `max_length`.
+        Compression(".zst", _Zstd, head_bytes=132 * 1024, piece_bytes=256),
+        Compression(".bz2", bz2.BZ2Decompressor),
+        Compression(".xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+    )
 }
 """by the ending of a file's name, in lower case"""
+LONGEST_MAGIC = max(len(magic) for magics in signatures.COMPRESSED.values() for magic in magics)
 ERRORS = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError, ValueError)
 """what a decompressor raises for damaged data"""
 
 
-def compression_of(path: Path) -> Compression | None:
+def compression_of(path: str | Path) -> Compression | None:
     """The compression that the ending of a file's name says."""
-    return COMPRESSIONS.get(path.suffix.lower())
+    return COMPRESSIONS.get(os.path.splitext(path)[1].lower())
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedReader:
     """A file, decompressed if the ending of its name says that it is compressed."""
-    file = io.BufferedReader(_open(path), BUFFER_BYTES)
+    file: io.BufferedReader = io.BufferedReader(_open(path), BUFFER_BYTES)
     compression = compression_of(path)
     if compression is None:
         return file
     return _as_file(_decompressed(file, compression, path), file)
 
 
-def open_utf8(path: Path) -> BinaryIO:
+def open_utf8(path: Path) -> io.BufferedReader:
     """As `open_bytes`; without byte order marks at the beginning, and in UTF-8 if such a mark says
     UTF-16 or UTF-32. What is invalid in those becomes U+FFFD; bytes that are not UTF-8 stay."""
     file = open_bytes(path)
     try:
-        if encoding := signatures.encoding(_peek(file, 4)):
+        if encoding := signatures.encoding(file.peek(4)[:4]):
             file = _as_file(_transcoded(file, encoding), file)
-        while _peek(file, 3) == codecs.BOM_UTF8:
+        while file.peek(3).startswith(codecs.BOM_UTF8):
             file.read(3)
     except BaseException:
         file.close()
@@ -171,23 +173,13 @@ def seekable(path: Path) -> Iterator[BinaryIO]:
     """A file for readers that move in it: a compressed one is copied, decompressed, to a temporary
     file without a name."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_bytes(path))
+        file: BinaryIO = stack.enter_context(open_bytes(path))
         if compression_of(path):
-            try:
-                copy = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(file, copy, BUFFER_BYTES)
-                copy.seek(0)
-            except OSError as error:
-                raise DataError(
-                    f"cannot decompress {printable(path)} into {tempfile.gettempdir()}: "
-                    f"{error.strerror or error}; decompress it yourself, or set TMPDIR to a folder "
-                    "with more space"
-                ) from error
-            file = copy
+            file = stack.enter_context(_copy(file, path))
         yield file
 
 
-def head(path: Path, content: bytes) -> bytes:
+def head(path: str | Path, content: bytes) -> bytes:
     """The first bytes of a file, decompressed from `content`, the first bytes of the file itself.
 
     A compression may give fewer, or none. Raises DataError if `content` is damaged.
@@ -207,6 +199,24 @@ def head(path: Path, content: bytes) -> bytes:
     return found[: signatures.HEAD_BYTES]
 
 
+def _copy(file: BinaryIO, path: Path) -> BinaryIO:
+    """What `file` holds as a temporary file."""
+    try:
+        with contextlib.ExitStack() as on_error:
+            copy = on_error.enter_context(tempfile.TemporaryFile())
+            on_error.callback(copy.raw.close)  # before `copy`, which would write again
+            shutil.copyfileobj(file, copy, BUFFER_BYTES)
+            copy.seek(0)
+            on_error.pop_all()
+    except OSError as error:
+        raise DataError(
+            f"cannot decompress {printable(path)} to a temporary file in {tempfile.tempdir}: "
+            f"{error.strerror or error}; decompress it yourself, or set TMPDIR to a folder with "
+            "enough space"
+        ) from error
+    return copy
+
+
 class _Truncated(DataError):
     """A compressed file that ends before its content does."""
 
@@ -214,7 +224,7 @@ class _Truncated(DataError):
 class _PlainFile(io.FileIO):
     """A file whose errors are DataErrors."""
 
-    def readinto(self, buffer, /):  # type: ignore[no-untyped-def]
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
         with _reading(self.name):
             return super().readinto(buffer)
 
@@ -247,7 +257,7 @@ class _Chunks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer, /):  # type: ignore[no-untyped-def]
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
         """Fills `buffer`, but at the end."""
         target = memoryview(buffer)
         filled = 0
@@ -271,11 +281,6 @@ def _as_file(chunks: Iterator[bytes], source: BinaryIO) -> io.BufferedReader:
     return io.BufferedReader(_Chunks(chunks, source), BUFFER_BYTES)
 
 
-def _peek(file: BinaryIO, count: int) -> bytes:
-    assert isinstance(file, io.BufferedReader)
-    return file.peek(count)[:count]
-
-
 def _transcoded(file: BinaryIO, encoding: str) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
     while content := file.read(CHUNK_BYTES):
@@ -284,72 +289,64 @@ def _transcoded(file: BinaryIO, encoding: str) -> Iterator[bytes]:
     yield decoder.decode(b"", final=True).encode()
 
 
-def _decompressed(file: BinaryIO, compression: Compression, path: Path) -> Iterator[bytes]:
+def _decompressed(file: BinaryIO, compression: Compression, path: str | Path) -> Iterator[bytes]:
     """The content of all streams in a file, in parts that are not empty."""
-    data = file.read(PIECE_BYTES)
-    if not _begins(data, compression):
-        raise DataError(_what_it_is(path, data, compression))
-    decompressor = compression.decompressor()
+    name, tool, piece_bytes = printable(path), compression.tool, compression.piece_bytes
+    data = file.read(piece_bytes)
+    if not data:
+        raise _Truncated(f"{name} is empty (0 bytes); {signatures.DOWNLOAD}")
+    if not compression.begins(data):
+        raise DataError(_not_compressed(path, data, compression))
+    stream = compression.decompressor()
     while True:
         try:
-            chunk = decompressor.decompress(data, CHUNK_BYTES)
+            chunk = stream.decompress(data, CHUNK_BYTES)
         except ERRORS as error:
             raise DataError(
-                f"{printable(path)} is damaged ({error}); if {compression.tool} -t refuses it too, "
+                f"{name} cannot be decompressed ({error}); if {tool} -t refuses it too, "
                 f"{signatures.DOWNLOAD}"
             ) from error
         if chunk:
             yield chunk
         data = b""
-        if decompressor.eof:
-            data = _next_stream(file, decompressor.unused_data)
+        if stream.eof:
+            data = _after_padding(stream.unused_data, file, piece_bytes)
             if not data:
                 return
-            if not _begins(data, compression):
+            if not compression.begins(data):
                 raise DataError(
-                    f"{printable(path)} is damaged: bytes that {compression.tool} did not write "
-                    f"follow the end of its data; {signatures.DOWNLOAD}, or keep what "
-                    f"{compression.tool} -dc gives of it"
+                    f"{name} is damaged: its {tool} data has an end, after which other bytes "
+                    f"follow; {signatures.DOWNLOAD}, or keep what {tool} -dc makes of it"
                 )
-            decompressor = compression.decompressor()
-        elif decompressor.needs_input:
-            data = file.read(PIECE_BYTES)
+            stream = compression.decompressor()
+        elif stream.needs_input:
+            data = file.read(piece_bytes)
             if not data:
                 raise _Truncated(
-                    f"{printable(path)} is truncated: its {compression.tool} data has no end; "
-                    f"{signatures.DOWNLOAD}"
+                    f"{name} is truncated: its {tool} data has no end; {signatures.DOWNLOAD}"
                 )
 
 
-def _next_stream(file: BinaryIO, data: bytes) -> bytes:
-    """The first bytes after the end of a stream and its padding; none at the end of the file."""
-    padding = 0
-    while len(data) < MAGIC_BYTES or not data[0]:
-        more = file.read(PIECE_BYTES)
-        data += more
-        stripped = data.lstrip(b"\x00")
-        padding += len(data) - len(stripped)
-        if padding > PADDING_BYTES:
+def _after_padding(data: bytes, file: BinaryIO, piece_bytes: int) -> bytes:
+    """What follows a stream in `data` and then in `file`, after zero bytes that are padding: enough
+    of it to tell what it is, or nothing at the end."""
+    data = data.lstrip(b"\x00")
+    for _ in range(PADDING_BYTES // piece_bytes):
+        if len(data) >= LONGEST_MAGIC or not (more := file.read(piece_bytes)):
             return data
-        data = stripped
-        if not more:
-            break
-    return data
+        data = (data + more).lstrip(b"\x00")
+    return data or b"\x00"
 
 
-def _begins(data: bytes, compression: Compression) -> bool:
-    """Whether `data`, if it is not cut off, begins a stream."""
-    return any(magic.startswith(data[: len(magic)]) for magic in compression.magic)
-
-
-def _what_it_is(path: Path, data: bytes, compression: Compression) -> str:
-    name = printable(path)
-    content = signatures.of_text(data)
-    plain = printable(path.with_suffix(""))
-    if content is None:
-        return (
-            f"{name} is not compressed by {compression.tool}; if it is text, rename it to {plain}"
-        )
-    if content.ending in COMPRESSIONS:
-        return f"{name} is {content.what}; rename it to {plain}{content.ending}"
-    return f"{name} is {content.what}; {content.advice}"
+def _not_compressed(path: str | Path, data: bytes, compression: Compression) -> str:
+    """The message for a file that begins with `data`, and not as the ending of its name says."""
+    name, plain = printable(path), printable(os.path.splitext(path)[0])
+    if content := signatures.of(data):
+        advice = content.advice
+        if content.ending in COMPRESSIONS:
+            advice = f"rename it to {plain}{content.ending}"
+        return f"{name} is {content.what}, not compressed by {compression.tool}; {advice}"
+    reason = f"{name} is not compressed by {compression.tool}"
+    if signatures.of_text(data):
+        return f"{reason}, or damaged; {signatures.DOWNLOAD}"
+    return f"{reason}; if it is text, rename it to {plain}"
