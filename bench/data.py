@@ -7,6 +7,9 @@ of a training step of the demo model that waits for them.
 """
 
 import functools
+import gzip
+import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -17,9 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import zstandard
 from rich.console import Console
 
-from gpt2.data import corpora, prepare, tokenizer
+from gpt2.data import corpora, files, prepare, tokenizer
 from gpt2.data.corpus import Corpus, Document, in_blocks
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
@@ -93,6 +99,56 @@ def memory(folder: Path, copies: int) -> None:
     print(f"  {tokens / 1e6:.0f} M tokens: the process that writes {main:.0f} MB; others {workers}")
 
 
+def of_files(root: Path, kind: str) -> float:
+    """Tokens/s of a preparation of files, start-up included."""
+    paths = [str(path) for path in sorted((root / kind).iterdir())]
+    started = time.perf_counter()
+    corpus = corpora.of_files("bench", kind, files.find(paths), None)
+    out = root / f"prepared_{kind}_{started}"
+    manifest = prepare.prepare(corpus, out, val_tokens=1_000_000, console=Console(quiet=True))
+    return sum(shard.tokens for shard in manifest.shards) / (time.perf_counter() - started)
+
+
+def write_files(root: Path) -> list[str]:
+    """The embedded corpus several times, in files of several kinds."""
+    texts = [document.text for document in corpora.python_stdlib()] * COPIES
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    table = pyarrow.table({"text": texts})
+    contents = {
+        "jsonl": lambda path: path.with_suffix(".jsonl").write_bytes(lines),
+        "jsonl.gz": lambda path: path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(lines, 6)),
+        "jsonl.zst": lambda path: path.with_suffix(".jsonl.zst").write_bytes(
+            zstandard.compress(lines)
+        ),
+        "json": lambda path: path.with_suffix(".json").write_text(
+            json.dumps([{"text": text} for text in texts])
+        ),
+        "parquet": lambda path: parquet.write_table(table, path.with_suffix(".parquet")),
+        "small_txt": lambda path: [
+            path.with_name(f"{number:05}.txt").write_text(text[at : at + 8000])
+            for number, (text, at) in enumerate(
+                itertools.islice(
+                    ((text, at) for text in texts for at in range(0, len(text), 8000)), 10_000
+                )
+            )
+        ],
+    }
+    for kind, write in contents.items():
+        (root / kind).mkdir()
+        write(root / kind / "a")
+    return list(contents)
+
+
+def files_of_every_kind(root: Path, cores: int) -> None:
+    """Preparations of files, each against cores × one process that only calls tiktoken."""
+    for kind in write_files(root):
+        ratios = []
+        for _ in range(ROUNDS):
+            single = single_rate()
+            ratios.append(of_files(root, kind) / (cores * single))
+        print(f"  {kind:<10} {statistics.median(ratios):.0%} ({min(ratios):.0%} lowest)")
+
+
 def reading(folder: Path) -> None:
     """Batches from the page cache on one thread, shuffled rows included."""
     shards = TokenDataset(load_index(Storage(str(folder))), "train", block_size=1024)
@@ -156,6 +212,8 @@ def main() -> None:
                 f"{whole / every:.0%} of one per core"
             )
         print(f"Tokenising: {statistics.median(ratios):.0%} of cores × one process (median)")
+        print(f"Files, share of {cores} × one process:")
+        files_of_every_kind(Path(root), cores)
         print("Memory:")
         for copies in (COPIES, 3 * COPIES):
             memory(Path(root, f"memory{copies}"), copies)

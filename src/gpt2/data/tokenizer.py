@@ -17,6 +17,8 @@ from gpt2.base.errors import DataError
 NAME = "gpt2"
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
+COUNTED_AT_ONCE = 1 << 20
+"""tokens; the memory that counting takes does not grow with a shard"""
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # Text is split by this pattern before merging (Radford et al. 2019, section 2.2). Pattern and ranks
@@ -66,7 +68,9 @@ def byte_lengths() -> npt.NDArray[np.uint8]:
 
 def text_bytes(tokens: npt.NDArray[np.integer[Any]]) -> int:
     """Bytes of the UTF-8 text that the tokens hold, without their <|endoftext|>."""
-    return int(byte_lengths()[tokens].sum(dtype=np.int64))
+    parts = range(0, len(tokens), COUNTED_AT_ONCE)
+    lengths = (byte_lengths()[tokens[start : start + COUNTED_AT_ONCE]] for start in parts)
+    return sum(int(part.sum(dtype=np.int64)) for part in lengths)
 
 
 def merges() -> list[tuple[bytes, bytes]]:
