@@ -11,6 +11,7 @@ from gpt2.base import log
 from gpt2.base.errors import TrainingError
 from gpt2.checkpoint import store
 from gpt2.data.loader import Loader
+from gpt2.evaluation.loss import Loss
 from gpt2.inspection import run_status
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import evaluator, trainer, training_run
@@ -155,8 +156,9 @@ def test_without_a_checkpoint_to_go_back_to_training_fails(data_root: Path, tmp_
 def test_a_nan_or_infinite_validation_is_never_the_best(
     data_root: Path, tmp_path: Path, monkeypatch
 ):
-    values = iter([5.0, float("nan"), 4.0, float("inf"), 6.0])
-    monkeypatch.setattr(evaluator, "validation_loss", lambda *_, **__: next(values))
+    values = [5.0, float("nan"), 4.0, float("inf"), 6.0]
+    measured = iter([Loss(value, targets=1, text_bytes=4) for value in values])
+    monkeypatch.setattr(evaluator, "validation_loss", lambda *_, **__: next(measured))
     result = trainer.run(small_config(data_root, tmp_path, checkpoint_interval=5))
     assert result.best_val_loss == 4.0
     assert (tmp_path / "checkpoints/best.pt").resolve().name == "step_000010.pt"
