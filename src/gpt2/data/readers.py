@@ -28,7 +28,7 @@ from gpt2.data.tokenisation import EXACT_CUT
 BLOCK_BYTES = 500_000
 LONGEST_PIECE = 8 * BLOCK_BYTES
 """characters of a text without a place at which it can be divided exactly"""
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 """rows of a table that are read at a time"""
 LONGEST_VALUE = 1 << 28
 """characters of one value of a JSON array, and of a field of a .csv file"""
