@@ -19,11 +19,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from gpt2.data.statistics import Lengths, lengths_of
 from gpt2.experiments.compare import models
 from gpt2.experiments.results import JobResult
 from gpt2.experiments.search import trial_report
 from gpt2.experiments.sweep import statistics
-from gpt2.inspection import figures, plot
+from gpt2.inspection import document_lengths, figures, plot
 from gpt2.metrics.log_reader import LoggedRun, LoggedStep
 
 LONG = "checkpoints/a_long_name_of_an_experiment/with, commas and spaces/and-a_rather_long_end_"
@@ -119,6 +120,14 @@ def points(case: str, count: int) -> list[statistics.PointSummary]:
     return statistics.summarize(grid, results, "value")
 
 
+def document_sizes(case: str, count: int) -> Lengths:
+    """Documents of equal lengths, empty ones, or of all lengths, one of them huge."""
+    drawn = np.random.default_rng(0).lognormal(6, 2, 100 * count) - 5
+    sizes = {"one value": np.full(count, 512), "no value": np.zeros(count)}.get(case, drawn)
+    longest = [10_000_000] if case == "huge" else []
+    return lengths_of(np.array([*sizes.clip(0), *longest], dtype=np.int64), block_size=1024)
+
+
 KINDS: dict[str, Callable[[str, int], Figure]] = {
     "runs": lambda case, count: plot.draw(logged(case, count)),
     "models": lambda case, count: models.draw(logged(case, count), 8192),
@@ -126,6 +135,9 @@ KINDS: dict[str, Callable[[str, int], Figure]] = {
     "history": lambda case, count: trial_report.draw_history(search(case, count)),
     "options": lambda case, count: trial_report.draw_relationships(search(case, count)),
     "points": lambda case, count: statistics.draw(points(case, count), "value"),
+    "documents": lambda case, count: document_lengths.draw(
+        document_sizes(case, count), name(case, 0)
+    ),
 }
 CASES = [
     *(("plain", count) for count in (1, 12, 100)),
@@ -135,8 +147,8 @@ CASES = [
 ]
 PICTURES = [
     *((kind, case, count) for kind in KINDS for case, count in CASES),
-    *((kind, "one value", 40) for kind in ("runs", "models")),
-    *((kind, "huge", 12) for kind in ("models", "history", "options")),
+    *((kind, "one value", 40) for kind in ("runs", "models", "documents")),
+    *((kind, "huge", 12) for kind in ("models", "history", "options", "documents")),
     ("runs", "many steps", 3),
     *(
         pytest.param(kind, "plain", count, marks=pytest.mark.soak)

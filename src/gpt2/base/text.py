@@ -1,5 +1,6 @@
 """Tables and numbers as terminals and text files show them."""
 
+import re
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +14,7 @@ COLUMNS_OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
 LEFT_ALIGNED = COLUMNS_OF_FILES | COLUMNS_OF_JOBS
 """columns that hold text; all others hold numbers and are aligned to the right"""
 BETWEEN_COLUMNS = 3
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def counted(count: int, noun: str) -> str:
@@ -89,6 +91,12 @@ def fitted(
 def one_line(text: str) -> str:
     """`text` without line breaks and control characters, which would move a terminal's cursor."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as `\\x1b`, except line breaks and tabs: printed as they are,
+    they could do anything to a terminal."""
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shortened(text: str, width: int) -> str:

@@ -17,8 +17,10 @@ from rich.table import Table
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
+from gpt2.cli import data_show
+from gpt2.cli.data_show import Show
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import corpora, files, hints, prepare, shards, vocabulary
+from gpt2.data import corpora, files, hints, prepare, shards
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
@@ -98,21 +100,6 @@ class Verify(CommandOptions):
 
     root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """folder or URL with a manifest.json"""
-
-
-@dataclass(frozen=True)
-class Show(CommandOptions):
-    """Print the table of shards and the text at the beginning of one shard."""
-
-    root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """folder, glob or URL of shards"""
-    shard: int | None = None
-    """number of the shard in the table; default is the first training shard"""
-    tokens: int = 100
-    """number of tokens to decode"""
-
-    def __post_init__(self) -> None:
-        require_within(self, 0, LARGEST, "shard", "tokens")
 
 
 def data_main() -> int:
@@ -215,26 +202,6 @@ def _verify(command: Verify) -> int:
     return 0
 
 
-def _show(command: Show) -> int:
-    storage = Storage(command.root)
-    index = shards.load_index(storage)
-    out = console()
-    listing = table(f"Shards in {storage.root}", "shard", "split", "tokens", "size", "file")
-    for number, shard in enumerate(index.shards):
-        size = f"{shard.bytes / 1e6:,.1f} MB"
-        listing.add_row(f"{number}", shard.split, f"{shard.tokens:,}", size, shard.file)
-    out.print(listing)
-    first = next((n for n, item in enumerate(index.shards) if item.split == "train"), 0)
-    number = first if command.shard is None else command.shard
-    if not 0 <= number < len(index.shards):
-        raise ConfigError(
-            f"shard={number} is not in the table; expected 0 to {len(index.shards) - 1}"
-        )
-    tokens = shards.first_tokens(storage, index.shards[number], command.tokens)
-    print(f"Shard {number} begins with:\n{vocabulary.decode(index.vocabulary, tokens)}")
-    return 0
-
-
 def _require_local(folder: Path) -> None:
     """Raises ConfigError for a URL, in which pathlib has made one slash of two."""
     is_url = re.match(r"[a-z][a-z0-9+.]*:/", str(folder))
@@ -259,7 +226,7 @@ ACTIONS: dict[str, tuple[type[CommandOptions], Callable[[Any], int]]] = {
     "hf": (Hub, _hub),
     "files": (Files, _files),
     "verify": (Verify, _verify),
-    "show": (Show, _show),
+    "show": (Show, data_show.show),
 }
 
 
@@ -269,7 +236,7 @@ def _usage() -> str:
         ("hf REPO", "any dataset of the Hugging Face hub"),
         ("files GLOB…", ".txt, .jsonl, .csv, .parquet or .arrow files, also compressed"),
         ("verify DIR", "check the size and the SHA-256 of every shard"),
-        ("show DIR", "print the table of shards, and the text at the beginning of one"),
+        ("show DIR", "look at shards: their text, the rows of a step, statistics"),
     ]
     listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)
     return (

@@ -70,8 +70,9 @@ def _sections() -> dict[str, type[CommandOptions]]:
             for kind in vars(module).values()
             if inspect.isclass(kind)
             and issubclass(kind, CommandOptions)
-            and kind.__module__ == module.__name__
+            and kind.__module__.startswith(module.__name__)  # data_show belongs to data
         ]
+        kinds.sort(key=lambda kind: kind.__module__)
         for kind in kinds:
             action = kind.__name__.removesuffix("Command").lower()
             typed = f"gpt2 {name} {TYPED.get(action, action)}"

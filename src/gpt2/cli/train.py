@@ -184,7 +184,7 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
             if getattr(flags, name) is not None and getattr(flags, hidden_by) is None:
                 run = options.overlay(run, {hidden_by: None})
     if flags.config:
-        run = options.from_toml(run, _read_text(Path(flags.config)), flags.config)
+        run = with_file(run, Path(flags.config))
     if flags.out_dir:
         out = Path(flags.out_dir)
         folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
@@ -240,11 +240,13 @@ def _relative(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _read_text(path: Path) -> str:
+def with_file(run: RunConfig, path: Path) -> RunConfig:
+    """`run` with the values in the file of --config."""
     try:
-        return path.read_text()
+        text = path.read_text()
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+    return options.from_toml(run, text, str(path))
 
 
 def _without(arguments: Sequence[str], *flags: str) -> list[str]:

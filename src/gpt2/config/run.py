@@ -21,7 +21,7 @@ from gpt2.base.validation import (
 from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
 from gpt2.config.model import ModelConfig
-from gpt2.data.sampler import Shuffle
+from gpt2.data.sampler import Sampler, Shuffle
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
 OPTIMIZERS = {
@@ -266,6 +266,10 @@ class RunConfig:
         """Micro-batches per step on the rank with the largest share of the rows."""
         largest_share = -(-self.rows_per_step // world_size)
         return -(-largest_share // mini_batch_size)
+
+    def sampler(self, rows_per_shard: tuple[int, ...]) -> Sampler:
+        """Which of the rows of the training shards each step reads."""
+        return Sampler(rows_per_shard, self.rows_per_step, self.machine.seed, self.data.shuffle)
 
     def total_steps(self, rows_per_epoch: int) -> int:
         """Steps of the whole run: enough to read every row of the last epoch."""

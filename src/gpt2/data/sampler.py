@@ -42,6 +42,11 @@ class Sampler:
         """The epoch of the first row of `step`."""
         return step * self.rows_per_step // self.rows_per_epoch
 
+    def epochs_of(self, step: int) -> range:
+        """The epochs that the rows of `step` belong to."""
+        last_row = (step + 1) * self.rows_per_step - 1
+        return range(self.epoch_at(step), last_row // self.rows_per_epoch + 1)
+
     def first_step_of(self, epoch: int) -> int:
         """The first step whose first row belongs to `epoch`."""
         return -(-epoch * self.rows_per_epoch // self.rows_per_step)

@@ -215,13 +215,35 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
     )
 
 
+def rows_per_shard(index: DatasetIndex, split: Split, block_size: int) -> tuple[int, ...]:
+    """The rows of each shard of a split, `(tokens - 1) // block_size`: a row has a last target.
+
+    Raises DataError if there is no shard, and for one that is too short for one row (except the
+    last one, which holds the rest of a corpus).
+    """
+    found = index.of(split)
+    if not found:
+        raise DataError(
+            f"{index.storage} has no {split} shard; its file names must have {split!r} as a "
+            f"word, as in name_{split}_000000.npy or {split}.bin"
+        )
+    rows = tuple(max(0, shard.tokens - 1) // block_size for shard in found)
+    for shard, count in zip(found, rows, strict=True):
+        if count == 0 and (len(found) == 1 or shard is not found[-1]):
+            raise DataError(
+                f"{index.storage.full(shard.file)} has {shard.tokens} tokens, too few for one "
+                f"row of block_size={block_size} and its target; use --block_size "
+                f"{max(1, shard.tokens - 1)} or less, or larger shards"
+            )
+    return rows
+
+
 class TokenDataset:
     """The shards of one split as rows of `block_size` tokens.
 
-    A shard has `(tokens - 1) // block_size` rows. Row r has the inputs [r*T, r*T + T); its targets
-    are the same tokens shifted by one. Raises DataError, naming the file, for a missing or
-    truncated shard, ids outside the vocabulary, and a shard too short for one row (except the last
-    one, which holds the rest of a corpus).
+    Row r of a shard has the inputs [r*T, r*T + T); its targets are the same tokens shifted by one.
+    Raises DataError as `rows_per_shard` does, and, naming the file, for a missing or truncated
+    shard and for ids outside the vocabulary.
 
     Remote training shards are downloaded when `read` needs them, or before that by `prefetch`.
     Local shards, and those of the validation split, are opened by the constructor.
@@ -230,19 +252,7 @@ class TokenDataset:
     def __init__(self, index: DatasetIndex, split: Split, block_size: int) -> None:
         self.block_size = block_size
         self.shards = index.of(split)
-        if not self.shards:
-            raise DataError(
-                f"{index.storage} has no {split} shard; its file names must have {split!r} as a "
-                f"word, as in name_{split}_000000.npy or {split}.bin"
-            )
-        self.rows_per_shard = tuple(max(0, shard.tokens - 1) // block_size for shard in self.shards)
-        for shard, rows in zip(self.shards, self.rows_per_shard, strict=True):
-            if rows == 0 and (len(self.shards) == 1 or shard is not self.shards[-1]):
-                raise DataError(
-                    f"{index.storage.full(shard.file)} has {shard.tokens} tokens, too few for one "
-                    f"row of block_size={block_size} and its target; use --block_size "
-                    f"{max(1, shard.tokens - 1)} or less, or larger shards"
-                )
+        self.rows_per_shard = rows_per_shard(index, split, block_size)
         self._index = index
         self._on_demand = index.storage.path is None and split == "train"
         """whether shards are opened when they are needed, and closed after that"""
@@ -365,15 +375,6 @@ def verify(storage: Storage, shard: Shard) -> str | None:
             return _check_digest(file, shard)
     except DataError as error:
         return str(error).removeprefix(f"{storage.full(shard.file)} ")
-
-
-def first_tokens(storage: Storage, shard: Shard, count: int) -> list[int]:
-    """The first `count` tokens of a shard, without a local copy."""
-    head = storage.read(shard.file, 0, HEAD_BYTES)
-    found = formats.layout(storage.full(shard.file), head, storage.size(shard.file))
-    end = found.start + min(count, found.tokens) * found.dtype.itemsize
-    content = storage.read(shard.file, found.start, end)
-    return [int(token) for token in np.frombuffer(content, found.dtype)]
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,20 @@ class Curve:
     values: Numbers
 
 
-def write(draw: Draw, path: Path) -> None:
+def require_kind(path: Path, flag: str = "-o") -> None:
+    """Raises ConfigError if the file of a picture, which `flag` gives, has a suffix that is not in
+    KINDS."""
+    if path.suffix.lower() not in KINDS:
+        kinds = ", ".join(KINDS)
+        raise ConfigError(f"expected a {kinds} file, got {path}; use {flag} NAME{KINDS[0]}")
+
+
+def write(draw: Draw, path: Path, flag: str = "-o") -> None:
     """Saves what `draw` returns, in the common style, in the format that the suffix names.
 
-    Raises ConfigError for another suffix than those in KINDS, and if it cannot write the file.
+    Raises ConfigError as `require_kind` does, and if it cannot write the file.
     """
-    if path.suffix.lower() not in KINDS:
-        raise ConfigError(f"expected a {', '.join(KINDS)} file, got {path}; use -o NAME{KINDS[0]}")
+    require_kind(path, flag)
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -91,7 +98,7 @@ def write(draw: Draw, path: Path) -> None:
             figure.savefig(path, dpi=dpi)
         except OSError as error:
             raise ConfigError(
-                f"cannot write {path}: {error.strerror or error}; choose another file with -o"
+                f"cannot write {path}: {error.strerror or error}; choose another file with {flag}"
             ) from error
 
 

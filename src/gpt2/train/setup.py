@@ -52,7 +52,7 @@ def build(
         data = _open_data(run_config, world, start)
     identity = _identity(run_config, world, start)
     token_dataset = TokenDataset(data, "train", run_config.model.block_size)
-    sampler = _sampler(run_config, token_dataset)
+    sampler = run_config.sampler(token_dataset.rows_per_shard)
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
@@ -138,11 +138,6 @@ def _closed_on_error(run: TrainingRun) -> Iterator[None]:
     except BaseException:
         run.close()
         raise
-
-
-def _sampler(run_config: RunConfig, token_dataset: TokenDataset) -> Sampler:
-    rows, seed = run_config.rows_per_step, run_config.machine.seed
-    return Sampler(token_dataset.rows_per_shard, rows, seed, run_config.data.shuffle)
 
 
 def _status_file(run_config: RunConfig, plan: Plan, world: World, notices: Notices) -> StatusFile:

@@ -1,0 +1,53 @@
+"""Text out of a shard: a number of its tokens, divided where documents begin."""
+
+from dataclasses import dataclass
+
+from gpt2.data import token_stream, vocabulary
+from gpt2.data.shards import DatasetIndex
+from gpt2.data.tokenizer import END_OF_TEXT
+from gpt2.data.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or the part of one that an excerpt holds."""
+
+    is_beginning: bool
+    """whether an <|endoftext|> stands before it, with which a document begins"""
+    text: str
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Consecutive tokens of a shard as text."""
+
+    shard: int
+    """its number in the index"""
+    file: str
+    first_token: int
+    tokens: int
+    pieces: tuple[Piece, ...]
+
+
+def read(index: DatasetIndex, number: int, start: int, count: int) -> Excerpt:
+    """`count` tokens of shard `number` from `start` on, fewer at its end.
+
+    Raises DataError as `token_stream.read` does.
+    """
+    shard = index.shards[number]
+    tokens = token_stream.read(index.storage, shard, start, count).tolist()
+    return Excerpt(number, shard.file, start, len(tokens), divided(tokens, index.vocabulary))
+
+
+def divided(tokens: list[int], own: Vocabulary | None) -> tuple[Piece, ...]:
+    """The texts between the <|endoftext|>, of which there is none in an own vocabulary.
+
+    What stands before the first one is left out if it is empty.
+    """
+    marks = [at for at, token in enumerate(tokens) if own is None and token == END_OF_TEXT]
+    starts, ends = [0, *(at + 1 for at in marks)], [*marks, len(tokens)]
+    texts = [
+        vocabulary.decode(own, tokens[start:end]) for start, end in zip(starts, ends, strict=True)
+    ]
+    pieces = [Piece(at > 0, text) for at, text in enumerate(texts)]
+    return tuple(pieces if texts[0] else pieces[1:])
