@@ -232,6 +232,17 @@ def test_rows_of_csv(tmp_path: Path):
     ]
 
 
+def test_empty_lines_before_the_names_of_columns(tmp_path: Path):
+    path = write(tmp_path, "a.csv", "\n\r\ntext,id\none,1\ntext,id\n")
+    assert texts(path) == ["one", "text"]
+
+
+def test_names_of_columns_that_cannot_be_read(tmp_path: Path):
+    path = write(tmp_path, "a.csv", '"te"xt,id\none,1\n')
+    with pytest.raises(DataError, match=r"a\.csv:1: .*; expected the names of columns"):
+        read(path)
+
+
 def test_a_quote_that_is_not_closed_counts_all_lines_that_it_takes(tmp_path: Path):
     path = write(tmp_path, "a.csv", 'text\none\n"two\nthree\nfour\n')
     assert read(path) == [Document("one"), BadLines(f"{path}:3: unexpected end of data", count=3)]

@@ -305,7 +305,8 @@ def _documents_of_csv(
     if field not in names:
         raise DataError(f"{path} has no column {field!r}; it has {_listed(names)}")
     column = names.index(field)
-    next(rows)
+    while next(rows) != names:
+        pass  # empty lines before the names
     while True:
         line = rows.line_num + 1
         try:
@@ -331,7 +332,8 @@ def _header(path: Path, file: BinaryIO, delimiters: str) -> tuple[str, list[str]
     for delimiter in delimiters:
         head.seek(0)
         try:
-            found.append((delimiter, next(csv.reader(head, delimiter=delimiter), [])))
+            rows = csv.reader(head, delimiter=delimiter, strict=True)
+            found.append((delimiter, next(filter(None, rows), [])))
         except csv.Error as error:
             raise DataError(f"{path}:1: {error}; expected the names of columns") from error
     return max(found, key=lambda item: len(item[1]))
