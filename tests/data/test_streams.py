@@ -170,7 +170,7 @@ def test_a_file_that_is_not_what_its_ending_says(tmp_path: Path, ending, other):
         (b"version https://git-lfs.github.com/spec/v1\noid sha", "Git LFS pointer.*git lfs pull"),
         (b"PK\x03\x04" + bytes(100), "a zip archive"),
         (bytes(100), "or damaged; download or copy it again"),
-        (b"\xff\x01" * 300, "or damaged; download or copy it again"),
+        (b"\xff\x07" * 300, "or damaged; download or copy it again"),
     ],
 )
 def test_a_failed_download_is_called_one(tmp_path: Path, ending, content, message):

@@ -186,14 +186,13 @@ def _why_nothing(pattern: str) -> str:
     except OSError as error:
         return f": {error.strerror or error}"
     root, rest = _literal_part(expanded)
-    if root and not os.access(root, os.R_OK | os.X_OK):
-        return f": {printable(root)} may not be read"
-    folders = sorted(glob.glob(rest, root_dir=root, recursive=True))
+    matching = sorted(glob.glob(rest, root_dir=root, recursive=True))
+    folder = os.path.join(root, matching[0]) if matching else root
     if os.path.isdir(expanded):
         folder = expanded
-    elif folders:
-        folder = os.path.join(root, folders[0])
-    else:
+    if folder and not os.access(folder, os.R_OK | os.X_OK):
+        return f": {printable(folder)} may not be read"
+    if not matching and folder != expanded:
         return "; in a pattern, [[] stands for a [ of the name" if "[" in rest else ""
     for below in ("", "**"):
         if ending := _most_common_ending(folder, below):

@@ -78,8 +78,9 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\b\x1a\x1b"))
-"""bytes that are rare in text: not \\b and ESC, which terminals know, nor ^Z, the end in DOS"""
+SEPARATORS = b"\t\n\v\f\r\x01\x02\x03\x1c\x1d\x1e\x1f"
+CONTROLS = bytes({*range(32), 127} - {*SEPARATORS, *b"\b\x1a\x1b"})
+"""bytes that are rare in text: terminals know \\b and ESC, and DOS ended files by ^Z"""
 MOST_CONTROLS = 1 / 20
 FEWEST_NULS = 1 / 100
 """of UTF-16, whose line breaks, digits and spaces have one in every script"""
