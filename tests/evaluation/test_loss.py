@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import foreign_shards
 from gpt2 import model
 from gpt2.config.model import ModelConfig
 from gpt2.data import sampler, tokenizer
@@ -139,6 +140,17 @@ def test_bits_per_byte_is_the_information_of_the_text_over_its_bytes(
     assert whole.text_bytes == len(b"".join(texts_of_rows))
     assert [part.text_bytes for part in parts] == list(map(len, texts_of_rows))
     assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-6)
+
+
+def test_the_bytes_of_characters_are_those_of_their_own_vocabulary(tmp_path: Path):
+    text = foreign_shards.nanogpt_characters(tmp_path)["val"]
+    shards = TokenDataset(load_index(Storage(str(tmp_path))), "val", BLOCK_SIZE)
+    rows = sampler.spread(shards.rows_per_shard, 99)
+    loss = validation_loss(small_model(BLOCK_SIZE), shards, rows, ALONE, 2, no_autocast())
+    assert loss is not None
+    starts = [row * BLOCK_SIZE + 1 for _, row in rows.tolist()]
+    written = "".join(text[start : start + BLOCK_SIZE] for start in starts).encode()
+    assert loss.text_bytes == len(written) > loss.targets
 
 
 def test_rows_without_text_have_no_bits_per_byte():

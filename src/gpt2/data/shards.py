@@ -289,6 +289,10 @@ class TokenDataset:
             )
         return tokens[:, :-1], tokens[:, 1:]
 
+    def text_bytes(self, tokens: npt.NDArray[np.int64]) -> int:
+        """UTF-8 bytes of the text of `tokens`; <|endoftext|> has none."""
+        return vocabulary.text_bytes(self._index.vocabulary, tokens)
+
     def prefetch(self, shard: int) -> None:
         """Starts to download a shard in the background, unless it is open."""
         if not self._on_demand:

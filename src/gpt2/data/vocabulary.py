@@ -91,8 +91,12 @@ def text_bytes(vocabulary: Vocabulary | None, tokens: npt.NDArray[np.integer[Any
     """UTF-8 bytes of the text of `tokens`, which are GPT-2's where the vocabulary is None."""
     if vocabulary is None:
         return tokenizer.text_bytes(tokens)
-    lengths = np.array([len(text.encode(errors="surrogatepass")) for text in vocabulary])
-    return int(lengths[tokens].sum())
+    return int(_byte_lengths(vocabulary)[tokens].sum())
+
+
+@cache
+def _byte_lengths(vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
+    return np.array([len(text.encode(errors="surrogatepass")) for text in vocabulary])
 
 
 def _load(content: bytes) -> object:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gpt2.data import sampler, tokenizer
+from gpt2.data import sampler
 from gpt2.data.sampler import Rows
 from gpt2.data.shards import TokenDataset
 from gpt2.distributed.world import World
@@ -74,7 +74,7 @@ def validation_loss(
             inputs, targets = shards.read(micro)
             tokens_BT, targets_BT = world.to_device(torch.tensor(inputs), torch.tensor(targets))
             nats.add_(net(tokens_BT, targets_BT))
-            text_bytes.add_(tokenizer.text_bytes(targets))  # while a GPU computes
+            text_bytes.add_(shards.text_bytes(targets))  # while a GPU computes
 
     with evaluating(net), autocast:
         rounds = range(-(-largest_share // mini_batch_size))
@@ -117,7 +117,7 @@ def row_losses(
                 for number in range(len(mine)):
                     row = slice(number, number + 1)
                     nats[begin + number] = model.loss(features_BTD[row], targets_BT[row])
-                    text_bytes[begin + number] = tokenizer.text_bytes(targets[number])
+                    text_bytes[begin + number] = shards.text_bytes(targets[number])
     found = world.all_reduce_sum(nats).tolist()
     lengths = world.all_reduce_sum(text_bytes.to(world.device)).tolist()
     return [
