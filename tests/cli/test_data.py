@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.cli import main
+from gpt2.cli import data_verify, main
+from gpt2.data.verification import Verification
 
 
 def data(monkeypatch, *arguments: str) -> int:
@@ -17,13 +18,55 @@ def test_data_is_verified(tmp_path: Path, data_root: Path, monkeypatch, capsys):
     assert data(monkeypatch, "verify", str(data_root)) == 0
     assert "shards match the manifest" in capsys.readouterr().out
 
+
+def test_every_wrong_file_has_a_line(tmp_path: Path, data_root: Path, monkeypatch, capsys):
     broken = Path(shutil.copytree(data_root, tmp_path / "small"))
-    with (broken / "small_train_000001.npy").open("ab") as file:
-        file.write(b"x")
+    for number in (2, 1):
+        with (broken / f"small_train_{number:06d}.npy").open("ab") as file:
+            file.write(b"x")
     assert data(monkeypatch, "verify", str(broken)) == 2
-    error = capsys.readouterr().err
-    assert "error: 1 of " in error
-    assert "small_train_000001.npy: expected 16128 bytes, got 16129" in error
+    printed = capsys.readouterr()
+    head, *lines = printed.err.splitlines()
+    assert head.startswith("error: 2 of ")
+    assert head.endswith("prepare it again with the command that made it and --overwrite")
+    assert lines == [
+        f"  {broken}/small_train_{number:06d}.npy: expected 16128 bytes, got 16129"
+        for number in (1, 2)
+    ]
+    assert "val: 1 shard, 8,000 tokens, 16,128 bytes\n" in printed.out
+    assert data(monkeypatch, "verify", str(broken), "--json") == 2
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    result = json.loads(printed.out)
+    assert (result["manifest"], result["sound"]) == (True, False)
+    assert result["val"]["shards"] == 1
+    assert [item["file"] for item in result["files"] if item["wrong"]] == [
+        "small_train_000001.npy",
+        "small_train_000002.npy",
+    ]
+    assert data(monkeypatch, "verify", str(data_root), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sound"]
+
+
+def test_without_a_manifest_verify_says_that_nothing_is_compared(
+    tmp_path: Path, data_root: Path, monkeypatch, capsys
+):
+    copy = Path(shutil.copytree(data_root, tmp_path / "small"))
+    (copy / "manifest.json").unlink()
+    assert data(monkeypatch, "verify", str(copy / "*.npy")) == 0
+    assert f"{copy}: no manifest to compare " in capsys.readouterr().out
+    (copy / "progress.json").write_text('{"command": "gpt2 data files x.txt"}')
+    assert data(monkeypatch, "verify", str(copy)) == 2
+    assert capsys.readouterr().err.endswith("continue with: gpt2 data files x.txt\n")
+
+
+def test_an_interrupted_verification(data_root: Path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Verification, "run", interrupted)
+    assert data(monkeypatch, "verify", str(data_root)) == 130
+    assert capsys.readouterr().err == f"{data_verify.ON_INTERRUPT}\n"
 
 
 def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):

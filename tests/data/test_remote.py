@@ -14,12 +14,13 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gpt2.base.errors import DataError
-from gpt2.data import cache, remote, shards, token_stream
+from gpt2.data import cache, remote, token_stream
 from gpt2.data.cache import ShardCache
 from gpt2.data.loader import Loader
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
+from gpt2.data.verification import Verification
 from support import HANG_S, wait_until
 
 URL = "memory://bucket/corpora/small"
@@ -378,9 +379,21 @@ def test_an_unfinished_remote_folder(memory: MemoryFileSystem, tmp_path: Path):
 def test_remote_shards_are_verified(memory: MemoryFileSystem, tmp_path: Path):
     place = Storage(URL)
     listed = remote_index(tmp_path).shards
-    assert [shards.verify(place, shard) for shard in listed] == [None] * len(listed)
+
+    def wrong() -> list[str]:
+        reports = Verification(place).run(lambda _: None)
+        assert len(reports) == len(listed)
+        return [report.wrong for report in reports if report.wrong]
+
+    assert wrong() == []
     memory.pipe(f"/bucket/corpora/small/{listed[1].file}", b"short")
-    assert shards.verify(place, listed[1]) == f"expected {listed[1].bytes} bytes, got 5"
+    assert wrong() == [f"expected {listed[1].bytes} bytes, got 5"]
+
+
+def test_shards_behind_a_server_without_ranges_are_verified(server):
+    port = server.server_address[1]
+    reports = Verification(Storage(f"http://127.0.0.1:{port}")).run(lambda _: None)
+    assert reports and not any(report.wrong for report in reports)
 
 
 def test_killed_during_a_download(data_root: Path, tmp_path: Path):

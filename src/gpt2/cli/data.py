@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
-from rich.progress import track
 from rich.table import Table
 
-from gpt2.base.errors import ConfigError, DataError
+from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
-from gpt2.cli import data_show
+from gpt2.cli import data_show, data_verify
 from gpt2.cli.data_show import Show
+from gpt2.cli.data_verify import Verify
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import corpora, files, hints, prepare, shards
+from gpt2.data import corpora, files, prepare, shards
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
@@ -94,14 +94,6 @@ class Files(CommandOptions):
     output: OutputOptions = OutputOptions()
 
 
-@dataclass(frozen=True)
-class Verify(CommandOptions):
-    """Check the size and the SHA-256 of every shard."""
-
-    root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """folder or URL with a manifest.json"""
-
-
 def data_main() -> int:
     """`gpt2 data …`."""
     name, *rest = sys.argv[1:] or ["--help"]
@@ -110,7 +102,8 @@ def data_main() -> int:
     sys.argv[0] += f" {name}"
     if name in ACTIONS:
         kind, run = ACTIONS[name]
-        return run_command(kind, run, rest, on_interrupt=ON_INTERRUPT)
+        on_interrupt = data_verify.ON_INTERRUPT if kind is Verify else ON_INTERRUPT
+        return run_command(kind, run, rest, on_interrupt=on_interrupt)
     if corpus := corpora.find(name):
         return run_command(
             Named, lambda command: _prepare(corpus, command.output), rest, on_interrupt=ON_INTERRUPT
@@ -185,23 +178,6 @@ def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = No
     return 0
 
 
-def _verify(command: Verify) -> int:
-    storage = Storage(command.root)
-    manifest = shards.Manifest.read(storage)
-    wrong = [
-        f"{storage.full(shard.file)}: {reason}"
-        for shard in track(manifest.shards, "Verifying", console=console())
-        if (reason := shards.verify(storage, shard))
-    ]
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} of {len(manifest.shards)} shards do not match the manifest, or "
-            f"cannot be read{hints.repair(storage)}" + "".join(f"\n  {line}" for line in wrong)
-        )
-    print(f"{storage}: all {len(manifest.shards)} shards match the manifest")
-    return 0
-
-
 def _require_local(folder: Path) -> None:
     """Raises ConfigError for a URL, in which pathlib has made one slash of two."""
     is_url = re.match(r"[a-z][a-z0-9+.]*:/", str(folder))
@@ -225,7 +201,7 @@ def _split_table(index: shards.DatasetIndex) -> Table:
 ACTIONS: dict[str, tuple[type[CommandOptions], Callable[[Any], int]]] = {
     "hf": (Hub, _hub),
     "files": (Files, _files),
-    "verify": (Verify, _verify),
+    "verify": (Verify, data_verify.verify),
     "show": (Show, data_show.show),
 }
 
@@ -235,7 +211,7 @@ def _usage() -> str:
     rows += [
         ("hf REPO", "any dataset of the Hugging Face hub"),
         ("files GLOB…", ".txt, .jsonl, .csv, .parquet or .arrow files, also compressed"),
-        ("verify DIR", "check the size and the SHA-256 of every shard"),
+        ("verify DIR", "read every byte of the shards and name each file that is wrong"),
         ("show DIR", "look at shards: their text, the rows of a step, statistics"),
     ]
     listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)

@@ -1,5 +1,6 @@
 """The way out in messages about training data: commands that can be typed as they are printed."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,15 @@ def prepare_command(folder: Path, overwrite: bool = False) -> str:
     out = "" if is_default else f" --out {shlex.quote(str(folder))}"
     names = "" if corpus else " (gpt2 data --help lists the names)"
     return f"gpt2 data {name}{out}{' --overwrite' if overwrite else ''}{names}"
+
+
+def resume_command(progress: Path) -> str:
+    """The command that began an unfinished folder, as its progress file records it."""
+    try:
+        begun = str(json.loads(progress.read_text())["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return prepare_command(progress.parent)
+    return begun
 
 
 def repair(storage: Storage) -> str:

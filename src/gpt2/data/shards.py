@@ -159,6 +159,11 @@ class DatasetIndex:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
+def file_pattern(corpus: str) -> re.Pattern[str]:
+    """What the names of the shards match that `gpt2 data` makes of a corpus."""
+    return re.compile(rf"{re.escape(corpus)}_(train|val)_\d{{6}}\.npy")
+
+
 def load_index(storage: Storage, cache: ShardCache | None = None) -> DatasetIndex:
     """The index of a folder, URL or glob, from its manifest, else from the names of its files.
 
@@ -169,7 +174,12 @@ def load_index(storage: Storage, cache: ShardCache | None = None) -> DatasetInde
     return replace(index, cache=cache)
 
 
-def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
+def manifest_of(storage: Storage) -> Manifest | None:
+    """The manifest of a storage; None if there is none.
+
+    Raises DataError if it is damaged, if it is of another tokeniser, or if the preparation is not
+    finished.
+    """
     if storage.pattern or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
         return None
     manifest = Manifest.read(storage)
@@ -178,6 +188,12 @@ def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
             f"{storage}: expected tokens of {tokenizer.NAME}, got tokens of {manifest.tokenizer}"
             f"{hints.repair(storage)}"
         )
+    return manifest
+
+
+def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
+    if (manifest := manifest_of(storage)) is None:
+        return None
     if storage.path is None:  # TokenDataset checks local shards when it opens them
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:
             sizes = threads.map(lambda shard: storage.size(shard.file), manifest.shards)
@@ -192,7 +208,11 @@ def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
     )
 
 
-def _index_by_names(storage: Storage) -> DatasetIndex:
+def files_by_name(storage: Storage) -> list[tuple[str, int, Split]]:
+    """The shards of a storage without a manifest: name, size in bytes and split.
+
+    Raises DataError if there are none.
+    """
     files = [
         (name, size, split)
         for name, size in storage.files().items()
@@ -200,6 +220,11 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
     ]
     if not files:
         raise DataError(_missing(storage))
+    return files
+
+
+def _index_by_names(storage: Storage) -> DatasetIndex:
+    files = files_by_name(storage)
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:  # remote storage answers slowly
         found = list(threads.map(lambda file: _shard_by_header(storage, *file), files))
     shards = tuple(shard for shard, _ in found)
@@ -370,17 +395,6 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
-def verify(storage: Storage, shard: Shard) -> str | None:
-    """What is wrong with a shard of a manifest, by its size and SHA-256, or None."""
-    try:
-        if (size := storage.size(shard.file)) != shard.bytes:
-            return f"expected {shard.bytes} bytes, got {size}"
-        with storage.open(shard.file) as file:
-            return _check_digest(file, shard)
-    except DataError as error:
-        return str(error).removeprefix(f"{storage.full(shard.file)} ")
-
-
 @dataclass(frozen=True)
 class _OpenShard:
     """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
@@ -475,7 +489,8 @@ def _missing(storage: Storage) -> str:
     if unfinished and storage.path is None:
         return f"{storage} is unfinished: it has a {PROGRESS}, but no {MANIFEST}"
     if unfinished and storage.path is not None:
-        return f"{storage} is unfinished: no {MANIFEST}; continue with: {_begun_with(storage.path)}"
+        command = hints.resume_command(storage.path / PROGRESS)
+        return f"{storage} is unfinished: no {MANIFEST}; continue with: {command}"
     if any(name.endswith((".npy", ".bin")) for name in storage.files()):
         return f"no {MANIFEST} in {storage}; without one, {NAMING}"
     if storage.path is None:
@@ -483,12 +498,3 @@ def _missing(storage: Storage) -> str:
     if storage.path.is_file():
         return f"expected a folder of shards, got the file {storage}; name its folder"
     return f"{nothing}; make it with: {hints.prepare_command(storage.path)}"
-
-
-def _begun_with(folder: Path) -> str:
-    """The command that began an unfinished folder, as its progress file records it."""
-    try:
-        begun = str(json.loads((folder / PROGRESS).read_text())["command"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return hints.prepare_command(folder)
-    return begun

@@ -69,7 +69,7 @@ def byte_lengths() -> npt.NDArray[np.uint8]:
 def text_bytes(tokens: npt.NDArray[np.integer[Any]]) -> int:
     """Bytes of the UTF-8 text that the tokens hold, without their <|endoftext|>."""
     parts = range(0, len(tokens), COUNTED_AT_ONCE)
-    lengths = (byte_lengths()[tokens[start : start + COUNTED_AT_ONCE]] for start in parts)
+    lengths = (byte_lengths().take(tokens[start : start + COUNTED_AT_ONCE]) for start in parts)
     return sum(int(part.sum(dtype=np.int64)) for part in lengths)
 
 

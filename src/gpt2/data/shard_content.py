@@ -1,0 +1,115 @@
+"""One pass through all bytes of a shard: its SHA-256, its token ids, the bytes of its text."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import BufferedReader
+from typing import Any
+
+import numpy as np
+
+from gpt2.base.text import counted
+from gpt2.data import formats, tokenizer
+from gpt2.data.digests import CHUNK_BYTES
+from gpt2.data.formats import DTYPE, HEAD_BYTES, Layout
+from gpt2.data.shards import Shard
+
+
+@dataclass
+class ShardContent:
+    """What the bytes that were read so far hold."""
+
+    layout: Layout
+    vocab_size: int
+    text_bytes: int | None
+    """None if they are not counted"""
+    bytes: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    _tokens: int = 0
+    _invalid_ids: int = 0
+    _first_invalid: str = ""
+    _halves_are_zero: bool = True
+    """whether every second number is 0"""
+
+    @property
+    def sha256(self) -> str:
+        return str(self.digest.hexdigest())
+
+    def add(self, content: memoryview) -> None:
+        """Takes in the next bytes, which begin with a token."""
+        dtype = self.layout.dtype
+        tokens = np.frombuffer(content, dtype, len(content) // dtype.itemsize)
+        self.digest.update(content)
+        self.bytes += len(content)
+        if tokens.max(initial=0) >= self.vocab_size:
+            places = np.flatnonzero(tokens >= self.vocab_size)
+            if not self._invalid_ids:
+                self._first_invalid = f"{tokens[places[0]]} at token {self._tokens + places[0]:,}"
+            self._invalid_ids += len(places)
+        elif self.text_bytes is not None:
+            self.text_bytes += tokenizer.text_bytes(tokens)
+        self._halves_are_zero &= not tokens[1 - self._tokens % 2 :: 2].any()
+        self._tokens += len(tokens)
+
+    def fault(self, expected: Shard | None) -> str | None:
+        """What is wrong with the tokens, as far as the manifest's entry and the vocabulary say."""
+        if expected is None and self.layout.dtype == DTYPE and self._halves_are_zero:
+            return "expected uint16 in a file without a header, got 32-bit numbers"
+        if self._invalid_ids:
+            return (
+                f"{counted(self._invalid_ids, 'token id')} outside the vocabulary of "
+                f"{self.vocab_size}, first {self._first_invalid}"
+            )
+        if expected is not None and self.layout.tokens != expected.tokens:
+            return f"expected {expected.tokens} tokens as in the manifest, got {self.layout.tokens}"
+        if expected is not None and self.text_bytes != expected.text_bytes:
+            return (
+                f"expected {expected.text_bytes} bytes of text as in the manifest, got "
+                f"{self.text_bytes}"
+            )
+        return None
+
+
+def read(
+    file: BufferedReader,
+    name: str,
+    size: int,
+    vocab_size: int,
+    counts_text: bool,
+    after_chunk: Callable[[int], None],
+) -> ShardContent:
+    """Reads an open shard of `size` bytes to its end.
+
+    `after_chunk` receives the number of bytes that were read, and may end it by an exception.
+    Raises DataError, with `name`, if the file is not a shard.
+    """
+    head = bytes(_filled(file, memoryview(bytearray(HEAD_BYTES))))
+    layout = formats.layout(name, head, size)
+    header, first = head[: layout.start], head[layout.start :]
+    content = ShardContent(layout, vocab_size, text_bytes=0 if counts_text else None)
+    content.digest.update(header)
+    content.bytes = len(header)
+    for chunk in _chunks(file, first):
+        content.add(chunk)
+        after_chunk(len(chunk))
+    return content
+
+
+def _chunks(file: BufferedReader, first: bytes) -> Iterator[memoryview]:
+    """`first` and the rest of the file; all pieces but the last have the same length, a multiple of
+    every size of a token."""
+    buffer = memoryview(bytearray(max(CHUNK_BYTES, HEAD_BYTES)))
+    buffer[: len(first)] = first
+    filled = len(first)
+    while filled := filled + len(_filled(file, buffer[filled:])):
+        yield buffer[:filled]
+        filled = 0
+
+
+def _filled(file: BufferedReader, buffer: memoryview) -> memoryview:
+    """The beginning of `buffer`, read from the file: all of it, unless the file ends before. (What
+    comes over a network comes in pieces.)"""
+    filled = 0
+    while filled < len(buffer) and (count := file.readinto(buffer[filled:])):
+        filled += count
+    return buffer[:filled]
