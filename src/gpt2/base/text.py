@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS_OF_FILES = {"what", "path", "file", "folder", "split"}
+COLUMNS_OF_FILES = {"what", "path", "file", "folder", "split", "line"}
 COLUMNS_OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
 LEFT_ALIGNED = COLUMNS_OF_FILES | COLUMNS_OF_JOBS
 """columns that hold text; all others hold numbers and are aligned to the right"""

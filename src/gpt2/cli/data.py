@@ -102,7 +102,7 @@ def data_main() -> int:
     sys.argv[0] += f" {name}"
     if name in ACTIONS:
         kind, run = ACTIONS[name]
-        on_interrupt = data_verify.ON_INTERRUPT if kind is Verify else ON_INTERRUPT
+        on_interrupt = {Verify: data_verify.ON_INTERRUPT, Show: ""}.get(kind, ON_INTERRUPT)
         return run_command(kind, run, rest, on_interrupt=on_interrupt)
     if corpus := corpora.find(name):
         return run_command(

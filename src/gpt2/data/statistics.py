@@ -2,7 +2,7 @@
 
 The shards form one stream of tokens, validation first, as `gpt2 data` and llm.c write it: a
 document that goes on in the next shard counts once. 24 bytes per document are kept: its length and
-a hash each of its tokens and of its first line.
+a hash each of its tokens and of its first line; as many again are needed to count equal ones.
 
 Two different documents count as duplicates if their 64-bit hashes agree, which happens anywhere
 among n documents with a probability of at most n² / 2^65: 3 in a million for 10 million documents,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from gpt2.base.text import counted, one_line, printable, table, visible
+from gpt2.base.text import counted, fitted, printable, table, visible
 from gpt2.data.excerpt import Excerpt
 from gpt2.data.sampler import Shuffle
 from gpt2.data.shards import Shard, Split
@@ -131,11 +131,10 @@ class StatisticsView:
         if bins := found.lengths.histogram:
             out.print(_histogram(bins, "#" if out.options.ascii_only else "█"))
         if found.first_lines:
-            lines = table("Most common first lines", "documents")
-            lines.add_column(f"line, up to {LINE_TOKENS} tokens of it", no_wrap=True)
-            for item in found.first_lines:
-                lines.add_row(f"{item.documents:,}", one_line(item.line))
-            out.print(lines)
+            columns = ("documents", "line")
+            rows = [(f"{item.documents:,}", item.line) for item in found.first_lines]
+            title = f"Most common first lines, up to {LINE_TOKENS} tokens of each"
+            out.print(fitted(title, columns, rows, out.width, "line"))
 
 
 View = ShardsView | RowView | StepView | StatisticsView

@@ -37,7 +37,7 @@ def draw(found: Lengths, name: str) -> Figure:
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("documents")
     axes.grid(axis="x", visible=False)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(figures.TICKS, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda value, _: figures.plain_number(value))
     figures.add_legend(figure, _entries(found, name))
     for value, color in ((found.median, MEDIAN), (found.block_size, figures.RED)):
@@ -50,7 +50,8 @@ def _entries(found: Lengths, name: str) -> list[figures.Entry]:
 
     full = counted(found.documents - found.empty, "document")
     without = f", without {counted(found.empty, 'empty one')}"
-    labels = [f"median {found.median:,}", f"block_size {found.block_size:,}"]
+    median = f"median {found.median:,} tokens, longest {found.longest:,}"
+    labels = [median, f"block_size {found.block_size:,}"]
     lines = figures.line_entries(labels, [MEDIAN, figures.RED])
     bars = f"{full} in {name}" + (without if found.empty else "")
     return [(Patch(color=BAR, linewidth=0), bars), *lines]
