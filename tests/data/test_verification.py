@@ -78,6 +78,8 @@ def test_sound_shards_need_not_be_hashed_again(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(digests, "hash_file", lambda *_: pytest.fail("hashed again"))
     index = verifier.checked(load_index(Storage(str(folder))))
     assert verifier.never_verified(index) == []
+    assert wrong(folder) == {}  # the memory does not grow
+    assert len((folder / digests.NAME).read_text().splitlines()) == len(listed)
 
 
 def test_each_wrong_file_is_named_and_the_rest_is_verified(folder: Path):

@@ -112,6 +112,8 @@ class DigestMemory:
 
     def add(self, file: str, version: Version, digest: str) -> None:
         """Remembers a digest, for later processes too unless that file cannot be written."""
+        if self.get(file, version) == digest:
+            return
         now = time.time()
         self._known[file] = version, digest, now
         line = json.dumps({"file": file, "version": version, "sha256": digest, "time": now})

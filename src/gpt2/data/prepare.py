@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +26,7 @@ import gpt2
 from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import hints, tokenisation, tokenizer
+from gpt2.data import hints, shards, tokenisation, tokenizer
 from gpt2.data.corpus import Corpus, Place
 from gpt2.data.formats import Tokens
 from gpt2.data.remote import Storage
@@ -324,14 +323,18 @@ def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state:
 
 def _clear(folder: Path, name: str) -> None:
     """Removes the files of this corpus, the manifest first: an incomplete folder never has one."""
-    shard = re.compile(rf"{re.escape(name)}_(train|val)_\d{{6}}\.npy(\.tmp)?")
-    others = [path.name for path in folder.glob("*.npy") if not shard.fullmatch(path.name)]
+    is_shard = shards.file_pattern(name).fullmatch
+    others = [path.name for path in folder.glob("*.npy") if not is_shard(path.name)]
     if others:
         raise DataError(
             f"{folder} holds {sorted(others)[0]}, which does not belong to this corpus; nothing "
             "was removed: choose another folder with --out"
         )
-    found = [path for path in sorted(folder.iterdir()) if shard.fullmatch(path.name)]
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if is_shard(path.name.removesuffix(atomic_files.TEMPORARY_SUFFIX))
+    ]
     for path in (folder / MANIFEST, folder / PROGRESS, *found):
         path.unlink(missing_ok=True)
 

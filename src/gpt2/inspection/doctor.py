@@ -127,8 +127,8 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
 def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
     """Opens the shards as the run will; returns their index, or None if that fails.
 
-    Shards that have changed since they were verified are read as a whole, the others hardly. Copies
-    no remote shards.
+    Of shards that are as they were verified, a few bytes are read; what has changed is hashed.
+    Copies no remote shards.
     """
     storage = Storage(run_config.data.data_root)
     if corpus := dataset.to_prepare(storage):
