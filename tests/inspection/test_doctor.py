@@ -173,7 +173,7 @@ def test_of_verified_shards_only_a_few_bytes_are_read(tmp_path: Path, monkeypatc
     data, found = doctor.find_data(options.overlay(RunConfig(), {"data_root": str(tmp_path)}))
     assert found.level == "ok"
     assert list(doctor.find_unverified(data)) == []
-    assert len(read) == 6 * len(files)  # of each, a seek and a page or two
+    assert len(read) == 5 * len(files)  # of each, a seek and a page or two
     assert max(read) <= 4096
 
 

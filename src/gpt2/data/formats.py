@@ -5,20 +5,29 @@ written by modded-nanogpt) and nanoGPT's `train.bin` and `val.bin` (uint16 witho
 """
 
 import io
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt2.base.errors import DataError
+from gpt2.data import headerless, signatures
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 DTYPE = np.dtype("<u2")
 HEAD_BYTES = 4096
 """the beginning of a file that is enough to know its layout"""
+NPY_HEADERS: dict[tuple[int, ...], Callable[[BinaryIO], tuple[Any, bool, Any]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_INTS = 20240520, 1, 256
 LLMC_LLAMA3_MAGIC = 20240801
+LLMC_FORMATS = range(20240101, 20250101)
+"""the dates that mark them; read as two tokens, the first is outside the vocabulary"""
 
 
 @dataclass(frozen=True)
@@ -35,29 +44,25 @@ class _NotAShard(Exception):
     """Says why a file is not a shard in a known format."""
 
 
-def layout(name: str, head: bytes, size: int) -> Layout:
-    """The layout of a shard of `size` bytes that begins with `head`.
+def layout(name: str, head: bytes, size: int, tail: bytes = b"") -> Layout:
+    """The layout of a shard of `size` bytes that begins with `head` and ends with `tail`.
 
     Raises DataError, naming the file, if it is not a shard.
     """
     try:
-        return _layout(name, head, size)
+        return _layout(name, head, size, tail)
     except _NotAShard as error:
         raise DataError(f"{name} is truncated, damaged or not a shard ({error})") from error
 
 
-def _layout(name: str, head: bytes, size: int) -> Layout:
+def _layout(name: str, head: bytes, size: int, tail: bytes) -> Layout:
+    magic = int.from_bytes(head[:4], "little")
     if name.endswith(".npy") or head.startswith(np.lib.format.MAGIC_PREFIX):
         found = _layout_of_npy(head)
-    elif head[:4] == np.int32(LLMC_LLAMA3_MAGIC).tobytes():
-        raise _NotAShard("expected tokens of GPT-2, got tokens of Llama 3 in llm.c's format")
-    elif head[:4] == np.int32(LLMC_MAGIC).tobytes():
-        if len(head) < 4 * LLMC_HEADER_INTS:
-            raise _NotAShard("its header is incomplete")
-        header = np.frombuffer(head[: 4 * LLMC_HEADER_INTS], dtype="<i4")
-        if header[1] != LLMC_VERSION:
-            raise _NotAShard(f"expected version {LLMC_VERSION} of llm.c's format, got {header[1]}")
-        found = Layout(DTYPE, header.nbytes, int(header[2]))
+    elif magic in LLMC_FORMATS:
+        found = _layout_of_llmc(magic, head)
+    elif other := headerless.other_content(head, tail, size):
+        raise _NotAShard(other)
     elif size == 0 or size % 2:
         raise _NotAShard(f"{size} bytes are not a whole number of uint16 tokens")
     else:
@@ -68,22 +73,37 @@ def _layout(name: str, head: bytes, size: int) -> Layout:
     return found
 
 
+def _layout_of_llmc(magic: int, head: bytes) -> Layout:
+    if magic == LLMC_LLAMA3_MAGIC:
+        raise _NotAShard("expected tokens of GPT-2, got tokens of Llama 3 in llm.c's format")
+    if magic != LLMC_MAGIC:
+        raise _NotAShard(f"expected tokens in llm.c's format, {LLMC_MAGIC}, got its {magic}")
+    if len(head) < 4 * LLMC_HEADER_INTS:
+        raise _NotAShard("its header is incomplete")
+    header = np.frombuffer(head[: 4 * LLMC_HEADER_INTS], dtype="<i4")
+    if header[1] != LLMC_VERSION:
+        raise _NotAShard(f"expected version {LLMC_VERSION} of llm.c's format, got {header[1]}")
+    return Layout(DTYPE, header.nbytes, int(header[2]))
+
+
 def _layout_of_npy(head: bytes) -> Layout:
-    file = io.BytesIO(head)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
+    if not head.startswith(np.lib.format.MAGIC_PREFIX):
+        is_pickle = head[:1] == pickle.PROTO and head[1:2] <= b"\x05"
+        content = signatures.of(head)
+        what = content.what if content else "a pickle" if is_pickle else "something else"
+        raise _NotAShard(f"expected an array as numpy.save writes it, got {what}")
+    file, version = io.BytesIO(head), tuple(head[6:8])
+    file.seek(8)
+    if version not in NPY_HEADERS:
+        raise _NotAShard(f"expected version 1.0 or 2.0 of numpy's format, got {version}")
     try:
-        version = np.lib.format.read_magic(file)
-        if version not in readers:
-            raise _NotAShard(f"expected version 1.0 or 2.0 of numpy's format, got {version}")
-        shape, _, dtype = readers[version](file)
-    except ValueError as error:  # numpy's, for a damaged header
-        raise _NotAShard(str(error)) from error
+        shape, _, dtype = NPY_HEADERS[version](file)
+    except Exception as error:  # numpy's and its parsers', of many kinds
+        raise _NotAShard(f"its header is damaged: {' '.join(str(error).split())}") from error
     if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
+        kind = "Python objects, a pickle" if dtype.hasobject else dtype
         raise _NotAShard(
             f"expected a 1-dimensional array of uint16 or uint32, got {len(shape)} dimensions of "
-            f"{dtype}"
+            f"{kind}; save the token ids as numpy.save(FILE, ids.ravel().astype(numpy.uint16))"
         )
     return Layout(dtype, file.tell(), int(shape[0]))

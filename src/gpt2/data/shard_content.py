@@ -11,7 +11,7 @@ import numpy as np
 from gpt2.base.text import counted
 from gpt2.data import formats, tokenizer
 from gpt2.data.digests import CHUNK_BYTES
-from gpt2.data.formats import DTYPE, HEAD_BYTES, Layout
+from gpt2.data.formats import HEAD_BYTES, Layout
 from gpt2.data.shards import Shard
 
 
@@ -28,8 +28,6 @@ class ShardContent:
     _tokens: int = 0
     _invalid_ids: int = 0
     _first_invalid: str = ""
-    _halves_are_zero: bool = True
-    """whether every second number is 0"""
 
     @property
     def sha256(self) -> str:
@@ -48,13 +46,10 @@ class ShardContent:
             self._invalid_ids += len(places)
         elif self.text_bytes is not None:
             self.text_bytes += tokenizer.text_bytes(tokens)
-        self._halves_are_zero &= not tokens[1 - self._tokens % 2 :: 2].any()
         self._tokens += len(tokens)
 
     def fault(self, expected: Shard | None) -> str | None:
         """What is wrong with the tokens, as far as the manifest's entry and the vocabulary say."""
-        if expected is None and self.layout.dtype == DTYPE and self._halves_are_zero:
-            return "expected uint16 in a file without a header, got 32-bit numbers"
         if self._invalid_ids:
             return (
                 f"{counted(self._invalid_ids, 'token id')} outside the vocabulary of "

@@ -15,7 +15,7 @@ import numpy as np
 from gpt2.base.errors import DataError
 from gpt2.data import digests, formats
 from gpt2.data.digests import Version
-from gpt2.data.formats import DTYPE, HEAD_BYTES, Layout, Tokens
+from gpt2.data.formats import HEAD_BYTES, Layout, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +78,12 @@ def open_shard(path: Path, name: str) -> ShardFile:
     return ShardFile(path, name, handle, layout, version)
 
 
-def require_sound(shard: ShardFile, tokens: int, vocab_size: int, has_manifest: bool) -> None:
+def require_sound(shard: ShardFile, tokens: int, vocab_size: int) -> None:
     """Raises DataError if the shard has not as many tokens, or was written by another tokeniser, as
     far as a sample of the ids shows."""
     if shard.layout.tokens != tokens:
         raise DataError(
             f"{shard.name}: expected {tokens} tokens as in the manifest, got {shard.layout.tokens}"
-        )
-    halves = shard.read(0, 2 * SAMPLED_IDS)[1::2]
-    if not has_manifest and halves.dtype == DTYPE and len(halves) and not halves.any():
-        raise DataError(
-            f"{shard.name}: expected uint16 in a file without a header, got 32-bit numbers"
         )
     highest = int(_sample(shard).max(initial=0))
     if highest >= vocab_size:

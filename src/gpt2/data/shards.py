@@ -420,7 +420,7 @@ def _open_shard(index: DatasetIndex, shard: Shard) -> _OpenShard:
         try:
             file = shard_file.open_shard(path, name)
             stack.callback(file.close)
-            shard_file.require_sound(file, shard.tokens, index.vocab_size, index.has_manifest)
+            shard_file.require_sound(file, shard.tokens, index.vocab_size)
         except DataError as error:
             raise DataError(f"{error}{index.hint}") from error
         except OSError as error:
@@ -448,7 +448,7 @@ def _shard_by_header(storage: Storage, name: str, size: int, split: Split) -> tu
     """A shard without a manifest, and a digest of its size, its beginning and its end."""
     head = storage.read(name, 0, min(size, HEAD_BYTES))
     tail = storage.read(name, max(0, size - HEAD_BYTES), size)
-    found = formats.layout(storage.full(name), head, size)
+    found = formats.layout(storage.full(name), head, size, tail)
     digest = hashlib.sha256(b"%d " % size + head + tail).hexdigest()
     return Shard(name, split, found.tokens, size, sha256=None), digest
 
