@@ -89,7 +89,9 @@ def test_documents_are_counted_once_wherever_shards_and_pieces_end(
         known.add(tuple(document))
     assert found.duplicate_tokens == pytest.approx(repeated / max(1, sum(sizes)))
 
-    heads = [tokenizer.decode(document[:32]).lstrip() for document in documents]
+    heads = [
+        tokenizer.decode(document[: statistics.LINE_TOKENS]).lstrip() for document in documents
+    ]
     lines = Counter(head.split("\n")[0].rstrip() for head in heads)
     expected = [(line, count) for line, count in lines.items() if line and count > 1]
     expected.sort(key=lambda item: -item[1])
