@@ -188,6 +188,16 @@ def test_a_number_in_place_of_a_text_is_refused_by_file_and_line(tmp_path: Path,
     assert "choose one of text, id with --text_field" in str(error.value)
 
 
+def test_names_in_messages_are_one_line(tmp_path: Path):
+    path = write(tmp_path, "a\n\x1b.jsonl", 'bad\n{"text": "a", "\\u001b[2J": 1}\n')
+    assert read(path)[0] == BadLines(f"{str(path)!r}:1: invalid JSON (Expecting value at column 1)")
+    with pytest.raises(DataError) as error:
+        read(path, "none")
+    assert str(error.value) == (
+        f"{str(path)!r} has no field 'none'; choose one of text, '\\x1b[2J' with --text_field"
+    )
+
+
 def test_lines_with_odd_characters(tmp_path: Path):
     lines = ['\ufeff{"text": "a\u2028b\x85c"}', '{"text": "tab\there"}', '{"text": "\\ud800"}\r']
     path = write(tmp_path, "a.jsonl", "\n".join(lines).encode() + b'\n{"text": "\xff"}')

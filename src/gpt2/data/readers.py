@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpt2.base.errors import DataError
+from gpt2.base.text import printable
 from gpt2.data import corpus, streams
 from gpt2.data.corpus import BadLines, Block, Content, Document, Documents, Place
 from gpt2.data.tokenisation import EXACT_CUT
@@ -60,8 +61,8 @@ def blocks(
         for number in range(place.file, len(paths)):
             path, first = paths[number], place.number if number == place.file else 0
             with OPEN[kind](path) as file:
-                contents = itertools.islice(READERS[kind](path, file, field or ""), first, None)
-                for at, content in enumerate(contents, first):
+                contents = READERS[kind](printable(path), file, field or "")
+                for at, content in enumerate(itertools.islice(contents, first, None), first):
                     done = before + min(streams.position(file), sizes[number])
                     yield Block(Place(number, at), content, done)
             before += sizes[number]
@@ -78,9 +79,9 @@ def choose_field(paths: Sequence[Path], kind: str, wanted: str | None) -> str | 
         return None
     for path in paths:
         with OPEN[kind](path) as file:
-            names = FIELDS_OF[kind](path, file)
+            names = FIELDS_OF[kind](printable(path), file)
         if names:  # else the file has no records
-            return field_among(names, wanted, str(path))
+            return field_among(names, wanted, printable(path))
     return wanted or FIELDS[0]
 
 
@@ -97,7 +98,7 @@ def field_among(names: Sequence[str], wanted: str | None, source: str) -> str:
 # Text
 
 
-def read_text(_path: Path, file: BinaryIO, _field: str) -> Iterator[Content]:
+def read_text(_name: str, file: BinaryIO, _field: str) -> Iterator[Content]:
     """A file is one document. `\\r\\n` and `\\r` become `\\n`, as in Python's text files."""
     decoder = io.IncrementalNewlineDecoder(UTF_8("replace"), translate=True)
     text, is_begun, is_replaced = "", False, False
@@ -130,7 +131,8 @@ def _end_of_piece(text: str) -> int | None:
 class Lines:
     """Some lines of a file, each with a record in JSON."""
 
-    path: Path
+    name: str
+    """of the file, in messages"""
     first: int
     """number of the first line"""
     content: bytes
@@ -144,7 +146,7 @@ class Lines:
         for number, line in enumerate(self.content.split(b"\n"), self.first):
             if not line or line.isspace():
                 continue
-            place = f"{self.path}:{number}"
+            place = f"{self.name}:{number}"
             try:
                 value = _json(line)
             except ValueError as error:
@@ -153,18 +155,18 @@ class Lines:
             yield from_record(value, self.field, place)
 
 
-def read_json(path: Path, file: BinaryIO, field: str) -> Iterator[Content]:
+def read_json(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
     """A record per line; or an array of records, or records over several lines each."""
     head = file.read(BLOCK_BYTES)
     if not _has_a_record_per_line(head):
-        values = _values(path, head, file)
-        records = (from_record(value, field, f"{path}:{line}") for line, value in values)
+        values = _values(name, head, file)
+        records = (from_record(value, field, f"{name}:{line}") for line, value in values)
         yield from corpus.grouped(records)
         return
     number = 1
     while head:
         content = head + file.readline()
-        yield Lines(path, number, content, field)
+        yield Lines(name, number, content, field)
         number += content.count(b"\n")
         head = file.read(BLOCK_BYTES)
 
@@ -188,7 +190,7 @@ def _has_a_record_per_line(head: bytes) -> bool:
     return True
 
 
-def _values(path: Path, head: bytes, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _values(name: str, head: bytes, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     """The elements of an array, or values one after the other, each with its line."""
     decoder, more = UTF_8("replace"), head
     text, at, line = "", 0, 1
@@ -212,7 +214,7 @@ def _values(path: Path, head: bytes, stream: BinaryIO) -> Iterator[tuple[int, An
                     break
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
                 raise DataError(
-                    f"{path}:{line}: invalid JSON ({reason}); expected an array of records, or a "
+                    f"{name}:{line}: invalid JSON ({reason}); expected an array of records, or a "
                     "record per line"
                 ) from error
             yield line, value
@@ -222,7 +224,7 @@ def _values(path: Path, head: bytes, stream: BinaryIO) -> Iterator[tuple[int, An
             break
         more = stream.read(max(BLOCK_BYTES, len(text) - at))
     if is_array and is_open:
-        raise DataError(f"{path} is cut off: its array has no end; copy or download it again")
+        raise DataError(f"{name} is cut off: its array has no end; copy or download it again")
 
 
 def _may_be_incomplete(error: Exception, text: str) -> bool:
@@ -232,12 +234,12 @@ def _may_be_incomplete(error: Exception, text: str) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
 
 
-def _fields_of_json(path: Path, file: BinaryIO) -> list[str]:
+def _fields_of_json(name: str, file: BinaryIO) -> list[str]:
     head = file.read(BLOCK_BYTES)
     if _has_a_record_per_line(head):
         values = _values_of_lines(head + file.readline())
     else:
-        values = (value for _, value in _values(path, head, file))
+        values = (value for _, value in _values(name, head, file))
     sampled = itertools.islice(values, SAMPLED_RECORDS)
     records = [value for value in sampled if isinstance(value, dict)]
     return list(dict.fromkeys(name for record in records for name in record))
@@ -289,21 +291,21 @@ def _kind(value: Any) -> str:
 # Tables as text
 
 
-def read_csv(path: Path, file: BinaryIO, field: str, delimiters: str) -> Iterator[Content]:
+def read_csv(name: str, file: BinaryIO, field: str, delimiters: str) -> Iterator[Content]:
     """A row is a record; the first one has the names of the fields."""
-    delimiter, names = _header(path, file, delimiters)
+    delimiter, names = _header(name, file, delimiters)
     if names:
         csv.field_size_limit(LONGEST_VALUE)
         with io.TextIOWrapper(file, "utf-8", "replace", newline="") as lines:
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
-            yield from corpus.grouped(_documents_of_csv(path, field, names, rows))
+            yield from corpus.grouped(_documents_of_csv(name, field, names, rows))
 
 
 def _documents_of_csv(
-    path: Path, field: str, names: list[str], rows: Any
+    name: str, field: str, names: list[str], rows: Any
 ) -> Iterator[Document | BadLines]:
     if field not in names:
-        raise DataError(f"{path} has no column {field!r}; it has {_listed(names)}")
+        raise DataError(f"{name} has no column {field!r}; it has {_listed(names)}")
     column = names.index(field)
     while next(rows) != names:
         pass  # empty lines before the names
@@ -314,17 +316,17 @@ def _documents_of_csv(
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadLines(f"{path}:{line}: {error}", count=rows.line_num - line + 1)
+            yield BadLines(f"{name}:{line}: {error}", count=rows.line_num - line + 1)
             continue
         if not row:
             continue  # an empty line
         if len(row) < len(names) or any(row[len(names) :]):
-            yield BadLines(f"{path}:{line}: expected {len(names)} columns, got {len(row)}")
+            yield BadLines(f"{name}:{line}: expected {len(names)} columns, got {len(row)}")
         else:
             yield Document(row[column], replaced="\ufffd" in row[column])
 
 
-def _header(path: Path, file: BinaryIO, delimiters: str) -> tuple[str, list[str]]:
+def _header(name: str, file: BinaryIO, delimiters: str) -> tuple[str, list[str]]:
     """The delimiter that gives the most columns, and their names."""
     assert isinstance(file, io.BufferedReader)
     head = io.StringIO(file.peek().decode("utf-8", "replace"), newline="")
@@ -335,7 +337,7 @@ def _header(path: Path, file: BinaryIO, delimiters: str) -> tuple[str, list[str]
             rows = csv.reader(head, delimiter=delimiter, strict=True)
             found.append((delimiter, next(filter(None, rows), [])))
         except csv.Error as error:
-            raise DataError(f"{path}:1: {error}; expected the names of columns") from error
+            raise DataError(f"{name}:1: {error}; expected the names of columns") from error
     return max(found, key=lambda item: len(item[1]))
 
 
@@ -358,30 +360,30 @@ class Column:
             yield Document(text, replaced="\ufffd" in text)
 
 
-def read_parquet(path: Path, file: BinaryIO, field: str) -> Iterator[Content]:
+def read_parquet(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
     import pyarrow.parquet as parquet
 
-    with _errors_of_arrow(path):
+    with _errors_of_arrow(name):
         table = parquet.ParquetFile(file, buffer_size=BLOCK_BYTES)
-        _require_text(path, table.schema_arrow, field)
+        _require_text(name, table.schema_arrow, field)
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=[field], use_threads=True):
             yield _column(batch.column(0))
 
 
-def read_arrow(path: Path, file: BinaryIO, field: str) -> Iterator[Content]:
+def read_arrow(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
     """A file or a stream of Arrow's IPC format; the `datasets` library writes streams."""
     import pyarrow
 
-    with _errors_of_arrow(path):
-        schema = _reader_of_arrow(path, file).schema
-        _require_text(path, schema, field)
+    with _errors_of_arrow(name):
+        schema = _reader_of_arrow(name, file).schema
+        _require_text(name, schema, field)
         only = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(field)])
-        for batch in _batches_of_arrow(_reader_of_arrow(path, file, only)):
+        for batch in _batches_of_arrow(_reader_of_arrow(name, file, only)):
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                 yield _column(batch.column(0).slice(start, ROWS_AT_ONCE))
 
 
-def _reader_of_arrow(path: Path, file: BinaryIO, options: Any = None) -> Any:
+def _reader_of_arrow(name: str, file: BinaryIO, options: Any = None) -> Any:
     import pyarrow
 
     file.seek(0)
@@ -391,7 +393,7 @@ def _reader_of_arrow(path: Path, file: BinaryIO, options: Any = None) -> Any:
         return pyarrow.ipc.open_file(file, options=options)
     file.seek(-min(len(ARROW_END), file.seek(0, os.SEEK_END)), os.SEEK_END)
     if not file.read().endswith(ARROW_END):
-        raise DataError(f"{path} is cut off: it has no end; copy or download it again")
+        raise DataError(f"{name} is cut off: it has no end; copy or download it again")
     file.seek(0)
     return pyarrow.ipc.open_stream(file, options=options)
 
@@ -402,17 +404,17 @@ def _batches_of_arrow(reader: Any) -> Iterator[Any]:
     return iter(reader)
 
 
-def _require_text(path: Path, schema: Any, field: str) -> None:
+def _require_text(name: str, schema: Any, field: str) -> None:
     from pyarrow import types
 
     if field not in schema.names:
-        raise DataError(f"{path} has no column {field!r}; it has {_listed(schema.names)}")
+        raise DataError(f"{name} has no column {field!r}; it has {_listed(schema.names)}")
     kind = schema.field(field).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     is_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
     if not is_text and not types.is_binary(value) and not types.is_null(value):
         raise DataError(
-            f"{path}: expected text in column {field!r}, got {kind}; choose one of "
+            f"{name}: expected text in column {field!r}, got {kind}; choose one of "
             f"{_listed(schema.names)} with --text_field"
         )
 
@@ -425,32 +427,32 @@ def _column(array: Any) -> Column:
     return Column(tuple(array.cast(pyarrow.large_binary()).to_pylist()))
 
 
-def _fields_of_parquet(path: Path, file: BinaryIO) -> list[str]:
+def _fields_of_parquet(name: str, file: BinaryIO) -> list[str]:
     import pyarrow.parquet as parquet
 
-    with _errors_of_arrow(path):
+    with _errors_of_arrow(name):
         return list(parquet.read_schema(file).names)
 
 
-def _fields_of_arrow(path: Path, file: BinaryIO) -> list[str]:
-    with _errors_of_arrow(path):
-        return list(_reader_of_arrow(path, file).schema.names)
+def _fields_of_arrow(name: str, file: BinaryIO) -> list[str]:
+    with _errors_of_arrow(name):
+        return list(_reader_of_arrow(name, file).schema.names)
 
 
 @contextlib.contextmanager
-def _errors_of_arrow(path: Path) -> Iterator[None]:
+def _errors_of_arrow(name: str) -> Iterator[None]:
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} is damaged or cut off: {reason}") from error
+        raise DataError(f"{name} is damaged or cut off: {reason}") from error
 
 
 def _listed(names: Sequence[str]) -> str:
     """The first names of fields, each shortened: in a file without names they are texts."""
-    shown = [f"{name:.40}" for name in names[:MOST_NAMES]]
+    shown = [printable(f"{name:.40}") for name in names[:MOST_NAMES]]
     return ", ".join([*shown, "…"] if len(names) > MOST_NAMES else shown)
 
 
@@ -463,7 +465,7 @@ OPEN: dict[str, Callable[[Path], contextlib.AbstractContextManager[BinaryIO]]] =
     ".parquet": streams.seekable,
     ".arrow": streams.seekable,
 }
-READERS: dict[str, Callable[[Path, BinaryIO, str], Iterator[Content]]] = {
+READERS: dict[str, Callable[[str, BinaryIO, str], Iterator[Content]]] = {
     ".txt": read_text,
     ".jsonl": read_json,
     ".json": read_json,
@@ -472,11 +474,11 @@ READERS: dict[str, Callable[[Path, BinaryIO, str], Iterator[Content]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
-FIELDS_OF: dict[str, Callable[[Path, BinaryIO], list[str]]] = {
+FIELDS_OF: dict[str, Callable[[str, BinaryIO], list[str]]] = {
     ".jsonl": _fields_of_json,
     ".json": _fields_of_json,
-    ".csv": lambda path, file: _header(path, file, DELIMITERS)[1],
-    ".tsv": lambda path, file: _header(path, file, "\t")[1],
+    ".csv": lambda name, file: _header(name, file, DELIMITERS)[1],
+    ".tsv": lambda name, file: _header(name, file, "\t")[1],
     ".parquet": _fields_of_parquet,
     ".arrow": _fields_of_arrow,
 }
