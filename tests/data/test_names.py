@@ -176,6 +176,26 @@ def test_printed_commands_can_be_typed(here: Path):
     assert shlex.split(command) == ["gpt2", "data", "NAME", "--out", str(folder)]
 
 
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("", "the name of the training data is empty"),
+        ("w1/none", r"no training data in w1/none; make it with: gpt2 data NAME --out w1/none"),
+        ("w[1]/none", r"no file matches w\[1\]/none"),
+        ("mine::none", r"no training data in mine::none; make it with"),
+        ("nowhere/**y", r"no file matches nowhere/\*\*y"),
+        ("w1/**y", r"w1/\*\*y cannot be read: ValueError: Invalid pattern"),
+        ("zip::[1]", r"no file matches zip::\[1\]"),
+        ("zip://*.bin::none.zip", r"zip://\*\.bin::none\.zip cannot be (read|opened): "),
+        ("a" * 5000, "File name too long|no training data in"),
+    ],
+)
+def test_what_does_not_exist_is_one_line(here: Path, root: str, message: str):
+    with pytest.raises(DataError, match=message) as caught:
+        load_index(Storage(root))
+    assert str(caught.value).isprintable()
+
+
 def test_a_file_is_not_a_folder(here: Path):
     with pytest.raises(DataError, match=r"got the file w1/train\.bin; name its folder"):
         load_index(Storage("w1/train.bin"))

@@ -87,6 +87,8 @@ def test_what_is_a_url():
     assert remote.is_url("s3://bucket/folder")
     assert remote.is_url("hf://datasets/someone/corpus/*.bin")
     assert remote.is_url("simplecache::s3://bucket/folder")
+    assert remote.is_url("filecache::/mnt/slow/folder")
+    assert not remote.is_url("mine::folder")
     assert not remote.is_url("data/fineweb_edu")
     assert not remote.is_url("/data/s3:/x")
 

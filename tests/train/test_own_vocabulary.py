@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import foreign_shards
+from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli import main
 from gpt2.train import trainer
@@ -60,6 +61,13 @@ def test_what_needs_gpt2_tokens_is_off(
     assert measured == pytest.approx(result.val_loss, abs=1e-4)
     assert gpt2(monkeypatch, "data", "show", characters, "--tokens", "9") == 0
     assert splits["train"][:9] in capsys.readouterr().out
+
+    (characters / "meta.pkl").unlink()
+    resumed = small_config(characters, out, **flags | {"max_steps": 5, "resume": "latest"})
+    with pytest.raises(
+        CheckpointError, match=rf"vocabulary: meta\.pkl with {size} tokens in the ch"
+    ):
+        trainer.run(resumed)
 
 
 def test_without_what_needs_gpt2_tokens_there_is_no_warning(tmp_path: Path, caplog):

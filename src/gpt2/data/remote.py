@@ -164,7 +164,8 @@ def is_url(root: str) -> bool:
     A local folder whose name has a double colon is none.
     """
     scheme = _scheme(root)
-    return scheme.endswith("://") or (scheme != "" and not _begins_with_a_name(root))
+    is_protocol = scheme.partition("::")[0] in fsspec.available_protocols()
+    return scheme.endswith("://") or (is_protocol and not _begins_with_a_name(root))
 
 
 def describe(error: BaseException) -> str:
@@ -223,9 +224,9 @@ def _remote_exists(url: str) -> bool:
     """False also if there is no connection, which is reported when files are listed."""
     try:
         file_system, path = _remote_location(url)
-    except (ImportError, ValueError):
+        return bool(file_system.exists(path))
+    except Exception:  # each protocol has its own errors
         return False
-    return bool(file_system.exists(path))
 
 
 def _is_file(entry: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ the process there.
 
 import logging
 import os
+import resource
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,3 +99,26 @@ def _sample(shard: ShardFile) -> Tokens:
     last = max(0, shard.layout.tokens - SAMPLED_IDS)
     starts = np.linspace(0, last, SAMPLED_PLACES, dtype=np.int64).tolist()
     return np.concatenate([shard.read(start, SAMPLED_IDS) for start in starts])
+
+
+def open_files_needed(shards: int) -> int:
+    """Files that a process has open: one per shard, and 1024 for sockets, libraries and everything
+    else."""
+    return shards + 1024
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the limit of open files, which is 1024 on many machines."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = open_files_needed(count)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
+
+    file: ShardFile
+    copy: contextlib.ExitStack

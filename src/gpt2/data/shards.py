@@ -9,7 +9,6 @@ import itertools
 import json
 import operator
 import re
-import resource
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -170,6 +169,8 @@ def load_index(storage: Storage, cache: ShardCache | None = None) -> DatasetInde
     Raises DataError if there are no shards, their preparation is not finished, or a file is not a
     shard.
     """
+    if not storage.root:
+        raise DataError("the name of the training data is empty; use --data_root FOLDER")
     index = _index_by_manifest(storage) or _index_by_names(storage)
     return replace(index, cache=cache)
 
@@ -286,7 +287,7 @@ class TokenDataset:
         if self._on_demand:
             _require_room(index)
             return
-        _allow_open_files(len(index.shards))  # of both splits
+        shard_file.allow_open_files(len(index.shards))  # of both splits
         for number, shard in enumerate(self.shards):
             self._open[number] = Future()
             self._open[number].set_result(_open_shard(index, shard))
@@ -378,29 +379,6 @@ def _close(future: "Future[_OpenShard]") -> None:
     """Allows the cache to remove the copy of a shard that is no longer read."""
     if future.exception() is None:
         future.result().copy.close()
-
-
-def open_files_needed(shards: int) -> int:
-    """Files that a process has open: one per shard, and 1024 for sockets, libraries and everything
-    else."""
-    return shards + 1024
-
-
-def _allow_open_files(count: int) -> None:
-    """Raises the limit of open files, which is 1024 on many machines."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = open_files_needed(count)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
-
-    file: ShardFile
-    copy: contextlib.ExitStack
 
 
 def _open_shard(index: DatasetIndex, shard: Shard) -> _OpenShard:

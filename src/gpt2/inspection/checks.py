@@ -17,7 +17,7 @@ from gpt2.base.errors import UserError
 from gpt2.base.text import counted
 from gpt2.config import memory
 from gpt2.config.run import RunConfig
-from gpt2.data.shards import open_files_needed
+from gpt2.data.shard_file import open_files_needed
 from gpt2.distributed import precision
 from gpt2.distributed.world import World
 from gpt2.inspection import machine

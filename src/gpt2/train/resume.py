@@ -22,6 +22,7 @@ from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
 from gpt2.data.remote import Storage
 from gpt2.data.shards import ENDS, DatasetIndex, Shard, Split
+from gpt2.data.vocabulary import META_PKL, Vocabulary
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
@@ -312,7 +313,14 @@ def _data_differences(
             count = f"{len(others)} of {counted(len(shards), 'shard')}"
             now = f"{data.storage.root}, where {count} differ in content, first {others[0]}"
             rows.append((name, root, now))
+    before = checkpoint.get("vocabulary", data.vocabulary)  # earlier versions knew GPT-2's alone
+    if before != data.vocabulary:
+        rows.append(("vocabulary", _vocabulary_name(before), _vocabulary_name(data.vocabulary)))
     return rows
+
+
+def _vocabulary_name(texts: Vocabulary | None) -> str:
+    return "GPT-2's" if texts is None else f"{META_PKL} with {counted(len(texts), 'token')}"
 
 
 def _identity(data: DatasetIndex, shard: Shard, before: str) -> str | None:
