@@ -114,11 +114,3 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
-
-    file: ShardFile
-    copy: contextlib.ExitStack

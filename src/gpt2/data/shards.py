@@ -381,6 +381,14 @@ def _close(future: "Future[_OpenShard]") -> None:
         future.result().copy.close()
 
 
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard; until `copy` is closed, it is open, and the cache keeps its local copy."""
+
+    file: ShardFile
+    copy: contextlib.ExitStack
+
+
 def _open_shard(index: DatasetIndex, shard: Shard) -> _OpenShard:
     """A shard, checked; a remote one is downloaded."""
     storage, name = index.storage, index.storage.full(shard.file)
