@@ -1,7 +1,10 @@
 """Files that are no shards, whatever their names say: each is one line that names the file."""
 
+import gc
 import io
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +131,24 @@ def test_damage_at_any_bit_of_a_header_is_one_line_or_harmless(content: bytes, n
                 assert len(str(error).splitlines()) == 1
             else:
                 assert found.start + found.tokens * found.dtype.itemsize == len(content)
+
+
+def test_headers_of_sound_files_are_read_in_several_threads_at_once():
+    """Python's parser of literals is not safe there, if it is interrupted by the garbage collector:
+    a verification has called sound files damaged."""
+    content, before = npy(IDS), gc.get_threshold()
+
+    def let_others_run(*_: object) -> None:
+        time.sleep(1e-5)
+
+    gc.callbacks.append(let_others_run)
+    gc.set_threshold(10)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = threads.map(
+                lambda _: formats.layout("a.npy", content, len(content)), range(256)
+            )
+            assert {layout.tokens for layout in found} == {1000}
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(let_others_run)

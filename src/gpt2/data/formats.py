@@ -6,6 +6,7 @@ written by modded-nanogpt) and nanoGPT's `train.bin` and `val.bin` (uint16 witho
 
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -24,6 +25,9 @@ NPY_HEADERS: dict[tuple[int, ...], Callable[[BinaryIO], tuple[Any, bool, Any]]] 
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+PARSER = threading.Lock()
+"""for one header at a time: before Python 3.11.8, parsing in several threads may fail with "AST
+constructor recursion depth mismatch" (https://github.com/python/cpython/issues/106905)"""
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_INTS = 20240520, 1, 256
 LLMC_LLAMA3_MAGIC = 20240801
 LLMC_FORMATS = range(20240101, 20250101)
@@ -97,7 +101,8 @@ def _layout_of_npy(head: bytes) -> Layout:
     if version not in NPY_HEADERS:
         raise _NotAShard(f"expected version 1.0 or 2.0 of numpy's format, got {version}")
     try:
-        shape, _, dtype = NPY_HEADERS[version](file)
+        with PARSER:
+            shape, _, dtype = NPY_HEADERS[version](file)
     except Exception as error:  # numpy's and its parsers', of many kinds
         raise _NotAShard(f"its header is damaged: {' '.join(str(error).split())}") from error
     if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
