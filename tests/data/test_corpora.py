@@ -58,6 +58,16 @@ def test_data_set_of_a_local_folder(tmp_path: Path, streaming: bool, monkeypatch
     assert texts(corpus, 1) == ["two", "three"]
 
 
+def test_hidden_files_in_a_folder_are_left_out_and_a_hidden_folder_is_read(tmp_path: Path):
+    folder = tmp_path / ".cache" / "set"
+    for name in ("data/train.jsonl", "data/.train.jsonl", ".old/train.jsonl", "data/test.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'{{"text": "{name}"}}\n')
+    corpus = corpora.local_folder("x", folder)
+    assert corpus is not None
+    assert texts(corpus) == ["data/train.jsonl"]
+
+
 def test_files_are_identified_by_their_names_their_ends_and_the_field(tmp_path: Path):
     """As earlier versions did: a folder that they have finished stays that of the same corpus."""
     for name in ("a", "b"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import DataError
-from gpt2.data import files, readers, streams
+from gpt2.data import files, readers, remote, streams
 from gpt2.data.corpus import BadLines, Corpus, Document, in_blocks
 from gpt2.data.files import FoundFiles
 
@@ -97,21 +97,22 @@ def local_folder(
 
     It is identified as `hub` identifies it.
     """
-    below = sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    below = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     data = [
         file
         for file in below
         if files.kind_of(file) in files.KINDS.values()
         and not file.endswith(NOT_DATA)
-        and "/." not in file
+        and not remote.is_hidden(file)
     ]
-    named = {file: _split_of(os.path.relpath(file, folder)) for file in data}
+    named = {file: _split_of(file) for file in data}
     if any(named.values()):
         data = [file for file in data if named[file] == split]
     if not data or len({files.kind_of(file) for file in data}) > 1:
         return None
+    found = files.find([str(folder / file) for file in data])
     source = " ".join((str(folder), split, text_field or readers.FIELDS[0]))
-    return replace(of_files(name, str(folder), files.find(data), text_field), source=source)
+    return replace(of_files(name, str(folder), found, text_field), source=source)
 
 
 def _split_of(file: str) -> str | None:

@@ -79,7 +79,7 @@ class Storage:
         return {
             name: self.size(name) if size is None else size
             for name, size in sizes.items()
-            if matches(name) and not _is_hidden(name)
+            if matches(name) and not is_hidden(name)
         }
 
     def read_if_any(self, name: str, most_bytes: int | None = None) -> bytes | None:
@@ -234,5 +234,6 @@ def _is_file(entry: dict[str, Any]) -> bool:
     return entry["type"] not in ("directory", "other") or entry.get("islink", False)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
     return any(part.startswith(".") for part in name.split("/"))

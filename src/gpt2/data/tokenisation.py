@@ -72,9 +72,9 @@ def tasks(blocks: Iterator[Block]) -> Iterator[list[Block]]:
     """Consecutive blocks together, up to the size of a large one: a file may be small."""
     for first in blocks:
         task, size = [first], first.content.size
-        while size < corpus.BLOCK_CHARACTERS and (more := list(itertools.islice(blocks, 1))):
-            task += more
-            size += more[0].content.size
+        while size < corpus.BLOCK_CHARACTERS and (block := next(blocks, None)):
+            task.append(block)
+            size += block.content.size
         yield task
 
 
