@@ -2,6 +2,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,31 @@ def test_a_server_without_ranges(server, data_root: Path):
         for storage in (Storage(url), Storage(str(data_root)))
     )
     assert np.array_equal(far, near)
+
+
+class InParts(io.RawIOBase):
+    """A file that gives 1 to 1000 bytes at a time, as that of a server may."""
+
+    def __init__(self, content: bytes) -> None:
+        self._file = io.BytesIO(content)
+        self._sizes = np.random.default_rng(7)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return self._file.readinto(buffer[: self._sizes.integers(1, 1000)])
+
+
+def test_an_open_file_gives_what_it_is_asked_for(memory: MemoryFileSystem, monkeypatch):
+    content = np.random.default_rng(0).bytes(30_000)
+    monkeypatch.setattr(MemoryFileSystem, "_open", lambda *_, **__: InParts(content))
+    buffer = bytearray(10_000)
+    with Storage(URL).open("x.bin") as file:
+        read = file.read(15_000)
+        assert file.readinto(buffer) == 10_000
+        assert read + buffer + file.read(6_000) == content
+        assert file.readinto(buffer) == 0
 
 
 def test_a_dataset_outlives_its_loader(memory: MemoryFileSystem, data_root: Path, tmp_path: Path):

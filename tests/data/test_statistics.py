@@ -54,13 +54,13 @@ def documents_of(stream: list[int]) -> list[list[int]]:
     texts=st.lists(st.sampled_from(LINES) | st.text(max_size=20), min_size=1, max_size=12),
     marks=st.sampled_from(["before", "after"]),
     cuts=st.lists(st.integers(0, 400), max_size=4),
-    piece=st.integers(1, 60),
+    chunk=st.integers(1, 60),
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_documents_are_counted_once_wherever_shards_and_pieces_end(
-    texts: list[str], marks: str, cuts: list[int], piece: int, tmp_path: Path, monkeypatch
+def test_documents_are_counted_once_wherever_shards_and_chunks_end(
+    texts: list[str], marks: str, cuts: list[int], chunk: int, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(token_stream, "PIECE_TOKENS", piece)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", chunk)
     encoded = [tokenizer.encode(text) for text in texts]
     parts = [[MARK, *text] if marks == "before" else [*text, MARK] for text in encoded]
     stream = [token for part in parts for token in part]
@@ -117,8 +117,8 @@ def test_one_split_alone(tmp_path: Path):
     assert (train.tokens, train.lengths.documents) == (5, 3)  # one of them began before it
 
 
-def test_a_document_over_many_pieces_is_hashed_whole(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_stream, "PIECE_TOKENS", 100)
+def test_a_document_over_many_chunks_is_hashed_whole(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 100)
     text = np.random.default_rng(0).integers(0, 50000, 5000).tolist()
     other = [*text[:-1], text[-1] ^ 1]
     found = measured(written(tmp_path, [MARK, *text, MARK, *other, MARK, *text], [777]))
@@ -139,7 +139,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path):
 
 
 def test_the_progress_is_all_tokens(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_stream, "PIECE_TOKENS", 3)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 3)
     index = written(tmp_path, [MARK, 1, 2, 3, 4], [2])
     read: list[int] = []
     statistics.measure(index, index.shards, 8, read.append)

@@ -25,7 +25,7 @@ def files_of_tools() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", [*files_of_tools(), "train_16.npy", "train_32.npy"])
 @pytest.mark.parametrize("place", ["", "memory://"])
 def test_tokens_are_those_of_the_file(name: str, place: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_stream, "PIECE_TOKENS", 33)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 33)
     path = tmp_path / name
     if name.endswith("npy"):
         np.save(path, TOKENS.astype("<u2" if "16" in name else "<u4"))
@@ -35,7 +35,7 @@ def test_tokens_are_those_of_the_file(name: str, place: str, tmp_path: Path, mon
         MemoryFileSystem().pipe(f"{path}", path.read_bytes())
     storage = Storage(f"{place}{tmp_path}")
     (shard,) = shards.load_index(storage).shards
-    assert np.array_equal(np.concatenate([*token_stream.pieces(storage, shard)]), TOKENS)
+    assert np.array_equal(np.concatenate([*token_stream.chunks(storage, shard)]), TOKENS)
     for start, count in ((0, 5), (40, 60), (95, 50), (100, 3), (10**6, 3), (7, 0)):
         read = token_stream.read(storage, shard, start, count)
         assert np.array_equal(read, TOKENS[start : start + count])
@@ -50,21 +50,4 @@ def test_another_number_of_tokens_than_in_the_manifest_is_refused(tmp_path: Path
     with pytest.raises(DataError, match=message):
         token_stream.read(storage, shard, 0, 1)
     with pytest.raises(DataError, match=message):
-        list(token_stream.pieces(storage, shard))
-
-
-class InParts:
-    """A file that gives a few bytes at a time, as one of a server may."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def read(self, count: int) -> bytes:
-        part, self.content = self.content[: min(count, 3)], self.content[min(count, 3) :]
-        return part
-
-
-def test_a_file_that_gives_parts_is_read_whole():
-    file = InParts(b"0123456789")
-    assert token_stream._read_exactly(file, 7) == b"0123456"  # type: ignore[arg-type]
-    assert token_stream._read_exactly(file, 7) == b"789"  # type: ignore[arg-type]
+        list(token_stream.chunks(storage, shard))

@@ -102,9 +102,17 @@ class Storage:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BufferedReader]:
-        """The file, to be read once from its beginning, without a local copy."""
-        with self._errors(self.full(name)), self._fs.open(self._fs_path(name), "rb") as file:
-            yield file
+        """The file, to be read once from its beginning, without a local copy.
+
+        As of every buffered file, `read` and `readinto` give what they are asked for, unless the
+        file ends: that of a server may give less.
+        """
+        with (
+            self._errors(self.full(name)),
+            self._fs.open(self._fs_path(name), "rb") as file,
+            BufferedReader(file) as buffered,
+        ):
+            yield buffered
 
     def fetch(self, name: str, path: Path) -> None:
         """Copies a file to the local `path`."""

@@ -78,7 +78,7 @@ def read(
     `after_chunk` receives the number of bytes that were read, and may end it by an exception.
     Raises DataError, with `name`, if the file is not a shard.
     """
-    head = bytes(_filled(file, memoryview(bytearray(HEAD_BYTES))))
+    head = file.read(HEAD_BYTES)
     layout = formats.layout(name, head, size)
     header, first = head[: layout.start], head[layout.start :]
     content = ShardContent(layout, vocab_size, text_bytes=0 if counts_text else None)
@@ -91,20 +91,11 @@ def read(
 
 
 def _chunks(file: BufferedReader, first: bytes) -> Iterator[memoryview]:
-    """`first` and the rest of the file; all pieces but the last have the same length, a multiple of
+    """`first` and the rest of the file; all chunks but the last have the same length, a multiple of
     every size of a token."""
     buffer = memoryview(bytearray(max(CHUNK_BYTES, HEAD_BYTES)))
     buffer[: len(first)] = first
     filled = len(first)
-    while filled := filled + len(_filled(file, buffer[filled:])):
+    while filled := filled + file.readinto(buffer[filled:]):
         yield buffer[:filled]
         filled = 0
-
-
-def _filled(file: BufferedReader, buffer: memoryview) -> memoryview:
-    """The beginning of `buffer`, read from the file: all of it, unless the file ends before. (What
-    comes over a network comes in pieces.)"""
-    filled = 0
-    while filled < len(buffer) and (count := file.readinto(buffer[filled:])):
-        filled += count
-    return buffer[:filled]

@@ -87,7 +87,7 @@ class Statistics:
 
 
 class DocumentScan:
-    """Divides a stream of tokens, added piece by piece, into documents.
+    """Divides a stream of tokens, added chunk by chunk, into documents.
 
     A document begins at its <|endoftext|>, or at the beginning of the stream. In a stream that
     begins without one, as nanoGPT writes it, <|endoftext|> ends a document: nothing follows the
@@ -181,7 +181,7 @@ def measure(
     """
     scan = DocumentScan(index.vocabulary)
     for shard in shards:
-        for tokens in token_stream.pieces(index.storage, shard):
+        for tokens in token_stream.chunks(index.storage, shard):
             if (highest := int(tokens.max())) >= index.vocab_size:
                 raise DataError(
                     f"{index.storage.full(shard.file)} holds the token id {highest}, outside the "

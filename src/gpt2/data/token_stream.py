@@ -1,7 +1,6 @@
-"""The tokens of a shard, read without a local copy: some of them, or all, piece by piece."""
+"""The tokens of a shard, read without a local copy: some of them, or all in chunks."""
 
 from collections.abc import Iterator
-from io import BufferedReader
 
 import numpy as np
 
@@ -11,13 +10,13 @@ from gpt2.data.formats import HEAD_BYTES, Layout, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.shards import Shard
 
-PIECE_TOKENS = 1 << 20
+CHUNK_TOKENS = 1 << 20
 
 
 def read(storage: Storage, shard: Shard, start: int, count: int) -> Tokens:
     """`count` tokens of a shard from `start` on; fewer at its end.
 
-    Raises DataError, as `pieces` does, if the file is not a shard, has another number of tokens
+    Raises DataError, as `chunks` does, if the file is not a shard, has another number of tokens
     than its manifest says, or cannot be read.
     """
     found = _layout(storage, shard)
@@ -27,12 +26,12 @@ def read(storage: Storage, shard: Shard, start: int, count: int) -> Tokens:
     return np.frombuffer(content, found.dtype)
 
 
-def pieces(storage: Storage, shard: Shard) -> Iterator[Tokens]:
-    """All tokens of a shard, in pieces of PIECE_TOKENS."""
+def chunks(storage: Storage, shard: Shard) -> Iterator[Tokens]:
+    """All tokens of a shard, CHUNK_TOKENS at a time."""
     found = _layout(storage, shard)
     with storage.open(shard.file) as file:
-        _read_exactly(file, found.start)
-        while content := _read_exactly(file, PIECE_TOKENS * found.dtype.itemsize):
+        file.read(found.start)
+        while content := file.read(CHUNK_TOKENS * found.dtype.itemsize):
             yield np.frombuffer(content, found.dtype)
 
 
@@ -42,11 +41,3 @@ def _layout(storage: Storage, shard: Shard) -> Layout:
     if found.tokens != shard.tokens:
         raise DataError(f"{name}: expected {shard.tokens} tokens, got {found.tokens}")
     return found
-
-
-def _read_exactly(file: BufferedReader, count: int) -> bytes:
-    """`count` bytes, fewer at the end of the file: a file of a server may give them in parts."""
-    content = file.read(count)
-    while len(content) < count and (more := file.read(count - len(content))):
-        content += more
-    return content
