@@ -4,7 +4,9 @@ Every even number of bytes can be read as uint16, and training on the wrong ones
 beginning and the end of a file are tested for what else they may be. Each test needs at least
 FEWEST tokens, and looks for something that they have in another format at every place, and that
 tokens of a text lack at about every second one: it errs with a probability below 2^-FEWEST.
-Tokens that repeat are no such evidence, so there must be several different ones.
+Tokens that repeat are no such evidence, so there must be several different ones. One text cannot be
+told apart: that in which every second token is an exclamation mark, whose bytes are those of 32-bit
+numbers. Such tokens are read from a file with a header, which no test concerns.
 """
 
 from typing import Any
@@ -17,10 +19,12 @@ from gpt2.data import signatures, tokenizer
 Halves = npt.NDArray[np.uint16]
 
 FEWEST = 40
+"""tokens; a file with fewer is not tested"""
 WIDE = ("<u8", ">u8", "<u4", ">u4", "<f8", ">f8", "<f4", ">f4")
 LARGEST_BYTES = 8
 LARGEST_VOCABULARY = 1 << 18
-LARGEST_UPPER_HALF, LARGEST_UINT16 = 3, (1 << 16) - 1
+LARGEST_UINT16 = (1 << 16) - 1
+LARGEST_UPPER_HALF = LARGEST_VOCABULARY - 1 >> 16
 TEXT = "tokenise it: gpt2 data files FILE --out FOLDER"
 
 
