@@ -1,14 +1,18 @@
 """A run on a nanoGPT data set of characters: nothing takes its tokens for GPT-2's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import foreign_shards
-from gpt2.base.errors import CheckpointError
+from gpt2.base.errors import CheckpointError, DataError
 from gpt2.checkpoint import store
-from gpt2.cli import main
+from gpt2.cli import evaluate, loading, main
+from gpt2.cli.model_source import ModelSource
+from gpt2.distributed.world import World
 from gpt2.train import trainer
 from support import small_config, write_tasks
 
@@ -56,6 +60,13 @@ def test_what_needs_gpt2_tokens_is_off(
         assert gpt2(monkeypatch, *command) == 2
         assert capsys.readouterr().err.splitlines()[-1].endswith(f"{refused}{way_out}")
     assert not (tmp_path / "export").exists()
+    alone = World(rank=0, size=1, device=torch.device("cpu"))
+    loaded = loading.load_model(ModelSource(checkpoint_dir=out / "checkpoints"))
+    for model in (replace(loaded, vocabulary=None), replace(loaded, vocabulary=("a", "b"))):
+        with pytest.raises(DataError, match=f"^{characters} has a vocabulary of its own"):
+            evaluate.MEASURES["val"](evaluate.EvaluateCommand(), model, alone)
+    earlier = replace(loaded, vocabulary=None, is_vocabulary_known=False)
+    assert evaluate.MEASURES["val"](evaluate.EvaluateCommand(), earlier, alone)
     assert gpt2(monkeypatch, "evaluate", *source, *results, "--tasks", "val") == 0
     measured = json.loads((tmp_path / "results.json").read_text())["results"]["val"]["loss"]
     assert measured == pytest.approx(result.val_loss, abs=1e-4)

@@ -17,7 +17,7 @@ from rich.progress import track
 
 import gpt2
 from gpt2.base import atomic_files, log, validation
-from gpt2.base.errors import ConfigError
+from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import suggestion
 from gpt2.cli.loading import LoadedModel, load_model
@@ -28,6 +28,7 @@ from gpt2.config.run import MachineConfig
 from gpt2.data import sampler
 from gpt2.data.remote import Storage
 from gpt2.data.shards import TokenDataset, load_index
+from gpt2.data.vocabulary import META_PKL
 from gpt2.distributed import precision, rendezvous
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
@@ -148,8 +149,13 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
     settings = replace(settings, model=loaded.model.config)
     data = load_index(Storage(root), cache_of(settings))
     require_known_ids(settings, data)
-    if data.vocabulary != loaded.vocabulary and loaded.vocabulary is not None:
+    if data.vocabulary is None:
         loaded.require_gpt2_tokens(f", as {data.storage} has them")
+    elif data.vocabulary != loaded.vocabulary and loaded.is_vocabulary_known:
+        raise DataError(
+            f"{data.storage} has a vocabulary of its own ({META_PKL}), on which {loaded.source} "
+            "was not trained; name other shards with --data_root"
+        )
     shards = TokenDataset(data, "val", loaded.model.config.block_size)
     rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
 

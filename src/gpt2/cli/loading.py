@@ -1,6 +1,5 @@
 """Loads the trained model that flags name: shared by `generate`, `evaluate` and `export`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
 from gpt2.config import options
-from gpt2.data.vocabulary import META_PKL
+from gpt2.data.vocabulary import META_PKL, Vocabulary
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
@@ -31,8 +30,10 @@ class LoadedModel:
     """with what was measured after it was saved; None for a model of another tool"""
     config: dict[str, Any] | None
     """configuration of its run; None for a model of another tool"""
-    vocabulary: Sequence[str] | None = None
+    vocabulary: Vocabulary | None = None
     """the texts of its tokens, if it was trained on a nanoGPT data set with its own ones"""
+    is_vocabulary_known: bool = True
+    """False for a checkpoint of an earlier version, which does not say"""
 
     @property
     def step(self) -> int | None:
@@ -56,7 +57,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
     which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
-    train_state, run, vocabulary, shown = None, None, None, which
+    train_state, run, vocabulary, is_vocabulary_known, shown = None, None, None, True, which
     if interchange.is_foreign(which):
         shape, weights = interchange.read(which, trust=trust)
         weights = {name: part.float() for name, part in weights.items()}
@@ -73,7 +74,8 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = store.load(path, trust=trust, world=world)
-        weights, run, vocabulary = state["model"], state["config"], state.get("vocabulary")
+        weights, run = state["model"], state["config"]
+        vocabulary, is_vocabulary_known = state.get("vocabulary"), "vocabulary" in state
         train_state = resume.train_state(state, path, world)
         shown = str(path)
         shape = options.of_stored(run).model
@@ -84,4 +86,4 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     with torch.device("meta"):  # no random numbers for weights that are replaced below
         net = model.build(shape)
     net.load_state_dict(weights, assign=True)
-    return LoadedModel(shown, net, train_state, run, vocabulary)
+    return LoadedModel(shown, net, train_state, run, vocabulary, is_vocabulary_known)
