@@ -86,14 +86,14 @@ class Corpus:
 class Documents:
     """Documents that the main process has read: the content of a block."""
 
-    read: tuple[Document | BadLines, ...]
+    items: tuple[Document | BadLines, ...]
 
     @property
     def size(self) -> int:
-        return sum(len(item.text) for item in self.read if isinstance(item, Document))
+        return sum(len(item.text) for item in self.items if isinstance(item, Document))
 
     def documents(self) -> Iterator[Document | BadLines]:
-        return iter(self.read)
+        return iter(self.items)
 
 
 def in_blocks(
@@ -104,7 +104,7 @@ def in_blocks(
     def blocks(place: Place) -> Iterator[Block]:
         number = place.number
         for content in grouped(documents(number)):
-            done = number + len(content.read)
+            done = number + len(content.items)
             yield Block(Place(0, number), content, done)
             number = done
 

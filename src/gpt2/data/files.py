@@ -18,7 +18,7 @@ from pathlib import Path
 from gpt2.base.errors import DataError
 from gpt2.base.text import counted, printable
 from gpt2.data import signatures, streams
-from gpt2.data.signatures import DOWNLOAD, Content
+from gpt2.data.signatures import DOWNLOAD, FileType
 
 KINDS = {
     ".txt": ".txt",
@@ -266,7 +266,7 @@ def _checked(name: str, kind: str) -> bytes:
     if content or not compression:
         wrong = _wrong_content(kind, content, None if compression else end)
         if wrong and compression and wrong.ending in streams.COMPRESSIONS:
-            wrong = Content(f"{wrong.what} twice", f"decompress it with {compression.tool} -d")
+            wrong = FileType(f"{wrong.what} twice", f"decompress it with {compression.tool} -d")
         if wrong:
             raise DataError(f"{printable(name)} is {wrong.what}; {wrong.advice}")
     return b"%d " % size + head[:FINGERPRINT_BYTES] + end
@@ -277,34 +277,34 @@ def _open_at_once(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK)
 
 
-def _wrong_content(kind: str, head: bytes, end: bytes | None) -> Content | None:
+def _wrong_content(kind: str, head: bytes, end: bytes | None) -> FileType | None:
     """What a file is instead of its kind, or None. `end` is None where it is not known."""
     if kind == ".parquet":
         return _wrong_parquet(head, end)
     return _wrong_arrow(head, end) if kind == ".arrow" else signatures.of_text(head)
 
 
-def _wrong_parquet(head: bytes, end: bytes | None) -> Content | None:
+def _wrong_parquet(head: bytes, end: bytes | None) -> FileType | None:
     if head.startswith(ENCRYPTED_PARQUET) or (end and end.endswith(ENCRYPTED_PARQUET)):
-        return Content("an encrypted Parquet file", "decrypt it")
+        return FileType("an encrypted Parquet file", "decrypt it")
     if not head.startswith(PARQUET):
         return _other(head, "a Parquet file")
     if end is None or (end.endswith(PARQUET) and len(head) > 2 * len(PARQUET)):
         return None
-    return Content("truncated: the end of a Parquet file is missing", DOWNLOAD)
+    return FileType("truncated: the end of a Parquet file is missing", DOWNLOAD)
 
 
-def _wrong_arrow(head: bytes, end: bytes | None) -> Content | None:
+def _wrong_arrow(head: bytes, end: bytes | None) -> FileType | None:
     if head.startswith(ARROW):
         if end is None or (end.endswith(ARROW) and len(head) > 2 * len(ARROW)):
             return None
-        return Content("truncated: the end of an Arrow file is missing", DOWNLOAD)
+        return FileType("truncated: the end of an Arrow file is missing", DOWNLOAD)
     schema_bytes = int.from_bytes(head.removeprefix(b"\xff" * 4)[:4], "little")
     is_stream = len(head) >= 8 and 0 < schema_bytes < LARGEST_ARROW_SCHEMA
     return None if is_stream else _other(head, "an Arrow file")
 
 
-def _other(head: bytes, expected: str) -> Content:
+def _other(head: bytes, expected: str) -> FileType:
     if not head:
-        return Content("empty (0 bytes)", DOWNLOAD)
-    return signatures.of(head) or Content(f"not {expected}", DOWNLOAD)
+        return FileType("empty (0 bytes)", DOWNLOAD)
+    return signatures.of(head) or FileType(f"not {expected}", DOWNLOAD)

@@ -40,7 +40,7 @@ def other_content(head: bytes, tail: bytes, size: int) -> str | None:
     if len(halves) < FEWEST:
         return None
     if _is_text(sample) or (halves.max() >= tokenizer.VOCAB_SIZE and signatures.of(sample)):
-        content = signatures.of(sample) or signatures.Content("text", TEXT)
+        content = signatures.of(sample) or signatures.FileType("text", TEXT)
         return f"it is {content.what}; {content.advice}"
     if wide := _wide(sample):
         return wide

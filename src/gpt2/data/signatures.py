@@ -11,7 +11,7 @@ CONVERT = "convert it to text, or leave it out"
 
 
 @dataclass(frozen=True)
-class Content:
+class FileType:
     """What a file is, and what to do about it."""
 
     what: str
@@ -36,31 +36,33 @@ COMPRESSED: dict[str, tuple[bytes, ...]] = {
     ".xz": (b"\xfd7zXZ\x00",),
 }
 """first bytes of their files"""
-BY_FIRST_BYTES: dict[bytes, Content] = {
+BY_FIRST_BYTES: dict[bytes, FileType] = {
     **{
-        magic: Content(f"compressed by {COMPRESSIONS[ending]}", f"add {ending} to its name", ending)
+        magic: FileType(
+            f"compressed by {COMPRESSIONS[ending]}", f"add {ending} to its name", ending
+        )
         for ending, magics in COMPRESSED.items()
         for magic in magics
     },
-    b"\x04\x22\x4d\x18": Content("compressed by lz4", "decompress it with lz4 -d"),
-    b"\x1f\x9d": Content("compressed by compress", "decompress it with uncompress"),
-    b"PK\x03\x04": Content("a zip archive, or a .docx or .xlsx", "unpack or convert it"),
-    b"PK\x05\x06": Content("an empty zip archive", "leave it out"),
-    b"7z\xbc\xaf\x27\x1c": Content("a 7z archive", "unpack it with 7z x"),
-    b"Rar!\x1a\x07": Content("a rar archive", "unpack it with unrar x"),
-    b"%PDF-": Content("a PDF", "convert it with pdftotext, or leave it out"),
-    b"{\\rtf1": Content("rich text (RTF)", CONVERT),
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": Content("an old Office document", CONVERT),
-    b"\x89PNG\r\n\x1a\n": Content("a PNG picture", "leave it out"),
-    b"\xff\xd8\xff": Content("a JPEG picture", "leave it out"),
-    b"\x7fELF": Content("a program (ELF)", "leave it out"),
-    b"SQLite format 3\x00": Content("an SQLite database", "export its table as CSV"),
-    b"ARROW1\x00\x00": Content("an Arrow file", "give it the ending .arrow", ".arrow"),
-    b"PAR1\x15": Content("a Parquet file", "give it the ending .parquet", ".parquet"),
-    b"version https://git-lfs.github.com/spec/": Content(
+    b"\x04\x22\x4d\x18": FileType("compressed by lz4", "decompress it with lz4 -d"),
+    b"\x1f\x9d": FileType("compressed by compress", "decompress it with uncompress"),
+    b"PK\x03\x04": FileType("a zip archive, or a .docx or .xlsx", "unpack or convert it"),
+    b"PK\x05\x06": FileType("an empty zip archive", "leave it out"),
+    b"7z\xbc\xaf\x27\x1c": FileType("a 7z archive", "unpack it with 7z x"),
+    b"Rar!\x1a\x07": FileType("a rar archive", "unpack it with unrar x"),
+    b"%PDF-": FileType("a PDF", "convert it with pdftotext, or leave it out"),
+    b"{\\rtf1": FileType("rich text (RTF)", CONVERT),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": FileType("an old Office document", CONVERT),
+    b"\x89PNG\r\n\x1a\n": FileType("a PNG picture", "leave it out"),
+    b"\xff\xd8\xff": FileType("a JPEG picture", "leave it out"),
+    b"\x7fELF": FileType("a program (ELF)", "leave it out"),
+    b"SQLite format 3\x00": FileType("an SQLite database", "export its table as CSV"),
+    b"ARROW1\x00\x00": FileType("an Arrow file", "give it the ending .arrow", ".arrow"),
+    b"PAR1\x15": FileType("a Parquet file", "give it the ending .parquet", ".parquet"),
+    b"version https://git-lfs.github.com/spec/": FileType(
         "a Git LFS pointer, not the file", "get the file with: git lfs pull"
     ),
-    b"/annex/objects/": Content(
+    b"/annex/objects/": FileType(
         "a git-annex pointer, not the file", "get the file with: git annex get"
     ),
 }
@@ -88,31 +90,33 @@ FEW_BYTES = 2
 """no more of them say nothing in a small file"""
 
 
-def of(head: bytes) -> Content | None:
+def of(head: bytes) -> FileType | None:
     """What a file that begins with `head` is, if that is known and it is not text."""
     if head.startswith(ALL_FIRST_BYTES):
         return next(content for magic, content in BY_FIRST_BYTES.items() if head.startswith(magic))
     if WEB_PAGE.match(head.removeprefix(codecs.BOM_UTF8)):
-        return Content("a web page, as a failed download leaves (HTML or XML)", DOWNLOAD)
+        return FileType("a web page, as a failed download leaves (HTML or XML)", DOWNLOAD)
     at, mark = TAR
-    return Content("a tar archive", "unpack it with tar -xf") if head[at] == mark else None
+    return FileType("a tar archive", "unpack it with tar -xf") if head[at] == mark else None
 
 
-def of_text(head: bytes) -> Content | None:
+def of_text(head: bytes) -> FileType | None:
     """What a file that begins with `head` is, if it is not text; None for text."""
     if name := encoding(head):
         head = head.decode(name, "replace").encode()
     if content := of(head):
         return content
     if name := _encoding_without_mark(head):
-        return Content(
+        return FileType(
             f"{name} without a byte order mark, as it seems",
             f"convert it with: iconv -f {name} -t UTF-8",
         )
     controls = len(head) - len(head.translate(None, CONTROLS))
     if controls > max(FEW_BYTES, len(head) * MOST_CONTROLS):
         nuls = ", with many NUL bytes" if head.count(0) * 2 > controls else ""
-        return Content(f"binary, not text{nuls}", "convert it with iconv if it is, or leave it out")
+        return FileType(
+            f"binary, not text{nuls}", "convert it with iconv if it is, or leave it out"
+        )
     return None
 
 
