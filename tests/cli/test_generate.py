@@ -24,6 +24,7 @@ from gpt2.config import presets
 from gpt2.config.model import ModelConfig
 from gpt2.config.options import overlay
 from gpt2.data import tokenizer
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.inference.generate import generate_text
 from gpt2.inference.sampling import Sampling
 from gpt2.model.gpt2 import GPT2
@@ -46,9 +47,9 @@ def typed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 @pytest.mark.parametrize("give", [generate_output.print_texts, generate_output.stream_texts])
 def test_a_single_text_stands_alone_and_several_have_headings(net: GPT2, capsys, give):
-    give(net, "def", ONE, 5)
+    give(net, GPT2_TOKENIZER, "def", ONE, 5)
     assert capsys.readouterr() == (generate_text(net, "def", ONE, seed=5)[0] + "\n", "")
-    give(net, "def", THREE, 5)
+    give(net, GPT2_TOKENIZER, "def", THREE, 5)
     first, second, third = generate_text(net, "def", THREE, seed=5)
     assert capsys.readouterr().out == (
         f"--- sample 1\n{first}\n--- sample 2\n{second}\n--- sample 3\n{third}\n"
@@ -63,7 +64,7 @@ def test_a_stream_shows_each_piece_at_once(net: GPT2, monkeypatch):
             shown.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Flushed())
-    generate_output.stream_texts(net, "def", ONE, 5)
+    generate_output.stream_texts(net, GPT2_TOKENIZER, "def", ONE, 5)
     (text,) = generate_text(net, "def", ONE, seed=5)
     assert shown[0] == "def"
     assert shown[-1] == text
@@ -73,7 +74,7 @@ def test_a_stream_shows_each_piece_at_once(net: GPT2, monkeypatch):
 
 def test_notes_go_to_standard_error(net: GPT2, capsys):
     log.setup()
-    generate_output.stream_texts(net, "x " * 40, replace(ONE, max_new_tokens=30), 1)
+    generate_output.stream_texts(net, GPT2_TOKENIZER, "x " * 40, replace(ONE, max_new_tokens=30), 1)
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[:2] for line in said] == [["WARNING:", "the"], ["WARNING:", "past"]]
 
@@ -102,7 +103,7 @@ def test_a_prompt_of_foreign_bytes_can_be_printed():
 def test_lines_of_a_pipe_are_continued_one_by_one(net: GPT2, monkeypatch, capsys):
     """An empty one takes the prompt before it again; each has the next seed."""
     typed(monkeypatch, b"\none\n\n\xff")
-    generate_output.converse(net, "def", ONE, 5)
+    generate_output.converse(net, GPT2_TOKENIZER, "def", ONE, 5)
     prompts = ["def", "one", "one", "\N{REPLACEMENT CHARACTER}"]
     texts = [generate_text(net, text, ONE, seed=5 + turn)[0] for turn, text in enumerate(prompts)]
     assert capsys.readouterr() == ("".join(f"{text}\n" for text in texts), "")
@@ -116,7 +117,7 @@ def test_ctrl_c_ends_a_loop_that_reads_a_pipe(net: GPT2, monkeypatch):
     monkeypatch.setattr(generate_output.generate, "stream_text", interrupted)
     typed(monkeypatch, b"one\n")
     with pytest.raises(KeyboardInterrupt):
-        generate_output.converse(net, "def", ONE, 5)
+        generate_output.converse(net, GPT2_TOKENIZER, "def", ONE, 5)
 
 
 class Terminal:

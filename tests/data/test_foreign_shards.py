@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import foreign_shards
-from gpt2.data import tokenizer, vocabulary
+from gpt2.data import tokenizer
 from gpt2.data.remote import Storage
 from gpt2.data.shards import Split, TokenDataset, load_index
 
@@ -56,11 +56,11 @@ def test_nanogpt_characters(tmp_path: Path):
     assert index.vocabulary == tuple(characters)
     assert index.vocab_size == len(characters)
     read = [token for row in rows(tmp_path, "train") for token in row[:-1]]
-    text = vocabulary.decode(index.vocabulary, read)
+    text = index.tokenizer.decode(read)
     assert text == splits["train"][: len(text)] != ""
     assert len(splits["train"]) - len(text) <= BLOCK_SIZE
     written = len(text.encode())
-    assert vocabulary.text_bytes(index.vocabulary, np.array(read)) == written > len(text)
+    assert index.tokenizer.text_bytes(np.array(read)) == written > len(text)
 
 
 def test_a_mixed_folder_has_no_vocabulary(tmp_path: Path):

@@ -131,5 +131,5 @@ def test_a_folder_with_one_that_is_not_plain_is_refused(tmp_path: Path):
 
 
 def test_unknown_ids_are_shown_as_such():
-    assert vocabulary.decode(("a", "b"), [0, 1, 2, 0]) == "ab\ufffda"
-    assert vocabulary.decode(None, [15496, 11]) == "Hello,"
+    assert vocabulary.Characters(("a", "b")).decode([0, 1, 2, 0]) == "ab\ufffda"
+    assert vocabulary.tokenizer_of(None).decode([15496, 11]) == "Hello,"

@@ -13,6 +13,7 @@ from gpt2.checkpoint import store
 from gpt2.cli import evaluate, loading, main
 from gpt2.cli.model_source import ModelSource
 from gpt2.distributed.world import World
+from gpt2.inference.generate import IN_TRAINING
 from gpt2.train import trainer
 from support import small_config, write_tasks
 
@@ -22,7 +23,7 @@ def gpt2(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main.main()
 
 
-def test_what_needs_gpt2_tokens_is_off(
+def test_what_needs_gpt2_tokens_is_off_and_samples_are_of_the_vocabulary(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
 ):
     characters, out = tmp_path / "char", tmp_path / "out"
@@ -32,14 +33,21 @@ def test_what_needs_gpt2_tokens_is_off(
         "hellaswag_interval": 2,
         "hellaswag_path": write_tasks(tmp_path / "tasks.jsonl"),
         "sample_interval": 2,
+        "sample_prompt": splits["train"][:5],
         "max_steps": 4,
     }
     result = trainer.run(small_config(characters, out, **flags))
     assert (result.state, result.step, result.hellaswag) == ("finished", 4, None)
     assert result.val_loss is not None
     log = (out / "logs" / "log.txt").read_text()
-    assert "sample 1" not in log
-    assert log.count("training continues without HellaSwag and samples: the data's meta.pkl") == 1
+    assert log.count("training continues without HellaSwag: the data's meta.pkl") == 1
+    records = (out / "logs" / "metrics.jsonl").read_text().splitlines()
+    samples = [item for item in map(json.loads, records) if item["kind"] == "samples"]
+    assert [item["step"] for item in samples] == [2, 4]
+    for text in samples[-1]["texts"]:
+        assert text.startswith(splits["train"][:5])
+        assert len(text) == 5 + IN_TRAINING.max_new_tokens
+        assert set(text) <= {*splits["train"], *splits["val"]}
     newest = store.list_checkpoints(out / "checkpoints")[-1].path
     characters_of_run = sorted({*splits["train"], *splits["val"]})
     assert store.load(newest)["vocabulary"] == tuple(characters_of_run)
@@ -49,7 +57,6 @@ def test_what_needs_gpt2_tokens_is_off(
     results = ("--output", tmp_path / "results.json")
     capsys.readouterr()
     for command, way_out in (
-        (("generate", *source), ""),
         (("export", tmp_path / "export", *source), ""),
         (("evaluate", *source, *results), "; use --tasks val"),
         (
@@ -70,6 +77,17 @@ def test_what_needs_gpt2_tokens_is_off(
     assert gpt2(monkeypatch, "evaluate", *source, *results, "--tasks", "val") == 0
     measured = json.loads((tmp_path / "results.json").read_text())["results"]["val"]["loss"]
     assert measured == pytest.approx(result.val_loss, abs=1e-4)
+    capsys.readouterr()
+    few = ("--max_new_tokens", "7", "--num_samples", "1")
+    assert gpt2(monkeypatch, "generate", *source, *few, "--prompt", splits["train"][:5]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    assert text.startswith(splits["train"][:5])
+    assert len(text) == 5 + 7
+    assert gpt2(monkeypatch, "generate", *source, *few, "--prompt", "") == 0
+    assert len(capsys.readouterr().out) == 7 + 1
+    assert gpt2(monkeypatch, "generate", *source, "--prompt", "\N{SNOWMAN}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: '\N{SNOWMAN}' is not in the vocabulary of {size} tokens"
     assert gpt2(monkeypatch, "data", "show", characters, "--tokens", "9") == 0
     assert splits["train"][:9] in capsys.readouterr().out
 
@@ -79,6 +97,15 @@ def test_what_needs_gpt2_tokens_is_off(
         CheckpointError, match=rf"vocabulary: meta\.pkl with {size} tokens in the ch"
     ):
         trainer.run(resumed)
+
+
+def test_a_prompt_that_is_not_in_the_vocabulary_is_one_warning(tmp_path: Path):
+    foreign_shards.nanogpt_characters(tmp_path / "char")
+    flags = {"hellaswag_interval": None, "sample_interval": 1, "max_steps": 1}
+    trainer.run(small_config(tmp_path / "char", tmp_path, **flags, sample_prompt="\N{SNOWMAN}"))
+    log = (tmp_path / "logs" / "log.txt").read_text()
+    assert log.count("training continues without samples: '\N{SNOWMAN}' is not in the vocab") == 1
+    assert "sampling failed" not in log
 
 
 def test_without_what_needs_gpt2_tokens_there_is_no_warning(tmp_path: Path, caplog):

@@ -49,12 +49,12 @@ def _run(command: GenerateCommand) -> int:
     from gpt2.distributed import rendezvous
 
     loaded = loading.load_model(command.source)
-    loaded.require_gpt2_tokens()
     print(loaded, file=sys.stderr, flush=True)
     prompt = generate_output.read_prompt(command.prompt)
     write = generate_output.stream_texts if command.stream else generate_output.print_texts
     if command.interactive:
         write = generate_output.converse
     with rendezvous.join(MachineConfig(device=command.device)) as world:
-        write(loaded.model.to(world.device), prompt, command.sampling, command.seed)
+        net = loaded.model.to(world.device)
+        write(net, loaded.tokenizer, prompt, command.sampling, command.seed)
     return 0

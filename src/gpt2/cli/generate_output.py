@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 
+from gpt2.data.tokenizer import Tokenizer
 from gpt2.inference import generate
 from gpt2.inference.sampling import Sampling
 from gpt2.model.base import LanguageModel
@@ -27,20 +28,26 @@ def read_prompt(given: str) -> str:
     return os.fsencode(given).decode(errors="replace")
 
 
-def print_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
+def print_texts(
+    net: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int
+) -> None:
     """Prints all texts when they are done."""
-    _warn_of_context(net, prompt, sampling)
-    texts = generate.generate_text(net, prompt, sampling, seed=seed)
+    _warn_of_context(net, tokenizer, prompt, sampling)
+    texts = generate.generate_text(net, prompt, sampling, seed=seed, tokenizer=tokenizer)
     for number, text in enumerate(texts, 1):
         print(_heading(number, sampling) + text)
 
 
-def stream_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
+def stream_texts(
+    net: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int
+) -> None:
     """Prints the first text token by token, then the others, which are generated beside it."""
-    _warn_of_context(net, prompt, sampling)
+    _warn_of_context(net, tokenizer, prompt, sampling)
     others: list[list[str]] = []
     print(_heading(1, sampling), end="")
-    for piece, *beside in generate.stream_text(net, prompt, sampling, seed=seed):
+    for piece, *beside in generate.stream_text(
+        net, prompt, sampling, seed=seed, tokenizer=tokenizer
+    ):
         print(piece, end="", flush=True)
         others.append(beside)
     print()
@@ -48,7 +55,9 @@ def stream_texts(net: LanguageModel, prompt: str, sampling: Sampling, seed: int)
         print(_heading(number, sampling) + "".join(text))
 
 
-def converse(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> None:
+def converse(
+    net: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int
+) -> None:
     """Continues each line of standard input separately, until end of file (Ctrl+D).
 
     An empty line repeats the last prompt, at first `prompt`. Each answer uses the next seed. On a
@@ -66,7 +75,7 @@ def converse(net: LanguageModel, prompt: str, sampling: Sampling, seed: int) -> 
     for turn in itertools.count(seed):
         try:
             prompt = input(marker) or prompt
-            stream_texts(net, prompt, sampling, turn)
+            stream_texts(net, tokenizer, prompt, sampling, turn)
         except EOFError:
             if marker:
                 print()
@@ -82,8 +91,10 @@ def _heading(number: int, sampling: Sampling) -> str:
     return f"--- sample {number}\n" if sampling.num_samples > 1 else ""
 
 
-def _warn_of_context(net: LanguageModel, prompt: str, sampling: Sampling) -> None:
-    for text in generate.context_warnings(net.config.block_size, prompt, sampling):
+def _warn_of_context(
+    net: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+) -> None:
+    for text in generate.context_warnings(net.config.block_size, prompt, sampling, tokenizer):
         logger.warning(text)
 
 

@@ -11,7 +11,8 @@ from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
 from gpt2.config import options
-from gpt2.data.vocabulary import META_PKL, Vocabulary
+from gpt2.data.tokenizer import Tokenizer
+from gpt2.data.vocabulary import META_PKL, Vocabulary, tokenizer_of
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
@@ -38,6 +39,10 @@ class LoadedModel:
     @property
     def step(self) -> int | None:
         return None if self.train_state is None else self.train_state.step
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_of(None if self.vocabulary is None else tuple(self.vocabulary))
 
     def require_gpt2_tokens(self, way_out: str = "") -> None:
         """Raises CheckpointError if the model's tokens are not those of GPT-2."""

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from gpt2.data import token_stream, vocabulary
+from gpt2.data import token_stream
 from gpt2.data.shards import DatasetIndex
-from gpt2.data.tokenizer import END_OF_TEXT
-from gpt2.data.vocabulary import Vocabulary
+from gpt2.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,16 @@ def read(index: DatasetIndex, number: int, start: int, count: int) -> Excerpt:
     """
     shard = index.shards[number]
     tokens = token_stream.read(index.storage, shard, start, count).tolist()
-    return Excerpt(number, shard.file, start, len(tokens), divided(tokens, index.vocabulary))
+    return Excerpt(number, shard.file, start, len(tokens), divided(tokens, index.tokenizer))
 
 
-def divided(tokens: list[int], own: Vocabulary | None) -> tuple[Piece, ...]:
-    """The texts between the <|endoftext|>, of which there is none in an own vocabulary.
+def divided(tokens: list[int], tokenizer: Tokenizer) -> tuple[Piece, ...]:
+    """The texts between the <|endoftext|>, if the tokeniser has one.
 
     What stands before the first one is left out if it is empty.
     """
-    marks = [at for at, token in enumerate(tokens) if own is None and token == END_OF_TEXT]
+    marks = [at for at, token in enumerate(tokens) if token == tokenizer.end_of_text]
     starts, ends = [0, *(at + 1 for at in marks)], [*marks, len(tokens)]
-    texts = [
-        vocabulary.decode(own, tokens[start:end]) for start, end in zip(starts, ends, strict=True)
-    ]
+    texts = [tokenizer.decode(tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
     pieces = [Piece(at > 0, text) for at, text in enumerate(texts)]
     return tuple(pieces if texts[0] else pieces[1:])

@@ -30,6 +30,7 @@ from gpt2.data.formats import HEAD_BYTES, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
 from gpt2.data.shard_file import ShardFile
+from gpt2.data.tokenizer import Tokenizer
 from gpt2.data.vocabulary import Vocabulary
 
 Split = Literal["train", "val"]
@@ -124,6 +125,10 @@ class DatasetIndex:
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return vocabulary.tokenizer_of(self.vocabulary)
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.of(split))
@@ -317,7 +322,7 @@ class TokenDataset:
 
     def text_bytes(self, tokens: npt.NDArray[np.int64]) -> int:
         """UTF-8 bytes of the text of `tokens`; <|endoftext|> has none."""
-        return vocabulary.text_bytes(self._index.vocabulary, tokens)
+        return self._index.tokenizer.text_bytes(tokens)
 
     def prefetch(self, shard: int) -> None:
         """Starts to download a shard in the background, unless it is open."""

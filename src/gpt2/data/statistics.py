@@ -9,7 +9,6 @@ among n documents with a probability of at most n² / 2^65: 3 in a million for 1
 3 % for a billion.
 """
 
-import functools
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -19,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2.base.errors import DataError
-from gpt2.data import excerpt, token_stream, tokenizer, vocabulary
+from gpt2.data import excerpt, token_stream, tokenizer
 from gpt2.data.formats import Tokens
 from gpt2.data.shards import DatasetIndex, Shard, Split
-from gpt2.data.tokenizer import END_OF_TEXT
-from gpt2.data.vocabulary import Vocabulary
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 
 LINE_TOKENS = 24
 """a first line is looked for in, and cut after, so many tokens of a document"""
@@ -94,16 +92,14 @@ class DocumentScan:
     last one.
     """
 
-    def __init__(self, own: Vocabulary | None) -> None:
-        """`own` is the vocabulary of the tokens, None that of GPT-2."""
+    def __init__(self, encoding: Tokenizer) -> None:
         self.text_bytes = 0
         self.tokens = 0
         self.begins_with_mark = False
-        self._own = own
-        self._mark = END_OF_TEXT if own is None else None  # which no token equals
-        # tokenizer.decode leaves out ids outside the vocabulary, which takes a fifth of all time
-        decode = functools.partial(vocabulary.decode, own)
-        self._decode = tokenizer.load().decode if own is None else decode
+        self._encoding = encoding
+        self._mark = encoding.end_of_text  # no token equals None
+        # Gpt2Tokenizer.decode leaves out ids outside the vocabulary: a fifth of all time.
+        self._decode = tokenizer.load().decode if encoding is GPT2_TOKENIZER else encoding.decode
         self._lengths = array("q")
         self._hashes = bytearray()
         self._lines = bytearray()
@@ -111,7 +107,7 @@ class DocumentScan:
 
     def add(self, tokens: Tokens) -> None:
         """Adds the next tokens, whose ids must be in the vocabulary."""
-        self.text_bytes += vocabulary.text_bytes(self._own, tokens)
+        self.text_bytes += self._encoding.text_bytes(tokens)
         marks = np.flatnonzero(tokens == self._mark).tolist()
         wide, start = tokens.astype("<u4"), 0  # a document has one hash in shards of all types
         for end in marks:
@@ -179,7 +175,7 @@ def measure(
     Calls `progress` with each number of tokens that it has read. Raises DataError, naming the file,
     if a shard cannot be read, or holds a token id outside the vocabulary.
     """
-    scan = DocumentScan(index.vocabulary)
+    scan = DocumentScan(index.tokenizer)
     for shard in shards:
         for tokens in token_stream.chunks(index.storage, shard):
             if (highest := int(tokens.max())) >= index.vocab_size:
@@ -276,5 +272,5 @@ def _line_at(index: DatasetIndex, shards: Sequence[Shard], position: int) -> str
             missing = LINE_TOKENS - len(head)
             head += token_stream.read(index.storage, shard, position, missing).tolist()
         position = max(0, position - shard.tokens)
-    pieces = excerpt.divided(head, index.vocabulary)
+    pieces = excerpt.divided(head, index.tokenizer)
     return first_line(pieces[0].text)

@@ -6,7 +6,7 @@ import hashlib
 from functools import cache
 from importlib import resources
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +101,51 @@ def decode(tokens: list[int]) -> str:
     return load().decode([token for token in tokens if token < VOCAB_SIZE])
 
 
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; the rows that pad an embedding have none."""
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The token before each document, if there is one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError for what has no token."""
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token, which may end within a character."""
+
+    def text_bytes(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+        """UTF-8 bytes of the text of `tokens`, without their <|endoftext|>."""
+
+
+class Gpt2Tokenizer:
+    """GPT-2's, as the functions of this module."""
+
+    vocab_size = VOCAB_SIZE
+    end_of_text = END_OF_TEXT
+
+    def encode(self, text: str) -> list[int]:
+        return encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return decode(tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        return load().decode_single_token_bytes(token) if token < VOCAB_SIZE else b""
+
+    def text_bytes(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+        return text_bytes(tokens)
+
+
+GPT2_TOKENIZER = Gpt2Tokenizer()
+
+
 class Decoder:
     """Decodes tokens one by one; the joined text is that of `decode`.
 
@@ -108,13 +153,13 @@ class Decoder:
     U+FFFD.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer = GPT2_TOKENIZER) -> None:
+        self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
         """The characters that `token` completes."""
-        known = token < VOCAB_SIZE
-        return self._characters.decode(load().decode_single_token_bytes(token) if known else b"")
+        return self._characters.decode(self._tokenizer.token_bytes(token))
 
     def end(self) -> str:
         """The text of an incomplete character after the last token."""

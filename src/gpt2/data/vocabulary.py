@@ -8,17 +8,18 @@ import pickle
 import pickletools
 import re
 from collections.abc import Iterable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt2.base.errors import DataError
-from gpt2.base.text import printable
-from gpt2.data import tokenizer
+from gpt2.base.text import counted, printable
 from gpt2.data.remote import Storage
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 
 META_PKL = "meta.pkl"
 LARGEST_BYTES = 16 << 20
@@ -79,24 +80,48 @@ def read(content: bytes, source: str) -> Vocabulary:
         raise DataError(f"{source} is not a plain vocabulary: {error}; {way_out}") from error
 
 
-def decode(vocabulary: Vocabulary | None, tokens: list[int]) -> str:
-    """Text of `tokens`, which are GPT-2's where the vocabulary is None. Ids outside the vocabulary,
-    as in a damaged shard, become U+FFFD."""
-    if vocabulary is None:
-        return tokenizer.decode(tokens)
-    return "".join(vocabulary[token] if token < len(vocabulary) else "\ufffd" for token in tokens)
+@dataclass(frozen=True)
+class Characters:
+    """A `Tokenizer` whose tokens are the texts of a vocabulary, which nanoGPT's are characters."""
+
+    texts: Vocabulary
+    end_of_text: ClassVar[None] = None
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.texts)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as error:
+            raise DataError(
+                f"{error.args[0]!r} is not in the vocabulary of {counted(len(self.texts), 'token')}"
+            ) from error
+
+    def decode(self, tokens: list[int]) -> str:
+        """Ids outside the vocabulary, as in a damaged shard, become U+FFFD."""
+        size = len(self.texts)
+        return "".join(self.texts[token] if token < size else "\ufffd" for token in tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.texts[token].encode(errors="surrogatepass")
+
+    def text_bytes(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+        return int(self._byte_lengths[tokens].sum())
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {text: token for token, text in enumerate(self.texts)}
+
+    @cached_property
+    def _byte_lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(text.encode(errors="surrogatepass")) for text in self.texts])
 
 
-def text_bytes(vocabulary: Vocabulary | None, tokens: npt.NDArray[np.integer[Any]]) -> int:
-    """UTF-8 bytes of the text of `tokens`, which are GPT-2's where the vocabulary is None."""
-    if vocabulary is None:
-        return tokenizer.text_bytes(tokens)
-    return int(_byte_lengths(vocabulary)[tokens].sum())
-
-
-@cache
-def _byte_lengths(vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
-    return np.array([len(text.encode(errors="surrogatepass")) for text in vocabulary])
+def tokenizer_of(vocabulary: Vocabulary | None) -> Tokenizer:
+    """The tokeniser of a vocabulary; GPT-2's where it is None."""
+    return GPT2_TOKENIZER if vocabulary is None else Characters(vocabulary)
 
 
 def _load(content: bytes) -> object:

@@ -9,7 +9,8 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from gpt2.data import tokenizer
+from gpt2.base.errors import DataError
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Decoder, Tokenizer
 from gpt2.inference.sampling import Sampling
 from gpt2.model import evaluating
 from gpt2.model.base import LanguageModel
@@ -26,6 +27,7 @@ def generate(
     prompt: list[int],
     sampling: Sampling,
     generator: torch.Generator,
+    tokenizer: Tokenizer = GPT2_TOKENIZER,
 ) -> Generator[Tensor, None, None]:
     """Continues `prompt` (token ids; empty means the start of a document): yields the next token of
     every sample, (B,), at each of `max_new_tokens` steps, also after an <|endoftext|>.
@@ -35,7 +37,7 @@ def generate(
     """
     device, context = model.token_embedding.weight.device, model.config.block_size
     kept = _kept(context)
-    start = (prompt or [tokenizer.END_OF_TEXT])[-context:]
+    start = (prompt or [beginning(tokenizer)])[-context:]
     pending_BT = torch.tensor([start], device=device)  # all samples begin with the same row
     seen = [pending_BT.expand(sampling.num_samples, -1)]
     cache = model.empty_cache(sampling.num_samples)
@@ -45,14 +47,27 @@ def generate(
                 cache.length = 0
                 pending_BT = torch.cat(seen, dim=1)[:, -kept:]
                 seen = [pending_BT]
-            logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.VOCAB_SIZE]
+            logits_BV = model.next_logits(pending_BT, cache)[:, : tokenizer.vocab_size]
             logits_BV = logits_BV.to(model.token_embedding.weight.dtype)  # autocast may be on
             pending_BT = pick(logits_BV.expand(sampling.num_samples, -1), sampling, generator)
             seen.append(pending_BT)
             yield pending_BT[:, 0]
 
 
-def context_warnings(context: int, prompt: str, sampling: Sampling) -> list[str]:
+def beginning(tokenizer: Tokenizer) -> int:
+    """The token from which a text is generated without a prompt: <|endoftext|>, else a newline, as
+    in nanoGPT, else the first token."""
+    if tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
+    try:
+        return tokenizer.encode("\n")[0]
+    except DataError:
+        return 0
+
+
+def context_warnings(
+    context: int, prompt: str, sampling: Sampling, tokenizer: Tokenizer = GPT2_TOKENIZER
+) -> list[str]:
     """What a model with a context of `context` tokens will not see of `prompt` and of the text that
     continues it, one message each."""
     length, kept = len(tokenizer.encode(prompt)), _kept(context)
@@ -69,7 +84,12 @@ def context_warnings(context: int, prompt: str, sampling: Sampling) -> list[str]
 
 
 def stream_text(
-    model: LanguageModel, prompt: str, sampling: Sampling, *, seed: int
+    model: LanguageModel,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    seed: int,
+    tokenizer: Tokenizer = GPT2_TOKENIZER,
 ) -> Generator[list[str], None, None]:
     """The new part of each sample's text, step by step; the first step is `prompt`.
 
@@ -77,13 +97,14 @@ def stream_text(
     with the last of them.
     """
     generator = torch.Generator(model.token_embedding.weight.device).manual_seed(seed)
-    texts = [tokenizer.Decoder() for _ in range(sampling.num_samples)]
+    texts = [Decoder(tokenizer) for _ in range(sampling.num_samples)]
     growing = set(range(sampling.num_samples))
     yield [prompt for _ in texts]
-    with closing(generate(model, tokenizer.encode(prompt), sampling, generator)) as steps:
+    tokens_of_prompt = tokenizer.encode(prompt)
+    with closing(generate(model, tokens_of_prompt, sampling, generator, tokenizer)) as steps:
         for tokens_B in steps:
             tokens = tokens_B.tolist()
-            growing -= {row for row in growing if tokens[row] == tokenizer.END_OF_TEXT}
+            growing -= {row for row in growing if tokens[row] == tokenizer.end_of_text}
             yield [
                 text.add(tokens[row]) if row in growing else "" for row, text in enumerate(texts)
             ]
@@ -98,9 +119,10 @@ def generate_text(
     sampling: Sampling = IN_TRAINING,
     *,
     seed: int = 0,
+    tokenizer: Tokenizer = GPT2_TOKENIZER,
 ) -> list[str]:
     """The whole texts of `stream_text`; a function of the weights, `sampling` and `seed`."""
-    pieces = stream_text(model, prompt, sampling, seed=seed)
+    pieces = stream_text(model, prompt, sampling, seed=seed, tokenizer=tokenizer)
     return ["".join(text) for text in zip(*pieces, strict=True)]
 
 

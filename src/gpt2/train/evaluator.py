@@ -12,6 +12,7 @@ from gpt2.config.lr_schedule import is_due
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.data.vocabulary import META_PKL
 from gpt2.distributed import device
 from gpt2.distributed.world import World
@@ -56,8 +57,12 @@ class Evaluator:
         self._val_dataset = TokenDataset(data, "val", run_config.model.block_size)
         self._val_rows = sampler.spread(self._val_dataset.rows_per_shard, run_config.eval_rows)
         self._corpus = data.corpus or ""
-        self._knows_gpt2_tokens = data.vocabulary is None
-        self.warning = None if self._knows_gpt2_tokens else self._own_vocabulary_warning()
+        self._tokenizer = data.tokenizer
+        self._impossible = self._without()
+        self.warning = "; ".join(
+            f"training continues without {name}: {reason}"
+            for name, reason in self._impossible.items()
+        )
         """why HellaSwag or samples are off though they were requested"""
         self._tasks = world.run_on_rank0(self._load_tasks)
         self._sampled: dict[int, _Sampling] = {}
@@ -129,12 +134,13 @@ class Evaluator:
 
     def _are_samples_due(self, step: int, is_last: bool) -> bool:
         interval = self._config.evaluation.sample_interval
-        is_on = interval is not None and self._knows_gpt2_tokens
+        is_on = interval is not None and "samples" not in self._impossible
         return is_on and (is_last or is_due(step, interval))
 
     def _sampling(self, step: int) -> "_Sampling":
         seed = self._config.machine.seed + step
-        return _Sampling(self._replica, self._config.evaluation.sample_prompt, seed)
+        prompt = self._config.evaluation.sample_prompt
+        return _Sampling(self._replica, self._tokenizer, prompt, seed)
 
     @contextlib.contextmanager
     def _sampling_beside(self, step: int, is_last: bool) -> Iterator[OtherWork | None]:
@@ -195,20 +201,21 @@ class Evaluator:
             )
         device.recover(self._world.device)
 
-    def _own_vocabulary_warning(self) -> str | None:
-        settings = self._config.evaluation
-        wanted = {"HellaSwag": settings.hellaswag_interval, "samples": settings.sample_interval}
-        off = " and ".join(name for name, interval in wanted.items() if interval is not None)
-        if not off:
-            return None
-        return (
-            f"training continues without {off}: the data's {META_PKL} gives the tokens texts of "
-            "their own, and these need GPT-2's tokens"
-        )
+    def _without(self) -> dict[str, str]:
+        """What was requested and is not possible with the data's vocabulary, and why."""
+        settings, found = self._config.evaluation, dict[str, str]()
+        if settings.hellaswag_interval is not None and self._tokenizer is not GPT2_TOKENIZER:
+            found["HellaSwag"] = f"the data's {META_PKL} has tokens of its own"
+        if settings.sample_interval is not None:
+            try:
+                self._tokenizer.encode(settings.sample_prompt)
+            except DataError as error:
+                found["samples"] = f"{error}; choose another --sample_prompt"
+        return found
 
     def _load_tasks(self) -> list[Task]:
         settings = self._config.evaluation
-        if settings.hellaswag_interval is None or not self._knows_gpt2_tokens:
+        if settings.hellaswag_interval is None or "HellaSwag" in self._impossible:
             return []
         try:
             return hellaswag.load(settings.hellaswag_path, settings.hellaswag_limit)
@@ -225,9 +232,11 @@ class Evaluator:
 class _Sampling:
     """The samples of one step, which can be generated piece by piece."""
 
-    def __init__(self, replica: Replica, prompt: str, seed: int) -> None:
+    def __init__(self, replica: Replica, tokenizer: Tokenizer, prompt: str, seed: int) -> None:
         self._autocast = replica.autocast
-        self._steps = generate.stream_text(replica.model, prompt, generate.IN_TRAINING, seed=seed)
+        self._steps = generate.stream_text(
+            replica.model, prompt, generate.IN_TRAINING, seed=seed, tokenizer=tokenizer
+        )
         self._pieces: list[list[str]] = []
         self._error: Exception | None = None
 
