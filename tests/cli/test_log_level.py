@@ -24,6 +24,8 @@ COMMANDS = {
     "data files": ["nowhere/*.txt"],
     "data verify": ["nowhere"],
     "data show": ["nowhere"],
+    "tokenizer train": ["nowhere/*.txt", "--vocab_size", "300", "--out", "tok"],
+    "tokenizer show": ["nowhere", "a text"],
     "generate": [],
     "evaluate": [],
     "export": ["exported"],

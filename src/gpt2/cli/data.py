@@ -20,7 +20,7 @@ from gpt2.cli import data_show, data_verify
 from gpt2.cli.data_show import Show
 from gpt2.cli.data_verify import Verify
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import corpora, files, prepare, shards
+from gpt2.data import bad_lines, corpora, files, prepare, shards
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
@@ -44,7 +44,7 @@ class OutputOptions:
     """stop after this many tokens"""
     workers: int | None = None
     """processes that tokenise; default is one per core"""
-    max_bad_lines: float = prepare.MAX_BAD_LINES
+    max_bad_lines: float = bad_lines.MAX_SHARE
     """share of the lines that may be left out because they cannot be read"""
     overwrite: bool = False
     """start from the beginning, even if shards of this corpus exist"""

@@ -14,6 +14,7 @@ COMMANDS = {
     "models": "train several models side by side",
     "search": "search for the best options with Optuna",
     "data": "prepare a corpus as token shards",
+    "tokenizer": "train a tokenizer on files, or show the tokens of a text",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure a trained model: HellaSwag and validation loss",
     "export": "write a trained model for other tools",

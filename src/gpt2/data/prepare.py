@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ import gpt2
 from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import hints, shards, tokenisation, tokenizer
+from gpt2.data import bad_lines, hints, shards, tokenisation, tokenizer
 from gpt2.data.corpus import Corpus, Place
 from gpt2.data.formats import Tokens
 from gpt2.data.remote import Storage
@@ -35,11 +34,7 @@ from gpt2.data.tokenisation import Encoded
 
 logger = logging.getLogger(__name__)
 
-MAX_BAD_LINES = 0.001
-"""share of the lines that may be left out because they cannot be read"""
 NAMED_BAD_LINES = 10
-CLEARLY_WRONG = 100
-"""bad lines after which a corpus is refused before its end, if they are more than the good ones"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,10 @@ class Counts:
             reasons[:NAMED_BAD_LINES],
         )
 
+    def readable(self) -> tuple[int, int, str]:
+        """What `bad_lines.require_few` judges: bad lines, documents, and the first bad line."""
+        return self.bad_lines, self.documents, next(iter(self.first_bad_lines), "")
+
 
 @dataclass(frozen=True)
 class Position:
@@ -98,7 +97,7 @@ def prepare(
     shard_tokens: int | None = None,
     val_tokens: int | None = None,
     max_tokens: int | None = None,
-    max_bad_lines: float = MAX_BAD_LINES,
+    max_bad_lines: float = bad_lines.MAX_SHARE,
     workers: int | None = None,
     overwrite: bool = False,
     wait: bool = False,
@@ -135,7 +134,7 @@ def prepare(
             counts = _write(
                 corpus, recipe, writer, progress, position, processes, max_bad_lines, console
             )
-            _require_few(counts, max_bad_lines)
+            bad_lines.require_few(*counts.readable(), max_bad_lines)
             if tenth and writer.leaves_too_little():
                 progress.record([], Position())  # all shards are written again
                 writer.split_again()
@@ -189,26 +188,13 @@ def _write(
             skipped = 0
             for reason in counts.first_bad_lines[len(before.first_bad_lines) :]:
                 logger.warning("%s: left out", reason)
-            if counts.bad_lines > (max(counts.documents, CLEARLY_WRONG) if max_bad_lines else 0):
-                _require_few(counts, max_bad_lines)
+            bad_lines.require_few_so_far(*counts.readable(), max_bad_lines)
             rate = (writer.written - already) / (bar.tasks[task].elapsed or 1e-9)
             speed = f"{writer.written / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
             bar.update(task, completed=encoded.done, documents=counts.documents, speed=speed)
             if limit is not None and writer.written >= limit:
                 break
     return counts
-
-
-def _require_few(counts: Counts, max_bad_lines: float) -> None:
-    """Raises DataError if more than that share of the lines cannot be read."""
-    share = counts.bad_lines / max(1, counts.bad_lines + counts.documents)
-    if share > max_bad_lines:
-        enough = math.ceil(share * 1000) / 1000
-        raise DataError(
-            f"{counts.bad_lines:,} of {counts.bad_lines + counts.documents:,} lines cannot be "
-            f"read, such as {counts.first_bad_lines[0]}; mend them, or leave them out by the same "
-            f"command with --max_bad_lines {enough:g} (now {max_bad_lines:g})"
-        )
 
 
 def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts) -> Manifest:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 
 from gpt2.data import corpus, tokenizer
 from gpt2.data.corpus import BadLines, Block, Document, Place
@@ -89,7 +88,7 @@ def encode(task: list[Block]) -> Encoded:
         if isinstance(item, BadLines):
             bad_lines.append(item)
             continue
-        document = _without_surrogates(item)
+        document = without_surrogates(item)
         if document.replaced:
             replaced.append(length)
         if not document.continues:
@@ -99,7 +98,7 @@ def encode(task: list[Block]) -> Encoded:
             parts.append(separator)
             length += 1
         for piece in pieces(document.text):
-            parts.append(_encode_one(encoding, piece).astype(DTYPE))
+            parts.append(tokenizer.encode_to_numpy(encoding, piece).astype(DTYPE))
             length += len(parts[-1])
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype=DTYPE)
     return Encoded(
@@ -113,16 +112,18 @@ def encode(task: list[Block]) -> Encoded:
     )
 
 
-def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+def pieces(
+    text: str, size: int = PIECE_CHARACTERS, exact_cut: re.Pattern[str] = EXACT_CUT
+) -> Iterator[str]:
     """Parts of at least `size` characters, whose tokens one after the other are those of `text`."""
     start = 0
-    while len(text) - start > size and (cut := EXACT_CUT.search(text, start + size)):
+    while len(text) - start > size and (cut := exact_cut.search(text, start + size)):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
 
 
-def _without_surrogates(document: Document) -> Document:
+def without_surrogates(document: Document) -> Document:
     """A lone surrogate, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
     if document.text.isascii():  # known without looking at the characters
         return document
@@ -132,22 +133,6 @@ def _without_surrogates(document: Document) -> Document:
         text = document.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return replace(document, text=text, replaced=True)
     return document
-
-
-def _encode_one(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32]:
-    """The tokens of a text.
-
-    The regular expression fails on some texts, such as a million empty lines: these are encoded in
-    halves, which are divided at the beginning of a line.
-    """
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError:  # tiktoken's, from the regular expression
-        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
-        if not 0 < middle < len(text):
-            raise
-        halves = (text[:middle], text[middle:])
-        return np.concatenate([_encode_one(encoding, half) for half in halves])
 
 
 @contextlib.contextmanager
