@@ -1,6 +1,8 @@
+import shutil
 import sysconfig
 from pathlib import Path
 
+import datasets
 import pytest
 
 from gpt2.data import corpora, files
@@ -87,3 +89,18 @@ def test_other_files_under_the_same_names_are_another_corpus(tmp_path: Path):
 
     assert source("one") == source("one")
     assert len({source("one"), source("two"), source("one more")}) == 3
+
+
+def test_a_folder_that_the_datasets_library_saved(tmp_path: Path):
+    saved = tmp_path / ".cache" / "saved"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved)
+    shutil.copy(saved / "data-00000-of-00001.arrow", saved / "cache-0123456789abcdef.arrow")
+    corpus = corpora.local_folder("saved", saved)
+    assert corpus is not None
+    assert texts(corpus) == ["one", "two"]
+
+
+def test_files_without_a_split_in_their_names_are_for_training(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one")
+    assert corpora.local_folder("a", tmp_path, split="train") is not None
+    assert corpora.local_folder("a", tmp_path, split="validation") is None

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import lzma
+import struct
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.base.errors import DataError
-from gpt2.data import readers
+from gpt2.data import columns, readers
 from gpt2.data.corpus import BadLines, Document, Place
 
 COMPRESS = {
@@ -220,6 +221,60 @@ def test_arrays_and_records_over_several_lines(tmp_path: Path, monkeypatch, cont
     assert texts(write(tmp_path, "a.json", content)) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a"},\n{"text": "b"},\n{"text": "c"}',
+        '{"text": "a"}{"text": "b"}\n{"text": "c"}\n',
+        '{"text": "a"}{"text": "b"} {"text": "c"}',
+        '{"text": "a"}\r{"text": "b"}\r{"text": "c"}\r',
+        '\x1e{"text": "a"}\n\x1e{"text": "b"}\n\x1e{"text": "c"}\n',
+        '\x1e{\n"text": "a"}\n\x1e{"text": "b"}\n\x1e{"text": "c"}\n',
+        '{"text": "a"}\n\0\0\0\0{"text": "b"}\n{"text": "c"}\0\0',
+        '[{"text": "a"}]\r\n\ufeff[{"text": "b"}, {"text": "c"}]',
+    ],
+)
+@pytest.mark.parametrize("block_bytes", [16, 500_000])
+def test_records_with_other_separators(tmp_path: Path, monkeypatch, content, block_bytes):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+    assert texts(write(tmp_path, "a.jsonl", content)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("line", ['{"text": "b"} x', '12 {"text": "b"}', '{"text": "b"}, 1'])
+def test_a_line_of_records_and_something_else_is_bad(tmp_path: Path, line: str):
+    _, bad, _ = read(write(tmp_path, "a.jsonl", f'{{"text": "a"}}\n{line}\n{{"text": "c"}}'))
+    assert isinstance(bad, BadLines)
+    assert "a.jsonl:2: invalid JSON (Extra data" in bad.reason
+
+
+def test_not_a_number_is_a_text_that_pandas_does_not_have(tmp_path: Path):
+    assert texts(write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": NaN}')) == ["a", ""]
+
+
+def test_a_line_without_an_end_is_refused_in_flat_memory(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 20)
+    monkeypatch.setattr(readers, "LONGEST_VALUE", 100)
+    path = write(tmp_path, "a.json", '{"text": "a"}\n{"1": "' + "x" * 200)
+    with pytest.raises(DataError, match=r"a\.json:2: a line of more than 100 bytes"):
+        read(path)
+
+
+def test_an_array_of_texts_is_named_as_such(tmp_path: Path):
+    items = read(write(tmp_path, "a.json", '[\n"one",\n"two"\n]'))
+    assert [item.reason.rpartition("a.json:")[2] for item in items] == [
+        "2: expected a JSON object, got text",
+        "3: expected a JSON object, got text",
+    ]
+
+
+def test_a_name_that_is_no_line_is_one_in_messages(tmp_path: Path):
+    path = write(tmp_path, "a\nb.jsonl", '{"a\\nb": 1, "c": 2}')
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    assert "'a\\nb', c" in str(error.value)
+
+
 def test_an_array_that_is_cut_off(tmp_path: Path):
     whole = json.dumps([{"text": "a"}, {"text": "b"}])
     for end in range(14, len(whole)):
@@ -253,9 +308,54 @@ def test_names_of_columns_that_cannot_be_read(tmp_path: Path):
         read(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'sep=;\r\nid;text\r\n1;"a, b"\r\n',
+        "sep=|\nid|text\n1|a, b\n",
+        '"id";"text"\n"1";"a, b"\n',
+        '"id"\t"text"\n"1"\t"a, b"\n',
+        'id, text\n1,"a, b"\n',
+        '"the\nid",text\n1,"a, b"\n',
+    ],
+)
+def test_names_of_columns_in_other_forms(tmp_path: Path, content: str):
+    assert texts(write(tmp_path, "a.csv", content)) == ["a, b"]
+
+
+def test_a_comma_at_the_end_of_a_text_without_quotes_is_not_lost(tmp_path: Path):
+    path = write(tmp_path, "a.csv", "text\none,\ntwo\n")
+    assert read(path) == [BadLines(f"{path}:2: expected 1 columns, got 2"), Document("two")]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = parquet_file(tmp_path / "a.parquet", pyarrow.table(columns, names=["text", "text"]))
+    for path in (table, write(tmp_path, "a.csv", "text,text\na,b\n")):
+        with pytest.raises(DataError, match="has 2 columns 'text'; rename"):
+            read(path)
+
+
+def test_a_table_without_the_text_is_found_before_the_others_are_read(tmp_path: Path):
+    columns = ({"text": ["a"]}, {"body": ["b"]}, {"text": [1]})
+    good, without, number = (
+        parquet_file(tmp_path / f"{name}.parquet", pyarrow.table(values))
+        for name, values in zip("abc", columns, strict=True)
+    )
+    assert readers.choose_field([good, good], ".parquet", None) == "text"
+    with pytest.raises(DataError, match=r"b\.parquet has no column 'text'; it has body"):
+        readers.choose_field([good, without], ".parquet", None)
+    with pytest.raises(DataError, match=r"c\.parquet: expected text .*, got int64"):
+        readers.choose_field([good, number], ".parquet", None)
+    header = write(tmp_path, "a.csv", "id,body\n1,2\n")
+    with pytest.raises(DataError, match=r"a\.csv has no column 'text'; it has id, body"):
+        readers.choose_field([write(tmp_path, "0.csv", "text\n"), header], ".csv", None)
+
+
 def test_a_quote_that_is_not_closed_counts_all_lines_that_it_takes(tmp_path: Path):
     path = write(tmp_path, "a.csv", 'text\none\n"two\nthree\nfour\n')
-    assert read(path) == [Document("one"), BadLines(f"{path}:3: unexpected end of data", count=3)]
+    reason = f"{path}:3: invalid CSV (unexpected end of data); a quote in quotes is written twice"
+    assert read(path) == [Document("one"), BadLines(reason, count=3)]
 
 
 def parquet_file(path: Path, table: pyarrow.Table, **options) -> Path:
@@ -265,16 +365,63 @@ def parquet_file(path: Path, table: pyarrow.Table, **options) -> Path:
 
 TYPES = [
     pyarrow.large_string(),
+    pyarrow.string_view(),
     pyarrow.binary(),
+    pyarrow.large_binary(),
+    pyarrow.binary_view(),
     pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    pyarrow.dictionary(pyarrow.uint8(), pyarrow.large_string()),
 ]
+NOT_IN_PARQUET = pyarrow.dictionary(pyarrow.uint32(), pyarrow.string_view())
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+def values_of(kind: pyarrow.DataType) -> pyarrow.Array:
+    if not pyarrow.types.is_dictionary(kind):
+        return pyarrow.array(["a", None, "é", "a"], pyarrow.string()).cast(kind)
+    indices = pyarrow.array([0, None, 1, 0], kind.index_type)
+    return pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["a", "é"], kind.value_type))
+
+
+@pytest.mark.parametrize("kind", [*TYPES, NOT_IN_PARQUET], ids=str)
 def test_columns_of_other_types_of_text(tmp_path: Path, kind: pyarrow.DataType):
-    values = pyarrow.array(["a", None, "é"], pyarrow.string()).cast(kind)
-    path = parquet_file(tmp_path / "a.parquet", pyarrow.table({"text": values}))
-    assert texts(path) == ["a", "", "é"]
+    table = pyarrow.table({"n": pyarrow.nulls(4), "text": values_of(kind)})
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    assert texts(tmp_path / "a.arrow") == ["a", "", "é", "a"]
+    if kind != NOT_IN_PARQUET:
+        assert texts(parquet_file(tmp_path / "a.parquet", table)) == ["a", "", "é", "a"]
+
+
+def test_a_name_with_a_dot_is_not_the_field_of_a_struct(tmp_path: Path):
+    columns = {"a": [{"b": "no"}], "a.b": ["yes"], "a.c": ["neither"]}
+    path = parquet_file(tmp_path / "a.parquet", pyarrow.table(columns))
+    assert texts(path, "a.b") == ["yes"]
+
+
+@pytest.mark.parametrize("use_dictionary", [False, True])
+def test_a_page_that_its_checksum_contradicts_is_refused(tmp_path: Path, use_dictionary: bool):
+    table = pyarrow.table({"text": [f"sentence {n}" for n in range(50)]})
+    options = {"compression": "none", "write_page_checksum": True}
+    path = parquet_file(tmp_path / "a.parquet", table, use_dictionary=use_dictionary, **options)
+    path.write_bytes(path.read_bytes().replace(b"sentence 25", b"sentence 52"))
+    with pytest.raises(DataError, match=r"a\.parquet is damaged or cut off: .*checksum"):
+        read(path)
+
+
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_numbers_in_an_arrow_file_that_lead_out_of_it_are_refused(tmp_path: Path, is_dictionary):
+    values = pyarrow.array(["abcde", "fgh", "ij", "abcde"])
+    table = pyarrow.table({"text": values.dictionary_encode() if is_dictionary else values})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    right = (0, 1, 2, 0) if is_dictionary else (0, 5, 8, 10, 15)
+    wrong = (right[0], 2_000_000_000, *right[2:])
+    content = (tmp_path / "a.arrow").read_bytes()
+    whole, damaged = (struct.pack(f"<{len(right)}i", *numbers) for numbers in (right, wrong))
+    assert content.count(whole) == 1
+    path = write(tmp_path, "b.arrow", content.replace(whole, damaged))
+    with pytest.raises(DataError, match=r"b\.arrow is damaged or cut off: "):
+        read(path)
 
 
 def test_a_column_without_text(tmp_path: Path):
@@ -319,7 +466,7 @@ def test_a_table_that_is_cut_off(tmp_path: Path, kind: str):
 def test_from_any_block_on_the_rest_is_the_same(tmp_path: Path, monkeypatch, kind: str):
     monkeypatch.setattr(readers, "BLOCK_BYTES", 10)
     monkeypatch.setattr(readers.corpus, "BLOCK_CHARACTERS", 3)
-    monkeypatch.setattr(readers, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(columns, "ROWS_AT_ONCE", 1)
     content = b"some words and more\n" * 3 if kind == ".txt" else content_of(kind)
     paths = [write(tmp_path, f"{name}{kind}", content) for name in "ab"]
     from_place = readers.blocks(paths, kind, None if kind == ".txt" else "text")

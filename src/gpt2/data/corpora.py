@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import DataError
-from gpt2.data import files, readers, remote, streams
+from gpt2.data import fields, files, readers, remote, streams
 from gpt2.data.corpus import BadLines, Corpus, Document, in_blocks
 from gpt2.data.files import FoundFiles
 
@@ -50,7 +50,7 @@ def hub(
             repo, skip, text_field, path=repo, name=config, split=split, streaming=streaming
         )
 
-    source = " ".join(filter(None, (repo, config, split, text_field or readers.FIELDS[0])))
+    source = " ".join(filter(None, (repo, config, split, text_field or fields.USUAL[0])))
     return Corpus(name, source, tokens_per_shard, in_blocks(documents), val_tokens)
 
 
@@ -82,6 +82,8 @@ def of_files(name: str, described: str, found: FoundFiles, text_field: str | Non
 
 NOT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
 """what the `datasets` library writes beside the data"""
+CACHED = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
+"""names of what `map` and `filter` of that library leave beside the data"""
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation", "dev"),
@@ -104,14 +106,15 @@ def local_folder(
         if files.kind_of(file) in files.KINDS.values()
         and not file.endswith(NOT_DATA)
         and not remote.is_hidden(file)
+        and not CACHED.fullmatch(os.path.basename(file))
     ]
     named = {file: _split_of(file) for file in data}
-    if any(named.values()):
+    if any(named.values()) or split != "train":
         data = [file for file in data if named[file] == split]
     if not data or len({files.kind_of(file) for file in data}) > 1:
         return None
     found = files.find([str(folder / file) for file in data])
-    source = " ".join((str(folder), split, text_field or readers.FIELDS[0]))
+    source = " ".join((str(folder), split, text_field or fields.USUAL[0]))
     return replace(of_files(name, str(folder), found, text_field), source=source)
 
 
@@ -138,7 +141,7 @@ def _records(
         records = datasets.load_dataset(**options)
         for number, record in enumerate(records.skip(skip) if skip else records, skip):
             place = f"{source}: record {number}"
-            text_field = text_field or readers.field_among(list(record), None, place)
+            text_field = text_field or fields.choose(list(record), None, place)
             yield readers.from_record(record, text_field, place)
     except DataError:
         raise

@@ -14,7 +14,7 @@ import functools
 import io
 import itertools
 import json
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,31 +22,34 @@ from typing import Any, BinaryIO
 
 from gpt2.base.errors import DataError
 from gpt2.base.text import printable
-from gpt2.data import corpus, streams
+from gpt2.data import columns, corpus, fields, streams
 from gpt2.data.corpus import BadLines, Block, Content, Document, Documents, Place
 from gpt2.data.tokenisation import EXACT_CUT
 
 BLOCK_BYTES = 500_000
 LONGEST_PIECE = 8 * BLOCK_BYTES
 """characters of a text without a place at which it can be divided exactly"""
-ROWS_AT_ONCE = 64
-"""rows of a table that are read at a time"""
 LONGEST_VALUE = 1 << 28
-"""characters of one value of a JSON array, and of a field of a .csv file"""
-SAMPLED_RECORDS = 100
+"""characters of one value of a JSON array, or of a field of a .csv file; bytes of a line of JSON"""
+SAMPLED_RECORDS = 1000
 """of a file of JSON, which show the fields that it has"""
-FIELDS = ("text", "content", "raw_content", "body", "document", "article", "story", "code")
-"""where a corpus usually has its text; the first that a file has is taken"""
-MOST_NAMES = 12
-"""fields that a message lists"""
 DELIMITERS = ",;\t|"
 """of a .csv file: the one that gives the most columns"""
-ARROW_FILE = b"ARROW1"
-ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 UTF_8 = codecs.getincrementaldecoder("utf-8")
 # Other columns may hold numbers of any length, which float() takes and int() refuses.
-DECODER = json.JSONDecoder(strict=False, parse_int=float)
+# NaN is what Python writes for a text that pandas does not have.
+DECODER = json.JSONDecoder(
+    strict=False,
+    parse_int=float,
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+)
+# Beside white space: byte order marks of concatenated files, the separators of RFC 7464, and the
+# padding of files after a crash.
+BLANKS = " \t\n\v\f\r\x1e\0\ufeff"
+BETWEEN_RECORDS = re.compile(f"[{BLANKS},]*")
+SEP = re.compile(r"sep=(.)\r?\n")
+"""the first line of what Excel is to read"""
 NAMES_OF_TYPES = {float: "a number", bool: "true or false", list: "an array", dict: "an object"}
 
 
@@ -81,18 +84,20 @@ def choose_field(paths: Sequence[Path], kind: str, wanted: str | None) -> str | 
         with OPEN[kind](path) as file:
             names = FIELDS_OF[kind](printable(path), file)
         if names:  # else the file has no records
-            return field_among(names, wanted, printable(path))
-    return wanted or FIELDS[0]
+            field = fields.choose(names, wanted, printable(path))
+            _require_in_all(paths, kind, field)
+            return field
+    return wanted or fields.USUAL[0]
 
 
-def field_among(names: Sequence[str], wanted: str | None, source: str) -> str:
-    """`wanted`, or the usual name of the field with the text; raises DataError without one."""
-    lowered = {name.lower(): name for name in reversed(names)}
-    usual = [lowered[name] for name in FIELDS if name in lowered]
-    if wanted in names or (wanted is None and (usual or len(names) == 1)):
-        return wanted or (usual or names)[0]
-    missing = f"field {wanted!r}" if wanted else f"field {', '.join(FIELDS[:3])} or the like"
-    raise DataError(f"{source} has no {missing}; choose one of {_listed(names)} with --text_field")
+def _require_in_all(paths: Sequence[Path], kind: str, field: str) -> None:
+    """Raises DataError for the first table without the text, before anything is tokenised."""
+    if kind not in REQUIRE:
+        return
+    for path in paths:
+        if OPEN[kind] is not streams.seekable or not streams.compression_of(path):
+            with OPEN[kind](path) as file:
+                REQUIRE[kind](printable(path), file, field)
 
 
 # Text
@@ -148,11 +153,12 @@ class Lines:
                 continue
             place = f"{self.name}:{number}"
             try:
-                value = _json(line)
+                values = _values_of_line(line)
             except ValueError as error:
                 yield BadLines(f"{place}: {error}")
                 continue
-            yield from_record(value, self.field, place)
+            for value in values:
+                yield from_record(value, self.field, place)
 
 
 def read_json(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
@@ -165,28 +171,34 @@ def read_json(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
         return
     number = 1
     while head:
-        content = head + file.readline()
+        content = head + file.readline(LONGEST_VALUE)
+        lines = content.count(b"\n")
+        if len(content) - len(head) == LONGEST_VALUE and not content.endswith(b"\n"):
+            raise DataError(
+                f"{name}:{number + lines}: a line of more than {LONGEST_VALUE:,} bytes; "
+                "expected a record per line, or an array of records"
+            )
         yield Lines(name, number, content, field)
-        number += content.count(b"\n")
+        number += lines
         head = file.read(BLOCK_BYTES)
 
 
 def _has_a_record_per_line(head: bytes) -> bool:
     """Whether a file that begins so has a record per line, as far as it can be seen."""
-    text = head.decode("utf-8", "replace").lstrip()
-    if text.startswith("["):
-        return not text[1:].lstrip().startswith(("{", "]"))
+    text = head.decode("utf-8", "replace").lstrip(BLANKS)
+    if text.startswith("[") and text[1:].lstrip().startswith(("{", "]")):
+        return False
     first, newline, _ = text.partition("\n")
     if newline and first.strip() == "{":
         return False
     try:
-        _json(first.encode())
+        _values_of_line(first.encode())
     except ValueError:
         try:
             _, end = DECODER.raw_decode(text)
         except (ValueError, RecursionError):
             return True
-        return end <= len(first) or not newline
+        return bool(newline) and end <= len(first)
     return True
 
 
@@ -200,7 +212,7 @@ def _values(name: str, head: bytes, stream: BinaryIO) -> Iterator[tuple[int, Any
         more_follows = bool(more)
         while True:
             begin = at
-            while at < len(text) and text[at] in " \t\r\n,[]":
+            while at < len(text) and (text[at] in ",[]" or text[at] in BLANKS):
                 is_array |= text[at] == "["
                 is_open = text[at] == "[" or (is_open and text[at] != "]")
                 at += 1
@@ -214,8 +226,8 @@ def _values(name: str, head: bytes, stream: BinaryIO) -> Iterator[tuple[int, Any
                     break
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
                 raise DataError(
-                    f"{name}:{line}: invalid JSON ({reason}); expected an array of records, or a "
-                    "record per line"
+                    f"{name}:{line}: invalid JSON ({reason}); expected an array of "
+                    "records, or a record per line"
                 ) from error
             yield line, value
             line += text.count("\n", at, end)
@@ -237,7 +249,7 @@ def _may_be_incomplete(error: Exception, text: str) -> bool:
 def _fields_of_json(name: str, file: BinaryIO) -> list[str]:
     head = file.read(BLOCK_BYTES)
     if _has_a_record_per_line(head):
-        values = _values_of_lines(head + file.readline())
+        values = _values_of_lines(head + file.readline(LONGEST_VALUE))
     else:
         values = (value for _, value in _values(name, head, file))
     sampled = itertools.islice(values, SAMPLED_RECORDS)
@@ -248,21 +260,36 @@ def _fields_of_json(name: str, file: BinaryIO) -> list[str]:
 def _values_of_lines(content: bytes) -> Iterator[Any]:
     for line in content.split(b"\n"):
         if line and not line.isspace():
-            try:
-                yield _json(line)
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                yield from _values_of_line(line)
 
 
-def _json(line: bytes) -> Any:
-    """Raises ValueError, saying what is wrong."""
-    text = line.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+def _values_of_line(line: bytes) -> list[Any]:
+    """One value, or several records. Raises ValueError, saying what is wrong."""
+    text = line.decode("utf-8", "replace").strip(BLANKS)
     try:
-        return DECODER.decode(text)
+        return [DECODER.decode(text)]
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and (records := _records_in_a_row(text)):
+            return records
         raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply") from error
+
+
+def _records_in_a_row(text: str) -> list[Any]:
+    """The records of which a text consists, with commas or nothing between them; [] for others."""
+    records, at = list[Any](), 0
+    while at < len(text):
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(value, dict):
+            return []
+        records.append(value)
+        at = BETWEEN_RECORDS.match(text, at).end()  # type: ignore[union-attr]  # it always matches
+    return records
 
 
 def from_record(value: Any, field: str, place: str) -> Document | BadLines:
@@ -270,14 +297,14 @@ def from_record(value: Any, field: str, place: str) -> Document | BadLines:
     if not isinstance(value, dict):
         return BadLines(f"{place}: expected a JSON object, got {_kind(value)}")
     if field not in value:
-        return BadLines(f"{place}: no field {field!r} among {_listed(list(value))}")
+        return BadLines(f"{place}: no field {field!r} among {fields.listed(list(value))}")
     text = value[field]
     if text is None:
         return Document("")
     if isinstance(text, float | bool):
         raise DataError(
             f"{place}: expected text in field {field!r}, got {_kind(text)}; choose one of "
-            f"{_listed(list(value))} with --text_field"
+            f"{fields.listed(list(value))} with --text_field"
         )
     if not isinstance(text, str):
         return BadLines(f"{place}: expected text in field {field!r}, got {_kind(text)}")
@@ -298,17 +325,12 @@ def read_csv(name: str, file: BinaryIO, field: str, delimiters: str) -> Iterator
         csv.field_size_limit(LONGEST_VALUE)
         with io.TextIOWrapper(file, "utf-8", "replace", newline="") as lines:
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
-            yield from corpus.grouped(_documents_of_csv(name, field, names, rows))
+            yield from corpus.grouped(_documents_of_csv(name, field, rows))
 
 
-def _documents_of_csv(
-    name: str, field: str, names: list[str], rows: Any
-) -> Iterator[Document | BadLines]:
-    if field not in names:
-        raise DataError(f"{name} has no column {field!r}; it has {_listed(names)}")
-    column = names.index(field)
-    while next(rows) != names:
-        pass  # empty lines before the names
+def _documents_of_csv(name: str, field: str, rows: Any) -> Iterator[Document | BadLines]:
+    names = _names_of_columns(name, rows)
+    column = fields.column(names, field, name)
     while True:
         line = rows.line_num + 1
         try:
@@ -316,11 +338,14 @@ def _documents_of_csv(
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadLines(f"{name}:{line}: {error}", count=rows.line_num - line + 1)
+            reason = f"{name}:{line}: invalid CSV ({error}); a quote in quotes is written twice"
+            yield BadLines(reason, count=rows.line_num - line + 1)
             continue
         if not row:
             continue  # an empty line
-        if len(row) < len(names) or any(row[len(names) :]):
+        more = row[len(names) :]
+        # Empty ones at the end of a row are usual; but without others, they are commas of a text.
+        if len(row) < len(names) or any(more) or (more and len(names) == 1):
             yield BadLines(f"{name}:{line}: expected {len(names)} columns, got {len(row)}")
         else:
             yield Document(row[column], replaced="\ufffd" in row[column])
@@ -329,131 +354,38 @@ def _documents_of_csv(
 def _header(name: str, file: BinaryIO, delimiters: str) -> tuple[str, list[str]]:
     """The delimiter that gives the most columns, and their names."""
     assert isinstance(file, io.BufferedReader)
-    head = io.StringIO(file.peek().decode("utf-8", "replace"), newline="")
+    head = file.peek().decode("utf-8", "replace")
+    if stated := SEP.match(head):
+        delimiters = stated[1]
     found = list[tuple[str, list[str]]]()
+    wrong = list[DataError]()
     for delimiter in delimiters:
-        head.seek(0)
+        rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, strict=True)
         try:
-            rows = csv.reader(head, delimiter=delimiter, strict=True)
-            found.append((delimiter, next(filter(None, rows), [])))
-        except csv.Error as error:
-            raise DataError(f"{name}:1: {error}; expected the names of columns") from error
+            found.append((delimiter, _names_of_columns(name, rows)))
+        except DataError as error:  # as of "a";"b" with a comma as delimiter
+            wrong.append(error)
+    if not found:
+        raise wrong[0]
     return max(found, key=lambda item: len(item[1]))
 
 
-# Tables in columns
-
-
-@dataclass(frozen=True)
-class Column:
-    """Rows of a column of text."""
-
-    values: tuple[bytes | None, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(len(value) for value in self.values if value is not None)
-
-    def documents(self) -> Iterator[Document]:
-        for value in self.values:
-            text = "" if value is None else value.decode("utf-8", "replace")
-            yield Document(text, replaced="\ufffd" in text)
-
-
-def read_parquet(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
-    import pyarrow.parquet as parquet
-
-    with _errors_of_arrow(name):
-        table = parquet.ParquetFile(file, buffer_size=BLOCK_BYTES)
-        _require_text(name, table.schema_arrow, field)
-        for batch in table.iter_batches(ROWS_AT_ONCE, columns=[field], use_threads=True):
-            yield _column(batch.column(0))
-
-
-def read_arrow(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
-    """A file or a stream of Arrow's IPC format; the `datasets` library writes streams."""
-    import pyarrow
-
-    with _errors_of_arrow(name):
-        schema = _reader_of_arrow(name, file).schema
-        _require_text(name, schema, field)
-        only = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(field)])
-        for batch in _batches_of_arrow(_reader_of_arrow(name, file, only)):
-            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                yield _column(batch.column(0).slice(start, ROWS_AT_ONCE))
-
-
-def _reader_of_arrow(name: str, file: BinaryIO, options: Any = None) -> Any:
-    import pyarrow
-
-    file.seek(0)
-    magic = file.read(len(ARROW_FILE))
-    if magic == ARROW_FILE:
-        file.seek(0)
-        return pyarrow.ipc.open_file(file, options=options)
-    file.seek(-min(len(ARROW_END), file.seek(0, os.SEEK_END)), os.SEEK_END)
-    if not file.read().endswith(ARROW_END):
-        raise DataError(f"{name} is cut off: it has no end; copy or download it again")
-    file.seek(0)
-    return pyarrow.ipc.open_stream(file, options=options)
-
-
-def _batches_of_arrow(reader: Any) -> Iterator[Any]:
-    if hasattr(reader, "num_record_batches"):
-        return (reader.get_batch(number) for number in range(reader.num_record_batches))
-    return iter(reader)
-
-
-def _require_text(name: str, schema: Any, field: str) -> None:
-    from pyarrow import types
-
-    if field not in schema.names:
-        raise DataError(f"{name} has no column {field!r}; it has {_listed(schema.names)}")
-    kind = schema.field(field).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    is_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
-    if not is_text and not types.is_binary(value) and not types.is_null(value):
-        raise DataError(
-            f"{name}: expected text in column {field!r}, got {kind}; choose one of "
-            f"{_listed(schema.names)} with --text_field"
-        )
-
-
-def _column(array: Any) -> Column:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return Column(tuple(array.cast(pyarrow.large_binary()).to_pylist()))
-
-
-def _fields_of_parquet(name: str, file: BinaryIO) -> list[str]:
-    import pyarrow.parquet as parquet
-
-    with _errors_of_arrow(name):
-        return list(parquet.read_schema(file).names)
-
-
-def _fields_of_arrow(name: str, file: BinaryIO) -> list[str]:
-    with _errors_of_arrow(name):
-        return list(_reader_of_arrow(name, file).schema.names)
-
-
-@contextlib.contextmanager
-def _errors_of_arrow(name: str) -> Iterator[None]:
-    import pyarrow
-
+def _names_of_columns(name: str, rows: Any) -> list[str]:
+    """The first row that has something; none if there is no such row."""
     try:
-        yield
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name} is damaged or cut off: {reason}") from error
+        for row in rows:
+            if row and row[0] != "sep=":
+                return [name.strip() for name in row]
+    except csv.Error as error:
+        raise DataError(
+            f"{name}:{rows.line_num}: {error}; expected the names of columns"
+        ) from error
+    return []
 
 
-def _listed(names: Sequence[str]) -> str:
-    """The first names of fields, each shortened: in a file without names they are texts."""
-    shown = [printable(f"{name:.40}") for name in names[:MOST_NAMES]]
-    return ", ".join([*shown, "…"] if len(names) > MOST_NAMES else shown)
+def _require_column(name: str, file: BinaryIO, field: str, delimiters: str) -> None:
+    if names := _header(name, file, delimiters)[1]:
+        fields.column(names, field, name)
 
 
 OPEN: dict[str, Callable[[Path], contextlib.AbstractContextManager[BinaryIO]]] = {
@@ -471,14 +403,21 @@ READERS: dict[str, Callable[[str, BinaryIO, str], Iterator[Content]]] = {
     ".json": read_json,
     ".csv": functools.partial(read_csv, delimiters=DELIMITERS),
     ".tsv": functools.partial(read_csv, delimiters="\t"),
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
+    ".parquet": columns.read_parquet,
+    ".arrow": columns.read_arrow,
 }
 FIELDS_OF: dict[str, Callable[[str, BinaryIO], list[str]]] = {
     ".jsonl": _fields_of_json,
     ".json": _fields_of_json,
     ".csv": lambda name, file: _header(name, file, DELIMITERS)[1],
     ".tsv": lambda name, file: _header(name, file, "\t")[1],
-    ".parquet": _fields_of_parquet,
-    ".arrow": _fields_of_arrow,
+    ".parquet": columns.fields_of_parquet,
+    ".arrow": columns.fields_of_arrow,
 }
+REQUIRE: dict[str, Callable[[str, BinaryIO, str], object]] = {
+    ".csv": functools.partial(_require_column, delimiters=DELIMITERS),
+    ".tsv": functools.partial(_require_column, delimiters="\t"),
+    ".parquet": columns.require_text_in_parquet,
+    ".arrow": columns.require_text_in_arrow,
+}
+"""raise DataError if a table does not have the text in that column"""
