@@ -20,7 +20,7 @@ import support
 from gpt2.base import folder_lock
 from gpt2.base.errors import DataError, FolderInUse
 from gpt2.data import corpus, prepare, tokenisation, tokenizer
-from gpt2.data.corpus import Block, Corpus, Document, Documents, Place, in_blocks
+from gpt2.data.corpus import BadLines, Block, Corpus, Document, Documents, Place, in_blocks
 from support import shard_tokens
 
 
@@ -32,7 +32,7 @@ def in_this_process(blocks, workers: int):
     """As `encoded_blocks`, without processes; the document "kill" raises Killed."""
     while part := list(itertools.islice(blocks, workers)):
         read = [document for block in part for document in block.content.documents()]
-        if any(document.text == "kill" for document in read):
+        if any(document == Document("kill") for document in read):
             raise Killed
         yield tokenisation.encode(part)
 
@@ -48,7 +48,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 1)
 
 
-def listed(documents: list[Document], name: str = "c", tokens_per_shard: int = 5) -> Corpus:
+def listed(
+    documents: list[Document] | list[BadLines], name: str = "c", tokens_per_shard: int = 5
+) -> Corpus:
     blocks = in_blocks(lambda skip: iter(documents[skip:]))
     return Corpus(name, "a test", tokens_per_shard, blocks)
 
@@ -117,6 +119,16 @@ def test_empty_and_invalid_documents_are_counted(tmp_path: Path):
     manifest = prepare.prepare(listed(documents), tmp_path, workers=1)
     assert (manifest.documents, manifest.empty_documents, manifest.replaced_documents) == (3, 1, 1)
     assert shard_tokens(tmp_path) == plain_loop(documents)
+
+
+def test_a_corpus_without_text(tmp_path: Path):
+    with pytest.raises(DataError, match="has no text: all 3 documents are empty"):
+        prepare.prepare(listed([Document("")] * 3), tmp_path, workers=1)
+
+
+def test_a_corpus_of_bad_lines_alone_does_not_advise_to_leave_them_out(tmp_path: Path):
+    with pytest.raises(DataError, match="none of 7 lines can be read, such as a:1: x; expected"):
+        prepare.prepare(listed([BadLines("a:1: x", count=7)]), tmp_path, workers=1)
 
 
 def test_a_corpus_of_one_shard_has_nothing_to_train_on(tmp_path: Path):

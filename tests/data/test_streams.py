@@ -148,6 +148,14 @@ def test_a_long_window_of_zstd_is_accepted(tmp_path: Path):
     assert read(written(tmp_path, "a.zst", part.compress(TEXT) + part.flush())) == TEXT
 
 
+def test_a_dictionary_of_zstd_is_named(tmp_path: Path):
+    samples = [f"some sample with the number {number}".encode() for number in range(2000)]
+    compressor = zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(2048, samples))
+    path = written(tmp_path, "a.txt.zst", compressor.compress(samples[0]))
+    with pytest.raises(DataError, match=r"compressed with a dictionary, .* zstd -d -D DICTIONARY"):
+        read(path)
+
+
 def content_of(ending: str) -> bytes:
     return COMPRESS[ending](TEXT) if ending else TEXT
 

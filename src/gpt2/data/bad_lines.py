@@ -13,6 +13,11 @@ CLEARLY_WRONG = 100
 def require_few(bad: int, documents: int, example: str, max_share: float) -> None:
     """Raises DataError if more than that share of the lines cannot be read, such as `example`."""
     share = bad / max(1, bad + documents)
+    if share > max_share and not documents:
+        raise DataError(
+            f"none of {bad:,} lines can be read, such as {example}; expected a record with a text "
+            "in each"
+        )
     if share > max_share:
         enough = math.ceil(share * 1000) / 1000
         raise DataError(

@@ -201,6 +201,10 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
     writer.close()
     if not writer.written:
         raise DataError(f"{recipe.corpus} has no documents: {recipe.source}")
+    if counts.documents == counts.empty:
+        raise DataError(
+            f"{recipe.corpus} has no text: all {counts.documents:,} documents are empty"
+        )
     if len(writer.shards) < 2:
         raise DataError(
             f"{recipe.corpus} has {writer.written} tokens, which fit into one shard, the "

@@ -57,6 +57,7 @@ BY_FIRST_BYTES: dict[bytes, FileType] = {
     b"\xff\xd8\xff": FileType("a JPEG picture", "leave it out"),
     b"\x7fELF": FileType("a program (ELF)", "leave it out"),
     b"SQLite format 3\x00": FileType("an SQLite database", "export its table as CSV"),
+    b"FEA1": FileType("an old Feather file (version 1)", "convert it with pyarrow.feather"),
     b"ARROW1\x00\x00": FileType("an Arrow file", "give it the ending .arrow", ".arrow"),
     b"PAR1\x15": FileType("a Parquet file", "give it the ending .parquet", ".parquet"),
     b"version https://git-lfs.github.com/spec/": FileType(

@@ -302,6 +302,11 @@ def _decompressed(file: BinaryIO, compression: Compression, path: str | Path) ->
         try:
             chunk = stream.decompress(data, CHUNK_BYTES)
         except ERRORS as error:
+            if "dictionary" in str(error).lower():  # zstd's
+                raise DataError(
+                    f"{name} was compressed with a dictionary, which it does not hold; decompress "
+                    f"it with {tool} -d -D DICTIONARY"
+                ) from error
             raise DataError(
                 f"{name} cannot be decompressed ({error}); if {tool} -t refuses it too, "
                 f"{signatures.DOWNLOAD}"
