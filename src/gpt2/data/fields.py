@@ -21,7 +21,9 @@ def choose(names: Sequence[str], wanted: str | None, source: str) -> str:
     if wanted in names or (wanted is None and usual):
         return wanted or usual[0]
     if wanted is None and len(names) == 1:
-        logger.warning("%s: its only field, '%.40s', is taken for the text", source, printable(names[0]))
+        logger.warning(
+            "%s: its only field, '%.40s', is taken for the text", source, printable(names[0])
+        )
         return names[0]
     missing = f"field {wanted!r}" if wanted else f"field {', '.join(USUAL[:3])} or the like"
     raise DataError(f"{source} has no {missing}; choose one of {listed(names)} with --text_field")
