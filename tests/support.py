@@ -26,7 +26,7 @@ SMALL_RUN: dict[str, object] = {
     "block_size": 8,
     "window": 8,
     "dropout": 0.1,
-    "total_batch_size": 64,
+    "total_batch_size": 32,
     "mini_batch_size": 2,
     "max_steps": 20,
     "optimizer": "adamw",

@@ -21,7 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PUBLIC = {"gpt2.cli.parse", "gpt2.cli.pool_options", "gpt2.experiments.api"}
 TEACHER = (
     *("teacher_student", "--teacher_ranks", "1", "3", "--student-dims", "2", "4", "--num_seeds"),
-    *("2", "--measurements", "4", "--size", "4", "--guesses", "2000"),
+    *("2", "--measurements", "4", "--size", "4", "--guesses", "2000", "--slots", "1"),
 )
 PMSSM = ("pmssm", "--steps", "12", "--train-rows", "500", "--models", "transformer", "mlp")
 

@@ -20,7 +20,8 @@ NOT_OURS = {
     "ntfy.sh",  # a host
 }
 """files of other tools, of the reader, and of a search"""
-OPTIONS = set(re.findall(r"^\| `--(\w+)`", options_page.page(), re.MULTILINE))
+OPTIONS_PAGE = options_page.page()
+OPTIONS = set(re.findall(r"^\| `--(\w+)`", OPTIONS_PAGE, re.MULTILINE))
 OPTIONS |= {f"no_{name}" for name in OPTIONS}
 OPTIONS_OF_OTHERS = {
     *("help", "module", "nnodes", "nproc_per_node", "port", "standalone"),  # tyro, torchrun
@@ -43,12 +44,12 @@ OPTIONS_OF_OTHERS = {
 
 
 def test_the_page_of_options_is_that_of_the_source_code():
-    assert (ROOT / "docs/options.md").read_text() == options_page.page(), (
+    assert (ROOT / "docs/options.md").read_text() == OPTIONS_PAGE, (
         "stale; type: python -m gpt2.cli.options_page > docs/options.md"
     )
     assert {"learning_rate", "top_p", "num_seeds", "ddp", "space", "log_level"} <= OPTIONS
-    assert all(f"| `{name}` |" in options_page.page() for name in PRESETS)
-    assert all(f"\n## gpt2 {name}" in options_page.page() for name in main.COMMANDS)
+    assert all(f"| `{name}` |" in OPTIONS_PAGE for name in PRESETS)
+    assert all(f"\n## gpt2 {name}" in OPTIONS_PAGE for name in main.COMMANDS)
 
 
 def test_the_readme_is_short():

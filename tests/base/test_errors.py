@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
 
 from gpt2.base.errors import UserError, is_out_of_memory
 
@@ -27,10 +25,6 @@ Cuda failure 2 'out of memory'"""
         RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-        InductorError(CUDA_IS_FULL, None),
-        BackendCompilerFailed(
-            lambda: None, RuntimeError("Triton Error [CUDA]: out of memory"), None
-        ),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
         ),
@@ -40,6 +34,15 @@ Cuda failure 2 'out of memory'"""
 )
 def test_out_of_memory_in_the_words_of_each_library(error: Exception):
     assert is_out_of_memory(error)
+
+
+def test_out_of_memory_in_the_words_of_the_compiler():
+    from torch._dynamo.exc import BackendCompilerFailed  # seconds to import
+    from torch._inductor.exc import InductorError
+
+    triton = RuntimeError("Triton Error [CUDA]: out of memory")
+    assert is_out_of_memory(BackendCompilerFailed(lambda: None, triton, None))
+    assert is_out_of_memory(InductorError(CUDA_IS_FULL, None))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,16 @@
 import io
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forked_ranks
 from gpt2.cli import estimate, generate, main
 from gpt2.cli.status import status_main
 from gpt2.cli.train import parse_train, train_main
 from gpt2.config.options import locate
 from gpt2.train import status, trainer
-from support import SMALL_RUN, run_command, small_config, small_flags, train_command
+from support import SMALL_RUN, small_config, small_flags
 
 
 def call(monkeypatch, function, *arguments: str) -> int:
@@ -52,33 +51,6 @@ def test_a_switch_may_have_its_value(flags: list[str], bias: bool, deterministic
 def test_a_switch_has_one_value(flags: list[str]):
     with pytest.raises(SystemExit):
         parse_train(flags)
-
-
-def test_help_and_steps_load_nothing_heavy():
-    """What takes seconds is imported where it is used."""
-    help_ = "import sys; sys.argv[1:] = ['--help']; from gpt2.cli import main; main.main()"
-    step = "import sys; from gpt2.train import trainer"
-    optional = "datasets tensorboard wandb optuna matplotlib scipy ray transformers torch._dynamo"
-    for program, heavy in ((help_, f"torch numpy tyro {optional}"), (step, optional)):
-        check = f"assert not {set(heavy.split())} & set(sys.modules)"
-        subprocess.run(
-            [sys.executable, "-c", f"{program}; {check}"], check=True, stdout=subprocess.DEVNULL
-        )
-
-
-def test_help_of_a_command_loads_no_torch():
-    """`train` and `evaluate` load it to find out which rank prints."""
-    program = """
-import contextlib, sys
-from gpt2.cli import main
-actions = {"data": ["files"], "experiments": ["list"]}
-for command in set(main.COMMANDS) - {"train", "evaluate"}:
-    sys.argv = ["gpt2", command, *actions.get(command, []), "--help"]
-    with contextlib.suppress(SystemExit):
-        main.main()
-assert not {"torch", "optuna", "ray", "matplotlib", "datasets"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_hyphens_and_underscores_are_the_same():
@@ -175,10 +147,11 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
     assert any(line.split()[:3] == ["train", "2", "40,000"] for line in printed)
     assert any(line.split()[:3] == ["val", "1", "20,000"] for line in printed)
     flags = small_flags(data, tmp_path, max_steps=4, checkpoint_interval=2)
-    done = run_command(train_command(flags))
-    assert "--resume latest --max_steps 8" in done.stdout
+    assert call(monkeypatch, main.main, "train", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "--resume latest --max_steps 8" in printed
     folder = str(tmp_path / "checkpoints")
-    assert f"gpt2 generate --checkpoint_dir {folder} --checkpoint best --prompt def" in done.stdout
+    assert f"gpt2 generate --checkpoint_dir {folder} --checkpoint best --prompt def" in printed
 
     flags = ("--out_dir", str(tmp_path), "--list_checkpoints")
     assert call(monkeypatch, train_main, *flags) == 0
@@ -221,10 +194,20 @@ def test_status_as_an_exit_code(monkeypatch, capsys, tmp_path: Path, state: str,
     assert "[/gloo/pair.cc:5] lost" in capsys.readouterr().out
 
 
+TO_A_FULL_DISK = """
+import os
+from gpt2.cli.train import train_main
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+raise SystemExit(train_main())
+"""
+
+
 def test_a_full_disk_under_standard_output_ends_no_training(tmp_path: Path, data_root: Path):
+    script = tmp_path / "to_a_full_disk.py"
+    script.write_text(TO_A_FULL_DISK)
     flags = small_flags(data_root, tmp_path, max_steps=2, eval_interval=None)
-    done = run_command(["sh", "-c", f"{shlex.join(train_command(flags))} >/dev/full"])
-    assert "WARNING: cannot write to standard output: " in done.stderr
-    assert "Traceback" not in done.stderr
+    error = forked_ranks.run(flags, 1, tmp_path, script)
+    assert "WARNING: cannot write to standard output: " in error
+    assert "Traceback" not in error
     assert (tmp_path / "checkpoints" / "step_000002.json").is_file()
     assert '"step": 2' in (tmp_path / "logs" / "metrics.jsonl").read_text()

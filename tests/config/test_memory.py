@@ -74,7 +74,7 @@ def test_as_much_is_saved_as_estimated(shape: str, is_half: bool):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch itself
-@pytest.mark.parametrize("shape", ["gpt2", "modern"])
+@pytest.mark.parametrize("shape", ["gpt2", pytest.param("modern", marks=pytest.mark.soak)])
 def test_as_much_is_saved_as_estimated_when_compiled(shape: str):
     torch.compiler.reset()
     how = Computation(is_half=True, is_compiled=True)

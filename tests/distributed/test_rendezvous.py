@@ -1,15 +1,12 @@
 import os
-import sys
 
 import pytest
 import torch
-import torch._inductor.config as inductor
 import torch.distributed as dist
 
 from gpt2.base.errors import ConfigError, UserError
 from gpt2.config.run import MachineConfig
 from gpt2.distributed import device, rendezvous
-from support import run_command
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
@@ -32,6 +29,8 @@ DETERMINISTIC = {
 
 def test_deterministic(monkeypatch: pytest.MonkeyPatch):
     """Inductor may be imported already, with the settings that it had before."""
+    import torch._inductor.config as inductor  # takes seconds
+
     monkeypatch.setattr(inductor, "deterministic", False)
     monkeypatch.setattr(inductor, "dynamic_scale_rblock", True)
     for name in DETERMINISTIC:
@@ -44,21 +43,6 @@ def test_deterministic(monkeypatch: pytest.MonkeyPatch):
             assert inductor.deterministic and not inductor.dynamic_scale_rblock
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_inductor_is_imported_after_the_ranks_have_joined():
-    """It reads its settings when it is imported; in a new process, as torch is imported once."""
-    script = """
-import sys
-from gpt2.config.run import MachineConfig
-from gpt2.distributed import rendezvous
-from gpt2.experiments.training import training_job
-assert "torch._inductor.config" not in sys.modules
-with rendezvous.join(MachineConfig(device="cpu", deterministic=True)):
-    import torch._inductor.config as settings
-assert settings.deterministic and not settings.dynamic_scale_rblock
-"""
-    run_command([sys.executable, "-c", script])
 
 
 @pytest.fixture

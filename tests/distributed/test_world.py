@@ -12,6 +12,7 @@ import torch
 import forked_ranks
 from gpt2.base import log
 from gpt2.checkpoint import store
+from gpt2.cli.parse import USER_ERROR
 from gpt2.train import trainer
 from support import (
     LOSS_TOLERANCE,
@@ -31,11 +32,15 @@ def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
     return state["model"]
 
 
+TWO_MICRO_BATCHES = {"mini_batch_size": 1}
+"""of each of two ranks in a step, so that they exchange gradients after the second one only"""
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 steps on 2 ranks, with dropout."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    forked_ranks.run(small_flags(data_root, out), 2, out)
+    forked_ranks.run(small_flags(data_root, out, **TWO_MICRO_BATCHES), 2, out)
     return out
 
 
@@ -46,7 +51,8 @@ def uninterrupted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     data_root: Path, tmp_path: Path, uninterrupted: Path, number: signal.Signals, after: int
 ):
-    command = train_command(small_flags(data_root, tmp_path), ranks=2)
+    flags = small_flags(data_root, tmp_path, **TWO_MICRO_BATCHES)
+    command = train_command(flags, ranks=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -62,7 +68,7 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(
     assert after <= stopped_at < 20
     assert (tmp_path / "checkpoints" / f"step_{stopped_at:06d}.json").exists()
 
-    resumed = forked_ranks.run(small_flags(data_root, tmp_path, resume="latest"), 2, tmp_path)
+    resumed = forked_ranks.run([*flags, "--resume", "latest"], 2, tmp_path)
     assert f"  - Step: {stopped_at}\n" in resumed
     assert loss_lines(tmp_path / "logs/log.txt") == loss_lines(uninterrupted / "logs/log.txt")
     one, other = weights(tmp_path, 20), weights(uninterrupted, 20)
@@ -94,7 +100,7 @@ def test_one_rank_that_fails_to_measure_or_is_to_stop_within_a_step_takes_the_ot
 ):
     script = tmp_path / "interrupted.py"
     script.write_text(RANK_1_FAILS_AND_STOPS)
-    flags = small_flags(data_root, tmp_path, eval_batches=1)
+    flags = small_flags(data_root, tmp_path, eval_batches=1, **TWO_MICRO_BATCHES)
     stopped = forked_ranks.run(flags, 2, tmp_path, script, expect=STOPPED)
     assert "WARNING: step 5: validation failed; training continues\nTraceback" in stopped
     assert stopped.count("ZeroDivisionError: a validation") == 1
@@ -109,7 +115,8 @@ def test_one_rank_that_fails_to_measure_or_is_to_stop_within_a_step_takes_the_ot
 
 @pytest.mark.soak
 def test_remote_shards_give_the_same_run(data_root: Path, tmp_path: Path, uninterrupted: Path):
-    flags = small_flags(data_root, tmp_path, data_root=f"file://{data_root}")
+    changes = TWO_MICRO_BATCHES | {"data_root": f"file://{data_root}"}
+    flags = small_flags(data_root, tmp_path, **changes)
     cache = tmp_path / "cache"
     printed = forked_ranks.run([*flags, "--cache_dir", str(cache)], 2, tmp_path)
     assert f"copies in {cache}, up to 50 GB" in printed
@@ -173,7 +180,7 @@ def run_each(runs: list[tuple[Path | None, list[str]]], folder: Path, ranks: int
     forked_ranks.run([given], ranks, folder, script)
 
 
-ONE_UPDATE = {"max_steps": 1, "dropout": 0.0, "eval_interval": None}
+ONE_UPDATE = {"max_steps": 1, "total_batch_size": 64, "dropout": 0.0, "eval_interval": None}
 THREE_UPDATES = {**ONE_UPDATE, "max_steps": 3, "block_size": 4, "total_batch_size": 32}
 SIX_UPDATES = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
 
@@ -212,15 +219,29 @@ def test_three_ranks_resume_bit_identically(data_root: Path, tmp_path: Path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+NO_DATA = (
+    "error: no training data in /nowhere/fineweb_edu; make it with: "
+    "gpt2 data fineweb-edu --out /nowhere/fineweb_edu"
+)
+
+
 def test_user_errors_are_one_line_from_one_rank(data_root: Path, tmp_path: Path):
+    """One rank also leaves it in the file from which torchrun reports it."""
+    report = tmp_path / "error.json"
+    flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
+    printed = forked_ranks.run(
+        flags, 2, tmp_path, expect=USER_ERROR, TORCHELASTIC_ERROR_FILE=str(report)
+    )
+    assert printed == f"{NO_DATA}\n"
+    assert json.loads(report.read_text())["message"]["message"] == NO_DATA
+
+
+@pytest.mark.soak
+def test_torchrun_reports_a_user_error(data_root: Path, tmp_path: Path):
     flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
     failed = run_command(train_command(flags, ranks=2), expect=None)
     assert failed.returncode != 0
-    lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
-    assert lines == [
-        "error: no training data in /nowhere/fineweb_edu; make it with: "
-        "gpt2 data fineweb-edu --out /nowhere/fineweb_edu"
-    ]
+    assert [line for line in failed.stderr.splitlines() if line.startswith("error: ")] == [NO_DATA]
     assert "exitcode  : 2" in failed.stderr
     root_cause = failed.stderr.partition("Root Cause")[2]
     assert "traceback : error: no training data in /nowhere/fineweb_edu; make it" in root_cause

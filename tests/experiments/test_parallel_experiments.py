@@ -28,7 +28,7 @@ def stat(path, **more):
     return real(path, **more)
 os.stat = stat
 """
-SHORT = {"total_batch_size": 64, "eval_interval": None, "device": "cpu"}
+SHORT = {"eval_interval": None, "device": "cpu"}
 
 
 def environment() -> dict[str, str]:
@@ -96,7 +96,13 @@ def stood_in(folder: Path, python: str) -> Path:
     return Path(shutil.copy(SCRIPT, folder / "with blank"))
 
 
-@pytest.mark.parametrize("visible", ["2", "0, 1", " 3 ,-1,4", "-1", "", "MIG-GPU-89/1/0"])
+@pytest.mark.parametrize(
+    "visible",
+    [
+        *("0, 1", " 3 ,-1,4", ""),
+        *(pytest.param(shown, marks=pytest.mark.soak) for shown in ("2", "-1", "MIG-GPU-89/1/0")),
+    ],
+)
 def test_gpus_are_called_as_the_training_calls_them(stand_in: Path, tmp_path: Path, visible: str):
     done = run_command([str(stand_in), "a", "b"], cwd=tmp_path, CUDA_VISIBLE_DEVICES=visible)
     gpu_id = experiment_name.first_gpu(gpu_list.shown_by(visible) or [])
@@ -240,19 +246,24 @@ def test_the_next_takes_the_place_that_it_had_before(data_root: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)],
-    ids=["Ctrl+C", "SIGTERM"],
+    ("number", "code", "slots"),
+    [
+        (signal.SIGINT, 130, 1),
+        pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.soak),
+        pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.soak),
+    ],
 )
-def test_a_stop_saves_all(data_root: Path, tmp_path: Path, number: signal.Signals, code: int):
+def test_a_stop_saves_all(
+    data_root: Path, tmp_path: Path, number: signal.Signals, code: int, slots: int
+):
     """Ctrl+C goes to the whole group, as from a terminal; SIGTERM to the script alone."""
-    names = ["a", "b", "never"] if number == signal.SIGINT else ["a"]
+    running = ["a", "b"][:slots]
+    names = [*running, "never"]
     flags = small_flags(data_root, tmp_path, max_steps=100_000, **SHORT)
-    slots = "2" if number == signal.SIGINT else "1"
     printed = tmp_path / "printed.txt"
     with printed.open("w") as output:
         script = subprocess.Popen(
-            [str(SCRIPT), "--slots", slots, *names, "--", *flags],
+            [str(SCRIPT), "--slots", str(slots), *names, "--", *flags],
             cwd=tmp_path,
             env=os.environ | environment(),
             stdout=output,
@@ -261,7 +272,6 @@ def test_a_stop_saves_all(data_root: Path, tmp_path: Path, number: signal.Signal
             # A shell may have started the tests with SIGINT ignored, which bash could not undo.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    running = names[: int(slots)]
     logs = [tmp_path / "logs" / f"{name}_gpu_cpu" / "log.txt" for name in running]
     while not all(log.exists() and "step 3 |" in log.read_text() for log in logs):
         assert script.poll() is None, printed.read_text()

@@ -19,7 +19,10 @@ from gpt2.checkpoint import store
 from gpt2.inspection import run_status
 from support import HANG_S, ROOT, loss_lines, losses, small_flags, train_command, wait_until
 
-FLAGS = {"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_interval": 12}
+FLAGS = {
+    **{"max_steps": 48, "checkpoint_interval": 4, "decay_steps": 48, "eval_interval": 12},
+    "mini_batch_size": 1,  # two micro-batches on each of two ranks
+}
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """kill -9 of ranks, of torchrun and of all, at any moment."""
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from faults.harness import (
 )
 from forked_ranks import Ranks
 from gpt2.checkpoint import store
-from support import small_flags, wait_until
+from gpt2.distributed import watchdog
+from gpt2.train import trainer
+from gpt2.train.report import Answer
+from support import small_config, small_flags, wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -48,13 +53,45 @@ def finish(data_root: Path, out: Path) -> None:
     forked_ranks.run(small_flags(data_root, out, **FLAGS, resume="latest"), 2, out)
 
 
-def test_killed_run_continues_bit_identically(data_root: Path, tmp_path: Path, reference: Path):
-    run = tmp_path / "run"
-    kill_at_random(data_root, run, "torchrun", random.Random(1))
-    finish(data_root, run)
+def require_equal(run: Path, reference: Path) -> None:
+    """Checks that a run which was killed and has finished equals the uninterrupted one, bit for
+    bit."""
     assert all(is_part_of(lines, reference) for lines in starts_of(run))
     assert last_step(run / "logs/log.txt") == FLAGS["max_steps"]
     assert has_weights_of(run, reference)
+
+
+def test_killed_run_continues_bit_identically(data_root: Path, tmp_path: Path, reference: Path):
+    """Both ranks are killed at one moment."""
+    run, log = tmp_path / "run", tmp_path / "run/logs/log.txt"
+    with Ranks(small_flags(data_root, run, **FLAGS), 2, tmp_path) as ranks:
+        wait_until(lambda: last_step(log) >= 5, ranks.text)
+        time.sleep(random.Random(1).uniform(0, 0.1))
+    reached, kept = last_step(log), store.find(run / "checkpoints", "latest")
+    assert reached < FLAGS["max_steps"] and kept is not None
+    finish(data_root, run)
+    assert len(starts_of(run)) == 2
+    require_equal(run, reference)
+
+
+def test_a_run_saves_when_torchrun_is_killed(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    """A rank has another parent then; `kill -9` leaves torchrun no time to say anything."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
+
+    def lose_torchrun(**metrics: float) -> Answer:
+        if metrics["step"] == 5:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        return "go"
+
+    endless = small_config(data_root, tmp_path, max_steps=100_000, checkpoint_interval=None)
+    result = trainer.run(endless, lose_torchrun)
+    assert "rank 0: torchrun has died" in caplog.text
+    assert (result.state, result.exit_code) == ("stopped", 128 + signal.SIGUSR2)
+    newest = store.find(tmp_path / "checkpoints", "latest")
+    assert newest is not None and newest.stem == f"step_{result.step:06d}"
 
 
 @pytest.mark.soak
@@ -66,9 +103,7 @@ def test_soak_kills_at_random_moments(data_root: Path, tmp_path: Path, reference
         for victim in chance.sample(VICTIMS, 2):
             kill_at_random(data_root, run, victim, chance)
         finish(data_root, run)
-        assert all(is_part_of(lines, reference) for lines in starts_of(run))
-        assert last_step(run / "logs/log.txt") == FLAGS["max_steps"]
-        assert has_weights_of(run, reference)
+        require_equal(run, reference)
 
 
 SAVING = """

@@ -193,7 +193,7 @@ def limit_memory(
 def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypatch, error):
     limit_memory(monkeypatch, rows=3, error=error)
     message = (
-        r"8 rows of block_size=8 at once do not fit into the memory; use --mini_batch_size 4 "
+        r"4 rows of block_size=8 at once do not fit into the memory; use --mini_batch_size 2 "
         r"\(the total batch stays\), or --auto_mini_batch"
     )
     with pytest.raises(TrainingError, match=message):

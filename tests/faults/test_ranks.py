@@ -196,7 +196,7 @@ def test_a_bad_loss_of_one_rank_is_left_out_by_all(data_root: Path, tmp_path: Pa
 def test_out_of_memory_on_one_rank_names_the_flag(data_root: Path, tmp_path: Path):
     patch = FAILING.format(error='torch.OutOfMemoryError("CUDA out of memory")')
     script = patched_script(tmp_path / "full.py", patch)
-    run = Run(data_root, tmp_path / "run", script=script, **ENDLESS)
+    run = Run(data_root, tmp_path / "run", script=script, **ENDLESS | {"mini_batch_size": 2})
     assert run.end() != 0
     advice = "error: 2 rows of block_size=8 at once do not fit into the memory; use --mini_batch"
     assert advice in run.text()

@@ -298,7 +298,7 @@ def test_the_command_takes_the_options_of_the_run(
     flags = ("--device", "cpu", "--nproc_per_node=2", "--use_tensorboard")
     assert call(*small_flags(data_root, tmp_path), *flags) == 0
     printed = capsys.readouterr().out
-    assert "2 ranks of 4 rows per step, 2 at once, gradient accumulation 2" in printed
+    assert "2 ranks of 2 rows per step, 2 at once, gradient accumulation 1" in printed
     assert f"can be written: {tmp_path}/checkpoints, {tmp_path}/logs, {tmp_path}/runs" in printed
     assert printed.endswith("No problem found\n")
     assert list(tmp_path.iterdir()) == []

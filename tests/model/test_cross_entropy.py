@@ -274,7 +274,7 @@ def test_bfloat16_is_as_close_to_float32_as_with_plain_operations(size: float):
 
 
 def test_a_run_learns_the_same_with_it(data_root, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    ours, plain_one = (small_config(data_root, tmp_path / name) for name in "ab")
+    ours, plain_one = (small_config(data_root, tmp_path / name, max_steps=8) for name in "ab")
     trainer.run(ours)
     monkeypatch.setattr(base, "summed_cross_entropy", plain)
     trainer.run(plain_one)

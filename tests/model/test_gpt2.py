@@ -1,6 +1,7 @@
+from typing import Any
+
 import pytest
 import torch
-import transformers
 
 from gpt2 import model
 from gpt2.config.model import ModelConfig
@@ -19,8 +20,10 @@ def net() -> GPT2:
     return built
 
 
-def reference_of(net: GPT2) -> transformers.GPT2LMHeadModel:
+def reference_of(net: GPT2) -> Any:
     """transformers' GPT-2 with the same weights; its linear layers keep (in, out) matrices."""
+    import transformers  # takes seconds
+
     shape = net.config
     reference = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(

@@ -1,7 +1,5 @@
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from gpt2.config.model import ModelConfig
 from gpt2.config.run import OPTIMIZERS, OptimConfig
 from gpt2.model.base import LanguageModel
 from gpt2.optim import build, combined
-from support import run_command
 
 SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 
@@ -126,27 +123,3 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw():
     sizes = torch.linalg.svdvals(change)
     assert float(sizes.max() / sizes.min()) < 2.5, "those of the gradient differ by more"
     assert float(change.square().mean().sqrt()) == pytest.approx(0.2, rel=0.25)
-
-
-UPDATES = """
-import sys, torch
-from gpt2 import model
-from gpt2.config.model import ModelConfig
-from gpt2.config.run import OptimConfig
-from gpt2.optim import build
-for name in sys.argv[1:]:
-    net = model.build(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
-    optimizer = build.build_optimizer(net, OptimConfig(optimizer=name))
-    net(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
-    optimizer.clip_and_step(build.gradient_norm(net), 1.0, torch.tensor(True))
-    optimizer.zero_grad(set_to_none=True)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert "torch._dynamo" not in sys.modules, name
-"""
-
-
-def test_updates_load_no_compiler(tmp_path: Path):
-    """It would cost every process two seconds."""
-    script = tmp_path / "updates.py"
-    script.write_text(UPDATES)
-    run_command([sys.executable, str(script), "adamw", "muon"])

@@ -34,9 +34,12 @@ def test_each_shape_has_a_graph_of_its_own(
 def test_gradients_are_exchanged_between_parts_of_a_graph_after_rows_are_fitted(
     data_root: Path, tmp_path: Path
 ):
-    arguments = [str(data_root), str(tmp_path), "mini_batch_size=8", "total_batch_size=128"]
+    arguments = [str(data_root), str(tmp_path), "mini_batch_size=8", "total_batch_size=64"]
     printed = forked_ranks.run(
-        [*arguments, "max_steps=2", "eval_interval=None"], 2, tmp_path, SCRIPT
+        [*arguments, "max_steps=2", "eval_interval=None", "n_layer=1", "block_size=4"],
+        2,
+        tmp_path,
+        SCRIPT,
     )
     assert "--auto_mini_batch: 4 rows at once" in printed
     assert list(losses(tmp_path / "logs/log.txt")) == [1, 2]

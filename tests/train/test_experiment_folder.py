@@ -16,7 +16,7 @@ from gpt2.train import experiment_folder, trainer
 from gpt2.train.report import Answer
 from support import losses, small_config, small_flags, wait_until
 
-SHORT = {"device": "cpu", "eval_interval": None, "total_batch_size": 64}
+SHORT = {"device": "cpu", "eval_interval": None}
 
 
 def named_config(data_root: Path, out: Path, name: str, gpu_id: str = "2", **changes: object):

@@ -39,7 +39,7 @@ def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(data_root: Path, out: Path, **changes: object) -> RunConfig:
-    given: dict[str, object] = {"dtype": "float16", "eval_interval": None, "mini_batch_size": 4}
+    given: dict[str, object] = {"dtype": "float16", "eval_interval": None, "mini_batch_size": 2}
     given |= {"max_steps": STEPS, "decay_steps": STEPS, "checkpoint_interval": None}
     return small_config(data_root, out, **given | changes)
 
@@ -194,7 +194,7 @@ raise SystemExit(train_main())
 def test_ranks_agree_on_an_overflow_of_one_of_them(data_root: Path, tmp_path: Path):
     script = tmp_path / "overflowing.py"
     script.write_text(ONE_RANK_OVERFLOWS)
-    changes = {"dtype": "float16", "eval_interval": None, "mini_batch_size": 2}
+    changes = {"dtype": "float16", "eval_interval": None, "mini_batch_size": 1}
     flags = small_flags(data_root, tmp_path, **changes, max_steps=4)
     printed = forked_ranks.run(flags, 2, tmp_path, script)
     assert "step 2: gradients overflow" in printed

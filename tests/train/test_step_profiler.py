@@ -16,7 +16,7 @@ def test_a_run_with_a_profile_is_bit_identical_to_one_without(
     data_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
-    flags = {"max_steps": 10, "eval_interval": None, "profile": 3}
+    flags = {"max_steps": 10, "eval_interval": None, "profile": 3, "total_batch_size": 16}
     for name, changes in (("with", flags), ("without", flags | {"profile": None})):
         trainer.run(small_config(data_root, tmp_path / name, **changes))
     one, other = (
@@ -57,7 +57,7 @@ def test_a_full_disk_does_not_end_the_run(data_root: Path, tmp_path: Path, caplo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
-    changes = {"max_steps": 8, "eval_interval": None, "profile": 9}
+    changes = {"max_steps": 8, "eval_interval": None, "profile": 9, "total_batch_size": 8}
     result = trainer.run(small_config(data_root, tmp_path, **changes))
     assert (result.state, result.step) == ("finished", 8)
     assert "no profile:" in caplog.text

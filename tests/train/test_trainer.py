@@ -107,14 +107,14 @@ def test_a_stop_is_heeded_before_the_next_update(data_root: Path, tmp_path: Path
 def test_a_stop_within_a_step_saves_the_step_before(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The signal comes in the third of eight micro-batches of step 8, with dropout."""
+    """The signal comes in the third of four micro-batches of step 8, with dropout."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"mini_batch_size": 1, "eval_interval": None, "dropout": 0.2}
     trainer.run(small_config(data_root, whole, **options))
     forward, calls = GPT2.forward, itertools.count(1)
 
     def interrupted(net: GPT2, *given: Any) -> torch.Tensor:
-        if next(calls) == 7 * 8 + 3:
+        if next(calls) == 7 * 4 + 3:
             signal.raise_signal(signal.SIGTERM)
         return forward(net, *given)
 
@@ -122,7 +122,7 @@ def test_a_stop_within_a_step_saves_the_step_before(
         patch.setattr(GPT2, "forward", interrupted)
         result = trainer.run(small_config(data_root, parts, **options))
     assert (result.state, result.step, result.exit_code) == ("stopped", 7, 143)
-    assert next(calls) == 7 * 8 + 4, "no micro-batch after the signal"
+    assert next(calls) == 7 * 4 + 4, "no micro-batch after the signal"
     trainer.run(small_config(data_root, parts, **options, resume="latest"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
     one, other = load(whole, 20), load(parts, 20)
@@ -143,7 +143,8 @@ def test_a_spike_is_reported_and_skipped_on_request(
 
     monkeypatch.setattr(trainer, "gradient_norm", spiking)
     flags = {"skip_spikes": skip_spikes, "max_steps": 82, "eval_interval": None}
-    trainer.run(small_config(data_root, tmp_path, **flags, checkpoint_interval=None))
+    flags |= {"checkpoint_interval": None, "total_batch_size": 8}
+    trainer.run(small_config(data_root, tmp_path, **flags))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
     progress = load(tmp_path, 82)["progress"]
     assert (progress["spikes"], progress["bad_steps"]) == (1, int(skip_spikes))
@@ -333,7 +334,7 @@ def test_contradicting_flags_are_listed_with_both_values(data_root: Path, tmp_pa
     for line in (
         "  n_layer: 2 in the checkpoint, 3 now",
         "  block_size: 8 in the checkpoint, 4 now",
-        "  total_batch_size: 64 in the checkpoint, 256 now",
+        "  total_batch_size: 32 in the checkpoint, 256 now",
         "  seed: 1337 in the checkpoint, 7 now",
     ):
         assert line in str(caught.value).splitlines()

@@ -122,7 +122,7 @@ def test_the_comparison_is_printed_and_written(compared: Compared):
     rows = json.loads((compared.folder / "results.json").read_text())["summary"]
     assert [row["model"] for row in rows] == ["gpt2", "modern", "mlp"]
     for row in rows:
-        assert row["state"] == "finished" and row["tokens"] == 8 * 64
+        assert row["state"] == "finished" and row["tokens"] == 8 * 32
         assert row["parameters"] > 800_000 and row["peak_memory_gb"] > 0.05
         assert f"{row['val_loss']:.4f}" in compared.said
     lowest = min(row["val_loss"] for row in rows)

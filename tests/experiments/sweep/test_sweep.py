@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,24 +23,27 @@ def command(*flags: object) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, flags)]
 
 
-def sweep(tmp_path: Path, *flags: object, expect: int = 0, **environment: str) -> Any:
-    """A sweep of `jobs.measured` in its own process, in `tmp_path`."""
-    environment |= {"TRACE": str(tmp_path / "trace"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    # On the CPU it need not ask torch for GPUs.
-    target = ("--target", "experiments.jobs:measured", "--device", "cpu")
-    return run_command(command(*target, *flags), cwd=tmp_path, expect=expect, **environment)
-
-
 def starts(tmp_path: Path) -> list[str]:
     """`rate seed` of every start of a job."""
     lines = (tmp_path / "trace").read_text().splitlines()
     return [" ".join(line.split()[:2]) for line in lines]
 
 
-def test_a_sweep_stores_results_and_continues(tmp_path: Path):
-    flags = ("--num_seeds", 5, "--grid", "rate=1.5,2")
-    failed = sweep(tmp_path, *flags, expect=1, FAIL="1")
-    assert "FAILED rate=1.5,seed=3: RuntimeError: three is bad" in failed.stdout
+def test_a_sweep_stores_results_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
+
+    def sweep(*flags: str) -> int:
+        target = ("--target", "experiments.jobs:measured", "--device", "cpu")
+        monkeypatch.setattr(sys, "argv", ["gpt2 seeds", *target, *flags])
+        return seeds.seeds_main()
+
+    with monkeypatch.context() as patch:
+        patch.setenv("FAIL", "1")
+        assert sweep("--num_seeds", "5", "--grid", "rate=1.5,2") == 1
+    assert "FAILED rate=1.5,seed=3: RuntimeError: three is bad" in capsys.readouterr().out
     assert len(starts(tmp_path)) == 10
     content = json.loads((tmp_path / "checkpoints/seeds/results.json").read_text())
     assert content["failures"] == ["rate=1.5,seed=3", "rate=2,seed=3"]
@@ -49,12 +51,13 @@ def test_a_sweep_stores_results_and_continues(tmp_path: Path):
     assert content["results"][0]["result"]["nan"] is None
     (tmp_path / "trace").unlink()
 
-    mended = sweep(tmp_path, "--num_seeds", 6, "--grid", "rate=1.5,2,4")
+    assert sweep("--num_seeds", "6", "--grid", "rate=1.5,2,4") == 0
     again = [start for start in starts(tmp_path) if start.split()[0] != "4"]
     assert sorted(again) == ["1.5 3", "1.5 5", "2 3", "2 5"], "what is done does not run again"
     assert len(starts(tmp_path)) == 4 + 6, "seeds and values may be added"
-    assert "8 of them are done already" in mended.stdout
-    table = [line.split() for line in mended.stdout.splitlines()]
+    printed = capsys.readouterr().out
+    assert "8 of them are done already" in printed
+    table = [line.split() for line in printed.splitlines()]
     assert ["1.5", "6", "-", "3.75", "2.81", "0.81", "to", "6.69"] in table
     assert (tmp_path / "checkpoints/seeds/value.png").stat().st_size > 5000
 
@@ -163,7 +166,7 @@ def test_an_interrupted_sweep_continues(tmp_path: Path):
     assert running.returncode == 130 and "run the same command to continue" in output
     before = len(results.read_results(lines.parent))
     assert 6 <= before < 30
-    sweep(tmp_path, "--num_seeds", 30)
+    subprocess.run(flags, cwd=tmp_path, env=environment, check=True)
     assert len(results.read_results(lines.parent)) == 30
     assert sorted(starts(tmp_path)) == sorted(f"1.0 {seed}" for seed in range(30))
 
