@@ -167,7 +167,7 @@ def _errors_of_arrow(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "decrypt" in reason.lower():
             raise DataError(f"{name} is encrypted ({reason}); decrypt it") from error
