@@ -77,7 +77,7 @@ def test_files_become_a_corpus(tmp_path: Path, monkeypatch, capsys):
     flags = ("files", pattern, "--out", str(out), "--shard_tokens", "400", "--workers", "1")
     assert data(monkeypatch, *flags) == 0
     printed = capsys.readouterr().out
-    assert "2 documents of 2 files, 0 of them empty, 0 with bytes that are not UTF-8" in printed
+    assert "2 documents of 2 files; " in printed
     assert f"Train on it with --data_root {out}" in printed
     assert (out / "mine_val_000000.npy").exists()
     assert data(monkeypatch, "show", str(out), "--shard", "0") == 0
@@ -111,7 +111,7 @@ def test_a_local_data_set_through_the_hub_command(monkeypatch, capsys, tmp_path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert data(monkeypatch, "hf", str(tmp_path / "set"), *flags) == 0
     printed = capsys.readouterr().out
-    assert "100 documents, 0 of them empty" in printed
+    assert "100 documents" in printed
     train, val = (
         next(int(line.split()[2]) for line in printed.splitlines() if line.split()[:1] == [split])
         for split in ("train", "val")
@@ -145,3 +145,27 @@ def test_a_clearly_wrong_corpus_is_refused_before_its_end(tmp_path: Path, monkey
     flags = ("files", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1")
     assert data(monkeypatch, *flags) == 2
     assert "lines cannot be read" in capsys.readouterr().err  # not the number at the end
+
+
+def test_many_replaced_letters_are_a_warning(tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "a.csv").write_bytes(b"text\n" + "für Öl\n".encode("cp1252") * 50)
+    flags = ("files", str(tmp_path / "a.csv"), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert data(monkeypatch, *flags) == 0
+    printed = capsys.readouterr()
+    assert "50 documents of 1 file, 50 with bytes that are not UTF-8 (now U+FFFD)" in printed.out
+    assert "convert them, as with iconv -f cp1252 -t utf-8" in printed.err
+
+
+def test_the_other_splits_of_a_folder_are_named(tmp_path: Path, monkeypatch, capsys):
+    for split in ("train", "validation"):
+        lines = [json.dumps({"text": f"{split} {number}"}) + "\n" for number in range(50)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    flags = ("--out", str(tmp_path / "out"), "--workers", "1")
+    assert data(monkeypatch, "hf", str(tmp_path), *flags) == 0
+    printed = capsys.readouterr()
+    assert "1 file (train.jsonl), not 1 file (validation.jsonl): --split chooses" in printed.err
+    assert "50 documents of 1 file" in printed.out
+    assert data(monkeypatch, "hf", str(tmp_path), "--split", "test", *flags) == 2
+    assert "no file of the split test; choose one of train, validation" in capsys.readouterr().err
+    assert data(monkeypatch, "hf", str(tmp_path / "train.jsonl"), *flags) == 2
+    assert "is a file; type gpt2 data files" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from gpt2.base.errors import DataError
 from gpt2.data import corpora, files
 from gpt2.data.corpus import Corpus, Place
 
@@ -65,9 +66,12 @@ def test_hidden_files_in_a_folder_are_left_out_and_a_hidden_folder_is_read(tmp_p
     for name in ("data/train.jsonl", "data/.train.jsonl", ".old/train.jsonl", "data/test.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f'{{"text": "{name}"}}\n')
-    corpus = corpora.local_folder("x", folder)
-    assert corpus is not None
-    assert texts(corpus) == ["data/train.jsonl"]
+    found = corpora.find_in_folder(folder, "train")
+    assert found is not None
+    assert found.shown() == (
+        "1 file (data/train.jsonl), not 1 file (data/test.jsonl): --split chooses another split"
+    )
+    assert texts(corpora.of_folder("x", folder, found, None)) == ["data/train.jsonl"]
 
 
 def test_files_are_identified_by_their_names_their_ends_and_the_field(tmp_path: Path):
@@ -95,12 +99,15 @@ def test_a_folder_that_the_datasets_library_saved(tmp_path: Path):
     saved = tmp_path / ".cache" / "saved"
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved)
     shutil.copy(saved / "data-00000-of-00001.arrow", saved / "cache-0123456789abcdef.arrow")
-    corpus = corpora.local_folder("saved", saved)
-    assert corpus is not None
-    assert texts(corpus) == ["one", "two"]
+    found = corpora.find_in_folder(saved, "train")
+    assert found is not None
+    assert texts(corpora.of_folder("saved", saved, found, None)) == ["one", "two"]
 
 
 def test_files_without_a_split_in_their_names_are_for_training(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one")
-    assert corpora.local_folder("a", tmp_path, split="train") is not None
-    assert corpora.local_folder("a", tmp_path, split="validation") is None
+    assert corpora.find_in_folder(tmp_path, "train").files == ("a.txt",)
+    with pytest.raises(DataError, match="no file of the split test; choose one of train with"):
+        corpora.find_in_folder(tmp_path, "test")
+    (tmp_path / "b.jsonl").write_text("")
+    assert corpora.find_in_folder(tmp_path, "train") is None  # two kinds

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +91,24 @@ def test_soak_killed_at_random_moments(tmp_path: Path, never_killed: Path, seed:
     kill_at_random(tmp_path / "data", kills=6, seed=seed)
     support.run_command(data_command(tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(never_killed)
+
+
+def test_interrupts_one_after_the_other_end_a_preparation(tmp_path: Path, never_killed: Path):
+    folder = tmp_path / "data"
+    command = data_command(folder, "--workers", "2")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet, start_new_session=True) as started:
+        wait_until(lambda: number_of_shards(folder))
+
+        def ended() -> bool:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGINT)
+            return started.poll() is not None
+
+        wait_until(ended)
+    assert started.returncode in (130, -signal.SIGINT)
+    support.run_command(data_command(folder))
+    assert contents(folder) == contents(never_killed)
 
 
 def test_a_full_disk_is_one_error_and_finished_shards_are_kept(tmp_path: Path, never_killed: Path):

@@ -165,9 +165,9 @@ def test_other_fields_do_not_matter(tmp_path: Path, other: str):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"text": "cut', "invalid JSON (Unterminated string starting at at column 10)"),
-        ("not JSON", "invalid JSON (Expecting value at column 1)"),
-        ("\0\0\0", "invalid JSON (Expecting value at column 1)"),
+        ('{"text": "cut', "invalid JSON in column 10 (Unterminated string starting at)"),
+        ("not JSON", "invalid JSON in column 1 (Expecting value)"),
+        ("\0\0\0", "invalid JSON in column 1 (Expecting value)"),
         ("[1, 2]", "expected a JSON object, got an array"),
         ("17", "expected a JSON object, got a number"),
         ('{"body": "x"}', "no field 'text' among body"),
@@ -191,7 +191,7 @@ def test_a_number_in_place_of_a_text_is_refused_by_file_and_line(tmp_path: Path,
 
 def test_names_in_messages_are_one_line(tmp_path: Path):
     path = write(tmp_path, "a\n\x1b.jsonl", 'bad\n{"text": "a", "\\u001b[2J": 1}\n')
-    assert read(path)[0] == BadLines(f"{str(path)!r}:1: invalid JSON (Expecting value at column 1)")
+    assert read(path)[0] == BadLines(f"{str(path)!r}:1: invalid JSON in column 1 (Expecting value)")
     with pytest.raises(DataError) as error:
         read(path, "none")
     assert str(error.value) == (

@@ -25,6 +25,8 @@ from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
 
 logger = logging.getLogger(__name__)
+MANY_REPLACED = 0.01
+"""share of the documents with bytes that are not UTF-8, above which the encoding may be another"""
 ON_INTERRUPT = "Interrupted; the same command again resumes"
 
 
@@ -60,7 +62,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Named(CommandOptions):
-    """Prepare a corpus of the list in `gpt2 data --help`."""
+    """Prepare a named corpus, one of those that `gpt2 data` lists."""
 
     output: OutputOptions = OutputOptions()
 
@@ -84,7 +86,7 @@ class Hub(CommandOptions):
 
 @dataclass(frozen=True)
 class Files(CommandOptions):
-    """Prepare .txt, .jsonl, .json, .csv, .parquet or .arrow files, also .gz, .zst, .bz2 and .xz."""
+    """Prepare .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow files, also compressed."""
 
     patterns: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GLOB …")]
     """files or globs, in quotes: 'texts/**/*.txt'"""
@@ -99,7 +101,7 @@ def data_main() -> int:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         return show_text(_usage())
-    sys.argv[0] += f" {name}"
+    sys.argv = [f"{sys.argv[0]} {name}", *rest]
     if name in ACTIONS:
         kind, run = ACTIONS[name]
         on_interrupt = {Verify: data_verify.ON_INTERRUPT, Show: ""}.get(kind, ON_INTERRUPT)
@@ -120,11 +122,15 @@ def _refuse(name: str) -> NoReturn:
 def _hub(command: Hub) -> int:
     name, local = _slug(command.repo.rstrip("/").rpartition("/")[2]), Path(command.repo)
     if command.hf_name is None and local.is_dir():
-        corpus = corpora.local_folder(
-            name, local, split=command.split, text_field=command.text_field
+        folder = corpora.find_in_folder(local, command.split)
+        if folder is not None:
+            logger.info("Reading %s of %s", folder.shown(), local)
+            corpus = corpora.of_folder(name, local, folder, command.text_field)
+            return _prepare(corpus, command.output, file_count=len(folder.files))
+    if local.is_file():
+        raise ConfigError(
+            f"{command.repo} is a file; type gpt2 data files {shlex.quote(command.repo)}"
         )
-        if corpus is not None:
-            return _prepare(corpus, command.output)
     corpus = corpora.hub(
         name,
         command.repo,
@@ -169,11 +175,20 @@ def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = No
     read = counted(manifest.documents, "document")
     if file_count is not None:
         read += f" of {counted(file_count, 'file')}"
-    out.print(
-        f"{read}, {manifest.empty_documents:,} of them empty, "
-        f"{manifest.replaced_documents:,} with bytes that are not UTF-8 (now U+FFFD), "
-        f"{counted(manifest.bad_lines, 'bad line')} left out; {elapsed_s:.0f} s"
-    )
+    notes = [
+        (manifest.empty_documents, "empty"),
+        (manifest.replaced_documents, "with bytes that are not UTF-8 (now U+FFFD)"),
+    ]
+    found = [f"{count:,} {what}" for count, what in notes if count]
+    if manifest.bad_lines:
+        found.append(f"{counted(manifest.bad_lines, 'bad line')} left out")
+    out.print(f"{', '.join([read, *found])}; {elapsed_s:.0f} s")
+    if manifest.replaced_documents > MANY_REPLACED * manifest.documents:
+        logger.warning(
+            "many documents have bytes that are not UTF-8: if the files have another encoding, "
+            "their letters are lost; convert them, as with iconv -f cp1252 -t utf-8, and use "
+            "--overwrite"
+        )
     out.print(f"Train on it with --data_root {shlex.quote(str(folder))}", soft_wrap=True)
     return 0
 
@@ -209,8 +224,8 @@ ACTIONS: dict[str, tuple[type[CommandOptions], Callable[[Any], int]]] = {
 def _usage() -> str:
     rows = [(_typed(corpus.name), corpus.source) for corpus in corpora.CORPORA.values()]
     rows += [
-        ("hf REPO", "any dataset of the Hugging Face hub"),
-        ("files GLOB…", ".txt, .jsonl, .csv, .parquet or .arrow files, also compressed"),
+        ("hf REPO", "any dataset of the Hugging Face hub, or of a local folder"),
+        ("files GLOB…", "files of your own: .txt, .jsonl, .csv, .parquet and more"),
         ("verify DIR", "read every byte of the shards and name each file that is wrong"),
         ("show DIR", "look at shards: their text, the rows of a step, statistics"),
     ]
@@ -227,7 +242,7 @@ def _typed(name: str) -> str:
 def _typed_command() -> str:
     """The command that resumes this one: without --overwrite, which would start again."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
-    return shlex.join(["gpt2", "data", *arguments])
+    return shlex.join([*sys.argv[0].split(), *arguments])
 
 
 def _slug(text: str) -> str:

@@ -9,11 +9,12 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import DataError
+from gpt2.base.text import counted, printable
 from gpt2.data import fields, files, readers, remote, streams
 from gpt2.data.corpus import BadLines, Corpus, Document, in_blocks
 from gpt2.data.files import FoundFiles
@@ -84,6 +85,8 @@ NOT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
 """what the `datasets` library writes beside the data"""
 CACHED = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
 """names of what `map` and `filter` of that library leave beside the data"""
+MOST_NAMES = 6
+"""of files that a message lists"""
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation", "dev"),
@@ -92,13 +95,26 @@ SPLITS = {
 """words in the name of a file or folder that say to which split it belongs"""
 
 
-def local_folder(
-    name: str, folder: Path, *, split: str = "train", text_field: str | None = None
-) -> Corpus | None:
-    """The files of a split in a folder that may be a data set; None where they are not clear.
+@dataclass(frozen=True)
+class SplitOfFolder:
+    """The files of a split in a folder that may be a data set, by their names relative to it."""
 
-    It is identified as `hub` identifies it.
-    """
+    split: str
+    files: tuple[str, ...]
+    others: tuple[str, ...]
+    """files of other splits"""
+
+    def shown(self) -> str:
+        """`2 files (a.jsonl, b.jsonl), not 1 file (c.jsonl): --split chooses another split`."""
+        shown = _some(self.files)
+        if self.others:
+            shown += f", not {_some(self.others)}: --split chooses another split"
+        return shown
+
+
+def find_in_folder(folder: Path, split: str) -> SplitOfFolder | None:
+    """None where it is not clear which files are the split. Raises DataError for a folder that has
+    other splits alone."""
     below = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     data = [
         file
@@ -108,14 +124,34 @@ def local_folder(
         and not remote.is_hidden(file)
         and not CACHED.fullmatch(os.path.basename(file))
     ]
-    named = {file: _split_of(file) for file in data}
-    if any(named.values()) or split != "train":
-        data = [file for file in data if named[file] == split]
-    if not data or len({files.kind_of(file) for file in data}) > 1:
+    if not data:
         return None
-    found = files.find([str(folder / file) for file in data])
-    source = " ".join((str(folder), split, text_field or fields.USUAL[0]))
-    return replace(of_files(name, str(folder), found, text_field), source=source)
+    named = {file: _split_of(file) for file in data}
+    if not any(named.values()):
+        named = dict.fromkeys(data, "train")
+    chosen = tuple(file for file in data if named[file] == split)
+    others = tuple(file for file in data if named[file] != split)
+    if len({files.kind_of(file) for file in chosen}) > 1:
+        return None
+    if not chosen:
+        known = ", ".join(sorted(set(filter(None, named.values()))))
+        raise DataError(
+            f"{folder} has no file of the split {split}; choose one of {known} with --split"
+        )
+    return SplitOfFolder(split, chosen, others)
+
+
+def of_folder(name: str, folder: Path, found: SplitOfFolder, text_field: str | None) -> Corpus:
+    """The corpus of a split, identified as `hub` identifies it."""
+    checked = files.find([str(folder / file) for file in found.files])
+    source = " ".join((str(folder), found.split, text_field or fields.USUAL[0]))
+    return replace(of_files(name, str(folder), checked, text_field), source=source)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:MOST_NAMES])
+    more = ", …" if len(names) > MOST_NAMES else ""
+    return f"{counted(len(names), 'file')} ({shown}{more})"
 
 
 def _split_of(file: str) -> str | None:

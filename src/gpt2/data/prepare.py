@@ -175,9 +175,10 @@ def _write(
     """Writes the shards after `position`; returns the counts of all documents."""
     already, limit = writer.written, recipe.max_tokens
     counts, skipped = position.counts, position.tokens  # of the first block
-    with _progress_bar(console) as bar:
+    found = tokenisation.encoded_blocks(corpus.blocks(position.place), workers)
+    with _progress_bar(console) as bar, contextlib.closing(found) as encoded_blocks:
         task = bar.add_task(corpus.name, total=corpus.size(), documents=counts.documents, speed="")
-        for encoded in tokenisation.encoded_blocks(corpus.blocks(position.place), workers):
+        for encoded in encoded_blocks:
             tokens = encoded.tokens[skipped:]
             if limit is not None:
                 tokens = tokens[: limit - writer.written]
@@ -194,6 +195,7 @@ def _write(
             bar.update(task, completed=encoded.done, documents=counts.documents, speed=speed)
             if limit is not None and writer.written >= limit:
                 break
+        bar.update(task, total=bar.tasks[task].completed)  # nothing is left to do
     return counts
 
 
@@ -299,15 +301,17 @@ def _finished(folder: Path, recipe: Recipe) -> Manifest:
 
 def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state: str) -> None:
     now = asdict(recipe)
-    differences = [
-        f"{name}: {other.get(name)} before, {value} now"
-        for name, value in now.items()
-        if other.get(name) != value
-    ]
-    if differences:
+    names = [name for name, value in now.items() if other.get(name) != value]
+    differences = "; ".join(f"{name}: {other.get(name)} before, {now[name]} now" for name in names)
+    if names == ["source"]:
         raise DataError(
-            f"{folder} {state} with other options ({'; '.join(differences)}); use the same "
-            "options, choose another folder with --out, or start again with --overwrite"
+            f"{folder} {state} from other files, or with another --text_field ({differences}); "
+            "choose another folder with --out, or start again with --overwrite"
+        )
+    if names:
+        raise DataError(
+            f"{folder} {state} with other options ({differences}); use the same options, choose "
+            "another folder with --out, or start again with --overwrite"
         )
 
 

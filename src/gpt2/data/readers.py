@@ -272,7 +272,7 @@ def _values_of_line(line: bytes) -> list[Any]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and (records := _records_in_a_row(text)):
             return records
-        raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(f"invalid JSON in column {error.colno} ({error.msg})") from error
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply") from error
 

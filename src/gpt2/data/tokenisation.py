@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ class Encoded:
     """how much of the corpus' size is read with it"""
 
 
-def encoded_blocks(blocks: Iterator[Block], workers: int) -> Iterator[Encoded]:
+def encoded_blocks(blocks: Iterator[Block], workers: int) -> Generator[Encoded]:
     """The tokens of all blocks, in their order."""
     # Not "fork": the tokeniser's threads can deadlock in a forked process.
     context = multiprocessing.get_context("spawn")
@@ -64,7 +65,8 @@ def encoded_blocks(blocks: Iterator[Block], workers: int) -> Iterator[Encoded]:
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        with _interrupts_ignored():
+            pool.shutdown(cancel_futures=True)
 
 
 def tasks(blocks: Iterator[Block]) -> Iterator[list[Block]]:
@@ -143,6 +145,20 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A second Ctrl+C does not end the block, as it would in any thread; a pool that is not shut
+    down completely would keep the process from exiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with(parent: int) -> None:
