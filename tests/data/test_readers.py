@@ -182,11 +182,13 @@ def test_a_bad_line_is_left_out_with_its_place(tmp_path: Path, line: str, reason
 
 @pytest.mark.parametrize("value", ["1", "-1.5", "true", "1e400"])
 def test_a_number_in_place_of_a_text_is_refused_by_file_and_line(tmp_path: Path, value: str):
-    path = write(tmp_path, "a.jsonl", f'{{"text": "a"}}\n\n{{"text": {value}, "id": 1}}\n')
+    path = write(
+        tmp_path, "a.jsonl", f'{{"text": "a"}}\n\n{{"text": {value}, "id": 1, "title": "b"}}\n'
+    )
     with pytest.raises(DataError) as error:
         read(path)
     assert str(error.value).startswith(f"{path}:3: expected text in field 'text', got ")
-    assert "choose one of text, id with --text_field" in str(error.value)
+    assert str(error.value).endswith("; mend it, or choose one of title with --text_field")
 
 
 def test_names_in_messages_are_one_line(tmp_path: Path):
@@ -244,7 +246,8 @@ def test_records_with_other_separators(tmp_path: Path, monkeypatch, content, blo
 def test_a_line_of_records_and_something_else_is_bad(tmp_path: Path, line: str):
     _, bad, _ = read(write(tmp_path, "a.jsonl", f'{{"text": "a"}}\n{line}\n{{"text": "c"}}'))
     assert isinstance(bad, BadLines)
-    assert "a.jsonl:2: (Extra data" in bad.reason
+    assert "a.jsonl:2: invalid JSON in column " in bad.reason
+    assert "(Extra data)" in bad.reason
 
 
 def test_not_a_number_is_a_text_that_pandas_does_not_have(tmp_path: Path):
@@ -427,7 +430,10 @@ def test_numbers_in_an_arrow_file_that_lead_out_of_it_are_refused(tmp_path: Path
 def test_a_column_without_text(tmp_path: Path):
     table = pyarrow.table({"text": [1, 2], "id": ["a", "b"]})
     path = parquet_file(tmp_path / "a.parquet", table)
-    with pytest.raises(DataError, match="expected text in column 'text', got int64; choose one of"):
+    with pytest.raises(
+        DataError,
+        match="expected text in column 'text', got int64; convert it, or choose one of id",
+    ):
         read(path)
     assert texts(path, "id") == ["a", "b"]
 

@@ -118,12 +118,17 @@ def _text_column(name: str, schema: Any, field: str) -> int:
     from pyarrow import types
 
     number = fields.column(schema.names, field, name)
-    kind = schema.field(number).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if value not in (*_binary_types(), *_binary_types().values(), pyarrow.null()):
+    texts = (*_binary_types(), *_binary_types().values())
+
+    def holds(column: int) -> Any:
+        kind = schema.field(column).type
+        return kind.value_type if types.is_dictionary(kind) else kind
+
+    if holds(number) not in (*texts, pyarrow.null()):
+        others = [other for at, other in enumerate(schema.names) if holds(at) in texts]
         raise DataError(
-            f"{name}: expected text in column {field!r}, got {kind}; choose one of "
-            f"{fields.listed(schema.names)} with --text_field"
+            f"{name}: expected text in column {field!r}, got {schema.field(number).type}"
+            f"; convert it{fields.instead(others)}"
         )
     return number
 

@@ -39,6 +39,11 @@ def column(names: Sequence[str], field: str, source: str) -> int:
     return names.index(field)
 
 
+def instead(names: Sequence[str]) -> str:
+    """The end of a message about a field that does not hold text: the way out by those that do."""
+    return f", or choose one of {listed(names)} with --text_field" if names else ""
+
+
 def listed(names: Sequence[str]) -> str:
     """The first names of fields, each shortened: in a file without names they are texts."""
     shown = [printable(f"{name:.40}") for name in names[:MOST_NAMES]]

@@ -302,9 +302,10 @@ def from_record(value: Any, field: str, place: str) -> Document | BadLines:
     if text is None:
         return Document("")
     if isinstance(text, float | bool):
+        others = [name for name, other in value.items() if isinstance(other, str)]
         raise DataError(
-            f"{place}: expected text in field {field!r}, got {_kind(text)}; choose one of "
-            f"{fields.listed(list(value))} with --text_field"
+            f"{place}: expected text in field {field!r}, got {_kind(text)}; mend it"
+            f"{fields.instead(others)}"
         )
     if not isinstance(text, str):
         return BadLines(f"{place}: expected text in field {field!r}, got {_kind(text)}")
