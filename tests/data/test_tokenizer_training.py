@@ -1,10 +1,15 @@
 """A tokenizer that is trained: by the rules of byte-pair encoding, the same each time."""
 
+import itertools
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -165,6 +170,22 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path):
     assert done == []
     assert sum(map(len, texts)) > 0
     assert len(done) > 3 and done == sorted(done) and done[-1] == path.stat().st_size
+
+
+def test_ctrl_c_while_texts_are_read():
+    """The library calls the reader from its own threads, and takes all that it gives."""
+
+    def endless(_: int) -> Iterator[Document]:
+        for number in itertools.count():
+            yield Document("text " * 400)
+            if number == 1000:  # the main thread waits by now
+                os.kill(os.getpid(), signal.SIGINT)
+
+    texts = TrainingTexts(corpus.in_blocks(endless)(Place()))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer_training.train(texts, Recipe(300))
+    names = [thread.name for thread in threading.enumerate()]
+    assert "tokenizer training" not in names
 
 
 def test_too_little_text_names_the_size_that_it_gives():

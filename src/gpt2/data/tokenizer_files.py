@@ -107,12 +107,7 @@ def parse(content: str, source: str) -> Tokenizer:
     back byte by byte, or without a token for the end of a text.
     """
     name = printable(source)
-    try:
-        library = tokenizers.Tokenizer.from_str(content)
-    except BaseException as error:  # the library has no narrower class
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError(f"{name} is no {FILE} that can be read: {error}; {EXPECTED}") from error
+    library = _library(content, name)
     library.no_padding()
     library.no_truncation()
     library.encode_special_tokens = True  # as ordinary text
@@ -186,6 +181,18 @@ def follows_ids(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> 
     return all(len(model.tokenize(token)) == 1 for token in vocab)
 
 
+def _library(content: str, name: str) -> tokenizers.Tokenizer:
+    try:
+        file = json.loads(content)
+        model = file.get("model") if isinstance(file, dict) else None
+        if isinstance(model, dict) and model.get("continuing_subword_prefix"):
+            # The library may abort the process.
+            raise ValueError("its model has a continuing_subword_prefix")
+        return tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the library has no narrower class
+        raise DataError(f"{name} is no {FILE} that can be read: {error}; {EXPECTED}") from error
+
+
 def _splits(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     if pre_tokenizer is None:
         return []
@@ -201,7 +208,7 @@ def _what_is_lost(described: dict[str, Any], splits: list[dict[str, Any]]) -> st
         return f"a {model['type']} model"
     if described["normalizer"]:
         return f"a normalizer ({described['normalizer']['type']}), which changes texts"
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for option in ("dropout", "end_of_word_suffix"):
         if model[option]:
             return f"a model with {option}={model[option]!r}"
     if not splits or splits[-1]["type"] != "ByteLevel":

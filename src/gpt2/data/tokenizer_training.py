@@ -8,7 +8,9 @@ frequent the one with the lowest ids is merged first.
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,7 @@ MOST_HELD_OUT = 10_000_000
 LEAST_FREQUENCY = 2
 """of a pair that is merged"""
 NAMED_BAD_LINES = 10
+SECONDS_TO_STOP = 5.0
 CONFIG_FILE = "tokenizer_config.json"
 OTHER_FILES = (
     "vocab.json",
@@ -108,10 +111,14 @@ class TrainingTexts:
         self._on_read = on_read
         self._held_out_characters = 0
         self._first_bad_line = ""
+        self._is_stopped = False
 
     def __iter__(self) -> Iterator[str]:
-        """Raises DataError if the texts cannot be read, or too many lines."""
+        """Raises DataError if the texts cannot be read, or too many lines; InterruptedError after
+        `stop`."""
         for piece in self._read():
+            if self._is_stopped:
+                raise InterruptedError
             if self.text_bytes >= self._max_bytes:
                 self.is_cut = True
                 break
@@ -123,6 +130,10 @@ class TrainingTexts:
             else:
                 yield piece
         bad_lines.require_few(*self._readable(), self._max_bad_lines)
+
+    def stop(self) -> None:
+        """Lets another thread read no more."""
+        self._is_stopped = True
 
     def _read(self) -> Iterator[str]:
         for block in self._blocks:
@@ -163,7 +174,7 @@ def train(texts: TrainingTexts, recipe: Recipe) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trained.train_from_iterator(iter(texts), trainer)
+    _interruptible(lambda: trained.train_from_iterator(iter(texts), trainer), texts)
     trained.add_special_tokens(
         [
             tokenizers.AddedToken(token, special=True, normalized=False)
@@ -177,6 +188,32 @@ def train(texts: TrainingTexts, recipe: Recipe) -> str:
             f"{recipe.vocab_size:,}; use more text, or --vocab_size {entries}"
         )
     return trained.to_str(pretty=True)
+
+
+def _interruptible(learn: Callable[[], object], texts: TrainingTexts) -> None:
+    """Calls `learn` in a thread: the library does not notice Ctrl+C, a waiting main thread does.
+
+    Merging cannot be stopped; it ends with the process.
+    """
+    learned = Future[None]()
+
+    def run() -> None:
+        try:
+            learn()
+        except BaseException as error:  # is raised by the thread that waits
+            learned.set_exception(error)
+        else:
+            learned.set_result(None)
+
+    thread = threading.Thread(target=run, name="tokenizer training", daemon=True)
+    try:
+        thread.start()
+        learned.result()
+    except KeyboardInterrupt:
+        texts.stop()
+        if thread.is_alive():
+            thread.join(SECONDS_TO_STOP)
+        raise
 
 
 def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
