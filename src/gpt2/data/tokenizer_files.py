@@ -184,9 +184,9 @@ def follows_ids(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> 
 def _library(content: str, name: str) -> tokenizers.Tokenizer:
     try:
         file = json.loads(content)
-        model = file.get("model") if isinstance(file, dict) else None
-        if isinstance(model, dict) and model.get("continuing_subword_prefix"):
-            # The library may abort the process.
+        model: Any = file.get("model") if isinstance(file, dict) else None
+        is_bpe = isinstance(model, dict) and model.get("type") != "WordPiece"
+        if is_bpe and model.get("continuing_subword_prefix"):  # the library may abort the process
             raise ValueError("its model has a continuing_subword_prefix")
         return tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library has no narrower class
