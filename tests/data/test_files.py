@@ -312,7 +312,7 @@ REFUSED = [
     ("\ufeff<!doctype html>".encode("utf-16-le"), "web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1", "git lfs pull"),
     (b"/annex/objects/SHA256E-s1048576--abc.txt\n", "git annex get"),
-    (gzip.compress(b"text"), r"compressed by gzip; add \.gz to its name"),
+    (gzip.compress(b"text", mtime=0), r"compressed by gzip; add \.gz to its name"),
     (zstandard.compress(b"text"), r"compressed by zstd; add \.zst to its name"),
     (bz2.compress(b"text"), r"compressed by bzip2; add \.bz2 to its name"),
     (lzma.compress(b"text"), r"compressed by xz; add \.xz to its name"),
