@@ -441,7 +441,7 @@ def test_parquet_files():
         (b"text\n1\n", "not a Parquet file"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         (b"<html>", "a web page"),
-        (gzip.compress(b"text"), "compressed by gzip; add .gz"),
+        (gzip.compress(b"text", mtime=0), "compressed by gzip; add .gz"),
         (b"", "empty"),
         (b"PAR1", "truncated"),
     ],

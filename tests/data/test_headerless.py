@@ -154,7 +154,7 @@ FLOATS = np.random.default_rng(0).normal(size=999)
         (TEXTS["JSON"].encode(), "text"),
         (LFS, "a Git LFS pointer, not the file; get the file with: git lfs pull"),
         (HTML, "a web page"),
-        (gzip.compress(RANDOM.randbytes(9000)), "compressed by gzip"),
+        (gzip.compress(RANDOM.randbytes(9000), mtime=0), "compressed by gzip"),
         (b"\xff\xfe" + TEXTS["English"].encode("utf-16-le"), None),
         (pickle.dumps([0.5] * 999), None),
         (np.arange(999, dtype=np.float32).tobytes(), "32-bit floats; write them as np.fromfile("),
