@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
-from gpt2.base.validation import LARGEST, require, require_within
+from gpt2.base.validation import LARGEST, LARGEST_SEED, require, require_within
 from gpt2.cli import train
 from gpt2.cli.parse import CommandOptions
 from gpt2.config import options, presets
@@ -54,6 +54,8 @@ class OrderOptions:
 
     def __post_init__(self) -> None:
         require_within(self, 1, 10**9, "block_size")
+        require_within(self, 1, LARGEST, "total_batch_size")
+        require_within(self, 0, LARGEST_SEED, "seed")
 
     def row_tokens(self) -> int:
         """The block size, whether or not it fits the other options of a run."""
