@@ -3,22 +3,32 @@
 For tests of what ranks do together. What torchrun does (signals, restarts, its report) needs it.
 """
 
+import functools
 import multiprocessing
 import os
 import runpy
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
 from support import TRAIN
 
 FORKS = multiprocessing.get_context("forkserver")
-# DistributedDataParallel imports torch._dynamo, which takes as long as torch itself.
-FORKS.set_forkserver_preload(["gpt2.train.trainer", "gpt2.cli.train", "torch._dynamo"])
+FORKS.set_forkserver_preload(["rank_template"])
+
+
+@functools.cache
+def start_template() -> None:
+    """Starts the process that is forked for each rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it finds what this process does
+        forkserver.ensure_running()
 
 
 class Ranks(AbstractContextManager["Ranks"]):
@@ -32,6 +42,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         script: Path = TRAIN,
         **environment: str,
     ) -> None:
+        start_template()
         self._output = folder / "ranks.txt"
         self._output.write_text("")
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -91,6 +102,7 @@ def run(
 
 
 def _rank(script: Path, arguments: Sequence[str], variables: dict[str, str], output: Path) -> None:
+    assert "rank_template" in sys.modules, "multiprocessing ignores errors of what it preloads"
     os.environ.clear()
     os.environ.update(variables)
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)

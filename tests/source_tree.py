@@ -1,6 +1,7 @@
 """The files of the package, the floors of its folders, and who imports whom."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +34,16 @@ def name_of(path: Path) -> str:
     return next(name for name, other in NAMES.items() if other == path)
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def modules_imported_by(path: Path) -> set[str]:
     """Every module that a file names in an import, as `os` or as `gpt2.folder.file`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

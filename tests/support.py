@@ -27,7 +27,7 @@ SMALL_RUN: dict[str, object] = {
     "window": 8,
     "dropout": 0.1,
     "total_batch_size": 32,
-    "mini_batch_size": 2,
+    "mini_batch_size": 4,
     "max_steps": 20,
     "optimizer": "adamw",
     "learning_rate": 6e-3,

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from source_tree import FILES, FLOORS, NAMES, SOURCE, modules_imported_by, name_of, own_imports
+from source_tree import (
+    FILES,
+    FLOORS,
+    NAMES,
+    SOURCE,
+    modules_imported_by,
+    name_of,
+    own_imports,
+    tree_of,
+)
 
 TESTS = Path(__file__).parent
 # Inside experiments/: `grid`, `results`, `job_group` and `api` are files, the rest folders.
@@ -59,7 +68,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_what_is_pure_reads_no_clock_file_or_environment(path: Path):
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    docstring = ast.get_docstring(tree_of(path)) or ""
     is_pure = name_of(path).split(".")[0] in PURE_FOLDERS
     if is_pure or "Pure." in docstring.split("\n\n")[0]:
         assert not {name.split(".")[0] for name in modules_imported_by(path)} & IMPURE
@@ -67,9 +76,8 @@ def test_what_is_pure_reads_no_clock_file_or_environment(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_alarm_lengths(path: Path):
-    text = path.read_text()
-    assert text.count("\n") <= 500, f"{path} is too long"
-    for node in ast.walk(ast.parse(text)):
+    assert path.read_text().count("\n") <= 500, f"{path} is too long"
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 60, f"{path}: {node.name} has {length} lines"
@@ -77,7 +85,7 @@ def test_alarm_lengths(path: Path):
 
 def test_a_module_is_imported_by_its_own_name():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpt2"):
                 renamed = [alias.name for alias in node.names if alias.asname]
                 assert not renamed, f"{path}: {renamed} under another name"
@@ -88,7 +96,7 @@ def test_one_file_reads_the_variables_of_torchrun():
         if name != "distributed.rendezvous":
             strings = {
                 node.value
-                for node in ast.walk(ast.parse(path.read_text()))
+                for node in ast.walk(tree_of(path))
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             }
             assert not strings & TORCHRUN, f"{path} reads {strings & TORCHRUN}"

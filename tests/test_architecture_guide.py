@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.checkpoint import store
-from source_tree import FLOORS, NAMES, SOURCE, own_imports
+from source_tree import FLOORS, NAMES, SOURCE, own_imports, tree_of
 from support import ROOT, run_command
 
 TEXT = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
@@ -40,7 +40,7 @@ def path_of(text: str) -> Path:
 
 def is_defined(path: Path, dotted: str) -> bool:
     """Whether a file defines a function, class or constant, or a class in it a method."""
-    body: list[ast.stmt] = ast.parse(path.read_text()).body
+    body: list[ast.stmt] = tree_of(path).body
     for name in dotted.split("."):
         found = [node for node in body if name in names_of(node)]
         if not found:

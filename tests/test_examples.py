@@ -42,11 +42,12 @@ def loaded(name: str, patch: pytest.MonkeyPatch) -> Any:
 
 
 def within(tmp_path: Path, name: str, *flags: str) -> tuple[int, str]:
-    """The exit code of an example within this process, and what it says: where no job runs."""
+    """The exit code of an example that runs within this process, and what it says."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setattr(sys, "argv", [name, *flags])
+        patch.syspath_prepend(ROOT / "examples")  # where the processes of jobs find it
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return guarded(loaded(name, patch).run), said.getvalue()
 
@@ -64,7 +65,8 @@ def test_examples_are_short_and_need_only_what_is_public(path: Path):
 
 
 def test_teacher_student(tmp_path: Path):
-    said = example(tmp_path, *TEACHER)
+    code, said = within(tmp_path, *TEACHER)
+    assert code == 0, said
     assert "Left out, as narrower than the teacher: student dim 2 for rank 3" in said
     folder = tmp_path / "checkpoints" / "teacher_student"
     records = results.read_results(folder)

@@ -180,7 +180,10 @@ def run_each(runs: list[tuple[Path | None, list[str]]], folder: Path, ranks: int
     forked_ranks.run([given], ranks, folder, script)
 
 
-ONE_UPDATE = {"max_steps": 1, "total_batch_size": 64, "dropout": 0.0, "eval_interval": None}
+ONE_UPDATE = {
+    **{"max_steps": 1, "total_batch_size": 64, "mini_batch_size": 2},
+    **{"dropout": 0.0, "eval_interval": None},
+}
 THREE_UPDATES = {**ONE_UPDATE, "max_steps": 3, "block_size": 4, "total_batch_size": 32}
 SIX_UPDATES = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
 

@@ -69,6 +69,6 @@ def test_the_error_names_the_file(data_root: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("gpt2.model.gpt2.GPT2.forward", fail)
     with pytest.raises(
         TrainingError,
-        match=r"use --mini_batch_size 1 .*; what holds it is in logs/memory.pickle",
+        match=r"use --mini_batch_size 2 .*; what holds it is in logs/memory.pickle",
     ):
         trainer.run(small_config(data_root, tmp_path, eval_interval=None))

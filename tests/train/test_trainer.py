@@ -62,7 +62,7 @@ def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("architecture", "optimizer", "steps"),
     [
-        ("gpt2", "adamw", 20),
+        ("gpt2", "adamw", 12),
         ("gpt2", "muon", 4),
         *((name, "adamw", 4) for name in ARCHITECTURES if name != "gpt2"),
     ],
@@ -77,6 +77,7 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
         "decay_steps": steps,
         "eval_interval": steps // 4,
         "checkpoint_interval": steps // 2,
+        "mini_batch_size": 2,  # two micro-batches
     }
     trainer.run(small_config(data_root, whole, **options, max_steps=steps))
     trainer.run(small_config(data_root, parts, **options, max_steps=steps // 2))
@@ -109,7 +110,7 @@ def test_a_stop_within_a_step_saves_the_step_before(
 ):
     """The signal comes in the third of four micro-batches of step 8, with dropout."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = {"mini_batch_size": 1, "eval_interval": None, "dropout": 0.2}
+    options = {"mini_batch_size": 1, "eval_interval": None, "dropout": 0.2, "max_steps": 12}
     trainer.run(small_config(data_root, whole, **options))
     forward, calls = GPT2.forward, itertools.count(1)
 
@@ -125,7 +126,7 @@ def test_a_stop_within_a_step_saves_the_step_before(
     assert next(calls) == 7 * 4 + 4, "no micro-batch after the signal"
     trainer.run(small_config(data_root, parts, **options, resume="latest"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")
-    one, other = load(whole, 20), load(parts, 20)
+    one, other = load(whole, 12), load(parts, 12)
     for same in ("model", "optimizer", "rng", "progress", "spikes"):
         assert_same(one[same], other[same])
 
@@ -359,7 +360,7 @@ def test_each_option_that_changes_at_a_resume_is_listed(data_root, tmp_path, cap
     assert result.step == 4
     printed = capsys.readouterr().out
     assert "  - learning_rate: 0.006 before, 0.0001 from here" in printed
-    assert "  - mini_batch_size: 2 before, 8 from here" in printed
+    assert "  - mini_batch_size: 4 before, 8 from here" in printed
     assert "checkpoint_dir" not in printed.partition("Run demo")[0]
 
 
