@@ -68,7 +68,7 @@ def test_options_of_earlier_versions_are_ignored():
         ({"n_layer": 0}, "n_layer=0 is too small"),
         ({"n_head": 5}, "n_embd=768 is not a multiple of n_head=5; nearest: 765 or 770"),
         ({"architecture": "gpt3"}, "did you mean gpt2.*; expected one of gpt2, modern, mlp"),
-        ({"vocab_size": 50000}, "vocab_size=50000 is too small; expected 50257"),
+        ({"vocab_size": 0}, "vocab_size=0 is too small; expected 1 or more"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"beta1": 1.0}, "beta1=1.0"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),

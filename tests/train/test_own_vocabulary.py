@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,30 @@ def test_a_prompt_that_is_not_in_the_vocabulary_is_one_warning(tmp_path: Path):
     log = (tmp_path / "logs" / "log.txt").read_text()
     assert log.count("training continues without samples: '\N{SNOWMAN}' is not in the vocab") == 1
     assert "sampling failed" not in log
+
+
+def test_a_model_needs_no_more_tokens_than_its_data(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    splits = foreign_shards.nanogpt_characters(tmp_path / "char")
+    size = len({*splits["train"], *splits["val"]})
+    flags = {"sample_interval": 2, "sample_prompt": splits["train"][:5], "max_steps": 2}
+    trainer.run(small_config(tmp_path / "char", tmp_path / "out", **flags, vocab_size=size))
+    source = ("--checkpoint_dir", tmp_path / "out" / "checkpoints")
+    output = ("--output", tmp_path / "results.json")
+    assert gpt2(monkeypatch, "evaluate", *source, *output, "--tasks", "val") == 0
+    capsys.readouterr()
+    assert gpt2(monkeypatch, "generate", *source, "--prompt", splits["train"][:5]) == 0
+    assert capsys.readouterr().out.startswith(splits["train"][:5])
+
+    small = tmp_path / "small"  # GPT-2's tokens, of which it has the smallest
+    small.mkdir()
+    for split in ("train", "val"):
+        np.arange(200, dtype=np.uint16).tofile(small / f"{split}.bin")
+    for data, needed in ((data_root, 50257), (small, 50257), (tmp_path / "char", size)):
+        expected = rf"token ids up to {needed - 1}, .* use --vocab_size {needed} or more"
+        with pytest.raises(DataError, match=expected):
+            trainer.run(small_config(data, tmp_path, vocab_size=size - 1))
 
 
 def test_without_what_needs_gpt2_tokens_there_is_no_warning(tmp_path: Path, caplog):

@@ -148,7 +148,6 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         )
     settings = replace(settings, model=loaded.model.config)
     data = load_index(Storage(root), cache_of(settings))
-    require_known_ids(settings, data)
     if data.vocabulary is None:
         loaded.require_gpt2_tokens(f", as {data.storage} has them")
     elif data.vocabulary != loaded.vocabulary and loaded.is_vocabulary_known:
@@ -156,6 +155,7 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
             f"{data.storage} has a vocabulary of its own ({META_PKL}), on which {loaded.source} "
             "was not trained; name other shards with --data_root"
         )
+    require_known_ids(settings, data)
     shards = TokenDataset(data, "val", loaded.model.config.block_size)
     rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpt2.base.validation import nearest_multiples, require, require_within, suggestion
-from gpt2.data import tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class ModelConfig:
     n_embd: int = 768
     """width of the residual stream"""
     vocab_size: int = 50304
-    """rows of the embedding: the 50257 tokens, padded to a multiple of 128"""
+    """rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 128; data with a smaller
+    vocabulary of its own needs fewer"""
     block_size: int = 1024
     """context length in tokens"""
     window: int = 16
@@ -44,12 +44,7 @@ class ModelConfig:
         require_within(self, 1, 10**6, "n_head", "n_embd")
         require_within(self, 1, 10**9, "block_size", "window")
         ARCHITECTURES[self.architecture].check(self)
-        require(
-            self.vocab_size >= tokenizer.VOCAB_SIZE,
-            f"vocab_size={self.vocab_size} is too small; expected {tokenizer.VOCAB_SIZE} tokens or "
-            "more; use --vocab_size 50304",
-        )
-        require_within(self, tokenizer.VOCAB_SIZE, 10**9, "vocab_size")
+        require_within(self, 1, 10**9, "vocab_size")
         require(
             0 <= self.dropout < 1, f"dropout={self.dropout} is invalid; expected 0 <= dropout < 1"
         )

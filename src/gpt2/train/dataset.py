@@ -2,7 +2,7 @@
 
 from gpt2.base.errors import DataError
 from gpt2.config.run import RunConfig
-from gpt2.data import corpora, prepare
+from gpt2.data import corpora, prepare, vocabulary
 from gpt2.data.cache import ShardCache
 from gpt2.data.corpus import Corpus
 from gpt2.data.remote import Storage
@@ -46,9 +46,10 @@ def to_prepare(storage: Storage) -> Corpus | None:
 
 
 def require_known_ids(run_config: RunConfig, data: DatasetIndex) -> None:
-    """Raises DataError if the data has token ids that the model has not."""
-    if data.vocab_size > run_config.model.vocab_size:
+    """Raises DataError if the model lacks token ids of the data, or of prompts for such a model."""
+    needed = max(data.vocab_size, vocabulary.tokenizer_of(data.vocabulary).vocab_size)
+    if needed > run_config.model.vocab_size:
         raise DataError(
-            f"{data.storage} has token ids up to {data.vocab_size - 1}, the model only "
-            f"{run_config.model.vocab_size}; use --vocab_size {data.vocab_size} or more"
+            f"{data.storage} has token ids up to {needed - 1}, the model only "
+            f"{run_config.model.vocab_size}; use --vocab_size {needed} or more"
         )

@@ -1,6 +1,7 @@
 """How many rows a rank computes at once: chosen for the GPU's memory, and tried before training."""
 
 import gc
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,7 +98,8 @@ def largest_that_fits(
                 "use a smaller --block_size or --preset"
             )
         rows //= 2
-        torch.compiler.reset()  # the graph of the rows that do not fit is not needed
+        if "torch._dynamo" in sys.modules:  # else this would import it, which takes seconds
+            torch.compiler.reset()  # the graph of the rows that do not fit is not needed
     return rows
 
 
