@@ -19,6 +19,7 @@ from gpt2.data import corpus, tokenizer, tokenizer_files, tokenizer_training
 from gpt2.data.corpus import Document, Place
 from gpt2.data.tokenizer_files import END_OF_TEXT, Tokenizer
 from gpt2.data.tokenizer_training import Recipe, TrainingTexts
+from gpt2.data.vocabulary import Characters
 from gpt2.inference import tokenizer_export
 
 ODD_PARTS = (
@@ -121,7 +122,7 @@ def changed(change: Callable[[dict[str, Any]], object], content: str | None = No
 @given(text=odd_texts)
 def test_the_ids_are_the_library_s_and_every_byte_comes_back(name: str, text: str):
     ours, library = loaded(name)
-    ids = ours.encode(text)
+    ids = ours.encode_to_numpy(text)
     assert ids.dtype == np.uint32
     assert ids.tolist() == library.encode(text).ids
     assert ours.decode(ids.tolist()) == text
@@ -190,7 +191,7 @@ def test_what_does_not_follow_the_ids(vocab: str, merges: str, reason: str):
 def test_gpt2_s_file_has_the_ids_of_the_published_encoder():
     ours, _ = loaded("GPT-2")
     text = "Hello, I'm a language model,<|endoftext|>\n\n"
-    assert ours.encode(text).tolist() == tokenizer.encode(text)
+    assert ours.encode(text) == tokenizer.encode(text)
     assert (ours.vocab_size, ours.end_of_text) == (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT)
     assert ours.byte_lengths.tolist() == tokenizer.byte_lengths()[: ours.vocab_size].tolist()
     assert ours.token_bytes(ours.end_of_text) == b"<|endoftext|>"
@@ -201,14 +202,14 @@ def test_gpt2_s_file_has_the_ids_of_the_published_encoder():
 def test_it_is_sent_to_another_process():
     ours, _ = loaded("cl100k's pattern")
     sent = pickle.loads(pickle.dumps(ours))
-    assert sent.encode("it's 1234").tolist() == ours.encode("it's 1234").tolist()
-    assert (sent.digest, sent.source) == (ours.digest, ours.source)
+    assert sent.encode("it's 1234") == ours.encode("it's 1234")
+    assert (sent.identity, sent.name) == (ours.identity, ours.name)
 
 
 def test_a_million_empty_lines():
     ours, _ = loaded("gpt2's pattern")
     text = "\n" * 1_000_000
-    assert ours.decode(ours.encode(text).tolist()) == text
+    assert ours.decode(ours.encode(text)) == text
 
 
 def as_older_versions_write_it(file: dict[str, Any]) -> None:
@@ -229,11 +230,8 @@ def as_older_versions_write_it(file: dict[str, Any]) -> None:
 def test_the_digest_is_that_of_the_tokenizer_and_not_of_the_file():
     ours = loaded("gpt2's pattern")[0]
     older = tokenizer_files.parse(changed(as_older_versions_write_it), "older")
-    assert older.digest == ours.digest
-    assert (
-        older.is_fast
-        and older.encode("the cat sat").tolist() == ours.encode("the cat sat").tolist()
-    )
+    assert older.identity == ours.identity
+    assert older.is_fast and older.encode("the cat sat") == ours.encode("the cat sat")
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -248,7 +246,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_tokenizer_has_another_digest(name: str):
     other = tokenizer_files.parse(changed(CHANGES[name]), "other")
-    assert other.digest != loaded("gpt2's pattern")[0].digest
+    assert other.identity != loaded("gpt2's pattern")[0].identity
 
 
 def refused(**model: Any) -> Callable[[dict[str, Any]], object]:
@@ -351,4 +349,22 @@ def test_a_file_or_a_folder(tmp_path: Path):
     with pytest.raises(DataError, match="not UTF-8"):
         tokenizer_files.load(path)
     tokenizer_training.write(tmp_path, trained("gpt2"))
-    assert tokenizer_files.load(path).digest == tokenizer_files.load(tmp_path).digest
+    assert tokenizer_files.load(path).identity == tokenizer_files.load(tmp_path).identity
+
+
+def test_a_tokenizer_is_known_by_what_it_does():
+    """GPT-2's by its name, any other by a digest, wherever it comes from and whatever its name."""
+    ours, _ = loaded("gpt2's pattern")
+    elsewhere = tokenizer_files.parse(trained("gpt2"), "/some/where.json", "another name")
+    characters = Characters(("a", "b"))
+    assert ours == elsewhere and ours != loaded("cl100k's pattern")[0]
+    assert characters.identity == Characters(("a", "b")).identity != Characters(("b", "a")).identity
+    assert tokenizer.GPT2_TOKENIZER.identity == tokenizer.GPT2_TOKENIZER.name == "gpt2"
+    assert pickle.loads(pickle.dumps(tokenizer.GPT2_TOKENIZER)) is tokenizer.GPT2_TOKENIZER
+    assert len({ours.identity, characters.identity, "gpt2"}) == 3
+
+
+def test_a_file_is_named_by_its_folder(tmp_path: Path):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text(trained("gpt2"))
+    assert tokenizer_files.load(tmp_path / "tok").name == "tok/tokenizer.json"

@@ -99,7 +99,7 @@ def test_special_tokens_have_the_last_ids_and_are_learned_from_no_text():
     loaded = tokenizer_files.parse(content, "test")
     assert [loaded.token_bytes(token) for token in (270, 271)] == [b"<|endoftext|>", b"<|pad|>"]
     assert set(merged(content)) >= {b"endoftext", b"pad"}
-    assert loaded.encode(text).max() < 270
+    assert max(loaded.encode(text)) < 270
     assert loaded.decode(loaded.encode(text)) == text
 
 
@@ -208,7 +208,7 @@ def test_transformers_reads_the_folder_and_gives_the_same_ids(tmp_path: Path, pa
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tok")
     ours = tokenizer_files.load(tmp_path / "tok")
     for text in (*TEXTS, " The  CAT'S\t12345!!\n\n🦜 日本", "\r\n ' é", "  x"):
-        ids = ours.encode(text).tolist()
+        ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_text == len(theirs) - 1

@@ -159,7 +159,7 @@ def _described(
         "vocab_size": command.vocab_size,
         "pattern": command.pattern,
         "special_tokens": command.recipe().special_tokens,
-        "digest": tokenizer_files.load(command.out).digest,
+        "digest": tokenizer_files.load(command.out).identity,
         "documents": texts.documents,
         "bad_lines": texts.bad_lines,
         "text_bytes": texts.text_bytes,
@@ -200,7 +200,7 @@ def _print(
 
 def _show(command: Show) -> int:
     loaded = tokenizer_files.load(command.tokenizer)
-    ids = loaded.encode(os.fsencode(command.text).decode("utf-8", "replace")).tolist()
+    ids = loaded.encode(os.fsencode(command.text).decode("utf-8", "replace"))
     texts = [loaded.token_bytes(number).decode("utf-8", "backslashreplace") for number in ids]
     if command.json:
         print(json.dumps({"ids": ids, "tokens": texts}))

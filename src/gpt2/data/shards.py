@@ -30,8 +30,8 @@ from gpt2.data.formats import HEAD_BYTES, Tokens
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
 from gpt2.data.shard_file import ShardFile
-from gpt2.data.tokenizer import Tokenizer
-from gpt2.data.vocabulary import Vocabulary
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
+from gpt2.data.vocabulary import Characters, Vocabulary
 
 Split = Literal["train", "val"]
 Fingerprint = dict[Split, list[str | None]]
@@ -110,7 +110,6 @@ class DatasetIndex:
 
     storage: Storage
     shards: tuple[Shard, ...]
-    vocab_size: int
     has_manifest: bool
     """whether a manifest gives the SHA-256 of every shard"""
     cache: ShardCache | None = None
@@ -119,16 +118,21 @@ class DatasetIndex:
     """name of the corpus; None without a manifest"""
     ends: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of size, beginning and end of each shard, by file, if there is no manifest"""
-    vocabulary: Vocabulary | None = None
-    """the texts of a nanoGPT data set's own token ids; None for GPT-2's tokens"""
+    tokenizer: Tokenizer = GPT2_TOKENIZER
+    """which the manifest names, or the `meta.pkl` of a nanoGPT data set; else it is GPT-2's"""
     content: Content = field(default_factory=Content, compare=False)
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return vocabulary.tokenizer_of(self.vocabulary)
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The texts of a nanoGPT data set's own token ids; None for other tokenizers."""
+        return self.tokenizer.texts if isinstance(self.tokenizer, Characters) else None
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.of(split))
@@ -209,9 +213,7 @@ def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
                         f"{storage.full(shard.file)}: expected {shard.bytes} bytes, got {size}"
                         f"{hints.repair(storage)}"
                     )
-    return DatasetIndex(
-        storage, manifest.shards, manifest.vocab_size, has_manifest=True, corpus=manifest.corpus
-    )
+    return DatasetIndex(storage, manifest.shards, has_manifest=True, corpus=manifest.corpus)
 
 
 def files_by_name(storage: Storage) -> list[tuple[str, int, Split]]:
@@ -239,10 +241,9 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
     return DatasetIndex(
         storage,
         shards,
-        vocab_size=tokenizer.VOCAB_SIZE if own is None else len(own),
         has_manifest=False,
         ends=ends,
-        vocabulary=own,
+        tokenizer=vocabulary.tokenizer_of(own),
     )
 
 

@@ -68,9 +68,16 @@ def byte_lengths() -> npt.NDArray[np.uint8]:
 
 def text_bytes(tokens: npt.NDArray[np.integer[Any]]) -> int:
     """Bytes of the UTF-8 text that the tokens hold, without their <|endoftext|>."""
+    return sum_of_lengths(byte_lengths(), tokens)
+
+
+def sum_of_lengths(
+    lengths: npt.NDArray[np.unsignedinteger[Any]], tokens: npt.NDArray[np.integer[Any]]
+) -> int:
+    """The sum of `lengths`, which are by token id, over all tokens."""
     parts = range(0, len(tokens), COUNTED_AT_ONCE)
-    lengths = (byte_lengths().take(tokens[start : start + COUNTED_AT_ONCE]) for start in parts)
-    return sum(int(part.sum(dtype=np.int64)) for part in lengths)
+    found = (lengths.take(tokens[start : start + COUNTED_AT_ONCE]) for start in parts)
+    return sum(int(part.sum(dtype=np.int64)) for part in found)
 
 
 def merges() -> list[tuple[bytes, bytes]]:
@@ -121,6 +128,14 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     @property
+    def name(self) -> str:
+        """For messages: "gpt2" for GPT-2's and no other, else "tiktoken:cl100k_base" or a file."""
+
+    @property
+    def identity(self) -> str:
+        """The same for the same ids of every text: "gpt2" for GPT-2's, else a SHA-256."""
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids; the rows that pad an embedding have none."""
 
@@ -141,8 +156,9 @@ class Tokenizer(Protocol):
 
 
 class Gpt2Tokenizer:
-    """GPT-2's, as the functions of this module."""
+    """GPT-2's, as the functions of this module. GPT2_TOKENIZER is the only one."""
 
+    name = identity = NAME
     vocab_size = VOCAB_SIZE
     end_of_text = END_OF_TEXT
 
@@ -157,6 +173,9 @@ class Gpt2Tokenizer:
 
     def text_bytes(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
         return text_bytes(tokens)
+
+    def __reduce__(self) -> str:
+        return "GPT2_TOKENIZER"
 
 
 GPT2_TOKENIZER = Gpt2Tokenizer()

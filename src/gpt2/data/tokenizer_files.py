@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,30 +44,34 @@ SPLIT_FIELDS = ("type", "pattern", "behavior", "invert", "individual_digits", "u
 Ids = npt.NDArray[np.uint32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Tokenizer:
-    """What a `tokenizer.json` says."""
+    """What a `tokenizer.json` says: a `gpt2.data.tokenizer.Tokenizer`."""
 
-    content: str
-    """of the file"""
-    source: str
-    """the file's path"""
-    vocab_size: int
-    """the largest id, and 1"""
-    end_of_text: int
-    """id of the token that begins each document"""
-    digest: str
+    identity: str
     """SHA-256 of what decides about the ids of a text and the text of ids: the same for files of
     the same tokenizer that several versions of the library wrote"""
-    byte_lengths: npt.NDArray[np.unsignedinteger[Any]]
+    name: str = field(compare=False)
+    content: str = field(compare=False)
+    """of the file"""
+    vocab_size: int = field(compare=False)
+    """the largest id, and 1"""
+    end_of_text: int = field(compare=False)
+    """id of the token that begins each document"""
+    byte_lengths: npt.NDArray[np.unsignedinteger[Any]] = field(compare=False, repr=False)
     """bytes of text by id; 0 for special tokens, and for ids without a token"""
-    is_fast: bool
+    is_fast: bool = field(compare=False)
     """whether tiktoken encodes"""
-    _tokens: Mapping[int, bytes]
-    _encode: Callable[[str], Ids]
+    _tokens: Mapping[int, bytes] = field(compare=False, repr=False)
+    _encode: Callable[[str], Ids] = field(compare=False, repr=False)
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str) -> list[int]:
         """Ids of `text`, without lone surrogates; special tokens in it are ordinary text."""
+        ids: list[int] = self._encode(text).tolist()
+        return ids
+
+    def encode_to_numpy(self, text: str) -> Ids:
+        """As `encode`, and faster."""
         return self._encode(text)
 
     def token_bytes(self, token: int) -> bytes:
@@ -78,18 +82,22 @@ class Tokenizer:
         """Text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
+    def text_bytes(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+        """UTF-8 bytes of the text of `tokens`; special ones have none."""
+        return tokenizer.sum_of_lengths(self.byte_lengths, tokens)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return parse, (self.content, self.source)
+        return parse, (self.content, self.name, self.name)
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer of a file, or of the `tokenizer.json` of a folder.
+    """The tokenizer of a file, or of the `tokenizer.json` of a folder, called `folder/file`.
 
     Raises DataError if there is none, or as `parse` does.
     """
     file = path / FILE if path.is_dir() else path
     try:
-        return parse(file.read_text("utf-8"), str(file))
+        return parse(file.read_text("utf-8"), str(file), "/".join(file.parts[-2:]))
     except FileNotFoundError:
         raise DataError(
             f"no {printable(file)}; expected a folder with {FILE}, or such a file"
@@ -100,14 +108,14 @@ def load(path: Path) -> Tokenizer:
         raise DataError(f"{printable(file)} is no {FILE}: it is not UTF-8") from error
 
 
-def parse(content: str, source: str) -> Tokenizer:
-    """The tokenizer that a file's content describes.
+def parse(content: str, source: str, name: str | None = None) -> Tokenizer:
+    """The tokenizer that a file's content describes; its name is `source` without another.
 
     Raises DataError, naming `source`, if it is damaged, of a kind that does not give every text
     back byte by byte, or without a token for the end of a text.
     """
-    name = printable(source)
-    library = _library(content, name)
+    shown = printable(source)
+    library = _library(content, shown)
     library.no_padding()
     library.no_truncation()
     library.encode_special_tokens = True  # as ordinary text
@@ -115,7 +123,7 @@ def parse(content: str, source: str) -> Tokenizer:
     model, added = described["model"], described["added_tokens"]
     splits = _splits(described["pre_tokenizer"])
     if loss := _what_is_lost(described, splits):
-        raise DataError(f"{name} has {loss}; {EXPECTED}")
+        raise DataError(f"{shown} has {loss}; {EXPECTED}")
     special = {token["content"]: token["id"] for token in added if token["special"]}
     texts = {token["content"]: token["id"] for token in added if not token["special"]}
     spelled = {
@@ -123,18 +131,14 @@ def parse(content: str, source: str) -> Tokenizer:
         for spelling, number in model["vocab"].items()
         if spelling not in special and spelling not in texts
     }
-    merged = _bytes_of(spelled, name)
+    merged = _bytes_of(spelled, shown)
     ordinary = merged | {number: text.encode() for text, number in texts.items()}
     tokens = ordinary | {number: text.encode() for text, number in special.items()}
     pattern = _known_pattern(splits)
     is_fast = pattern is not None and not texts and follows_ids(spelled, model["merges"])
     lengths = [len(ordinary.get(number, b"")) for number in range(max(tokens) + 1)]
     return Tokenizer(
-        content=content,
-        source=source,
-        vocab_size=len(lengths),
-        end_of_text=_end_of_text(special, name),
-        digest=_digest(
+        identity=_digest(
             {number: token.hex() for number, token in sorted(merged.items())},
             model["merges"],
             bool(model["ignore_merges"]),
@@ -142,6 +146,10 @@ def parse(content: str, source: str) -> Tokenizer:
             sorted(special.items()),
             sorted((token["content"], token["id"], token["single_word"]) for token in added),
         ),
+        name=name or source,
+        content=content,
+        vocab_size=len(lengths),
+        end_of_text=_end_of_text(special, shown),
         byte_lengths=np.array(lengths, dtype=np.min_scalar_type(max(lengths))),
         is_fast=is_fast,
         _tokens=tokens,

@@ -311,7 +311,9 @@ def efficiencies(content: str, texts: Sequence[str]) -> dict[str, Efficiency | N
     """Of the tokenizer in `content`, and of GPT-2's, which has one for each text."""
     trained = tokenizer_files.parse(content, FILE)
     return {
-        "trained": efficiency(texts, trained.encode, trained.byte_lengths, trained.vocab_size),
+        "trained": efficiency(
+            texts, trained.encode_to_numpy, trained.byte_lengths, trained.vocab_size
+        ),
         "gpt2": efficiency(
             texts,
             lambda text: tokenizer.encode_to_numpy(tokenizer.load(), text),

@@ -3,7 +3,9 @@
 Nothing of it is executed: a pickle of anything but plain values is refused before it is loaded.
 """
 
+import hashlib
 import io
+import json
 import pickle
 import pickletools
 import re
@@ -85,7 +87,12 @@ class Characters:
     """A `Tokenizer` whose tokens are the texts of a vocabulary, which nanoGPT's are characters."""
 
     texts: Vocabulary
+    name: ClassVar[str] = META_PKL
     end_of_text: ClassVar[None] = None
+
+    @cached_property
+    def identity(self) -> str:
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
