@@ -8,8 +8,9 @@ import pytest
 
 import foreign_shards
 from gpt2.data import tokenizer
+from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
-from gpt2.data.shards import Split, TokenDataset, load_index
+from gpt2.data.shards import TokenDataset, load_index
 
 BLOCK_SIZE = 8
 

@@ -12,8 +12,9 @@ import pytest
 from gpt2.base.errors import DataError
 from gpt2.data import hints, verifier
 from gpt2.data.cache import ShardCache
+from gpt2.data.manifest import Manifest
 from gpt2.data.remote import Storage
-from gpt2.data.shards import Manifest, TokenDataset, load_index
+from gpt2.data.shards import TokenDataset, load_index
 from gpt2.train import dataset
 
 NAMES = (

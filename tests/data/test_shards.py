@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from gpt2.base.errors import DataError
+from gpt2.data.manifest import Manifest
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler, micro_batches
-from gpt2.data.shards import DatasetIndex, Manifest, TokenDataset, load_index
+from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 
 
 @pytest.fixture

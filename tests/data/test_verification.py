@@ -16,8 +16,10 @@ import pytest
 import foreign_shards
 from gpt2.base.errors import DataError
 from gpt2.data import digests, shard_content, verification, verifier
+from gpt2.data.manifest import MANIFEST
 from gpt2.data.remote import Storage
-from gpt2.data.shards import MANIFEST, load_index
+from gpt2.data.shards import load_index
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.data.verification import Verification
 from support import HANG_S, wait_until
 
@@ -219,7 +221,7 @@ def test_every_token_id_of_every_format_is_looked_at(
         tokens[place] = VOCAB_SIZE
     content, read = write(tokens), list[int]()
     file = io.BufferedReader(io.BytesIO(content))
-    found = shard_content.read(file, name, len(content), VOCAB_SIZE, True, read.append)
+    found = shard_content.read(file, name, len(content), GPT2_TOKENIZER, True, read.append)
     assert found.sha256 == digests.hashlib.sha256(content).hexdigest()
     assert found.bytes == len(content)
     expected = None
@@ -233,7 +235,7 @@ def test_the_bytes_of_text_are_those_of_the_texts(data_root: Path):
     shard = load_index(Storage(str(data_root))).shards[0]
     text = (data_root / shard.file).read_bytes()
     found = shard_content.read(
-        io.BytesIO(text), shard.file, len(text), VOCAB_SIZE, True, lambda _: None
+        io.BytesIO(text), shard.file, len(text), GPT2_TOKENIZER, True, lambda _: None
     )
     assert found.text_bytes == shard.text_bytes
 

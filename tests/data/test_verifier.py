@@ -12,8 +12,9 @@ import pytest
 from gpt2.base.errors import DataError
 from gpt2.data import digests, verifier
 from gpt2.data.digests import DigestMemory
+from gpt2.data.manifest import MANIFEST
 from gpt2.data.remote import Storage
-from gpt2.data.shards import MANIFEST, DatasetIndex, TokenDataset, load_index
+from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 from gpt2.data.verifier import Verifier
 from support import HANG_S
 

@@ -17,8 +17,9 @@ from gpt2.config import flops, options, presets
 from gpt2.config.run import RunConfig
 from gpt2.data import digests
 from gpt2.data.digests import DigestMemory
+from gpt2.data.manifest import Manifest, Shard
 from gpt2.data.remote import Storage
-from gpt2.data.shards import Manifest, Shard, load_index
+from gpt2.data.shards import load_index
 from gpt2.inspection import checks, doctor, machine
 from gpt2.inspection.checks import Finding, Need
 from support import small_config, small_flags, write_tasks

@@ -19,9 +19,10 @@ from gpt2.checkpoint import store
 from gpt2.cli.parse import USER_ERROR
 from gpt2.data import digests, verifier
 from gpt2.data.digests import DigestMemory, Fault
+from gpt2.data.manifest import MANIFEST, Shard
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
-from gpt2.data.shards import MANIFEST, Shard, load_index
+from gpt2.data.shards import load_index
 from gpt2.data.verifier import Verifier
 from gpt2.train import data_faults, status, trainer, training_run
 from gpt2.train.report import Answer

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import tyro
 from rich.table import Table
@@ -22,6 +22,7 @@ from gpt2.cli.data_verify import Verify
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
 from gpt2.data import bad_lines, corpora, files, prepare, shards
 from gpt2.data.corpus import Corpus
+from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
 
 logger = logging.getLogger(__name__)
@@ -205,8 +206,7 @@ def _require_local(folder: Path) -> None:
 
 def _split_table(index: shards.DatasetIndex) -> Table:
     listing = table(f"Shards in {index.storage}", "split", "shards", "tokens", "size")
-    splits: tuple[shards.Split, ...] = ("train", "val")
-    for split in splits:
+    for split in get_args(Split):
         size = sum(shard.bytes for shard in index.of(split))
         tokens = f"{index.tokens(split):,}"
         listing.add_row(split, f"{len(index.of(split))}", tokens, f"{size / 1e6:,.1f} MB")

@@ -17,9 +17,10 @@ from gpt2.cli.parse import CommandOptions
 from gpt2.config import options, presets
 from gpt2.config.run import PresetName, RunConfig
 from gpt2.data import excerpt, shards, statistics
+from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Shuffle
-from gpt2.data.shards import DatasetIndex, Split
+from gpt2.data.shards import DatasetIndex
 from gpt2.inspection import document_lengths, figures
 from gpt2.inspection.data_views import (
     RowPlace,

@@ -19,8 +19,8 @@ from gpt2.base.errors import DataError
 from gpt2.base.text import counted, one_line
 from gpt2.cli.parse import USER_ERROR, CommandOptions
 from gpt2.data import hints
+from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
-from gpt2.data.shards import Split
 from gpt2.data.verification import FileReport, Verification
 
 ON_INTERRUPT = "Interrupted; what was verified so far is remembered"

@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from gpt2.data import corpora
+from gpt2.data import corpora, tokenizer_files
 from gpt2.data.remote import Storage
 
 
@@ -31,6 +31,7 @@ def repair(storage: Storage) -> str:
     """The end of an error message about shards of a manifest: how to replace them."""
     if storage.path is None:
         return "; upload it again"
-    if corpora.find(storage.path.name) is None:
+    has_tokenizer = (storage.path / tokenizer_files.FILE).exists()
+    if corpora.find(storage.path.name) is None or has_tokenizer:
         return "; prepare it again with the command that made it and --overwrite"
     return f"; prepare it again with: {prepare_command(storage.path, overwrite=True)}"

@@ -28,8 +28,8 @@ from gpt2.base.json_fields import from_json
 from gpt2.data import bad_lines, hints, shards, tokenisation, tokenizer
 from gpt2.data.corpus import Corpus, Place
 from gpt2.data.formats import Tokens
+from gpt2.data.manifest import MANIFEST, PROGRESS, Manifest, Shard, Split
 from gpt2.data.remote import Storage
-from gpt2.data.shards import MANIFEST, PROGRESS, Manifest, Shard, Split
 from gpt2.data.tokenisation import Encoded
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from gpt2.base.text import counted
-from gpt2.data import formats, tokenizer
+from gpt2.data import formats
 from gpt2.data.digests import CHUNK_BYTES
 from gpt2.data.formats import HEAD_BYTES, Layout
-from gpt2.data.shards import Shard
+from gpt2.data.manifest import Shard
+from gpt2.data.tokenizer import Tokenizer
 
 
 @dataclass
@@ -20,7 +21,7 @@ class ShardContent:
     """What the bytes that were read so far hold."""
 
     layout: Layout
-    vocab_size: int
+    tokenizer: Tokenizer
     text_bytes: int | None
     """None if they are not counted"""
     bytes: int = 0
@@ -39,13 +40,13 @@ class ShardContent:
         tokens = np.frombuffer(content, dtype, len(content) // dtype.itemsize)
         self.digest.update(content)
         self.bytes += len(content)
-        if tokens.max(initial=0) >= self.vocab_size:
-            places = np.flatnonzero(tokens >= self.vocab_size)
+        if tokens.max(initial=0) >= self.tokenizer.vocab_size:
+            places = np.flatnonzero(tokens >= self.tokenizer.vocab_size)
             if not self._invalid_ids:
                 self._first_invalid = f"{tokens[places[0]]} at token {self._tokens + places[0]:,}"
             self._invalid_ids += len(places)
         elif self.text_bytes is not None:
-            self.text_bytes += tokenizer.text_bytes(tokens)
+            self.text_bytes += self.tokenizer.text_bytes(tokens)
         self._tokens += len(tokens)
 
     def fault(self, expected: Shard | None) -> str | None:
@@ -53,7 +54,7 @@ class ShardContent:
         if self._invalid_ids:
             return (
                 f"{counted(self._invalid_ids, 'token id')} outside the vocabulary of "
-                f"{self.vocab_size}, first {self._first_invalid}"
+                f"{self.tokenizer.vocab_size}, first {self._first_invalid}"
             )
         if expected is not None and self.layout.tokens != expected.tokens:
             return f"expected {expected.tokens} tokens as in the manifest, got {self.layout.tokens}"
@@ -69,7 +70,7 @@ def read(
     file: BufferedReader,
     name: str,
     size: int,
-    vocab_size: int,
+    tokenizer: Tokenizer,
     counts_text: bool,
     after_chunk: Callable[[int], None],
 ) -> ShardContent:
@@ -81,7 +82,7 @@ def read(
     head = file.read(HEAD_BYTES)
     layout = formats.layout(name, head, size)
     header, first = head[: layout.start], head[layout.start :]
-    content = ShardContent(layout, vocab_size, text_bytes=0 if counts_text else None)
+    content = ShardContent(layout, tokenizer, text_bytes=0 if counts_text else None)
     content.digest.update(header)
     content.bytes = len(header)
     for chunk in _chunks(file, first):

@@ -6,102 +6,43 @@
 import contextlib
 import hashlib
 import itertools
-import json
 import operator
 import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
-from gpt2.base.json_fields import from_json
-from gpt2.data import formats, hints, shard_file, tokenizer, vocabulary
+from gpt2.data import formats, hints, manifest, shard_file, vocabulary
 from gpt2.data.cache import ShardCache
 from gpt2.data.digests import Content, DigestMemory, Fault
 from gpt2.data.formats import HEAD_BYTES, Tokens
+from gpt2.data.manifest import Manifest, Shard, Split
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
 from gpt2.data.shard_file import ShardFile
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.data.vocabulary import Characters, Vocabulary
 
-Split = Literal["train", "val"]
 Fingerprint = dict[Split, list[str | None]]
 ENDS = "ends "
 """what a digest of the ends of a shard begins with in a fingerprint"""
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
 OPEN_REMOTE_SHARDS = 3
 """remote training shards open at a time: the one in use, the one before and the one after it"""
 PARALLEL_REQUESTS = 16
 """for the sizes and headers of remote shards"""
-NAMING = "file names must have train or val as a word, as in train.bin and x_val_000000.npy"
 SPLIT_WORDS: dict[str, Split] = {
     "train": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
 }
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard: its file, relative to the folder, and its expected content."""
-
-    file: str
-    split: Split
-    tokens: int
-    bytes: int
-    sha256: str | None
-    """None as long as nothing has read a shard that has no manifest"""
-    text_bytes: int | None = None
-    """UTF-8 bytes of its text; None without a manifest, and in those of earlier versions"""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `gpt2 data` wrote. It is written last: a folder that has one is complete."""
-
-    corpus: str
-    source: str
-    tokenizer: str
-    vocab_size: int
-    dtype: str
-    tokens_per_shard: int
-    val_tokens: int
-    max_tokens: int | None
-    documents: int
-    empty_documents: int
-    replaced_documents: int
-    """documents with something that cannot be decoded and became U+FFFD"""
-    version: str
-    """version of this package that wrote it"""
-    shards: tuple[Shard, ...]
-    bad_lines: int = 0
-    """lines of the source that could not be read and were left out"""
-
-    def write(self, folder: Path) -> None:
-        atomic_files.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, storage: Storage) -> "Manifest":
-        """Raises DataError, with the command to use, if it is missing or damaged."""
-        content, source = storage.read_if_any(MANIFEST), storage.full(MANIFEST)
-        if content is None:
-            raise DataError(_missing(storage))
-        try:
-            values = json.loads(content)
-            shards = tuple(from_json(Shard, item, source) for item in values["shards"])
-            return from_json(cls, {**values, "shards": shards}, source)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{source} cannot be read ({error}){hints.repair(storage)}") from error
 
 
 @dataclass(frozen=True)
@@ -184,36 +125,25 @@ def load_index(storage: Storage, cache: ShardCache | None = None) -> DatasetInde
     return replace(index, cache=cache)
 
 
-def manifest_of(storage: Storage) -> Manifest | None:
-    """The manifest of a storage; None if there is none.
-
-    Raises DataError if it is damaged, if it is of another tokeniser, or if the preparation is not
-    finished.
-    """
-    if storage.pattern or all(storage.read_if_any(name) is None for name in (MANIFEST, PROGRESS)):
-        return None
-    manifest = Manifest.read(storage)
-    if manifest.tokenizer != tokenizer.NAME:
-        raise DataError(
-            f"{storage}: expected tokens of {tokenizer.NAME}, got tokens of {manifest.tokenizer}"
-            f"{hints.repair(storage)}"
-        )
-    return manifest
-
-
 def _index_by_manifest(storage: Storage) -> DatasetIndex | None:
-    if (manifest := manifest_of(storage)) is None:
+    if (found := Manifest.find(storage)) is None:
         return None
     if storage.path is None:  # TokenDataset checks local shards when it opens them
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:
-            sizes = threads.map(lambda shard: storage.size(shard.file), manifest.shards)
-            for shard, size in zip(manifest.shards, sizes, strict=True):
+            sizes = threads.map(lambda shard: storage.size(shard.file), found.shards)
+            for shard, size in zip(found.shards, sizes, strict=True):
                 if size != shard.bytes:
                     raise DataError(
                         f"{storage.full(shard.file)}: expected {shard.bytes} bytes, got {size}"
                         f"{hints.repair(storage)}"
                     )
-    return DatasetIndex(storage, manifest.shards, has_manifest=True, corpus=manifest.corpus)
+    return DatasetIndex(
+        storage,
+        found.shards,
+        has_manifest=True,
+        corpus=found.corpus,
+        tokenizer=found.read_tokenizer(storage),
+    )
 
 
 def files_by_name(storage: Storage) -> list[tuple[str, int, Split]]:
@@ -227,7 +157,7 @@ def files_by_name(storage: Storage) -> list[tuple[str, int, Split]]:
         if name.endswith((".npy", ".bin")) and (split := _split_of(name))
     ]
     if not files:
-        raise DataError(_missing(storage))
+        raise DataError(manifest.missing(storage))
     return files
 
 
@@ -470,23 +400,3 @@ def _split_of(name: str) -> Split | None:
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
     return None
-
-
-def _missing(storage: Storage) -> str:
-    """The error message for a storage without a manifest and without shards that can be used."""
-    nothing = f"no training data in {storage.root}"
-    if storage.pattern:
-        return f"{nothing}; {NAMING}" if storage.files() else f"no file matches {storage.root}"
-    unfinished = storage.read_if_any(PROGRESS) is not None
-    if unfinished and storage.path is None:
-        return f"{storage} is unfinished: it has a {PROGRESS}, but no {MANIFEST}"
-    if unfinished and storage.path is not None:
-        command = hints.resume_command(storage.path / PROGRESS)
-        return f"{storage} is unfinished: no {MANIFEST}; continue with: {command}"
-    if any(name.endswith((".npy", ".bin")) for name in storage.files()):
-        return f"no {MANIFEST} in {storage}; without one, {NAMING}"
-    if storage.path is None:
-        return nothing
-    if storage.path.is_file():
-        return f"expected a folder of shards, got the file {storage}; name its folder"
-    return f"{nothing}; make it with: {hints.prepare_command(storage.path)}"

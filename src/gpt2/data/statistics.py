@@ -20,7 +20,8 @@ import numpy.typing as npt
 from gpt2.base.errors import DataError
 from gpt2.data import excerpt, token_stream, tokenizer
 from gpt2.data.formats import Tokens
-from gpt2.data.shards import DatasetIndex, Shard, Split
+from gpt2.data.manifest import Shard, Split
+from gpt2.data.shards import DatasetIndex
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 
 LINE_TOKENS = 24

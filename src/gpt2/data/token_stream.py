@@ -7,8 +7,8 @@ import numpy as np
 from gpt2.base.errors import DataError
 from gpt2.data import formats
 from gpt2.data.formats import HEAD_BYTES, Layout, Tokens
+from gpt2.data.manifest import Shard
 from gpt2.data.remote import Storage
-from gpt2.data.shards import Shard
 
 CHUNK_TOKENS = 1 << 20
 

@@ -14,11 +14,12 @@ from io import BufferedReader
 from pathlib import Path
 
 from gpt2.base.errors import DataError
-from gpt2.data import digests, shard_content, shards, tokenizer, vocabulary
+from gpt2.data import digests, shard_content, shards, vocabulary
 from gpt2.data.digests import DigestMemory, Version
+from gpt2.data.manifest import Manifest, Shard, Split
 from gpt2.data.remote import Storage
 from gpt2.data.shard_content import ShardContent
-from gpt2.data.shards import Shard, Split
+from gpt2.data.tokenizer import Tokenizer
 
 DIFFERS = "its SHA-256 differs from the manifest's"
 DECAYED = (
@@ -47,14 +48,14 @@ class Verification:
     """The shards of a folder, pattern or URL, to be verified.
 
     Raises DataError if there are none, if their preparation is not finished, or if the manifest
-    cannot be used.
+    or its tokenizer cannot be used.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.manifest = shards.manifest_of(storage)
+        self.manifest = Manifest.find(storage)
         self._files = self._listed()
-        self._vocab_size = self._size_of_vocabulary()
+        self._tokenizer = self._find_tokenizer()
         self.bytes = sum(item.bytes for item in self._files)
         """how many will be read"""
         self._memory = None if storage.path is None else DigestMemory(Path(storage.folder))
@@ -80,11 +81,11 @@ class Verification:
         found = shards.files_by_name(self.storage)
         return [_File(name, split, size, None) for name, size, split in found]
 
-    def _size_of_vocabulary(self) -> int:
+    def _find_tokenizer(self) -> Tokenizer:
         if self.manifest is not None:
-            return self.manifest.vocab_size
+            return self.manifest.read_tokenizer(self.storage)
         own = vocabulary.of_shards(self.storage, [item.file for item in self._files])
-        return tokenizer.VOCAB_SIZE if own is None else len(own)
+        return vocabulary.tokenizer_of(own)
 
     def _strays(self) -> Iterator[FileReport]:
         """Files of the manifest's corpus that it does not have."""
@@ -124,7 +125,7 @@ class Verification:
         with self.storage.open(item.file) as file:
             before = self._version(file)
             content = shard_content.read(
-                file, name, item.bytes, self._vocab_size, counts_text, after_chunk
+                file, name, item.bytes, self._tokenizer, counts_text, after_chunk
             )
             version = self._version(file)
         if content.bytes != item.bytes or version != before:

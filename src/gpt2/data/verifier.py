@@ -23,7 +23,8 @@ from gpt2.base.folder_lock import lock_file
 from gpt2.base.text import counted
 from gpt2.data import digests
 from gpt2.data.digests import DigestMemory, Fault
-from gpt2.data.shards import DatasetIndex, Shard
+from gpt2.data.manifest import Shard
+from gpt2.data.shards import DatasetIndex
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from gpt2.base.text import counted, fitted, printable, table, visible
 from gpt2.data.excerpt import Excerpt
+from gpt2.data.manifest import Shard, Split
 from gpt2.data.sampler import Shuffle
-from gpt2.data.shards import Shard, Split
 from gpt2.data.statistics import LINE_TOKENS, Bin, Statistics
 
 BAR_CELLS = 40

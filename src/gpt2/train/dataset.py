@@ -5,8 +5,9 @@ from gpt2.config.run import RunConfig
 from gpt2.data import corpora, prepare, vocabulary
 from gpt2.data.cache import ShardCache
 from gpt2.data.corpus import Corpus
+from gpt2.data.manifest import MANIFEST
 from gpt2.data.remote import Storage
-from gpt2.data.shards import MANIFEST, DatasetIndex, load_index
+from gpt2.data.shards import DatasetIndex, load_index
 from gpt2.distributed.world import World
 
 

@@ -20,8 +20,9 @@ from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options, presets
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
+from gpt2.data.manifest import Shard, Split
 from gpt2.data.remote import Storage
-from gpt2.data.shards import ENDS, DatasetIndex, Shard, Split
+from gpt2.data.shards import ENDS, DatasetIndex
 from gpt2.data.vocabulary import META_PKL, Vocabulary
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World

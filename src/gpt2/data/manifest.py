@@ -1,0 +1,134 @@
+"""`manifest.json`: what the shards of a folder are, and the tokenizer that wrote them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpt2.base import atomic_files
+from gpt2.base.errors import DataError
+from gpt2.base.json_fields import from_json
+from gpt2.data import hints, tokenizer, tokenizer_files
+from gpt2.data.remote import Storage
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
+
+Split = Literal["train", "val"]
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+WAY_OUT = "put it back as it was, or prepare the shards again with --overwrite"
+NAMING = "file names must have train or val as a word, as in train.bin and x_val_000000.npy"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: its file, relative to the folder, and its expected content."""
+
+    file: str
+    split: Split
+    tokens: int
+    bytes: int
+    sha256: str | None
+    """None as long as nothing has read a shard that has no manifest"""
+    text_bytes: int | None = None
+    """UTF-8 bytes of its text; None without a manifest, and in those of earlier versions"""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `gpt2 data` wrote. It is written last: a folder that has one is complete."""
+
+    corpus: str
+    source: str
+    tokenizer: str
+    vocab_size: int
+    dtype: str
+    tokens_per_shard: int
+    val_tokens: int
+    max_tokens: int | None
+    documents: int
+    empty_documents: int
+    replaced_documents: int
+    """documents with something that cannot be decoded and became U+FFFD"""
+    version: str
+    """version of this package that wrote it"""
+    shards: tuple[Shard, ...]
+    bad_lines: int = 0
+    """lines of the source that could not be read and were left out"""
+    tokenizer_digest: str | None = None
+    """identity of the tokenizer, a copy of which is beside the manifest; None for GPT-2's"""
+
+    def write(self, folder: Path) -> None:
+        atomic_files.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, storage: Storage) -> "Manifest":
+        """Raises DataError, with the command to use, if it is missing or damaged."""
+        content, source = storage.read_if_any(MANIFEST), storage.full(MANIFEST)
+        if content is None:
+            raise DataError(missing(storage))
+        try:
+            values = json.loads(content)
+            shards = tuple(from_json(Shard, item, source) for item in values["shards"])
+            return from_json(cls, {**values, "shards": shards}, source)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{source} cannot be read ({error}){hints.repair(storage)}") from error
+
+    @classmethod
+    def find(cls, storage: Storage) -> "Manifest | None":
+        """The manifest of a storage; None if there is none.
+
+        Raises DataError if it is damaged, or if the preparation is not finished.
+        """
+        names = (MANIFEST, PROGRESS)
+        if storage.pattern or all(storage.read_if_any(name) is None for name in names):
+            return None
+        return cls.read(storage)
+
+    def read_tokenizer(self, storage: Storage) -> Tokenizer:
+        """The tokenizer of the shards, from its copy in the storage.
+
+        Raises DataError if that is missing, damaged, or not the one that the manifest names.
+        """
+        if self.tokenizer_digest is None:
+            if self.tokenizer == tokenizer.NAME:
+                return GPT2_TOKENIZER
+            raise DataError(
+                f"{storage}: expected tokens of {tokenizer.NAME}, got tokens of {self.tokenizer}"
+                f"{hints.repair(storage)}"
+            )
+        content, source = (
+            storage.read_if_any(tokenizer_files.FILE),
+            storage.full(tokenizer_files.FILE),
+        )
+        if content is None:
+            raise DataError(f"{source} is missing, with the tokenizer of the shards; {WAY_OUT}")
+        try:
+            text = content.decode("utf-8", "replace")
+            found = tokenizer_files.parse(text, source, self.tokenizer)
+        except DataError as error:
+            raise DataError(f"{error}; {WAY_OUT}") from error
+        if found.identity != self.tokenizer_digest:
+            raise DataError(
+                f"{source} has changed: expected {self.tokenizer} with the digest "
+                f"{self.tokenizer_digest[:12]}…, got {found.identity[:12]}…; {WAY_OUT}"
+            )
+        return found
+
+
+def missing(storage: Storage) -> str:
+    """The error message for a storage without a manifest and without shards that can be used."""
+    nothing = f"no training data in {storage.root}"
+    if storage.pattern:
+        return f"{nothing}; {NAMING}" if storage.files() else f"no file matches {storage.root}"
+    unfinished = storage.read_if_any(PROGRESS) is not None
+    if unfinished and storage.path is None:
+        return f"{storage} is unfinished: it has a {PROGRESS}, but no {MANIFEST}"
+    if unfinished and storage.path is not None:
+        command = hints.resume_command(storage.path / PROGRESS)
+        return f"{storage} is unfinished: no {MANIFEST}; continue with: {command}"
+    if any(name.endswith((".npy", ".bin")) for name in storage.files()):
+        return f"no {MANIFEST} in {storage}; without one, {NAMING}"
+    if storage.path is None:
+        return nothing
+    if storage.path.is_file():
+        return f"expected a folder of shards, got the file {storage}; name its folder"
+    return f"{nothing}; make it with: {hints.prepare_command(storage.path)}"
