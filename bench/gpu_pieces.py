@@ -137,7 +137,7 @@ def heads(record: Recorder, setting: Setting) -> None:
         ways.pop("the same, in chunks", None)  # minutes on a CPU
     for name, tokens in itertools.product(ways, sizes):
         with record.attempt(item := f"{name}, {tokens:,} tokens"), gpu_machine.joined(run):
-            inputs = head_inputs(tokens, width, run.model.vocab_size)
+            inputs = head_inputs(tokens, width, run.model.embedding_rows)
             work = in_autocast(ways[name], inputs)
             try:
                 milliseconds = gpu_machine.device_ms(work, repeats=2 if setting.is_smoke else 5)

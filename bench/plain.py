@@ -45,11 +45,11 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.tokens = nn.Embedding(config.embedding_rows, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.embedding_rows, bias=False)
         self.head.weight = self.tokens.weight
         for name, part in self.named_parameters():
             if part.dim() == 2:
@@ -124,7 +124,7 @@ def hugging_face(config: ModelConfig, device: torch.device) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = GPT2Config(
-        vocab_size=config.vocab_size,
+        vocab_size=config.embedding_rows,
         n_positions=config.block_size,
         n_embd=config.n_embd,
         n_layer=config.n_layer,

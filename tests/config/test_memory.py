@@ -58,7 +58,7 @@ def counted_bytes(config: ModelConfig, how: Computation) -> int:
 def estimated_bytes(config: ModelConfig, how: Computation) -> int:
     """The same as `memory` has it: without what it counts for features and the head, which this
     pass has not, but with the matrices' copies in 16 bits."""
-    embeddings = config.vocab_size + (config.block_size if config.architecture == "gpt2" else 0)
+    embeddings = config.embedding_rows + (config.block_size if config.architecture == "gpt2" else 0)
     matrices = memory.flops.parameter_count(config) - embeddings * config.n_embd
     outside = (memory.OUTSIDE_WIDTHS[how.is_half] - 4) * config.n_embd
     per_token = memory.saved_bytes_per_token(config, how) - outside

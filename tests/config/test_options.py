@@ -14,7 +14,7 @@ def test_default_is_gpt2_124m():
     run = RunConfig()
     assert run == presets.preset("gpt2-124m")
     assert (run.model.n_layer, run.model.n_head, run.model.n_embd) == (12, 12, 768)
-    assert (run.model.vocab_size, run.model.block_size) == (50304, 1024)
+    assert (run.model.embedding_rows, run.model.block_size) == (50304, 1024)
     assert run.data.total_batch_size == 524288
     assert run.rows_per_step == 512
 

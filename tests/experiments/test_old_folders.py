@@ -270,7 +270,8 @@ def test_models_that_have_finished(data_root: Path, tmp_path: Path):
         line("mlp", {"model": "mlp"}, {**result, "val_loss": 9.5}),
     ]
     write_folder(folder, "models", {**MODELS, "data_root": str(data_root)}, 2, *lines)
-    run = options.overlay(presets.preset("demo"), {**MODELS, "data_root": data_root})
+    typed = {name: value for name, value in MODELS.items() if name != "vocab_size"}
+    run = options.overlay(presets.preset("demo"), {**typed, "data_root": data_root})
     compared = {name: models.MODELS[name] for name in ("gpt2", "mlp")}
     out = Console(file=io.StringIO(), width=160)
     group = models.group(run, compared, folder, log_dir=tmp_path / "logs")

@@ -138,7 +138,7 @@ def test_the_memory_does_not_grow_with_the_batch(
     config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
     net = model.build(config)
     largest = []
-    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 20 * config.vocab_size)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 20 * config.embedding_rows)
     for rows in (2, 16):
         tokens_BT = torch.randint(50257, (rows, 16))
         with torch.set_grad_enabled(with_gradients), Largest() as seen:
@@ -147,11 +147,11 @@ def test_the_memory_does_not_grow_with_the_batch(
             if with_gradients:
                 loss.backward()
         largest.append(seen.elements)
-    assert largest == [20 * config.vocab_size] * 2
+    assert largest == [20 * config.embedding_rows] * 2
     net.plain_head = True
     with Largest() as seen:
         net(tokens_BT, tokens_BT.flip(1))
-    assert seen.elements == 256 * config.vocab_size, "this test would see them"
+    assert seen.elements == 256 * config.embedding_rows, "this test would see them"
 
 
 def test_gradients_can_be_used_once(monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,7 @@ def reference_of(net: GPT2) -> Any:
     shape = net.config
     reference = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=shape.vocab_size,
+            vocab_size=shape.embedding_rows,
             n_positions=shape.block_size,
             n_embd=shape.n_embd,
             n_layer=shape.n_layer,

@@ -13,9 +13,13 @@ from gpt2.base.errors import CheckpointError, DataError
 from gpt2.checkpoint import store
 from gpt2.cli import evaluate, loading, main
 from gpt2.cli.model_source import ModelSource
+from gpt2.config import flops
 from gpt2.distributed.world import World
+from gpt2.experiments.compare import models
+from gpt2.experiments.results import JobResult
+from gpt2.experiments.training import training_job
 from gpt2.inference.generate import IN_TRAINING
-from gpt2.train import trainer
+from gpt2.train import dataset, trainer
 from support import small_config, write_tasks
 
 
@@ -116,6 +120,9 @@ def test_a_model_needs_no_more_tokens_than_its_data(
     size = len({*splits["train"], *splits["val"]})
     flags = {"sample_interval": 2, "sample_prompt": splits["train"][:5], "max_steps": 2}
     trainer.run(small_config(tmp_path / "char", tmp_path / "out", **flags, vocab_size=size))
+    resumed = {**flags, "max_steps": 3, "resume": "latest"}
+    trainer.run(small_config(tmp_path / "char", tmp_path / "out", **resumed))
+    assert rows_of_newest(tmp_path / "out") == size
     source = ("--checkpoint_dir", tmp_path / "out" / "checkpoints")
     output = ("--output", tmp_path / "results.json")
     assert gpt2(monkeypatch, "evaluate", *source, *output, "--tasks", "val") == 0
@@ -131,6 +138,39 @@ def test_a_model_needs_no_more_tokens_than_its_data(
         expected = rf"token ids up to {needed - 1}, .* use --vocab_size {needed} or more"
         with pytest.raises(DataError, match=expected):
             trainer.run(small_config(data, tmp_path, vocab_size=size - 1))
+
+
+def test_the_vocabulary_size_of_a_run_is_that_of_its_data(data_root: Path, tmp_path: Path):
+    foreign_shards.nanogpt_characters(tmp_path / "char")
+    flags = {"hellaswag_interval": None, "max_steps": 1, "eval_interval": None}
+    characters = small_config(tmp_path / "char", tmp_path / "out", **flags)
+    trainer.run(characters)
+    assert rows_of_newest(tmp_path / "out") == 128
+    weights = str(store.list_checkpoints(tmp_path / "out" / "checkpoints")[-1].path)
+    started = small_config(tmp_path / "char", tmp_path / "begun", **flags, init_from=weights)
+    trainer.run(started)
+    assert rows_of_newest(tmp_path / "begun") == 128
+
+    larger = small_config(tmp_path / "char", tmp_path / "larger", **flags, vocab_size=200)
+    trainer.run(larger)
+    assert rows_of_newest(tmp_path / "larger") == 200
+    of_gpt2_tokens = flops.parameter_count(characters.model)
+    words, nothing = small_config(data_root, tmp_path), small_config(tmp_path / "none", tmp_path)
+    for run, rows in ((characters, 128), (larger, 200), (words, 50304), (nothing, 50304)):
+        assert training_job.result_options(run)["vocab_size"] == rows
+        assert dataset.with_vocab_size_if_known(run).model.embedding_rows == rows
+        models_of_run = models.group(run, {"gpt2": {}}, tmp_path / "models", log_dir=tmp_path)
+        item = JobResult("gpt2", "finished", {}, result={"train_loss": 1.0})
+        (row,) = models_of_run.summarize({"gpt2": item}).content["summary"]
+        assert row["parameters"] == of_gpt2_tokens - (50304 - rows) * run.model.n_embd
+
+
+def rows_of_newest(out: Path) -> int:
+    """The rows of the embedding in the newest checkpoint, whose configuration says the same."""
+    state = store.load(store.list_checkpoints(out / "checkpoints")[-1].path)
+    rows: int = state["model"]["token_embedding.weight"].size(0)
+    assert state["config"]["model"]["vocab_size"] == rows
+    return rows
 
 
 def test_without_what_needs_gpt2_tokens_there_is_no_warning(tmp_path: Path, caplog):

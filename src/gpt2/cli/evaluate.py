@@ -36,7 +36,7 @@ from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.loss import Loss, row_losses
 from gpt2.evaluation.measured_value import Measure, MeasuredValue
 from gpt2.evaluation.rounds import MeasurementFailed
-from gpt2.train.dataset import cache_of, require_known_ids
+from gpt2.train.dataset import cache_of, with_vocab_size
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
             f"{data.storage} has a vocabulary of its own ({META_PKL}), on which {loaded.source} "
             "was not trained; name other shards with --data_root"
         )
-    require_known_ids(settings, data)
+    with_vocab_size(settings, data)
     shards = TokenDataset(data, "val", loaded.model.config.block_size)
     rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
 

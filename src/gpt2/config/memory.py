@@ -118,7 +118,7 @@ def head_bytes(model: ModelConfig, how: Computation) -> int:
 
     It does not depend on the number of tokens; the features' gradient is in OUTSIDE_WIDTHS.
     """
-    weights = model.vocab_size * model.n_embd
+    weights = model.embedding_rows * model.n_embd
     per_weight = 4 + (2 if how.is_half else 0)
     return HEAD_LOGITS * HEAD_BYTES_PER_LOGIT + weights * per_weight
 

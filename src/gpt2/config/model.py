@@ -7,6 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpt2.base.validation import nearest_multiples, require, require_within, suggestion
+from gpt2.data import tokenizer
+
+VOCABULARY_STEP = 128
+"""a matrix product is fast where its sizes are multiples of it"""
+
+
+def padded(tokens: int) -> int:
+    """Rows of an embedding for this many tokens: 50304 for the 50257 of GPT-2."""
+    return -(-tokens // VOCABULARY_STEP) * VOCABULARY_STEP
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,9 @@ class ModelConfig:
     """attention heads per block; mlp has none"""
     n_embd: int = 768
     """width of the residual stream"""
-    vocab_size: int = 50304
-    """rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 128; data with a smaller
-    vocabulary of its own needs fewer"""
+    vocab_size: int | None = None
+    """rows of the embedding; None is the tokens of the data's tokenizer, padded to a multiple of
+    128: 50304 for GPT-2's 50257"""
     block_size: int = 1024
     """context length in tokens"""
     window: int = 16
@@ -48,6 +57,11 @@ class ModelConfig:
         require(
             0 <= self.dropout < 1, f"dropout={self.dropout} is invalid; expected 0 <= dropout < 1"
         )
+
+    @property
+    def embedding_rows(self) -> int:
+        """`vocab_size`; as for GPT-2's tokens while the data is not known."""
+        return self.vocab_size or padded(tokenizer.VOCAB_SIZE)
 
 
 @dataclass(frozen=True)
@@ -96,11 +110,11 @@ def _gpt2_parameters(model: ModelConfig) -> int:
     matrices = 12 * width * width * layers
     norms = (2 * layers + 1) * width
     biases = (layers * (9 + 2) + 1) * width if model.bias else 0
-    return model.vocab_size * width + model.block_size * width + matrices + norms + biases
+    return model.embedding_rows * width + model.block_size * width + matrices + norms + biases
 
 
 def _modern_parameters(model: ModelConfig) -> int:
-    return model.vocab_size * model.n_embd + 12 * model.n_embd * model.n_embd * model.n_layer
+    return model.embedding_rows * model.n_embd + 12 * model.n_embd * model.n_embd * model.n_layer
 
 
 def _mlp_parameters(model: ModelConfig) -> int:
@@ -108,7 +122,7 @@ def _mlp_parameters(model: ModelConfig) -> int:
     matrices = (model.window + 8 * layers) * width * width
     norms = (layers + 1) * width
     biases = (1 + 5 * layers) * width + norms if model.bias else 0
-    return model.vocab_size * width + matrices + norms + biases
+    return model.embedding_rows * width + matrices + norms + biases
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -5,7 +5,7 @@ model are in `gpt2.config.model`. `None` means off. Invalid values and combinati
 ConfigError.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,6 +288,12 @@ class RunConfig:
             shape=optim.schedule,
             cooldown=optim.cooldown,
         )
+
+    def with_vocab_size(self, rows: int) -> "RunConfig":
+        """This configuration; if it has no vocabulary size, with `rows`."""
+        if self.model.vocab_size is not None:
+            return self
+        return replace(self, model=replace(self.model, vocab_size=rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, as in checkpoints and logs."""

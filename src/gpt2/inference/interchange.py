@@ -224,13 +224,13 @@ def fit(weights: Weights, wanted: ModelConfig) -> Weights:
     about -100.)
     """
     rows_VD, positions_TD = weights[EMBEDDING], weights["position_embedding.weight"]
-    missing = wanted.vocab_size - rows_VD.size(0)
+    missing = wanted.embedding_rows - rows_VD.size(0)
     if missing > 0:
         rows_VD = rows_VD.float()
         mean_D = rows_VD[: tokenizer.VOCAB_SIZE].mean(dim=0)
         rows_VD = torch.cat([rows_VD, mean_D.expand(missing, -1)])
     return weights | {
-        EMBEDDING: rows_VD[: wanted.vocab_size],
+        EMBEDDING: rows_VD[: wanted.embedding_rows],
         "position_embedding.weight": positions_TD[: wanted.block_size],
     }
 

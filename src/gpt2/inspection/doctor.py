@@ -71,8 +71,9 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
         reason = str(error).strip().splitlines()[0]
         yield Finding("PROBLEM", "GPU", reason, "see nvidia-smi; a reboot may help")
     count = ranks or (max(1, len(gpus)) if run_config.experiment.name is None else 1)
+    sized = dataset.with_vocab_size_if_known(run_config)
     yield checks.check_device(device_option, len(gpus), build, driver)
-    yield from checks.check_gpus(gpus, flops.state_bytes(run_config.model))
+    yield from checks.check_gpus(gpus, flops.state_bytes(sized.model))
     yield from checks.check_kernels(gpus, build)
     if gpus and count > 1:
         yield checks.check_nccl(build)
@@ -80,10 +81,10 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     dtype = run_config.machine.dtype
     yield checks.check_precision(dtype, precision.fast_dtype(device), device)
     least = min((gpu.free_bytes for gpu in gpus), default=None)
-    yield checks.check_batch(run_config, count, len(gpus), least)
-    yield checks.check_cards(run_config, count)
+    yield checks.check_batch(sized, count, len(gpus), least)
+    yield checks.check_cards(sized, count)
     yield from _of_this_run(run_config, device)
-    yield from _of_this_machine(run_config, count, device)
+    yield from _of_this_machine(sized, count, device)
 
 
 def _software(run_config: RunConfig) -> Iterator[Finding]:
@@ -118,7 +119,8 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
     refused = {flag: machine.unwritable(folder) for flag, folder in folders.items()}
     yield from checks.check_folders(folders, refused)
     disks: dict[int, list[Need]] = {}
-    for need in disk_needs(run_config, data):
+    sized = dataset.with_vocab_size(run_config, data) if data else run_config
+    for need in disk_needs(sized, data):
         disks.setdefault(machine.disk(need.folder)[0], []).append(need)
     for needs in disks.values():
         yield checks.check_disk(machine.disk(needs[0].folder)[1], needs)
@@ -136,7 +138,7 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
         return None, Finding("ok", "data", fact)
     try:
         data = load_index(storage, dataset.cache_of(run_config))
-        dataset.require_known_ids(run_config, data)
+        dataset.with_vocab_size(run_config, data)  # raises for ids that the model lacks
         data = verifier.checked(data, remember=False)
         train = TokenDataset(data, "train", run_config.model.block_size)
         if storage.path is not None:  # of remote data, that would fetch the whole split
@@ -228,7 +230,7 @@ def _check_beginning(run_config: RunConfig, data: DatasetIndex | None) -> Findin
             trust = settings.trust_checkpoint
             state = store.load(path, trust=trust)
             start = StartingPoint(path=path, checkpoint=state)
-            start.require_agreement(run_config, data)
+            start.require_agreement(start.configured(run_config, None), data)
             return Finding(
                 "ok", "begins", f"at step {state['progress']['step']}, with {path}, which is whole"
             )

@@ -19,6 +19,7 @@ from gpt2.data.sampler import Sampler
 from gpt2.data.shards import load_index
 from gpt2.inspection.run_status import Run
 from gpt2.metrics import log_reader, records
+from gpt2.train import dataset
 
 # Without a run and without data, these are assumed.
 ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
@@ -85,6 +86,7 @@ def print_assumed_forecast(
     """Prints the forecast of a run that has not begun, and what it assumes."""
     try:
         data = load_index(Storage(config.data.data_root))
+        config = dataset.with_vocab_size(config, data)
         tokens, shards = data.tokens("train"), len(data.of("train"))
         source = f"the data in {config.data.data_root}"
     except DataError:

@@ -48,7 +48,7 @@ class LanguageModel(nn.Module, ABC):
         self.plain_head = False
         """whether the loss is computed from the logits of all tokens, by plain operations; for runs
         that began so"""
-        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.token_embedding = nn.Embedding(config.embedding_rows, config.n_embd)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross entropy of `targets_BT` in nats, summed over all B · T targets; a float32 scalar

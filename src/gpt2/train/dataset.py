@@ -1,8 +1,9 @@
 """The training data of a run: found, or prepared first if its text comes with Python."""
 
 from gpt2.base.errors import DataError
+from gpt2.config.model import padded
 from gpt2.config.run import RunConfig
-from gpt2.data import corpora, prepare, vocabulary
+from gpt2.data import corpora, prepare
 from gpt2.data.cache import ShardCache
 from gpt2.data.corpus import Corpus
 from gpt2.data.manifest import MANIFEST
@@ -14,7 +15,7 @@ from gpt2.distributed.world import World
 def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
     """The shards of the training data; an embedded corpus is prepared first if necessary.
 
-    Raises DataError if there are none, or if they do not fit the model.
+    Raises DataError if there are none.
     """
     root, cache = run_config.data.data_root, cache_of(run_config)
 
@@ -25,9 +26,7 @@ def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
             prepare.prepare(corpus, storage.path, wait=True)
         return load_index(Storage(root), cache)  # what its name means depends on what exists
 
-    data = world.run_on_rank0(find)
-    require_known_ids(run_config, data)
-    return data
+    return world.run_on_rank0(find)
 
 
 def cache_of(run_config: RunConfig) -> ShardCache:
@@ -46,11 +45,26 @@ def to_prepare(storage: Storage) -> Corpus | None:
     return corpus if missing else None
 
 
-def require_known_ids(run_config: RunConfig, data: DatasetIndex) -> None:
-    """Raises DataError if the model lacks token ids of the data, or of prompts for such a model."""
-    needed = max(data.vocab_size, vocabulary.tokenizer_of(data.vocabulary).vocab_size)
-    if needed > run_config.model.vocab_size:
+def with_vocab_size(run_config: RunConfig, data: DatasetIndex) -> RunConfig:
+    """The configuration, with the vocabulary size for the data's tokens where none was typed.
+
+    Raises DataError if a model of the typed size lacks some of them.
+    """
+    tokens = data.tokenizer.vocab_size
+    sized = run_config.with_vocab_size(padded(tokens))
+    if tokens > sized.model.embedding_rows:
         raise DataError(
-            f"{data.storage} has token ids up to {needed - 1}, the model only "
-            f"{run_config.model.vocab_size}; use --vocab_size {needed} or more"
+            f"{data.storage} has token ids up to {tokens - 1}, the model only "
+            f"{sized.model.embedding_rows}; use --vocab_size {tokens} or more"
         )
+    return sized
+
+
+def with_vocab_size_if_known(run_config: RunConfig) -> RunConfig:
+    """As `with_vocab_size`; `run_config` itself if the data is not there, or lacks something."""
+    if run_config.model.vocab_size is not None:
+        return run_config
+    try:
+        return with_vocab_size(run_config, load_index(Storage(run_config.data.data_root)))
+    except DataError:  # who trains opens the data, and says what is wrong with it
+        return run_config

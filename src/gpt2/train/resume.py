@@ -82,16 +82,17 @@ class StartingPoint:
         return cls(weights=load_weights(run_config, world))
 
     def configured(self, run_config: RunConfig, configure: Configure | None) -> RunConfig:
-        """The configuration that trains: what was not typed comes from the checkpoint.
+        """The configuration that trains: what was not typed comes from the checkpoint, and the
+        vocabulary size also from the weights of --init_from.
 
         `run_config` has the folders; without `configure` it is complete. Raises ConfigError if what
         was typed does not fit the rest, or the checkpoint has values that flags could not have, and
         DataError if its data is missing because the run began in another folder.
         """
         if configure is None:
-            return run_config
+            return self._with_vocab_size(run_config)
         if self.checkpoint is None:
-            return experiment_folder.resolve(configure(None))
+            return self._with_vocab_size(experiment_folder.resolve(configure(None)))
         stored: Any = self.checkpoint.get("config")
         try:
             root = options.of_stored(stored).data.data_root
@@ -105,7 +106,14 @@ class StartingPoint:
                 "--data_root %s is not taken from the checkpoint, as it has a password: type it",
                 options.public(root),
             )
-        return configured
+        return self._with_vocab_size(configured)
+
+    def _with_vocab_size(self, run_config: RunConfig) -> RunConfig:
+        if self.checkpoint is not None:
+            return run_config.with_vocab_size(self.checkpoint["config"]["model"]["vocab_size"])
+        if self.weights is not None:
+            return run_config.with_vocab_size(self.weights[interchange.EMBEDDING].size(0))
+        return run_config
 
     def require_agreement(self, run_config: RunConfig, data: DatasetIndex | None) -> None:
         """Raises CheckpointError if the checkpoint is of another run, field by field. None is for
@@ -226,6 +234,7 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
         )
     state = store.load(path, trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
+    run_config = run_config.with_vocab_size(state["config"]["model"]["vocab_size"])
     if rows := options.changed(state["config"], run_config, shape):
         flags = " ".join(f"--{name} {old}" for name, old, _ in rows)
         raise CheckpointError(

@@ -50,6 +50,7 @@ def build(
     with events_to(early_events.append):
         start, run_config = _start(run_config, world, configure)
         data = _open_data(run_config, world, start)
+        run_config = dataset.with_vocab_size(run_config, data)
     identity = _identity(run_config, world, start)
     token_dataset = TokenDataset(data, "train", run_config.model.block_size)
     sampler = run_config.sampler(token_dataset.rows_per_shard)

@@ -28,6 +28,7 @@ from gpt2.inspection import figures, plot
 from gpt2.inspection.figures import Numbers
 from gpt2.metrics import log_reader
 from gpt2.metrics.log_reader import LoggedRun
+from gpt2.train import dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,8 @@ def group(
     runs = {}
     for name, changes in models.items():
         try:
-            runs[name] = options.overlay(run, changes)
+            changed = options.overlay(run, changes)
+            runs[name] = dataset.with_vocab_size_if_known(changed)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 

@@ -139,9 +139,11 @@ class Sweep:
 def _require_room(run: RunConfig, group: JobGroup) -> None:
     """Raises ConfigError if the disk has no room for the checkpoints of the missing trainings."""
     from gpt2.inspection import machine  # imports torch
+    from gpt2.train import dataset
 
     missing = [item for name, item in group.values.items() if not (group.folder / name).exists()]
-    models = (options.overlay(run, values).model for values in missing)
+    trainings = (options.overlay(run, values) for values in missing)
+    models = (dataset.with_vocab_size_if_known(training).model for training in trainings)
     need_gb = MAX_CHECKPOINTS * sum(map(flops.state_bytes, models)) / 1e9
     free_gb = machine.disk(group.folder)[1] / 1e9
     if need_gb > free_gb:

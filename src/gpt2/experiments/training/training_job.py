@@ -23,8 +23,7 @@ from gpt2.experiments.pool.messages import EndedAs, JobEnded
 from gpt2.experiments.pool.worker import Reporter
 from gpt2.experiments.training import ddp
 from gpt2.metrics import log_reader, sinks
-from gpt2.train import trainer
-from gpt2.train.dataset import open_data
+from gpt2.train import dataset, trainer
 from gpt2.train.report import Answer, Report
 from gpt2.train.setup import require_enough_rows
 
@@ -153,7 +152,7 @@ def prepare(run_config: RunConfig, ranks: int = 1) -> None:
     sinks.require_folders(run_config)
     cpu = torch.device("cpu")
     require_enough_rows(run_config, World(0, ranks, cpu))
-    open_data(run_config, World(0, 1, cpu))
+    dataset.with_vocab_size(run_config, dataset.open_data(run_config, World(0, 1, cpu)))
 
 
 class _ThrottledReport:
@@ -188,6 +187,8 @@ def result_options(run_config: RunConfig) -> dict[str, Any]:
     folders, intervals of checkpoints, or the machine. Folders of earlier versions have the same
     ones: a later option is among them only with another value than theirs."""
     plain = run_config.to_dict()
+    sized = dataset.with_vocab_size_if_known(run_config)
+    plain["model"]["vocab_size"] = sized.model.embedding_rows
     parts = (name.split(".") for name in RESULT_OPTIONS)
     found = {name: plain[part][name] for part, name in parts} | options.FORMER
     return {
