@@ -54,12 +54,14 @@ def test_an_epoch_reads_its_shards_one_after_another(sampler: Sampler, epoch: in
     shards = [shard for shard, _ in rows]
     expected = [
         shard
-        for shard in sampler.shards_of(epoch).tolist()
+        for shard in sampler.corpora[0].shards_of(epoch).tolist()
         for _ in range(sampler.rows_per_shard[shard])
     ]
     assert shards == expected
     in_order = [
-        row for shard in sampler.shards_of(epoch) for row in range(sampler.rows_per_shard[shard])
+        row
+        for shard in sampler.corpora[0].shards_of(epoch)
+        for row in range(sampler.rows_per_shard[shard])
     ]
     if sampler.shuffle != "rows":
         assert [row for _, row in rows] == in_order
@@ -70,9 +72,8 @@ def test_the_shard_after_a_step_is_the_next_one_that_is_read(sampler: Sampler, s
     last = (step + 1) * sampler.rows_per_step - 1
     epochs = range(last // sampler.rows_per_epoch + 2)
     read = [(epoch, shard) for epoch in epochs for shard, _ in epoch_rows(sampler, epoch)]
-    assert sampler.shard_after(step) == next(
-        shard for epoch, shard in read[last:] if (epoch, shard) != read[last]
-    )
+    following = next(shard for epoch, shard in read[last:] if (epoch, shard) != read[last])
+    assert sampler.shards_after(step) == [following]
 
 
 @given(st.integers(0, 1000), worlds)
@@ -106,18 +107,27 @@ def test_epoch_boundaries(sampler: Sampler, epoch: int):
 def test_epoch_0_is_in_name_order_and_later_ones_are_shuffled_by_seed_and_epoch():
     rows = (1,) * 50
     sampler, same, other = (Sampler(rows, 5, seed) for seed in (1, 1, 2))
-    assert sampler.shards_of(0).tolist() == list(range(50))
-    permutations = {tuple(sampler.shards_of(epoch)) for epoch in range(20)}
+    assert sampler.corpora[0].shards_of(0).tolist() == list(range(50))
+    permutations = {tuple(sampler.corpora[0].shards_of(epoch)) for epoch in range(20)}
     assert len(permutations) == 20
-    assert sampler.shards_of(7).tolist() == same.shards_of(7).tolist()
-    assert sampler.shards_of(7).tolist() != other.shards_of(7).tolist()
+    assert sampler.corpora[0].shards_of(7).tolist() == same.corpora[0].shards_of(7).tolist()
+    assert sampler.corpora[0].shards_of(7).tolist() != other.corpora[0].shards_of(7).tolist()
 
 
 def test_the_permutation_never_changes_between_versions():
     """A run that is resumed after an upgrade must see the rows that it would have seen."""
     sampler = Sampler((8, 8), 16, seed=1337, shuffle="rows")
     assert sampler.rows(2)[:, 1].tolist() == [4, 0, 2, 5, 1, 6, 3, 7, 6, 5, 7, 3, 4, 1, 0, 2]
-    assert Sampler((1,) * 8, 1, seed=1337).shards_of(1).tolist() == [1, 6, 4, 7, 3, 5, 0, 2]
+    assert Sampler((1,) * 8, 1, seed=1337).corpora[0].shards_of(1).tolist() == [
+        1,
+        6,
+        4,
+        7,
+        3,
+        5,
+        0,
+        2,
+    ]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5).map(tuple), st.integers(1, 300))

@@ -84,7 +84,8 @@ class Loader:
                 parts = micro_batches(rows, self._mini_batch_size)
                 if not self._put([self._micro_batch(part) for part in parts]):
                     return
-                self._dataset.prefetch(self._sampler.shard_after(step))
+                for shard in self._sampler.shards_after(step):
+                    self._dataset.prefetch(shard)
         except BaseException as error:  # raised by next_step
             self._put(error)
 

@@ -1,13 +1,16 @@
-"""Which rows a step trains on: a pure function of (shard sizes, seed, step). Pure.
+"""Which rows a step trains on: a pure function of (shard sizes, mixture, seed, step). Pure.
 
-A row is `block_size` inputs with their targets. An epoch lists the rows of all shards of a split,
-shard after shard; the lists of epochs 0, 1, 2, … follow each other without end. Step N reads rows
-N * rows_per_step to (N + 1) * rows_per_step - 1 of that sequence, so the step number alone
+A row is `block_size` inputs with their targets. An epoch of a corpus lists the rows of all its
+shards, shard after shard; the lists of epochs 0, 1, 2, … follow each other without end. The rows of
+a run are those of its corpus, or, of several, what `mixture` takes from each of them. Step N reads
+rows N * rows_per_step to (N + 1) * rows_per_step - 1 of the run, so the step number alone
 determines the position.
 
-Rows are arrays (R, 2) of int64: shard index, row index within the shard.
+Rows are arrays (R, 2) of int64: shard index, row index within the shard. The shards of several
+corpora are numbered through.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,26 +19,101 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpt2.data import permutation
+from gpt2.data.mixture import Mixture
+from gpt2.data.permutation import Indices
+
 Rows = npt.NDArray[np.int64]
-Shuffle = Literal["shards", "rows", "none"]
+Shuffle = Literal["shards", "rows", "global", "none"]
+
+
+@dataclass(frozen=True)
+class CorpusRows:
+    """The endless sequence of the rows of one corpus.
+
+    `rows_per_shard` is in name order. `shuffle` is what is permuted: nothing (`none`), the shards
+    in every epoch but epoch 0 (`shards`), in every epoch also the rows within each shard (`rows`),
+    or all rows of all shards (`global`).
+    """
+
+    rows_per_shard: tuple[int, ...]
+    seed: int
+    shuffle: Shuffle = "shards"
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        return sum(self.rows_per_shard)
+
+    def shards_of(self, epoch: int) -> Indices:
+        """Shard indices in the order that `epoch` reads them; name order in epoch 0."""
+        count = len(self.rows_per_shard)
+        if epoch == 0 or self.shuffle in ("global", "none"):
+            return np.arange(count, dtype=np.int64)
+        return permutation.generator(self.seed, epoch).permutation(count)
+
+    def at(self, positions: Indices) -> Rows:
+        """The rows at `positions` of the sequence."""
+        epochs, offsets = np.divmod(positions, self.rows_per_epoch)
+        rows = np.empty((len(positions), 2), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            rows[epochs == epoch] = self._locate(epoch, offsets[epochs == epoch])
+        return rows
+
+    def shard_after(self, position: int) -> int:
+        """The shard that is read after the one that holds the row at `position`."""
+        epoch, offset = divmod(position, self.rows_per_epoch)
+        ends = np.cumsum(np.asarray(self.rows_per_shard)[self.shards_of(epoch)])
+        end = int(ends[np.searchsorted(ends, offset, side="right")])
+        return int(self.at(np.array([epoch * self.rows_per_epoch + end]))[0, 0])
+
+    def first_position_in(self, shard: int) -> int:
+        """The first position that may be a row of `shard`; all of them are read in epoch 0."""
+        return 0 if self.shuffle == "global" else sum(self.rows_per_shard[:shard])
+
+    def _locate(self, epoch: int, offsets: Indices) -> Rows:
+        if self.shuffle == "global":
+            random = permutation.generator(self.seed, epoch)
+            offsets = permutation.permuted(offsets, self.rows_per_epoch, random)
+        rows = _rows_at(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
+        if self.shuffle == "rows":
+            for shard in np.unique(rows[:, 0]).tolist():
+                here = rows[:, 0] == shard
+                count = self.rows_per_shard[shard]
+                rows[here, 1] = _row_permutation(self.seed, epoch, shard, count)[rows[here, 1]]
+        return rows
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The endless sequence of training rows, divided into steps.
+    """The rows of a run, divided into steps.
 
-    `rows_per_shard` is in name order; `rows_per_step` counts the rows of one step over all ranks.
-    `shuffle` is what is permuted: nothing (`none`), the shards in every epoch but epoch 0
-    (`shards`), or also the rows within each shard in every epoch (`rows`).
+    `rows_per_shard` is in name order, corpus after corpus; `rows_per_step` counts the rows of one
+    step over all ranks. With a `mixture`, `shards_per_corpus` says how many shards each corpus has.
     """
 
     rows_per_shard: tuple[int, ...]
     rows_per_step: int
     seed: int
     shuffle: Shuffle = "shards"
+    mixture: Mixture | None = None
+    shards_per_corpus: tuple[int, ...] = ()
+
+    @cached_property
+    def corpora(self) -> tuple[CorpusRows, ...]:
+        return tuple(
+            CorpusRows(self.rows_per_shard[first:end], self.seed, self.shuffle)
+            for first, end in itertools.pairwise(self.first_shards)
+        )
+
+    @cached_property
+    def first_shards(self) -> tuple[int, ...]:
+        """The first shard of each corpus, and behind them the number of all shards."""
+        counts = self.shards_per_corpus or (len(self.rows_per_shard),)
+        return (0, *itertools.accumulate(counts))
 
     @cached_property
     def rows_per_epoch(self) -> int:
+        """Rows of all corpora."""
         return sum(self.rows_per_shard)
 
     def epoch_at(self, step: int) -> int:
@@ -51,43 +129,41 @@ class Sampler:
         """The first step whose first row belongs to `epoch`."""
         return -(-epoch * self.rows_per_epoch // self.rows_per_step)
 
-    def first_step_with(self, shard: int) -> int:
-        """The first step that reads rows of a shard (all of them are read in epoch 0)."""
-        return sum(self.rows_per_shard[:shard]) // self.rows_per_step
+    def corpus_of(self, shards: Indices) -> Indices:
+        """The corpus of each of `shards`."""
+        return np.searchsorted(self.first_shards, shards, side="right") - 1
 
-    def shards_of(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Shard indices in the order that `epoch` reads them; name order in epoch 0."""
-        count = len(self.rows_per_shard)
-        if epoch == 0 or self.shuffle == "none":
-            return np.arange(count, dtype=np.int64)
-        return _generator(self.seed, epoch).permutation(count)
+    def first_step_with(self, shard: int) -> int | None:
+        """The first step that may read rows of a shard; None if no step does."""
+        corpus = int(self.corpus_of(np.array(shard)))
+        position = self.corpora[corpus].first_position_in(shard - self.first_shards[corpus])
+        row = self.mixture.row_of(corpus, position) if self.mixture else position
+        return None if row is None else row // self.rows_per_step
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
         """The rows that `rank` reads in `step`; steps count from 0."""
         mine = share(self.rows_per_step, rank, world_size)
         first = step * self.rows_per_step
-        positions = np.arange(first + mine.start, first + mine.stop, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.rows_per_epoch)
-        parts = [self._locate(int(epoch), offsets[epochs == epoch]) for epoch in np.unique(epochs)]
-        return np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.int64)
-
-    def shard_after(self, step: int) -> int:
-        """The shard that is read after the one that holds the last row of `step`."""
-        epoch, offset = divmod((step + 1) * self.rows_per_step - 1, self.rows_per_epoch)
-        shards = self.shards_of(epoch)
-        ends = np.cumsum(np.asarray(self.rows_per_shard)[shards])
-        end = int(ends[np.searchsorted(ends, offset, side="right")])
-        following, offset = divmod(epoch * self.rows_per_epoch + end, self.rows_per_epoch)
-        return int(self._locate(following, np.array([offset]))[0, 0])
-
-    def _locate(self, epoch: int, offsets: npt.NDArray[np.int64]) -> Rows:
-        rows = _rows_at(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
-        if self.shuffle == "rows":
-            for shard in np.unique(rows[:, 0]).tolist():
-                here = rows[:, 0] == shard
-                count = self.rows_per_shard[shard]
-                rows[here, 1] = _row_permutation(self.seed, epoch, shard, count)[rows[here, 1]]
+        numbers = np.arange(first + mine.start, first + mine.stop, dtype=np.int64)
+        if self.mixture is None:
+            return self.corpora[0].at(numbers)
+        rows = np.empty((len(numbers), 2), dtype=np.int64)
+        corpora, positions = self.mixture.at(numbers)
+        for corpus in np.unique(corpora).tolist():
+            here = corpora == corpus
+            rows[here] = self.corpora[corpus].at(positions[here])
+            rows[here, 0] += self.first_shards[corpus]
         return rows
+
+    def shards_after(self, step: int) -> list[int]:
+        """For each corpus, the shard that is read after the one of its last row up to `step`."""
+        read = (step + 1) * self.rows_per_step
+        counts = self.mixture.rows_before(read) if self.mixture else (read,)
+        return [
+            first + corpus.shard_after(count - 1)
+            for first, corpus, count in zip(self.first_shards, self.corpora, counts, strict=False)
+            if count
+        ]
 
 
 def share(count: int, rank: int, world_size: int) -> range:
@@ -124,12 +200,6 @@ def _rows_at(
     return np.stack([shards[slots], rows], axis=1)
 
 
-@lru_cache(maxsize=4)  # consecutive steps read the same few shards
+@lru_cache(maxsize=32)  # consecutive steps read the same few shards of each corpus
 def _row_permutation(seed: int, epoch: int, shard: int, count: int) -> npt.NDArray[np.int64]:
-    return _generator(seed, epoch, stream=shard + 1).permutation(count)
-
-
-def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
-    """An independent stream for each epoch's shards (stream 0) and for the rows of each shard."""
-    counter = [0, 0, 0, stream]  # the highest word: streams never overlap
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=counter))
+    return permutation.generator(seed, epoch, stream=shard + 1).permutation(count)

@@ -35,8 +35,10 @@ def extent(fault: Fault, data: DatasetIndex, sampler: Sampler, state: TrainState
         return "no step has used it"
     if fault.unverified not in train:
         return "validation may have used it"
-    first = state.step_that_reads(sampler.first_step_with(train.index(fault.unverified))) + 1
-    return "no step has used it" if first > state.step else f"step {first} may have used it first"
+    data_step = sampler.first_step_with(train.index(fault.unverified))
+    if data_step is None or state.step_that_reads(data_step) >= state.step:
+        return "no step has used it"
+    return f"step {state.step_that_reads(data_step) + 1} may have used it first"
 
 
 def files_read(data: DatasetIndex, sampler: Sampler, steps: Iterable[int]) -> set[str]:
