@@ -63,6 +63,10 @@ def small_documents(skip: int = 0) -> Iterator[Document]:
         yield Document((stdlib / f"{name}.py").read_text(encoding="utf-8"))
 
 
+def small_text() -> str:
+    return "".join(document.text for document in small_documents())
+
+
 SMALL_CORPUS = Corpus("small", "a few modules", 8000, in_blocks(small_documents))
 
 

@@ -188,13 +188,13 @@ THREE_UPDATES = {**ONE_UPDATE, "max_steps": 3, "block_size": 4, "total_batch_siz
 SIX_UPDATES = {"decay_steps": 6, "eval_interval": None, "checkpoint_interval": 3}
 
 
-def test_gradient_of_three_ranks_is_that_of_one(data_root: Path, tmp_path: Path):
+def test_gradient_of_three_ranks_is_that_of_one(characters: Path, tmp_path: Path):
     """Shares of 3, 3 and 2 rows, in micro-batches of 2 and 1. In bfloat16 the losses agree."""
     kept = {ranks: tmp_path / f"{ranks}.pt" for ranks in (1, 3)}
     bfloat16 = {ranks: tmp_path / f"bfloat16_on_{ranks}" for ranks in (1, 3)}
     for ranks, path in kept.items():
-        flags = small_flags(data_root, tmp_path / f"on_{ranks}", **ONE_UPDATE)
-        more = small_flags(data_root, bfloat16[ranks], **THREE_UPDATES, dtype="bfloat16")
+        flags = small_flags(characters, tmp_path / f"on_{ranks}", **ONE_UPDATE)
+        more = small_flags(characters, bfloat16[ranks], **THREE_UPDATES, dtype="bfloat16")
         run_each([(path, flags), (None, more)], tmp_path, ranks)
     one, three = (losses(out / "logs/log.txt") for out in bfloat16.values())
     assert list(one) == [1, 2, 3]

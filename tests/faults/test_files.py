@@ -27,6 +27,11 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")
+def data_root(characters: Path) -> Path:
+    return characters
+
+
+@pytest.fixture(scope="module")
 def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of steps 10, 15 and 20."""
     out = tmp_path_factory.mktemp("finished")
@@ -129,12 +134,12 @@ def files_of_at_most(size_bytes: int) -> Iterator[None]:
 
 
 @trial("disk full during a save")
-def test_full_disk(data_root: Path, tmp_path: Path, monkeypatch, capfd):
+def test_full_disk(gpt2_tokens: Path, tmp_path: Path, monkeypatch, capfd):
     """Simulated by a limit: training continues, and the last save fails with a message."""
     flags = {"checkpoint_interval": 5, "eval_interval": None}
-    trainer.run(small_config(data_root, tmp_path, **flags, max_steps=5))
+    trainer.run(small_config(gpt2_tokens, tmp_path, **flags, max_steps=5))
     before = (tmp_path / "checkpoints/step_000005.pt").read_bytes()
-    more = small_flags(data_root, tmp_path, **flags, max_steps=20, resume="latest")
+    more = small_flags(gpt2_tokens, tmp_path, **flags, max_steps=20, resume="latest")
     monkeypatch.setattr(sys, "argv", ["gpt2 train", *more])
     with files_of_at_most(len(before) // 2):
         assert train.train_main() == 2
@@ -150,16 +155,16 @@ def test_full_disk(data_root: Path, tmp_path: Path, monkeypatch, capfd):
     assert [item.training.step for item in store.list_checkpoints(tmp_path / "checkpoints")] == [5]
     assert (tmp_path / "checkpoints/step_000005.pt").read_bytes() == before
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
-    again = small_config(data_root, tmp_path, **flags, max_steps=20, resume="latest")
+    again = small_config(gpt2_tokens, tmp_path, **flags, max_steps=20, resume="latest")
     assert trainer.run(again).step == 20  # the limit is gone
 
 
 @pytest.mark.soak
 @trial("disk full in the middle, also for the log")
-def test_a_disk_that_is_full_for_a_while(data_root: Path, tmp_path: Path):
+def test_a_disk_that_is_full_for_a_while(gpt2_tokens: Path, tmp_path: Path):
     """A small tmpfs for all files of the run, which is full for some steps before the end."""
     flags = {"max_steps": 120, "eval_interval": None, "keep_last": 2}
-    run = train_command(small_flags(data_root, tmp_path / "run", **flags))
+    run = train_command(small_flags(gpt2_tokens, tmp_path / "run", **flags))
     command = ["unshare", "-rm", "bash", "-c", FULL_FOR_A_WHILE, "bash", str(tmp_path / "run")]
     done = subprocess.run(
         [*command, *run, "--use_tensorboard"], cwd=ROOT, capture_output=True, text=True

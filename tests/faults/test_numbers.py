@@ -21,6 +21,11 @@ from support import losses, small_config
 pytestmark = pytest.mark.faults
 
 
+@pytest.fixture(scope="module")
+def data_root(characters: Path) -> Path:
+    return characters
+
+
 @pytest.fixture(autouse=True)
 def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Messages on standard output, warnings on standard error."""
@@ -56,14 +61,15 @@ def test_a_bad_update_is_left_out(data_root: Path, tmp_path: Path, poison, capsy
     result = trainer.run(small_config(data_root, tmp_path))
     assert (result.state, result.step) == ("finished", 20)
     out = capsys.readouterr().err
-    assert "WARNING: step 7: loss 10." in out
+    assert "WARNING: step 7: loss 4." in out
     assert "gradient norm nan: no update (1 in a row, 1 in all)" in out
     assert "gradient norm nan: no update (2 in a row, 2 in all)" in out
     assert "gradient norm nan: no update (1 in a row, 3 in all)" in out
     assert "WARNING: no checkpoint of step 10: its update was skipped" in out
     assert not (tmp_path / "checkpoints/step_000010.pt").exists()
     assert all(torch.isfinite(part).all() for part in weights(tmp_path, 20).values())
-    assert losses(tmp_path / "logs/log.txt")[20] < 10
+    log = losses(tmp_path / "logs/log.txt")
+    assert log[20] < log[1] - 0.5
 
 
 def record_data_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:

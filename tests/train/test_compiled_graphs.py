@@ -32,9 +32,9 @@ def test_each_shape_has_a_graph_of_its_own(
 
 
 def test_gradients_are_exchanged_between_parts_of_a_graph_after_rows_are_fitted(
-    data_root: Path, tmp_path: Path
+    gpt2_tokens: Path, tmp_path: Path
 ):
-    arguments = [str(data_root), str(tmp_path), "mini_batch_size=8", "total_batch_size=64"]
+    arguments = [str(gpt2_tokens), str(tmp_path), "mini_batch_size=8", "total_batch_size=64"]
     printed = forked_ranks.run(
         [*arguments, "max_steps=2", "eval_interval=None", "n_layer=1", "block_size=4"],
         2,

@@ -54,10 +54,10 @@ DAMAGES = (overwrite_tokens, replace_validation)
 
 
 @pytest.fixture(params=["manifest", "foreign"])
-def folder(data_root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+def folder(gpt2_tokens: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A copy of the small corpus, an hour old, with its manifest or as another tool's shards."""
     folder = tmp_path / "corpus"
-    shutil.copytree(data_root, folder, ignore=shutil.ignore_patterns(digests.NAME))
+    shutil.copytree(gpt2_tokens, folder, ignore=shutil.ignore_patterns(digests.NAME))
     if request.param == "foreign":
         (folder / MANIFEST).unlink()
     age(folder)
@@ -220,9 +220,9 @@ def as_earlier_version(folder: Path, fingerprint: str) -> None:
     store.save(folder, state, newest.training, keep_last=3)
 
 
-def test_all_ranks_save_and_end(data_root: Path, tmp_path: Path):
+def test_all_ranks_save_and_end(gpt2_tokens: Path, tmp_path: Path):
     """The shard is wrong from the beginning: rank 0 alone verifies it."""
-    folder = Path(shutil.copytree(data_root, tmp_path / "corpus"))
+    folder = Path(shutil.copytree(gpt2_tokens, tmp_path / "corpus"))
     (folder / digests.NAME).unlink(missing_ok=True)
     name = overwrite_tokens(folder)
     printed = forked_ranks.run(small_flags(folder, tmp_path), 2, tmp_path, expect=USER_ERROR)
@@ -236,10 +236,10 @@ def test_all_ranks_save_and_end(data_root: Path, tmp_path: Path):
 
 
 def test_a_repaired_shard_lets_the_run_go_on_bit_identically(
-    folder: Path, tmp_path: Path, data_root: Path
+    folder: Path, tmp_path: Path, gpt2_tokens: Path
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer.run(small_config(data_root, whole))
+    trainer.run(small_config(gpt2_tokens, whole))
     trainer.run(
         small_config(folder, parts),
         report=lambda **metrics: "stop" if metrics["step"] == 7 else "go",
@@ -247,6 +247,6 @@ def test_a_repaired_shard_lets_the_run_go_on_bit_identically(
     name = overwrite_tokens(folder)
     with pytest.raises(UserError, match=name):
         trainer.run(small_config(folder, parts, resume="latest"))
-    shutil.copyfile(data_root / name, folder / name)
+    shutil.copyfile(gpt2_tokens / name, folder / name)
     trainer.run(small_config(folder, parts, resume="latest"))
     assert loss_lines(parts / "logs/log.txt") == loss_lines(whole / "logs/log.txt")

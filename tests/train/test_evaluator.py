@@ -42,7 +42,7 @@ def logged_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     log.setup(info_stream="stdout")
 
 
-def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
+def test_hellaswag_in_training(gpt2_tokens: Path, tmp_path: Path, capsys):
     flags = {"hellaswag_interval": 8, "hellaswag_limit": 5, "use_tensorboard": True}
     tasks = write_tasks(tmp_path / "tasks.jsonl")
     reported = []
@@ -51,7 +51,7 @@ def test_hellaswag_in_training(data_root: Path, tmp_path: Path, capsys):
         reported.append(metrics)
         return "go"
 
-    result = trainer.run(small_config(data_root, tmp_path, **flags, hellaswag_path=tasks), report)
+    result = trainer.run(small_config(gpt2_tokens, tmp_path, **flags, hellaswag_path=tasks), report)
     found = re.findall(LINE, (tmp_path / "logs/log.txt").read_text())
     assert [int(step) for step, *_ in found] == [8, 16, 20]
     assert re.findall(LINE, capsys.readouterr().out) == found
@@ -104,13 +104,14 @@ class FirstOfTwo(World):
 
 
 @pytest.fixture
-def beside(data_root: Path, tmp_path: Path) -> Evaluator:
+def beside(gpt2_tokens: Path, tmp_path: Path) -> Evaluator:
     """Of rank 0 of two, with HellaSwag and samples due at every step."""
     tasks = write_tasks(tmp_path / "tasks.jsonl", count=40)
     options = {"sample_interval": 1, "hellaswag_interval": 1, "hellaswag_path": tasks}
-    run, world = small_config(data_root, tmp_path, **options), FirstOfTwo(0, 2, torch.device("cpu"))
+    run = small_config(gpt2_tokens, tmp_path, **options)
+    world = FirstOfTwo(0, 2, torch.device("cpu"))
     replica = Replica(run, World(0, 1, world.device))
-    return Evaluator(run, world, replica, load_index(Storage(str(data_root))))
+    return Evaluator(run, world, replica, load_index(Storage(str(gpt2_tokens))))
 
 
 def test_rank_0_samples_while_other_ranks_compute_hellaswag(
@@ -262,22 +263,22 @@ def test_an_error_that_leaves_the_device_unusable_ends_the_run(
 
 
 def test_training_goes_on_where_there_is_no_hellaswag(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    gpt2_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     def nowhere(*_: object, **__: object) -> None:
         raise DataError("HellaSwag is not in data/hellaswag and cannot be loaded")
 
     monkeypatch.setattr(hellaswag, "load", nowhere)
-    result = trainer.run(small_config(data_root, tmp_path, hellaswag_interval=5))
+    result = trainer.run(small_config(gpt2_tokens, tmp_path, hellaswag_interval=5))
     assert (result.state, result.hellaswag) == ("finished", None)
     [warning] = [line for line in capsys.readouterr().err.splitlines() if "HellaSwag" in line]
     assert warning.startswith("WARNING: training continues without HellaSwag: HellaSwag is not in")
 
 
-def test_a_file_that_was_named_must_be_there(data_root: Path, tmp_path: Path):
+def test_a_file_that_was_named_must_be_there(gpt2_tokens: Path, tmp_path: Path):
     settings = {"hellaswag_interval": 5, "hellaswag_path": tmp_path / "none.jsonl"}
     with pytest.raises(DataError, match=r"cannot read HellaSwag tasks from .*none\.jsonl"):
-        trainer.run(small_config(data_root, tmp_path, **settings))
+        trainer.run(small_config(gpt2_tokens, tmp_path, **settings))
 
 
 @pytest.mark.parametrize(("corpus", "loss"), [("fineweb_edu", 3.2924), ("fineweb", 3.425)])
@@ -294,7 +295,7 @@ def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_pat
 
 
 def test_a_stop_within_hellaswag_loses_no_validation(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    gpt2_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """What was measured before the stop is in its checkpoint, and what comes later gets there."""
     tasks = write_tasks(tmp_path / "tasks.jsonl")
@@ -305,7 +306,7 @@ def test_a_stop_within_hellaswag_loses_no_validation(
         signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments, stop=stop, **options)
 
-    config = small_config(data_root, tmp_path, **flags, max_steps=10)
+    config = small_config(gpt2_tokens, tmp_path, **flags, max_steps=10)
     with monkeypatch.context() as patch:
         patch.setattr(hellaswag, "evaluate", stopped)
         result = trainer.run(config)
@@ -313,7 +314,7 @@ def test_a_stop_within_hellaswag_loses_no_validation(
     (kept,) = store.list_checkpoints(tmp_path / "checkpoints")
     assert kept.training.val_loss == result.val_loss
 
-    resumed = small_config(data_root, tmp_path, **flags, max_steps=10, resume="latest")
+    resumed = small_config(gpt2_tokens, tmp_path, **flags, max_steps=10, resume="latest")
     result = trainer.run(resumed)
     assert (result.state, result.hellaswag is None) == ("finished", False)
     assert "Nothing to do" not in capsys.readouterr().out

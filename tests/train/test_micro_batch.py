@@ -86,18 +86,18 @@ def test_a_failed_pass_is_freed_before_the_next_one(monkeypatch):
 
 
 def test_a_resume_keeps_the_rows_on_the_same_gpu_alone(
-    data_root: Path, tmp_path: Path, monkeypatch, capsys
+    gpt2_tokens: Path, tmp_path: Path, monkeypatch, capsys
 ):
     plain: dict[str, Any] = {"dropout": 0.0, "decay_steps": 20}
     changes = {**plain, "mini_batch_size": "auto", "resume": "latest"}
 
     def train(last: int, gpu: DeviceMemory) -> str:
         monkeypatch.setattr(device, "memory", lambda _: gpu)
-        config = small_config(data_root, tmp_path / "auto", **changes, max_steps=last)
+        config = small_config(gpt2_tokens, tmp_path / "auto", **changes, max_steps=last)
         trainer.run(config)
         return capsys.readouterr().out
 
-    run = small_config(data_root, tmp_path)
+    run = small_config(gpt2_tokens, tmp_path)
     assert "  - --mini_batch_size auto: 4 rows at once\n" in train(2, enough_for(run, 4))
     less_is_free = enough_for(run, 2)
     assert "  - --mini_batch_size auto: 4 rows at once\n" in train(4, less_is_free)
@@ -105,7 +105,7 @@ def test_a_resume_keeps_the_rows_on_the_same_gpu_alone(
     line = "2 rows at once, 4 before (a GPU with other memory); each step trains on the same tokens"
     assert line in printed
     monkeypatch.undo()
-    trainer.run(small_config(data_root, tmp_path / "plain", **plain, max_steps=6))
+    trainer.run(small_config(gpt2_tokens, tmp_path / "plain", **plain, max_steps=6))
     one, other = (losses(tmp_path / name / "logs/log.txt") for name in ("auto", "plain"))
     assert list(one) == [1, 2, 3, 4, 5, 6]
     assert one == pytest.approx(other, abs=1e-5)

@@ -105,7 +105,7 @@ def test_a_way_back_is_posted(data_root: Path, tmp_path: Path, monkeypatch):
         trainer.run(config, notices=Notices(hook.address))
         skipped, back, _ = hook.received
         assert hook.wait_for(3) == ["skipped", "went_back", "finished"]
-    assert "skipped an update at step 4 of 6: step 4: loss 10." in skipped["text"]
+    assert "skipped an update at step 4 of 6: step 4: loss 4." in skipped["text"]
     assert "went back to step 2 of 6: 3 updates in a row, up to step 6, had no" in back["text"]
 
 

@@ -29,7 +29,7 @@ def gpt2(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_what_needs_gpt2_tokens_is_off_and_samples_are_of_the_vocabulary(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
+    gpt2_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
 ):
     characters, out = tmp_path / "char", tmp_path / "out"
     splits = foreign_shards.nanogpt_characters(characters)
@@ -65,8 +65,8 @@ def test_what_needs_gpt2_tokens_is_off_and_samples_are_of_the_vocabulary(
         (("export", tmp_path / "export", *source), ""),
         (("evaluate", *source, *results), "; use --tasks val"),
         (
-            ("evaluate", *source, *results, "--tasks", "val", "--data_root", data_root),
-            f", as {data_root} has them",
+            ("evaluate", *source, *results, "--tasks", "val", "--data_root", gpt2_tokens),
+            f", as {gpt2_tokens} has them",
         ),
     ):
         assert gpt2(monkeypatch, *command) == 2
@@ -114,7 +114,7 @@ def test_a_prompt_that_is_not_in_the_vocabulary_is_one_warning(tmp_path: Path):
 
 
 def test_a_model_needs_no_more_tokens_than_its_data(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    gpt2_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     splits = foreign_shards.nanogpt_characters(tmp_path / "char")
     size = len({*splits["train"], *splits["val"]})
@@ -134,13 +134,13 @@ def test_a_model_needs_no_more_tokens_than_its_data(
     small.mkdir()
     for split in ("train", "val"):
         np.arange(200, dtype=np.uint16).tofile(small / f"{split}.bin")
-    for data, needed in ((data_root, 50257), (small, 50257), (tmp_path / "char", size)):
+    for data, needed in ((gpt2_tokens, 50257), (small, 50257), (tmp_path / "char", size)):
         expected = rf"token ids up to {needed - 1}, .* use --vocab_size {needed} or more"
         with pytest.raises(DataError, match=expected):
             trainer.run(small_config(data, tmp_path, vocab_size=size - 1))
 
 
-def test_the_vocabulary_size_of_a_run_is_that_of_its_data(data_root: Path, tmp_path: Path):
+def test_the_vocabulary_size_of_a_run_is_that_of_its_data(gpt2_tokens: Path, tmp_path: Path):
     foreign_shards.nanogpt_characters(tmp_path / "char")
     flags = {"hellaswag_interval": None, "max_steps": 1, "eval_interval": None}
     characters = small_config(tmp_path / "char", tmp_path / "out", **flags)
@@ -155,7 +155,7 @@ def test_the_vocabulary_size_of_a_run_is_that_of_its_data(data_root: Path, tmp_p
     trainer.run(larger)
     assert rows_of_newest(tmp_path / "larger") == 200
     of_gpt2_tokens = flops.parameter_count(characters.model)
-    words, nothing = small_config(data_root, tmp_path), small_config(tmp_path / "none", tmp_path)
+    words, nothing = small_config(gpt2_tokens, tmp_path), small_config(tmp_path / "none", tmp_path)
     for run, rows in ((characters, 128), (larger, 200), (words, 50304), (nothing, 50304)):
         assert training_job.result_options(run)["vocab_size"] == rows
         assert dataset.with_vocab_size_if_known(run).model.embedding_rows == rows
