@@ -46,7 +46,7 @@ def test_two_epochs_of_tokens_are_those_of_a_plain_loop(data_root: Path, world_s
     expected = [
         row
         for epoch in range(3)
-        for row in plain_loop(data_root, 32, sampler.shards_of(epoch).tolist())
+        for row in plain_loop(data_root, 32, sampler.corpora[0].shards_of(epoch).tolist())
     ]
     steps = -(-2 * sampler.rows_per_epoch // sampler.rows_per_step)
     seen: list[list[int]] = []

@@ -19,7 +19,6 @@ from gpt2.data.sampler import Sampler
 from gpt2.data.shards import load_index
 from gpt2.inspection.run_status import Run
 from gpt2.metrics import log_reader, records
-from gpt2.train import dataset
 
 # Without a run and without data, these are assumed.
 ASSUMED_GPU, ASSUMED_MFU = "A100", 0.4
@@ -84,6 +83,8 @@ def print_assumed_forecast(
     config: RunConfig, tokens_per_s: float | None, gpus: int, out: Console
 ) -> None:
     """Prints the forecast of a run that has not begun, and what it assumes."""
+    from gpt2.train import dataset  # imports torch
+
     try:
         data = load_index(Storage(config.data.data_root))
         config = dataset.with_vocab_size(config, data)
