@@ -49,13 +49,13 @@ def load_model(which: str, block_size: int | None = None) -> GPT2:
         values = json.loads(Path(which, "config.json").read_text())
         names = interchange.HUGGING_FACE_SHAPE.items()
         shape = ModelConfig(**{ours: values[theirs] for theirs, ours in names})
-        weights = interchange.load(f"hf:{which}", shape, trust=False)
+        weights = interchange.load(f"hf:{which}", shape, trust=False).weights
     else:
         state = store.load(Path(which).resolve())  # the metadata is not beside a link
         shape, weights = ModelConfig(**state["config"]["model"]), state["model"]
     shape = replace(shape, block_size=block_size or shape.block_size)
     net = model.build(shape)
-    net.load_state_dict(interchange.fit(weights, shape))
+    net.load_state_dict(interchange.fit(weights, shape, shape.embedding_rows))
     return net.eval()
 
 

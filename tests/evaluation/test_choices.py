@@ -125,6 +125,10 @@ def test_padded_ids_get_no_probability(net: LanguageModel):
     louder.load_state_dict(net.state_dict())
     louder.token_embedding.weight.data[tokenizer.VOCAB_SIZE :] *= 100
     assert ending_losses(louder, [question], ALONE, FULL) == [[before]]
+    (((of_fewer,),)) = ending_losses(louder, [question], ALONE, FULL, vocab_size=500)
+    with torch.no_grad():
+        logits_V = louder.logits(torch.tensor([[1, 2]]))[0, -1, :500]
+    assert of_fewer == pytest.approx(float(-logits_V.log_softmax(0)[3]), rel=1e-5)
 
 
 def test_dropout_is_off_and_the_mode_is_as_before():

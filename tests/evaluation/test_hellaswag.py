@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+import own_tokens
 from gpt2 import model
 from gpt2.base.errors import DataError
 from gpt2.config.model import ModelConfig
 from gpt2.data import tokenizer
 from gpt2.distributed import world
 from gpt2.evaluation import choices, hellaswag
+from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.choices import Question
 from gpt2.evaluation.hellaswag import Choice, Score, Task
 
@@ -124,6 +126,22 @@ def test_an_ending_of_markup_alone_has_no_mean(path: Path):
     assert task.lengths[0] == 0
     assert words(task.question.endings[0]) == [" "]
     assert hellaswag.choose(task, [1.0, 50.0, 40.0, 90.0]) == Choice(by_sum=0, by_mean=1)
+
+
+@pytest.mark.parametrize("style", ["completion", "harness"])
+def test_the_texts_are_the_same_in_tokens_of_another_tokenizer(path: Path, style: PromptStyle):
+    own = own_tokens.trained()
+    tasks, in_own = (
+        hellaswag.load(path, style=style),
+        hellaswag.load(path, None, style, tokenizer=own),
+    )
+    for task, other in zip(tasks, in_own, strict=True):
+        question = other.question
+        assert all(question.endings)
+        assert [own.decode(item) for item in (question.context, *question.endings)] == texts(task)
+        assert other.label == task.label
+        tokens = tuple(map(len, question.endings))
+        assert other.lengths == (tokens if style == "completion" else task.lengths)
 
 
 def test_choices():

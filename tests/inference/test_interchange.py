@@ -1,29 +1,35 @@
 import json
 import math
+import random
 import shutil
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+from tokenizers import processors
 from torch import nn
 
+import own_tokens
 from gpt2 import model
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli import export, main
 from gpt2.config.model import ModelConfig
 from gpt2.config.presets import PRESETS
-from gpt2.data import tokenizer
+from gpt2.data import tokenizer, tokenizer_files
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.inference import interchange, tokenizer_export
 from gpt2.inference.interchange import TrainedModel
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import trainer
-from support import small_config
+from support import small_config, small_documents
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32)
 TEXTS = [
@@ -57,7 +63,7 @@ def trained(**changes: object) -> tuple[GPT2, TrainedModel]:
 
 
 def load(source: str, shape: ModelConfig = SHAPE, trust: bool = False) -> dict[str, torch.Tensor]:
-    return interchange.load(source, shape, trust=trust)
+    return interchange.load(source, shape, trust=trust).weights
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -131,6 +137,81 @@ def test_transformers_gives_the_same_tokens(offline, transformers, hf_folder: Pa
     assert theirs.encode(text) == tokenizer.load().encode(text, allowed_special="all")
     assert theirs(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.END_OF_TEXT
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a model with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("own") / "hf"
+    source = replace(trained(vocab_size=own_tokens.ROWS)[1], tokenizer=own_tokens.trained())
+    interchange.export(source, "hf", folder, "float32", overwrite=False)
+    return folder
+
+
+def test_transformers_gives_the_same_tokens_of_10_000_texts(
+    offline, transformers, own_folder: Path
+):
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(own_folder), own_tokens.trained()
+    assert (len(theirs), theirs.model_max_length) == (own_tokens.VOCAB_SIZE, SHAPE.block_size)
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_text
+    chosen, letters = random.Random(0), [*map(chr, range(0x3000)), *"🚀é\U0010ffff", *TEXTS]
+    parts = [*letters, *(text for item in small_documents() for text in item.text.split(" "))]
+    texts = [chosen.choice(("", " ")).join(chosen.choices(parts, k=9)) for _ in range(10_000)]
+    assert theirs(texts)["input_ids"] == [ours.encode(text) for text in texts]
+    assert theirs.decode(theirs.encode(texts[0])) == texts[0]
+    text = "one<|endoftext|> two"
+    assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text)
+    assert theirs.encode(text).count(ours.end_of_text) == 1
+
+
+def test_transformers_gives_the_same_logits_of_own_tokens(offline, transformers, own_folder: Path):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(own_folder).eval()
+    net, _ = trained(vocab_size=own_tokens.ROWS)
+    tokens_BT = torch.randint(own_tokens.VOCAB_SIZE, (3, 32))
+    with torch.no_grad():
+        logits_BTV = theirs(tokens_BT).logits
+        assert logits_BTV.shape == (3, 32, own_tokens.VOCAB_SIZE)
+        expected_BTV = net.logits(tokens_BT)[..., : own_tokens.VOCAB_SIZE]
+        assert (logits_BTV - expected_BTV).abs().max() < 1e-4
+    assert theirs.generation_config.eos_token_id == own_tokens.trained().end_of_text
+
+
+def test_rows_of_own_tokens_are_padded_again(own_folder: Path):
+    net, _ = trained(vocab_size=own_tokens.ROWS)
+    found = interchange.load(f"hf:{own_folder}", SHAPE, trust=False)
+    assert found.tokenizer == own_tokens.trained()
+    rows_VD, size = found.weights["token_embedding.weight"], own_tokens.VOCAB_SIZE
+    assert rows_VD.shape == net.token_embedding.weight.shape
+    assert torch.equal(rows_VD[:size], net.token_embedding.weight[:size])
+    assert torch.allclose(rows_VD[size:], rows_VD[:size].mean(dim=0))
+
+
+def test_the_tokenizer_of_a_folder_is_known(hf_folder: Path, own_folder: Path, tmp_path: Path):
+    assert interchange.read(f"hf:{hf_folder}", trust=False).tokenizer is GPT2_TOKENIZER
+    copy = Path(shutil.copytree(own_folder, tmp_path / "copy"))
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"copy/tokenizer\.json is no tokenizer\.json"):
+        interchange.read(f"hf:{copy}", trust=False)
+    (copy / "tokenizer.json").unlink()  # then it counts as GPT-2's, which has more tokens
+    with pytest.raises(CheckpointError, match="expected a vocab_size of 50257 or more, got 500"):
+        interchange.read(f"hf:{copy}", trust=False)
+
+
+def test_the_export_adds_nothing_to_a_text(tmp_path: Path):
+    """A file may ask for tokens before each text, a largest length, and padding."""
+    asking = tokenizers.Tokenizer.from_str(own_tokens.trained().content)
+    end = own_tokens.trained().end_of_text
+    asking.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)]
+    )
+    asking.enable_truncation(3)
+    asking.enable_padding(length=9)
+    text = "a longer text than three tokens"
+    assert asking.encode(text).ids[0] == end
+    ours = tokenizer_files.parse(asking.to_str(), "asking")
+    tokenizer_export.write(tmp_path, ours, context=32)
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert written.encode(text).ids == ours.encode(text)
 
 
 def test_every_character_has_the_same_tokens(hf_folder: Path):
@@ -256,7 +337,7 @@ def test_nanogpt_samples_from_it(tmp_path: Path, bias: bool):
 def test_a_checkpoint_as_nanogpt_trains_it(nanogpt_file: Path, caplog):
     """Compiled, with an optimiser, a loss as a tensor, and a vocabulary of 50304."""
     net, _ = trained()
-    padded = interchange.to_theirs(net.state_dict(), net.config, transposed=False)
+    padded = interchange.to_theirs(net.state_dict(), net.config, 50257, transposed=False)
     padded["transformer.wte.weight"] = net.token_embedding.weight.detach()
     padded["lm_head.weight"] = padded["transformer.wte.weight"]
     padded["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
@@ -267,7 +348,7 @@ def test_a_checkpoint_as_nanogpt_trains_it(nanogpt_file: Path, caplog):
         optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3}]},
         best_val_loss=torch.tensor(3.5),
     )
-    weights = interchange.load(source, SHAPE, trust=False)
+    weights = load(source)
     assert torch.equal(weights["token_embedding.weight"], net.token_embedding.weight)
     assert "tanh" in caplog.messages[0]
 
@@ -279,7 +360,7 @@ def test_padding_is_never_likely():
         net.token_embedding.weight.add_(net.final_norm.bias, alpha=-30)
         net.final_norm.bias.mul_(20)
     padded = model.build(SHAPE).eval()
-    padded.load_state_dict(interchange.fit(net.state_dict(), SHAPE))
+    padded.load_state_dict(interchange.fit(net.state_dict(), SHAPE, 50257))
     tokens_BT = torch.randint(50257, (4, 32))
     with torch.no_grad():
         logits_BTV = padded.logits(tokens_BT)
@@ -291,7 +372,7 @@ def test_padding_is_never_likely():
 
 def test_fewer_positions_and_rows_are_the_first_ones(hf_folder: Path, caplog):
     shorter = ModelConfig(**{**vars(SHAPE), "block_size": 8, "vocab_size": 50257})
-    weights = interchange.load(f"hf:{hf_folder}", shorter, trust=False)
+    weights = load(f"hf:{hf_folder}", shorter)
     net = model.build(shorter)
     net.load_state_dict(weights)
     assert torch.equal(net.position_embedding.weight, trained()[0].position_embedding.weight[:8])

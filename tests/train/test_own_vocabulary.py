@@ -1,6 +1,7 @@
 """A run on a nanoGPT data set of characters: nothing takes its tokens for GPT-2's."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from gpt2.checkpoint import store
 from gpt2.cli import evaluate, loading, main
 from gpt2.cli.model_source import ModelSource
 from gpt2.config import flops
+from gpt2.data import saved_tokenizer
+from gpt2.data.tokenizer import GPT2_TOKENIZER
+from gpt2.data.vocabulary import Characters
 from gpt2.distributed.world import World
 from gpt2.experiments.compare import models
 from gpt2.experiments.results import JobResult
@@ -58,26 +62,32 @@ def test_what_needs_gpt2_tokens_is_off_and_samples_are_of_the_vocabulary(
     assert store.load(newest)["vocabulary"] == tuple(characters_of_run)
 
     source = ("--checkpoint_dir", out / "checkpoints")
-    refused = f"was trained on the {size} tokens of a meta.pkl; expected a model of GPT-2's tokens"
+    tokens = saved_tokenizer.described(Characters(tuple(characters_of_run)))
+    assert tokens.startswith(f"meta.pkl ({size} tokens, ")
+    refused = f"was trained on the tokens of {tokens}; expected a model of tokens that any text has"
     results = ("--output", tmp_path / "results.json")
     capsys.readouterr()
     for command, way_out in (
         (("export", tmp_path / "export", *source), ""),
         (("evaluate", *source, *results), "; use --tasks val"),
-        (
-            ("evaluate", *source, *results, "--tasks", "val", "--data_root", gpt2_tokens),
-            f", as {gpt2_tokens} has them",
-        ),
     ):
         assert gpt2(monkeypatch, *command) == 2
-        assert capsys.readouterr().err.splitlines()[-1].endswith(f"{refused}{way_out}")
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.endswith(f"{refused}, as GPT-2's{way_out}")
+    other = ("--tasks", "val", "--data_root", gpt2_tokens)
+    assert gpt2(monkeypatch, "evaluate", *source, *results, *other) == 2
+    expected = (
+        rf"{gpt2_tokens} has tokens of gpt2 .*, .* was trained on those of {re.escape(tokens)}; "
+    )
+    assert re.search(expected, capsys.readouterr().err)
     assert not (tmp_path / "export").exists()
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     loaded = loading.load_model(ModelSource(checkpoint_dir=out / "checkpoints"))
-    for model in (replace(loaded, vocabulary=None), replace(loaded, vocabulary=("a", "b"))):
-        with pytest.raises(DataError, match=f"^{characters} has a vocabulary of its own"):
+    for other_tokens in (GPT2_TOKENIZER, Characters(("a", "b"))):
+        model = replace(loaded, recorded_tokenizer=other_tokens)
+        with pytest.raises(DataError, match=f"^{characters} has tokens of {re.escape(tokens)}, "):
             evaluate.MEASURES["val"](evaluate.EvaluateCommand(), model, alone)
-    earlier = replace(loaded, vocabulary=None, is_vocabulary_known=False)
+    earlier = replace(loaded, recorded_tokenizer=None)
     assert evaluate.MEASURES["val"](evaluate.EvaluateCommand(), earlier, alone)
     assert gpt2(monkeypatch, "evaluate", *source, *results, "--tasks", "val") == 0
     measured = json.loads((tmp_path / "results.json").read_text())["results"]["val"]["loss"]
@@ -99,7 +109,7 @@ def test_what_needs_gpt2_tokens_is_off_and_samples_are_of_the_vocabulary(
     (characters / "meta.pkl").unlink()
     resumed = small_config(characters, out, **flags | {"max_steps": 5, "resume": "latest"})
     with pytest.raises(
-        CheckpointError, match=rf"vocabulary: meta\.pkl with {size} tokens in the ch"
+        CheckpointError, match=rf"tokenizer: {re.escape(tokens)} in the checkpoint, "
     ):
         trainer.run(resumed)
 

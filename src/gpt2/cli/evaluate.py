@@ -25,10 +25,10 @@ from gpt2.cli.model_source import ModelSource
 from gpt2.cli.parse import CommandOptions, guarded, parse
 from gpt2.config import options, presets
 from gpt2.config.run import MachineConfig
-from gpt2.data import sampler
+from gpt2.data import sampler, saved_tokenizer
 from gpt2.data.remote import Storage
 from gpt2.data.shards import TokenDataset, load_index
-from gpt2.data.vocabulary import META_PKL
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.distributed import precision, rendezvous
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
@@ -110,9 +110,12 @@ def evaluate_main() -> int:
 
 
 def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> Measure:
-    loaded.require_gpt2_tokens("; use --tasks val")
+    loaded.require_tokens_of_bytes("; use --tasks val")
+    tokenizer = loaded.tokenizer
     tasks = world.run_on_rank0(
-        lambda: hellaswag.load(command.hellaswag_path, command.limit, command.style)
+        lambda: hellaswag.load(
+            command.hellaswag_path, command.limit, command.style, tokenizer=tokenizer
+        )
     )
 
     def measure() -> list[MeasuredValue]:
@@ -123,6 +126,7 @@ def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> M
             _autocast(command, world),
             command.batch_tokens,
             track=_progress("HellaSwag", world),
+            vocab_size=tokenizer.vocab_size,
         )
         assert score is not None
         count, about = counted(score.tasks, "task"), {"style": command.style}
@@ -148,12 +152,11 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         )
     settings = replace(settings, model=loaded.model.config)
     data = load_index(Storage(root), cache_of(settings))
-    if data.vocabulary is None:
-        loaded.require_gpt2_tokens(f", as {data.storage} has them")
-    elif data.vocabulary != loaded.vocabulary and loaded.is_vocabulary_known:
+    if not saved_tokenizer.is_same(loaded.recorded_tokenizer, data.tokenizer):
+        theirs, ours = map(saved_tokenizer.described, (data.tokenizer, loaded.tokenizer))
         raise DataError(
-            f"{data.storage} has a vocabulary of its own ({META_PKL}), on which {loaded.source} "
-            "was not trained; name other shards with --data_root"
+            f"{data.storage} has tokens of {theirs}, {loaded.source} was trained on those of "
+            f"{ours}; name other shards with --data_root"
         )
     with_vocab_size(settings, data)
     shards = TokenDataset(data, "val", loaded.model.config.block_size)
@@ -168,7 +171,8 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(mean))
         count, about = counted(len(losses), "row"), {"data": root}
-        reference = baselines.LOSS.get(data.corpus or "")
+        is_comparable = data.tokenizer is GPT2_TOKENIZER  # a loss is per token
+        reference = baselines.LOSS.get(data.corpus or "") if is_comparable else None
         return [
             MeasuredValue("val", about, "loss", mean, error, count, reference),
             *_bits_per_byte(losses, about, count),

@@ -37,11 +37,11 @@ def _run(command: ExportCommand) -> int:
     from gpt2.inference import interchange
 
     loaded = loading.load_model(command.source)
-    loaded.require_gpt2_tokens()
+    loaded.require_tokens_of_bytes()
     net = loaded.model
     best_val_loss = loaded.train_state.best_val_loss if loaded.train_state else None
     trained = interchange.TrainedModel(
-        net.config, net.state_dict(), loaded.step or 0, best_val_loss
+        net.config, net.state_dict(), loaded.step or 0, best_val_loss, loaded.tokenizer
     )
     interchange.export(trained, command.format, command.folder, command.dtype, command.overwrite)
     names = ", ".join(sorted(file.name for file in command.folder.iterdir()))

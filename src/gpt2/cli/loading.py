@@ -11,8 +11,9 @@ from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
 from gpt2.config import options
-from gpt2.data.tokenizer import Tokenizer
-from gpt2.data.vocabulary import META_PKL, Vocabulary, tokenizer_of
+from gpt2.data import saved_tokenizer
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
+from gpt2.data.vocabulary import Characters
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
@@ -31,10 +32,8 @@ class LoadedModel:
     """with what was measured after it was saved; None for a model of another tool"""
     config: dict[str, Any] | None
     """configuration of its run; None for a model of another tool"""
-    vocabulary: Vocabulary | None = None
-    """the texts of its tokens, if it was trained on a nanoGPT data set with its own ones"""
-    is_vocabulary_known: bool = True
-    """False for a checkpoint of an earlier version, which does not say"""
+    recorded_tokenizer: Tokenizer | None = GPT2_TOKENIZER
+    """None for a checkpoint of the first versions, which does not say"""
 
     @property
     def step(self) -> int | None:
@@ -42,14 +41,15 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return tokenizer_of(None if self.vocabulary is None else tuple(self.vocabulary))
+        return self.recorded_tokenizer or GPT2_TOKENIZER
 
-    def require_gpt2_tokens(self, way_out: str = "") -> None:
-        """Raises CheckpointError if the model's tokens are not those of GPT-2."""
-        if self.vocabulary is not None:
+    def require_tokens_of_bytes(self, way_out: str = "") -> None:
+        """Raises CheckpointError if the model's tokens are a nanoGPT data set's own."""
+        if isinstance(self.tokenizer, Characters):
+            tokens = saved_tokenizer.described(self.tokenizer)
             raise CheckpointError(
-                f"{self.source} was trained on the {len(self.vocabulary)} tokens of a {META_PKL}; "
-                f"expected a model of GPT-2's tokens{way_out}"
+                f"{self.source} was trained on the tokens of {tokens}; expected a model of tokens "
+                f"that any text has, as GPT-2's{way_out}"
             )
 
     def __str__(self) -> str:
@@ -62,10 +62,12 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
     which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
-    train_state, run, vocabulary, is_vocabulary_known, shown = None, None, None, True, which
+    train_state, run, shown = None, None, which
+    tokenizer: Tokenizer | None
     if interchange.is_foreign(which):
-        shape, weights = interchange.read(which, trust=trust)
-        weights = {name: part.float() for name, part in weights.items()}
+        found = interchange.read(which, trust=trust)
+        shape, tokenizer = found.shape, found.tokenizer
+        weights = {name: part.float() for name, part in found.weights.items()}
     else:
 
         def find() -> Path | None:
@@ -80,7 +82,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = store.load(path, trust=trust, world=world)
         weights, run = state["model"], state["config"]
-        vocabulary, is_vocabulary_known = state.get("vocabulary"), "vocabulary" in state
+        tokenizer = saved_tokenizer.of_checkpoint(state)
         train_state = resume.train_state(state, path, world)
         shown = str(path)
         shape = options.of_stored(run).model
@@ -91,4 +93,4 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     with torch.device("meta"):  # no random numbers for weights that are replaced below
         net = model.build(shape)
     net.load_state_dict(weights, assign=True)
-    return LoadedModel(shown, net, train_state, run, vocabulary, is_vocabulary_known)
+    return LoadedModel(shown, net, train_state, run, tokenizer)

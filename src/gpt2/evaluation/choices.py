@@ -64,14 +64,16 @@ def ending_losses(
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
     other_work: OtherWork | None = None,
+    vocab_size: int = tokenizer.VOCAB_SIZE,
 ) -> list[list[float]] | None:
     """Summed cross entropy in nats of each ending of each question, the same on every rank.
 
-    Ids of the padded vocabulary get no probability. A text that is longer than the model's context
-    is cut at its beginning. The ranks share the batches of `batch_tokens` (None: BATCH_TOKENS),
-    which do not depend on the number of ranks. Returns None if `stop()` was not 0 on some rank
-    before the end; raises MeasurementFailed on all ranks if one of them fails. `track` wraps the
-    loop over rounds of batches, for a progress bar. Of several ranks, the first does `other_work`.
+    Ids from `vocab_size` on, which pad the vocabulary, get no probability. A text that is longer
+    than the model's context is cut at its beginning. The ranks share the batches of `batch_tokens`
+    (None: BATCH_TOKENS), which do not depend on the number of ranks. Returns None if `stop()` was
+    not 0 on some rank before the end; raises MeasurementFailed on all ranks if one of them fails.
+    `track` wraps the loop over rounds of batches, for a progress bar. Of several ranks, the first
+    does `other_work`.
     """
     ends = np.cumsum([len(question.endings) for question in questions])
     sequences = list(_sequences(questions, model.config.block_size))
@@ -84,7 +86,7 @@ def ending_losses(
     def add_batch(number: int) -> None:
         if world.rank in rounds[number]:
             batch = batches[rounds[number][world.rank]]
-            endings, token_losses = _batch_losses(model, batch, world, autocast)
+            endings, token_losses = _batch_losses(model, batch, world, autocast, vocab_size)
             losses.index_add_(0, torch.from_numpy(endings), token_losses)
         elif other_work and world.is_rank0:
             other_work.advance()
@@ -189,7 +191,7 @@ def _batches(sequences: list[_Sequence], batch_tokens: int, length_step: int) ->
 
 
 def _batch_losses(
-    model: LanguageModel, batch: _Batch, world: World, autocast: torch.autocast
+    model: LanguageModel, batch: _Batch, world: World, autocast: torch.autocast, vocab_size: int
 ) -> tuple[Integers, Tensor]:
     """For each token of an ending in the batch, the number of its ending and its loss in nats."""
     shape = (len(batch.sequences), batch.length)
@@ -219,7 +221,7 @@ def _batch_losses(
     at_once = LOGITS_AT_ONCE[world.device.type]
     for begin in range(0, len(sources), at_once):
         logits_SV = model.unembed(features_SD[begin : begin + at_once])
-        logits_SV = logits_SV[:, : tokenizer.VOCAB_SIZE]
+        logits_SV = logits_SV[:, :vocab_size]
         # The host knows the place of each token, so that it does not wait for the device.
         here = slice(*np.searchsorted(source_of_E, (begin, begin + at_once)).tolist())
         at = source_of[here] - begin

@@ -4,9 +4,9 @@ A model chooses its likeliest ending, by the sum of the token losses (`acc`) or 
 (`acc_norm`), because a sum favours short endings. There are two styles of prompt:
 
 - `completion`, of the replications of GPT-2: the text as it is, each ending after a space, and the
-  mean over tokens.
+  mean over tokens, which are those of the model's tokenizer.
 - `harness`, of EleutherAI's lm-evaluation-harness 0.4: the activity as a heading, without WikiHow's
-  markup, and the mean over the characters of an ending.
+  markup, and the mean over the characters of an ending: `acc_norm` compares across tokenizers.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import torch
 
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
-from gpt2.data import tokenizer
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices
 from gpt2.evaluation.baselines import PromptStyle
@@ -86,6 +86,7 @@ def load(
     limit: int | None = None,
     style: PromptStyle = "completion",
     folder: Path = FOLDER,
+    tokenizer: Tokenizer = GPT2_TOKENIZER,
 ) -> list[Task]:
     """The first `limit` tasks of the validation split, or all of them.
 
@@ -94,7 +95,7 @@ def load(
     """
     found = find(path, folder)
     items = _read(found) if found else _download(folder)
-    tasks = [_task(item, style) for item in itertools.islice(items, limit)]
+    tasks = [_task(item, style, tokenizer) for item in itertools.islice(items, limit)]
     if not tasks:
         raise DataError(
             f"{found} contains no HellaSwag tasks; choose another file with --hellaswag_path"
@@ -111,6 +112,7 @@ def evaluate(
     stop: Callable[[], int] = lambda: 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
     other_work: OtherWork | None = None,
+    vocab_size: int = GPT2_TOKENIZER.vocab_size,
 ) -> Score | None:
     """How many of `tasks` the model gets right, the same on every rank.
 
@@ -119,7 +121,7 @@ def evaluate(
     """
     questions = [task.question for task in tasks]
     losses = choices.ending_losses(
-        model, questions, world, autocast, batch_tokens, stop, track, other_work
+        model, questions, world, autocast, batch_tokens, stop, track, other_work, vocab_size
     )
     return None if losses is None else score(tasks, losses)
 
@@ -143,19 +145,21 @@ def choose(task: Task, losses: list[float]) -> Choice:
     return Choice(losses.index(min(losses)), means.index(min(means)))
 
 
-def _task(item: dict[str, Any], style: PromptStyle) -> Task:
+def _task(item: dict[str, Any], style: PromptStyle, tokenizer: Tokenizer) -> Task:
     endings: list[str] = item["endings"]
     context: str = item["ctx"]
     if style == "harness":
         context = item["ctx_a"] + " " + item["ctx_b"].capitalize()
         context = _cleaned(item["activity_label"] + ": " + context)
         endings = [_cleaned(ending) for ending in endings]
-    question = _question(context, endings, style)
+    question = _question(context, endings, style, tokenizer)
     lengths = [len(ending) for ending in (question.endings if style == "completion" else endings)]
     return Task(question, tuple(lengths), int(item["label"]))
 
 
-def _question(context: str, endings: list[str], style: PromptStyle) -> Question:
+def _question(
+    context: str, endings: list[str], style: PromptStyle, tokenizer: Tokenizer
+) -> Question:
     if style == "completion":
         head = tuple(tokenizer.encode(context))
         tails = [tuple(tokenizer.encode(" " + ending)) for ending in endings]

@@ -25,8 +25,8 @@ from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.config import presets
-from gpt2.config.model import ModelConfig
-from gpt2.data import tokenizer
+from gpt2.config.model import ModelConfig, padded
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.inference import tokenizer_export
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,16 @@ GELU_NOTE = (
 
 
 @dataclass(frozen=True)
+class ForeignModel:
+    """A GPT-2 that another tool trained."""
+
+    shape: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    """of `hf:FOLDER` if it has one, else GPT-2's"""
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """What an export writes of a trained model."""
 
@@ -94,6 +104,7 @@ class TrainedModel:
     weights: Weights
     step: int
     best_val_loss: float | None
+    tokenizer: Tokenizer = GPT2_TOKENIZER
 
 
 def is_foreign(init_from: str) -> bool:
@@ -101,8 +112,8 @@ def is_foreign(init_from: str) -> bool:
     return init_from.startswith(("hf:", "nanogpt:"))
 
 
-def load(source: str, wanted: ModelConfig, *, trust: bool) -> Weights:
-    """The weights of `hf:FOLDER` or `nanogpt:FILE` for a model of the shape `wanted`.
+def load(source: str, wanted: ModelConfig, *, trust: bool) -> ForeignModel:
+    """The model in `hf:FOLDER` or `nanogpt:FILE`, with weights for one of the shape `wanted`.
 
     They keep the file's dtype, and are mapped from the file if possible. Raises CheckpointError if
     they are missing, are not a GPT-2, or have another shape; it lists the fields that differ.
@@ -112,7 +123,8 @@ def load(source: str, wanted: ModelConfig, *, trust: bool) -> Weights:
             f"{source} is a GPT-2, which cannot initialise --architecture {wanted.architecture}; "
             "use --architecture gpt2, or omit --init_from"
         )
-    shape, theirs = _open(source, trust)
+    found = _open(source, trust)
+    shape = found.shape
     _refuse_other_shapes(source, shape, wanted)
     if shape.block_size > wanted.block_size:
         logger.warning(
@@ -121,16 +133,16 @@ def load(source: str, wanted: ModelConfig, *, trust: bool) -> Weights:
             wanted.block_size,
             shape.block_size,
         )
-    return fit(_as_ours(source, shape, theirs), wanted)
+    ours = _as_ours(source, found)
+    return replace(ours, weights=fit(ours.weights, wanted, found.tokenizer.vocab_size))
 
 
-def read(source: str, *, trust: bool) -> tuple[ModelConfig, Weights]:
-    """The shape and the weights in `hf:FOLDER` or `nanogpt:FILE`.
+def read(source: str, *, trust: bool) -> ForeignModel:
+    """The model in `hf:FOLDER` or `nanogpt:FILE`.
 
     Raises CheckpointError if they are missing or are not a GPT-2.
     """
-    shape, theirs = _open(source, trust)
-    return shape, _as_ours(source, shape, theirs)
+    return _as_ours(source, _open(source, trust))
 
 
 def export(
@@ -138,13 +150,18 @@ def export(
 ) -> None:
     """Writes `folder` atomically.
 
-    Raises CheckpointError if the model is not a GPT-2, if `folder` contains other files, or if it
-    cannot be written.
+    Raises CheckpointError if the model is not a GPT-2, if the format has no place for its tokens,
+    if `folder` contains other files, or if it cannot be written.
     """
     if trained.shape.architecture != "gpt2":
         raise CheckpointError(
             f"cannot export a model of --architecture {trained.shape.architecture}: both formats "
             "are for GPT-2; `gpt2 generate` and `gpt2 evaluate` read its checkpoint"
+        )
+    if form == "nanogpt" and trained.tokenizer is not GPT2_TOKENIZER:
+        raise CheckpointError(
+            f"cannot export a model of the tokens of {trained.tokenizer.name} for nanoGPT, which "
+            "knows GPT-2's alone; use --format hf"
         )
     _require_replaceable(folder, overwrite)
     try:
@@ -168,18 +185,19 @@ def their_name(name: str) -> str:
     return f"h.{number}.{IN_BLOCK[part]}.{kind}"
 
 
-def to_theirs(ours: Weights, shape: ModelConfig, *, transposed: bool) -> Weights:
-    """Our weights under the names of both tools, without the padding of the vocabulary.
+def to_theirs(ours: Weights, shape: ModelConfig, tokens: int, *, transposed: bool) -> Weights:
+    """Our weights under the names of both tools, with `tokens` rows of the vocabulary: without its
+    padding.
 
     `transposed` returns linear layers as (in, out), and zeros for the biases of a model without
     them: the GPT-2 of transformers always has biases.
     """
-    exported = replace(shape, bias=shape.bias or transposed, vocab_size=tokenizer.VOCAB_SIZE)
+    exported = replace(shape, bias=shape.bias or transposed, vocab_size=tokens)
     theirs = {}
     for name, like in _expected(exported).items():
         tensor = ours[name] if name in ours else torch.zeros(like.shape)
         if name == EMBEDDING:
-            tensor = tensor[: tokenizer.VOCAB_SIZE]
+            tensor = tensor[:tokens]
         theirs[f"transformer.{their_name(name)}"] = (
             tensor.T if transposed and _is_linear(name) else tensor
         )
@@ -215,28 +233,30 @@ def from_theirs(theirs: Weights, shape: ModelConfig, source: str, *, transposed:
     return ours
 
 
-def fit(weights: Weights, wanted: ModelConfig) -> Weights:
-    """`weights` with the vocabulary and the number of positions of `wanted`.
+def fit(weights: Weights, wanted: ModelConfig, tokens: int) -> Weights:
+    """`weights` with the number of positions of `wanted`, and its rows of the vocabulary or, if it
+    has no number of them, the `tokens` padded.
 
-    A new row of the vocabulary is the mean of the 50257: its logit is the mean of theirs, so by
+    A new row of the vocabulary is the mean of the tokens: its logit is the mean of theirs, so by
     Jensen's inequality it is at most as likely as the average token, and padding to 50304 raises
     the loss by less than 0.001. (Rows of zeros would have the logit 0, and GPT-2's own logits are
     about -100.)
     """
     rows_VD, positions_TD = weights[EMBEDDING], weights["position_embedding.weight"]
-    missing = wanted.embedding_rows - rows_VD.size(0)
+    rows = wanted.vocab_size or padded(tokens)
+    missing = rows - rows_VD.size(0)
     if missing > 0:
         rows_VD = rows_VD.float()
-        mean_D = rows_VD[: tokenizer.VOCAB_SIZE].mean(dim=0)
+        mean_D = rows_VD[:tokens].mean(dim=0)
         rows_VD = torch.cat([rows_VD, mean_D.expand(missing, -1)])
     return weights | {
-        EMBEDDING: rows_VD[: wanted.embedding_rows],
+        EMBEDDING: rows_VD[:rows],
         "position_embedding.weight": positions_TD[: wanted.block_size],
     }
 
 
-def _open(source: str, trust: bool) -> tuple[ModelConfig, Weights]:
-    """The shape of `hf:FOLDER` or `nanogpt:FILE`, and its weights under their names there."""
+def _open(source: str, trust: bool) -> ForeignModel:
+    """The model in `hf:FOLDER` or `nanogpt:FILE`, with the names there."""
     kind, _, path = source.partition(":")
     if kind == "hf":
         return _read_hugging_face(Path(path))
@@ -244,11 +264,13 @@ def _open(source: str, trust: bool) -> tuple[ModelConfig, Weights]:
     return _read_nanogpt(Path(path), trust)
 
 
-def _as_ours(source: str, shape: ModelConfig, theirs: Weights) -> Weights:
-    return from_theirs(theirs, shape, source, transposed=source.startswith("hf:"))
+def _as_ours(source: str, found: ForeignModel) -> ForeignModel:
+    is_transposed = source.startswith("hf:")
+    ours = from_theirs(found.weights, found.shape, source, transposed=is_transposed)
+    return replace(found, weights=ours)
 
 
-def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
+def _read_hugging_face(folder: Path) -> ForeignModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"no config.json in {folder}; hf: expects a folder in Hugging Face's format, as from: "
@@ -261,8 +283,10 @@ def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
                 f"{folder}/config.json: expected {name} {allowed[0]!r}, got {given!r}; only GPT-2 "
                 "can be loaded"
             )
+    tokenizer = tokenizer_export.read(folder)
     shape = _shape(
         f"{folder}/config.json",
+        tokenizer,
         {ours: values[theirs] for theirs, ours in HUGGING_FACE_SHAPE.items() if theirs in values},
     )
     if values.get("n_inner") not in (None, 4 * shape.n_embd):
@@ -270,7 +294,7 @@ def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Weights]:
             f"{folder}/config.json: expected n_inner of 4 × n_embd = {4 * shape.n_embd}, got "
             f"{values['n_inner']}; only GPT-2 can be loaded"
         )
-    return shape, _read_safetensors(folder)
+    return ForeignModel(shape, _read_safetensors(folder), tokenizer)
 
 
 def _read_safetensors(folder: Path) -> Weights:
@@ -302,7 +326,7 @@ def _conversion_hint(folder: Path) -> str:
     return f'; convert pytorch_model.bin, a pickle, with: python -c "{program}" {name}'
 
 
-def _read_nanogpt(path: Path, trust: bool) -> tuple[ModelConfig, Weights]:
+def _read_nanogpt(path: Path, trust: bool) -> ForeignModel:
     if not path.is_file():
         raise CheckpointError(f"no file {path}; nanogpt: expects the path of a {NANOGPT_FILE}")
     state = store.unpickle(path, trust=trust)
@@ -319,17 +343,18 @@ def _read_nanogpt(path: Path, trust: bool) -> tuple[ModelConfig, Weights]:
             f"{path}: unknown model_args {', '.join(unknown)}; only nanoGPT's GPT-2 can be loaded"
         )
     shape = {name: value for name, value in arguments.items() if name != "dropout"}
-    return _shape(str(path), shape), weights
+    return ForeignModel(_shape(str(path), GPT2_TOKENIZER, shape), weights, GPT2_TOKENIZER)
 
 
-def _shape(source: str, values: dict[str, Any]) -> ModelConfig:
+def _shape(source: str, tokenizer: Tokenizer, values: dict[str, Any]) -> ModelConfig:
     for name, value in values.items():
         if not isinstance(value, int):
             raise CheckpointError(f"{source}: expected a whole number for {name}, got {value!r}")
-    if values.get("vocab_size", tokenizer.VOCAB_SIZE) < tokenizer.VOCAB_SIZE:
+    if values.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+        name = "GPT-2's tokenizer" if tokenizer is GPT2_TOKENIZER else tokenizer.name
         raise CheckpointError(
-            f"{source}: expected a vocab_size of {tokenizer.VOCAB_SIZE} or more, got "
-            f"{values['vocab_size']}: it was not trained with GPT-2's tokenizer"
+            f"{source}: expected a vocab_size of {tokenizer.vocab_size} or more, got "
+            f"{values['vocab_size']}: it was not trained with {name}"
         )
     return ModelConfig(**values)
 
@@ -366,9 +391,9 @@ def _flag(name: str, value: int) -> str:
 
 
 def _write_hugging_face(folder: Path, trained: TrainedModel, dtype: DType) -> None:
-    shape = trained.shape
-    ends = {"bos_token_id": tokenizer.END_OF_TEXT, "eos_token_id": tokenizer.END_OF_TEXT}
-    cut = replace(shape, vocab_size=tokenizer.VOCAB_SIZE)
+    shape, tokenizer = trained.shape, trained.tokenizer
+    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    cut = replace(shape, vocab_size=tokenizer.vocab_size)
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "n_ctx": shape.block_size,  # llama.cpp's converter reads it
@@ -379,21 +404,10 @@ def _write_hugging_face(folder: Path, trained: TrainedModel, dtype: DType) -> No
         **{f"{place}_pdrop": shape.dropout for place in ("attn", "embd", "resid")},
         **ends,
     }
-    tokens = {f"{kind}_token": tokenizer_export.END_OF_TEXT for kind in ("bos", "eos", "unk")}
-    tokenizer_described = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": shape.block_size,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,  # so that decoding returns the text
-        **tokens,
-    }
-    built = tokenizer_export.build()
-    built.save(str(folder / "tokenizer.json"))
-    built.model.save(str(folder))  # vocab.json and merges.txt, for older readers
+    tokenizer_export.write(folder, tokenizer, shape.block_size)
     _write_json(folder / "config.json", described)
     _write_json(folder / "generation_config.json", ends)
-    _write_json(folder / "tokenizer_config.json", tokenizer_described)
-    weights = to_theirs(trained.weights, shape, transposed=True)
+    weights = to_theirs(trained.weights, shape, tokenizer.vocab_size, transposed=True)
     safetensors.torch.save_file(
         _as_saved(weights, dtype), folder / "model.safetensors", metadata={"format": "pt"}
     )
@@ -403,10 +417,11 @@ def _write_hugging_face(folder: Path, trained: TrainedModel, dtype: DType) -> No
 
 def _write_nanogpt(folder: Path, trained: TrainedModel, dtype: DType) -> None:
     """What nanoGPT's train.py saves, without the optimiser, which its sample.py does not read."""
-    theirs = to_theirs(trained.weights, trained.shape, transposed=False)
+    tokens = GPT2_TOKENIZER.vocab_size
+    theirs = to_theirs(trained.weights, trained.shape, tokens, transposed=False)
     theirs = _as_saved(theirs, dtype)
     theirs[HEAD] = theirs[f"transformer.{their_name(EMBEDDING)}"]  # the same storage, written once
-    cut = replace(trained.shape, vocab_size=tokenizer.VOCAB_SIZE)
+    cut = replace(trained.shape, vocab_size=tokens)
     best = trained.best_val_loss
     state = {
         "model": theirs,

@@ -21,9 +21,11 @@ from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.config import flops
 from gpt2.config.run import RunConfig
-from gpt2.data import verifier
+from gpt2.data import saved_tokenizer, verifier
 from gpt2.data.remote import Storage
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
+from gpt2.data.tokenizer import GPT2_TOKENIZER
+from gpt2.data.vocabulary import Characters
 from gpt2.distributed import precision, visible_gpus
 from gpt2.evaluation import hellaswag
 from gpt2.inspection import checks, machine
@@ -147,8 +149,10 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
         return None, checks.problem("data", error)
     steps = run_config.total_steps(sum(train.rows_per_shard))
     manifest = "all in the manifest" if data.has_manifest else "without a manifest"
-    if data.vocabulary is not None:
-        manifest += f", {counted(len(data.vocabulary), 'token')} of its own, without HellaSwag"
+    if data.tokenizer is not GPT2_TOKENIZER:
+        manifest += f", tokens of {saved_tokenizer.described(data.tokenizer)}"
+    if isinstance(data.tokenizer, Characters):
+        manifest += ", without HellaSwag"
     fact = (
         f"{storage}: {data.tokens('train'):,} training tokens, {data.tokens('val'):,} for "
         f"validation, {counted(len(data.shards), 'shard')}, {manifest}: {steps:,} steps"
@@ -236,7 +240,8 @@ def _check_beginning(run_config: RunConfig, data: DatasetIndex | None) -> Findin
             )
         weights, origin = settings.init_from, ""
         if weights not in ("scratch", "resume"):
-            resume.load_weights(run_config)
+            start = StartingPoint(weights=resume.load_weights(run_config))
+            start.require_agreement(run_config, data)
             origin = f" with the weights of {weights}"
         return Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}")
     except UserError as error:

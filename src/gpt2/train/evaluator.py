@@ -13,7 +13,7 @@ from gpt2.config.run import RunConfig
 from gpt2.data import sampler
 from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
-from gpt2.data.vocabulary import META_PKL
+from gpt2.data.vocabulary import META_PKL, Characters
 from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.evaluation import baselines, hellaswag
@@ -115,6 +115,7 @@ class Evaluator:
                     replica.autocast,
                     stop=stop_reason,
                     other_work=sampling,
+                    vocab_size=self._tokenizer.vocab_size,
                 ),
             )
 
@@ -163,11 +164,12 @@ class Evaluator:
         return tuple(name for name, count in self._failures.items() if count >= MAX_FAILURES)
 
     def references(self) -> dict[str, float]:
-        """What GPT-2 124M reaches, by the name of the curve that shows it beside ours."""
+        """What GPT-2 124M reaches, by the name of the curve that shows it beside ours. Its loss is
+        per token, so that of other tokens does not compare."""
         known = {}
         if self._tasks:
             known["reference/hellaswag_gpt2_124m"] = baselines.HELLASWAG["completion"][1]
-        if self._corpus in baselines.LOSS:
+        if self._corpus in baselines.LOSS and self._tokenizer is GPT2_TOKENIZER:
             known["reference/loss_gpt2_124m"] = baselines.LOSS[self._corpus]
         return known
 
@@ -202,9 +204,9 @@ class Evaluator:
         device.recover(self._world.device)
 
     def _without(self) -> dict[str, str]:
-        """What was requested and is not possible with the data's vocabulary, and why."""
+        """What was requested and is not possible with the data's tokenizer, and why."""
         settings, found = self._config.evaluation, dict[str, str]()
-        if settings.hellaswag_interval is not None and self._tokenizer is not GPT2_TOKENIZER:
+        if settings.hellaswag_interval is not None and isinstance(self._tokenizer, Characters):
             found["HellaSwag"] = f"the data's {META_PKL} has tokens of its own"
         if settings.sample_interval is not None:
             try:
@@ -218,7 +220,9 @@ class Evaluator:
         if settings.hellaswag_interval is None or "HellaSwag" in self._impossible:
             return []
         try:
-            return hellaswag.load(settings.hellaswag_path, settings.hellaswag_limit)
+            return hellaswag.load(
+                settings.hellaswag_path, settings.hellaswag_limit, tokenizer=self._tokenizer
+            )
         except DataError as error:
             if settings.hellaswag_path is not None:
                 raise

@@ -20,10 +20,11 @@ from gpt2.checkpoint.metadata import CheckpointState, read_metadata
 from gpt2.config import options, presets
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
+from gpt2.data import saved_tokenizer
 from gpt2.data.manifest import Shard, Split
 from gpt2.data.remote import Storage
 from gpt2.data.shards import ENDS, DatasetIndex
-from gpt2.data.vocabulary import META_PKL, Vocabulary
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
@@ -42,13 +43,33 @@ Configure = Callable[[Mapping[str, Any] | None], RunConfig]
 
 
 @dataclass(frozen=True)
+class InitialWeights:
+    """What --init_from names."""
+
+    tensors: dict[str, torch.Tensor]
+    tokenizer: Tokenizer | None
+    """None for a checkpoint that does not say"""
+
+    def require_tokens_of(self, data: DatasetIndex, source: str) -> None:
+        """Raises CheckpointError if the data has tokens of another tokenizer; it calls the weights
+        `source`."""
+        if not saved_tokenizer.is_same(self.tokenizer, data.tokenizer):
+            before = saved_tokenizer.described(self.tokenizer or GPT2_TOKENIZER)
+            raise CheckpointError(
+                f"the weights of {source} are for the tokens of {before}, {data.storage} has those "
+                f"of {saved_tokenizer.described(data.tokenizer)}; use data of the same tokenizer, "
+                "or omit --init_from"
+            )
+
+
+@dataclass(frozen=True)
 class StartingPoint:
     """A checkpoint to resume, weights to start with, or neither: a run from scratch."""
 
     path: Path | None = None
     """of the checkpoint"""
     checkpoint: CheckpointState | None = None
-    weights: dict[str, torch.Tensor] | None = None
+    weights: InitialWeights | None = None
 
     @classmethod
     def find(cls, run_config: RunConfig, world: World) -> "StartingPoint":
@@ -112,12 +133,14 @@ class StartingPoint:
         if self.checkpoint is not None:
             return run_config.with_vocab_size(self.checkpoint["config"]["model"]["vocab_size"])
         if self.weights is not None:
-            return run_config.with_vocab_size(self.weights[interchange.EMBEDDING].size(0))
+            return run_config.with_vocab_size(self.weights.tensors[interchange.EMBEDDING].size(0))
         return run_config
 
     def require_agreement(self, run_config: RunConfig, data: DatasetIndex | None) -> None:
-        """Raises CheckpointError if the checkpoint is of another run, field by field. None is for
-        data that is not opened yet."""
+        """Raises CheckpointError if the checkpoint is of another run, field by field, or if the
+        weights of --init_from are for other tokens. None is for data that is not opened yet."""
+        if self.weights is not None and data is not None:
+            self.weights.require_tokens_of(data, run_config.checkpoint.init_from)
         if self.checkpoint is None or self.path is None:
             return
         stored = self.checkpoint["config"]
@@ -218,14 +241,15 @@ def train_state(checkpoint: CheckpointState, path: Path, world: World | None = N
     return state
 
 
-def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str, torch.Tensor]:
+def load_weights(run_config: RunConfig, world: World | None = None) -> InitialWeights:
     """What `--init_from` names, a checkpoint of ours or of another tool, for the run's model.
 
     Raises CheckpointError if it is not there or has another shape.
     """
     source, trust = run_config.checkpoint.init_from, run_config.checkpoint.trust_checkpoint
     if interchange.is_foreign(source):
-        return interchange.load(source, run_config.model, trust=trust)
+        found = interchange.load(source, run_config.model, trust=trust)
+        return InitialWeights(found.weights, found.tokenizer)
     path = store.at(Path(source))
     if path is None:
         raise CheckpointError(
@@ -241,8 +265,7 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> dict[str,
             f"the weights of {path} do not fit this model:\n{_listed(rows)}\n--init_from takes no "
             f"options from the checkpoint; add {flags}"
         )
-    weights: dict[str, torch.Tensor] = state["model"]
-    return weights
+    return InitialWeights(state["model"], saved_tokenizer.of_checkpoint(state))
 
 
 def require_fresh(folder: Path) -> None:
@@ -323,14 +346,11 @@ def _data_differences(
             count = f"{len(others)} of {counted(len(shards), 'shard')}"
             now = f"{data.storage.root}, where {count} differ in content, first {others[0]}"
             rows.append((name, root, now))
-    before = checkpoint.get("vocabulary", data.vocabulary)  # earlier versions knew GPT-2's alone
-    if before != data.vocabulary:
-        rows.append(("vocabulary", _vocabulary_name(before), _vocabulary_name(data.vocabulary)))
+    recorded = saved_tokenizer.of_checkpoint(checkpoint)
+    if recorded and not saved_tokenizer.is_same(recorded, data.tokenizer):
+        before, now = map(saved_tokenizer.described, (recorded, data.tokenizer))
+        rows.append(("tokenizer", before, now))
     return rows
-
-
-def _vocabulary_name(texts: Vocabulary | None) -> str:
-    return "GPT-2's" if texts is None else f"{META_PKL} with {counted(len(texts), 'token')}"
 
 
 def _identity(data: DatasetIndex, shard: Shard, before: str) -> str | None:

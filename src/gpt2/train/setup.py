@@ -58,7 +58,8 @@ def build(
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
     state = start.train_state(world)
-    replica = Replica(run_config, world, start.weights, state.plain_head, start.fitted_rows)
+    weights = start.weights.tensors if start.weights else None
+    replica = Replica(run_config, world, weights, state.plain_head, start.fitted_rows)
     evaluator = Evaluator(run_config, world, replica, data)
     run_name = _run_name(run_config, run_name, start, identity)
     if start.checkpoint is not None:

@@ -13,6 +13,7 @@ from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config import flops
 from gpt2.config.lr_schedule import Schedule
 from gpt2.config.run import RunConfig
+from gpt2.data import saved_tokenizer
 from gpt2.data.digests import Fault
 from gpt2.data.loader import Loader, MicroBatch
 from gpt2.data.sampler import Sampler
@@ -355,7 +356,7 @@ class TrainingRun:
             "run_name": self.name,
             "run": asdict(self.identity),
             "data_fingerprint": self.data.fingerprint(),
-            "vocabulary": self.data.vocabulary,
+            saved_tokenizer.KEY: saved_tokenizer.to_plain(self.data.tokenizer),
             "config": self.config.to_dict(),
             **self.replica.state_dict(),
         }

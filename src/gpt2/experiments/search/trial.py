@@ -25,6 +25,7 @@ from gpt2.experiments.pool.job import Job
 from gpt2.experiments.training import training_job
 from gpt2.metrics import log_reader
 from gpt2.metrics.log_reader import LoggedRun
+from gpt2.train import dataset
 from gpt2.train.report import Report
 
 TARGET = "gpt2.experiments.search.trial:run"
@@ -86,7 +87,8 @@ def run(
     run_config = options.of_stored(run)
     folder = run_config.checkpoint.checkpoint_dir
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"trial": number, "parameters": parameters, **run_config.to_dict()}
+    complete = dataset.with_vocab_size_if_known(run_config)
+    about = {"trial": number, "parameters": parameters, **complete.to_dict()}
     atomic_files.write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
     try:
         result = training_job.run(report, run, run_name, ranks)
