@@ -2,8 +2,8 @@
 
 Tokenising: `prepare` with all cores against (cores × the rate of one process that only calls
 tiktoken) and against one such process per core, measured in turn; its memory on a corpus and on one
-three times as long. Reading: batches of 64 × 1024 on one thread from the page cache, and the share
-of a training step of the demo model that waits for them.
+three times as long. Reading: batches of 64 × 1024 on one thread, and the share of a training step
+of the demo model that waits for them. `python bench/data.py reading` measures the batches alone.
 """
 
 import functools
@@ -14,9 +14,10 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from rich.console import Console
 from gpt2.data import corpora, files, prepare, tokenizer
 from gpt2.data.corpus import Corpus, Document, in_blocks
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Sampler
+from gpt2.data.sampler import Rows, Sampler, Shuffle
 from gpt2.data.shards import TokenDataset, load_index
 
 ROUNDS, COPIES = 5, 8
@@ -149,23 +150,75 @@ def files_of_every_kind(root: Path, cores: int) -> None:
         print(f"  {kind:<10} {statistics.median(ratios):.0%} ({min(ratios):.0%} lowest)")
 
 
+def write_shards(folder: Path) -> None:
+    """1 GB of random ids in shards of the size that real corpora have here."""
+    folder.mkdir()
+    ids = np.random.default_rng(1)
+    for split, number, tokens in [("val", 0, 10_000), *(("train", n, 10**8) for n in range(5))]:
+        shard = ids.integers(tokenizer.VOCAB_SIZE, size=tokens, dtype=np.uint16)
+        np.save(folder / f"bench_{split}_{number:06}.npy", shard)
+
+
+def drop_pages(folder: Path) -> None:
+    """Takes the shards out of the page cache, so that each row is read from the disk, as it is from
+    a corpus that is much larger than the memory."""
+    for path in folder.glob("*.npy"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet stays in memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_bytes() -> int:
+    """What this process has read from disks so far."""
+    found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def by_memory_maps(folder: Path) -> Callable[[Rows], object]:
+    """Reads the rows through memory maps, unchecked."""
+    maps = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*_train_*.npy"))]
+    return lambda rows: np.stack(
+        [maps[shard][row * 1024 : (row + 1) * 1024 + 1] for shard, row in rows.tolist()]
+    ).astype(np.int64)
+
+
 def reading(folder: Path) -> None:
-    """Batches from the page cache on one thread, shuffled rows included."""
-    shards = TokenDataset(load_index(Storage(str(folder))), "train", block_size=1024)
-    for shuffle in ("shards", "rows"):
-        line = Sampler(shards.rows_per_shard, 64, seed=1, shuffle=shuffle)
-        rates = []
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            for step in range(200):
-                inputs, targets = shards.read(line.rows(step))
+    """Batches on one thread, from the page cache and from the disk; the contenders take turns. The
+    steps of the rounds differ, so that each reads rows that are not in memory."""
+    index = load_index(Storage(str(folder)))
+    kinds: dict[str, Shuffle] = {
+        "shards": "shards",
+        "rows": "rows",
+        "global": "global",
+        "global, by memory maps": "global",
+    }
+    for is_cached, steps in ((True, 200), (False, 100)):
+        rates: dict[str, list[float]] = {name: [] for name in kinds}
+        bytes_read = dict.fromkeys(kinds, 0)
+        for number, name in itertools.product(range(1 + ROUNDS), kinds):
+            dataset = TokenDataset(index, "train", 1024, kinds[name])
+            sampler = Sampler(dataset.rows_per_shard, 64, seed=1, shuffle=kinds[name])
+            if not is_cached:
+                drop_pages(folder)
+            read = by_memory_maps(folder) if "maps" in name else dataset.read
+            before, started = read_bytes(), time.perf_counter()
+            for step in range(number * steps, (number + 1) * steps):
+                read(sampler.rows(step))
             elapsed_s = time.perf_counter() - started
-            rates.append(200 * (inputs.nbytes + targets.nbytes) / elapsed_s / 1e9)
-        median = statistics.median(rates)
-        print(
-            f"  shuffle {shuffle:<7} {median:5.2f} GB/s of batches ({min(rates):.2f} lowest), "
-            f"{median / 16 * 1000:.0f} M tokens/s"
-        )
+            del read  # pages of a map stay in memory
+            if number:  # the first round only warms up
+                rates[name].append(steps * 64 * 1024 / elapsed_s / 1e6)
+                bytes_read[name] += read_bytes() - before
+        print(f"  from the {'page cache' if is_cached else 'disk'}, M tokens/s:")
+        for name, found in rates.items():
+            ratios = [rate / base for rate, base in zip(found, rates["shards"], strict=True)]
+            share = bytes_read[name] / (ROUNDS * steps * 64 * 1024 * 2)
+            print(
+                f"    {name:<22} {statistics.median(found):5.1f} ({min(found):.1f} to "
+                f"{max(found):.1f}), {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f}) of shards; read from the disk: {share:.2f} of the bytes used"
+            )
 
 
 def waiting(folder: Path) -> None:
@@ -218,9 +271,17 @@ def main() -> None:
         for copies in (COPIES, 3 * COPIES):
             memory(Path(root, f"memory{copies}"), copies)
         print("Reading 64 × 1024 on one thread:")
-        reading(folder)
         waiting(folder)
 
 
+def reading_alone() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        write_shards(Path(root, "shards"))
+        print("Reading 64 × 1024 on one thread:")
+        reading(Path(root, "shards"))
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["reading"]:
+        main()
+    reading_alone()

@@ -98,7 +98,7 @@ def batches_of_run(monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-@pytest.mark.parametrize("shuffle", ["shards", "rows", "none"])
+@pytest.mark.parametrize("shuffle", ["shards", "rows", "global", "none"])
 def test_a_step_shows_the_rows_that_a_run_trains_on(
     shuffle: str, data_root: Path, tmp_path: Path, batches_of_run, monkeypatch, capsys
 ):

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gpt2.base.errors import DataError
-from gpt2.data import cache, remote, token_stream
+from gpt2.data import cache, remote, shards, token_stream
 from gpt2.data.cache import ShardCache
 from gpt2.data.loader import Loader
 from gpt2.data.remote import Storage
@@ -354,6 +354,37 @@ def test_closing_does_not_wait_for_a_download(
 def test_a_cache_that_cannot_hold_two_shards_is_refused(memory: MemoryFileSystem, tmp_path: Path):
     with pytest.raises(DataError, match=r"cache_gb=1e-05 is too small .*; use --cache_gb 6\."):
         open_train(remote_index(tmp_path, 10_000))
+
+
+def test_global_shuffling_reads_remote_rows_as_local_ones_and_keeps_all_shards_open(
+    downloads: list[str], data_root: Path, tmp_path: Path
+):
+    here, found = open_train(local_index(data_root)), remote_index(tmp_path)
+    room = sum(shard.bytes for shard in found.shards)
+    dataset = TokenDataset(remote_index(tmp_path, room), "train", 32, shuffle="global")
+    assert downloads == []
+    sampler = Sampler(here.rows_per_shard, 50, seed=3, shuffle="global")
+    with Loader(dataset, sampler, range(100), mini_batch_size=20) as loader:
+        for step in range(20):
+            read = np.concatenate([inputs for inputs, _ in loader.next_step()])
+            assert np.array_equal(read, here.read(sampler.rows(step))[0])
+    assert sorted(downloads) == [shard.file for shard in dataset.shards]
+    assert len(dataset.shards) > shards.OPEN_REMOTE_SHARDS
+    ShardCache(tmp_path / "cache", room).make_room(room)
+    assert len(copies(tmp_path)) == len(dataset.shards), "it removed a shard that is open"
+
+
+def test_global_shuffling_needs_a_cache_for_all_shards(memory: MemoryFileSystem, tmp_path: Path):
+    room = sum(shard.bytes for shard in remote_index(tmp_path).shards)
+    TokenDataset(remote_index(tmp_path, room), "train", 32, shuffle="global")
+    found = remote_index(tmp_path, room - 1)
+    with pytest.raises(
+        DataError,
+        match=r"too small .* with --shuffle global: its validation split and \d+ training shards "
+        r"take .* GB; use --shuffle rows, or --cache_gb [\d.e-]+ or more$",
+    ):
+        TokenDataset(found, "train", 32, shuffle="global")
+    TokenDataset(found, "train", 32, shuffle="rows")
 
 
 def test_shards_without_a_manifest(memory: MemoryFileSystem, tmp_path: Path):

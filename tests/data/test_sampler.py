@@ -4,15 +4,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.data.sampler import Sampler, micro_batches, share, spread
+from gpt2.data import permutation
+from gpt2.data.sampler import PERMUTED_AT_ONCE, Sampler, micro_batches, share, spread
 
 samplers = st.builds(
     Sampler,
     rows_per_shard=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any).map(tuple),
     rows_per_step=st.integers(1, 30),
     seed=st.integers(0, 2**32),
-    shuffle=st.sampled_from(["shards", "rows", "none"]),
+    shuffle=st.sampled_from(["shards", "rows", "global", "none"]),
 )
+shard_by_shard = samplers.filter(lambda sampler: sampler.shuffle != "global")
 worlds = st.integers(1, 8)
 
 
@@ -48,7 +50,7 @@ def test_ranks_and_micro_batches_divide_the_rows_of_a_step(
     assert all(len(micro) <= mini_batch_size for micro in micros)
 
 
-@given(samplers, st.integers(0, 5))
+@given(shard_by_shard, st.integers(0, 5))
 def test_an_epoch_reads_its_shards_one_after_another(sampler: Sampler, epoch: int):
     rows = epoch_rows(sampler, epoch)
     shards = [shard for shard, _ in rows]
@@ -67,7 +69,7 @@ def test_an_epoch_reads_its_shards_one_after_another(sampler: Sampler, epoch: in
         assert [row for _, row in rows] == in_order
 
 
-@given(samplers, st.integers(0, 40))
+@given(shard_by_shard, st.integers(0, 40))
 def test_the_shard_after_a_step_is_the_next_one_that_is_read(sampler: Sampler, step: int):
     last = (step + 1) * sampler.rows_per_step - 1
     epochs = range(last // sampler.rows_per_epoch + 2)
@@ -153,3 +155,38 @@ def test_what_shuffle_permutes():
     assert len(inner) == 3, "each shard has a permutation of its own"
     assert epochs[2] == epoch_rows(Sampler(**shapes, shuffle="rows"), 2)
     assert epochs[2] != epoch_rows(replace(rows, seed=6), 2)
+
+
+def test_global_shuffling_permutes_the_rows_of_all_shards_anew_in_every_epoch():
+    shapes = {"rows_per_shard": (40, 0, 60, 30), "rows_per_step": 40, "seed": 5}
+    sampler = Sampler(**shapes, shuffle="global")
+    in_order = epoch_rows(Sampler(**shapes, shuffle="none"), 0)
+    epochs = [epoch_rows(sampler, epoch) for epoch in range(5)]
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(in_order)}) == 6
+    assert all(sorted(epoch) == in_order for epoch in epochs)
+    assert all({*sampler.rows(step)[:, 0].tolist()} == {0, 2, 3} for step in range(20))
+    assert epochs[2] == epoch_rows(Sampler(**shapes, shuffle="global"), 2)
+    assert epochs[2] != epoch_rows(replace(sampler, seed=6), 2)
+    assert sampler.shards_after(3) == []
+
+
+def test_steps_of_a_large_corpus_read_its_permutation_wherever_a_run_is_resumed():
+    counts = (PERMUTED_AT_ONCE - 1, 2 * PERMUTED_AT_ONCE, 5000)
+    sampler, total = Sampler(counts, 700, seed=3, shuffle="global"), sum(counts)
+    places = [
+        permutation.permuted(np.arange(total), total, permutation.generator(3, epoch))
+        for epoch in range(3)
+    ]
+    starts = np.cumsum((0, *counts))
+    for step in (70, 0, 1, 69, 25, 26, 5, 6, 50):  # at ends of epochs and of blocks among others
+        rows = sampler.rows(step)
+        expected = np.concatenate(places)[step * 700 : (step + 1) * 700]
+        assert np.array_equal(starts[rows[:, 0]] + rows[:, 1], expected)
+
+
+def test_the_global_permutation_never_changes_between_versions():
+    sampler = Sampler((3, 4, 3), 10, seed=1337, shuffle="global")
+    assert sampler.rows(1).tolist() == [
+        *([1, 0], [1, 2], [2, 1], [0, 2], [1, 3]),
+        *([2, 0], [2, 2], [1, 1], [0, 0], [0, 1]),
+    ]

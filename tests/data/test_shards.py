@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from gpt2.base.errors import DataError
 from gpt2.data.manifest import Manifest
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Sampler, micro_batches
+from gpt2.data.sampler import Sampler, Shuffle, micro_batches
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 
 
@@ -61,6 +62,31 @@ def test_two_epochs_of_tokens_are_those_of_a_plain_loop(data_root: Path, world_s
     assert len(dataset.shards) > 1
     assert seen == expected[: len(seen)]
     assert len(seen) >= 2 * sampler.rows_per_epoch
+
+
+@pytest.mark.parametrize("shuffle", ["shards", "rows", "global"])
+def test_rows_are_read_in_whatever_order_they_are_asked_for(data_root: Path, shuffle: Shuffle):
+    dataset = TokenDataset(local(data_root), "train", 32, shuffle)
+    rows = Sampler(dataset.rows_per_shard, 60, seed=3, shuffle="global").rows(0)
+    shards = [plain_loop(data_root, 32, [shard]) for shard in range(len(dataset.shards))]
+    inputs, targets = dataset.read(rows)
+    assert np.count_nonzero(np.diff(rows[:, 0])) > 30
+    for (shard, row), input_tokens, target_tokens in zip(rows, inputs, targets, strict=True):
+        assert [*input_tokens, target_tokens[-1]] == shards[shard][row]
+
+
+def test_a_disk_that_takes_no_advice_is_read(data_root: Path, monkeypatch: pytest.MonkeyPatch):
+    dataset, rows = TokenDataset(local(data_root), "train", 32, "rows"), np.array([[1, 2], [0, 3]])
+    expected = open_train(data_root).read(rows)
+    asked = []
+
+    def refused(handle: int, *_: int) -> None:
+        asked.append(handle)
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    assert np.array_equal(dataset.read(rows), expected)
+    assert len(asked) == 2
 
 
 def test_a_change_of_world_size_does_not_change_the_tokens(data_root: Path):

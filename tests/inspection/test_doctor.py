@@ -186,6 +186,9 @@ def test_remote_data_is_opened_and_its_copies_need_room(tmp_path: Path, data_roo
     assert doctor.writable_folders(run)["cache_dir"] == tmp_path / "cache"
     copies = doctor.disk_needs(run, data)[1]
     assert copies.bytes == sum(shard.bytes for shard in data.shards)
+    too_small = {"shuffle": "global", "cache_gb": copies.bytes / 1e9 / 2}
+    _, found = doctor.find_data(options.overlay(run, too_small))
+    assert found.level == "PROBLEM" and "use --shuffle rows" in f"{found.fact} {found.remedy}"
     _, found = doctor.find_data(options.overlay(run, {"data_root": "http://127.0.0.1:9/none"}))
     assert found.level == "PROBLEM"
 

@@ -275,11 +275,12 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_the_announcement_to_the_resumed_ru
 
 
 def test_epochs_end_the_run(short_epochs: Path, tmp_path: Path, capsys):
-    more = {**LONG_ROWS, "max_steps": None, "epochs": 2}
+    more = {**LONG_ROWS, "max_steps": None, "epochs": 2, "shuffle": "global"}
     result = trainer.run(small_config(short_epochs, tmp_path, **more))
     assert result.step == 3
     assert "step 3 | epoch 1 |" in (printed := capsys.readouterr().out)
     assert printed.count("Completed Epoch") == 2
+    assert "Shuffled the 12 rows of all 4 training shards for new epoch\n" in printed
 
 
 def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys):

@@ -51,7 +51,8 @@ class OrderOptions:
     seed: int | None = None
     """seed of the shuffling"""
     shuffle: Shuffle | None = None
-    """what each epoch permutes: the shards, also the rows within each shard, or nothing"""
+    """what each epoch permutes: the shards; also the rows within each shard; all rows of all shards
+    (global); or nothing"""
 
     def __post_init__(self) -> None:
         require_within(self, 1, 10**9, "block_size")

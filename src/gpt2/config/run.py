@@ -55,7 +55,8 @@ class DataConfig:
     max_steps: int | None = None
     """stop after this many steps; overrides epochs"""
     shuffle: Shuffle = "shards"
-    """what each epoch permutes: the shards, also the rows within each shard, or nothing"""
+    """what each epoch permutes: the shards; also the rows within each shard; all rows of all shards
+    (global); or nothing"""
 
     def __post_init__(self) -> None:
         require_within(self, 0, 10**6, "cache_gb")

@@ -5,8 +5,10 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 ROUNDS_PER_BIT = 6
+LEAST_BITS = 8
+"""a small count has the rounds of a count of 256, as few rounds leave some orders likelier"""
 LARGEST_COUNT = 1 << 62
-"""of items; sums of two indices fit into int64"""
+"""of items; sums of two indices fit into 64 bits"""
 
 
 def generator(seed: int, key: int, stream: int = 0) -> np.random.Generator:
@@ -18,27 +20,35 @@ def generator(seed: int, key: int, stream: int = 0) -> np.random.Generator:
 def permuted(indices: Indices, count: int, random: np.random.Generator) -> Indices:
     """Where a random permutation of `count` items takes each of `indices`.
 
-    It is a swap-or-not network (Hoang, Morris, Rogaway 2012, section 1): every round pairs each
-    index with another one, and a pseudorandom bit of the pair says whether the two are swapped. So
-    it is a bijection for every count, without a table. 6 log2(count) rounds are what the paper
-    proves to be enough (section 3).
+    It is a swap-or-not network (Hoang, Morris, Rogaway 2012): every round pairs each index with
+    another one, and a pseudorandom bit of the pair says whether the two are swapped. So it is a
+    bijection for every count, without a table and without cycle walking.
+
+    After r rounds, the places of any q items together are at most
+    count^1.5 / (r + 2) * ((count + q) / (2 count))^(r / 2 + 1) away from uniform in total variation
+    (the paper's bound on mixing). With `rounds` that is less than 1 / count for a tenth of all
+    items, and at most 2 % for 40 % of them. For all items the bound says nothing; for counts so
+    small that the distance can be computed, it is below 1e-9.
     """
-    rounds = ROUNDS_PER_BIT * max(1, (count - 1).bit_length())
-    sums = random.integers(count, size=rounds)
-    keys = random.integers(1 << 64, size=rounds, dtype=np.uint64)
-    places = indices.copy()
-    for total, key in zip(sums.tolist(), keys, strict=True):
-        partners = total - places
-        partners[partners < 0] += count
+    sums = random.integers(count, size=rounds(count), dtype=np.uint64)
+    keys = random.integers(1 << 64, size=rounds(count), dtype=np.uint64)
+    places, divisor = indices.astype(np.uint64), np.uint64(count)
+    for total, key in zip(sums + divisor, keys, strict=True):
+        partners = (total - places) % divisor
         is_swapped = _bits(np.maximum(places, partners), key)
-        np.copyto(places, partners, where=is_swapped)
-    return places
+        places = np.where(is_swapped, partners, places)
+    return places.astype(np.int64)
 
 
-def _bits(values: Indices, key: np.uint64) -> npt.NDArray[np.bool_]:
+def rounds(count: int) -> int:
+    """The rounds that `permuted` takes for `count` items, 6 for each bit of an index."""
+    return ROUNDS_PER_BIT * max(LEAST_BITS, (count - 1).bit_length())
+
+
+def _bits(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.bool_]:
     """A pseudorandom bit of each value: the highest one of SplitMix64's output function (Steele,
     Lea, Flood 2014, figure 17) of value and key."""
-    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    mixed = values * np.uint64(0x9E3779B97F4A7C15) + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (mixed >> np.uint64(63)).astype(np.bool_)
+    return mixed >= np.uint64(1 << 63)

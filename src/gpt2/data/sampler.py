@@ -1,10 +1,10 @@
 """Which rows a step trains on: a pure function of (shard sizes, mixture, seed, step). Pure.
 
 A row is `block_size` inputs with their targets. An epoch of a corpus lists the rows of all its
-shards, shard after shard; the lists of epochs 0, 1, 2, … follow each other without end. The rows of
-a run are those of its corpus, or, of several, what `mixture` takes from each of them. Step N reads
-rows N * rows_per_step to (N + 1) * rows_per_step - 1 of the run, so the step number alone
-determines the position.
+shards, shard after shard or in a permutation of all; the lists of epochs 0, 1, 2, … follow each
+other without end. The rows of a run are those of its corpus, or, of several, what `mixture` takes
+from each of them. Step N reads rows N * rows_per_step to (N + 1) * rows_per_step - 1 of the run, so
+the step number alone determines the position.
 
 Rows are arrays (R, 2) of int64: shard index, row index within the shard. The shards of several
 corpora are numbered through.
@@ -25,6 +25,8 @@ from gpt2.data.permutation import Indices
 
 Rows = npt.NDArray[np.int64]
 Shuffle = Literal["shards", "rows", "global", "none"]
+PERMUTED_AT_ONCE = 4096
+"""rows; for a few of them, `permuted` takes almost as long"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class CorpusRows:
 
     `rows_per_shard` is in name order. `shuffle` is what is permuted: nothing (`none`), the shards
     in every epoch but epoch 0 (`shards`), in every epoch also the rows within each shard (`rows`),
-    or all rows of all shards (`global`).
+    or in every epoch all rows of all shards (`global`).
     """
 
     rows_per_shard: tuple[int, ...]
@@ -72,8 +74,7 @@ class CorpusRows:
 
     def _locate(self, epoch: int, offsets: Indices) -> Rows:
         if self.shuffle == "global":
-            random = permutation.generator(self.seed, epoch)
-            offsets = permutation.permuted(offsets, self.rows_per_epoch, random)
+            offsets = self._permuted(epoch, offsets)
         rows = _rows_at(np.asarray(self.rows_per_shard), self.shards_of(epoch), offsets)
         if self.shuffle == "rows":
             for shard in np.unique(rows[:, 0]).tolist():
@@ -81,6 +82,16 @@ class CorpusRows:
                 count = self.rows_per_shard[shard]
                 rows[here, 1] = _row_permutation(self.seed, epoch, shard, count)[rows[here, 1]]
         return rows
+
+    def _permuted(self, epoch: int, offsets: Indices) -> Indices:
+        """Where the permutation of all rows of an epoch takes `offsets`."""
+        blocks, numbers = np.divmod(offsets, PERMUTED_AT_ONCE)
+        places = np.empty_like(offsets)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            of_block = _permuted_block(self.seed, epoch, self.rows_per_epoch, block)
+            places[here] = of_block[numbers[here]]
+        return places
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,10 @@ class Sampler:
         return rows
 
     def shards_after(self, step: int) -> list[int]:
-        """For each corpus, the shard that is read after the one of its last row up to `step`."""
+        """For each corpus, the shard that is read after the one of its last row up to `step`; none
+        if all shards are read all the time."""
+        if self.shuffle == "global":
+            return []
         read = (step + 1) * self.rows_per_step
         counts = self.mixture.rows_before(read) if self.mixture else (read,)
         return [
@@ -198,6 +212,14 @@ def _rows_at(
     slots = np.searchsorted(ends, offsets, side="right")
     rows = offsets - (ends - rows_per_shard[shards])[slots]
     return np.stack([shards[slots], rows], axis=1)
+
+
+@lru_cache(maxsize=32)  # consecutive steps read rows of the same few blocks of each corpus
+def _permuted_block(seed: int, epoch: int, count: int, block: int) -> Indices:
+    """Where the permutation of an epoch takes the rows of a block."""
+    first = block * PERMUTED_AT_ONCE
+    indices = np.arange(first, min(first + PERMUTED_AT_ONCE, count), dtype=np.int64)
+    return permutation.permuted(indices, count, permutation.generator(seed, epoch))
 
 
 @lru_cache(maxsize=32)  # consecutive steps read the same few shards of each corpus

@@ -1,9 +1,11 @@
 """The file of one shard: opened, checked, read.
 
 Rows are read by position, not through a memory map: what is truncated or on a bad disk would kill
-the process there.
+the process there. Nor is a map faster: from memory it is the same, and from a disk the system reads
+much more around each row of a map (`docs/benchmarks.md`).
 """
 
+import contextlib
 import logging
 import os
 import resource
@@ -44,6 +46,13 @@ class ShardFile:
         size = self.layout.dtype.itemsize
         content = os.pread(self.handle, count * size, self.layout.start + start * size)
         return np.frombuffer(content, self.layout.dtype, len(content) // size)
+
+    def announce(self, start: int, count: int) -> None:
+        """Lets the system fetch tokens from the disk that are read soon, many at once."""
+        size = self.layout.dtype.itemsize
+        first = self.layout.start + start * size
+        with contextlib.suppress(OSError):  # it is advice; `read` raises what matters
+            os.posix_fadvise(self.handle, first, count * size, os.POSIX_FADV_WILLNEED)
 
     def is_unchanged(self) -> bool:
         """Whether the path still has the version that was opened. A file that was removed stays

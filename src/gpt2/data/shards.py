@@ -5,8 +5,6 @@
 
 import contextlib
 import hashlib
-import itertools
-import operator
 import re
 import threading
 from collections.abc import Mapping
@@ -25,7 +23,7 @@ from gpt2.data.digests import Content, DigestMemory, Fault
 from gpt2.data.formats import HEAD_BYTES, Tokens
 from gpt2.data.manifest import Manifest, Shard, Split
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Rows
+from gpt2.data.sampler import Rows, Shuffle
 from gpt2.data.shard_file import ShardFile
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.data.vocabulary import Characters, Vocabulary
@@ -207,11 +205,14 @@ class TokenDataset:
     Raises DataError as `rows_per_shard` does, and, naming the file, for a missing or truncated
     shard and for ids outside the vocabulary.
 
-    Remote training shards are downloaded when `read` needs them, or before that by `prefetch`.
+    Remote training shards are downloaded when `read` needs them, or before that by `prefetch`. With
+    the shuffle `global` they stay open; with others, only the last ones that were read.
     Local shards, and those of the validation split, are opened by the constructor.
     """
 
-    def __init__(self, index: DatasetIndex, split: Split, block_size: int) -> None:
+    def __init__(
+        self, index: DatasetIndex, split: Split, block_size: int, shuffle: Shuffle = "shards"
+    ) -> None:
         self.block_size = block_size
         self.shards = index.of(split)
         self.rows_per_shard = rows_per_shard(index, split, block_size)
@@ -220,10 +221,13 @@ class TokenDataset:
         """whether shards are opened when they are needed, and closed after that"""
         self._open: dict[int, Future[_OpenShard]] = {}
         """by shard index, the least recently used one first"""
+        self._most_open = _most_open(index, shuffle)
+        self._is_scattered = shuffle in ("rows", "global")
+        """whether the next rows are elsewhere in the files, where the system does not look ahead"""
+        shard_file.allow_open_files(2 * len(index.shards))  # of both splits, with locks of copies
         if self._on_demand:
-            _require_room(index)
+            _require_room(index, shuffle)
             return
-        shard_file.allow_open_files(len(index.shards))  # of both splits
         for number, shard in enumerate(self.shards):
             self._open[number] = Future()
             self._open[number].set_result(_open_shard(index, shard))
@@ -238,11 +242,13 @@ class TokenDataset:
         """
         length = self.block_size
         tokens = np.empty((len(rows), length + 1), dtype=np.int64)
-        position = 0
-        for shard, places in itertools.groupby(rows.tolist(), operator.itemgetter(0)):
-            for part in self._parts(shard, [row * length for _, row in places], stop):
-                tokens[position] = part
-                position += 1
+        if self._is_scattered:
+            self._announce(rows)
+        for shard in np.unique(rows[:, 0]).tolist():  # once each, in whatever order the rows are
+            here = np.flatnonzero(rows[:, 0] == shard)
+            parts = self._parts(shard, (rows[here, 1] * length).tolist(), stop)
+            for place, part in zip(here.tolist(), parts, strict=True):
+                tokens[place] = part
         if tokens.size and (highest := tokens.max()) >= self._index.vocab_size:
             shard = rows[int(tokens.max(axis=1).argmax())][0]
             raise DataError(
@@ -263,7 +269,7 @@ class TokenDataset:
         if known is not None and not (known.done() and known.exception()):
             self._open[shard] = known  # now the most recently used one
             return
-        while len(self._open) >= OPEN_REMOTE_SHARDS:
+        while len(self._open) >= self._most_open:
             oldest = self._open.pop(next(iter(self._open)))
             oldest.add_done_callback(_close)
         future = self._open[shard] = Future()
@@ -286,6 +292,13 @@ class TokenDataset:
                 raise DataError("stopped while a shard was downloaded")
             wait([future], timeout=0.05)
         return future.result().file
+
+    def _announce(self, rows: Rows) -> None:
+        """Lets the system fetch the rows of open shards from the disk, all at once."""
+        for shard, row in rows.tolist():
+            future = self._open.get(shard)
+            if future is not None and future.done() and future.exception() is None:
+                future.result().file.announce(row * self.block_size, self.block_size + 1)
 
     def _parts(self, shard: int, starts: list[int], stop: threading.Event | None) -> list[Tokens]:
         """`block_size + 1` tokens of a shard from each of `starts` on.
@@ -380,17 +393,24 @@ def _check_digest(file: BufferedReader, shard: Shard) -> str | None:
     return None if same else "its SHA-256 differs from the manifest's"
 
 
-def _require_room(index: DatasetIndex) -> None:
+def _most_open(index: DatasetIndex, shuffle: Shuffle) -> int:
+    """The remote training shards that are open at a time."""
+    return len(index.of("train")) if shuffle == "global" else OPEN_REMOTE_SHARDS
+
+
+def _require_room(index: DatasetIndex, shuffle: Shuffle) -> None:
     """Raises DataError if the cache is too small for the validation split and the training shards
     that are open at a time."""
     limit = index.cache.limit_bytes if index.cache else None
+    count = _most_open(index, shuffle)
     train = sorted((shard.bytes for shard in index.of("train")), reverse=True)
-    needed = sum(shard.bytes for shard in index.of("val")) + sum(train[:OPEN_REMOTE_SHARDS])
+    needed = sum(shard.bytes for shard in index.of("val")) + sum(train[:count])
     if limit is not None and needed > limit:
+        other = "--shuffle rows, or " if shuffle == "global" else ""
         raise DataError(
-            f"cache_gb={limit / 1e9:g} is too small for {index.storage}: its validation split and "
-            f"{OPEN_REMOTE_SHARDS} training shards take {needed / 1e9:.3g} GB; use --cache_gb "
-            f"{needed / 1e9 * 1.01:.3g} or more"
+            f"cache_gb={limit / 1e9:g} is too small for {index.storage} with --shuffle {shuffle}: "
+            f"its validation split and {count} training shards take {needed / 1e9:.3g} GB; use "
+            f"{other}--cache_gb {needed / 1e9 * 1.01:.3g} or more"
         )
 
 

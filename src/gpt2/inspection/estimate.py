@@ -144,8 +144,7 @@ def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
         rows.append((due, "next checkpoint"))
     epochs = range(sampler.epoch_at(step_now) + 1, sampler.epoch_at(end - 1) + 1)
     rows += [
-        (sampler.first_step_of(epoch), f"epoch {epoch} begins, with its shuffle")
-        for epoch in epochs[:SHOWN_EPOCHS]
+        (sampler.first_step_of(epoch), f"epoch {epoch} begins") for epoch in epochs[:SHOWN_EPOCHS]
     ]
     if hidden := epochs[SHOWN_EPOCHS:]:
         last = sampler.first_step_of(hidden[-1])

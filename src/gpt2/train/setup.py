@@ -52,7 +52,9 @@ def build(
         data = _open_data(run_config, world, start)
         run_config = dataset.with_vocab_size(run_config, data)
     identity = _identity(run_config, world, start)
-    token_dataset = TokenDataset(data, "train", run_config.model.block_size)
+    token_dataset = TokenDataset(
+        data, "train", run_config.model.block_size, run_config.data.shuffle
+    )
     sampler = run_config.sampler(token_dataset.rows_per_shard)
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)

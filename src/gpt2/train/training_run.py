@@ -16,7 +16,7 @@ from gpt2.config.run import RunConfig
 from gpt2.data import saved_tokenizer
 from gpt2.data.digests import Fault
 from gpt2.data.loader import Loader, MicroBatch
-from gpt2.data.sampler import Sampler
+from gpt2.data.sampler import Sampler, Shuffle
 from gpt2.data.shards import DatasetIndex, TokenDataset
 from gpt2.data.verifier import Verifier
 from gpt2.distributed.signals import StopRequest
@@ -42,6 +42,11 @@ logger = logging.getLogger(__name__)
 STOP, PRUNE, DATA_FAULT = 1001, 1002, 1003
 DATA_SLICE_S = 1.0
 """how long a rank waits for its batches before it votes"""
+SHUFFLED: dict[Shuffle, str] = {
+    "shards": "{shards} training shards",
+    "rows": "{shards} training shards and the rows of each",
+    "global": "the {rows:,} rows of all {shards} training shards",
+}
 
 
 @dataclass
@@ -205,9 +210,9 @@ class TrainingRun:
         for epoch in range(self._epoch(), self.next_epoch()):
             logger.info("Completed Epoch %d", epoch)
             if self.state.step < self.total_steps:
-                if self.sampler.shuffle != "none":
-                    count = len(self.dataset.shards)
-                    logger.info("Shuffled %d training shards for new epoch", count)
+                if what := SHUFFLED.get(self.sampler.shuffle):
+                    shards, rows = len(self.dataset.shards), self.sampler.rows_per_epoch
+                    logger.info("Shuffled %s for new epoch", what.format(shards=shards, rows=rows))
                 logger.info("Starting Epoch %d", epoch + 1)
 
     def next_micro_batches(self) -> list[MicroBatch] | None:
