@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +48,14 @@ class ShardFile:
         content = os.pread(self.handle, count * size, self.layout.start + start * size)
         return np.frombuffer(content, self.layout.dtype, len(content) // size)
 
-    def announce(self, start: int, count: int) -> None:
-        """Lets the system fetch tokens from the disk that are read soon, many at once."""
+    def announce(self, starts: Iterable[int], count: int) -> None:
+        """Lets the system fetch `count` tokens from each of `starts` on from the disk, as they are
+        read soon."""
         size = self.layout.dtype.itemsize
-        first = self.layout.start + start * size
         with contextlib.suppress(OSError):  # it is advice; `read` raises what matters
-            os.posix_fadvise(self.handle, first, count * size, os.POSIX_FADV_WILLNEED)
+            for start in starts:
+                first = self.layout.start + start * size
+                os.posix_fadvise(self.handle, first, count * size, os.POSIX_FADV_WILLNEED)
 
     def is_unchanged(self) -> bool:
         """Whether the path still has the version that was opened. A file that was removed stays

@@ -242,12 +242,15 @@ class TokenDataset:
         """
         length = self.block_size
         tokens = np.empty((len(rows), length + 1), dtype=np.int64)
-        if self._is_scattered:
-            self._announce(rows)
-        for shard in np.unique(rows[:, 0]).tolist():  # once each, in whatever order the rows are
+        places, starts = {}, {}
+        for shard in np.unique(rows[:, 0]).tolist():
             here = np.flatnonzero(rows[:, 0] == shard)
-            parts = self._parts(shard, (rows[here, 1] * length).tolist(), stop)
-            for place, part in zip(here.tolist(), parts, strict=True):
+            places[shard], starts[shard] = here.tolist(), (rows[here, 1] * length).tolist()
+        if self._is_scattered:
+            self._announce(starts)
+        for shard in places:
+            parts = self._parts(shard, starts[shard], stop)
+            for place, part in zip(places[shard], parts, strict=True):
                 tokens[place] = part
         if tokens.size and (highest := tokens.max()) >= self._index.vocab_size:
             shard = rows[int(tokens.max(axis=1).argmax())][0]
@@ -293,12 +296,12 @@ class TokenDataset:
             wait([future], timeout=0.05)
         return future.result().file
 
-    def _announce(self, rows: Rows) -> None:
+    def _announce(self, starts: Mapping[int, list[int]]) -> None:
         """Lets the system fetch the rows of open shards from the disk, all at once."""
-        for shard, row in rows.tolist():
+        for shard, starts_in_shard in starts.items():
             future = self._open.get(shard)
             if future is not None and future.done() and future.exception() is None:
-                future.result().file.announce(row * self.block_size, self.block_size + 1)
+                future.result().file.announce(starts_in_shard, self.block_size + 1)
 
     def _parts(self, shard: int, starts: list[int], stop: threading.Event | None) -> list[Tokens]:
         """`block_size + 1` tokens of a shard from each of `starts` on.
