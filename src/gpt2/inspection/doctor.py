@@ -142,7 +142,7 @@ def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
         data = load_index(storage, dataset.cache_of(run_config))
         dataset.with_vocab_size(run_config, data)  # raises for ids that the model lacks
         data = verifier.checked(data, remember=False)
-        train = TokenDataset(data, "train", run_config.model.block_size, run_config.data.shuffle)
+        train = dataset.training_split(run_config, data)
         if storage.path is not None:  # of remote data, that would fetch the whole split
             TokenDataset(data, "val", run_config.model.block_size)
     except UserError as error:

@@ -8,7 +8,7 @@ from gpt2.data.cache import ShardCache
 from gpt2.data.corpus import Corpus
 from gpt2.data.manifest import MANIFEST
 from gpt2.data.remote import Storage
-from gpt2.data.shards import DatasetIndex, load_index
+from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
 from gpt2.distributed.world import World
 
 
@@ -27,6 +27,11 @@ def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
         return load_index(Storage(root), cache)  # what its name means depends on what exists
 
     return world.run_on_rank0(find)
+
+
+def training_split(run_config: RunConfig, data: DatasetIndex) -> TokenDataset:
+    """The rows that the run trains on."""
+    return TokenDataset(data, "train", run_config.model.block_size, run_config.data.shuffle)
 
 
 def cache_of(run_config: RunConfig) -> ShardCache:

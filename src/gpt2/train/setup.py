@@ -12,7 +12,7 @@ from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import RunConfig
 from gpt2.data import verifier
 from gpt2.data.sampler import Sampler
-from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.shards import DatasetIndex
 from gpt2.data.verifier import Verifier
 from gpt2.distributed import device, precision
 from gpt2.distributed.signals import StopRequest
@@ -52,9 +52,7 @@ def build(
         data = _open_data(run_config, world, start)
         run_config = dataset.with_vocab_size(run_config, data)
     identity = _identity(run_config, world, start)
-    token_dataset = TokenDataset(
-        data, "train", run_config.model.block_size, run_config.data.shuffle
-    )
+    token_dataset = dataset.training_split(run_config, data)
     sampler = run_config.sampler(token_dataset.rows_per_shard)
     total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
