@@ -119,6 +119,13 @@ def changed(change: Callable[[dict[str, Any]], object], content: str | None = No
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_a_lone_surrogate_becomes_a_replacement_character(name: str):
+    """Command lines and JSON can hold one."""
+    ours, _ = loaded(name)
+    assert ours.decode(ours.encode("a\ud800b🦜")) == "a\ufffdb🦜"
+
+
+@pytest.mark.parametrize("name", FILES)
 @given(text=odd_texts)
 def test_the_ids_are_the_library_s_and_every_byte_comes_back(name: str, text: str):
     ours, library = loaded(name)

@@ -14,6 +14,7 @@ from gpt2 import model
 from gpt2.base.errors import DataError
 from gpt2.config.model import ModelConfig
 from gpt2.data import tokenizer
+from gpt2.data.tokenizer import Gpt2Tokenizer
 from gpt2.distributed import world
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.baselines import PromptStyle
@@ -142,6 +143,15 @@ def test_the_texts_are_the_same_in_tokens_of_another_tokenizer(path: Path, style
         assert other.label == task.label
         tokens = tuple(map(len, question.endings))
         assert other.lengths == (tokens if style == "completion" else task.lengths)
+
+
+def test_no_ending_is_empty_where_a_token_spans_words(path: Path):
+    class OneToken(Gpt2Tokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [7]
+
+    for task in hellaswag.load(path, style="harness", tokenizer=OneToken()):
+        assert task.question.endings == ((7,),) * 4
 
 
 def test_choices():

@@ -21,6 +21,7 @@ from gpt2.checkpoint.metadata import TrainingMetadata
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
 from gpt2.data.shards import TokenDataset, load_index
+from gpt2.data.vocabulary import Characters
 from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices, hellaswag
@@ -282,16 +283,20 @@ def test_a_file_that_was_named_must_be_there(gpt2_tokens: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("corpus", "loss"), [("fineweb_edu", 3.2924), ("fineweb", 3.425)])
-def test_the_loss_of_gpt2_is_shown_beside_fineweb_alone(data_root: Path, tmp_path, corpus, loss):
+def test_the_loss_of_gpt2_is_shown_beside_its_tokens_of_fineweb_alone(
+    gpt2_tokens: Path, tmp_path: Path, corpus: str, loss: float
+):
     world = World(0, 1, torch.device("cpu"))
-    run = small_config(data_root, tmp_path)
+    run = small_config(gpt2_tokens, tmp_path)
     replica = Replica(run, world)
-    data = load_index(Storage(str(data_root)))
+    data = load_index(Storage(str(gpt2_tokens)))
     assert Evaluator(run, world, replica, data).references() == {}
     fineweb = replace(data, corpus=corpus)
     assert Evaluator(run, world, replica, fineweb).references() == {
         "reference/loss_gpt2_124m": loss
     }
+    of_other_tokens = replace(fineweb, tokenizer=Characters(("a", "b")))
+    assert Evaluator(run, world, replica, of_other_tokens).references() == {}
 
 
 def test_a_stop_within_hellaswag_loses_no_validation(

@@ -66,12 +66,13 @@ class Tokenizer:
     _encode: Callable[[str], Ids] = field(compare=False, repr=False)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without lone surrogates; special tokens in it are ordinary text."""
-        ids: list[int] = self._encode(text).tolist()
+        """Ids of `text`; special tokens in it are ordinary text, lone surrogates become U+FFFD."""
+        encodable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = self._encode(encodable).tolist()
         return ids
 
     def encode_to_numpy(self, text: str) -> Ids:
-        """As `encode`, and faster."""
+        """As `encode`, and faster, of a text without lone surrogates."""
         return self._encode(text)
 
     def token_bytes(self, token: int) -> bytes:

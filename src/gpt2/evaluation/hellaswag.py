@@ -167,7 +167,8 @@ def _question(
     # The harness encodes context and ending together and splits after the context's tokens.
     head = tuple(tokenizer.encode(context.rstrip()))
     wholes = [tuple(tokenizer.encode(f"{context} {ending}")) for ending in endings]
-    return Question(head, tuple(whole[len(head) :] for whole in wholes))
+    # A tokenizer that merges over spaces may have no token for an ending alone.
+    return Question(head, tuple(whole[len(head) :] or whole[-1:] for whole in wholes))
 
 
 def _cleaned(text: str) -> str:
