@@ -41,7 +41,7 @@ def test_hyphens_and_underscores_are_equivalent():
 
 
 def texts(corpus: Corpus, skip: int = 0) -> list[str]:
-    blocks = corpus.blocks(Place(0, skip))
+    blocks = corpus.blocks(Place(0, skip), None)
     return [item.text for block in blocks for item in block.content.documents()]
 
 

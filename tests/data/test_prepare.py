@@ -21,6 +21,7 @@ from gpt2.base import folder_lock
 from gpt2.base.errors import DataError, FolderInUse
 from gpt2.data import corpus, prepare, tokenisation, tokenizer
 from gpt2.data.corpus import BadLines, Block, Corpus, Document, Documents, Place, in_blocks
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from support import shard_tokens
 
 
@@ -28,13 +29,13 @@ class Killed(BaseException):
     """As sudden as a signal: no code catches it."""
 
 
-def in_this_process(blocks, workers: int):
+def in_this_process(blocks, encoder, workers: int):
     """As `encoded_blocks`, without processes; the document "kill" raises Killed."""
     while part := list(itertools.islice(blocks, workers)):
         read = [document for block in part for document in block.content.documents()]
         if any(document == Document("kill") for document in read):
             raise Killed
-        yield tokenisation.encode(part)
+        yield tokenisation.encode(part, encoder)
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +191,8 @@ def test_runs_that_start_together_wait_for_one_preparation(tmp_path: Path, caplo
 
 
 def encoded_text(text: str) -> tokenisation.Encoded:
-    return tokenisation.encode([Block(Place(), Documents((Document(text),)), 1)])
+    block = Block(Place(), Documents((Document(text),)), 1)
+    return tokenisation.encode([block], GPT2_TOKENIZER)
 
 
 def test_a_text_on_which_the_regular_expression_fails(tmp_path: Path):
@@ -201,7 +203,7 @@ def test_a_text_on_which_the_regular_expression_fails(tmp_path: Path):
 
 
 def test_a_failed_preparation_can_be_started_again(tmp_path: Path):
-    broken = replace(support.SMALL_CORPUS, source="wrong field", blocks=lambda place: 1 / 0)
+    broken = replace(support.SMALL_CORPUS, source="wrong field", blocks=lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(broken, tmp_path, workers=1)
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
@@ -333,7 +335,7 @@ CHARACTERS = "ab 1.'s\n\t\r\u00a0\u2028\u0085\x1c\u3000é中"
 @given(st.text(st.sampled_from(CHARACTERS) | st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_a_text_in_pieces_has_the_same_tokens(text: str):
     for size in (1, 7):
-        parts = list(tokenisation.pieces(text, size))
+        parts = list(tokenisation.pieces(text, tokenizer.EXACT_CUT, size))
         assert "".join(parts) == text
         tokens = [token for part in parts for token in tokenizer.encode(part)]
         assert tokens == tokenizer.encode(text)
@@ -341,7 +343,8 @@ def test_a_text_in_pieces_has_the_same_tokens(text: str):
 
 def test_lone_surrogates_become_replacement_characters():
     documents = (Document("a\ud800b"), Document("\ud83d\ude00"), Document("é"))
-    encoded = tokenisation.encode([Block(Place(), Documents(documents), 1)])
+    block = Block(Place(), Documents(documents), 1)
+    encoded = tokenisation.encode([block], GPT2_TOKENIZER)
     text = tokenizer.decode(encoded.tokens.tolist())
     assert text == "<|endoftext|>a\ufffdb<|endoftext|>\U0001f600<|endoftext|>é"
     assert encoded.replaced.tolist() == encoded.documents.tolist()[:2]

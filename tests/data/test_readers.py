@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gpt2.base.errors import DataError
 from gpt2.data import columns, readers
 from gpt2.data.corpus import BadLines, Document, Place
+from gpt2.data.tokenizer import EXACT_CUT
 
 COMPRESS = {
     "": bytes,
@@ -31,7 +32,7 @@ COMPRESS = {
 def read(path: Path, field: str | None = None) -> list[Document | BadLines]:
     kind = next(part for part in path.suffixes[::-1] if part not in COMPRESS)
     found = readers.choose_field([path], kind, field)
-    blocks = readers.blocks([path], kind, found)(Place())
+    blocks = readers.blocks([path], kind, found)(Place(), EXACT_CUT)
     return [item for block in blocks for item in block.content.documents()]
 
 
@@ -476,10 +477,10 @@ def test_from_any_block_on_the_rest_is_the_same(tmp_path: Path, monkeypatch, kin
     content = b"some words and more\n" * 3 if kind == ".txt" else content_of(kind)
     paths = [write(tmp_path, f"{name}{kind}", content) for name in "ab"]
     from_place = readers.blocks(paths, kind, None if kind == ".txt" else "text")
-    blocks = list(from_place(Place()))
+    blocks = list(from_place(Place(), EXACT_CUT))
     assert len(blocks) > 3
     for number, block in enumerate(blocks):
-        assert list(from_place(block.place)) == blocks[number:]
+        assert list(from_place(block.place, EXACT_CUT)) == blocks[number:]
     done = [block.done for block in blocks]
     assert done == sorted(done)
     assert 0 < done[-1] <= sum(path.stat().st_size for path in paths)

@@ -5,7 +5,6 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.base.errors import DataError
-from gpt2.data import corpus, tokenizer, tokenizer_files, tokenizer_training
-from gpt2.data.corpus import Document, Place
-from gpt2.data.tokenizer_files import END_OF_TEXT, Tokenizer
-from gpt2.data.tokenizer_training import Recipe, TrainingTexts
+from gpt2.data import tokenizer, tokenizer_files, tokenizer_training
+from gpt2.data.tokenizer_files import Tokenizer
 from gpt2.data.vocabulary import Characters
 from gpt2.inference import tokenizer_export
+from small_tokenizers import trained
 
 ODD_PARTS = (
     *(
@@ -63,13 +61,6 @@ odd_texts = st.lists(st.one_of(st.sampled_from(ODD_PARTS), st.text(max_size=4)),
 
 
 @cache
-def trained(pattern: str) -> str:
-    blocks = corpus.in_blocks(lambda _: (Document(topics[name]) for name in sorted(topics)))
-    recipe = Recipe(1500, pattern, (END_OF_TEXT, "<|pad|>"))
-    return tokenizer_training.train(TrainingTexts(blocks(Place())), recipe)
-
-
-@cache
 def gpt2() -> str:
     content: str = tokenizer_export.build().to_str()
     return content
@@ -97,6 +88,7 @@ def without_a_pattern_that_is_known() -> str:
 FILES: dict[str, Callable[[], str]] = {
     "gpt2's pattern": lambda: trained("gpt2"),
     "cl100k's pattern": lambda: trained("cl100k"),
+    "o200k's pattern": lambda: trained("o200k"),
     "GPT-2": gpt2,
     "added tokens": with_a_space_token,
     "another pattern": without_a_pattern_that_is_known,
@@ -142,6 +134,7 @@ def test_tiktoken_encodes_where_it_can():
     assert {name: loaded(name)[0].is_fast for name in FILES} == {
         "gpt2's pattern": True,
         "cl100k's pattern": True,
+        "o200k's pattern": True,
         "GPT-2": True,
         "added tokens": False,
         "another pattern": False,

@@ -18,7 +18,7 @@ import pytest
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.data import corpus, readers, tokenizer_files, tokenizer_training
 from gpt2.data.corpus import BadLines, Block, Document, Documents, Place
-from gpt2.data.tokenizer_files import END_OF_TEXT, PATTERNS
+from gpt2.data.tokenizer_files import END_OF_TEXT, EXACT_CUT, PATTERNS
 from gpt2.data.tokenizer_training import Recipe, TrainingTexts
 
 TEXTS = ["the cat sat on the mat, the cat's hat\n", "don't sit; 1234 cats sat\r\n\r\n", "für Käse "]
@@ -26,7 +26,7 @@ TEXTS = ["the cat sat on the mat, the cat's hat\n", "don't sit; 1234 cats sat\r\
 
 def texts_of(*documents: str, **options: int) -> TrainingTexts:
     blocks = corpus.in_blocks(lambda _: iter([Document(text) for text in documents]))
-    return TrainingTexts(blocks(Place()), **options)
+    return TrainingTexts(blocks(Place(), EXACT_CUT), **options)
 
 
 def many_ties(seed: int) -> list[str]:
@@ -49,7 +49,7 @@ def merged(content: str) -> list[bytes]:
 def test_merges_are_those_of_the_textbook(pattern: str):
     """The most frequent pair is merged; of equal ones, that of the lowest ids."""
     content = train(*TEXTS * 5, size=280, pattern=pattern)
-    built = tokenizer_training._pre_tokenizer(pattern)
+    built = tokenizer_files.pre_tokenizer(pattern)
     vocab = json.loads(content)["model"]["vocab"]
     words = Counter(word for text in TEXTS * 5 for word, _ in built.pre_tokenize_str(text))
     divided = {word: list(word) for word in words}
@@ -130,7 +130,7 @@ def test_a_long_document_is_divided_where_the_pattern_divides_it():
     assert "".join(pieces) == text
     assert len(pieces) > 5
     for pattern in PATTERNS:
-        built = tokenizer_training._pre_tokenizer(pattern)
+        built = tokenizer_files.pre_tokenizer(pattern)
         whole = [word for word, _ in built.pre_tokenize_str(text)]
         assert [word for piece in pieces for word, _ in built.pre_tokenize_str(piece)] == whole
 
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path):
     path = tmp_path / "long.txt"
     path.write_text("word " * 600_000)
     done = list[int]()
-    texts = TrainingTexts(readers.blocks([path], ".txt")(Place()), on_read=done.append)
+    texts = TrainingTexts(readers.blocks([path], ".txt")(Place(), EXACT_CUT), on_read=done.append)
     next(iter(texts))
     assert done == []
     assert sum(map(len, texts)) > 0
@@ -181,7 +181,7 @@ def test_ctrl_c_while_texts_are_read():
             if number == 1000:  # the main thread waits by now
                 os.kill(os.getpid(), signal.SIGINT)
 
-    texts = TrainingTexts(corpus.in_blocks(endless)(Place()))
+    texts = TrainingTexts(corpus.in_blocks(endless)(Place(), EXACT_CUT))
     with pytest.raises(KeyboardInterrupt):
         tokenizer_training.train(texts, Recipe(300))
     names = [thread.name for thread in threading.enumerate()]

@@ -20,10 +20,12 @@ from gpt2.cli import data_show, data_verify
 from gpt2.cli.data_show import Show
 from gpt2.cli.data_verify import Verify
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import bad_lines, corpora, files, prepare, shards
+from gpt2.data import bad_lines, corpora, files, prepare, shards, statistics, tokenizer_choice
 from gpt2.data.corpus import Corpus
-from gpt2.data.manifest import Split
+from gpt2.data.manifest import Manifest, Split
 from gpt2.data.remote import Storage
+from gpt2.data.statistics import Comparison
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 
 logger = logging.getLogger(__name__)
 MANY_REPLACED = 0.01
@@ -37,6 +39,9 @@ class OutputOptions:
 
     out: Path | None = None
     """folder of the shards; default is data/NAME"""
+    tokenizer: str = "gpt2"
+    """gpt2, tiktoken:NAME such as tiktoken:cl100k_base, or a tokenizer.json or its folder, which
+    gpt2 tokenizer train makes"""
     shard_tokens: int | None = None
     """tokens per shard; default depends on the corpus"""
     val_tokens: int | None = None
@@ -158,10 +163,12 @@ def _files(command: Files) -> int:
 
 def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = None) -> int:
     folder = options.out or Path("data") / corpus.name
+    tokenizer = tokenizer_choice.find(options.tokenizer)
     started = time.perf_counter()
     manifest = prepare.prepare(
         corpus,
         folder,
+        tokenizer=tokenizer,
         shard_tokens=options.shard_tokens,
         val_tokens=options.val_tokens,
         max_tokens=options.max_tokens,
@@ -172,7 +179,8 @@ def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = No
     )
     elapsed_s = time.perf_counter() - started
     out = console()
-    out.print(_split_table(shards.load_index(Storage(str(folder)))))
+    index = shards.load_index(Storage(str(folder)))
+    out.print(_split_table(index))
     read = counted(manifest.documents, "document")
     if file_count is not None:
         read += f" of {counted(file_count, 'file')}"
@@ -190,8 +198,20 @@ def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = No
             "their letters are lost; convert them, as with iconv -f cp1252 -t utf-8, and use "
             "--overwrite"
         )
+    if tokenizer is not GPT2_TOKENIZER:
+        out.print(_efficiency(manifest, statistics.compare_with_gpt2(index)), soft_wrap=True)
     out.print(f"Train on it with --data_root {shlex.quote(str(folder))}", soft_wrap=True)
     return 0
+
+
+def _efficiency(manifest: Manifest, sample: Comparison) -> str:
+    text_bytes = sum(shard.text_bytes or 0 for shard in manifest.shards)
+    ratio = text_bytes / max(1, sum(shard.tokens for shard in manifest.shards))
+    return (
+        f"{ratio:.3f} bytes per token with {manifest.tokenizer} ({manifest.vocab_size:,} entries); "
+        f"on a sample of {sample.text_bytes / 1e6:.2f} MB, {sample.bytes_per_token:.3f}, and "
+        f"{sample.gpt2_bytes_per_token:.3f} with GPT-2's"
+    )
 
 
 def _require_local(folder: Path) -> None:

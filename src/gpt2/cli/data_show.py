@@ -139,7 +139,8 @@ def _view(command: Show, index: DatasetIndex) -> View:
         return _row(command, index, number, command.row)
     lines = [ShardLine.of(place, shard) for place, shard in enumerate(index.shards)]
     beginning = excerpt.read(index, number, 0, command.tokens)
-    return ShardsView(command.root, tuple(lines), beginning)
+    used = index.tokenizer
+    return ShardsView(command.root, used.name, used.vocab_size, tuple(lines), beginning)
 
 
 def _shard_number(command: Show, index: DatasetIndex) -> int:

@@ -19,9 +19,17 @@ from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import require_within, suggestion
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import bad_lines, files, readers, streams, tokenizer_files, tokenizer_training
+from gpt2.data import (
+    bad_lines,
+    files,
+    readers,
+    streams,
+    tokenizer_choice,
+    tokenizer_files,
+    tokenizer_training,
+)
 from gpt2.data.corpus import Place
-from gpt2.data.tokenizer_files import END_OF_TEXT
+from gpt2.data.tokenizer_files import END_OF_TEXT, EXACT_CUT
 from gpt2.data.tokenizer_training import Efficiency, Recipe, TrainingTexts
 
 logger = logging.getLogger(__name__)
@@ -72,8 +80,8 @@ class Train(CommandOptions):
 class Show(CommandOptions):
     """Show the tokens of a text."""
 
-    tokenizer: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENIZER")]
-    """folder of a tokenizer, or a tokenizer.json"""
+    tokenizer: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TOKENIZER")]
+    """gpt2, tiktoken:NAME, folder of a tokenizer, or a tokenizer.json"""
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """text to encode"""
     json: bool = False
@@ -108,7 +116,7 @@ def _train(command: Train) -> int:
     size = sum(streams.size(path) for path in found.paths)
     with _progress(size) as on_read:
         texts = TrainingTexts(
-            readers.blocks(found.paths, found.kind, field)(Place()),
+            readers.blocks(found.paths, found.kind, field)(Place(), EXACT_CUT),
             max_bytes=command.max_bytes,
             max_bad_lines=command.max_bad_lines,
             on_read=on_read,
@@ -199,7 +207,7 @@ def _print(
 
 
 def _show(command: Show) -> int:
-    loaded = tokenizer_files.load(command.tokenizer)
+    loaded = tokenizer_choice.find(command.tokenizer)
     ids = loaded.encode(os.fsencode(command.text).decode("utf-8", "replace"))
     texts = [loaded.token_bytes(number).decode("utf-8", "backslashreplace") for number in ids]
     if command.json:

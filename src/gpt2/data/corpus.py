@@ -3,6 +3,7 @@
 Those with a name are in `gpt2.data.corpora`, files of the user's own in `gpt2.data.readers`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -43,6 +44,10 @@ class BadLines:
     count: int = 1
 
 
+Cut = re.Pattern[str] | None
+"""where a text may be divided: `exact_cut` of the tokenizer that encodes it"""
+
+
 class Content(Protocol):
     """What a block holds. It is pickled for a worker process, which reads its documents."""
 
@@ -64,6 +69,10 @@ class Block:
     """how much of the corpus' `size` is read with it"""
 
 
+Blocks = Callable[[Place, Cut], Iterator[Block]]
+"""The blocks of a corpus from a place on. A text that is larger than a block is divided at cuts."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A named source of text, which is the same in the same order each time."""
@@ -72,8 +81,7 @@ class Corpus:
     source: str
     """where the text comes from; name and source identify the corpus"""
     tokens_per_shard: int
-    blocks: Callable[[Place], Iterator[Block]]
-    """the blocks from a place on"""
+    blocks: Blocks
     val_tokens: int | None = None
     """tokens of the validation split, at most a tenth of the corpus; None is exactly one shard"""
     size: Callable[[], int | None] = lambda: None
@@ -96,12 +104,10 @@ class Documents:
         return iter(self.items)
 
 
-def in_blocks(
-    documents: Callable[[int], Iterator[Document | BadLines]],
-) -> Callable[[Place], Iterator[Block]]:
+def in_blocks(documents: Callable[[int], Iterator[Document | BadLines]]) -> Blocks:
     """The blocks of a corpus without files of ours; `documents(n)` are those after the first n."""
 
-    def blocks(place: Place) -> Iterator[Block]:
+    def blocks(place: Place, _: Cut) -> Iterator[Block]:
         number = place.number
         for content in grouped(documents(number)):
             done = number + len(content.items)

@@ -19,6 +19,7 @@ from gpt2.data import headerless, signatures
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 DTYPE = np.dtype("<u2")
+WIDE_DTYPE = np.dtype("<u4")
 HEAD_BYTES = 4096
 """the beginning of a file that is enough to know its layout"""
 NPY_HEADERS: dict[tuple[int, ...], Callable[[BinaryIO], tuple[Any, bool, Any]]] = {
@@ -42,6 +43,11 @@ class Layout:
     start: int
     """byte of the first token"""
     tokens: int
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """The smallest that holds the ids of so many entries."""
+    return DTYPE if vocab_size <= 1 << 16 else WIDE_DTYPE
 
 
 class _NotAShard(Exception):
@@ -105,7 +111,7 @@ def _layout_of_npy(head: bytes) -> Layout:
             shape, _, dtype = NPY_HEADERS[version](file)
     except Exception as error:  # numpy's and its parsers', of many kinds
         raise _NotAShard(f"its header is damaged: {' '.join(str(error).split())}") from error
-    if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
+    if dtype not in (DTYPE, WIDE_DTYPE) or len(shape) != 1:
         kind = "Python objects, a pickle" if dtype.hasobject else dtype
         raise _NotAShard(
             f"expected a 1-dimensional array of uint16 or uint32, got {len(shape)} dimensions of "

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,12 +25,14 @@ import gpt2
 from gpt2.base import atomic_files, folder_lock
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
-from gpt2.data import bad_lines, hints, shards, tokenisation, tokenizer
+from gpt2.data import bad_lines, formats, hints, shards, tokenisation
 from gpt2.data.corpus import Corpus, Place
 from gpt2.data.formats import Tokens
 from gpt2.data.manifest import MANIFEST, PROGRESS, Manifest, Shard, Split
 from gpt2.data.remote import Storage
 from gpt2.data.tokenisation import Encoded
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
+from gpt2.data.tokenizer_copy import TokenizerCopy
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,10 @@ class Recipe:
     val_tokens: int
     """tokens of the first shard"""
     max_tokens: int | None
-    vocab_size: int = tokenizer.VOCAB_SIZE
-    tokenizer: str = tokenizer.NAME
+    vocab_size: int
+    tokenizer: str
+    tokenizer_digest: str | None
+    """None for GPT-2's"""
     version: str = gpt2.__version__
 
 
@@ -94,6 +98,7 @@ def prepare(
     corpus: Corpus,
     folder: Path,
     *,
+    tokenizer: Tokenizer = GPT2_TOKENIZER,
     shard_tokens: int | None = None,
     val_tokens: int | None = None,
     max_tokens: int | None = None,
@@ -112,33 +117,54 @@ def prepare(
     raises FolderInUse. Raises DataError if the folder holds other shards, the documents cannot be
     read, more than the share `max_bad_lines` of the lines cannot be read, or the disk is full.
     """
-    shard_tokens = shard_tokens or corpus.tokens_per_shard
-    default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
-    recipe = Recipe(
-        corpus.name, corpus.source, shard_tokens, val_tokens or default_val_tokens, max_tokens
-    )
+    recipe = _recipe(corpus, tokenizer, shard_tokens, val_tokens, max_tokens)
     progress = _ProgressFile(folder, recipe, command or hints.prepare_command(folder))
     with _errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists() and not overwrite:  # it may be read-only
             return _finished(folder, recipe)
         with folder_lock.held(folder, "preparation", "--out", wait):
-            if overwrite:
-                _clear(folder, corpus.name)
-            if (folder / MANIFEST).exists():
+            if (folder / MANIFEST).exists() and not overwrite:
                 return _finished(folder, recipe)
+            copy = TokenizerCopy(folder, tokenizer)
+            if overwrite:
+                _clear(folder, corpus.name, copy)
             done, position = progress.begin()
-            writer = _ShardWriter(folder, recipe, done)
+            copy.write()
+            writer = _ShardWriter(folder, recipe, done, tokenizer)
             tenth = corpus.val_tokens is not None and val_tokens is None
             processes = workers or len(os.sched_getaffinity(0))
+            blocks = corpus.blocks(position.place, tokenizer.exact_cut)
+            found = tokenisation.encoded_blocks(blocks, tokenizer, processes)
             counts = _write(
-                corpus, recipe, writer, progress, position, processes, max_bad_lines, console
+                corpus, recipe, found, writer, progress, position, max_bad_lines, console
             )
             bad_lines.require_few(*counts.readable(), max_bad_lines)
             if tenth and writer.leaves_too_little():
                 progress.record([], Position())  # all shards are written again
                 writer.split_again()
             return _finish(folder, recipe, writer, counts)
+
+
+def _recipe(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    shard_tokens: int | None,
+    val_tokens: int | None,
+    max_tokens: int | None,
+) -> Recipe:
+    shard_tokens = shard_tokens or corpus.tokens_per_shard
+    default_val_tokens = min(shard_tokens, corpus.val_tokens or shard_tokens)
+    return Recipe(
+        corpus.name,
+        corpus.source,
+        shard_tokens,
+        val_tokens or default_val_tokens,
+        max_tokens,
+        tokenizer.vocab_size,
+        tokenizer.name,
+        tokenizer_digest=None if tokenizer is GPT2_TOKENIZER else tokenizer.identity,
+    )
 
 
 @contextlib.contextmanager
@@ -165,17 +191,16 @@ def _errors(folder: Path) -> Iterator[None]:
 def _write(
     corpus: Corpus,
     recipe: Recipe,
+    found: Generator[Encoded],
     writer: "_ShardWriter",
     progress: "_ProgressFile",
     position: Position,
-    workers: int,
     max_bad_lines: float,
     console: Console | None,
 ) -> Counts:
     """Writes the shards after `position`; returns the counts of all documents."""
     already, limit = writer.written, recipe.max_tokens
     counts, skipped = position.counts, position.tokens  # of the first block
-    found = tokenisation.encoded_blocks(corpus.blocks(position.place), workers)
     with _progress_bar(console) as bar, contextlib.closing(found) as encoded_blocks:
         task = bar.add_task(corpus.name, total=corpus.size(), documents=counts.documents, speed="")
         for encoded in encoded_blocks:
@@ -217,7 +242,7 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
         source=recipe.source,
         tokenizer=recipe.tokenizer,
         vocab_size=recipe.vocab_size,
-        dtype="uint16",
+        dtype=formats.dtype_for(recipe.vocab_size).name,
         tokens_per_shard=recipe.shard_tokens,
         val_tokens=recipe.val_tokens,
         max_tokens=recipe.max_tokens,
@@ -227,6 +252,7 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
         bad_lines=counts.bad_lines,
         version=recipe.version,
         shards=tuple(writer.shards),
+        tokenizer_digest=recipe.tokenizer_digest,
     )
     manifest.write(folder)
     (folder / PROGRESS).unlink(missing_ok=True)
@@ -287,21 +313,34 @@ class _ProgressFile:
 
 
 def _finished(folder: Path, recipe: Recipe) -> Manifest:
-    manifest = Manifest.read(Storage(str(folder)))
+    storage = Storage(str(folder))
+    manifest = Manifest.read(storage)
     made_with = asdict(recipe) | {
         "corpus": manifest.corpus,
         "source": manifest.source,
         "shard_tokens": manifest.tokens_per_shard,
         "val_tokens": manifest.val_tokens,
         "max_tokens": manifest.max_tokens,
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": manifest.tokenizer,
+        "tokenizer_digest": manifest.tokenizer_digest,
     }
     _require_same(folder, recipe, made_with, "is finished")
+    manifest.read_tokenizer(storage)
     return manifest
 
 
 def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state: str) -> None:
     now = asdict(recipe)
     names = [name for name, value in now.items() if other.get(name) != value]
+    if "tokenizer_digest" in names:
+        raise DataError(
+            f"{folder} {state} with another tokenizer ({_tokenizer_of(other)} before, "
+            f"{_tokenizer_of(now)} now); use the same --tokenizer, choose another folder with "
+            "--out, or start again with --overwrite"
+        )
+    if recipe.tokenizer_digest is not None:
+        names = [name for name in names if name != "tokenizer"]  # the same, wherever its file is
     differences = "; ".join(f"{name}: {other.get(name)} before, {now[name]} now" for name in names)
     if names == ["source"]:
         raise DataError(
@@ -315,8 +354,16 @@ def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state:
         )
 
 
-def _clear(folder: Path, name: str) -> None:
-    """Removes the files of this corpus, the manifest first: an incomplete folder never has one."""
+def _tokenizer_of(recipe: dict[str, object]) -> str:
+    digest = recipe.get("tokenizer_digest")
+    return f"{recipe.get('tokenizer')} {str(digest)[:12]}…" if digest else GPT2_TOKENIZER.name
+
+
+def _clear(folder: Path, name: str, copy: TokenizerCopy) -> None:
+    """Removes the files of this corpus, the manifest first: an incomplete folder never has one.
+
+    The copy of a tokenizer is replaced before that: the manifest says whether it may be.
+    """
     is_shard = shards.file_pattern(name).fullmatch
     others = [path.name for path in folder.glob("*.npy") if not is_shard(path.name)]
     if others:
@@ -329,6 +376,7 @@ def _clear(folder: Path, name: str) -> None:
         for path in sorted(folder.iterdir())
         if is_shard(path.name.removesuffix(atomic_files.TEMPORARY_SUFFIX))
     ]
+    copy.write()
     for path in (folder / MANIFEST, folder / PROGRESS, *found):
         path.unlink(missing_ok=True)
 
@@ -336,11 +384,14 @@ def _clear(folder: Path, name: str) -> None:
 class _ShardWriter:
     """Divides a stream of tokens into shards and writes each one when it is full."""
 
-    def __init__(self, folder: Path, recipe: Recipe, done: list[Shard]) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, done: list[Shard], tokenizer: Tokenizer
+    ) -> None:
         self.shards = list(done)
         self.written = sum(shard.tokens for shard in done)
         self._folder = folder
         self._recipe = recipe
+        self._tokenizer = tokenizer
         self._parts: list[Tokens] = []
         self._pending = 0
 
@@ -388,7 +439,7 @@ class _ShardWriter:
             np.save(file, tokens, allow_pickle=False)
         with path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        size, text_bytes = path.stat().st_size, tokenizer.text_bytes(tokens)
+        size, text_bytes = path.stat().st_size, self._tokenizer.text_bytes(tokens)
         self.shards.append(Shard(path.name, split, len(tokens), size, digest, text_bytes))
         self._parts, self._pending = [], 0
 

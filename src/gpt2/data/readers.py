@@ -23,8 +23,7 @@ from typing import Any, BinaryIO
 from gpt2.base.errors import DataError
 from gpt2.base.text import printable
 from gpt2.data import columns, corpus, fields, streams
-from gpt2.data.corpus import BadLines, Block, Content, Document, Documents, Place
-from gpt2.data.tokenisation import EXACT_CUT
+from gpt2.data.corpus import BadLines, Block, Blocks, Content, Cut, Document, Documents, Place
 
 BLOCK_BYTES = 500_000
 LONGEST_PIECE = 8 * BLOCK_BYTES
@@ -53,18 +52,20 @@ SEP = re.compile(r"sep=(.)\r?\n")
 NAMES_OF_TYPES = {float: "a number", bool: "true or false", list: "an array", dict: "an object"}
 
 
-def blocks(
-    paths: Sequence[Path], kind: str, field: str | None = None
-) -> Callable[[Place], Iterator[Block]]:
+def blocks(paths: Sequence[Path], kind: str, field: str | None = None) -> Blocks:
     """The blocks of files of one kind; `field` has the text in those that have fields."""
 
-    def from_place(place: Place) -> Iterator[Block]:
+    def from_place(place: Place, exact_cut: Cut) -> Iterator[Block]:
         sizes = [streams.size(path) for path in paths]
         before = sum(sizes[: place.file])
         for number in range(place.file, len(paths)):
             path, first = paths[number], place.number if number == place.file else 0
             with OPEN[kind](path) as file:
-                contents = READERS[kind](printable(path), file, field or "")
+                contents = (
+                    read_text(file, exact_cut)
+                    if kind == ".txt"
+                    else READERS[kind](printable(path), file, field or "")
+                )
                 for at, content in enumerate(itertools.islice(contents, first, None), first):
                     done = before + min(streams.position(file), sizes[number])
                     yield Block(Place(number, at), content, done)
@@ -103,14 +104,14 @@ def _require_in_all(paths: Sequence[Path], kind: str, field: str) -> None:
 # Text
 
 
-def read_text(_name: str, file: BinaryIO, _field: str) -> Iterator[Content]:
+def read_text(file: BinaryIO, exact_cut: Cut) -> Iterator[Content]:
     """A file is one document. `\\r\\n` and `\\r` become `\\n`, as in Python's text files."""
     decoder = io.IncrementalNewlineDecoder(UTF_8("replace"), translate=True)
     text, is_begun, is_replaced = "", False, False
     while True:
         chunk = file.read(BLOCK_BYTES)
         text += decoder.decode(chunk, final=not chunk)
-        end = _end_of_piece(text) if chunk else len(text)
+        end = _end_of_piece(text, exact_cut) if chunk else len(text)
         if end is None:
             continue
         piece, text = text[:end], text[end:]
@@ -122,9 +123,9 @@ def read_text(_name: str, file: BinaryIO, _field: str) -> Iterator[Content]:
             return
 
 
-def _end_of_piece(text: str) -> int | None:
+def _end_of_piece(text: str, exact_cut: Cut) -> int | None:
     """Where to divide a text of which more follows; None for nowhere yet."""
-    if cut := EXACT_CUT.search(text, BLOCK_BYTES):
+    if exact_cut is not None and (cut := exact_cut.search(text, BLOCK_BYTES)):
         return cut.start()
     return LONGEST_PIECE if len(text) > LONGEST_PIECE else None
 
@@ -399,7 +400,6 @@ OPEN: dict[str, Callable[[Path], contextlib.AbstractContextManager[BinaryIO]]] =
     ".arrow": streams.seekable,
 }
 READERS: dict[str, Callable[[str, BinaryIO, str], Iterator[Content]]] = {
-    ".txt": read_text,
     ".jsonl": read_json,
     ".json": read_json,
     ".csv": functools.partial(read_csv, delimiters=DELIMITERS),

@@ -27,6 +27,8 @@ from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 LINE_TOKENS = 24
 """a first line is looked for in, and cut after, so many tokens of a document"""
 COMMON_LINES = 10
+SAMPLED_TOKENS = 500_000
+"""on which a tokenizer is compared with GPT-2's"""
 HASH_BYTES = 8
 NO_LINE = bytes(HASH_BYTES)
 Integers = npt.NDArray[np.int64]
@@ -83,6 +85,15 @@ class Statistics:
     """share of the tokens in these"""
     first_lines: tuple[CommonLine, ...]
     """the most common first lines that are not blank, of those that occur more than once"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many bytes of a sample a token has, with the tokenizer of the shards and GPT-2's."""
+
+    text_bytes: int
+    bytes_per_token: float
+    gpt2_bytes_per_token: float
 
 
 class DocumentScan:
@@ -202,6 +213,18 @@ def measure(
         duplicate_tokens=same_tokens / max(1, int(lengths.sum())),
         first_lines=tuple(lines),
     )
+
+
+def compare_with_gpt2(index: DatasetIndex) -> Comparison:
+    """The index's tokenizer beside GPT-2's on the beginning of the training shards."""
+    shard = index.of("train")[0]
+    tokens = token_stream.read(index.storage, shard, 0, SAMPLED_TOKENS)
+    pieces = excerpt.divided(tokens.tolist(), index.tokenizer)
+    text_bytes = index.tokenizer.text_bytes(tokens)
+    # Both have one <|endoftext|> per document.
+    marks = int(np.count_nonzero(tokens == index.tokenizer.end_of_text))
+    gpt2 = marks + sum(len(GPT2_TOKENIZER.encode_to_numpy(piece.text)) for piece in pieces)
+    return Comparison(text_bytes, text_bytes / max(1, len(tokens)), text_bytes / max(1, gpt2))
 
 
 def stream_of(index: DatasetIndex, split: Split | None) -> list[Shard]:

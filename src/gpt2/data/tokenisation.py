@@ -5,7 +5,6 @@ import ctypes
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections import deque
@@ -16,18 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from gpt2.data import corpus, tokenizer
-from gpt2.data.corpus import BadLines, Block, Document, Place
-from gpt2.data.formats import DTYPE, Tokens
+from gpt2.data import corpus, formats
+from gpt2.data.corpus import BadLines, Block, Cut, Document, Place
+from gpt2.data.formats import Tokens
+from gpt2.data.tokenizer import Tokenizer
 
 TASKS_PER_WORKER = 2  # submitted at a time: no worker waits, and memory is bounded
 PIECE_CHARACTERS = 500_000  # of a text that are encoded at a time: memory is bounded
 PR_SET_PDEATHSIG = 1  # prctl.h
-
-# Between a character and a space or newline after it, GPT-2's pattern always divides a text: no
-# token has white space after anything else, and no part of the pattern looks behind. (What Python
-# calls white space includes all that the pattern calls so.)
-EXACT_CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,20 @@ class Encoded:
     """how much of the corpus' size is read with it"""
 
 
-def encoded_blocks(blocks: Iterator[Block], workers: int) -> Generator[Encoded]:
+def encoded_blocks(
+    blocks: Iterator[Block], tokenizer: Tokenizer, workers: int
+) -> Generator[Encoded]:
     """The tokens of all blocks, in their order."""
     # Not "fork": the tokeniser's threads can deadlock in a forked process.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+        workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), tokenizer)
     )
     waiting: deque[Future[Encoded]] = deque()
     try:
         for task in tasks(blocks):
             with _interrupts_blocked():
-                waiting.append(pool.submit(encode, task))
+                waiting.append(pool.submit(_encode, task))
             if len(waiting) > TASKS_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -79,10 +76,11 @@ def tasks(blocks: Iterator[Block]) -> Iterator[list[Block]]:
         yield task
 
 
-def encode(task: list[Block]) -> Encoded:
+def encode(task: list[Block], tokenizer: Tokenizer) -> Encoded:
     """Raises DataError as `Content.documents` does."""
-    encoding = tokenizer.load()
-    separator = np.array([tokenizer.END_OF_TEXT], dtype=DTYPE)
+    assert tokenizer.end_of_text is not None  # only the characters of nanoGPT have none
+    dtype = formats.dtype_for(tokenizer.vocab_size)
+    separator = np.array([tokenizer.end_of_text], dtype=dtype)
     parts, length = list[Tokens](), 0
     documents, empty, replaced = list[int](), list[int](), list[int]()
     bad_lines = list[BadLines]()
@@ -99,10 +97,10 @@ def encode(task: list[Block]) -> Encoded:
                 empty.append(length)
             parts.append(separator)
             length += 1
-        for piece in pieces(document.text):
-            parts.append(tokenizer.encode_to_numpy(encoding, piece).astype(DTYPE))
+        for piece in pieces(document.text, tokenizer.exact_cut):
+            parts.append(tokenizer.encode_to_numpy(piece).astype(dtype))
             length += len(parts[-1])
-    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=DTYPE)
+    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
     return Encoded(
         task[0].place,
         tokens,
@@ -114,12 +112,10 @@ def encode(task: list[Block]) -> Encoded:
     )
 
 
-def pieces(
-    text: str, size: int = PIECE_CHARACTERS, exact_cut: re.Pattern[str] = EXACT_CUT
-) -> Iterator[str]:
+def pieces(text: str, exact_cut: Cut, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Parts of at least `size` characters, whose tokens one after the other are those of `text`."""
     start = 0
-    while len(text) - start > size and (cut := exact_cut.search(text, start + size)):
+    while exact_cut and len(text) - start > size and (cut := exact_cut.search(text, start + size)):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
@@ -161,9 +157,21 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _end_with(parent: int) -> None:
-    """Lets a worker end with its parent, also if that is killed, and ignore Ctrl+C."""
+def _begin(parent: int, tokenizer: Tokenizer) -> None:
+    """Lets a worker end with its parent, also if that is killed, and ignore Ctrl+C; it gets the
+    tokenizer once."""
+    global _tokenizer
+    _tokenizer = tokenizer
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _encode(task: list[Block]) -> Encoded:
+    """In a worker."""
+    return encode(task, _tokenizer)
+
+
+_tokenizer: Tokenizer
+"""of a worker"""

@@ -3,6 +3,8 @@
 import base64
 import codecs
 import hashlib
+import re
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -19,10 +21,15 @@ VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 COUNTED_AT_ONCE = 1 << 20
 """tokens; the memory that counting takes does not grow with a shard"""
+NO_RANK = 1 << 32
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # Text is split by this pattern before merging (Radford et al. 2019, section 2.2). Pattern and ranks
 # are those of the published encoder.
+# Between a character and a space or newline after it, the pattern always divides a text: no token
+# has white space after anything else, and no part of the pattern looks behind. (What Python calls
+# white space includes all that the pattern calls so.)
+EXACT_CUT = re.compile(r"(?<=\S)[ \n]")
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -80,19 +87,18 @@ def sum_of_lengths(
     return sum(int(part.sum(dtype=np.int64)) for part in found)
 
 
-def merges() -> list[tuple[bytes, bytes]]:
+def merges(known: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The two parts of each token of several bytes, by rank (Sennrich et al. 2016).
 
-    They follow from merging the token's bytes with all lower ranks.
+    They follow from merging the token's bytes with all lower ranks of `known`.
     """
-    known = ranks()
     return [_parts(token, known) for token in sorted(known, key=known.__getitem__) if token[1:]]
 
 
-def _parts(token: bytes, known: dict[bytes, int]) -> tuple[bytes, bytes]:
+def _parts(token: bytes, known: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 2:
-        rated = [known.get(first + second, VOCAB_SIZE) for first, second in pairwise(parts)]
+        rated = [known.get(first + second, NO_RANK) for first, second in pairwise(parts)]
         at = rated.index(min(rated))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
@@ -143,8 +149,16 @@ class Tokenizer(Protocol):
     def end_of_text(self) -> int | None:
         """The token before each document, if there is one."""
 
+    @property
+    def exact_cut(self) -> re.Pattern[str] | None:
+        """Where it begins, a text can be divided: the ids of the parts, one after the other, are
+        those of the text. None if no such place is known."""
+
     def encode(self, text: str) -> list[int]:
-        """Raises DataError for what has no token."""
+        """Ids of a text without lone surrogates. Raises DataError for what has no token."""
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
+        """As `encode`, and faster."""
 
     def decode(self, tokens: list[int]) -> str: ...
 
@@ -161,9 +175,13 @@ class Gpt2Tokenizer:
     name = identity = NAME
     vocab_size = VOCAB_SIZE
     end_of_text = END_OF_TEXT
+    exact_cut = EXACT_CUT
 
     def encode(self, text: str) -> list[int]:
         return encode(text)
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
+        return encode_to_numpy(load(), text)
 
     def decode(self, tokens: list[int]) -> str:
         return decode(tokens)

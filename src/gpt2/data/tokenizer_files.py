@@ -7,9 +7,10 @@ ids as the `tokenizers` library, it encodes: it is several times faster.
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from gpt2.base.errors import DataError
 from gpt2.base.text import printable
@@ -30,8 +31,18 @@ PATTERNS = {
     # say the same to tiktoken, and something else to the `tokenizers` library ({1,3}+).
     "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 """how published encoders divide a text before merging, by the name of the encoder"""
+# A place at which each of the PATTERNS divides a text: between a character and a space. (cl100k's
+# takes a newline together with the punctuation before it.)
+EXACT_CUT = re.compile(r"(?<=\S) ")
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")  # noqa: RUF001
 """how tokenizers spell their end of a text that have no <|endoftext|>"""
@@ -62,6 +73,8 @@ class Tokenizer:
     """bytes of text by id; 0 for special tokens, and for ids without a token"""
     is_fast: bool = field(compare=False)
     """whether tiktoken encodes"""
+    exact_cut: re.Pattern[str] | None = field(compare=False)
+    """where a text can be divided; None if it may be divided in a way that is not known"""
     _tokens: Mapping[int, bytes] = field(compare=False, repr=False)
     _encode: Callable[[str], Ids] = field(compare=False, repr=False)
 
@@ -109,6 +122,7 @@ def load(path: Path) -> Tokenizer:
         raise DataError(f"{printable(file)} is no {FILE}: it is not UTF-8") from error
 
 
+@lru_cache(maxsize=4)  # it takes a second, and several parts of a command read the same file
 def parse(content: str, source: str, name: str | None = None) -> Tokenizer:
     """The tokenizer that a file's content describes; its name is `source` without another.
 
@@ -153,8 +167,19 @@ def parse(content: str, source: str, name: str | None = None) -> Tokenizer:
         end_of_text=_end_of_text(special, shown),
         byte_lengths=np.array(lengths, dtype=np.min_scalar_type(max(lengths))),
         is_fast=is_fast,
+        exact_cut=EXACT_CUT if pattern is not None and not texts else None,
         _tokens=tokens,
         _encode=_by_tiktoken(pattern, merged) if pattern and is_fast else _by_library(library),
+    )
+
+
+def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Divides a text by one of the PATTERNS."""
+    if PATTERNS[pattern] == tokenizer.PATTERN:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)  # it is built in
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), behavior="isolated")
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
 
 

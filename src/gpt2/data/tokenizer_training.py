@@ -7,7 +7,6 @@ frequent the one with the lowest ids is merged first.
 
 import json
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -25,7 +24,7 @@ from gpt2.base.text import printable
 from gpt2.base.validation import require
 from gpt2.data import bad_lines, tokenisation, tokenizer, tokenizer_files
 from gpt2.data.corpus import BadLines, Block
-from gpt2.data.tokenizer_files import END_OF_TEXT, FILE, PATTERNS, Ids
+from gpt2.data.tokenizer_files import END_OF_TEXT, EXACT_CUT, FILE, Ids
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,6 @@ OTHER_FILES = (
 )
 """of other tokenizers, which `transformers` would read with ours"""
 
-# A place at which each of the PATTERNS divides a text: between a character and a space. (cl100k's
-# takes a newline together with the punctuation before it.)
-EXACT_CUT = re.compile(r"(?<=\S) ")
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -78,7 +73,7 @@ class Recipe:
             "byte and special token",
         )
         require(len({*self.special_tokens}) == len(self.special_tokens), "duplicate special token")
-        division = _pre_tokenizer(self.pattern)
+        division = tokenizer_files.pre_tokenizer(self.pattern)
         for token in self.special_tokens:
             # A text never becomes a token that the pattern would divide.
             if not token.isascii() or len(division.pre_tokenize_str(token)) < 2:
@@ -144,7 +139,7 @@ class TrainingTexts:
                 self.documents += not item.continues
                 text = tokenisation.without_surrogates(item).text
                 if text:
-                    yield from tokenisation.pieces(text, PIECE_CHARACTERS, EXACT_CUT)
+                    yield from tokenisation.pieces(text, EXACT_CUT, PIECE_CHARACTERS)
             bad_lines.require_few_so_far(*self._readable(), self._max_bad_lines)
             self._on_read(block.done)
 
@@ -164,7 +159,7 @@ def train(texts: TrainingTexts, recipe: Recipe) -> str:
     Raises DataError if the texts give fewer entries than are wanted, or as they do.
     """
     trained = tokenizers.Tokenizer(models.BPE())
-    trained.pre_tokenizer = _pre_tokenizer(recipe.pattern)
+    trained.pre_tokenizer = tokenizer_files.pre_tokenizer(recipe.pattern)
     trained.post_processor = processors.ByteLevel(trim_offsets=False)
     trained.decoder = decoders.ByteLevel()
     # The library would let merges form special tokens, which it is therefore given afterwards.
@@ -214,15 +209,6 @@ def _interruptible(learn: Callable[[], object], texts: TrainingTexts) -> None:
         if thread.is_alive():
             thread.join(SECONDS_TO_STOP)
         raise
-
-
-def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
-    if PATTERNS[pattern] == tokenizer.PATTERN:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)  # it is built in
-    split = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), behavior="isolated")
-    return pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
 
 
 # The folder

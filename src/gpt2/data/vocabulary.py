@@ -89,6 +89,7 @@ class Characters:
     texts: Vocabulary
     name: ClassVar[str] = META_PKL
     end_of_text: ClassVar[None] = None
+    exact_cut: ClassVar[re.Pattern[str]] = re.compile("")
 
     @cached_property
     def identity(self) -> str:
@@ -105,6 +106,9 @@ class Characters:
             raise DataError(
                 f"{error.args[0]!r} is not in the vocabulary of {counted(len(self.texts), 'token')}"
             ) from error
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
+        return np.array(self.encode(text), np.uint32)
 
     def decode(self, tokens: list[int]) -> str:
         """Ids outside the vocabulary, as in a damaged shard, become U+FFFD."""

@@ -27,7 +27,9 @@ def build() -> tokenizers.Tokenizer:
 
     vocab = {spell(token): number for token, number in tokenizer.ranks().items()}
     vocab[END_OF_TEXT] = tokenizer.END_OF_TEXT
-    merges = [(spell(first), spell(second)) for first, second in tokenizer.merges()]
+    merges = [
+        (spell(first), spell(second)) for first, second in tokenizer.merges(tokenizer.ranks())
+    ]
     built = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     # ByteLevel has GPT-2's pattern built in.
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

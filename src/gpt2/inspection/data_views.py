@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2.base.text import counted, fitted, printable, table, visible
+from gpt2.data import tokenizer
 from gpt2.data.excerpt import Excerpt
 from gpt2.data.manifest import Shard, Split
 from gpt2.data.sampler import Shuffle
@@ -44,6 +45,8 @@ class ShardsView:
     """All shards, and the text at the beginning of one."""
 
     root: str
+    tokenizer: str
+    vocab_size: int
     shards: tuple[ShardLine, ...]
     excerpt: Excerpt
 
@@ -57,6 +60,8 @@ class ShardsView:
             cells = [f"{line.shard}", line.split, f"{line.tokens:,}", size, *[ratio] * has_ratio]
             listing.add_row(*cells, printable(line.file))
         out.print(listing)
+        if self.tokenizer != tokenizer.NAME:
+            print(f"Tokens of {printable(self.tokenizer)}, {self.vocab_size:,} entries")
         print(f"Shard {self.excerpt.shard} begins with:")
         print_pieces(self.excerpt)
 
