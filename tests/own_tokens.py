@@ -1,16 +1,14 @@
 """A small tokenizer that is not GPT-2's, and shards of its tokens."""
 
 import hashlib
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from gpt2.data import tokenizer_files, tokenizer_training
-from gpt2.data.corpus import Place, in_blocks
+import small_tokenizers
+from gpt2.data import tokenizer_files
 from gpt2.data.manifest import Manifest, Shard, Split
-from gpt2.data.tokenizer_files import END_OF_TEXT, Tokenizer
-from gpt2.data.tokenizer_training import Recipe, TrainingTexts
+from gpt2.data.tokenizer_files import Tokenizer
 from support import small_documents
 
 NAME = "tok/tokenizer.json"
@@ -19,11 +17,8 @@ ROWS = 512
 """of a model's embedding"""
 
 
-@cache
 def trained(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    blocks = in_blocks(small_documents)(Place())
-    recipe = Recipe(vocab_size, "cl100k", (END_OF_TEXT, "<|pad|>"))
-    return tokenizer_files.parse(tokenizer_training.train(TrainingTexts(blocks), recipe), NAME)
+    return tokenizer_files.parse(small_tokenizers.trained("cl100k", vocab_size), NAME)
 
 
 def prepared(folder: Path, tokenizer: Tokenizer | None = None, corpus: str = "own") -> Path:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from gpt2.cli import data_verify, main
 from gpt2.data.verification import Verification
+from small_tokenizers import trained
 
 
 def data(monkeypatch, *arguments: str) -> int:
@@ -169,3 +171,37 @@ def test_the_other_splits_of_a_folder_are_named(tmp_path: Path, monkeypatch, cap
     assert "no file of the split test; choose one of train, validation" in capsys.readouterr().err
     assert data(monkeypatch, "hf", str(tmp_path / "train.jsonl"), *flags) == 2
     assert "is a file; type gpt2 data files" in capsys.readouterr().err
+
+
+def test_shards_of_a_tokenizer_of_one_s_own(tmp_path: Path, monkeypatch, capsys):
+    """From its folder to the report beside GPT-2's, the table of shards, and a refused change."""
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text(trained("cl100k"))
+    (tmp_path / "a.txt").write_text("The quick brown fox. " * 500)
+    out, tok = str(tmp_path / "data"), str(tmp_path / "tok")
+    flags = ("files", str(tmp_path / "a.txt"), "--out", out, "--workers", "1")
+    assert data(monkeypatch, *flags, "--tokenizer", tok) == 0
+    printed = capsys.readouterr().out
+    found = re.search(
+        r"(\S+) bytes per token with tok/tokenizer.json \(1,500 entries\); on a sample of 0.01 MB, "
+        r"(\S+), and (\S+) with GPT-2's\n",
+        printed,
+    )
+    assert found is not None
+    assert float(found[1]) == pytest.approx(float(found[2]), rel=0.01)
+    assert float(found[3]) == pytest.approx(21 / 5, rel=0.01)
+    assert data(monkeypatch, "show", out) == 0
+    printed = capsys.readouterr().out
+    assert "Tokens of tok/tokenizer.json, 1,500 entries\n" in printed
+    assert "The quick brown fox. The quick" in printed
+    assert data(monkeypatch, "show", out, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["tokenizer"], shown["vocab_size"]) == ("tok/tokenizer.json", 1500)
+    assert data(monkeypatch, "show", out, "--stats", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["statistics"]["text_bytes"] == 21 * 500
+    assert data(monkeypatch, *flags) == 2
+    assert "is finished with another tokenizer (tok/tokenizer.json " in capsys.readouterr().err
+    (tmp_path / "data/tokenizer.json").write_text(trained("gpt2"))
+    for action in (("verify", out), ("show", out), (*flags, "--tokenizer", tok)):
+        assert data(monkeypatch, *action) == 2
+        assert "data/tokenizer.json has changed" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import small_tokenizers
 import support
-from gpt2.data import corpus, prepare
+from gpt2.data import corpus, prepare, tokenizer_files
 from support import shard_tokens, wait_until
 
 
@@ -21,6 +22,29 @@ def test_number_of_workers_does_not_matter(data_root: Path, tmp_path: Path, monk
     monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 10_000)
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=3)
     assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tok") / "tokenizer.json"
+    path.write_text(small_tokenizers.trained("cl100k", 4096))
+    return path
+
+
+def test_workers_get_the_tokenizer(tokenizer_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 10_000)
+    encoder = tokenizer_files.load(tokenizer_file)
+    for workers in (1, 2, 3):
+        folder = tmp_path / f"{workers}"
+        options = {"tokenizer": encoder, "workers": workers, "command": "the same"}
+        prepare.prepare(support.SMALL_CORPUS, folder, **options)
+        assert contents(folder) == contents(tmp_path / "1")
+    expected = [
+        token
+        for document in support.small_documents()
+        for token in (encoder.end_of_text, *encoder.encode(document.text))
+    ]
+    assert shard_tokens(folder) == expected
 
 
 SIZES = ["--shard_tokens", "16000", "--max_tokens", "800000"]
@@ -52,10 +76,10 @@ def kill_at_random(folder: Path, kills: int, seed: int) -> None:
             shutil.rmtree(folder)
 
 
-def killed_after(shards: int, folder: Path, workers: int) -> bool:
+def killed_after(shards: int, folder: Path, workers: int, *options: str) -> bool:
     """Whether a preparation was killed when it had finished `shards` more, or had ended before."""
     reached = number_of_shards(folder) + shards
-    command = data_command(folder, "--workers", str(workers))
+    command = data_command(folder, "--workers", str(workers), *options)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as started:
         wait_until(lambda: started.poll() is not None or number_of_shards(folder) >= reached)
         started.kill()
@@ -83,6 +107,14 @@ def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path, never_k
     kill_at_random(tmp_path / "data", kills=2, seed=1)
     support.run_command(data_command(tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(never_killed)
+
+
+def test_killed_with_a_tokenizer_of_one_s_own(tmp_path: Path, tokenizer_file: Path):
+    options = ("--tokenizer", str(tokenizer_file))
+    killed_after(4, tmp_path / "data", 2, *options)
+    for folder in (tmp_path / "data", tmp_path / "other"):
+        support.run_command(data_command(folder, *options))
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
 
 
 @pytest.mark.soak

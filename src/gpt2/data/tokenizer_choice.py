@@ -15,18 +15,25 @@ def find(name: str) -> Tokenizer:
     """The tokenizer `gpt2`, `tiktoken:NAME`, or of a folder or `tokenizer.json`.
 
     One with GPT-2's tokens is GPT-2's, wherever it comes from. Raises ConfigError for what is none
-    of these, and DataError as `tokenizer_files.load` and `tiktoken_encodings.load` do.
+    of these, and DataError as `of_file` and `tiktoken_encodings.load` do.
     """
     encoding = name.removeprefix(tiktoken_encodings.PREFIX)
     if encoding == tokenizer.NAME:
         return GPT2_TOKENIZER
     if encoding != name:
-        found = tiktoken_encodings.load(encoding)
-    elif Path(name).exists():
-        found = tokenizer_files.load(Path(name))
-    else:
-        raise ConfigError(
-            f"no tokenizer {printable(name)}; expected gpt2, {tiktoken_encodings.PREFIX}NAME, a "
-            f"folder with {tokenizer_files.FILE}, or such a file"
-        )
+        return _recognised(tiktoken_encodings.load(encoding))
+    if Path(name).exists():
+        return of_file(Path(name))
+    raise ConfigError(
+        f"no tokenizer {printable(name)}; expected gpt2, {tiktoken_encodings.PREFIX}NAME, a "
+        f"folder with {tokenizer_files.FILE}, or such a file"
+    )
+
+
+def of_file(path: Path) -> Tokenizer:
+    """As `tokenizer_files.load`; GPT-2's if the file has its tokens."""
+    return _recognised(tokenizer_files.load(path))
+
+
+def _recognised(found: tokenizer_files.Tokenizer) -> Tokenizer:
     return GPT2_TOKENIZER if found.identity == GPT2_IN_A_FILE else found

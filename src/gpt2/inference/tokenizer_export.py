@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 
 from gpt2.base.errors import CheckpointError, DataError
-from gpt2.data import tokenizer, tokenizer_files
+from gpt2.data import tiktoken_encodings, tokenizer, tokenizer_choice, tokenizer_files
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -20,23 +20,8 @@ CONFIG = "tokenizer_config.json"
 def build() -> tokenizers.Tokenizer:
     """GPT-2's tokenizer for the `tokenizers` library, built once per process: the same ids as
     `gpt2.data.tokenizer`, but <|endoftext|> in a text becomes the special token."""
-    letters = tokenizer_files.byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocab = {spell(token): number for token, number in tokenizer.ranks().items()}
-    vocab[END_OF_TEXT] = tokenizer.END_OF_TEXT
-    merges = [
-        (spell(first), spell(second)) for first, second in tokenizer.merges(tokenizer.ranks())
-    ]
-    built = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # ByteLevel has GPT-2's pattern built in.
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.post_processor = processors.ByteLevel(trim_offsets=False)
-    built.decoder = decoders.ByteLevel()
-    built.add_special_tokens([END_OF_TEXT])
-    return built
+    special = {END_OF_TEXT: tokenizer.END_OF_TEXT}
+    return tiktoken_encodings.build(tokenizer.ranks(), special, "gpt2")
 
 
 def write(folder: Path, exported: Tokenizer, context: int) -> None:
@@ -73,10 +58,9 @@ def read(folder: Path) -> Tokenizer:
     if not (folder / tokenizer_files.FILE).exists():
         return GPT2_TOKENIZER
     try:
-        found = tokenizer_files.load(folder)
+        return tokenizer_choice.of_file(folder)
     except DataError as error:
         raise CheckpointError(str(error)) from error
-    return GPT2_TOKENIZER if found.identity == _gpt2_in_a_file().identity else found
 
 
 def _with_nothing_added(exported: tokenizer_files.Tokenizer) -> tokenizers.Tokenizer:
@@ -87,8 +71,3 @@ def _with_nothing_added(exported: tokenizer_files.Tokenizer) -> tokenizers.Token
     built.no_truncation()
     built.post_processor = processors.ByteLevel(trim_offsets=False)
     return built
-
-
-@cache
-def _gpt2_in_a_file() -> tokenizer_files.Tokenizer:
-    return tokenizer_files.parse(build().to_str(), tokenizer.NAME)
