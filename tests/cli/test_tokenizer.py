@@ -76,7 +76,10 @@ def test_the_tokens_of_a_text(
         (["train", "--vocab_size", "300", "--out", "tok"], "no files given"),
         (["train", "nowhere.txt", "--vocab_size", "300", "--out", "tok"], "no file matches"),
         (["train", "x.txt", "--vocab_size", "3", "--out", "tok"], "expected 257 or more"),
-        (["show", "nowhere", "text"], "no nowhere; expected a folder with tokenizer.json"),
+        (
+            ["show", "nowhere", "text"],
+            "no tokenizer nowhere; expected gpt2, tiktoken:NAME, a folder",
+        ),
     ],
 )
 def test_wrong_commands_are_one_line(
