@@ -150,9 +150,12 @@ def test_the_first_step_with_a_shard(mixture: Mixture, shard: int, data: st.Data
     sampler = Sampler(rows, 11, mixture.seed, shuffle, mixture, tuple(counts))
     shard %= len(rows)
     steps = 60
-    having = [step for step in range(steps) if shard in sampler.rows(step)[:, 0]]
+    having = (step for step in range(steps) if shard in sampler.rows(step)[:, 0])
+    expected = next(having, None)
     first = sampler.first_step_with(shard)
-    if having:
-        assert first == having[0] if shuffle != "rows" else first is not None and first <= having[0]
-    else:
+    if expected is None:
         assert first is None or first >= steps
+    elif shuffle == "rows":
+        assert first is not None and first <= expected
+    else:
+        assert first == expected

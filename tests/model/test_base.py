@@ -144,7 +144,7 @@ def test_initialisation(architecture: str):
 def test_it_learns_more_than_the_frequencies_of_tokens(architecture: str):
     """Each token is three more than the one before it, modulo 8; all are equally frequent."""
     torch.manual_seed(0)
-    net = model.build(replace(SHAPE, architecture=architecture, n_layer=2))
+    net = model.build(replace(SHAPE, architecture=architecture, n_layer=2, vocab_size=8))
     optimizer = build_optimizer(net, OptimConfig())
     set_learning_rate(optimizer, 1e-2)
     for _ in range(40):
