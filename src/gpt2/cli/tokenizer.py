@@ -137,7 +137,7 @@ def _train(command: Train) -> int:
 
 @contextmanager
 def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes of the files; yields what is told how many are read."""
+    """A progress bar; yields the function that advances it to a number of bytes."""
     bar = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),

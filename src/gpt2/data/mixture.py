@@ -12,23 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from gpt2.data import permutation
+from gpt2.data.permutation import Indices
 
-Indices = npt.NDArray[np.int64]
 BLOCK_ROWS = 1000
-SMALLEST_SHARE = 1e-6
 STREAM = (1 << 63) - 1
 """of random numbers; shards have the numbers of theirs"""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """From `first_row` on, `weights[i]` of `sum(weights)` rows come from corpus i.
-
-    A weight is 0, or at least SMALLEST_SHARE of the sum.
-    """
+    """From `first_row` on, `weights[i]` of `sum(weights)` rows come from corpus i."""
 
     first_row: int
     weights: tuple[int, ...]

@@ -7,7 +7,7 @@ from each of them. Step N reads rows N * rows_per_step to (N + 1) * rows_per_ste
 the step number alone determines the position.
 
 Rows are arrays (R, 2) of int64: shard index, row index within the shard. The shards of several
-corpora are numbered through.
+corpora have consecutive indices, corpus after corpus.
 """
 
 import itertools
@@ -118,7 +118,7 @@ class Sampler:
 
     @cached_property
     def first_shards(self) -> tuple[int, ...]:
-        """The first shard of each corpus, and behind them the number of all shards."""
+        """The first shard of each corpus, then the number of all shards."""
         counts = self.shards_per_corpus or (len(self.rows_per_shard),)
         return (0, *itertools.accumulate(counts))
 

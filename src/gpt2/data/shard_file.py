@@ -1,8 +1,8 @@
 """The file of one shard: opened, checked, read.
 
 Rows are read by position, not through a memory map: what is truncated or on a bad disk would kill
-the process there. Nor is a map faster: from memory it is the same, and from a disk the system reads
-much more around each row of a map (`docs/benchmarks.md`).
+the process there. A map is somewhat faster from memory, where a step does not wait for it, and
+several times slower from a disk: the system reads much more around each row (`docs/benchmarks.md`).
 """
 
 import contextlib
