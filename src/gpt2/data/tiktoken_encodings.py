@@ -40,8 +40,9 @@ def load(name: str) -> Tokenizer:
     except (OSError, ValueError) as error:  # requests' errors are OSError
         logger.debug("cannot load %s", name, exc_info=True)
         raise DataError(
-            f"{PREFIX}{name} cannot be downloaded ({error}); run it once where there is a network, "
-            "with the environment variable TIKTOKEN_CACHE_DIR=FOLDER, and use that folder here"
+            f"{PREFIX}{name} cannot be downloaded ({_cause(error)}); run it once where there is a "
+            "network, with the environment variable TIKTOKEN_CACHE_DIR=FOLDER, and use that "
+            "folder here"
         ) from error
     # o200k_harmony has two spellings of one id, of which the first is kept.
     spelled = {number: text for text, number in reversed(encoding._special_tokens.items())}
@@ -73,3 +74,10 @@ def build(
         [AddedToken(token, special=True, normalized=False) for token in special]
     )
     return built
+
+
+def _cause(error: BaseException) -> str:
+    """What the error arose from: requests' own texts are several lines of objects and addresses."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (isinstance(error, OSError) and error.strerror) or str(error)
