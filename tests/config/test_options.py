@@ -42,7 +42,7 @@ def test_overlay_converts_values_to_the_types_of_their_fields():
         RunConfig(), {"learning_rate": 1, "data_root": "elsewhere", "eval_interval": "None"}
     )
     assert run.optim.learning_rate == 1.0
-    assert run.data.data_root == "elsewhere"
+    assert run.data.data_root == ("elsewhere",)
     assert run.evaluation.eval_interval is None
 
 

@@ -380,7 +380,7 @@ def test_global_shuffling_needs_a_cache_for_all_shards(memory: MemoryFileSystem,
     found = remote_index(tmp_path, room - 1)
     with pytest.raises(
         DataError,
-        match=r"too small .* with --shuffle global: its validation split and \d+ training shards "
+        match=r"too small .* with --shuffle global: the validation split and \d+ training shards "
         r"take .* GB; use --shuffle rows, or --cache_gb [\d.e-]+ or more$",
     ):
         TokenDataset(found, "train", 32, shuffle="global")

@@ -135,11 +135,12 @@ def test_shards_that_were_never_verified_are_named_with_the_command(verified: Pa
     data, found = doctor.find_data(small_config(folder, tmp_path))
     assert found.level == "ok"
     (note,) = doctor.find_unverified(data)
-    count, first = len(data.shards), ", ".join(shard.file for shard in data.shards[:3])
+    shards = data.corpora[""].shards
+    count, first = len(shards), ", ".join(shard.file for shard in shards[:3])
     assert note.level == "note"
     assert f"{count} of {count} shards were never verified ({first}, …)" in note.fact
     assert note.remedy.endswith(f"type gpt2 data verify '{folder}'")
-    for shard in data.shards[1:]:
+    for shard in shards[1:]:
         DigestMemory(folder).add(shard.file, (1, 2, 3), shard.sha256)
     (note,) = doctor.find_unverified(data)
     assert f"1 of {count} shards were never verified (small_val_000000.npy);" in note.fact
@@ -185,7 +186,7 @@ def test_remote_data_is_opened_and_its_copies_need_room(tmp_path: Path, data_roo
     assert found.level == "ok"
     assert doctor.writable_folders(run)["cache_dir"] == tmp_path / "cache"
     copies = doctor.disk_needs(run, data)[1]
-    assert copies.bytes == sum(shard.bytes for shard in data.shards)
+    assert copies.bytes == sum(shard.bytes for shard in data.corpora[""].shards)
     too_small = {"shuffle": "global", "cache_gb": copies.bytes / 1e9 / 2}
     _, found = doctor.find_data(options.overlay(run, too_small))
     assert found.level == "PROBLEM" and "use --shuffle rows" in f"{found.fact} {found.remedy}"

@@ -53,6 +53,7 @@ def test_every_kind_of_record_is_a_line_with_its_fields(tmp_path: Path):
         "epoch": 1,
         "loss": 3.25,
         "bits_per_byte": 1.0625,
+        "corpora": {},
     }
     assert hellaswag == {
         "kind": "hellaswag",

@@ -10,6 +10,7 @@ from gpt2.metrics import log_reader
 from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import (
+    CorpusLoss,
     EventRecord,
     HellaSwagRecord,
     Record,
@@ -138,6 +139,19 @@ def test_the_text_log_alone_has_its_digits(tmp_path: Path):
     write_process(tmp_path, (TEXT,), "a", 0, [RECORD])
     (item,) = log_reader.read_steps(tmp_path / TEXT, "a")
     assert (item.loss, item.elapsed_s, item.tokens_per_s) == (3.445124, 9.5, 55188.0)
+
+
+def test_the_losses_of_corpora_stand_behind_the_others(write: Write, tmp_path: Path):
+    losses = {"web": CorpusLoss(3.0, 1.5), "code": CorpusLoss(2.0, None)}
+    of_steps = [replace(step, corpora={"web": 3.5, "code": 2.5}) for step in steps(1, 2)]
+    validations = (
+        ValidationRecord(1, 0, 2.5, None, losses),
+        ValidationRecord(2, 0, 2.5, 1.5, losses),
+    )
+    write("a", 0, [*of_steps, *validations])
+    (run,) = log_reader.read_runs(tmp_path / TEXT)
+    assert [step.loss for step in run.steps.values()] == [3.0, 3.0]
+    assert (run.val_losses, run.bits_per_byte) == ({1: 2.5, 2: 2.5}, {2: 1.5})
 
 
 def test_a_run_from_before_the_records_goes_on_with_them(tmp_path: Path):

@@ -18,6 +18,7 @@ from gpt2.metrics.console import Console
 from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import (
+    CorpusLoss,
     EventRecord,
     HellaSwagRecord,
     Metrics,
@@ -55,7 +56,10 @@ class TestEverySink:
             RECORD,
             replace(RECORD, loss=math.nan, grad_norm=math.inf, applied=False),
             replace(RECORD, rank_gpu=[{"memory_gb": 1.5}, {}], left_s=60.0),
+            replace(RECORD, corpora={"web": 3.5, "code": math.nan}),
             ValidationRecord(5, 0, 3.25),
+            ValidationRecord(5, 0, 3.25, 1.05, {"web": CorpusLoss(3.0, 1.0)}),
+            ValidationRecord(5, 0, 3.25, None, {"web": CorpusLoss(math.nan, None)}),
             ValidationRecord(5, 0, math.nan),
             ValidationRecord(5, 0, 3.25, 1.05),
             ValidationRecord(5, 0, math.nan, math.nan),

@@ -13,7 +13,13 @@ from tensorboard.summary.writer import event_file_writer
 from gpt2.base import atomic_files
 from gpt2.config import presets
 from gpt2.metrics.console import Console
-from gpt2.metrics.records import HellaSwagRecord, Metrics, SamplesRecord, ValidationRecord
+from gpt2.metrics.records import (
+    CorpusLoss,
+    HellaSwagRecord,
+    Metrics,
+    SamplesRecord,
+    ValidationRecord,
+)
 from gpt2.metrics.tensorboard import TensorBoard
 from metrics import former_run
 from metrics.example_record import RECORD
@@ -104,6 +110,22 @@ def test_tensorboard_holds_curves_samples_and_hyperparameters(tmp_path: Path):
         "main/hellaswag",
         "main/learning_rate",
         "main/tokens_per_s",
+    }
+
+
+def test_a_mixture_has_curves_of_each_corpus(tmp_path: Path):
+    board = TensorBoard(tmp_path, {}, 0, {})
+    board.write(replace(RECORD, corpora={"web": 3.5}))
+    losses = {"web": CorpusLoss(3.0, 1.0), "code": CorpusLoss(2.0, None)}
+    board.write(ValidationRecord(19074, 1, 3.25, 1.0625, losses))
+    board.close()
+    found = events(tmp_path)
+    names = [name for name in found.Tags()["scalars"] if name.count("/") == 2]
+    assert {name: found.Scalars(name)[0].value for name in names} == {
+        "loss/train/web": 3.5,
+        "loss/val/web": 3.0,
+        "loss/val_bits_per_byte/web": 1.0,
+        "loss/val/code": 2.0,
     }
 
 

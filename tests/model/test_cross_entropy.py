@@ -97,6 +97,36 @@ def test_loss_and_gradients_are_those_of_the_log_softmax(
         assert (ours - exact).norm() < PRECISION[dtype] * exact.norm()
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_the_losses_of_rows_add_up_and_change_nothing(
+    with_gradients: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Also through torch.compile."""
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=101)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 7 * 101)
+    torch.manual_seed(0)
+    net = model.build(config)
+    tokens_BT = torch.randint(101, (5, 16))
+    batch = tokens_BT, tokens_BT.flip(1)
+    alone = [
+        F.cross_entropy(*row, reduction="sum")
+        for row in zip(net.logits(batch[0]), batch[1], strict=True)
+    ]
+    for run in (net, torch.compile(net, dynamic=False, backend="aot_eager")):
+        with torch.set_grad_enabled(with_gradients):
+            loss, losses_B = run(*batch, by_row=True)
+        assert not losses_B.requires_grad
+        torch.testing.assert_close(losses_B, torch.stack(alone).detach())
+        assert torch.equal(loss, net(*batch))
+        if with_gradients:
+            found = gradients(net, batch)
+            net.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                run(*batch, by_row=True)[0].backward()
+            for part, expected in zip(net.parameters(), found[1:], strict=True):
+                assert part.grad is not None and torch.equal(part.grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_without_gradients_is_computed_in_full_precision(dtype: torch.dtype):
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ from gpt2.data.manifest import MANIFEST, Shard
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
 from gpt2.data.shards import load_index
+from gpt2.data.training_data import TrainingData
 from gpt2.data.verifier import Verifier
 from gpt2.train import data_faults, status, trainer, training_run
 from gpt2.train.report import Answer
@@ -173,12 +174,13 @@ def test_a_shard_that_changes_while_the_run_trains_ends_it(
 
 
 def test_the_first_step_that_may_have_read_it_is_named(folder: Path):
-    data = load_index(Storage(str(folder)))
+    index = load_index(Storage(str(folder)))
+    data = TrainingData({"": index})
     sampler, state = Sampler((100, 50, 80), rows_per_step=8, seed=1), TrainState(step=20)
-    second, third = (shard.file for shard in data.of("train")[1:3])
+    second, third = (shard.file for shard in index.of("train")[1:3])
 
     def text(fault: Fault, state: TrainState = state) -> str:
-        return data_faults.extent(fault, data, sampler, state)
+        return data_faults.extent(fault, "", data, sampler, state)
 
     assert text(Fault("x: broken", second)) == "step 13 may have used it first"
     assert {int(row) for row in sampler.rows(12)[:, 0]} == {0, 1}
@@ -186,7 +188,7 @@ def test_the_first_step_that_may_have_read_it_is_named(folder: Path):
     assert text(Fault("x: broken", third), TrainState(step=18)) == "no step has used it"
     skipped = TrainState(step=20, left_out=(2, 5))
     assert text(Fault("x", second), skipped) == "step 8 may have used it first"
-    assert text(Fault("x", data.of("val")[0].file)) == "validation may have used it"
+    assert text(Fault("x", index.of("val")[0].file)) == "validation may have used it"
     assert text(Fault("x")) == "no step has used it"
 
 

@@ -18,9 +18,11 @@ from gpt2.base.errors import DataError
 from gpt2.base.text import console
 from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import TrainingMetadata
+from gpt2.data import training_data
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Rows
 from gpt2.data.shards import TokenDataset, load_index
+from gpt2.data.training_data import TrainingData
 from gpt2.data.vocabulary import Characters
 from gpt2.distributed import device
 from gpt2.distributed.world import World
@@ -84,7 +86,7 @@ def test_samples_are_generated_in_the_type_of_the_training(
 
     monkeypatch.setattr(torch.nn.functional, "linear", noted)
     replica = Replica(run, world)
-    evaluator = Evaluator(run, world, replica, load_index(Storage(str(data_root))))
+    evaluator = Evaluator(run, world, replica, training_data.load({"": str(data_root)}))
     texts = evaluator.samples(1, is_last=False)
     assert len(texts) == 3 and all(text.startswith("def") for text in texts)
     assert seen == {torch.bfloat16}
@@ -112,7 +114,7 @@ def beside(gpt2_tokens: Path, tmp_path: Path) -> Evaluator:
     run = small_config(gpt2_tokens, tmp_path, **options)
     world = FirstOfTwo(0, 2, torch.device("cpu"))
     replica = Replica(run, World(0, 1, world.device))
-    return Evaluator(run, world, replica, load_index(Storage(str(gpt2_tokens))))
+    return Evaluator(run, world, replica, training_data.load({"": str(gpt2_tokens)}))
 
 
 def test_rank_0_samples_while_other_ranks_compute_hellaswag(
@@ -185,12 +187,12 @@ def test_a_measurement_that_fails_costs_no_training(
     validations = itertools.count()
     read = TokenDataset.read
 
-    def fails_at_step_10(data: TokenDataset, rows: Rows, **options: Any) -> object:
+    def fails_at_step_10(data: TokenDataset, rows: Rows, *options: Any) -> object:
         if threading.current_thread() is threading.main_thread():
             torch.rand(1)  # which must not change the dropout of the training
             if next(validations) == 2:
                 raise DataError("the disk is gone")
-        return read(data, rows, **options)
+        return read(data, rows, *options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenDataset, "read", fails_at_step_10)
@@ -256,11 +258,11 @@ def test_an_error_that_leaves_the_device_unusable_ends_the_run(
     """On CUDA, an assertion in a kernel makes every later call fail."""
     world = World(0, 1, torch.device("cpu"))
     run = small_config(data_root, tmp_path)
-    evaluator = Evaluator(run, world, Replica(run, world), load_index(Storage(str(data_root))))
+    evaluator = Evaluator(run, world, Replica(run, world), training_data.load({"": str(data_root)}))
     fail_in_evaluation(lambda call: True)
     monkeypatch.setattr(device, "recover", Mock(side_effect=RuntimeError("CUDA error")))
     with pytest.raises(RuntimeError, match="CUDA error"):
-        evaluator.validation_loss(0, lambda: 0, is_last=False)
+        evaluator.validation_losses(0, lambda: 0, is_last=False)
 
 
 def test_training_goes_on_where_there_is_no_hellaswag(
@@ -289,14 +291,16 @@ def test_the_loss_of_gpt2_is_shown_beside_its_tokens_of_fineweb_alone(
     world = World(0, 1, torch.device("cpu"))
     run = small_config(gpt2_tokens, tmp_path)
     replica = Replica(run, world)
-    data = load_index(Storage(str(gpt2_tokens)))
-    assert Evaluator(run, world, replica, data).references() == {}
-    fineweb = replace(data, corpus=corpus)
-    assert Evaluator(run, world, replica, fineweb).references() == {
-        "reference/loss_gpt2_124m": loss
-    }
-    of_other_tokens = replace(fineweb, tokenizer=Characters(tuple(map(str, range(50257)))))
-    assert Evaluator(run, world, replica, of_other_tokens).references() == {}
+    index = load_index(Storage(str(gpt2_tokens)))
+
+    def references(**changes: Any) -> dict[str, float]:
+        data = TrainingData({"": replace(index, **changes)})
+        return Evaluator(run, world, replica, data).references()
+
+    assert references() == {}
+    assert references(corpus=corpus) == {"reference/loss_gpt2_124m": loss}
+    of_other_tokens = Characters(tuple(map(str, range(50257))))
+    assert references(corpus=corpus, tokenizer=of_other_tokens) == {}
 
 
 def test_a_stop_within_hellaswag_loses_no_validation(

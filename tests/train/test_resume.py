@@ -11,8 +11,7 @@ from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata, read_metadata
 from gpt2.cli import train
 from gpt2.config import lr_schedule, options
-from gpt2.data.remote import Storage
-from gpt2.data.shards import load_index
+from gpt2.data import training_data
 from gpt2.distributed import world
 from gpt2.train import resume, trainer
 from gpt2.train.resume import StartingPoint
@@ -125,9 +124,9 @@ def test_foreign_data_of_which_no_digest_is_known_is_told_apart_by_its_ends(
         folder.mkdir()
         for split in ("train", "val"):
             np.save(folder / f"x_{split}_0.npy", np.arange(count, dtype="<u2"))
-    one, other = (load_index(Storage(str(folder))) for folder in folders)
+    one, other = (training_data.load({"": str(folder)}) for folder in folders)
     config = small_config(folders[0], tmp_path)
-    checkpoint = {"config": config.to_dict(), "data_fingerprint": one.fingerprint()}
+    checkpoint = {"config": config.to_dict(), "data_fingerprint": one.fingerprints()}
     start = StartingPoint(path=tmp_path / "step_000001.pt", checkpoint=checkpoint)
     start.require_agreement(config, one)
     assert start.completed(one) == one

@@ -16,7 +16,7 @@ from rich.table import Table
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
-from gpt2.cli import data_show, data_verify
+from gpt2.cli import data_order, data_show, data_verify
 from gpt2.cli.data_show import Show
 from gpt2.cli.data_verify import Verify
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
@@ -108,6 +108,8 @@ def data_main() -> int:
     if name in ("-h", "--help"):
         return show_text(_usage())
     sys.argv = [f"{sys.argv[0]} {name}", *rest]
+    if name == "order":
+        return data_order.main(rest)
     if name in ACTIONS:
         kind, run = ACTIONS[name]
         on_interrupt = {Verify: data_verify.ON_INTERRUPT, Show: ""}.get(kind, ON_INTERRUPT)
@@ -120,7 +122,7 @@ def data_main() -> int:
 
 
 def _refuse(name: str) -> NoReturn:
-    known = [*ACTIONS, *(_typed(item) for item in corpora.CORPORA)]
+    known = [*ACTIONS, "order", *(_typed(item) for item in corpora.CORPORA)]
     way_out = suggestion(name, known) or "; see gpt2 data --help"
     raise ConfigError(f"unknown corpus {name}{way_out}")
 
@@ -248,6 +250,7 @@ def _usage() -> str:
         ("files GLOB…", "files of your own: .txt, .jsonl, .csv, .parquet and more"),
         ("verify DIR", "read every byte of the shards and name each file that is wrong"),
         ("show DIR", "look at shards: their text, the rows of a step, statistics"),
+        ("order", "the rows of a step of any run, also of a mixture of corpora"),
     ]
     listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)
     return (

@@ -21,6 +21,7 @@ from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Shuffle
 from gpt2.data.shards import DatasetIndex
+from gpt2.data.training_data import UNNAMED
 from gpt2.inspection import document_lengths, figures
 from gpt2.inspection.data_views import (
     RowPlace,
@@ -172,7 +173,7 @@ def _step(command: Show, index: DatasetIndex, step: int) -> StepView:
     """The rows of a step of the run that the options describe."""
     run = command.order.run()
     length = run.model.block_size
-    sampler = run.sampler(shards.rows_per_shard(index, "train", length))
+    sampler = run.sampler({UNNAMED: shards.rows_per_shard(index, "train", length)})
     last = MOST_ROWS // sampler.rows_per_step
     require(step <= last, f"step={step} is too large; expected 0 to {last}")
     numbers = [number for number, shard in enumerate(index.shards) if shard.split == "train"]

@@ -24,10 +24,9 @@ from gpt2.cli.loading import LoadedModel, load_model
 from gpt2.cli.model_source import ModelSource
 from gpt2.cli.parse import CommandOptions, guarded, parse
 from gpt2.config import options, presets
-from gpt2.config.run import MachineConfig
-from gpt2.data import sampler, saved_tokenizer
-from gpt2.data.remote import Storage
-from gpt2.data.shards import TokenDataset, load_index
+from gpt2.config.run import EvalConfig, MachineConfig
+from gpt2.data import saved_tokenizer
+from gpt2.data.shards import DatasetIndex
 from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.distributed import precision, rendezvous
 from gpt2.distributed.world import World
@@ -36,7 +35,8 @@ from gpt2.evaluation.baselines import PromptStyle
 from gpt2.evaluation.loss import Loss, row_losses
 from gpt2.evaluation.measured_value import Measure, MeasuredValue
 from gpt2.evaluation.rounds import MeasurementFailed
-from gpt2.train.dataset import cache_of, with_vocab_size
+from gpt2.train import dataset
+from gpt2.train.evaluator import validation_rows
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class EvaluateCommand(CommandOptions):
     """format of HellaSwag: of GPT-2's replications, or of lm-evaluation-harness"""
     hellaswag_path: Path | None = None
     """file of tasks (.jsonl, .jsonl.gz); None downloads them once to data/hellaswag"""
-    data_root: str | None = None
-    """shards whose validation split is measured; None is those of the run"""
+    data_root: tuple[str, ...] = ()
+    """shards whose validation split is measured; default is those of the run"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the model's matrix products; the logits are computed in float32"""
     batch_tokens: int | None = None
@@ -141,45 +141,57 @@ def _hellaswag(command: EvaluateCommand, loaded: LoadedModel, world: World) -> M
 
 
 def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> Measure:
-    settings, root = presets.preset("gpt2-124m"), command.data_root
+    settings, roots = presets.preset("gpt2-124m"), command.data_root
     if loaded.config is not None:
         settings = options.of_stored(loaded.config)
-        root = root or settings.data.data_root
-    if root is None:
+        roots = roots or settings.data.data_root
+    if not roots:
         raise ConfigError(
             f"{loaded.source} does not record its training data; name shards with --data_root, "
             "or use --tasks hellaswag"
         )
-    settings = replace(settings, model=loaded.model.config)
-    data = load_index(Storage(root), cache_of(settings))
+    settings = replace(
+        settings,
+        model=loaded.model.config,
+        data=replace(settings.data, data_root=roots, mixture=()),
+    )
+    data = dataset.find(settings)
     if not saved_tokenizer.is_same(loaded.recorded_tokenizer, data.tokenizer):
         theirs, ours = map(saved_tokenizer.described, (data.tokenizer, loaded.tokenizer))
         raise DataError(
-            f"{data.storage} has tokens of {theirs}, {loaded.source} was trained on those of "
+            f"{data} has tokens of {theirs}, {loaded.source} was trained on those of "
             f"{ours}; name other shards with --data_root"
         )
-    with_vocab_size(settings, data)
-    shards = TokenDataset(data, "val", loaded.model.config.block_size)
-    rows = sampler.spread(shards.rows_per_shard, command.limit or settings.eval_rows)
+    dataset.with_vocab_size(settings, data)
+    if command.limit is not None:
+        settings = replace(settings, evaluation=EvalConfig(eval_rows=command.limit))
+    rows = validation_rows(settings, data)
 
     def measure() -> list[MeasuredValue]:
-        losses = row_losses(
-            loaded.model, shards, rows, world, _autocast(command, world), _progress("val", world)
-        )
-        per_token = [loss.per_token for loss in losses]
-        mean, error = float(np.mean(per_token)), _standard_error(per_token)
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(mean))
-        count, about = counted(len(losses), "row"), {"data": root}
-        is_comparable = data.tokenizer is GPT2_TOKENIZER  # a loss is per token
-        reference = baselines.LOSS.get(data.corpus or "") if is_comparable else None
-        return [
-            MeasuredValue("val", about, "loss", mean, error, count, reference),
-            *_bits_per_byte(losses, about, count),
-            MeasuredValue("val", about, "perplexity", perplexity, perplexity * error, count),
-        ]
+        found: list[MeasuredValue] = []
+        for name, (shards, some) in rows.items():
+            track = _progress(f"val {name}".strip(), world)
+            losses = row_losses(loaded.model, shards, some, world, _autocast(command, world), track)
+            index = data.corpora[name]
+            found += _of_corpus(losses, {"data": index.storage.root}, index)
+        return found
 
     return measure
+
+
+def _of_corpus(
+    losses: Sequence[Loss], about: Mapping[str, str], index: DatasetIndex
+) -> Iterator[MeasuredValue]:
+    per_token = [loss.per_token for loss in losses]
+    mean, error = float(np.mean(per_token)), _standard_error(per_token)
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(mean))
+    count = counted(len(losses), "row")
+    is_comparable = index.tokenizer is GPT2_TOKENIZER  # a loss is per token
+    reference = baselines.LOSS.get(index.corpus or "") if is_comparable else None
+    yield MeasuredValue("val", about, "loss", mean, error, count, reference)
+    yield from _bits_per_byte(losses, about, count)
+    yield MeasuredValue("val", about, "perplexity", perplexity, perplexity * error, count)
 
 
 def _bits_per_byte(

@@ -24,9 +24,11 @@ logger = logging.getLogger(__name__)
 HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
 """options that have no effect beside another one: on a resume with --epochs, the --max_steps of the
 checkpoint is dropped"""
-SIZES = (
+SEVERAL_VALUES = ("--data_root", "--mixture")
+FITTING = (
     *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
     "--total_batch_size",
+    *SEVERAL_VALUES,
 )
 """options whose values must fit each other"""
 
@@ -141,13 +143,13 @@ def parse_before_resume(
 ) -> CommandOfRun:
     """The command before it is known which checkpoint it resumes: folders and machine are final.
 
-    Sizes that do not fit the preset are left out if it resumes: they may fit the checkpoint. Raises
-    as `parse_run` does.
+    Values that do not fit the preset are left out if it resumes: they may fit the checkpoint.
+    Raises as `parse_run` does.
     """
     try:
         return parse_run(kind, arguments, quiet)
     except ConfigError:
-        command = parse_run(kind, _without(arguments, *SIZES), quiet)
+        command = parse_run(kind, _without(arguments, *FITTING), quiet)
         if command.run.checkpoint.resume_from is None:
             raise
         return command
@@ -257,8 +259,9 @@ def _without(arguments: Sequence[str], *flags: str) -> list[str]:
         name, has_value, _ = argument.replace("-", "_").partition("=")
         if name in {flag.replace("-", "_") for flag in flags}:
             skip = not has_value
-        elif skip:
-            skip = False
+            has_several = name in {flag.replace("-", "_") for flag in SEVERAL_VALUES}
+        elif skip and not (has_several and argument.startswith("--")):
+            skip = has_several
         else:
             kept.append(argument)
     return kept

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import is_finite, require, suggestion
-from gpt2.config import presets
+from gpt2.config import mixture, presets
 from gpt2.config.model import ModelConfig
 from gpt2.config.run import OptimConfig, RunConfig
 
@@ -54,7 +54,12 @@ IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 # Options of earlier versions, which files may still have, with the values that they now stand for.
 FORMER = {"fast": True}
 # Options that earlier versions did not have, with the values for what these did.
-LATER = {"skip_spikes": False, "profile": None, "memory_snapshot": False}
+LATER: dict[str, Any] = {
+    "skip_spikes": False,
+    "profile": None,
+    "memory_snapshot": False,
+    "mixture": [],
+}
 
 
 def of_stored(stored: Mapping[str, Any]) -> RunConfig:
@@ -88,7 +93,9 @@ def on_stored(config: RunConfig, stored: Mapping[str, Any]) -> RunConfig:
 
 
 def public(value: Any) -> Any:
-    """`value`, if it is an address with a user and password without these."""
+    """`value`; addresses with a user and password without these."""
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
     return re.sub(r"://[^/@]*@", "://…@", value) if isinstance(value, str) else value
 
 
@@ -147,7 +154,7 @@ def locate(name: str) -> tuple[str, str, Any]:
 
 def is_text(name: str) -> bool:
     """Whether the values of an option are texts or paths; raises ConfigError for an unknown one."""
-    return locate(name)[2] in (str, Path)
+    return locate(name)[2] in (str, Path, tuple[str, ...])
 
 
 def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
@@ -190,7 +197,12 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` with the type of its field: str to Path or back, int to float, "None" to None."""
+    """`value` with the type of its field: str to Path or back, int to float, "None" to None, one
+    text or a list of them to a tuple. A table in a list is a phase of a mixture."""
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        texts = (mixture.text_of(item) if isinstance(item, Mapping) else item for item in items)
+        return tuple(_coerce(name, text, str) for text in texts)
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in options and value in (None, "None"):
         return None

@@ -45,7 +45,7 @@ PRESETS: dict[str, RunConfig] = {
         preset="demo",
         model=ModelConfig(n_layer=4, n_head=2, n_embd=64, block_size=128),
         data=DataConfig(
-            data_root="data/python_stdlib",
+            data_root=("data/python_stdlib",),
             total_batch_size=1024,
             max_steps=350,
         ),

@@ -5,6 +5,8 @@ model are in `gpt2.config.model`. `None` means off. Invalid values and combinati
 ConfigError.
 """
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from gpt2.base.validation import (
 )
 from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
+from gpt2.config.mixture import StepPhase, mixture_of, weights_and_phases
 from gpt2.config.model import ModelConfig
 from gpt2.data.sampler import Sampler, Shuffle
 
@@ -37,8 +40,12 @@ MAX_GRAD_CLIP = 10**6
 class DataConfig:
     """Training data, batch sizes and the length of the run."""
 
-    data_root: str = "data/fineweb_edu"
-    """folder or glob of token shards, or a URL such as s3://bucket/folder"""
+    data_root: tuple[str, ...] = ("data/fineweb_edu",)
+    """folder or glob of token shards, or a URL such as s3://bucket/folder; several corpora as
+    NAME=FOLDER:WEIGHT, without weights by their sizes"""
+    mixture: tuple[str, ...] = ()
+    """weights of the corpora that change, one text per phase: 'until=0.8 web=0.7 code=0.3'
+    'web=0.2 code=0.8' (until is a share of the run)"""
     cache_dir: Path = Path("data/cache")
     """folder for local copies of remote shards"""
     cache_gb: float | None = 50.0
@@ -59,6 +66,7 @@ class DataConfig:
     (global); or nothing"""
 
     def __post_init__(self) -> None:
+        weights_and_phases(self.data_root, self.mixture)
         require_within(self, 0, 10**6, "cache_gb")
         require_within(self, 1, LARGEST, "total_batch_size", "epochs", "max_steps")
         if self.mini_batch_size != "auto":
@@ -268,9 +276,24 @@ class RunConfig:
         largest_share = -(-self.rows_per_step // world_size)
         return -(-largest_share // mini_batch_size)
 
-    def sampler(self, rows_per_shard: tuple[int, ...]) -> Sampler:
-        """Which of the rows of the training shards each step reads."""
-        return Sampler(rows_per_shard, self.rows_per_step, self.machine.seed, self.data.shuffle)
+    def sampler(
+        self, rows_per_shard: Mapping[str, tuple[int, ...]], phases: Sequence[StepPhase] = ()
+    ) -> Sampler:
+        """Which of the rows of the training shards each step reads.
+
+        `rows_per_shard` is by name of corpus. Without `phases` there is only one.
+        """
+        seed, of_all = self.machine.seed, tuple(itertools.chain(*rows_per_shard.values()))
+        if not phases:
+            return Sampler(of_all, self.rows_per_step, seed, self.data.shuffle)
+        return Sampler(
+            of_all,
+            self.rows_per_step,
+            seed,
+            self.data.shuffle,
+            mixture_of(phases, list(rows_per_shard), self.rows_per_step, seed),
+            tuple(len(rows) for rows in rows_per_shard.values()),
+        )
 
     def total_steps(self, rows_per_epoch: int) -> int:
         """Steps of the whole run: enough to read every row of the last epoch."""
@@ -307,4 +330,6 @@ class RunConfig:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):  # a single text as earlier versions had it
+        return value[0] if len(value) == 1 else list(value)
     return str(value) if isinstance(value, Path) else value

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterable
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +12,32 @@ import torch
 from torch import Tensor
 
 from gpt2.data.sampler import Rows, Sampler, micro_batches
-from gpt2.data.shards import TokenDataset
 
-MicroBatch = tuple[Tensor, Tensor]
+MicroBatch = tuple[Tensor, ...]
+"""inputs and targets, each (B, T) int64 on the CPU; of a mixture also the number of the corpus of
+each row, (B)"""
 STEPS_AHEAD = 2
+
+
+class RowSource(Protocol):
+    """What rows are read from."""
+
+    def read(
+        self, rows: Rows, stop: threading.Event | None = None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+    def prefetch(self, shard: int) -> None: ...
 
 
 class Loader:
     """One rank's micro-batches, step after step.
 
-    A micro-batch is inputs and targets, each (B, T) int64 on the CPU, in pinned memory if
-    `pin_memory`. `next_step` raises the errors of the background thread.
+    They lie in pinned memory if `pin_memory`. `next_step` raises the errors of the background
+    thread.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: RowSource,
         sampler: Sampler,
         steps: Iterable[int],
         *,
@@ -101,7 +111,10 @@ class Loader:
 
     def _micro_batch(self, rows: Rows) -> MicroBatch:
         inputs, targets = self._dataset.read(rows, stop=self._closed)
-        return self._tensor(inputs), self._tensor(targets)
+        parts = [inputs, targets]
+        if self._sampler.mixture is not None:
+            parts.append(self._sampler.corpus_of(rows[:, 0]))
+        return tuple(map(self._tensor, parts))
 
     def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

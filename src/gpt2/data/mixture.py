@@ -8,8 +8,10 @@ row comes from which corpus. Each corpus is read in the order of its own rows.
 """
 
 import bisect
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import PurePath
 
 import numpy as np
 
@@ -19,6 +21,12 @@ from gpt2.data.permutation import Indices
 BLOCK_ROWS = 1000
 STREAM = (1 << 63) - 1
 """of random numbers; shards have the numbers of theirs"""
+
+
+def corpus_name(root: str) -> str:
+    """The last component of a folder or URL without a wildcard, as a name of a corpus."""
+    components = [part for part in PurePath(root).parts if not set(part) & set("*?[")]
+    return re.sub(r"\W+", "_", components[-1]).strip("_") if components else ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Mixture:
 
     phases: tuple[Phase, ...]
     seed: int
+    corpus_seeds: tuple[int, ...] = ()
+    """by which each corpus is shuffled; that of the run, if there are none"""
 
     def at(self, rows: Indices) -> tuple[Indices, Indices]:
         """The corpus of each of `rows`, and its position in the sequence of that corpus' rows.

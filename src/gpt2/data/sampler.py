@@ -111,9 +111,11 @@ class Sampler:
 
     @cached_property
     def corpora(self) -> tuple[CorpusRows, ...]:
+        ranges = list(itertools.pairwise(self.first_shards))
+        seeds = (self.mixture and self.mixture.corpus_seeds) or (self.seed,) * len(ranges)
         return tuple(
-            CorpusRows(self.rows_per_shard[first:end], self.seed, self.shuffle)
-            for first, end in itertools.pairwise(self.first_shards)
+            CorpusRows(self.rows_per_shard[first:end], seed, self.shuffle)
+            for (first, end), seed in zip(ranges, seeds, strict=True)
         )
 
     @cached_property

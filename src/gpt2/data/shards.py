@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
@@ -226,7 +226,7 @@ class TokenDataset:
         """whether the next rows are elsewhere in the files, where the system does not look ahead"""
         shard_file.allow_open_files(2 * len(index.shards))  # of both splits, with locks of copies
         if self._on_demand:
-            _require_room(index, shuffle)
+            require_room([index], shuffle)
             return
         for number, shard in enumerate(self.shards):
             self._open[number] = Future()
@@ -401,19 +401,26 @@ def _most_open(index: DatasetIndex, shuffle: Shuffle) -> int:
     return len(index.of("train")) if shuffle == "global" else OPEN_REMOTE_SHARDS
 
 
-def _require_room(index: DatasetIndex, shuffle: Shuffle) -> None:
-    """Raises DataError if the cache is too small for the validation split and the training shards
-    that are open at a time."""
-    limit = index.cache.limit_bytes if index.cache else None
-    count = _most_open(index, shuffle)
-    train = sorted((shard.bytes for shard in index.of("train")), reverse=True)
-    needed = sum(shard.bytes for shard in index.of("val")) + sum(train[:count])
+def require_room(indices: Sequence[DatasetIndex], shuffle: Shuffle) -> None:
+    """Raises DataError if the cache is too small for the validation splits of all these corpora and
+    the training shards that are open at a time."""
+    remote = [index for index in indices if index.storage.path is None and index.cache]
+    if not remote:
+        return
+    limit = remote[0].cache.limit_bytes if remote[0].cache else None
+    needed = count = 0
+    for index in remote:
+        train = sorted((shard.bytes for shard in index.of("train")), reverse=True)
+        opened = train[: _most_open(index, shuffle)]
+        count += len(opened)
+        needed += sum(shard.bytes for shard in index.of("val")) + sum(opened)
     if limit is not None and needed > limit:
         other = "--shuffle rows, or " if shuffle == "global" else ""
+        names = ", ".join(str(index.storage) for index in remote)
         raise DataError(
-            f"cache_gb={limit / 1e9:g} is too small for {index.storage} with --shuffle {shuffle}: "
-            f"its validation split and {count} training shards take {needed / 1e9:.3g} GB; use "
-            f"{other}--cache_gb {needed / 1e9 * 1.01:.3g} or more"
+            f"cache_gb={limit / 1e9:g} is too small for {names} with --shuffle {shuffle}: the "
+            f"validation split and {count} training shards take {needed / 1e9:.3g} GB; use {other}"
+            f"--cache_gb {needed / 1e9 * 1.01:.3g} or more"
         )
 
 

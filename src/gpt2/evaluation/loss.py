@@ -31,6 +31,16 @@ class Loss:
     text_bytes: int
     """UTF-8 bytes of the text of the targets, in which <|endoftext|> has none"""
 
+    @classmethod
+    def of_all(cls, losses: Iterable["Loss"]) -> "Loss":
+        """On the targets of all of them together."""
+        parts = list(losses)
+        return cls(
+            sum(part.nats for part in parts),
+            sum(part.targets for part in parts),
+            sum(part.text_bytes for part in parts),
+        )
+
     @property
     def per_token(self) -> float:
         """Nats per token."""

@@ -19,12 +19,13 @@ from gpt2.base import folder_lock, log
 from gpt2.base.errors import ConfigError, UserError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
-from gpt2.config import flops
+from gpt2.config import flops, mixture
 from gpt2.config.run import RunConfig
 from gpt2.data import saved_tokenizer, verifier
 from gpt2.data.remote import Storage
-from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
+from gpt2.data.shards import DatasetIndex
 from gpt2.data.tokenizer import GPT2_TOKENIZER
+from gpt2.data.training_data import TrainingData
 from gpt2.data.vocabulary import Characters
 from gpt2.distributed import precision, visible_gpus
 from gpt2.evaluation import hellaswag
@@ -33,6 +34,7 @@ from gpt2.inspection.checks import Finding, Need, Severity
 from gpt2.inspection.machine import Gpu
 from gpt2.metrics import wandb
 from gpt2.train import dataset, experiment_folder, resume
+from gpt2.train.evaluator import validation_rows
 from gpt2.train.resume import Configure, StartingPoint
 
 COLORS: dict[Severity, str] = {"ok": "green", "note": "yellow", "PROBLEM": "bold red"}
@@ -115,7 +117,7 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
         yield from find_unverified(data)
     yield find_hellaswag(run_config)
     yield from find_checkpoints(run_config, data)
-    shards = len(data.shards) if data else 0
+    shards = sum(len(item.shards) for item in data.corpora.values()) if data else 0
     yield checks.check_open_files(machine.open_files_limit(), shards)
     folders = writable_folders(run_config)
     refused = {flag: machine.unwritable(folder) for flag, folder in folders.items()}
@@ -128,50 +130,59 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
         yield checks.check_disk(machine.disk(needs[0].folder)[1], needs)
 
 
-def find_data(run_config: RunConfig) -> tuple[DatasetIndex | None, Finding]:
+def find_data(run_config: RunConfig) -> tuple[TrainingData | None, Finding]:
     """Opens the shards as the run will; returns their index, or None if that fails.
 
     Of shards that are as they were verified, a few bytes are read; what has changed is hashed.
     Copies no remote shards.
     """
-    storage = Storage(run_config.data.data_root)
-    if corpus := dataset.to_prepare(storage):
-        fact = f"{storage} is prepared from {corpus.source} when the run starts"
-        return None, Finding("ok", "data", fact)
+    for typed in mixture.corpora(run_config.data.data_root):
+        storage = Storage(typed.root)
+        if corpus := dataset.to_prepare(storage):
+            fact = f"{storage} is prepared from {corpus.source} when the run starts"
+            return None, Finding("ok", "data", fact)
     try:
-        data = load_index(storage, dataset.cache_of(run_config))
+        data = dataset.find(run_config)
         dataset.with_vocab_size(run_config, data)  # raises for ids that the model lacks
-        data = verifier.checked(data, remember=False)
+        data = data.changed(lambda index: verifier.checked(index, remember=False))
         train = dataset.training_split(run_config, data)
-        if storage.path is not None:  # of remote data, that would fetch the whole split
-            TokenDataset(data, "val", run_config.model.block_size)
+        local = {name: item for name, item in data.corpora.items() if item.storage.path is not None}
+        if local:  # of remote data, that would fetch the whole split
+            validation_rows(run_config, TrainingData(local))
     except UserError as error:
         return None, checks.problem("data", error)
-    steps = run_config.total_steps(sum(train.rows_per_shard))
-    manifest = "all in the manifest" if data.has_manifest else "without a manifest"
-    if data.tokenizer is not GPT2_TOKENIZER:
-        manifest += f", tokens of {saved_tokenizer.described(data.tokenizer)}"
-    if isinstance(data.tokenizer, Characters):
-        manifest += ", without HellaSwag"
-    fact = (
-        f"{storage}: {data.tokens('train'):,} training tokens, {data.tokens('val'):,} for "
-        f"validation, {counted(len(data.shards), 'shard')}, {manifest}: {steps:,} steps"
-    )
+    rows = {name: sum(of_shards) for name, of_shards in train.rows_per_shard.items()}
+    facts = [_data_fact(name, index) for name, index in data.corpora.items()]
+    fact = f"{'; '.join(facts)}: {run_config.total_steps(sum(rows.values())):,} steps"
     return data, Finding("ok", "data", fact)
 
 
-def find_unverified(data: DatasetIndex) -> Iterator[Finding]:
+def _data_fact(name: str, index: DatasetIndex) -> str:
+    manifest = "all in the manifest" if index.has_manifest else "without a manifest"
+    if index.tokenizer is not GPT2_TOKENIZER:
+        manifest += f", tokens of {saved_tokenizer.described(index.tokenizer)}"
+    if isinstance(index.tokenizer, Characters):
+        manifest += ", without HellaSwag"
+    return (
+        f"{f'{name} in ' if name else ''}{index.storage}: {index.tokens('train'):,} training "
+        f"tokens, {index.tokens('val'):,} for validation, {counted(len(index.shards), 'shard')}, "
+        f"{manifest}"
+    )
+
+
+def find_unverified(data: TrainingData) -> Iterator[Finding]:
     """A note if there are shards of which no digest is remembered."""
-    never = [shard.file for shard in verifier.never_verified(data)]
-    if never:
-        first = ", ".join(never[:NAMED_SHARDS])
-        more = ", …" if len(never) > NAMED_SHARDS else ""
-        fact = (
-            f"{len(never):,} of {counted(len(data.shards), 'shard')} were never verified "
-            f"({first}{more}); a run does it while it trains"
-        )
-        command = f"gpt2 data verify {shlex.quote(data.storage.root)}"
-        yield Finding("note", "data", fact, f"before that, type {command}")
+    for index in data.corpora.values():
+        never = [shard.file for shard in verifier.never_verified(index)]
+        if never:
+            first = ", ".join(never[:NAMED_SHARDS])
+            more = ", …" if len(never) > NAMED_SHARDS else ""
+            fact = (
+                f"{len(never):,} of {counted(len(index.shards), 'shard')} were never verified "
+                f"({first}{more}); a run does it while it trains"
+            )
+            command = f"gpt2 data verify {shlex.quote(index.storage.root)}"
+            yield Finding("note", "data", fact, f"before that, type {command}")
 
 
 def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Finding:
@@ -193,21 +204,15 @@ def find_hellaswag(run_config: RunConfig, folder: Path = hellaswag.FOLDER) -> Fi
 def as_resumed(run_config: RunConfig, configure: Configure) -> RunConfig:
     """The configuration that will train: with the options of the checkpoint that it resumes, if
     there is one. If that cannot be loaded, `find_checkpoints` says why."""
-    settings, start = run_config.checkpoint, StartingPoint()
     try:
         with log.collecting_warnings():
-            path = settings.resume_from and store.find(
-                settings.checkpoint_dir, settings.resume_from
-            )
-            if path:
-                state = store.load(path, trust=settings.trust_checkpoint)
-                start = StartingPoint(path, state)
+            start = resume.located(run_config)
     except UserError:
         return run_config
     return start.configured(run_config, configure)
 
 
-def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterator[Finding]:
+def find_checkpoints(run_config: RunConfig, data: TrainingData | None) -> Iterator[Finding]:
     """Where the run begins; a checkpoint is loaded and verified as the run will do it."""
     folder = run_config.checkpoint.checkpoint_dir
     if folder_lock.is_held(folder):
@@ -221,7 +226,7 @@ def find_checkpoints(run_config: RunConfig, data: DatasetIndex | None) -> Iterat
     yield begins
 
 
-def _check_beginning(run_config: RunConfig, data: DatasetIndex | None) -> Finding:
+def _check_beginning(run_config: RunConfig, data: TrainingData | None) -> Finding:
     """Where the run begins: a checkpoint, loaded weights, or nothing."""
     settings = run_config.checkpoint
     folder, wanted = settings.checkpoint_dir, settings.resume_from
@@ -256,15 +261,16 @@ def writable_folders(run_config: RunConfig) -> dict[str, Path]:
     }
     if run_config.watch.use_tensorboard or run_config.experiment.use_wandb:
         folders["runs_dir"] = run_config.watch.runs_dir
-    storage = Storage(run_config.data.data_root)
-    if storage.path is None:
-        folders["cache_dir"] = run_config.data.cache_dir
-    elif dataset.to_prepare(storage):
-        folders["data_root"] = storage.path
+    for corpus in mixture.corpora(run_config.data.data_root):
+        storage = Storage(corpus.root)
+        if storage.path is None:
+            folders["cache_dir"] = run_config.data.cache_dir
+        elif dataset.to_prepare(storage):
+            folders["data_root"] = storage.path
     return folders
 
 
-def disk_needs(run_config: RunConfig, data: DatasetIndex | None) -> list[Need]:
+def disk_needs(run_config: RunConfig, data: TrainingData | None) -> list[Need]:
     """The disk space that the run will take in addition to what it uses already."""
     settings, size = run_config.checkpoint, flops.state_bytes(run_config.model)
     kept = max(2, settings.keep_last) + 2  # the best one, and the one that is being written
@@ -279,8 +285,11 @@ def disk_needs(run_config: RunConfig, data: DatasetIndex | None) -> list[Need]:
         )
     ]
     cache = dataset.cache_of(run_config)
-    if data is not None and data.storage.path is None:
-        whole = sum(shard.bytes for shard in data.shards)
+    remote = [
+        index for index in (data.corpora.values() if data else ()) if index.storage.path is None
+    ]
+    if remote:
+        whole = sum(shard.bytes for index in remote for shard in index.shards)
         share = whole if cache.limit_bytes is None else min(whole, cache.limit_bytes)
         used = sum(path.stat().st_size for path in cache.folder.glob("*") if path.is_file())
         remedy = "lower --cache_gb, or choose another --cache_dir"

@@ -14,9 +14,7 @@ from gpt2.base.text import table
 from gpt2.config import flops, memory, peak_rates
 from gpt2.config.flops import duration
 from gpt2.config.run import RunConfig
-from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler
-from gpt2.data.shards import load_index
 from gpt2.inspection.run_status import Run
 from gpt2.metrics import log_reader, records
 
@@ -86,10 +84,10 @@ def print_assumed_forecast(
     from gpt2.train import dataset  # imports torch
 
     try:
-        data = load_index(Storage(config.data.data_root))
+        data = dataset.find(config)
         config = dataset.with_vocab_size(config, data)
-        tokens, shards = data.tokens("train"), len(data.of("train"))
-        source = f"the data in {config.data.data_root}"
+        tokens, shards = data.tokens("train"), data.shard_count("train")
+        source = f"the data in {' '.join(config.data.data_root)}"
     except DataError:
         tokens, shards = ASSUMED_TOKENS, ASSUMED_SHARDS
         source = "99 shards of 100 M tokens, as FineWeb-Edu sample-10BT gives"

@@ -28,6 +28,7 @@ def points_of(record: Record) -> dict[str, float]:
         case StepRecord():
             return {
                 "loss/train": record.loss,
+                **{f"loss/train/{name}": loss for name, loss in record.corpora.items()},
                 "main/learning_rate": record.learning_rate,
                 "main/tokens_per_s": record.tokens_per_s,
                 "train/grad_norm": record.grad_norm,
@@ -46,6 +47,10 @@ def points_of(record: Record) -> dict[str, float]:
             points = {"loss/val": record.loss}
             if record.bits_per_byte is not None:
                 points["loss/val_bits_per_byte"] = record.bits_per_byte
+            for name, corpus in record.corpora.items():
+                points[f"loss/val/{name}"] = corpus.loss
+                if corpus.bits_per_byte is not None:
+                    points[f"loss/val_bits_per_byte/{name}"] = corpus.bits_per_byte
             return points
         case HellaSwagRecord():
             return {

@@ -12,8 +12,9 @@ and, by kind, the fields of the record in `gpt2.metrics.records`, under their na
     run         step: 0, or the step of the checkpoint from which this process goes on; also preset,
                 seed and tokens_per_step
     step        step, epoch, loss, learning_rate, grad_norm, elapsed_s, tokens_per_s, mfu, rank_s,
-                rank_gpu, steps_left, applied, loss_scale, left_s; also gpu, that of rank 0
-    validation  step, epoch, loss, bits_per_byte
+                rank_gpu, steps_left, applied, loss_scale, left_s, corpora (losses by name of
+                corpus, of a mixture); also gpu, that of rank 0
+    validation  step, epoch, loss, bits_per_byte, corpora (loss and bits_per_byte by name)
     hellaswag   step, epoch, acc, acc_norm, tasks
     samples     step, texts
     event       level, message: a log message of the program

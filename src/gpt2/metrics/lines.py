@@ -17,11 +17,8 @@ def text_of(record: Record, loss_digits: int, val_loss_digits: int) -> str:
     match record:
         case StepRecord():
             return step_line(record, loss_digits)
-        case ValidationRecord(step, epoch, loss, bits_per_byte):
-            line = f"step {step} | epoch {epoch} | val loss: {loss:.{val_loss_digits}f}"
-            if bits_per_byte is None:
-                return line
-            return f"{line} | bits per byte: {bits_per_byte:.{val_loss_digits}f}"
+        case ValidationRecord():
+            return _validation_line(record, val_loss_digits)
         case HellaSwagRecord(step, epoch, acc, acc_norm, tasks):
             scores = f"{acc_norm:.4f} acc_norm | {acc:.4f} acc | {tasks} tasks"
             return f"step {step} | epoch {epoch} | hellaswag: {scores}"
@@ -42,7 +39,23 @@ def step_line(record: StepRecord, loss_digits: int) -> str:
         f"lr: {record.learning_rate:.1e} | norm: {record.grad_norm:.2f} | "
         f"dt: {record.elapsed_s * 1000:.0f}ms | tok/sec: {record.tokens_per_s:.0f}"
     )
-    return line if record.left_s is None else f"{line} | eta: {duration(record.left_s)}"
+    if record.left_s is not None:
+        line += f" | eta: {duration(record.left_s)}"
+    if not record.corpora:
+        return line
+    losses = (f"{name} {loss:.{loss_digits}f}" for name, loss in record.corpora.items())
+    return f"{line} | {', '.join(losses)}"
+
+
+def _validation_line(record: ValidationRecord, digits: int) -> str:
+    line = f"step {record.step} | epoch {record.epoch} | val loss: {record.loss:.{digits}f}"
+    if record.bits_per_byte is not None:
+        line += f" | bits per byte: {record.bits_per_byte:.{digits}f}"
+    for name, corpus in record.corpora.items():
+        line += f" | {name} {corpus.loss:.{digits}f}"
+        if corpus.bits_per_byte is not None:
+            line += f" ({corpus.bits_per_byte:.{digits}f})"
+    return line
 
 
 def _indented(text: str) -> str:

@@ -27,7 +27,8 @@ _UPDATE = re.compile(
     r"\| dt: (?P<ms>\d+)ms \| tok/sec: (?P<speed>\d+)"
 )
 _VALIDATION = re.compile(
-    rf"val loss: (?P<loss>{_NUMBER})(?: \| bits per byte: (?P<bits_per_byte>{_NUMBER}))?$"
+    rf"val loss: (?P<loss>{_NUMBER})(?: \| bits per byte: (?P<bits_per_byte>{_NUMBER}))?"
+    r"(?: \| .*)?$"  # losses of corpora
 )
 _HELLASWAG = re.compile(rf"hellaswag: (?P<acc_norm>{_NUMBER}) acc_norm ")
 

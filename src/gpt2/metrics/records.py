@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -53,6 +53,18 @@ class StepRecord:
     """by which the loss was scaled for the gradients of float16; None for other types"""
     left_s: float | None = None
     """estimated time of the steps left; `Metrics` fills it in"""
+    corpora: dict[str, float] = field(default_factory=dict)
+    """of a mixture, the loss over the rows of each corpus that has some in this step"""
+
+
+@dataclass(frozen=True)
+class CorpusLoss:
+    """The validation loss of one corpus of a mixture."""
+
+    loss: float
+    """nats per token"""
+    bits_per_byte: float | None
+    """None if its rows have no text"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class ValidationRecord:
     """nats per token"""
     bits_per_byte: float | None = None
     """the same loss by the text of the targets; None if they have no text"""
+    corpora: dict[str, CorpusLoss] = field(default_factory=dict)
+    """of a mixture, by name; each corpus has the same number of rows in `loss`"""
 
 
 @dataclass(frozen=True)
@@ -133,9 +147,14 @@ class Metrics:
         self._write(record)
 
     def validation(
-        self, step: int, epoch: int, loss: float, bits_per_byte: float | None = None
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        bits_per_byte: float | None = None,
+        corpora: Mapping[str, CorpusLoss] | None = None,
     ) -> None:
-        self._write(ValidationRecord(step, epoch, loss, bits_per_byte))
+        self._write(ValidationRecord(step, epoch, loss, bits_per_byte, dict(corpora or {})))
 
     def hellaswag(self, step: int, epoch: int, acc: float, acc_norm: float, tasks: int) -> None:
         self._write(HellaSwagRecord(step, epoch, acc, acc_norm, tasks))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config.model import ModelConfig
-from gpt2.model.cross_entropy import summed_cross_entropy
+from gpt2.model.cross_entropy import summed_and_single_losses, summed_cross_entropy
 
 INITIAL_STD = 0.02
 RESIDUAL_WRITERS = ("attention.out.weight", "mlp.down.weight")
@@ -50,13 +50,20 @@ class LanguageModel(nn.Module, ABC):
         that began so"""
         self.token_embedding = nn.Embedding(config.embedding_rows, config.n_embd)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, by_row: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Cross entropy of `targets_BT` in nats, summed over all B · T targets; a float32 scalar
-        (float64 if the model is)."""
-        return self.loss(self._read(tokens_BT, None), targets_BT)
+        (float64 if the model is). `by_row` adds the sum of each row, (B), without gradients."""
+        features_BTD = self._read(tokens_BT, None)
+        if not by_row:
+            return self.loss(features_BTD, targets_BT)
+        weight_VD = self.token_embedding.weight
+        loss, losses_BT = summed_and_single_losses(features_BTD, weight_VD, targets_BT)
+        return loss, losses_BT.sum(1)
 
     def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """As `forward`, from the features of the tokens."""
+        """The summed cross entropy of `forward`, from the features of the tokens."""
         weight_VD = self.token_embedding.weight
         if not self.plain_head:
             return summed_cross_entropy(features_BTD, weight_VD, targets_BT)

@@ -38,12 +38,20 @@ def summed_cross_entropy(
     softcap · tanh(z / softcap). Where gradients are enabled, they are computed together with the
     loss, and can be used once.
     """
+    return summed_and_single_losses(features, weight_VD, targets, softcap)[0]
+
+
+def summed_and_single_losses(
+    features: Tensor, weight_VD: Tensor, targets: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `summed_cross_entropy`; also the cross entropy of each target, (…), without gradients."""
     device = features.device.type
     dtype = features.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     loss: Tensor
-    loss, _, _ = torch.ops.gpt2.summed_cross_entropy(
+    losses: Tensor
+    loss, losses, _, _ = torch.ops.gpt2.summed_cross_entropy(
         features,
         weight_VD,
         targets,
@@ -52,7 +60,7 @@ def summed_cross_entropy(
         has_gradients=torch.is_grad_enabled(),
         is_compiled=device == "cuda" and torch.compiler.is_compiling(),
     )
-    return loss
+    return loss, losses
 
 
 def _loss_and_gradients(
@@ -63,8 +71,9 @@ def _loss_and_gradients(
     softcap: float | None,
     has_gradients: bool,
     is_compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and its gradients by features and weight, which are empty if they are not wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The summed loss, that of each target, and the gradients of the sum by features and weight,
+    which are empty if they are not wanted.
 
     `is_compiled` fuses what happens to the logits between the matrix products.
     """
@@ -74,8 +83,10 @@ def _loss_and_gradients(
         slice(begin, begin + tokens_at_once) for begin in range(0, len(features_ND), tokens_at_once)
     ]
     exponentiate = _compiled_exponentiate() if is_compiled else _exponentiate
-    outputs = loss, gradient, gradient_VD = _outputs(features, weight_VD, has_gradients)
+    outputs = _outputs(features, weight_VD, targets, has_gradients)
+    loss, losses, gradient, gradient_VD = outputs
     loss.zero_()
+    losses_N1 = losses.view(-1, 1)
     gradient_ND = gradient.view(-1, weight_VD.size(1))
     with torch.autocast(features_ND.device.type, enabled=False):
         matrix_VD = weight_VD.to(dtype)
@@ -87,7 +98,7 @@ def _loss_and_gradients(
             torch.mm(some_ND.to(dtype), matrix_VD.T, out=work_NV)
             if not (has_gradients or is_compiled):
                 work_NV = work_NV.to(weight_VD.dtype)  # a loss alone is computed in full precision
-            some_loss, sum_N1, slope_N1 = exponentiate(
+            some_loss, losses_N1[chunk], sum_N1, slope_N1 = exponentiate(
                 work_NV, targets_N1, softcap, weight_VD.dtype
             )
             loss += some_loss
@@ -107,21 +118,21 @@ def _loss_and_gradients(
 
 
 def _outputs(
-    features: Tensor, weight_VD: Tensor, has_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients, uninitialised."""
-    loss = weight_VD.new_empty(())
+    features: Tensor, weight_VD: Tensor, targets: Tensor, has_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and gradients, uninitialised."""
+    losses = weight_VD.new_empty(()), weight_VD.new_empty(targets.shape)
     if not has_gradients:
-        return loss, features.new_empty(0), weight_VD.new_empty(0)
-    return loss, features.new_empty(features.shape), weight_VD.new_empty(weight_VD.shape)
+        return *losses, features.new_empty(0), weight_VD.new_empty(0)
+    return *losses, features.new_empty(features.shape), weight_VD.new_empty(weight_VD.shape)
 
 
 def _exponentiate(
     logits_NV: Tensor, targets_N1: Tensor, softcap: float | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Replaces logits by exp(logit - highest logit), times the derivative of the soft cap.
 
-    Returns, in `dtype`, the summed loss, the sum of the exponentials of each token, and the
+    Returns, in `dtype`, the summed loss, that of each token, the sum of its exponentials, and the
     derivative of the soft cap at its target (None without one).
     """
     slope_NV = None
@@ -132,15 +143,15 @@ def _exponentiate(
     right_N1, highest_N1 = logits_NV.gather(1, targets_N1), logits_NV.amax(1, keepdim=True)
     logits_NV.sub_(highest_N1).exp_()
     sum_N1 = logits_NV.sum(1, keepdim=True, dtype=dtype)
-    loss = (sum_N1.log() + highest_N1 - right_N1).sum()
+    losses_N1 = sum_N1.log() + highest_N1 - right_N1
     if slope_NV is None:
-        return loss, sum_N1, None
+        return losses_N1.sum(), losses_N1, sum_N1, None
     logits_NV.mul_(slope_NV)
-    return loss, sum_N1, slope_NV.gather(1, targets_N1)
+    return losses_N1.sum(), losses_N1, sum_N1, slope_NV.gather(1, targets_N1)
 
 
 @functools.cache
-def _compiled_exponentiate() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+def _compiled_exponentiate() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     return torch.compile(_exponentiate, dynamic=False)
 
 
@@ -162,14 +173,14 @@ def _fake(
     softcap: float | None,
     has_gradients: bool,
     is_compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What torch.compile knows of the results: their shapes and dtypes."""
-    return _outputs(features, weight_VD, has_gradients)
+    return _outputs(features, weight_VD, targets, has_gradients)
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
+    gradients = output[2:]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*gradients)
 
 
@@ -184,7 +195,7 @@ _OPERATOR = "gpt2::summed_cross_entropy"
 torch.library.define(
     _OPERATOR,
     "(Tensor features, Tensor weight, Tensor targets, ScalarType dtype, float? softcap, "
-    "bool has_gradients, bool is_compiled) -> (Tensor, Tensor, Tensor)",
+    "bool has_gradients, bool is_compiled) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl(_OPERATOR, "default", _loss_and_gradients)
 torch.library.register_fake(_OPERATOR, _fake)

@@ -1,11 +1,13 @@
 """What a run logs before its first step: what trains, on what, and where it is kept."""
 
 import logging
+import math
+from collections.abc import Iterator
 
 from gpt2.base.text import counted
 from gpt2.config import lr_schedule
 from gpt2.config.run import RunConfig
-from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.training_data import TrainingData
 from gpt2.distributed import device_name
 from gpt2.distributed.world import World
 from gpt2.metrics import sinks
@@ -19,7 +21,7 @@ from gpt2.train.training_run import TrainingRun
 logger = logging.getLogger(__name__)
 
 
-def log(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) -> None:
+def log(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) -> None:
     """Logs the banner of a run; every rank calls it."""
     warnings = [run.evaluator.warning, lr_schedule.warning(run.schedule, run.total_steps)]
     if start.checkpoint is not None:
@@ -33,7 +35,7 @@ def log(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) 
     for line in (
         _model_line(plan, run.replica),
         *_device_lines(run.world),
-        *_data_lines(data, run.dataset),
+        *_data_lines(run, data),
         *_plan_lines(plan, run.config, run.replica.mini_batch_size),
         *_rows_lines(run.replica, start.fitted_rows),
         *_folder_lines(run.config, plan.run_name),
@@ -54,12 +56,37 @@ def _device_lines(world: World) -> list[str]:
     return [device_name.line(names)] if names else []
 
 
-def _data_lines(data: DatasetIndex, dataset: TokenDataset) -> list[str]:
-    line = (
-        f"Data {data.storage.root}: {data.tokens('train'):,} training tokens in "
-        f"{counted(len(dataset.shards), 'shard')}, {data.tokens('val'):,} for validation"
+def _data_lines(run: TrainingRun, data: TrainingData) -> list[str]:
+    (first, *_) = data.corpora.values()
+    where = "of " + ", ".join(data.corpora) if data.is_mixture else first.storage.root
+    lines = [
+        f"Data {where}: {data.tokens('train'):,} training tokens in "
+        f"{counted(data.shard_count('train'), 'shard')}, {data.tokens('val'):,} for validation"
+    ]
+    if data.is_mixture:
+        lines += (f"  - {line}" for line in _mixture_lines(run))
+    caches = {index.cache for index in data.corpora.values() if index.storage.path is None}
+    return lines + [f"  - {cache}" for cache in caches]
+
+
+def _mixture_lines(run: TrainingRun) -> Iterator[str]:
+    """The share of each corpus in each phase that is not over, and its epochs in the whole run."""
+    assert run.sampler.mixture is not None
+    state = run.state
+    begins = [*(phase.first_step for phase in run.phases[1:]), math.inf]
+    for phase, end in zip(run.phases, begins, strict=True):
+        if state.data_step(state.step) < end:
+            weights = {name: weight for name, weight in phase.weights.items() if weight}
+            total = sum(weights.values())
+            shares = (f"{weight / total:.1%} {name}" for name, weight in weights.items())
+            yield f"from step {phase.first_step} on: {', '.join(shares)}"
+    rows = run.sampler.mixture.rows_before(
+        state.data_step(run.total_steps) * run.sampler.rows_per_step
     )
-    return [line] if data.storage.path is not None else [line, f"  - {data.cache}"]
+    for number, (name, index) in enumerate(run.data.corpora.items()):
+        epochs = rows[number] / run.sampler.corpora[number].rows_per_epoch
+        line = f"{name} ({index.storage.root}): {epochs:.2f} epochs in {run.total_steps:,} steps"
+        yield line if index.of("val") else f"{line}, without validation"
 
 
 def _plan_lines(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:

@@ -1,37 +1,77 @@
 """The training data of a run: found, or prepared first if its text comes with Python."""
 
+import logging
+from collections.abc import Collection
+
 from gpt2.base.errors import DataError
+from gpt2.config import mixture
 from gpt2.config.model import padded
 from gpt2.config.run import RunConfig
-from gpt2.data import corpora, prepare
+from gpt2.data import corpora, prepare, training_data
 from gpt2.data.cache import ShardCache
 from gpt2.data.corpus import Corpus
 from gpt2.data.manifest import MANIFEST
 from gpt2.data.remote import Storage
-from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
+from gpt2.data.training_data import UNNAMED, MixedDataset, TrainingData
 from gpt2.distributed.world import World
 
+logger = logging.getLogger(__name__)
 
-def open_data(run_config: RunConfig, world: World) -> DatasetIndex:
+
+def open_data(
+    run_config: RunConfig, world: World, names: Collection[str] | None = None
+) -> TrainingData:
     """The shards of the training data; an embedded corpus is prepared first if necessary.
 
-    Raises DataError if there are none.
+    `names` are those of the corpora of a run that goes on. Raises DataError if there are none.
     """
-    root, cache = run_config.data.data_root, cache_of(run_config)
 
-    def find() -> DatasetIndex:
-        storage = Storage(root)
-        if corpus := to_prepare(storage):
-            assert storage.path is not None
-            prepare.prepare(corpus, storage.path, wait=True)
-        return load_index(Storage(root), cache)  # what its name means depends on what exists
+    def open_it() -> TrainingData:
+        for corpus in mixture.corpora(run_config.data.data_root):
+            storage = Storage(corpus.root)
+            if embedded := to_prepare(storage):
+                assert storage.path is not None
+                prepare.prepare(embedded, storage.path, wait=True)
+        # Only now: what a name means depends on what exists.
+        return find(run_config, names)
 
-    return world.run_on_rank0(find)
+    return world.run_on_rank0(open_it)
 
 
-def training_split(run_config: RunConfig, data: DatasetIndex) -> TokenDataset:
+def find(run_config: RunConfig, names: Collection[str] | None = None) -> TrainingData:
+    """As `open_data`, of data that is prepared.
+
+    A glob over several folders has a corpus in each of them; folders that are no corpus of `names`,
+    the run's so far, are left out.
+    """
+    typed, cache = mixture.corpora(run_config.data.data_root), cache_of(run_config)
+    roots = {corpus.name: corpus.root for corpus in typed}
+    if UNNAMED not in roots:
+        return training_data.load(roots, cache)
+    folders = training_data.folders_of(roots[UNNAMED])
+    if not folders:
+        return training_data.load(roots, cache)
+    if names is not None and UNNAMED in names:
+        logger.warning(
+            "%s is read folder after folder, as its run began; a new run would mix %s",
+            roots[UNNAMED],
+            ", ".join(folders),
+        )
+        return training_data.load(roots, cache)
+    if names is not None:
+        for name in folders.keys() - set(names):
+            logger.warning(
+                "%s is new in %s, and no corpus of the run: name all of them with --data_root "
+                "NAME=FOLDER … to add it",
+                folders.pop(name),
+                roots[UNNAMED],
+            )
+    return training_data.load(folders, cache)
+
+
+def training_split(run_config: RunConfig, data: TrainingData) -> MixedDataset:
     """The rows that the run trains on."""
-    return TokenDataset(data, "train", run_config.model.block_size, run_config.data.shuffle)
+    return MixedDataset(data, "train", run_config.model.block_size, run_config.data.shuffle)
 
 
 def cache_of(run_config: RunConfig) -> ShardCache:
@@ -50,7 +90,7 @@ def to_prepare(storage: Storage) -> Corpus | None:
     return corpus if missing else None
 
 
-def with_vocab_size(run_config: RunConfig, data: DatasetIndex) -> RunConfig:
+def with_vocab_size(run_config: RunConfig, data: TrainingData) -> RunConfig:
     """The configuration, with the vocabulary size for the data's tokens where none was typed.
 
     Raises DataError if a model of the typed size lacks some of them.
@@ -59,7 +99,7 @@ def with_vocab_size(run_config: RunConfig, data: DatasetIndex) -> RunConfig:
     sized = run_config.with_vocab_size(padded(tokens))
     if tokens > sized.model.embedding_rows:
         raise DataError(
-            f"{data.storage} has token ids up to {tokens - 1}, the model only "
+            f"{data} has token ids up to {tokens - 1}, the model only "
             f"{sized.model.embedding_rows}; use --vocab_size {tokens} or more"
         )
     return sized
@@ -70,6 +110,6 @@ def with_vocab_size_if_known(run_config: RunConfig) -> RunConfig:
     if run_config.model.vocab_size is not None:
         return run_config
     try:
-        return with_vocab_size(run_config, load_index(Storage(run_config.data.data_root)))
+        return with_vocab_size(run_config, find(run_config))
     except DataError:  # who trains opens the data, and says what is wrong with it
         return run_config

@@ -11,8 +11,10 @@ from gpt2.checkpoint import random_state
 from gpt2.config.lr_schedule import is_due
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
-from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.sampler import Rows
+from gpt2.data.shards import TokenDataset
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
+from gpt2.data.training_data import TrainingData
 from gpt2.data.vocabulary import META_PKL, Characters
 from gpt2.distributed import device
 from gpt2.distributed.world import World
@@ -50,13 +52,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, run_config: RunConfig, world: World, replica: Replica, data: DatasetIndex
+        self, run_config: RunConfig, world: World, replica: Replica, data: TrainingData
     ) -> None:
         """Raises DataError if --hellaswag_path names tasks that cannot be read."""
         self._config, self._world, self._replica = run_config, world, replica
-        self._val_dataset = TokenDataset(data, "val", run_config.model.block_size)
-        self._val_rows = sampler.spread(self._val_dataset.rows_per_shard, run_config.eval_rows)
-        self._corpus = data.corpus or ""
+        self._val_rows = validation_rows(run_config, data)
+        self._corpora = {index.corpus or "" for index in data.corpora.values()}
         self._tokenizer = data.tokenizer
         self._impossible = self._without()
         self.warning = "; ".join(
@@ -73,27 +74,33 @@ class Evaluator:
         """the last step at which a measurement failed. Samples are generated on rank 0, which alone
         knows of their failures, and writes what a resume goes by."""
 
-    def validation_loss(
+    def validation_losses(
         self, step: int, stop_reason: Callable[[], int], is_last: bool
-    ) -> Loss | None:
-        """The loss on the validation rows, if it is due at `step`: every `eval_interval` steps,
-        also before the first step and after the last."""
+    ) -> dict[str, Loss] | None:
+        """The loss on the validation rows of each corpus, if it is due at `step`: every
+        `eval_interval` steps, also before the first step and after the last."""
         interval, replica = self._config.evaluation.eval_interval, self._replica
         if interval is None or not (step == 0 or is_last or is_due(step, interval)):
             return None
-        return self._attempt(
-            "validation",
-            step,
-            lambda: validation_loss(
-                replica.local_net,
-                self._val_dataset,
-                self._val_rows,
-                self._world,
-                replica.mini_batch_size,
-                replica.autocast,
-                stop_reason,
-            ),
-        )
+
+        def measure() -> dict[str, Loss] | None:
+            found = dict[str, Loss]()
+            for corpus, (dataset, rows) in self._val_rows.items():
+                loss = validation_loss(
+                    replica.local_net,
+                    dataset,
+                    rows,
+                    self._world,
+                    replica.mini_batch_size,
+                    replica.autocast,
+                    stop_reason,
+                )
+                if loss is None:
+                    return None
+                found[corpus] = loss
+            return found
+
+        return self._attempt("validation", step, measure)
 
     def hellaswag(self, step: int, stop_reason: Callable[[], int], is_last: bool) -> Score | None:
         """The score, if it is due at `step`: every `hellaswag_interval` steps and after the last.
@@ -169,8 +176,9 @@ class Evaluator:
         known = {}
         if self._tasks:
             known["reference/hellaswag_gpt2_124m"] = baselines.HELLASWAG["completion"][1]
-        if self._corpus in baselines.LOSS and self._tokenizer is GPT2_TOKENIZER:
-            known["reference/loss_gpt2_124m"] = baselines.LOSS[self._corpus]
+        if self._tokenizer is GPT2_TOKENIZER and len(self._corpora) == 1:
+            for corpus in self._corpora & baselines.LOSS.keys():
+                known["reference/loss_gpt2_124m"] = baselines.LOSS[corpus]
         return known
 
     def _attempt(self, name: str, step: int, measure: Callable[[], T | None]) -> T | None:
@@ -231,6 +239,24 @@ class Evaluator:
                 "it off"
             )
             return []
+
+
+def validation_rows(
+    run_config: RunConfig, data: TrainingData
+) -> dict[str, tuple[TokenDataset, Rows]]:
+    """By corpus, its validation split and the rows of it to measure: the same number of each.
+
+    Corpora of a mixture without validation shards are left out; raises DataError if all lack them.
+    """
+    indices = data.corpora
+    if any(index.of("val") for index in indices.values()):
+        indices = {name: index for name, index in indices.items() if index.of("val")}
+    found = dict[str, tuple[TokenDataset, Rows]]()
+    for name, index in indices.items():
+        dataset = TokenDataset(index, "val", run_config.model.block_size)
+        count = max(1, run_config.eval_rows // len(indices))
+        found[name] = dataset, sampler.spread(dataset.rows_per_shard, count)
+    return found
 
 
 class _Sampling:

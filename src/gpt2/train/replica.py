@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import model
@@ -46,10 +46,12 @@ class Replica:
         weights: dict[str, torch.Tensor] | None = None,
         plain_head: bool = False,
         fitted_rows: FittedRows | None = None,
+        corpus_count: int = 0,
     ) -> None:
         """Weights are drawn from the seed, the same on every rank, unless some are given.
-        `plain_head` is as in `TrainState`, `fitted_rows` that of the checkpoint."""
-        self.config, self.world = run_config, world
+        `plain_head` is as in `TrainState`, `fitted_rows` that of the checkpoint, `corpus_count`
+        that of a mixture."""
+        self.config, self.world, self.corpus_count = run_config, world, corpus_count
         self.dtype = precision.autocast_dtype(run_config.machine.dtype, world)
         self.autocast = precision.autocast(self.dtype, world.device)
         machine = run_config.machine
@@ -87,6 +89,14 @@ class Replica:
         if world.size > 1:
             self._settle_buckets(is_compiled)
         _seed_streams(machine.seed, world.rank)
+
+    def losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Any, Tensor | None]:
+        """The summed loss, and with several corpora that of each row, (B), without gradients."""
+        with self.autocast:
+            if not self.corpus_count:
+                return self.net(tokens_BT, targets_BT), None
+            loss, losses_B = self.net(tokens_BT, targets_BT, by_row=True)
+        return loss, losses_B
 
     def exchanging_gradients(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP exchanges the gradients of a step once, during its last micro-batch's backward."""
@@ -152,8 +162,7 @@ class Replica:
         try:
             # Nothing is exchanged: a rank without enough memory would leave the others waiting.
             with self.exchanging_gradients(is_last=False):
-                with self.autocast:
-                    loss = self.net(tokens_BT, tokens_BT.clone())  # an alias is another graph
+                loss, _ = self.losses(tokens_BT, tokens_BT.clone())  # an alias is another graph
                 loss.backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -172,11 +181,10 @@ class Replica:
         rows = min(self.mini_batch_size, share) if is_compiled else 1  # for the real shape
         tokens_BT = self._zeros(rows)
         with self.out_of_memory_explained(*tokens_BT.shape):
-            with self.autocast:
-                loss = self.net(tokens_BT, tokens_BT.clone())
+            loss, _ = self.losses(tokens_BT, tokens_BT.clone())
             loss.backward()
-            with self.exchanging_gradients(is_last=False), self.autocast:
-                self.net(tokens_BT, tokens_BT.clone())
+            with self.exchanging_gradients(is_last=False):
+                self.losses(tokens_BT, tokens_BT.clone())
         self.optimizer.zero_grad(set_to_none=True)
 
     def _zeros(self, rows: int) -> torch.Tensor:

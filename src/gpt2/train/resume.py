@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from gpt2.base.errors import CheckpointError, ConfigError, DataError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.checkpoint.metadata import CheckpointState, read_metadata
-from gpt2.config import options, presets
+from gpt2.config import mixture, options, presets
 from gpt2.config.lr_schedule import lr_at
+from gpt2.config.mixture import StepPhase
 from gpt2.config.run import RunConfig
 from gpt2.data import saved_tokenizer
 from gpt2.data.manifest import Shard, Split
 from gpt2.data.remote import Storage
-from gpt2.data.shards import ENDS, DatasetIndex
+from gpt2.data.sampler import Sampler
+from gpt2.data.shards import ENDS, DatasetIndex, Fingerprint
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
+from gpt2.data.training_data import UNNAMED, TrainingData
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 SPLITS: dict[Split, str] = {"train": "training data", "val": "validation data"}
 LAUNCH = "launch.json"
 """which command trains in a folder, and the newest checkpoint that it found there"""
+MIXTURE = "mixture"
+"""in a checkpoint of a run with several corpora: the phases, first those that have begun"""
 UNNOTICED = 0.01
 """a relative change of the learning rate at a resume that is not reported"""
 Configure = Callable[[Mapping[str, Any] | None], RunConfig]
@@ -50,16 +55,26 @@ class InitialWeights:
     tokenizer: Tokenizer | None
     """None for a checkpoint that does not say"""
 
-    def require_tokens_of(self, data: DatasetIndex, source: str) -> None:
+    def require_tokens_of(self, data: TrainingData, source: str) -> None:
         """Raises CheckpointError if the data has tokens of another tokenizer; it calls the weights
         `source`."""
         if not saved_tokenizer.is_same(self.tokenizer, data.tokenizer):
             before = saved_tokenizer.described(self.tokenizer or GPT2_TOKENIZER)
             raise CheckpointError(
-                f"the weights of {source} are for the tokens of {before}, {data.storage} has those "
+                f"the weights of {source} are for the tokens of {before}, {data} has those "
                 f"of {saved_tokenizer.described(data.tokenizer)}; use data of the same tokenizer, "
                 "or omit --init_from"
             )
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a run trains on."""
+
+    sampler: Sampler
+    phases: tuple[StepPhase, ...]
+    """the weights of several corpora, from the first step of the run on; none with one corpus"""
+    total_steps: int
 
 
 @dataclass(frozen=True)
@@ -116,16 +131,17 @@ class StartingPoint:
             return self._with_vocab_size(experiment_folder.resolve(configure(None)))
         stored: Any = self.checkpoint.get("config")
         try:
-            root = options.of_stored(stored).data.data_root
+            roots = options.of_stored(stored).data.data_root
             configured = experiment_folder.resolve(configure(stored))
         except ConfigError as error:
             raise ConfigError(f"{self.path} cannot continue with these flags: {error}") from error
-        if root == configured.data.data_root:
-            _require_data_here(root)
-        if root not in (options.public(root), configured.data.data_root):
+        if roots == configured.data.data_root:
+            _require_data_here(roots)
+        public = tuple(map(options.public, roots))
+        if roots not in (public, configured.data.data_root):
             logger.warning(
                 "--data_root %s is not taken from the checkpoint, as it has a password: type it",
-                options.public(root),
+                " ".join(public),
             )
         return self._with_vocab_size(configured)
 
@@ -136,7 +152,41 @@ class StartingPoint:
             return run_config.with_vocab_size(self.weights.tensors[interchange.EMBEDDING].size(0))
         return run_config
 
-    def require_agreement(self, run_config: RunConfig, data: DatasetIndex | None) -> None:
+    @property
+    def corpora(self) -> tuple[str, ...] | None:
+        """The names of the corpora of the checkpoint's run; None for a run that begins."""
+        return None if self.checkpoint is None else tuple(_fingerprints(self.checkpoint))
+
+    def order(
+        self,
+        run_config: RunConfig,
+        rows_per_shard: Mapping[str, tuple[int, ...]],
+        state: TrainState,
+    ) -> Order:
+        """What the run trains on, in which order; `rows_per_shard` is by name of corpus."""
+        rows = {name: sum(of_shards) for name, of_shards in rows_per_shard.items()}
+        total_steps = run_config.total_steps(sum(rows.values()))
+        is_mixture = UNNAMED not in rows
+        phases = self._phases(run_config, rows, total_steps, state) if is_mixture else ()
+        return Order(run_config.sampler(rows_per_shard, phases), phases, total_steps)
+
+    def _phases(
+        self, run_config: RunConfig, rows: Mapping[str, int], total_steps: int, state: TrainState
+    ) -> tuple[StepPhase, ...]:
+        """The weights of the corpora from the first step of the run on: those of the checkpoint,
+        unless other ones are typed, which begin now."""
+        typed, settings = mixture.corpora(run_config.data.data_root), run_config.data.mixture
+        planned = mixture.planned(typed, settings, rows, total_steps)
+        if self.checkpoint is None:
+            return planned
+        begun = mixture.from_plain(self.checkpoint[MIXTURE])
+        of_runs = options.of_stored(self.checkpoint["config"]).data, run_config.data
+        before, now = (mixture.weights_and_phases(one.data_root, one.mixture) for one in of_runs)
+        if before == now:
+            return begun
+        return mixture.continued(begun, planned, state.data_step(state.step))
+
+    def require_agreement(self, run_config: RunConfig, data: TrainingData | None) -> None:
         """Raises CheckpointError if the checkpoint is of another run, field by field, or if the
         weights of --init_from are for other tokens. None is for data that is not opened yet."""
         if self.weights is not None and data is not None:
@@ -157,27 +207,23 @@ class StartingPoint:
             return TrainState()
         return train_state(self.checkpoint, self.path, world)
 
+    def saved_state(self) -> TrainState:
+        """As `train_state`, for one process that does not train."""
+        if self.checkpoint is None or self.path is None:
+            return TrainState()
+        return train_state(self.checkpoint, self.path)
+
     @property
     def fitted_rows(self) -> FittedRows | None:
         """The micro-batch that was found to fit before the checkpoint; None if it was given."""
         return FittedRows.from_dict(self.checkpoint and self.checkpoint.get("fitted_rows"))
 
-    def completed(self, data: DatasetIndex) -> DatasetIndex:
+    def completed(self, data: TrainingData) -> TrainingData:
         """The data with the digests of the checkpoint, which may know those of shards without a
         manifest."""
-        known = self.checkpoint["data_fingerprint"] if self.checkpoint else ""
-        if isinstance(known, str):
-            return data
-        digests = {split: iter(known[split]) for split in known}
-        pairs = [(shard, next(digests[shard.split])) for shard in data.shards]
-        return replace(
-            data,
-            shards=tuple(
-                shard
-                if shard.sha256 or digest is None or digest.startswith(ENDS)
-                else replace(shard, sha256=digest)
-                for shard, digest in pairs
-            ),
+        known = _fingerprints(self.checkpoint) if self.checkpoint else {}
+        return TrainingData(
+            {name: _completed(index, known.get(name)) for name, index in data.corpora.items()}
         )
 
     def notes(self, run_config: RunConfig, world: World) -> list[str]:
@@ -241,6 +287,16 @@ def train_state(checkpoint: CheckpointState, path: Path, world: World | None = N
     return state
 
 
+def located(run_config: RunConfig) -> StartingPoint:
+    """The checkpoint that --resume names, for one process that does not train. Raises
+    CheckpointError as `StartingPoint.find` does."""
+    settings = run_config.checkpoint
+    path = settings.resume_from and store.find(settings.checkpoint_dir, settings.resume_from)
+    if not path:
+        return StartingPoint()
+    return StartingPoint(path, store.load(path, trust=settings.trust_checkpoint))
+
+
 def load_weights(run_config: RunConfig, world: World | None = None) -> InitialWeights:
     """What `--init_from` names, a checkpoint of ours or of another tool, for the run's model.
 
@@ -289,18 +345,19 @@ def _elsewhere(folder: Path) -> str:
     return ""
 
 
-def _require_data_here(root: str) -> None:
+def _require_data_here(roots: Sequence[str]) -> None:
     """Raises DataError if a relative --data_root of a checkpoint has no data below the current
     folder. An embedded corpus is prepared there."""
-    storage = Storage(root)
-    if storage.path is None or storage.path.is_absolute() or dataset.to_prepare(storage):
-        return
-    if not storage.files():
-        raise DataError(
-            f"no training data in {root}, the --data_root of the checkpoint, which is relative to "
-            f"the current folder, {Path.cwd()}; resume it where the run began, or type another "
-            "--data_root"
-        )
+    for corpus in mixture.corpora(roots):
+        root, storage = corpus.root, Storage(corpus.root)
+        if storage.path is None or storage.path.is_absolute() or dataset.to_prepare(storage):
+            continue
+        if not storage.files():
+            raise DataError(
+                f"no training data in {root}, the --data_root of the checkpoint, which is relative "
+                f"to the current folder, {Path.cwd()}; resume it where the run began, or type "
+                "another --data_root"
+            )
 
 
 def _has_saved(folder: Path) -> bool:
@@ -322,11 +379,58 @@ def _has_saved(folder: Path) -> bool:
     return False
 
 
+def _fingerprints(checkpoint: CheckpointState) -> dict[str, Fingerprint | str]:
+    """By name of corpus; a text is that of an earlier version."""
+    found: Any = checkpoint["data_fingerprint"]
+    return found if MIXTURE in checkpoint else {UNNAMED: found}
+
+
+def _completed(index: DatasetIndex, known: Fingerprint | str | None) -> DatasetIndex:
+    if known is None or isinstance(known, str):
+        return index
+    digests = {split: iter(known[split]) for split in known}
+    pairs = [(shard, next(digests[shard.split])) for shard in index.shards]
+    return replace(
+        index,
+        shards=tuple(
+            shard
+            if shard.sha256 or digest is None or digest.startswith(ENDS)
+            else replace(shard, sha256=digest)
+            for shard, digest in pairs
+        ),
+    )
+
+
 def _data_differences(
-    checkpoint: CheckpointState, data: DatasetIndex
+    checkpoint: CheckpointState, data: TrainingData
 ) -> list[tuple[str, Any, Any]]:
-    """How the data differs from that of the checkpoint, as far as digests are known."""
-    root, known = checkpoint["config"]["data"]["data_root"], checkpoint["data_fingerprint"]
+    """How the data differs from that of the checkpoint, as far as digests are known. Corpora may be
+    added to a mixture."""
+    known = _fingerprints(checkpoint)
+    if UNNAMED in {*known, *data.corpora} and known.keys() != data.corpora.keys():
+        before, now = (
+            ", ".join(filter(None, of)) or "one without a name" for of in (known, data.corpora)
+        )
+        return [("corpora", before, now)]
+    if missing := [name for name in known if name not in data.corpora]:
+        return [("corpora", ", ".join(known), f"without {', '.join(missing)}")]
+    rows: list[tuple[str, Any, Any]] = []
+    roots = options.of_stored(checkpoint["config"]).data.data_root
+    typed = {corpus.name: corpus.root for corpus in mixture.corpora(roots)}
+    for name, fingerprint in known.items():
+        root = typed.get(name, roots[0])  # of a glob over several folders
+        rows += _corpus_differences(root, fingerprint, data.corpora[name])
+    recorded = saved_tokenizer.of_checkpoint(checkpoint)
+    if recorded and not saved_tokenizer.is_same(recorded, data.tokenizer):
+        before, now = map(saved_tokenizer.described, (recorded, data.tokenizer))
+        rows.append(("tokenizer", before, now))
+    return rows
+
+
+def _corpus_differences(
+    root: str, known: Fingerprint | str, data: DatasetIndex
+) -> list[tuple[str, Any, Any]]:
+    """How a corpus differs from what is known of it, where it was in `root`."""
     if isinstance(known, str):
         if (now := data.former_fingerprint()) == known:
             return []
@@ -346,10 +450,6 @@ def _data_differences(
             count = f"{len(others)} of {counted(len(shards), 'shard')}"
             now = f"{data.storage.root}, where {count} differ in content, first {others[0]}"
             rows.append((name, root, now))
-    recorded = saved_tokenizer.of_checkpoint(checkpoint)
-    if recorded and not saved_tokenizer.is_same(recorded, data.tokenizer):
-        before, now = map(saved_tokenizer.described, (recorded, data.tokenizer))
-        rows.append(("tokenizer", before, now))
     return rows
 
 

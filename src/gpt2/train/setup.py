@@ -11,8 +11,7 @@ from gpt2.checkpoint import store
 from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import RunConfig
 from gpt2.data import verifier
-from gpt2.data.sampler import Sampler
-from gpt2.data.shards import DatasetIndex
+from gpt2.data.training_data import TrainingData
 from gpt2.data.verifier import Verifier
 from gpt2.distributed import device, precision
 from gpt2.distributed.signals import StopRequest
@@ -24,7 +23,7 @@ from gpt2.train.evaluator import Evaluator
 from gpt2.train.notices import Notices, forget_death, post_death_before
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
-from gpt2.train.resume import Configure, StartingPoint
+from gpt2.train.resume import Configure, Order, StartingPoint
 from gpt2.train.run_identity import RunIdentity
 from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
@@ -53,28 +52,29 @@ def build(
         run_config = dataset.with_vocab_size(run_config, data)
     identity = _identity(run_config, world, start)
     token_dataset = dataset.training_split(run_config, data)
-    sampler = run_config.sampler(token_dataset.rows_per_shard)
-    total_steps = run_config.total_steps(sampler.rows_per_epoch)
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
     state = start.train_state(world)
+    order = start.order(run_config, token_dataset.rows_per_shard, state)
     weights = start.weights.tensors if start.weights else None
-    replica = Replica(run_config, world, weights, state.plain_head, start.fitted_rows)
+    corpus_count = len(data.corpora) if data.is_mixture else 0
+    replica = Replica(run_config, world, weights, state.plain_head, start.fitted_rows, corpus_count)
     evaluator = Evaluator(run_config, world, replica, data)
     run_name = _run_name(run_config, run_name, start, identity)
     if start.checkpoint is not None:
         replica.load_state_dict(start.checkpoint, state.step)
-    plan = _plan(run_config, run_name, total_steps, sampler, world)
+    plan = _plan(run_config, run_name, order, world)
     run = TrainingRun(
         config=run_config,
         name=run_name,
         world=world,
         dataset=token_dataset,
         data=data,
-        verifier=Verifier(data) if data.storage.path and world.is_local_rank0 else None,
-        sampler=sampler,
-        schedule=run_config.lr_schedule(total_steps),
-        total_steps=total_steps,
+        verifiers=_verifiers(data, world),
+        sampler=order.sampler,
+        phases=order.phases,
+        schedule=run_config.lr_schedule(order.total_steps),
+        total_steps=order.total_steps,
         replica=replica,
         evaluator=evaluator,
         saver=_saver(run_config, world, start, state.step),
@@ -110,12 +110,19 @@ def _start(
     return start, configured
 
 
-def _open_data(run_config: RunConfig, world: World, start: StartingPoint) -> DatasetIndex:
+def _open_data(run_config: RunConfig, world: World, start: StartingPoint) -> TrainingData:
     """The data, which agrees with the checkpoint, with all digests that are known."""
-    data = dataset.open_data(run_config, world)
+    data = dataset.open_data(run_config, world, start.corpora)
     start.require_agreement(run_config, data)
     expected = start.completed(data)
-    return world.run_on_local_rank0(lambda: verifier.checked(expected))
+    return world.run_on_local_rank0(lambda: expected.changed(verifier.checked))
+
+
+def _verifiers(data: TrainingData, world: World) -> dict[str, Verifier]:
+    """By name of corpus, on the first rank of each machine, for local data."""
+    if not world.is_local_rank0:
+        return {}
+    return {name: Verifier(index) for name, index in data.corpora.items() if index.storage.path}
 
 
 def _identity(run_config: RunConfig, world: World, start: StartingPoint) -> RunIdentity:
@@ -147,10 +154,10 @@ def _status_file(run_config: RunConfig, plan: Plan, world: World, notices: Notic
     return StatusFile(folder, plan, notices.sign_of_life)
 
 
-def _begin(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoint) -> None:
+def _begin(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) -> None:
     """Logs the banner, and says in `status.json` that the run trains from now on."""
     with _closed_on_error(run):
-        run.start_verifier()
+        run.start_verifiers()
         banner.log(run, data, plan, start)
     if run.world.is_rank0:
         forget_death(_folder(run.config))
@@ -158,16 +165,14 @@ def _begin(run: TrainingRun, data: DatasetIndex, plan: Plan, start: StartingPoin
     run.status.write("running", run.state.step)
 
 
-def _plan(
-    run_config: RunConfig, run_name: str, total_steps: int, sampler: Sampler, world: World
-) -> Plan:
+def _plan(run_config: RunConfig, run_name: str, order: Order, world: World) -> Plan:
     """What the run will do, for `status.json`."""
     return Plan(
         run_name=run_name,
         preset=run_config.preset,
-        total_steps=total_steps,
+        total_steps=order.total_steps,
         rows_per_step=run_config.rows_per_step,
-        rows_per_epoch=sampler.rows_per_epoch,
+        rows_per_epoch=order.sampler.rows_per_epoch,
         block_size=run_config.model.block_size,
         checkpoint_interval=run_config.checkpoint.checkpoint_interval,
         world_size=world.size,

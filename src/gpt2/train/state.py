@@ -29,6 +29,8 @@ class Update:
     """seconds that each rank computed before it waited for the other ranks' gradients"""
     rank_gpu: list[dict[str, float]]
     """what each rank used of its GPU, as far as it is known"""
+    corpus_losses: tuple[float | None, ...] = ()
+    """of a mixture, as `loss`, over the rows of each corpus; None without any"""
 
 
 @dataclass(frozen=True)

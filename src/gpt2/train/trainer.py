@@ -23,6 +23,7 @@ from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.world import World
 from gpt2.optim.build import gradient_norm, set_learning_rate
 from gpt2.train import divergence, experiment_folder, memory_snapshot, setup
+from gpt2.train.loss_sums import LossSums, corpus_losses
 from gpt2.train.notices import Notices
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report, always_go
@@ -59,10 +60,10 @@ def train_step(
 ) -> Update | None:
     """One update of the weights from this rank's share of a step.
 
-    Each micro-batch is tokens and targets of (B, T) int64. DDP averages the gradients over the
-    ranks, and the loss is the mean over the global batch, hence the factor before `backward`. An
-    update whose loss or gradient norm is NaN or infinite is skipped on every rank, and so is a
-    spike if the run skips spikes. Raises TrainingError if a micro-batch does not fit into memory.
+    A micro-batch is tokens and targets, (B, T) int64, and of a mixture corpora, (B). DDP averages
+    the gradients over the ranks, and the loss is the mean over the global batch, hence the factor
+    before `backward`. An update whose loss or gradient norm is NaN or infinite is skipped on every
+    rank, and so is a spike if the run skips spikes. Raises TrainingError if memory is too small.
 
     A rank that receives a stop request leaves out its micro-batches but the last, before which the
     ranks agree. If they stop, returns None: weights, moments and random streams are as before.
@@ -71,7 +72,7 @@ def train_step(
     batch_tokens = replica.config.data.total_batch_size
     started = computed = DeviceTimestamp(world.device)
     streams = random_state.rng_state(world.device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    sums = LossSums(replica.corpus_count, world.device)
     with replica.out_of_memory_explained(*micro_batches[0][0].shape):
         for number, micro_batch in enumerate(micro_batches, 1):
             is_last = number == len(micro_batches)
@@ -81,16 +82,15 @@ def train_step(
                 return None
             if stop_vote and stop_vote.is_requested and not is_last:
                 continue
-            tokens_BT, targets_BT = world.to_device(*micro_batch)
+            tokens_BT, targets_BT, *corpora_B = world.to_device(*micro_batch)
             with replica.exchanging_gradients(is_last):
-                with replica.autocast:
-                    loss = replica.net(tokens_BT, targets_BT)
+                loss, losses_B = replica.losses(tokens_BT, targets_BT)
                 if is_last:
                     computed = DeviceTimestamp(world.device)
                 (loss * loss_scale.times(world.size / batch_tokens)).backward()
-            loss_sum += loss.detach()
+            sums.add(loss, losses_B, *corpora_B)
         grad_norm = loss_scale.unscaled(gradient_norm(replica.model))
-        loss, norm = world.all_reduce_sum(torch.stack([loss_sum, grad_norm.double()]))
+        loss, norm, *of_corpora = world.all_reduce_sum(sums.with_norm(grad_norm))
         numbers = torch.stack([loss / batch_tokens, norm / world.size])
         is_applied, is_spike = replica.spikes.add(numbers, optim.skip_spikes)
         set_learning_rate(replica.optimizer, learning_rate)
@@ -99,7 +99,7 @@ def train_step(
         scale = loss_scale.update(norm)
     finished = DeviceTimestamp(world.device)
     gpu = world.measure_gpu()  # while the device computes
-    outcome = torch.stack([*numbers, is_applied, is_spike, scale]).tolist()
+    outcome = torch.stack([*numbers, is_applied, is_spike, scale, *of_corpora]).tolist()
     ranks = world.gather([computed.since(started), *gpu])
     return Update(
         loss=outcome[0],
@@ -110,6 +110,7 @@ def train_step(
         elapsed_s=finished.since(started),
         rank_s=[computed_s for computed_s, *_ in ranks],
         rank_gpu=[GpuUsage(*usage).known() for _, *usage in ranks],
+        corpus_losses=corpus_losses(outcome[5:], replica.config.model.block_size),
     )
 
 

@@ -3,27 +3,29 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gpt2.base.errors import DataError
 from gpt2.checkpoint.async_save import Saver
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
-from gpt2.config import flops
+from gpt2.config import flops, mixture
 from gpt2.config.lr_schedule import Schedule
+from gpt2.config.mixture import StepPhase
 from gpt2.config.run import RunConfig
 from gpt2.data import saved_tokenizer
 from gpt2.data.digests import Fault
 from gpt2.data.loader import Loader, MicroBatch
 from gpt2.data.sampler import Sampler, Shuffle
-from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.training_data import UNNAMED, MixedDataset, TrainingData
 from gpt2.data.verifier import Verifier
 from gpt2.distributed.signals import StopRequest
 from gpt2.distributed.watchdog import TORCHRUN_IS_GONE
 from gpt2.distributed.world import World
+from gpt2.evaluation.loss import Loss
 from gpt2.metrics import sinks
-from gpt2.metrics.records import EventRecord, Metrics, Sink, StepRecord
+from gpt2.metrics.records import CorpusLoss, EventRecord, Metrics, Sink, StepRecord
 from gpt2.metrics.sinks import RunStart
 from gpt2.train import data_faults
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
@@ -31,6 +33,7 @@ from gpt2.train.garbage import Garbage
 from gpt2.train.notices import Notices
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
+from gpt2.train.resume import MIXTURE
 from gpt2.train.run_identity import RunIdentity
 from gpt2.train.state import RunResult, TrainState, Update
 from gpt2.train.status import RunState, StatusFile
@@ -56,13 +59,15 @@ class TrainingRun:
     config: RunConfig
     name: str
     world: World
-    dataset: TokenDataset
+    dataset: MixedDataset
     """the training split"""
-    data: DatasetIndex
+    data: TrainingData
     """all splits"""
-    verifier: Verifier | None
-    """on the first rank of each machine, for local data"""
+    verifiers: Mapping[str, Verifier]
+    """by name of corpus, on the first rank of each machine, for local data"""
     sampler: Sampler
+    phases: tuple[StepPhase, ...]
+    """the weights of several corpora, from the first step of the run on; none with one corpus"""
     schedule: Schedule
     total_steps: int
     replica: Replica
@@ -98,7 +103,7 @@ class TrainingRun:
         if self.world.watchdog is not None:
             self.world.watchdog.wait_while(lambda: self.saver.is_busy or self.is_closing)
             self.world.watchdog.call_before_exit(self._ended_by_watchdog)
-        self.data.content.on_fault = lambda: self.stop.request(DATA_FAULT)
+        self.data.on_fault(lambda: self.stop.request(DATA_FAULT))
 
     def open(self, events: Iterable[EventRecord] = ()) -> None:
         """Opens the metrics sinks, records `events` first, and starts to read data from
@@ -131,9 +136,9 @@ class TrainingRun:
             folder, device = watch.runs_dir / self.name, self.world.device
             self.profiler = StepProfiler(watch.profile, folder, device, self.state.step)
 
-    def start_verifier(self) -> None:
-        if self.verifier is not None:
-            self.verifier.start(is_waiting=lambda: self.loader.is_behind())
+    def start_verifiers(self) -> None:
+        for verifier in self.verifiers.values():
+            verifier.start(is_waiting=lambda: self.loader.is_behind())
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written, ends the loader's thread, closes the
@@ -145,8 +150,8 @@ class TrainingRun:
             self.garbage.close()
             if self.profiler is not None:
                 self.profiler.close()
-            if self.verifier is not None:
-                self.verifier.close()
+            for verifier in self.verifiers.values():
+                verifier.close()
             self.loader.close()
             self.notices.close()
             self.metrics.close()
@@ -186,11 +191,12 @@ class TrainingRun:
             return self.stop.number
 
         if state.validated_step != step:
-            loss = self.evaluator.validation_loss(step, stop_reason, is_last)
-            if loss is not None:
+            losses = self.evaluator.validation_losses(step, stop_reason, is_last)
+            if losses is not None:
+                loss = Loss.of_all(losses.values())
                 val_loss, bits_per_byte = loss.per_token, loss.bits_per_byte
                 state.add_validation(val_loss, bits_per_byte)
-                self.metrics.validation(step, epoch, val_loss, bits_per_byte)
+                self.metrics.validation(step, epoch, val_loss, bits_per_byte, _by_corpus(losses))
                 self.saver.add_measured(step, val_loss=val_loss, bits_per_byte=bits_per_byte)
                 self._report(step=step, val_loss=val_loss)
         if state.scored_step != step:
@@ -210,8 +216,9 @@ class TrainingRun:
         for epoch in range(self._epoch(), self.next_epoch()):
             logger.info("Completed Epoch %d", epoch)
             if self.state.step < self.total_steps:
-                if what := SHUFFLED.get(self.sampler.shuffle):
-                    shards, rows = len(self.dataset.shards), self.sampler.rows_per_epoch
+                what = SHUFFLED.get(self.sampler.shuffle)
+                if what and not self.phases:  # each corpus of a mixture has epochs of its own
+                    shards, rows = self.data.shard_count("train"), self.sampler.rows_per_epoch
                     logger.info("Shuffled %s for new epoch", what.format(shards=shards, rows=rows))
                 logger.info("Starting Epoch %d", epoch + 1)
 
@@ -227,7 +234,7 @@ class TrainingRun:
         try:
             return self.loader.next_step()
         except DataError as error:
-            self.data.content.report(Fault(str(error), may_pass=True))
+            self.data.report(Fault(str(error), may_pass=True))
             self.stop_vote.is_to_stop_waiting()  # to which the other ranks have come
             return None
 
@@ -251,6 +258,11 @@ class TrainingRun:
                 rank_s=update.rank_s,
                 rank_gpu=update.rank_gpu,
                 steps_left=self.total_steps - state.step,
+                corpora={
+                    name: loss
+                    for name, loss in zip(self.data.corpora, update.corpus_losses, strict=False)
+                    if loss is not None
+                },
             )
         )
         self._report(
@@ -312,10 +324,13 @@ class TrainingRun:
         """Waits until what this process has read is verified; whether a signal or a fault of the
         data ends that. The answers of `report` have no effect on a run that is complete."""
         self.stop.withdraw(STOP, PRUNE)
-        if self.verifier is not None and not self.verifier.is_done:
+        if not all(verifier.is_done for verifier in self.verifiers.values()):
             steps = map(self.state.data_step, range(self.first_step, self.state.step))
             read = data_faults.files_read(self.data, self.sampler, steps)
-            while not self.verifier.wait_for(read, DATA_SLICE_S):
+            while not all(
+                verifier.wait_for(read[name], DATA_SLICE_S / len(self.verifiers))
+                for name, verifier in self.verifiers.items()
+            ):
                 if self.stop_vote.is_to_stop_waiting():
                     break
             else:
@@ -360,7 +375,8 @@ class TrainingRun:
             "tokens": self.state.step * self.config.data.total_batch_size,
             "run_name": self.name,
             "run": asdict(self.identity),
-            "data_fingerprint": self.data.fingerprint(),
+            "data_fingerprint": self.data.fingerprints(),
+            **({MIXTURE: mixture.to_plain(self.phases)} if self.phases else {}),
             saved_tokenizer.KEY: saved_tokenizer.to_plain(self.data.tokenizer),
             "config": self.config.to_dict(),
             **self.replica.state_dict(),
@@ -378,3 +394,12 @@ class TrainingRun:
         if self.world.is_rank0:
             answer = self.report(**metrics)
             self.stop.request({"go": 0, "stop": STOP, "prune": PRUNE}[answer])
+
+
+def _by_corpus(losses: Mapping[str, Loss]) -> dict[str, CorpusLoss]:
+    """The validation losses of a mixture; none of a corpus alone."""
+    return {
+        name: CorpusLoss(loss.per_token, loss.bits_per_byte)
+        for name, loss in losses.items()
+        if name != UNNAMED
+    }

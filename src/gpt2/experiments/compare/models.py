@@ -87,10 +87,11 @@ def group(
         }
         return Summary(lambda: models_table(rows), files, {"summary": rows})
 
-    budget = f"{run.data.epochs} epochs of {run.data.data_root}"
+    data = " ".join(run.data.data_root)
+    budget = f"{run.data.epochs} epochs of {data}"
     if run.data.max_steps is not None:
         tokens = run.data.max_steps * run.data.total_batch_size
-        budget = f"{tokens:,} tokens of {run.data.data_root}"
+        budget = f"{tokens:,} tokens of {data}"
     on_ranks = f", on {ranks} ranks" if ranks > 1 else ""
     compared = {name for changes in models.values() for name in changes}
     shared = training_job.result_options(run)

@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from gpt2.base.errors import ConfigError, TrainingError
+from gpt2.config import mixture
 from gpt2.experiments import results
 from gpt2.experiments.search import ownership, spec
 from gpt2.experiments.search.spec import Search
@@ -65,7 +66,10 @@ def open_study(search: Search) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _load_or_create(search)
     fixed = dict(search.description().fixed)
-    del fixed["data_root"]  # the next owner may have the data in another folder
+    # The next owner may have the data in other folders.
+    del fixed["data_root"]
+    if weights := mixture.weights_and_phases(search.run.data.data_root, ())[0][1:]:
+        fixed["data_root"] = str(weights)
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
         raise results.another_experiment(f"the study {search.study_name}", rows, "--study_name")

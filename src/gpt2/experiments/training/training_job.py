@@ -38,6 +38,7 @@ RESULT_OPTIONS = (
     *options.NOTED_AT_RESUME,
     "checkpoint.init_from",
     "data.data_root",
+    "data.mixture",
     "evaluation.eval_interval",
     "evaluation.eval_batches",
     "evaluation.eval_rows",

@@ -1,0 +1,270 @@
+"""The corpora of a run, their weights and the phases of these, from what is typed. Pure.
+
+`--data_root web=data/web:0.7 code=data/code:0.3` names corpora, folders and weights; `--mixture`
+has weights that change. A phase begins at a step of the sampler, so nothing changes when the run
+becomes longer. What a checkpoint holds of phases that have begun is never computed again.
+"""
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from gpt2.base.errors import ConfigError
+from gpt2.base.validation import require, suggestion
+from gpt2.data.mixture import Mixture, Phase, corpus_name
+
+Weights = Mapping[str, Fraction]
+"""by name of corpus; any numbers: their ratios count"""
+NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
+CORPUS = re.compile(rf"(?:(?P<name>[A-Za-z]\w*)=)?(?P<root>.*?)(?::(?P<weight>{NUMBER}))?")
+WEIGHTED = re.compile(rf"[A-Za-z]\w*=.+:{NUMBER}")
+HOST = re.compile(r"[\w.+-]+://[^/]*")
+"""a URL without a path: what follows its colon is a port"""
+SETTING = re.compile(rf"(?P<name>[A-Za-z]\w*)=(?P<value>{NUMBER})")
+UNTIL = "until"
+SMALLEST_SHARE = 1e-6
+
+
+@dataclass(frozen=True)
+class CorpusRoot:
+    """One corpus of a run, as it is typed."""
+
+    name: str
+    """"" for the only one of a run"""
+    root: str
+    """folder, glob or URL of its shards"""
+    weight: Fraction | None
+    """None: by its size, or as --mixture says"""
+
+
+@dataclass(frozen=True)
+class TypedPhase:
+    """Weights up to a share of the run."""
+
+    until: Fraction | None
+    """None: to the end of the run"""
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class StepPhase:
+    """Weights from a step of the sampler on."""
+
+    first_step: int
+    weights: dict[str, int]
+
+    @classmethod
+    def of(cls, first_step: int, weights: Weights) -> "StepPhase":
+        """With whole numbers in the same ratios, as small as possible."""
+        factor = math.lcm(*(weight.denominator for weight in weights.values()))
+        whole = {name: int(weight * factor) for name, weight in sorted(weights.items())}
+        common = math.gcd(*whole.values())
+        return cls(first_step, {name: weight // common for name, weight in whole.items()})
+
+    def has_weights_of(self, other: "StepPhase") -> bool:
+        return _positive(self.weights) == _positive(other.weights)
+
+
+def corpora(roots: Sequence[str]) -> tuple[CorpusRoot, ...]:
+    """The corpora that --data_root names, in the order of their names.
+
+    A single one that is not NAME=FOLDER:WEIGHT has no name: its whole text is a folder, glob or
+    URL. Raises ConfigError if a name is missing or not unique, or if some have a weight and others
+    have none.
+    """
+    require(bool(roots), "--data_root has no value; use --data_root FOLDER")
+    if len(roots) == 1 and not WEIGHTED.fullmatch(roots[0]):
+        return (CorpusRoot("", roots[0], None),)
+    found = [_corpus(text) for text in roots]
+    names = [corpus.name for corpus in found]
+    for name in names:
+        require(
+            names.count(name) == 1,
+            f"--data_root has two corpora with the name {name}; use NAME=FOLDER for each of them",
+        )
+    weighted = [corpus.name for corpus in found if corpus.weight is not None]
+    require(
+        len(weighted) in (0, len(found)),
+        f"--data_root has a weight for {', '.join(weighted)}, but not for all corpora; use "
+        "NAME=FOLDER:WEIGHT for each of them, or no weights, which is by their sizes",
+    )
+    if weighted:
+        _require_weights({item.name: item.weight or Fraction(0) for item in found}, "--data_root")
+    return tuple(sorted(found, key=lambda corpus: corpus.name))
+
+
+def phases(settings: Sequence[str], names: Iterable[str]) -> tuple[TypedPhase, ...]:
+    """The phases that --mixture describes, such as `until=0.8 web=0.7 code=0.3`.
+
+    A corpus that a phase does not name has no rows in it. Raises ConfigError for a corpus that is
+    not one of `names`, and if the phases do not follow each other up to the end of the run.
+    """
+    found = [_phase(text, names) for text in settings]
+    ends = [phase.until for phase in found]
+    for number, (before, end) in enumerate(itertools.pairwise((Fraction(0), *ends)), 1):
+        is_last = number == len(ends)
+        require(
+            (end is None) == is_last and (end is None or (before or 0) < end < 1),
+            f"--mixture: phase {number} of {len(ends)} has until={_shown(end)}; expected "
+            + ("none: the last one is to the end of the run" if is_last else _between(before)),
+        )
+    return tuple(found)
+
+
+def weights_and_phases(roots: Sequence[str], settings: Sequence[str]) -> tuple[Any, ...]:
+    """What is typed of a mixture: the same at a resume, if its phases are to stay as they are. The
+    folders may have moved.
+
+    Raises ConfigError as `corpora` and `phases` do, and if weights are in both options.
+    """
+    typed = corpora(roots)
+    require(
+        not settings or all(corpus.weight is None for corpus in typed),
+        "--data_root and --mixture both have weights; use one of them (--mixture without a value "
+        "has none)",
+    )
+    weights = tuple((corpus.name, corpus.weight) for corpus in typed)
+    return weights, phases(settings, [corpus.name for corpus in typed])
+
+
+def planned(
+    typed: Sequence[CorpusRoot],
+    settings: Sequence[str],
+    sizes: Mapping[str, int],
+    total_steps: int,
+) -> tuple[StepPhase, ...]:
+    """The phases of a run of `total_steps` that begins now. `sizes` are the training rows of each
+    corpus, which are its weights if none are typed.
+
+    Raises ConfigError as `phases` does, and for a corpus that is too small beside the others.
+    """
+    if settings:
+        found, first_step = [], 0
+        for phase in phases(settings, [corpus.name for corpus in typed]):
+            found.append(StepPhase.of(first_step, phase.weights))
+            first_step = round((phase.until or 1) * total_steps)
+        # Of phases that begin at the same step, as in a short run, the last one counts.
+        return tuple({phase.first_step: phase for phase in found}.values())
+    weights = {item.name: item.weight for item in typed if item.weight is not None}
+    if not weights:
+        weights = {name: Fraction(rows) for name, rows in sizes.items()}
+        _require_weights(weights, "--data_root, by sizes")
+    return (StepPhase.of(0, weights),)
+
+
+def continued(
+    begun: Sequence[StepPhase], wanted: Sequence[StepPhase], step: int
+) -> tuple[StepPhase, ...]:
+    """The phases of a run that has trained `step` steps of the sampler by the phases `begun`, and
+    goes on by those that are `wanted`: phases that have begun stay."""
+    past = [phase for phase in begun if phase.first_step < step]
+    now = [phase for phase in wanted if phase.first_step <= step][-1]
+    future = [phase for phase in wanted if phase.first_step > step]
+    if past and past[-1].has_weights_of(now):
+        return (*past, *future)
+    return (*past, StepPhase(step, now.weights), *future)
+
+
+def mixture_of(
+    found: Sequence[StepPhase], names: Sequence[str], rows_per_step: int, seed: int
+) -> Mixture:
+    """What the sampler takes from the corpora with these names, in their order."""
+    return Mixture(
+        tuple(
+            Phase(
+                phase.first_step * rows_per_step,
+                tuple(phase.weights.get(name, 0) for name in names),
+            )
+            for phase in found
+        ),
+        seed,
+        tuple(_seed_of(name, seed) for name in names),
+    )
+
+
+def to_plain(found: Sequence[StepPhase]) -> list[dict[str, Any]]:
+    """As `from_plain` takes it out of a checkpoint."""
+    return [{"first_step": phase.first_step, "weights": dict(phase.weights)} for phase in found]
+
+
+def from_plain(values: Iterable[Mapping[str, Any]]) -> tuple[StepPhase, ...]:
+    return tuple(
+        StepPhase(int(value["first_step"]), {str(k): int(v) for k, v in value["weights"].items()})
+        for value in values
+    )
+
+
+def text_of(phase: Mapping[str, Any]) -> str:
+    """A table of [[mixture]] in a TOML file as --mixture takes it."""
+    return " ".join(f"{name}={value}" for name, value in phase.items())
+
+
+def _seed_of(name: str, seed: int) -> int:
+    """Of the order of a corpus: it stays the same if other corpora are added."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+
+
+def _corpus(text: str) -> CorpusRoot:
+    found = CORPUS.fullmatch(text)
+    assert found is not None  # `root` matches every text of one line
+    root, weight = found["root"], found["weight"]
+    if weight is not None and HOST.fullmatch(root):
+        root, weight = f"{root}:{weight}", None
+    name = found["name"] or corpus_name(root)
+    require(
+        bool(name) and bool(root),
+        f"--data_root {text} has no name; use NAME=FOLDER:WEIGHT with a name of letters and digits",
+    )
+    return CorpusRoot(name, root, None if weight is None else Fraction(weight))
+
+
+def _phase(text: str, names: Iterable[str]) -> TypedPhase:
+    known, weights, until = [*names], dict[str, Fraction](), None
+    for item in text.split():
+        found = SETTING.fullmatch(item)
+        if found is None:
+            raise ConfigError(
+                f"--mixture: expected NAME=WEIGHT or until=SHARE, got {item}; use for example "
+                "'until=0.8 web=0.7 code=0.3' 'web=0.2 code=0.8'"
+            )
+        name, value = found["name"], Fraction(found["value"])
+        if name == UNTIL:
+            until = value
+            continue
+        require(
+            name in known,
+            f"--mixture: {name} is no corpus of --data_root{suggestion(name, known)}; expected one "
+            f"of {', '.join(filter(None, known)) or 'several with names: NAME=FOLDER'}",
+        )
+        require(name not in weights, f"--mixture has two weights for {name} in one phase")
+        weights[name] = value
+    _require_weights(weights, f"--mixture {text!r}")
+    return TypedPhase(until, weights)
+
+
+def _require_weights(weights: Weights, source: str) -> None:
+    total = sum(weights.values())
+    require(total > 0, f"{source} has no weight above 0")
+    for name, weight in weights.items():
+        require(
+            not weight or weight >= SMALLEST_SHARE * total,
+            f"{source}: the weight of {name} is {float(weight / total):.2g} of all; expected 0, or "
+            f"at least {SMALLEST_SHARE:g}",
+        )
+
+
+def _positive(weights: Mapping[str, int]) -> dict[str, int]:
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def _shown(until: Fraction | None) -> str:
+    return "none" if until is None else f"{float(until):g}"
+
+
+def _between(before: Fraction | None) -> str:
+    return f"a share of the run, more than {float(before or 0):g} and less than 1"

@@ -1,0 +1,371 @@
+"""Runs on several corpora, held against a brute-force reading of what the options say."""
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import forked_ranks
+from gpt2.base.errors import CheckpointError, ConfigError, DataError
+from gpt2.checkpoint import store
+from gpt2.cli import data as data_command
+from gpt2.config import options
+from gpt2.config.run import RunConfig
+from gpt2.data import training_data
+from gpt2.data.mixture import BLOCK_ROWS
+from gpt2.inspection import doctor
+from gpt2.train import dataset, trainer
+from gpt2.train.resume import Order, StartingPoint
+from gpt2.train.state import TrainState
+from same_state import assert_same
+from support import losses, small_config, small_flags
+
+ROW = 8
+SIZES = {"code": (40, 33), "math": (25,), "web": (60, 7, 51)}
+"""rows in the training shards of each corpus"""
+PHASES = ("until=0.5 web=0.7 code=0.3", "until=0.75 code=0.2 math=0.3 web=0.5", "math=1")
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of GPT-2's tokens; no token stands twice in all of them."""
+    folder, token = tmp_path_factory.mktemp("corpora"), 0
+    for name, sizes in SIZES.items():
+        (folder / name).mkdir()
+        for number, rows in enumerate((5, *sizes)):
+            split = "train" if number else "val"
+            tokens = np.arange(token, token := token + rows * ROW + 3, dtype="<u2")
+            np.save(folder / name / f"x_{split}_{number}.npy", tokens)
+    return folder
+
+
+def roots(corpora: Path, *names: str) -> list[str]:
+    return [f"{name}={corpora / name}" for name in names or sorted(SIZES)]
+
+
+def mixed(corpora: Path, out: Path, /, **changes: object) -> RunConfig:
+    values = {"mixture": list(PHASES), "max_steps": 16, "block_size": ROW, "dropout": 0} | changes
+    run = small_config(corpora / "web", out, **{"data_root": roots(corpora), **values})
+    return options.overlay(run, {"total_batch_size": 5 * ROW, "n_embd": 16, "eval_rows": 6})
+
+
+def order_of(run: RunConfig) -> tuple[training_data.MixedDataset, Order]:
+    data = dataset.find(run)
+    found = dataset.training_split(run, data)
+    return found, StartingPoint().order(run, found.rows_per_shard, TrainState())
+
+
+def weights_at(row: int, total_rows: int) -> tuple[int, dict[str, Fraction]]:
+    """The first row and the weights of the phase in PHASES that `row` is in."""
+    first = 0
+    for phase in PHASES:
+        values = dict(item.split("=") for item in phase.split())
+        end = Fraction(values.pop("until", "1")) * total_rows
+        if row < end or end == total_rows:
+            return first, {name: Fraction(weight) for name, weight in values.items()}
+        first = int(end)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("shuffle", ["none", "shards", "rows", "global"])
+def test_every_row_is_that_of_a_brute_force_reading(corpora: Path, tmp_path: Path, shuffle: str):
+    """Counts of every phase and block, the epochs of each corpus, and the tokens in the files."""
+    steps, rows_per_step = 1600, 5
+    found, order = order_of(mixed(corpora, tmp_path, max_steps=steps, shuffle=shuffle))
+    files = [
+        np.load(path)
+        for name in sorted(SIZES)
+        for path in sorted((corpora / name).glob("*_train_*.npy"))
+    ]
+    names = [name for name in sorted(SIZES) for _ in SIZES[name]]
+    read: list[tuple[str, int, int]] = []
+    for step in range(steps):
+        rows = order.sampler.rows(step)
+        for world_size in (2, 3):
+            shares = [order.sampler.rows(step, rank, world_size) for rank in range(world_size)]
+            assert np.array_equal(np.concatenate(shares), rows)
+        inputs, targets = found.read(rows)
+        for (shard, row), given, wanted in zip(rows.tolist(), inputs, targets, strict=True):
+            expected = files[shard][row * ROW : row * ROW + ROW + 1]
+            assert np.array_equal(given, expected[:-1]) and np.array_equal(wanted, expected[1:])
+            read.append((names[shard], shard, row))
+    for end in range(0, len(read), 5):
+        first, weights = weights_at(end, steps * rows_per_step)
+        if (end - first) % BLOCK_ROWS == 0:
+            for name, weight in weights.items():
+                count = sum(one == name for one, _, _ in read[first:end])
+                assert abs(count - weight / sum(weights.values()) * (end - first)) < 1
+        assert read[end][0] in weights
+    for name, sizes in SIZES.items():
+        own = [(shard, row) for one, shard, row in read if one == name]
+        whole = {
+            (shard, row)
+            for shard in range(len(names))
+            if names[shard] == name
+            for row in range(sizes[shard - names.index(name)])
+        }
+        epochs = [own[start : start + len(whole)] for start in range(0, len(own), len(whole))]
+        assert len(epochs) > 3
+        for epoch in epochs[:-1]:
+            assert len(epoch) == len(set(epoch)) and set(epoch) == whole
+        assert (epochs[0] == sorted(whole)) == (shuffle in ("none", "shards"))
+        assert (epochs[1] == epochs[2]) == (
+            shuffle == "none" or (shuffle, name) == ("shards", "math")
+        )
+
+
+def state(folder: Path, step: int) -> dict[str, object]:
+    kept = store.load(folder / "checkpoints" / f"step_{step:06d}.pt", trust=False)
+    return {key: kept[key] for key in ("model", "optimizer", "progress", "mixture")}
+
+
+def test_a_run_that_is_interrupted_is_the_same_as_one_that_is_not(corpora: Path, tmp_path: Path):
+    """Also across the beginning of phases, and if it is resumed with other totals: `until` became a
+    step when the run began."""
+    trainer.run(mixed(corpora, tmp_path / "whole"))
+    trainer.run(mixed(corpora, tmp_path / "parts", max_steps=16), report=stop_at(6))
+    assert_same(state(tmp_path / "parts", 6)["mixture"], state(tmp_path / "whole", 16)["mixture"])
+    for last, total in ((11, 20), (16, 16)):
+        trainer.run(
+            mixed(corpora, tmp_path / "parts", resume="latest", decay_steps=16, max_steps=total),
+            report=stop_at(last),
+        )
+    assert_same(state(tmp_path / "whole", 16), state(tmp_path / "parts", 16))
+    phases = state(tmp_path / "parts", 16)["mixture"]
+    assert [phase["first_step"] for phase in phases] == [0, 8, 12]
+    assert phases[1]["weights"] == {"code": 2, "math": 3, "web": 5}
+
+
+def stop_at(last: int):
+    return lambda **metrics: "stop" if metrics.get("step") == last else "go"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_losses_are_the_same_on_any_number_of_ranks(corpora: Path, tmp_path: Path, ranks: int):
+    one, several = tmp_path / "one", tmp_path / "several"
+    trainer.run(mixed(corpora, one))
+    flags = small_flags(corpora, several, block_size=ROW, total_batch_size=5 * ROW, dropout=0)
+    flags += ["--max_steps", "16", "--eval_rows", "6", "--data_root", *roots(corpora)]
+    forked_ranks.run([*flags, "--mixture", *PHASES], ranks, tmp_path)
+    assert losses(one / "logs/log.txt") == pytest.approx(losses(several / "logs/log.txt"), abs=1e-4)
+    for ours, theirs in zip(records(one), records(several), strict=True):
+        assert ours["corpora"].keys() == theirs["corpora"].keys()
+        if ours["kind"] == "step":
+            assert ours["corpora"] == pytest.approx(theirs["corpora"], abs=1e-4)
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "logs/metrics.jsonl").read_text().splitlines()
+    return [one for line in lines if (one := json.loads(line))["kind"] in ("step", "validation")]
+
+
+def test_the_loss_of_each_corpus_is_that_of_its_rows(corpora: Path, tmp_path: Path):
+    run = mixed(corpora, tmp_path)
+    trainer.run(run)
+    _, order = order_of(run)
+    for record in records(tmp_path):
+        if record["kind"] == "validation":
+            assert record["corpora"].keys() == SIZES.keys()
+            losses_of = [one["loss"] for one in record["corpora"].values()]
+            assert record["loss"] == pytest.approx(np.mean(losses_of), rel=1e-6)
+            assert all(one["bits_per_byte"] > 0 for one in record["corpora"].values())
+            continue
+        numbers = order.sampler.corpus_of(order.sampler.rows(record["step"] - 1)[:, 0])
+        counts = {name: int((numbers == n).sum()) for n, name in enumerate(sorted(SIZES))}
+        assert record["corpora"].keys() == {name for name, count in counts.items() if count}
+        mean = sum(loss * counts[name] for name, loss in record["corpora"].items()) / 5
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_weights_that_change_at_a_resume_begin_there(corpora: Path, tmp_path: Path):
+    trainer.run(mixed(corpora, tmp_path, max_steps=4))
+    weighted = [f"{root}:{weight}" for root, weight in zip(roots(corpora), (1, 0, 3), strict=True)]
+    changed = {"data_root": weighted, "mixture": [], "resume": "latest"}
+    trainer.run(mixed(corpora, tmp_path, max_steps=8, **changed))
+    phases = [{"first_step": 0, "weights": {"code": 3, "web": 7}}]
+    assert state(tmp_path, 4)["mixture"][:1] == phases
+    begun = [phase for phase in state(tmp_path, 4)["mixture"] if phase["first_step"] < 4]
+    new = {"first_step": 4, "weights": {"code": 1, "math": 0, "web": 3}}
+    assert state(tmp_path, 8)["mixture"] == [*begun, new]
+    trainer.run(mixed(corpora, tmp_path, max_steps=10, **changed))
+    assert state(tmp_path, 10)["mixture"] == [*begun, new]
+
+
+def test_corpora_are_added_but_never_taken_away(corpora: Path, tmp_path: Path):
+    both = {"data_root": roots(corpora, "code", "web"), "mixture": []}
+    trainer.run(mixed(corpora, tmp_path, max_steps=4, **both))
+    before = order_of(mixed(corpora, tmp_path, **both))[1].sampler.rows(3)
+    more = {"data_root": roots(corpora), "mixture": ["math=1"], "resume": "latest"}
+    trainer.run(mixed(corpora, tmp_path, max_steps=6, **more))
+    kept = state(tmp_path, 6)["mixture"]
+    assert kept == [
+        {"first_step": 0, "weights": {"code": 73, "web": 118}},
+        {"first_step": 4, "weights": {"math": 1}},
+    ]
+    run = mixed(corpora, tmp_path, max_steps=6, **more)
+    start = StartingPoint(
+        tmp_path, {"config": run.to_dict(), "mixture": kept, "data_fingerprint": {}}
+    )
+    sampler = start.order(run, order_of(run)[0].rows_per_shard, TrainState(step=6)).sampler
+    # `math` lies between the others, which are read as before.
+    assert (sampler.rows(3) - before)[:, 0].tolist() == [
+        int(shard >= 2) for shard in before[:, 0].tolist()
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"corpora: code, math, web in the .*, without math now"
+    ):
+        trainer.run(mixed(corpora, tmp_path, max_steps=8, **both, resume="latest"))
+    one = {"data_root": str(corpora / "web"), "mixture": [], "resume": "latest"}
+    with pytest.raises(CheckpointError, match=r"corpora: .* one without a name now"):
+        trainer.run(mixed(corpora, tmp_path, max_steps=8, **one))
+
+
+def test_a_glob_over_folders_is_a_mixture_by_size(corpora: Path, tmp_path: Path):
+    glob = {"data_root": str(corpora / "*" / "*.npy"), "mixture": []}
+    by_glob, by_name = (
+        order_of(mixed(corpora, tmp_path, **{"mixture": [], **changes}))[1]
+        for changes in (glob, {})
+    )
+    assert by_glob == by_name
+    assert by_glob.phases[0].weights == {"code": 73, "math": 25, "web": 118}
+    trainer.run(mixed(corpora, tmp_path, **glob), report=stop_at(3))
+    trainer.run(mixed(corpora, tmp_path, **glob, resume="latest"))
+
+
+def test_a_checkpoint_of_an_earlier_version_keeps_the_order_of_a_glob(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    """Folder after folder, with a note."""
+    glob = {"data_root": str(corpora / "*" / "*.npy"), "mixture": []}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(training_data, "folders_of", lambda _root: {})
+        trainer.run(mixed(corpora, tmp_path / "whole", **glob))
+        trainer.run(mixed(corpora, tmp_path / "parts", **glob), report=stop_at(7))
+    trainer.run(mixed(corpora, tmp_path / "parts", **glob, resume="latest"))
+    assert "is read folder after folder, as its run began" in caplog.text
+    kept = [
+        store.load(tmp_path / name / "checkpoints/step_000016.pt", trust=False)
+        for name in ("whole", "parts")
+    ]
+    assert "mixture" not in kept[0]
+    assert_same(kept[0]["model"], kept[1]["model"])
+
+
+def test_a_new_folder_of_a_glob_is_no_part_of_a_run_that_goes_on(
+    corpora: Path, tmp_path: Path, caplog
+):
+    for name in ("code", "web"):
+        shutil.copytree(corpora / name, tmp_path / name)
+    glob = {"data_root": str(tmp_path / "[cmw]*" / "*.npy"), "mixture": []}
+    trainer.run(mixed(corpora, tmp_path / "run", **glob), report=stop_at(3))
+    shutil.copytree(corpora / "math", tmp_path / "math")
+    trainer.run(mixed(corpora, tmp_path / "run", **glob, resume="latest"))
+    assert "math/*.npy is new in" in caplog.text
+    assert state(tmp_path / "run", 16)["mixture"][0]["weights"] == {"code": 73, "web": 118}
+
+
+def test_corpora_of_different_tokenizers_are_refused(
+    corpora: Path, characters: Path, tmp_path: Path
+):
+    other = [f"web={corpora / 'web'}", f"abc={characters}"]
+    run = mixed(corpora, tmp_path, data_root=other, mixture=[])
+    with pytest.raises(DataError, match=r"different tokenizers: abc has those of .*, web those of"):
+        dataset.find(run)
+
+
+WRONG = {
+    "two corpora with the name web": {"data_root": ["web=a", "b/web"]},
+    "not for all corpora": {"data_root": ["web=a:1", "code=b"]},
+    "has no weight above 0": {"data_root": ["web=a:0", "code=b:0"]},
+    "expected 0, or at least 1e-06": {"data_root": ["web=a:1e-9", "code=b:1"]},
+    "has no name": {"data_root": ["*", "b"]},
+    "has no value": {"data_root": []},
+    "is no corpus of --data_root; did you mean web": {"mixture": ["wep=1"]},
+    "both have weights": {"data_root": ["web=a:1", "code=b:1"], "mixture": ["web=1"]},
+    "expected none: the last one": {"mixture": ["until=0.5 web=1"]},
+    "more than 0.5 and less than 1": {"mixture": ["until=0.5 web=1", "until=0.4 web=1", "web=1"]},
+    "expected NAME=WEIGHT or until=SHARE, got -1": {"mixture": ["-1"]},
+    "two weights for web": {"mixture": ["web=1 web=2"]},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_typed_wrongly_is_one_line_with_the_way_out(message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        options.overlay(RunConfig(), {"data_root": ["web=a", "code=b"], **WRONG[message]})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "root",
+    ["data/web", "web=data", "http://localhost:8000", "s3://bucket/a:b", "data/a:0.5", "d/x=1:2"],
+)
+def test_one_folder_is_taken_as_it_is_typed(root: str):
+    run = options.overlay(RunConfig(), {"data_root": root})
+    assert run.data.data_root == (root,)
+    assert run.to_dict()["data"]["data_root"] == root
+    assert dataset.mixture.corpora(run.data.data_root)[0].root == root
+
+
+def test_a_port_is_no_weight():
+    found = dataset.mixture.corpora(
+        ["a=http://host:80", "b=http://host:80/x:0.5"][:1] * 1 + ["c=d"]
+    )
+    assert [corpus.weight for corpus in found] == [None, None]
+
+
+def test_toml_has_the_same_options():
+    file = """
+    data_root = ["web=a", "code=b"]
+    [[mixture]]
+    until = 0.8
+    web = 0.7
+    code = 0.3
+    [[mixture]]
+    code = 1
+    """
+    run = options.from_toml(RunConfig(), file, "a.toml")
+    typed = {"data_root": ["web=a", "code=b"], "mixture": ["until=0.8 web=0.7 code=0.3", "code=1"]}
+    assert run == options.overlay(RunConfig(), typed)
+    assert options.of_stored(run.to_dict()) == run
+
+
+def test_gpt2_data_order_lists_the_rows_of_a_new_run_and_of_a_resumed_one(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    flags = small_flags(corpora, tmp_path, block_size=ROW, total_batch_size=5 * ROW, max_steps=16)
+    flags += ["--data_root", *roots(corpora), "--mixture"]
+
+    def listed(step: int, *more: str) -> list[dict]:
+        typed = ["gpt2 data", "order", "--step", str(step), "--json", *more]
+        monkeypatch.setattr("sys.argv", typed)
+        assert data_command.data_main() == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+
+    sampler = order_of(mixed(corpora, tmp_path))[1].sampler
+    files = [
+        (name, path.name)
+        for name in sorted(SIZES)
+        for path in sorted((corpora / name).glob("*_train_*.npy"))
+    ]
+    for step in (0, 9, 13):
+        assert listed(step, *flags, *PHASES) == [
+            {"corpus": files[shard][0], "shard": files[shard][1], "row": row}
+            for shard, row in sampler.rows(step).tolist()
+        ]
+    trainer.run(mixed(corpora, tmp_path, max_steps=4, mixture=["web=1 code=1"]))
+    folder = ["--out_dir", str(tmp_path), "--resume", "latest", "--preset", "demo"]
+    assert {row["corpus"] for row in listed(20, *folder)} == {"web", "code"}
+    assert {row["corpus"] for row in listed(20, *folder, "--mixture", "math=1")} == {"math"}
+    before = listed(2, *folder)
+    assert before == listed(2, *folder, "--mixture", "math=1")
+
+
+def test_doctor_names_each_corpus(corpora: Path, tmp_path: Path):
+    data, found = doctor.find_data(mixed(corpora, tmp_path))
+    assert data is not None and found.level == "ok"
+    for name in SIZES:
+        assert f"{name} in {corpora / name}: " in found.fact
