@@ -65,19 +65,17 @@ class Saver:
     ) -> None:
         """Returns once the state is copied to host memory; a thread writes the copy.
 
-        Does nothing if a checkpoint of this step exists or is being written. `log_outcomes` logs
-        the result.
+        Every rank calls `state`, in which the ranks may gather what they share. Does nothing if a
+        checkpoint of this step exists or is being written. `log_outcomes` logs the result.
         """
         if self._last_step == training.step:
             return
         self._last_step = training.step
         self._world.run_on_rank0(self._wait_for_previous)
-        rng = self._world.gather_objects(random_state.rng_state(self._world.device))
+        whole = self._gathered(state)
         if self._world.is_rank0:
             self._is_writing = True
-            self._writer.start(
-                {**state(), "rng": rng}, lambda copied: self._write(copied, training)
-            )
+            self._writer.start(whole, lambda copied: self._write(copied, training))
 
     def save_now(self, training: TrainingMetadata, state: Callable[[], CheckpointState]) -> None:
         """Returns once a checkpoint of this step is on the disk; raises CheckpointError if it
@@ -85,10 +83,16 @@ class Saver:
         self.wait()
         if self._world.run_on_rank0(lambda: self._step_on_disk == training.step):
             return
-        rng = self._world.gather_objects(random_state.rng_state(self._world.device))
-        path = self._world.run_on_rank0(lambda: self._write({**state(), "rng": rng}, training))
+        whole = self._gathered(state)
+        path = self._world.run_on_rank0(lambda: self._write(whole, training))
         self._last_step = training.step
         logger.info("Saved checkpoint: %s", path)
+
+    def _gathered(self, state: Callable[[], CheckpointState]) -> CheckpointState:
+        """What a checkpoint holds, with the random states of all ranks; it is complete on rank 0.
+        Every rank calls it."""
+        rng = self._world.gather_objects(random_state.rng_state(self._world.device))
+        return {**state(), "rng": rng}
 
     def add_measured(self, step: int, **measured: Any) -> None:
         """Adds what was measured at `step` to the metadata of its checkpoint, if there is one (see

@@ -29,7 +29,7 @@ from gpt2.data.sampler import Sampler, Shuffle
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
 OPTIMIZERS = {
     "adamw": "gpt2.optim.adamw:build_adamw",
-    "muon": "gpt2.optim.muon:build_muon",
+    "muon": "gpt2.optim.combined:build_muon",
 }
 """`module:function` of each optimiser, which `gpt2.optim.build` calls; a new optimiser is a file in
 `gpt2.optim` and an entry here"""

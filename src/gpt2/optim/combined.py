@@ -1,17 +1,23 @@
 """Several optimisers, each of other weights, as one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gpt2.config.run import OptimConfig
+from gpt2.model.base import LanguageModel
+from gpt2.optim.adamw import AdamW, adamw_of, build_adamw
+from gpt2.optim.muon import Muon
+
 
 class CombinedOptimizer:
-    """Several optimisers, each of other weights, with one state."""
+    """Several optimisers, each of other weights, with one state: `AdamW`, `Muon`, or any of
+    torch's, for which the host waits, as they can neither scale gradients nor skip a step."""
 
-    def __init__(self, parts: Sequence[Optimizer]) -> None:
+    def __init__(self, parts: Sequence[AdamW | Muon | Optimizer]) -> None:
         self.parts = parts
 
     @property
@@ -25,16 +31,12 @@ class CombinedOptimizer:
         is_finite: Tensor,
         scale: Tensor | None = None,
     ) -> None:
-        """As `TrainOptimizer.clip_and_step`, but the host waits for the device: torch's optimisers
-        can neither scale gradients nor skip a step."""
-        if is_finite:
-            weights = [part for group in self.param_groups for part in group["params"]]
-            if scale is not None:
-                gradients = [part.grad for part in weights if part.grad is not None]
-                torch._foreach_div_(gradients, scale)
-            if max_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
-            for part in self.parts:
+        """As `TrainOptimizer.clip_and_step`."""
+        for part in self.parts:
+            if isinstance(part, AdamW | Muon):
+                part.clip_and_step(norm, max_norm, is_finite, scale)
+            elif is_finite:
+                _clip(part, norm, max_norm, scale)
                 part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -44,6 +46,27 @@ class CombinedOptimizer:
     def state_dict(self) -> dict[str, Any]:
         return {type(part).__name__: part.state_dict() for part in self.parts}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for part in self.parts:
             part.load_state_dict(state[type(part).__name__])
+
+
+def _clip(optimizer: Optimizer, norm: Tensor, max_norm: float | None, scale: Tensor | None) -> None:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if scale is not None:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        torch._foreach_div_(gradients, scale)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
+
+
+def build_muon(model: LanguageModel, config: OptimConfig) -> AdamW | CombinedOptimizer:
+    """Muon for the matrices between embedding and head, and AdamW for the rest. A model without
+    hidden matrices gets AdamW."""
+    hidden = [matrix for matrix in model.hidden_matrices() if matrix.requires_grad]
+    if not hidden:
+        return build_adamw(model, config)
+    taken = {id(part) for part in hidden}
+    others = (part for part in model.parameters() if id(part) not in taken)
+    muon = Muon(hidden, config.learning_rate, config.weight_decay)
+    return CombinedOptimizer([muon, adamw_of(others, config)])

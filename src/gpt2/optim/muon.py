@@ -1,36 +1,206 @@
-"""Muon, an optimiser for matrices, with AdamW for everything else."""
+"""Muon, an optimiser for matrices.
 
-import inspect
+Shapes: K matrices of M rows and N columns, in a stack of equal shape.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from gpt2.config.run import OptimConfig
-from gpt2.model.base import LanguageModel
-from gpt2.optim.adamw import AdamW, Uncompiled, adamw_of, build_adamw
-from gpt2.optim.combined import CombinedOptimizer
+MOMENTUM = 0.95
+RMS_OF_ADAMW = 0.2
+"""root mean square of an update of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2)"""
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""coefficients of x, x³ and x⁵ in five iterations, for singular values from 0.001 on (Amsel et al.
+2025, arXiv:2505.16932)"""
+MARGIN = 1.02
+"""by which the norm is overestimated: products in bfloat16 are inexact, and beyond 1 they grow"""
+PRODUCTS = {"cuda": torch.bfloat16}
+"""type of the orthogonalisation's matrix products by device, else float32"""
 
 
-class Muon(Uncompiled, torch.optim.Muon):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) by torch's implementation."""
+class Muon:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with Nesterov momentum.
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
+    Its updates are scaled to the size of AdamW's, so that both have the same learning rate and
+    decay (Liu et al. 2025, arXiv:2502.16982, eq. 4).
 
-
-def build_muon(model: LanguageModel, config: OptimConfig) -> AdamW | CombinedOptimizer:
-    """Muon for the matrices between embedding and head, and AdamW for the rest.
-
-    Muon's updates are scaled to the size of AdamW's, so that both have the same learning rate and
-    decay (Liu et al. 2025, arXiv:2502.16982, eq. 4). A model without hidden matrices gets AdamW.
+    Where torch.distributed has several ranks, each of them has the momentum of a share of the
+    matrices, and updates these; then all of them gather the weights. Gradients are the same on all
+    ranks. The host never waits for the device.
     """
-    hidden = list(model.hidden_matrices())
-    if not hidden:
-        return build_adamw(model, config)
-    muon = Muon(
-        hidden,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    taken = {id(part) for part in hidden}
-    others = (part for part in model.parameters() if id(part) not in taken)
-    return CombinedOptimizer([muon, adamw_of(others, config)])
+
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        matrices = list(weights)
+        self.param_groups: list[dict[str, Any]] = [
+            {"params": matrices, "lr": lr, "weight_decay": weight_decay}
+        ]
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number, matrix in enumerate(matrices):
+            by_shape.setdefault(matrix.shape, []).append(number)
+        self._stacks = [_Stack(matrices, numbers) for numbers in by_shape.values()]
+
+    @torch.no_grad()
+    def clip_and_step(
+        self,
+        norm: Tensor,
+        max_norm: float | None,
+        is_finite: Tensor,
+        scale: Tensor | None = None,
+    ) -> None:
+        """As `TrainOptimizer.clip_and_step`."""
+        divisor = torch.ones_like(norm) if max_norm is None else (norm / max_norm).clamp(min=1)
+        if scale is not None:
+            divisor = divisor * scale
+        self._step(divisor.float(), is_finite)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """An update from the gradients as they are."""
+        one = torch.ones((), device=self.param_groups[0]["params"][0].device)
+        self._step(one, one.bool())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for matrix in self.param_groups[0]["params"]:
+            if set_to_none:
+                matrix.grad = None
+            elif matrix.grad is not None:
+                matrix.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's Muon has it, the same on every rank; every rank calls it."""
+        (group,) = self.param_groups
+        whole = _gathered([stack.momentum for stack in self._stacks])
+        moments = {
+            number: {"momentum_buffer": moment}
+            for stack, of_stack in zip(self._stacks, whole, strict=True)
+            for number, moment in zip(stack.numbers, of_stack, strict=False)
+        }
+        options = {name: value for name, value in group.items() if name != "params"}
+        return {
+            "state": dict(sorted(moments.items())),
+            "param_groups": [{**options, "params": list(range(len(group["params"])))}],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the momentum of this rank's share, also out of a state of torch's Muon, which is
+        empty before the first update."""
+        for stack in self._stacks:
+            for moment, number in zip(stack.momentum, stack.own, strict=False):
+                if number in state["state"]:
+                    moment.copy_(state["state"][number]["momentum_buffer"])
+        (options,) = state["param_groups"]
+        for name in ("lr", "weight_decay"):
+            self.param_groups[0][name] = options[name]
+
+    def _step(self, divisor: Tensor, is_finite: Tensor) -> None:
+        (group,) = self.param_groups
+        applied = is_finite.float()
+        updated = [
+            stack.updated(group["lr"], group["weight_decay"], divisor, applied)
+            for stack in self._stacks
+        ]
+        for stack, matrices in zip(self._stacks, _gathered(updated), strict=True):
+            torch._foreach_copy_(stack.weights, list(matrices[: len(stack.weights)]))
+
+
+class _Stack:
+    """Matrices of equal shape, and this rank's share of them.
+
+    Every rank's share has as many places as the largest; what it has too many is never used.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter], numbers: Sequence[int]) -> None:
+        ranks, rank = _ranks()
+        places = -(-len(numbers) // ranks)
+        self.numbers = numbers
+        """of all matrices of the stack, among those of the optimiser"""
+        self.own = numbers[rank * places : (rank + 1) * places]
+        self.weights: list[Tensor] = [matrices[number] for number in numbers]
+        self._own_weights: list[Tensor] = [matrices[number] for number in self.own]
+        self.momentum = torch.zeros(
+            (places, *self.weights[0].shape),
+            dtype=self.weights[0].dtype,
+            device=self.weights[0].device,
+        )
+
+    def updated(self, rate: float, weight_decay: float, divisor: Tensor, applied: Tensor) -> Tensor:
+        """This rank's share of the matrices after the update, (places, M, N). The gradients are
+        divided by `divisor`; where `applied` is 0, nothing changes, else it is 1."""
+        found = torch.empty_like(self.momentum)
+        if not self.own:
+            return found
+        count = len(self.own)
+        gradients_KMN = torch.stack([_gradient(weight) for weight in self._own_weights]) / divisor
+        gradients_KMN = torch.where(applied.bool(), gradients_KMN, 0.0)
+        momentum_KMN = self.momentum[:count]
+        momentum_KMN.lerp_(gradients_KMN, (1 - MOMENTUM) * applied)
+        nesterov_KMN = gradients_KMN.lerp_(momentum_KMN, MOMENTUM)
+        directions_KMN = _orthogonalise(nesterov_KMN.device.type)(nesterov_KMN)
+        size = RMS_OF_ADAMW * max(nesterov_KMN.shape[1:]) ** 0.5
+        weights_KMN = torch.stack(self._own_weights)
+        weights_KMN.mul_(1 - rate * weight_decay * applied)
+        weights_KMN.sub_(directions_KMN * (rate * size * applied))
+        found[:count] = weights_KMN
+        return found
+
+
+def orthogonalised(matrices_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Nearly U·Vᵀ of each matrix U·S·Vᵀ, by matrix products of `dtype`; 0 of a matrix of zeros.
+
+    In the dtype of `matrices_KMN`. Singular values from 0.002 of the norm on become 0.86 to 1.14.
+    """
+    norms_K11 = torch.linalg.matrix_norm(matrices_KMN, keepdim=True)
+    found: Tensor = (matrices_KMN / (norms_K11 * MARGIN).clamp(min=1e-30)).to(dtype)
+    is_tall = found.size(1) > found.size(2)
+    if is_tall:
+        found = found.mT
+    for a, b, c in POLAR_EXPRESS:
+        squares = found @ found.mT
+        polynomial = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+        found = torch.baddbmm(found, polynomial, found, beta=a)
+    return (found.mT if is_tall else found).to(matrices_KMN.dtype)
+
+
+@functools.cache
+def _orthogonalise(device: str) -> Callable[[Tensor], Tensor]:
+    if device not in PRODUCTS:
+        return orthogonalised
+    on_device = functools.partial(orthogonalised, dtype=PRODUCTS[device])
+    compiled: Callable[[Tensor], Tensor] = torch.compile(on_device, dynamic=False)
+    return compiled
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _ranks() -> tuple[int, int]:
+    """How many ranks there are, and the number of this one."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def _gathered(shares: Sequence[Tensor]) -> list[Tensor]:
+    """The shares (places, M, N) of all ranks, one after the other, by one collective."""
+    ranks, _ = _ranks()
+    if ranks == 1:
+        return list(shares)
+    own = torch.cat([share.flatten() for share in shares])
+    of_all = own.new_empty(ranks, len(own))
+    dist.all_gather_into_tensor(of_all.view(-1), own)
+    ends = itertools.accumulate(share.numel() for share in shares)
+    return [
+        of_all[:, end - share.numel() : end].reshape(-1, *share.shape[1:])
+        for share, end in zip(shares, ends, strict=True)
+    ]
