@@ -108,7 +108,7 @@ def test_a_pattern_is_what_does_not_exist(here: Path):
     write(Path("w[1]"), 1000)
     assert first_token("w[1]/*.bin") == 1000
     shutil.rmtree("w[1]")
-    with pytest.raises(DataError, match=r"^no file matches w\[1\]$"):  # it is no name of folders
+    with pytest.raises(DataError, match=r"^no file matches w\[1\]; for .* 'w\[1\]/\*'$"):
         load_index(Storage("w[1]"))
 
 

@@ -9,19 +9,24 @@ import numpy as np
 import pytest
 
 import forked_ranks
-from gpt2.base.errors import CheckpointError, ConfigError, DataError
+import small_tokenizers
+from gpt2.base.errors import CheckpointError, DataError
 from gpt2.checkpoint import store
 from gpt2.cli import data as data_command
+from gpt2.cli import evaluate
 from gpt2.config import options
 from gpt2.config.run import RunConfig
-from gpt2.data import training_data
+from gpt2.data import prepare, tokenizer_files, training_data
 from gpt2.data.mixture import BLOCK_ROWS
+from gpt2.data.remote import Storage
+from gpt2.data.shards import load_index
+from gpt2.experiments.training import training_job
 from gpt2.inspection import doctor
 from gpt2.train import dataset, trainer
-from gpt2.train.resume import Order, StartingPoint
+from gpt2.train.resume import Sampling, StartingPoint
 from gpt2.train.state import TrainState
 from same_state import assert_same
-from support import losses, small_config, small_flags
+from support import SMALL_CORPUS, losses, small_config, small_flags
 
 ROW = 8
 SIZES = {"code": (40, 33), "math": (25,), "web": (60, 7, 51)}
@@ -52,10 +57,10 @@ def mixed(corpora: Path, out: Path, /, **changes: object) -> RunConfig:
     return options.overlay(run, {"total_batch_size": 5 * ROW, "n_embd": 16, "eval_rows": 6})
 
 
-def order_of(run: RunConfig) -> tuple[training_data.MixedDataset, Order]:
+def sampling_of(run: RunConfig) -> tuple[training_data.MixedDataset, Sampling]:
     data = dataset.find(run)
     found = dataset.training_split(run, data)
-    return found, StartingPoint().order(run, found.rows_per_shard, TrainState())
+    return found, StartingPoint().sampling(run, found.rows_per_shard, TrainState())
 
 
 def weights_at(row: int, total_rows: int) -> tuple[int, dict[str, Fraction]]:
@@ -74,7 +79,7 @@ def weights_at(row: int, total_rows: int) -> tuple[int, dict[str, Fraction]]:
 def test_every_row_is_that_of_a_brute_force_reading(corpora: Path, tmp_path: Path, shuffle: str):
     """Counts of every phase and block, the epochs of each corpus, and the tokens in the files."""
     steps, rows_per_step = 1600, 5
-    found, order = order_of(mixed(corpora, tmp_path, max_steps=steps, shuffle=shuffle))
+    found, order = sampling_of(mixed(corpora, tmp_path, max_steps=steps, shuffle=shuffle))
     files = [
         np.load(path)
         for name in sorted(SIZES)
@@ -165,7 +170,7 @@ def records(folder: Path) -> list[dict]:
 def test_the_loss_of_each_corpus_is_that_of_its_rows(corpora: Path, tmp_path: Path):
     run = mixed(corpora, tmp_path)
     trainer.run(run)
-    _, order = order_of(run)
+    _, order = sampling_of(run)
     for record in records(tmp_path):
         if record["kind"] == "validation":
             assert record["corpora"].keys() == SIZES.keys()
@@ -197,7 +202,7 @@ def test_weights_that_change_at_a_resume_begin_there(corpora: Path, tmp_path: Pa
 def test_corpora_are_added_but_never_taken_away(corpora: Path, tmp_path: Path):
     both = {"data_root": roots(corpora, "code", "web"), "mixture": []}
     trainer.run(mixed(corpora, tmp_path, max_steps=4, **both))
-    before = order_of(mixed(corpora, tmp_path, **both))[1].sampler.rows(3)
+    before = sampling_of(mixed(corpora, tmp_path, **both))[1].sampler.rows(3)
     more = {"data_root": roots(corpora), "mixture": ["math=1"], "resume": "latest"}
     trainer.run(mixed(corpora, tmp_path, max_steps=6, **more))
     kept = state(tmp_path, 6)["mixture"]
@@ -207,26 +212,27 @@ def test_corpora_are_added_but_never_taken_away(corpora: Path, tmp_path: Path):
     ]
     run = mixed(corpora, tmp_path, max_steps=6, **more)
     start = StartingPoint(
-        tmp_path, {"config": run.to_dict(), "mixture": kept, "data_fingerprint": {}}
+        tmp_path,
+        {"config": run.to_dict(), "mixture": kept, "data_fingerprint": {"code": {}, "web": {}}},
     )
-    sampler = start.order(run, order_of(run)[0].rows_per_shard, TrainState(step=6)).sampler
+    sampler = start.sampling(run, sampling_of(run)[0].rows_per_shard, TrainState(step=6)).sampler
     # `math` lies between the others, which are read as before.
     assert (sampler.rows(3) - before)[:, 0].tolist() == [
         int(shard >= 2) for shard in before[:, 0].tolist()
     ]
     with pytest.raises(
-        CheckpointError, match=r"corpora: code, math, web in the .*, without math now"
+        CheckpointError, match=r"corpora: code, math, web in the .*, without math \(the weight 0 .*"
     ):
         trainer.run(mixed(corpora, tmp_path, max_steps=8, **both, resume="latest"))
     one = {"data_root": str(corpora / "web"), "mixture": [], "resume": "latest"}
-    with pytest.raises(CheckpointError, match=r"corpora: .* one without a name now"):
+    with pytest.raises(DataError, match=r"has the shards of one corpus, the run trains on code, "):
         trainer.run(mixed(corpora, tmp_path, max_steps=8, **one))
 
 
 def test_a_glob_over_folders_is_a_mixture_by_size(corpora: Path, tmp_path: Path):
     glob = {"data_root": str(corpora / "*" / "*.npy"), "mixture": []}
     by_glob, by_name = (
-        order_of(mixed(corpora, tmp_path, **{"mixture": [], **changes}))[1]
+        sampling_of(mixed(corpora, tmp_path, **{"mixture": [], **changes}))[1]
         for changes in (glob, {})
     )
     assert by_glob == by_name
@@ -235,13 +241,14 @@ def test_a_glob_over_folders_is_a_mixture_by_size(corpora: Path, tmp_path: Path)
     trainer.run(mixed(corpora, tmp_path, **glob, resume="latest"))
 
 
-def test_a_checkpoint_of_an_earlier_version_keeps_the_order_of_a_glob(
+def test_a_checkpoint_of_an_earlier_version_keeps_the_sampling_of_a_glob(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ):
     """Folder after folder, with a note."""
     glob = {"data_root": str(corpora / "*" / "*.npy"), "mixture": []}
     with monkeypatch.context() as earlier:
         earlier.setattr(training_data, "folders_of", lambda _root: {})
+        earlier.setattr(training_data, "has_several_corpora", lambda _root: False)
         trainer.run(mixed(corpora, tmp_path / "whole", **glob))
         trainer.run(mixed(corpora, tmp_path / "parts", **glob), report=stop_at(7))
     trainer.run(mixed(corpora, tmp_path / "parts", **glob, resume="latest"))
@@ -276,63 +283,6 @@ def test_corpora_of_different_tokenizers_are_refused(
         dataset.find(run)
 
 
-WRONG = {
-    "two corpora with the name web": {"data_root": ["web=a", "b/web"]},
-    "not for all corpora": {"data_root": ["web=a:1", "code=b"]},
-    "has no weight above 0": {"data_root": ["web=a:0", "code=b:0"]},
-    "expected 0, or at least 1e-06": {"data_root": ["web=a:1e-9", "code=b:1"]},
-    "has no name": {"data_root": ["*", "b"]},
-    "has no value": {"data_root": []},
-    "is no corpus of --data_root; did you mean web": {"mixture": ["wep=1"]},
-    "both have weights": {"data_root": ["web=a:1", "code=b:1"], "mixture": ["web=1"]},
-    "expected none: the last one": {"mixture": ["until=0.5 web=1"]},
-    "more than 0.5 and less than 1": {"mixture": ["until=0.5 web=1", "until=0.4 web=1", "web=1"]},
-    "expected NAME=WEIGHT or until=SHARE, got -1": {"mixture": ["-1"]},
-    "two weights for web": {"mixture": ["web=1 web=2"]},
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_what_is_typed_wrongly_is_one_line_with_the_way_out(message: str):
-    with pytest.raises(ConfigError, match=message) as caught:
-        options.overlay(RunConfig(), {"data_root": ["web=a", "code=b"], **WRONG[message]})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "root",
-    ["data/web", "web=data", "http://localhost:8000", "s3://bucket/a:b", "data/a:0.5", "d/x=1:2"],
-)
-def test_one_folder_is_taken_as_it_is_typed(root: str):
-    run = options.overlay(RunConfig(), {"data_root": root})
-    assert run.data.data_root == (root,)
-    assert run.to_dict()["data"]["data_root"] == root
-    assert dataset.mixture.corpora(run.data.data_root)[0].root == root
-
-
-def test_a_port_is_no_weight():
-    found = dataset.mixture.corpora(
-        ["a=http://host:80", "b=http://host:80/x:0.5"][:1] * 1 + ["c=d"]
-    )
-    assert [corpus.weight for corpus in found] == [None, None]
-
-
-def test_toml_has_the_same_options():
-    file = """
-    data_root = ["web=a", "code=b"]
-    [[mixture]]
-    until = 0.8
-    web = 0.7
-    code = 0.3
-    [[mixture]]
-    code = 1
-    """
-    run = options.from_toml(RunConfig(), file, "a.toml")
-    typed = {"data_root": ["web=a", "code=b"], "mixture": ["until=0.8 web=0.7 code=0.3", "code=1"]}
-    assert run == options.overlay(RunConfig(), typed)
-    assert options.of_stored(run.to_dict()) == run
-
-
 def test_gpt2_data_order_lists_the_rows_of_a_new_run_and_of_a_resumed_one(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -345,7 +295,7 @@ def test_gpt2_data_order_lists_the_rows_of_a_new_run_and_of_a_resumed_one(
         assert data_command.data_main() == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
 
-    sampler = order_of(mixed(corpora, tmp_path))[1].sampler
+    sampler = sampling_of(mixed(corpora, tmp_path))[1].sampler
     files = [
         (name, path.name)
         for name in sorted(SIZES)
@@ -362,6 +312,111 @@ def test_gpt2_data_order_lists_the_rows_of_a_new_run_and_of_a_resumed_one(
     assert {row["corpus"] for row in listed(20, *folder, "--mixture", "math=1")} == {"math"}
     before = listed(2, *folder)
     assert before == listed(2, *folder, "--mixture", "math=1")
+
+
+def test_folders_with_validation_alone_are_left_out_of_a_glob(
+    corpora: Path, tmp_path: Path, caplog
+):
+    for name in SIZES:
+        shutil.copytree(corpora / name, tmp_path / "data" / name)
+    (tmp_path / "data/held").mkdir()
+    shutil.copy(corpora / "web/x_val_0.npy", tmp_path / "data/held")
+    for root in (tmp_path / "data", tmp_path / "data/*/*.npy", tmp_path / "data/**"):
+        found = dataset.find(mixed(corpora, tmp_path, data_root=str(root), mixture=[]))
+        assert list(found.corpora) == sorted(SIZES)
+    assert "held has validation shards alone" in caplog.text
+    for name in SIZES:  # one corpus in several folders, with its validation split in another
+        (tmp_path / "data" / name / "x_val_0.npy").unlink()
+    found = dataset.find(mixed(corpora, tmp_path, data_root=str(tmp_path / "data"), mixture=[]))
+    assert not found.is_mixture and found.tokens("val") == 5 * ROW + 3
+
+
+def test_a_corpus_may_have_a_folder_for_each_split(corpora: Path, tmp_path: Path):
+    for name in SIZES:
+        for path in (corpora / name).glob("*.npy"):
+            target = tmp_path / name / path.stem.split("_")[1] / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for root in (tmp_path, tmp_path / "*/*/*.npy", tmp_path / "**/*.npy"):
+        found = dataset.find(mixed(corpora, tmp_path, data_root=str(root), mixture=[]))
+        assert [len(index.of("train")) for index in found.corpora.values()] == [2, 1, 3]
+    (tmp_path / "code").rename(tmp_path / "../elsewhere")
+    (tmp_path / "math").rename(tmp_path / "../elsewhere too")
+    found = dataset.find(mixed(corpora, tmp_path, data_root=str(tmp_path), mixture=[]))
+    assert not found.is_mixture and found.shard_count("train") == 3
+
+
+def test_folders_of_the_same_name_are_refused_but_go_on_as_they_began(
+    corpora: Path, tmp_path: Path
+):
+    for name in SIZES:
+        shutil.copytree(corpora / name, tmp_path / name / "tokens")
+    run = mixed(corpora, tmp_path, data_root=str(tmp_path / "*/tokens/*.npy"), mixture=[])
+    with pytest.raises(DataError, match=r"both be the corpus tokens; use --data_root NAME=FOLDER"):
+        dataset.find(run)
+    assert dataset.find(run, names=("",)).shard_count("train") == 6
+
+
+def test_a_folder_of_a_glob_that_is_gone_is_named(corpora: Path, tmp_path: Path):
+    glob = {"data_root": str(corpora / "*/*.npy"), "mixture": []}
+    with pytest.raises(DataError, match=r"has no shards of more, which the run trains on"):
+        dataset.find(mixed(corpora, tmp_path, **glob), names=("code", "more"))
+
+
+def test_a_name_without_a_weight_is_explained(corpora: Path, tmp_path: Path):
+    root = f"web={corpora / 'web'}"
+    with pytest.raises(DataError, match=f"add its weight: {root}:1$"):
+        dataset.find(mixed(corpora, tmp_path, data_root=root, mixture=[]))
+
+
+def test_a_sweep_is_another_one_with_other_weights(corpora: Path, tmp_path: Path):
+    def fixed(*weights: float) -> list[str]:
+        typed = [f"{root}:{weight}" for root, weight in zip(roots(corpora), weights, strict=True)]
+        return training_job.result_options(mixed(corpora, tmp_path, data_root=typed, mixture=[]))
+
+    assert fixed(1, 1, 1) != fixed(2, 1, 1)
+
+
+def test_a_sweep_over_folders_is_another_one_than_before(corpora: Path, tmp_path: Path):
+    one = training_job.result_options(
+        mixed(corpora, tmp_path, data_root=str(corpora / "web"), mixture=[])
+    )
+    glob = training_job.result_options(mixed(corpora, tmp_path, data_root=str(corpora), mixture=[]))
+    assert "mixture" not in one and glob["mixture"] == "folders by size"
+
+
+def test_evaluate_has_each_corpus_and_the_mean(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    result = trainer.run(mixed(corpora, tmp_path, max_steps=2))
+    folder, out = str(tmp_path / "checkpoints"), tmp_path / "results.json"
+    typed = ["--checkpoint_dir", folder, "--tasks", "val", "--device", "cpu", "--output", str(out)]
+    monkeypatch.setattr("sys.argv", ["gpt2 evaluate", *typed])
+    assert evaluate.evaluate_main() == 0
+    found = json.loads(out.read_text())["results"]
+    assert found.keys() == {"val", "val/code", "val/math", "val/web"}
+    assert found["val"]["loss"] == pytest.approx(result.val_loss, rel=1e-5)
+    assert found["val/web"]["data"] == f"web in {corpora / 'web'}"
+    losses_of = [found[f"val/{name}"]["loss"] for name in SIZES]
+    assert found["val"]["loss"] == pytest.approx(np.mean(losses_of), rel=1e-6)
+
+
+def test_looking_at_a_glob_over_folders(corpora: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    for arguments, code, said in (
+        (["verify", str(corpora)], 0, "web train: 3 shards"),
+        (["show", str(corpora), "--step", "1"], 2, "type gpt2 data order --data_root"),
+    ):
+        monkeypatch.setattr("sys.argv", ["gpt2 data", *arguments])
+        assert data_command.data_main() == code
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+
+
+def test_shards_of_a_glob_have_the_tokenizer_of_their_manifest(tmp_path: Path):
+    tokenizer = tokenizer_files.parse(small_tokenizers.trained(), "tok")
+    prepare.prepare(SMALL_CORPUS, tmp_path / "data", workers=1, tokenizer=tokenizer)
+    index = load_index(Storage(str(tmp_path / "data" / "*.npy")))
+    assert index.tokenizer.identity == tokenizer.identity and not index.has_manifest
 
 
 def test_doctor_names_each_corpus(corpora: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from gpt2.checkpoint.metadata import TrainingMetadata, read_metadata
 from gpt2.cli import train
 from gpt2.config import lr_schedule, options
 from gpt2.data import training_data
+from gpt2.data.training_data import TrainingData
 from gpt2.distributed import world
 from gpt2.train import resume, trainer
 from gpt2.train.resume import StartingPoint
@@ -24,13 +25,14 @@ def test_it_says_that_dropout_cannot_go_on_on_another_number_of_ranks(tmp_path: 
     run = small_config(tmp_path, tmp_path)
     before = StartingPoint(checkpoint={"config": run.to_dict(), "rng": [{}, {}, {}]})
     worlds = [world.World(0, size, torch.device("cpu")) for size in (3, 2)]
-    assert before.notes(run, worlds[0]) == []
-    assert before.notes(run, worlds[1]) == [
+    data = TrainingData({})
+    assert before.notes(run, worlds[0], data) == []
+    assert before.notes(run, worlds[1], data) == [
         "Ranks: 3 before, 2 from here; the data is the same",
         "Dropout draws other numbers: its random streams belong to the ranks",
     ]
     without = options.overlay(run, {"dropout": 0.0})
-    assert before.notes(without, worlds[1])[-1] == (
+    assert before.notes(without, worlds[1], data)[-1] == (
         "Ranks: 3 before, 2 from here; the data is the same"
     )
 
@@ -67,7 +69,7 @@ COSINE = {"max_steps": 100, "warmup_steps": 10, "schedule": "cosine", "learning_
 def test_a_learning_rate_that_jumps_is_a_warning(tmp_path, before, changes, step, words):
     old = small_config(tmp_path, tmp_path, **COSINE | before)
     start = StartingPoint(checkpoint={"config": old.to_dict(), "rng": [{}]})
-    said = start.rate_warning(options.overlay(old, changes), 100 * old.rows_per_step, step)
+    said = start.rate_warning(options.overlay(old, changes), {"": 100 * old.rows_per_step}, step)
     assert (said is None) == (words is None)
     for text in words or ():
         assert text in said
@@ -82,7 +84,7 @@ def test_what_is_typed_after_a_finished_run_does_not_jump(tmp_path: Path):
         stored = StartingPoint(checkpoint={"config": run.to_dict(), "rng": [{}]})
         now = train.parse_run(train.TrainCommand, flags, stored=run.to_dict()).run
         assert (now.data.max_steps, now.checkpoint.resume) == (200, "latest")
-        assert stored.rate_warning(now, 10**6, 100) is None
+        assert stored.rate_warning(now, {"": 10**6}, 100) is None
         assert lr_schedule.warning(now.lr_schedule(200), 200) is None
 
 
@@ -148,6 +150,6 @@ def test_the_decay_is_blamed_for_a_jump_only_if_it_is_the_cause(tmp_path: Path):
     run = small_config(tmp_path, tmp_path, max_steps=20)
     start = StartingPoint(checkpoint={"config": run.to_dict()})
     longer = small_config(tmp_path, tmp_path, max_steps=40)
-    assert "use --decay_steps 20" in start.rate_warning(longer, 1000, 15)
+    assert "use --decay_steps 20" in start.rate_warning(longer, {"": 1000}, 15)
     slower = small_config(tmp_path, tmp_path, max_steps=40, learning_rate=1e-4)
-    assert "--decay_steps" not in start.rate_warning(slower, 1000, 15)
+    assert "--decay_steps" not in start.rate_warning(slower, {"": 1000}, 15)

@@ -16,7 +16,7 @@ from gpt2.cli import train
 from gpt2.cli.parse import CommandOptions
 from gpt2.config import options, presets
 from gpt2.config.run import PresetName, RunConfig
-from gpt2.data import excerpt, shards, statistics
+from gpt2.data import excerpt, shards, statistics, training_data
 from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Shuffle
@@ -171,6 +171,11 @@ def _row(command: Show, index: DatasetIndex, number: int, row: int) -> RowView:
 
 def _step(command: Show, index: DatasetIndex, step: int) -> StepView:
     """The rows of a step of the run that the options describe."""
+    if training_data.has_several_corpora(command.root):
+        raise ConfigError(
+            f"{command.root} has several corpora, which a run mixes; type gpt2 data order "
+            f"--data_root '{command.root}' --step {step}, or name the folder of one of them"
+        )
     run = command.order.run()
     length = run.model.block_size
     sampler = run.sampler({UNNAMED: shards.rows_per_shard(index, "train", length)})

@@ -18,7 +18,7 @@ from rich.progress import (
 from gpt2.base.errors import DataError
 from gpt2.base.text import counted, one_line
 from gpt2.cli.parse import USER_ERROR, CommandOptions
-from gpt2.data import hints
+from gpt2.data import hints, training_data
 from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
 from gpt2.data.verification import FileReport, Verification
@@ -37,30 +37,48 @@ class Verify(CommandOptions):
 
 
 def verify(command: Verify) -> int:
-    """Runs the command; returns the exit code. Raises DataError if a file is wrong."""
-    verification = Verification(Storage(command.root))
+    """Runs the command; returns the exit code. Raises DataError if a file is wrong.
+
+    A glob over several folders is verified folder by folder, each with its manifest.
+    """
+    roots = training_data.folders_of(command.root) or {"": command.root}
+    verifications = {name: Verification(Storage(root)) for name, root in roots.items()}
     with _progress_bar() as bar:
-        task = bar.add_task("Verifying", total=verification.bytes)
-        reports = verification.run(lambda count: bar.advance(task, count))
-    wrong = [report for report in reports if report.wrong]
+        total = sum(verification.bytes for verification in verifications.values())
+        task = bar.add_task("Verifying", total=total)
+        reports = {
+            name: verification.run(lambda count: bar.advance(task, count))
+            for name, verification in verifications.items()
+        }
     if command.json:
-        print(json.dumps(_as_json(verification, reports)))
-        return USER_ERROR if wrong else 0
+        found = {name: _as_json(verifications[name], reports[name]) for name in roots}
+        is_sound = all(one["sound"] for one in found.values())
+        several = {"root": command.root, "sound": is_sound, "corpora": found}
+        print(json.dumps(found.get("", several)))
+        return 0 if is_sound else USER_ERROR
+    wrong = [line for name in roots for line in _printed(verifications[name], reports[name], name)]
+    if wrong:
+        count = sum(map(len, reports.values()))
+        hints_of = {hints.repair(one.storage) for one in verifications.values() if one.manifest}
+        hint = hints_of.pop() if len(verifications) == len(hints_of) == 1 else ""
+        head = f"{len(wrong)} of {counted(count, 'file')} failed verification{hint}"
+        raise DataError("\n  ".join([head, *wrong]))
+    return 0
+
+
+def _printed(verification: Verification, reports: list[FileReport], name: str) -> list[str]:
+    """Prints what is said about a corpus; returns a line for each file that is wrong."""
+    storage = verification.storage
+    wrong = [report for report in reports if report.wrong]
     if not wrong:
         print(_verdict(verification, len(reports)))
     for split in get_args(Split):
         total = _total(reports, split)
         print(
-            f"{split}: {counted(total['shards'], 'shard')}, {total['tokens']:,} tokens, "
-            f"{total['bytes']:,} bytes"
+            f"{f'{name} ' if name else ''}{split}: {counted(total['shards'], 'shard')}, "
+            f"{total['tokens']:,} tokens, {total['bytes']:,} bytes"
         )
-    if wrong:
-        storage = verification.storage
-        hint = hints.repair(storage) if verification.manifest else ""
-        lines = [one_line(f"{storage.full(report.file)}: {report.wrong}") for report in wrong]
-        head = f"{len(wrong)} of {counted(len(reports), 'file')} failed verification{hint}"
-        raise DataError("\n  ".join([head, *lines]))
-    return 0
+    return [one_line(f"{storage.full(report.file)}: {report.wrong}") for report in wrong]
 
 
 def _verdict(verification: Verification, files: int) -> str:

@@ -155,7 +155,7 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         model=loaded.model.config,
         data=replace(settings.data, data_root=roots, mixture=()),
     )
-    data = dataset.find(settings)
+    data = dataset.find(settings, None if command.data_root else loaded.corpora)
     if not saved_tokenizer.is_same(loaded.recorded_tokenizer, data.tokenizer):
         theirs, ours = map(saved_tokenizer.described, (data.tokenizer, loaded.tokenizer))
         raise DataError(
@@ -168,34 +168,45 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
     rows = validation_rows(settings, data)
 
     def measure() -> list[MeasuredValue]:
-        found: list[MeasuredValue] = []
+        of_corpora: list[MeasuredValue] = []
+        of_all: list[Loss] = []
         for name, (shards, some) in rows.items():
             track = _progress(f"val {name}".strip(), world)
             losses = row_losses(loaded.model, shards, some, world, _autocast(command, world), track)
+            of_all += losses
             index = data.corpora[name]
-            found += _of_corpus(losses, {"data": index.storage.root}, index)
-        return found
+            about = {"data": f"{name} in {index.storage.root}" if name else index.storage.root}
+            task = f"val/{name}" if name else "val"
+            of_corpora += _of_rows(task, losses, about, _reference(index))
+        if not data.is_mixture:
+            return of_corpora
+        return [*_of_rows("val", of_all, {"data": ", ".join(rows)}, None), *of_corpora]
 
     return measure
 
 
-def _of_corpus(
-    losses: Sequence[Loss], about: Mapping[str, str], index: DatasetIndex
+def _reference(index: DatasetIndex) -> float | None:
+    """The loss of GPT-2 124M on a corpus; it is per token, so that of other tokens does not
+    compare."""
+    is_comparable = index.tokenizer is GPT2_TOKENIZER
+    return baselines.LOSS.get(index.corpus or "") if is_comparable else None
+
+
+def _of_rows(
+    task: str, losses: Sequence[Loss], about: Mapping[str, str], reference: float | None
 ) -> Iterator[MeasuredValue]:
     per_token = [loss.per_token for loss in losses]
     mean, error = float(np.mean(per_token)), _standard_error(per_token)
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(mean))
     count = counted(len(losses), "row")
-    is_comparable = index.tokenizer is GPT2_TOKENIZER  # a loss is per token
-    reference = baselines.LOSS.get(index.corpus or "") if is_comparable else None
-    yield MeasuredValue("val", about, "loss", mean, error, count, reference)
-    yield from _bits_per_byte(losses, about, count)
-    yield MeasuredValue("val", about, "perplexity", perplexity, perplexity * error, count)
+    yield MeasuredValue(task, about, "loss", mean, error, count, reference)
+    yield from _bits_per_byte(task, losses, about, count)
+    yield MeasuredValue(task, about, "perplexity", perplexity, perplexity * error, count)
 
 
 def _bits_per_byte(
-    losses: Sequence[Loss], about: Mapping[str, str], count: str
+    task: str, losses: Sequence[Loss], about: Mapping[str, str], count: str
 ) -> Iterator[MeasuredValue]:
     """The bits per byte of all rows together; nothing if they have no text."""
     bits = np.array([loss.nats for loss in losses]) / math.log(2)
@@ -204,7 +215,7 @@ def _bits_per_byte(
         value = bits.sum() / text_bytes.sum()
         # A ratio of two means over rows (Cochran, Sampling Techniques, 1977, section 2.11).
         error = _standard_error(bits - value * text_bytes) / text_bytes.mean()
-        yield MeasuredValue("val", about, "bits_per_byte", float(value), float(error), count)
+        yield MeasuredValue(task, about, "bits_per_byte", float(value), float(error), count)
 
 
 def _standard_error(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
@@ -227,7 +238,8 @@ def _show(loaded: LoadedModel, measured: list[MeasuredValue]) -> None:
     for item in measured:
         reference = "" if item.gpt2 is None else f"{item.gpt2:.4f}"
         value, error = f"{item.value:.4f}", f"{item.error:.4f}"
-        what = item.task + (f" ({', '.join(item.about.values())})" if item.about else "")
+        task = item.task.partition("/")[0]
+        what = task + (f" ({', '.join(item.about.values())})" if item.about else "")
         listing.add_row(what, item.metric, value, error, item.count, reference)
     console().print(listing)
 

@@ -34,6 +34,8 @@ class LoadedModel:
     """configuration of its run; None for a model of another tool"""
     recorded_tokenizer: Tokenizer | None = GPT2_TOKENIZER
     """None for a checkpoint of the first versions, which does not say"""
+    corpora: tuple[str, ...] | None = None
+    """names of the corpora of its run; None for a model of another tool"""
 
     @property
     def step(self) -> int | None:
@@ -62,7 +64,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
     which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
-    train_state, run, shown = None, None, which
+    train_state, run, shown, corpora = None, None, which, None
     tokenizer: Tokenizer | None
     if interchange.is_foreign(which):
         found = interchange.read(which, trust=trust)
@@ -84,6 +86,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
         weights, run = state["model"], state["config"]
         tokenizer = saved_tokenizer.of_checkpoint(state)
         train_state = resume.train_state(state, path, world)
+        corpora = resume.StartingPoint(path, state).corpora
         shown = str(path)
         shape = options.of_stored(run).model
     if not all(bool(part.isfinite().all()) for part in weights.values()):
@@ -93,4 +96,4 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     with torch.device("meta"):  # no random numbers for weights that are replaced below
         net = model.build(shape)
     net.load_state_dict(weights, assign=True)
-    return LoadedModel(shown, net, train_state, run, tokenizer)
+    return LoadedModel(shown, net, train_state, run, tokenizer, corpora)

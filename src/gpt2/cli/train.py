@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar
 from gpt2.base import log
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
+from gpt2.base.validation import require
 from gpt2.cli.parse import CommandOptions, discard, guarded, parse
-from gpt2.config import options, presets
+from gpt2.config import mixture, options, presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
 from gpt2.metrics import notify
@@ -24,11 +25,11 @@ logger = logging.getLogger(__name__)
 HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
 """options that have no effect beside another one: on a resume with --epochs, the --max_steps of the
 checkpoint is dropped"""
-SEVERAL_VALUES = ("--data_root", "--mixture")
+SEVERAL_VALUES = ("data_root", "mixture")
 FITTING = (
     *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
     "--total_batch_size",
-    *SEVERAL_VALUES,
+    *(f"--{name}" for name in SEVERAL_VALUES),
 )
 """options whose values must fit each other"""
 
@@ -178,6 +179,9 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "out_dir", *HIDDEN_BY, *HIDDEN_BY.values()):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    for name in SEVERAL_VALUES:
+        spellings = (f"--{name}", f"--{name.replace('_', '-')}")
+        parser.add_argument(*spellings, nargs="*", action="append")
     flags, _ = parser.parse_known_args(arguments)
     run = presets.preset(flags.preset or "gpt2-124m")
     if stored is not None and flags.preset in (None, stored.get("preset")):
@@ -187,6 +191,14 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
                 run = options.overlay(run, {hidden_by: None})
     if flags.config:
         run = with_file(run, Path(flags.config))
+    for name in SEVERAL_VALUES:
+        given = getattr(flags, name) or []
+        require(
+            len(given) < 2 or not all(mixture.is_named(*one) for one in given if len(one) == 1),
+            f"--{name} is given more than once; put all its values behind one --{name}",
+        )
+        if given:  # tyro would leave weights of a file or a checkpoint beside these
+            run = options.overlay(run, {name: given[-1]})
     if flags.out_dir:
         out = Path(flags.out_dir)
         folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
@@ -254,14 +266,17 @@ def with_file(run: RunConfig, path: Path) -> RunConfig:
 def _without(arguments: Sequence[str], *flags: str) -> list[str]:
     """`arguments` without these flags and their values, in either spelling."""
     kept: list[str] = []
-    skip = False
+    left_out = {flag.replace("-", "_") for flag in flags}
+    values_to_skip = 0
     for argument in arguments:
         name, has_value, _ = argument.replace("-", "_").partition("=")
-        if name in {flag.replace("-", "_") for flag in flags}:
-            skip = not has_value
-            has_several = name in {flag.replace("-", "_") for flag in SEVERAL_VALUES}
-        elif skip and not (has_several and argument.startswith("--")):
-            skip = has_several
+        if argument.startswith("--"):
+            values_to_skip = 0
+        if argument.startswith("--") and name in left_out:
+            has_several = name.lstrip("_") in SEVERAL_VALUES
+            values_to_skip = len(arguments) if has_several else 0 if has_value else 1
+        elif values_to_skip:
+            values_to_skip -= 1
         else:
             kept.append(argument)
     return kept

@@ -20,14 +20,14 @@ from gpt2.data.mixture import Mixture, Phase, corpus_name
 
 Weights = Mapping[str, Fraction]
 """by name of corpus; any numbers: their ratios count"""
-NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
-CORPUS = re.compile(rf"(?:(?P<name>[A-Za-z]\w*)=)?(?P<root>.*?)(?::(?P<weight>{NUMBER}))?")
-WEIGHTED = re.compile(rf"[A-Za-z]\w*=.+:{NUMBER}")
+NUMBER = r"\d{0,15}\.?\d{1,15}(?:[eE][+-]?\d{1,2})?"
+CORPUS = re.compile(rf"(?:(?P<name>\w+)=)?(?P<root>.*?)(?::(?P<weight>{NUMBER}))?", re.DOTALL)
+WEIGHTED = re.compile(rf"\w+=.+:{NUMBER}")
 HOST = re.compile(r"[\w.+-]+://[^/]*")
 """a URL without a path: what follows its colon is a port"""
-SETTING = re.compile(rf"(?P<name>[A-Za-z]\w*)=(?P<value>{NUMBER})")
+SETTING = re.compile(rf"(?P<name>\w+)=(?P<value>{NUMBER})")
 UNTIL = "until"
-SMALLEST_SHARE = 1e-6
+SMALLEST_SHARE = Fraction(1, 10**6)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class CorpusRoot:
     """folder, glob or URL of its shards"""
     weight: Fraction | None
     """None: by its size, or as --mixture says"""
+
+    @property
+    def text(self) -> str:
+        """As it is typed without a weight."""
+        return f"{self.name}={self.root}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,12 @@ class StepPhase:
         return _positive(self.weights) == _positive(other.weights)
 
 
+def is_named(root: str) -> bool:
+    """Whether a text begins with a name of a corpus."""
+    found = CORPUS.fullmatch(root)
+    return found is not None and bool(found["name"])
+
+
 def corpora(roots: Sequence[str]) -> tuple[CorpusRoot, ...]:
     """The corpora that --data_root names, in the order of their names.
 
@@ -90,8 +101,9 @@ def corpora(roots: Sequence[str]) -> tuple[CorpusRoot, ...]:
     weighted = [corpus.name for corpus in found if corpus.weight is not None]
     require(
         len(weighted) in (0, len(found)),
-        f"--data_root has a weight for {', '.join(weighted)}, but not for all corpora; use "
-        "NAME=FOLDER:WEIGHT for each of them, or no weights, which is by their sizes",
+        f"--data_root has a weight for {', '.join(weighted)}, but not for "
+        f"{', '.join(item.text for item in found if item.weight is None)}; expected "
+        "NAME=FOLDER:WEIGHT with a number of 0 or more for each, or no weights, which is by sizes",
     )
     if weighted:
         _require_weights({item.name: item.weight or Fraction(0) for item in found}, "--data_root")
@@ -116,24 +128,44 @@ def phases(settings: Sequence[str], names: Iterable[str]) -> tuple[TypedPhase, .
     return tuple(found)
 
 
-def weights_and_phases(roots: Sequence[str], settings: Sequence[str]) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class TypedMixture:
     """What is typed of a mixture: the same at a resume, if its phases are to stay as they are. The
-    folders may have moved.
+    folders may have moved."""
+
+    weights: tuple[tuple[str, Fraction | None], ...]
+    """of each corpus by name, None without one; a run of one corpus has the name """ ""
+    phases: tuple[TypedPhase, ...]
+
+
+def typed(roots: Sequence[str], settings: Sequence[str]) -> TypedMixture:
+    """The mixture that --data_root and --mixture describe.
 
     Raises ConfigError as `corpora` and `phases` do, and if weights are in both options.
     """
-    typed = corpora(roots)
+    found = corpora(roots)
     require(
-        not settings or all(corpus.weight is None for corpus in typed),
+        not settings or all(corpus.weight is None for corpus in found),
         "--data_root and --mixture both have weights; use one of them (--mixture without a value "
         "has none)",
     )
-    weights = tuple((corpus.name, corpus.weight) for corpus in typed)
-    return weights, phases(settings, [corpus.name for corpus in typed])
+    weights = tuple((corpus.name, corpus.weight) for corpus in found)
+    return TypedMixture(weights, phases(settings, [corpus.name for corpus in found]))
+
+
+def without_weights(roots: Sequence[str]) -> tuple[str, ...]:
+    """Several corpora as they are typed without weights; one stays as it is."""
+    if len(roots) < 2:
+        return tuple(roots)
+    return tuple(_corpus(root).text for root in roots)
+
+
+def has_weights(roots: Sequence[str]) -> bool:
+    return any(corpus.weight is not None for corpus in corpora(roots))
 
 
 def planned(
-    typed: Sequence[CorpusRoot],
+    named: Sequence[CorpusRoot],
     settings: Sequence[str],
     sizes: Mapping[str, int],
     total_steps: int,
@@ -145,12 +177,12 @@ def planned(
     """
     if settings:
         found, first_step = [], 0
-        for phase in phases(settings, [corpus.name for corpus in typed]):
+        for phase in phases(settings, [corpus.name for corpus in named]):
             found.append(StepPhase.of(first_step, phase.weights))
             first_step = round((phase.until or 1) * total_steps)
         # Of phases that begin at the same step, as in a short run, the last one counts.
         return tuple({phase.first_step: phase for phase in found}.values())
-    weights = {item.name: item.weight for item in typed if item.weight is not None}
+    weights = {item.name: item.weight for item in named if item.weight is not None}
     if not weights:
         weights = {name: Fraction(rows) for name, rows in sizes.items()}
         _require_weights(weights, "--data_root, by sizes")
@@ -193,6 +225,7 @@ def to_plain(found: Sequence[StepPhase]) -> list[dict[str, Any]]:
 
 
 def from_plain(values: Iterable[Mapping[str, Any]]) -> tuple[StepPhase, ...]:
+    """The phases that a checkpoint holds."""
     return tuple(
         StepPhase(int(value["first_step"]), {str(k): int(v) for k, v in value["weights"].items()})
         for value in values
@@ -213,12 +246,14 @@ def _corpus(text: str) -> CorpusRoot:
     found = CORPUS.fullmatch(text)
     assert found is not None  # `root` matches every text of one line
     root, weight = found["root"], found["weight"]
-    if weight is not None and HOST.fullmatch(root):
+    if weight is not None and weight.isdigit() and HOST.fullmatch(root):
         root, weight = f"{root}:{weight}", None
     name = found["name"] or corpus_name(root)
+    is_misspelt = found["name"] is None and "=" in text.partition("/")[0]
     require(
-        bool(name) and bool(root),
-        f"--data_root {text} has no name; use NAME=FOLDER:WEIGHT with a name of letters and digits",
+        bool(name) and bool(root) and name != UNTIL and not is_misspelt,
+        f"--data_root {text!r} has no name for a corpus; use NAME=FOLDER:WEIGHT with a name of "
+        f"letters and digits, other than {UNTIL}",
     )
     return CorpusRoot(name, root, None if weight is None else Fraction(weight))
 
@@ -234,12 +269,13 @@ def _phase(text: str, names: Iterable[str]) -> TypedPhase:
             )
         name, value = found["name"], Fraction(found["value"])
         if name == UNTIL:
+            require(until is None, f"--mixture {text!r} has two values of {UNTIL}")
             until = value
             continue
         require(
             name in known,
             f"--mixture: {name} is no corpus of --data_root{suggestion(name, known)}; expected one "
-            f"of {', '.join(filter(None, known)) or 'several with names: NAME=FOLDER'}",
+            f"of {', '.join(filter(None, known)) or 'several, or of one with NAME=FOLDER:1'}",
         )
         require(name not in weights, f"--mixture has two weights for {name} in one phase")
         weights[name] = value
@@ -254,7 +290,7 @@ def _require_weights(weights: Weights, source: str) -> None:
         require(
             not weight or weight >= SMALLEST_SHARE * total,
             f"{source}: the weight of {name} is {float(weight / total):.2g} of all; expected 0, or "
-            f"at least {SMALLEST_SHARE:g}",
+            f"at least {float(SMALLEST_SHARE):g}",
         )
 
 

@@ -88,7 +88,7 @@ def on_stored(config: RunConfig, stored: Mapping[str, Any]) -> RunConfig:
     for part, name in (option.split(".") for option in NEVER_FROM_CHECKPOINT):
         del taken[part][name]
     if public(root := taken["data"]["data_root"]) != root:
-        del taken["data"]["data_root"]
+        del taken["data"]["data_root"], taken["data"]["mixture"]
     return overlay(config, taken)
 
 
@@ -120,21 +120,32 @@ def changed(
         part, field = name.split(".")
         stored = IMPLICIT.get(part, {}) | dict(old.get(part, {}))
         if field in stored and stored[field] != plain[part][field]:
-            rows.append((field, public(stored[field]), public(plain[part][field])))
+            rows.append((field, _shown(stored[field]), _shown(plain[part][field])))
     return rows
+
+
+def _shown(value: Any) -> Any:
+    """A value of an option as it is typed, without a password."""
+    return " ".join(map(public, value)) or "none" if isinstance(value, list) else public(value)
 
 
 def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`config` with some values replaced, by name: `learning_rate` or `optim.learning_rate`.
 
-    Values may be nested by part, as in a TOML file. Raises ConfigError for an unknown name, with
-    the nearest known names, and for a value of the wrong type.
+    Values may be nested by part, as in a TOML file. Of weights in `data_root` and in `mixture`,
+    those in `values` count. Raises ConfigError for an unknown name, with the nearest known names,
+    and for a value of the wrong type.
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, value in _flatten(values):
         if name.rpartition(".")[2] not in FORMER:
             owner, field, hint = locate(name)
             parts.setdefault(owner, {})[field] = _coerce(name, value, hint)
+    if data := parts.get("data"):
+        if data.get("mixture") and "data_root" not in data:
+            data["data_root"] = mixture.without_weights(config.data.data_root)
+        elif "mixture" not in data and mixture.has_weights(data.get("data_root", ("-",))):
+            data["mixture"] = ()
     top = parts.pop("", {})
     changed_parts = {owner: replace(getattr(config, owner), **new) for owner, new in parts.items()}
     return replace(config, **top, **changed_parts)
@@ -164,6 +175,10 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
         require(
             "preset" not in values,
             "preset is not valid in a file; use --preset NAME on the command line",
+        )
+        require(
+            not isinstance(values.get("mixture"), dict),
+            "mixture is a list of tables; use [[mixture]] for each phase",
         )
         return overlay(config, values)
     except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
@@ -201,7 +216,11 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     text or a list of them to a tuple. A table in a list is a phase of a mixture."""
     if get_origin(hint) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        texts = (mixture.text_of(item) if isinstance(item, Mapping) else item for item in items)
+        has_tables = name.rpartition(".")[2] == "mixture"
+        texts = (
+            mixture.text_of(item) if has_tables and isinstance(item, Mapping) else item
+            for item in items
+        )
         return tuple(_coerce(name, text, str) for text in texts)
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in options and value in (None, "None"):

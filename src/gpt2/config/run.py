@@ -22,7 +22,7 @@ from gpt2.base.validation import (
 )
 from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
-from gpt2.config.mixture import StepPhase, mixture_of, weights_and_phases
+from gpt2.config.mixture import StepPhase, mixture_of, typed
 from gpt2.config.model import ModelConfig
 from gpt2.data.sampler import Sampler, Shuffle
 
@@ -66,7 +66,7 @@ class DataConfig:
     (global); or nothing"""
 
     def __post_init__(self) -> None:
-        weights_and_phases(self.data_root, self.mixture)
+        typed(self.data_root, self.mixture)
         require_within(self, 0, 10**6, "cache_gb")
         require_within(self, 1, LARGEST, "total_batch_size", "epochs", "max_steps")
         if self.mini_batch_size != "auto":

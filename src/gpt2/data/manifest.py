@@ -1,6 +1,8 @@
 """`manifest.json`: what the shards of a folder are, and the tokenizer that wrote them."""
 
+import glob
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -118,7 +120,11 @@ def missing(storage: Storage) -> str:
     """The error message for a storage without a manifest and without shards that can be used."""
     nothing = f"no training data in {storage.root}"
     if storage.pattern:
-        return f"{nothing}; {NAMING}" if storage.files() else f"no file matches {storage.root}"
+        if storage.files():
+            return f"{nothing}; {NAMING}"
+        folders = storage.path is not None and any(map(os.path.isdir, glob.iglob(storage.root)))
+        hint = f"; for the shards in its folders, use '{storage.root}/*'" if folders else ""
+        return f"no file matches {storage.root}{hint}"
     unfinished = storage.read_if_any(PROGRESS) is not None
     if unfinished and storage.path is None:
         return f"{storage} is unfinished: it has a {PROGRESS}, but no {MANIFEST}"
@@ -130,5 +136,8 @@ def missing(storage: Storage) -> str:
     if storage.path is None:
         return nothing
     if storage.path.is_file():
-        return f"expected a folder of shards, got the file {storage}; name its folder"
+        return (
+            f"expected a folder of shards, got the file {storage}; name its folder, or put a glob "
+            "into quotes"
+        )
     return f"{nothing}; make it with: {hints.prepare_command(storage.path)}"

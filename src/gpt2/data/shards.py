@@ -7,11 +7,11 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +152,7 @@ def files_by_name(storage: Storage) -> list[tuple[str, int, Split]]:
     files = [
         (name, size, split)
         for name, size in storage.files().items()
-        if name.endswith((".npy", ".bin")) and (split := _split_of(name))
+        if name.endswith((".npy", ".bin")) and (split := split_of(name))
     ]
     if not files:
         raise DataError(manifest.missing(storage))
@@ -171,8 +171,23 @@ def _index_by_names(storage: Storage) -> DatasetIndex:
         shards,
         has_manifest=False,
         ends=ends,
-        tokenizer=vocabulary.tokenizer_of(own),
+        tokenizer=vocabulary.tokenizer_of(own) if own else _tokenizer_of_manifests(storage, ends),
     )
+
+
+def _tokenizer_of_manifests(storage: Storage, files: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the manifests in the folders of `files` name, GPT-2's without any. Raises
+    DataError if they name several."""
+    found = dict[str, tuple[Tokenizer, str]]()
+    for folder in sorted({str(PurePosixPath(file).parent) for file in files}):
+        place = Storage(storage.full(folder))
+        known = Manifest.find(place)
+        tokenizer = known.read_tokenizer(place) if known else GPT2_TOKENIZER
+        found.setdefault(tokenizer.identity, (tokenizer, place.root))
+    if len(found) > 1:
+        places = " and ".join(place for _, place in found.values())
+        raise DataError(f"{places} have tokens of different tokenizers; name one of these folders")
+    return next(iter(found.values()))[0] if found else GPT2_TOKENIZER
 
 
 def rows_per_shard(index: DatasetIndex, split: Split, block_size: int) -> tuple[int, ...]:
@@ -424,7 +439,7 @@ def require_room(indices: Sequence[DatasetIndex], shuffle: Shuffle) -> None:
         )
 
 
-def _split_of(name: str) -> Split | None:
+def split_of(name: str) -> Split | None:
     """The split that is a word of a file's name or subfolder, or None."""
     for word in reversed(re.split(r"[/_.\-]", name.lower())):
         if word in SPLIT_WORDS:

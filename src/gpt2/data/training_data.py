@@ -4,6 +4,7 @@ Shards are numbered corpus after corpus, in the order of the names.
 """
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from gpt2.data.sampler import Rows, Shuffle
 from gpt2.data.shards import DatasetIndex, Fingerprint, TokenDataset, load_index
 from gpt2.data.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 UNNAMED = ""
 """the name of the corpus of a run that is no mixture"""
 
@@ -94,38 +96,58 @@ def load(roots: Mapping[str, str], cache: ShardCache | None = None) -> TrainingD
 
 
 def folders_of(root: str) -> dict[str, str]:
-    """The folders that a glob stands for, by name of corpus; empty if it is for one corpus.
+    """The folders that a glob or a folder of folders stands for, by name of corpus; empty if it is
+    for one corpus.
 
-    It is for several if it matches training shards in several folders, and no others than these
-    have shards. A folder of which it matches all shards of the manifest has its manifest used.
-    Raises DataError if two folders have the same name.
+    Each folder with training shards is a corpus, if there are several of them, and one at least has
+    validation shards, too. A folder of which all shards of the manifest are among these has its
+    manifest used. Raises DataError if two folders have the same name.
     """
-    storage = Storage(root)
-    if storage.pattern is None:
+    storage, files = Storage(root), _files_by_folder(root)
+    if not _are_corpora(files):
         return {}
-    by_folder: dict[str, set[str]] = {}
-    files = shards.files_by_name(storage)
-    for file, _, _ in files:
-        folder = str(PurePosixPath(file).parent)
-        by_folder.setdefault(folder, set()).add(PurePosixPath(file).name)
-    with_training = {
-        str(PurePosixPath(file).parent) for file, _, split in files if split == "train"
-    }
-    if len(by_folder) < 2 or len(with_training) < len(by_folder):
-        return {}
-    last = storage.pattern.rpartition("/")[2].replace("**", "*")
+    last = (storage.pattern or "*").rpartition("/")[2].replace("**", "*")
     found = dict[str, str]()
-    for folder, names in by_folder.items():
+    for folder, splits in files.items():
         name, whole = corpus_name(storage.full(folder)), Storage(storage.full(folder))
+        if "train" not in splits.values():
+            logger.warning("%s has validation shards alone, which are left out", whole)
+            continue
         if name in found:
             raise DataError(
-                f"{root} matches two folders that would both be the corpus {name}; use "
-                "--data_root NAME=FOLDER for each of them"
+                f"{root} has two folders that would both be the corpus {name}; use --data_root "
+                "NAME=FOLDER for each of them"
             )
         manifest = Manifest.find(whole)
-        is_whole = manifest and {shard.file for shard in manifest.shards} <= names
-        found[name] = whole.root if is_whole else whole.full(last)
+        is_whole = manifest and {shard.file for shard in manifest.shards} <= splits.keys()
+        levels = "*/" * max(file.count("/") for file in splits)
+        found[name] = whole.root if is_whole else whole.full(levels + last)
     return found
+
+
+def has_several_corpora(root: str) -> bool:
+    """Whether `folders_of` has any, also if names are not unique."""
+    return _are_corpora(_files_by_folder(root))
+
+
+def _files_by_folder(root: str) -> dict[str, dict[str, Split]]:
+    """The shards in each folder, with their splits; empty for a folder that has a manifest."""
+    storage = Storage(root)
+    found = dict[str, dict[str, Split]]()
+    if not root or Manifest.find(storage) is not None:
+        return found
+    for file, _, split in shards.files_by_name(storage):
+        folder = PurePosixPath(file).parent
+        if shards.split_of(folder.name):  # a corpus with a folder for each split
+            folder = folder.parent
+        name = str(PurePosixPath(file).relative_to(folder))
+        found.setdefault(str(folder), {})[name] = split
+    return found
+
+
+def _are_corpora(files: Mapping[str, Mapping[str, Split]]) -> bool:
+    with_training = [set(of.values()) for of in files.values() if "train" in of.values()]
+    return len(with_training) > 1 and any("val" in splits for splits in with_training)
 
 
 class MixedDataset:

@@ -4,6 +4,7 @@
 conclusions. Nothing is changed.
 """
 
+import contextlib
 import shlex
 import time
 from collections.abc import Iterable, Iterator
@@ -142,7 +143,7 @@ def find_data(run_config: RunConfig) -> tuple[TrainingData | None, Finding]:
             fact = f"{storage} is prepared from {corpus.source} when the run starts"
             return None, Finding("ok", "data", fact)
     try:
-        data = dataset.find(run_config)
+        data = dataset.find(run_config, _corpora_of_run(run_config))
         dataset.with_vocab_size(run_config, data)  # raises for ids that the model lacks
         data = data.changed(lambda index: verifier.checked(index, remember=False))
         train = dataset.training_split(run_config, data)
@@ -155,6 +156,15 @@ def find_data(run_config: RunConfig) -> tuple[TrainingData | None, Finding]:
     facts = [_data_fact(name, index) for name, index in data.corpora.items()]
     fact = f"{'; '.join(facts)}: {run_config.total_steps(sum(rows.values())):,} steps"
     return data, Finding("ok", "data", fact)
+
+
+def _corpora_of_run(run_config: RunConfig) -> tuple[str, ...] | None:
+    """The names of the corpora of the run that is resumed, if folders depend on them."""
+    if not dataset.is_mixed_by_folders(run_config):
+        return None
+    with contextlib.suppress(UserError), log.collecting_warnings():
+        return resume.located(run_config).corpora
+    return None
 
 
 def _data_fact(name: str, index: DatasetIndex) -> str:

@@ -1,6 +1,7 @@
 """The rows that a run trains on in a step, as `gpt2 data order` shows them."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -13,6 +14,7 @@ from gpt2.data import shards
 from gpt2.train import dataset
 from gpt2.train.resume import Configure, located
 
+logger = logging.getLogger(__name__)
 MOST_ROWS = 2**62
 """positions of rows are 64-bit integers"""
 
@@ -35,7 +37,12 @@ def rows_of(run_config: RunConfig, configure: Configure, step: int) -> list[RowO
 
     Raises UserError as the run would.
     """
-    start = located(run_config)
+    start, requested = located(run_config), run_config.checkpoint.resume_from
+    if requested is not None and start.path is None:
+        logger.warning(
+            "no checkpoint in %s: these are the rows of a new run",
+            run_config.checkpoint.checkpoint_dir,
+        )
     run_config = start.configured(run_config, configure)
     data = dataset.find(run_config, start.corpora)
     start.require_agreement(run_config, data)
@@ -44,9 +51,9 @@ def rows_of(run_config: RunConfig, configure: Configure, step: int) -> list[RowO
         name: shards.rows_per_shard(index, "train", block_size)
         for name, index in data.corpora.items()
     }
-    state = start.saved_state()
-    order = start.order(run_config, rows_per_shard, state)
-    last = MOST_ROWS // order.sampler.rows_per_step
+    state = start.train_state()
+    sampler = start.sampling(run_config, rows_per_shard, state).sampler
+    last = MOST_ROWS // sampler.rows_per_step
     require(step <= last, f"step={step} is too large; expected 0 to {last}")
     files = [
         (name or index.storage.root, shard.file)
@@ -54,7 +61,7 @@ def rows_of(run_config: RunConfig, configure: Configure, step: int) -> list[RowO
         for shard in index.of("train")
     ]
     found: list[RowOfStep] = []
-    for number, row in order.sampler.rows(state.data_step(step)).tolist():
+    for number, row in sampler.rows(state.data_step(step)).tolist():
         corpus, shard = files[number]
         found.append(RowOfStep(corpus, shard, row))
     return found

@@ -25,8 +25,9 @@ def log(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) 
     """Logs the banner of a run; every rank calls it."""
     warnings = [run.evaluator.warning, lr_schedule.warning(run.schedule, run.total_steps)]
     if start.checkpoint is not None:
-        warnings.append(start.rate_warning(run.config, run.sampler.rows_per_epoch, run.state.step))
-        notes = start.notes(run.config, run.world)
+        rows = {name: sum(of) for name, of in run.dataset.rows_per_shard.items()}
+        warnings.append(start.rate_warning(run.config, rows, run.state.step))
+        notes = start.notes(run.config, run.world, data)
         logger.info("Resuming from:")
         for note in (f"Step: {run.state.step}", f"Epoch: {run.next_epoch()}", *notes):
             logger.info("  - %s", note)
@@ -79,7 +80,8 @@ def _mixture_lines(run: TrainingRun) -> Iterator[str]:
             weights = {name: weight for name, weight in phase.weights.items() if weight}
             total = sum(weights.values())
             shares = (f"{weight / total:.1%} {name}" for name, weight in weights.items())
-            yield f"from step {phase.first_step} on: {', '.join(shares)}"
+            first_step = state.step_that_reads(phase.first_step)
+            yield f"from step {first_step} on: {', '.join(shares)}"
     rows = run.sampler.mixture.rows_before(
         state.data_step(run.total_steps) * run.sampler.rows_per_step
     )

@@ -1,7 +1,7 @@
 """The training data of a run: found, or prepared first if its text comes with Python."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from gpt2.base.errors import DataError
 from gpt2.config import mixture
@@ -48,25 +48,50 @@ def find(run_config: RunConfig, names: Collection[str] | None = None) -> Trainin
     roots = {corpus.name: corpus.root for corpus in typed}
     if UNNAMED not in roots:
         return training_data.load(roots, cache)
-    folders = training_data.folders_of(roots[UNNAMED])
-    if not folders:
-        return training_data.load(roots, cache)
-    if names is not None and UNNAMED in names:
-        logger.warning(
-            "%s is read folder after folder, as its run began; a new run would mix %s",
-            roots[UNNAMED],
-            ", ".join(folders),
+    root = roots[UNNAMED]
+    if mixture.is_named(root) and not Storage(root).files():
+        raise DataError(
+            f"no training data in {root}; if that is the name of a corpus and its folder, add its "
+            f"weight: {root}:1"
         )
-        return training_data.load(roots, cache)
-    if names is not None:
-        for name in folders.keys() - set(names):
+    if names is not None and UNNAMED in names:
+        if training_data.has_several_corpora(root):
             logger.warning(
-                "%s is new in %s, and no corpus of the run: name all of them with --data_root "
-                "NAME=FOLDER … to add it",
-                folders.pop(name),
-                roots[UNNAMED],
+                "%s is read folder after folder, as its run began; a new run would mix them", root
             )
-    return training_data.load(folders, cache)
+        return training_data.load(roots, cache)
+    folders = training_data.folders_of(root)
+    if names is not None and (folders or names):
+        folders = _of_run(root, folders, names)
+    return training_data.load(folders or roots, cache)
+
+
+def _of_run(root: str, folders: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """The folders of the corpora that a run with these `names` has."""
+    if not folders:
+        raise DataError(
+            f"{root} has the shards of one corpus, the run trains on {', '.join(names)}; name them "
+            "with --data_root NAME=FOLDER …"
+        )
+    if missing := [name for name in names if name not in folders]:
+        raise DataError(f"{root} has no shards of {', '.join(missing)}, which the run trains on")
+    for name in sorted(folders.keys() - set(names)):
+        logger.warning(
+            "%s is new in %s, and no corpus of the run: name all of them with --data_root "
+            "NAME=FOLDER … to add it",
+            folders[name],
+            root,
+        )
+    return {name: folders[name] for name in names}
+
+
+def is_mixed_by_folders(run_config: RunConfig) -> bool:
+    """Whether a new run mixes the folders that a glob stands for."""
+    first, *others = mixture.corpora(run_config.data.data_root)
+    try:
+        return not others and not first.name and training_data.has_several_corpora(first.root)
+    except DataError:  # who trains opens the data, and says what is wrong with it
+        return False
 
 
 def training_split(run_config: RunConfig, data: TrainingData) -> MixedDataset:

@@ -254,7 +254,7 @@ def validation_rows(
     found = dict[str, tuple[TokenDataset, Rows]]()
     for name, index in indices.items():
         dataset = TokenDataset(index, "val", run_config.model.block_size)
-        count = max(1, run_config.eval_rows // len(indices))
+        count = -(-run_config.eval_rows // len(indices))
         found[name] = dataset, sampler.spread(dataset.rows_per_shard, count)
     return found
 

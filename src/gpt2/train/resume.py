@@ -68,8 +68,8 @@ class InitialWeights:
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a run trains on."""
+class Sampling:
+    """Which rows a run trains on, and for how long."""
 
     sampler: Sampler
     phases: tuple[StepPhase, ...]
@@ -157,31 +157,31 @@ class StartingPoint:
         """The names of the corpora of the checkpoint's run; None for a run that begins."""
         return None if self.checkpoint is None else tuple(_fingerprints(self.checkpoint))
 
-    def order(
+    def sampling(
         self,
         run_config: RunConfig,
         rows_per_shard: Mapping[str, tuple[int, ...]],
         state: TrainState,
-    ) -> Order:
-        """What the run trains on, in which order; `rows_per_shard` is by name of corpus."""
+    ) -> Sampling:
+        """Which rows the run trains on; `rows_per_shard` is by name of corpus."""
         rows = {name: sum(of_shards) for name, of_shards in rows_per_shard.items()}
         total_steps = run_config.total_steps(sum(rows.values()))
         is_mixture = UNNAMED not in rows
         phases = self._phases(run_config, rows, total_steps, state) if is_mixture else ()
-        return Order(run_config.sampler(rows_per_shard, phases), phases, total_steps)
+        return Sampling(run_config.sampler(rows_per_shard, phases), phases, total_steps)
 
     def _phases(
         self, run_config: RunConfig, rows: Mapping[str, int], total_steps: int, state: TrainState
     ) -> tuple[StepPhase, ...]:
         """The weights of the corpora from the first step of the run on: those of the checkpoint,
         unless other ones are typed, which begin now."""
-        typed, settings = mixture.corpora(run_config.data.data_root), run_config.data.mixture
-        planned = mixture.planned(typed, settings, rows, total_steps)
+        named, settings = mixture.corpora(run_config.data.data_root), run_config.data.mixture
+        planned = mixture.planned(named, settings, rows, total_steps)
         if self.checkpoint is None:
             return planned
         begun = mixture.from_plain(self.checkpoint[MIXTURE])
         of_runs = options.of_stored(self.checkpoint["config"]).data, run_config.data
-        before, now = (mixture.weights_and_phases(one.data_root, one.mixture) for one in of_runs)
+        before, now = (mixture.typed(one.data_root, one.mixture) for one in of_runs)
         if before == now:
             return begun
         return mixture.continued(begun, planned, state.data_step(state.step))
@@ -201,17 +201,11 @@ class StartingPoint:
         hint = f"it was made with --preset {stored['preset']}" if has_other_preset else ""
         _refuse_contradictions(self.path, rows, hint)
 
-    def train_state(self, world: World) -> TrainState:
-        """The state that training begins with."""
+    def train_state(self, world: World | None = None) -> TrainState:
+        """The state that training begins with; every rank of a `world` calls it."""
         if self.checkpoint is None or self.path is None:
             return TrainState()
         return train_state(self.checkpoint, self.path, world)
-
-    def saved_state(self) -> TrainState:
-        """As `train_state`, for one process that does not train."""
-        if self.checkpoint is None or self.path is None:
-            return TrainState()
-        return train_state(self.checkpoint, self.path)
 
     @property
     def fitted_rows(self) -> FittedRows | None:
@@ -226,7 +220,7 @@ class StartingPoint:
             {name: _completed(index, known.get(name)) for name, index in data.corpora.items()}
         )
 
-    def notes(self, run_config: RunConfig, world: World) -> list[str]:
+    def notes(self, run_config: RunConfig, world: World, data: TrainingData) -> list[str]:
         """Permitted differences from the checkpoint, for the banner."""
         assert self.checkpoint is not None
         rows = options.overridden(self.checkpoint["config"], run_config)
@@ -236,6 +230,11 @@ class StartingPoint:
                 "Data: the checkpoint is of an earlier version, which did not record all of the "
                 "data's content; the next one does"
             )
+        if added := [name for name in data.corpora if name not in _fingerprints(self.checkpoint)]:
+            notes.append(
+                f"Validation: also of {', '.join(added)} from here, so val loss and the best "
+                "checkpoint do not compare with those before"
+            )
         ranks = len(self.checkpoint["rng"])
         if ranks != world.size:
             notes.append(f"Ranks: {ranks} before, {world.size} from here; the data is the same")
@@ -243,11 +242,20 @@ class StartingPoint:
                 notes.append("Dropout draws other numbers: its random streams belong to the ranks")
         return notes
 
-    def rate_warning(self, run_config: RunConfig, rows_per_epoch: int, step: int) -> str | None:
-        """What to say of a learning rate that jumps at this resume; None if it does not."""
+    def rate_warning(
+        self, run_config: RunConfig, rows_per_epoch: Mapping[str, int], step: int
+    ) -> str | None:
+        """What to say of a learning rate that jumps at this resume; None if it does not.
+
+        `rows_per_epoch` is by name of corpus.
+        """
         assert self.checkpoint is not None
         before = options.of_stored(self.checkpoint["config"])
-        totals = [run.total_steps(rows_per_epoch) for run in (before, run_config)]
+        known = sum(rows_per_epoch[name] for name in _fingerprints(self.checkpoint))
+        totals = [
+            before.total_steps(known),
+            run_config.total_steps(sum(rows_per_epoch.values())),
+        ]
         old, new = before.lr_schedule(totals[0]), run_config.lr_schedule(totals[1])
         last, expected, rate = lr_at(max(0, step - 1), old), lr_at(step, old), lr_at(step, new)
         is_smooth = any(math.isclose(rate, one, rel_tol=UNNOTICED) for one in (last, expected))
@@ -381,7 +389,7 @@ def _has_saved(folder: Path) -> bool:
 
 def _fingerprints(checkpoint: CheckpointState) -> dict[str, Fingerprint | str]:
     """By name of corpus; a text is that of an earlier version."""
-    found: Any = checkpoint["data_fingerprint"]
+    found: Any = checkpoint.get("data_fingerprint", "")
     return found if MIXTURE in checkpoint else {UNNAMED: found}
 
 
@@ -413,7 +421,10 @@ def _data_differences(
         )
         return [("corpora", before, now)]
     if missing := [name for name in known if name not in data.corpora]:
-        return [("corpora", ", ".join(known), f"without {', '.join(missing)}")]
+        without = (
+            f"without {', '.join(missing)} (the weight 0 keeps a corpus without training on it)"
+        )
+        return [("corpora", ", ".join(known), without)]
     rows: list[tuple[str, Any, Any]] = []
     roots = options.of_stored(checkpoint["config"]).data.data_root
     typed = {corpus.name: corpus.root for corpus in mixture.corpora(roots)}

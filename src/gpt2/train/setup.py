@@ -23,7 +23,7 @@ from gpt2.train.evaluator import Evaluator
 from gpt2.train.notices import Notices, forget_death, post_death_before
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
-from gpt2.train.resume import Configure, Order, StartingPoint
+from gpt2.train.resume import Configure, Sampling, StartingPoint
 from gpt2.train.run_identity import RunIdentity
 from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
@@ -55,7 +55,7 @@ def build(
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
     state = start.train_state(world)
-    order = start.order(run_config, token_dataset.rows_per_shard, state)
+    sampling = start.sampling(run_config, token_dataset.rows_per_shard, state)
     weights = start.weights.tensors if start.weights else None
     corpus_count = len(data.corpora) if data.is_mixture else 0
     replica = Replica(run_config, world, weights, state.plain_head, start.fitted_rows, corpus_count)
@@ -63,7 +63,7 @@ def build(
     run_name = _run_name(run_config, run_name, start, identity)
     if start.checkpoint is not None:
         replica.load_state_dict(start.checkpoint, state.step)
-    plan = _plan(run_config, run_name, order, world)
+    plan = _plan(run_config, run_name, sampling, world)
     run = TrainingRun(
         config=run_config,
         name=run_name,
@@ -71,10 +71,10 @@ def build(
         dataset=token_dataset,
         data=data,
         verifiers=_verifiers(data, world),
-        sampler=order.sampler,
-        phases=order.phases,
-        schedule=run_config.lr_schedule(order.total_steps),
-        total_steps=order.total_steps,
+        sampler=sampling.sampler,
+        phases=sampling.phases,
+        schedule=run_config.lr_schedule(sampling.total_steps),
+        total_steps=sampling.total_steps,
         replica=replica,
         evaluator=evaluator,
         saver=_saver(run_config, world, start, state.step),
@@ -165,14 +165,14 @@ def _begin(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoin
     run.status.write("running", run.state.step)
 
 
-def _plan(run_config: RunConfig, run_name: str, order: Order, world: World) -> Plan:
+def _plan(run_config: RunConfig, run_name: str, sampling: Sampling, world: World) -> Plan:
     """What the run will do, for `status.json`."""
     return Plan(
         run_name=run_name,
         preset=run_config.preset,
-        total_steps=order.total_steps,
+        total_steps=sampling.total_steps,
         rows_per_step=run_config.rows_per_step,
-        rows_per_epoch=order.sampler.rows_per_epoch,
+        rows_per_epoch=sampling.sampler.rows_per_epoch,
         block_size=run_config.model.block_size,
         checkpoint_interval=run_config.checkpoint.checkpoint_interval,
         world_size=world.size,

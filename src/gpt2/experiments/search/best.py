@@ -92,4 +92,5 @@ def command_of(run_config: RunConfig, out_dir: Path, searched: Collection[str] =
 def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no_{name}"]
-    return [f"--{name}", str(value)]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *map(str, values)]

@@ -68,8 +68,13 @@ def open_study(search: Search) -> Study:
     fixed = dict(search.description().fixed)
     # The next owner may have the data in other folders.
     del fixed["data_root"]
-    if weights := mixture.weights_and_phases(search.run.data.data_root, ())[0][1:]:
-        fixed["data_root"] = str(weights)
+    named = mixture.corpora(search.run.data.data_root)
+    if any(corpus.name for corpus in named):
+        weights = {corpus.name: corpus.weight for corpus in named}
+        fixed["corpora"] = " ".join(
+            name if weight is None else f"{name}:{float(weight):g}"
+            for name, weight in weights.items()
+        )
     before = study.user_attrs.get(FIXED)
     if before is not None and (rows := spec.differences(before, fixed)):
         raise results.another_experiment(f"the study {search.study_name}", rows, "--study_name")

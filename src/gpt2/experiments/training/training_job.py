@@ -192,6 +192,8 @@ def result_options(run_config: RunConfig) -> dict[str, Any]:
     plain["model"]["vocab_size"] = sized.model.embedding_rows
     parts = (name.split(".") for name in RESULT_OPTIONS)
     found = {name: plain[part][name] for part, name in parts} | options.FORMER
+    if dataset.is_mixed_by_folders(run_config):  # earlier versions read one after the other
+        found["mixture"] = "folders by size"
     return {
         name: value
         for name, value in found.items()
