@@ -9,11 +9,11 @@ from gpt2 import model
 from gpt2.optim import muon
 from gpt2.optim.muon import Muon
 from gpt2.train import trainer
-from optim.muon_ranks import SHAPE, updated
+from optim.update_ranks import SHAPE, updated
 from same_state import assert_same
 from support import ROOT, losses, small_config, small_flags
 
-SCRIPT = ROOT / "tests/optim/muon_ranks.py"
+SCRIPT = ROOT / "tests/optim/update_ranks.py"
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 16, 64), (2, 64, 16), (1, 1, 7)])
@@ -65,17 +65,19 @@ def test_momentum_is_that_of_torch_and_so_are_size_and_decay():
 
 def test_any_number_of_ranks_makes_the_same_update(tmp_path: Path):
     """Each updates its share; the momentum of a checkpoint is whole, on any number of ranks."""
-    one = updated(None, 3)
+    one = updated("muon", None, 3)
     assert {"AdamW", "Muon"} == one["optimizer"].keys()
     torch.save(one["optimizer"], tmp_path / "state.pt")
     for ranks in (2, 4):
-        forked_ranks.run([str(tmp_path), str(tmp_path / "state.pt")], ranks, tmp_path, SCRIPT)
+        forked_ranks.run(
+            [str(tmp_path), str(tmp_path / "state.pt"), "muon"], ranks, tmp_path, SCRIPT
+        )
         of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
         for found, loaded in of_ranks:
-            torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-6, atol=1e-6)
             assert_same(loaded["optimizer"]["Muon"]["state"], one["optimizer"]["Muon"]["state"])
-        for found, other in itertools.pairwise(of_ranks):
-            assert_same(found, other)
+        for (found, _), (other, _) in itertools.pairwise(of_ranks):
+            assert_same(found["weights"], other["weights"])
 
 
 def test_each_rank_has_the_momentum_of_its_share_alone(monkeypatch: pytest.MonkeyPatch):
@@ -110,9 +112,15 @@ def test_a_compiled_orthogonalisation_is_the_same(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.soak
 def test_a_run_on_ranks_stops_and_goes_on_as_one(data_root: Path, tmp_path: Path):
-    """Bit-identical on the same number of ranks; on another one, and with a checkpoint of torch's
-    Muon, with the losses of one rank."""
-    options = {"optimizer": "muon", "dropout": 0, "checkpoint_interval": 4, "decay_steps": 8}
+    """Bit-identical on the same number of ranks, with the losses of one rank on another one. AdamW
+    is divided, too."""
+    options = {
+        "optimizer": "muon",
+        "shard_optimizer": True,
+        "dropout": 0,
+        "checkpoint_interval": 4,
+        "decay_steps": 8,
+    }
     whole, parts, one = (tmp_path / name for name in ("whole", "parts", "one"))
     trainer.run(small_config(data_root, one, **options, max_steps=8))
     for out, *parts_of in ((whole, (8,)), (parts, (4, 8))):

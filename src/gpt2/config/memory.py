@@ -45,6 +45,8 @@ class Computation:
     """whether matrix products have 16 bits (autocast); else float32"""
     is_compiled: bool
     ranks: int = 1
+    is_sharded: bool = False
+    """whether the ranks divide AdamW's moments among them"""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def overhead_bytes(ranks: int) -> int:
 def state_bytes(model: ModelConfig, how: Computation) -> int:
     """Weights, gradients and two moments, in float32; what autocast keeps of the weights; with DDP
     also the gradients of earlier micro-batches beside its buckets."""
-    per_weight = 16 + (2 if how.is_half else 0) + (4 if how.ranks > 1 else 0)
-    return per_weight * flops.parameter_count(model)
+    moments = 8 / how.ranks if how.is_sharded else 8
+    per_weight = 8 + moments + (2 if how.is_half else 0) + (4 if how.ranks > 1 else 0)
+    return int(per_weight * flops.parameter_count(model))
 
 
 def head_bytes(model: ModelConfig, how: Computation) -> int:
@@ -161,7 +164,8 @@ def automatic_rows(run_config: RunConfig, memory_bytes: int, how: Computation) -
 def computation(run_config: RunConfig, ranks: int) -> Computation:
     """How a run computes on GPUs with fast products of 16 bits."""
     machine = run_config.machine
-    return Computation(machine.dtype != "float32", machine.compile != "off", ranks)
+    is_sharded = run_config.optim.shard_optimizer
+    return Computation(machine.dtype != "float32", machine.compile != "off", ranks, is_sharded)
 
 
 def rows_on_card(run_config: RunConfig, gigabytes: float, ranks: int) -> int:

@@ -28,7 +28,7 @@ from gpt2.data.sampler import Sampler, Shuffle
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
 OPTIMIZERS = {
-    "adamw": "gpt2.optim.adamw:build_adamw",
+    "adamw": "gpt2.optim.combined:build_adamw",
     "muon": "gpt2.optim.combined:build_muon",
 }
 """`module:function` of each optimiser, which `gpt2.optim.build` calls; a new optimiser is a file in
@@ -101,6 +101,9 @@ class OptimConfig:
     """maximum norm of the gradient; None is no clipping"""
     max_bad_steps: int = 5
     """consecutive skipped updates before the run goes back"""
+    shard_optimizer: bool = False
+    """several ranks: divide AdamW's moments among them, 8 of 16 bytes per weight; Muon's momentum
+    always is divided"""
     skip_spikes: bool = False
     """skip an update whose loss or gradient norm is 6 standard deviations above the mean of the
     last 128; without it, such an update is only reported"""

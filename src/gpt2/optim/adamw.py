@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2.config.run import OptimConfig
-from gpt2.model.base import LanguageModel
 
 
 class Uncompiled:
@@ -49,15 +48,10 @@ class AdamW(Uncompiled, torch.optim.AdamW):
         self.found_inf = self.grad_scale = None
 
 
-def build_adamw(model: LanguageModel, config: OptimConfig) -> AdamW:
-    """AdamW for all weights."""
-    return adamw_of(model.parameters(), config)
-
-
-def adamw_of(weights: Iterable[nn.Parameter], config: OptimConfig) -> AdamW:
-    """AdamW for some weights."""
+def of_groups(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
+    """AdamW for some parameter groups."""
     return AdamW(
-        decay_groups(weights, config.weight_decay),
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=1e-8,

@@ -1,23 +1,26 @@
 """Several optimisers, each of other weights, as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2.config.run import OptimConfig
 from gpt2.model.base import LanguageModel
-from gpt2.optim.adamw import AdamW, adamw_of, build_adamw
+from gpt2.optim import adamw
+from gpt2.optim.adamw import AdamW
 from gpt2.optim.muon import Muon
+from gpt2.optim.sharded import ShardedAdamW
 
 
 class CombinedOptimizer:
     """Several optimisers, each of other weights, with one state: `AdamW`, `Muon`, or any of
     torch's, for which the host waits, as they can neither scale gradients nor skip a step."""
 
-    def __init__(self, parts: Sequence[AdamW | Muon | Optimizer]) -> None:
+    def __init__(self, parts: Sequence[AdamW | ShardedAdamW | Muon | Optimizer]) -> None:
         self.parts = parts
 
     @property
@@ -33,7 +36,7 @@ class CombinedOptimizer:
     ) -> None:
         """As `TrainOptimizer.clip_and_step`."""
         for part in self.parts:
-            if isinstance(part, AdamW | Muon):
+            if isinstance(part, AdamW | ShardedAdamW | Muon):
                 part.clip_and_step(norm, max_norm, is_finite, scale)
             elif is_finite:
                 _clip(part, norm, max_norm, scale)
@@ -44,11 +47,16 @@ class CombinedOptimizer:
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return {type(part).__name__: part.state_dict() for part in self.parts}
+        return {_name(part): part.state_dict() for part in self.parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for part in self.parts:
-            part.load_state_dict(state[type(part).__name__])
+            part.load_state_dict(state[_name(part)])
+
+
+def _name(part: object) -> str:
+    """In a checkpoint, which is the same for any number of ranks."""
+    return "AdamW" if isinstance(part, ShardedAdamW) else type(part).__name__
 
 
 def _clip(optimizer: Optimizer, norm: Tensor, max_norm: float | None, scale: Tensor | None) -> None:
@@ -60,7 +68,14 @@ def _clip(optimizer: Optimizer, norm: Tensor, max_norm: float | None, scale: Ten
         torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
 
 
-def build_muon(model: LanguageModel, config: OptimConfig) -> AdamW | CombinedOptimizer:
+def build_adamw(model: LanguageModel, config: OptimConfig) -> AdamW | ShardedAdamW:
+    """AdamW for all weights."""
+    return _adamw_of(model.parameters(), config)
+
+
+def build_muon(
+    model: LanguageModel, config: OptimConfig
+) -> AdamW | ShardedAdamW | CombinedOptimizer:
     """Muon for the matrices between embedding and head, and AdamW for the rest. A model without
     hidden matrices gets AdamW."""
     hidden = [matrix for matrix in model.hidden_matrices() if matrix.requires_grad]
@@ -69,4 +84,11 @@ def build_muon(model: LanguageModel, config: OptimConfig) -> AdamW | CombinedOpt
     taken = {id(part) for part in hidden}
     others = (part for part in model.parameters() if id(part) not in taken)
     muon = Muon(hidden, config.learning_rate, config.weight_decay)
-    return CombinedOptimizer([muon, adamw_of(others, config)])
+    return CombinedOptimizer([muon, _adamw_of(others, config)])
+
+
+def _adamw_of(weights: Iterable[nn.Parameter], config: OptimConfig) -> AdamW | ShardedAdamW:
+    groups = adamw.decay_groups(weights, config.weight_decay)
+    if config.shard_optimizer and dist.is_initialized() and dist.get_world_size() > 1:
+        return ShardedAdamW(groups, config)
+    return adamw.of_groups(groups, config)

@@ -81,12 +81,13 @@ class Muon:
     def state_dict(self) -> dict[str, Any]:
         """As torch's Muon has it, the same on every rank; every rank calls it."""
         (group,) = self.param_groups
-        whole = _gathered([stack.momentum for stack in self._stacks])
-        moments = {
-            number: {"momentum_buffer": moment}
-            for stack, of_stack in zip(self._stacks, whole, strict=True)
-            for number, moment in zip(stack.numbers, of_stack, strict=False)
-        }
+        moments: dict[int, dict[str, Tensor]] = {}
+        for stack in self._stacks:
+            (whole,) = _gathered([stack.momentum])
+            if whole is not stack.momentum:
+                whole = whole.cpu()  # a device may have no room for all of them
+            for number, moment in zip(stack.numbers, whole, strict=False):
+                moments[number] = {"momentum_buffer": moment}
         options = {name: value for name, value in group.items() if name != "params"}
         return {
             "state": dict(sorted(moments.items())),

@@ -26,6 +26,7 @@ from gpt2.distributed.world import World
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_options
 from gpt2.optim.loss_scale import LossScale
+from gpt2.optim.sharded import largest_share
 from gpt2.optim.spikes import SpikeDetector
 from gpt2.train import memory_snapshot, micro_batch
 from gpt2.train.compile_cache import compiled
@@ -81,7 +82,12 @@ class Replica:
         self.mini_batch_size = micro_batch.given(run_config)
         self.fitted_rows: FittedRows | None = None
         if micro_batch.is_to_be_fitted(run_config, world):
-            how = Computation(self.dtype is not torch.float32, is_compiled, world.size)
+            how = Computation(
+                self.dtype is not torch.float32,
+                is_compiled,
+                world.size,
+                run_config.optim.shard_optimizer,
+            )
             self.fitted_rows = micro_batch.fitted(
                 run_config, world, how, self._try_micro_batch, fitted_rows
             )
@@ -158,7 +164,9 @@ class Replica:
         gradients are thrown away. Raises an out-of-memory error if there is too little memory."""
         tokens_BT = self._zeros(min(rows, -(-self.config.rows_per_step // self.world.size)))
         # As much as the optimiser will keep: two moments of every weight.
-        moments = [torch.empty_like(part) for part in self.model.parameters() for _ in range(2)]
+        sizes = [part.numel() for part in self.model.parameters()]
+        ranks = self.world.size if self.config.optim.shard_optimizer else 1
+        moments = torch.empty(2 * largest_share(sizes, ranks), device=self.world.device)
         try:
             # Nothing is exchanged: a rank without enough memory would leave the others waiting.
             with self.exchanging_gradients(is_last=False):
