@@ -20,7 +20,7 @@ STEPS_AHEAD = 2
 
 
 class RowSource(Protocol):
-    """What rows are read from."""
+    """What rows are read from: inputs and targets, each (B, T) int64. Raises DataError."""
 
     def read(
         self, rows: Rows, stop: threading.Event | None = None

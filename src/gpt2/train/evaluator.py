@@ -78,7 +78,8 @@ class Evaluator:
         self, step: int, stop_reason: Callable[[], int], is_last: bool
     ) -> dict[str, Loss] | None:
         """The loss on the validation rows of each corpus, if it is due at `step`: every
-        `eval_interval` steps, also before the first step and after the last."""
+        `eval_interval` steps, also before the first step and after the last. None if it is not, or
+        if it fails."""
         interval, replica = self._config.evaluation.eval_interval, self._replica
         if interval is None or not (step == 0 or is_last or is_due(step, interval)):
             return None
@@ -244,7 +245,8 @@ class Evaluator:
 def validation_rows(
     run_config: RunConfig, data: TrainingData
 ) -> dict[str, tuple[TokenDataset, Rows]]:
-    """By corpus, its validation split and the rows of it to measure: the same number of each.
+    """By corpus, its validation split and the rows of it to measure: an equal share of
+    `run_config.eval_rows`, rounded up, or all that it has.
 
     Corpora of a mixture without validation shards are left out; raises DataError if all lack them.
     """

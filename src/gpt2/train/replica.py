@@ -97,7 +97,8 @@ class Replica:
         _seed_streams(machine.seed, world.rank)
 
     def losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Any, Tensor | None]:
-        """The summed loss, and with several corpora that of each row, (B), without gradients."""
+        """The loss in nats, summed, and with several corpora also that of each row, (B), without
+        gradients."""
         with self.autocast:
             if not self.corpus_count:
                 return self.net(tokens_BT, targets_BT), None
