@@ -3,6 +3,7 @@
 import contextlib
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ SHIMS = [
     "src/train_models.py",
     "src/parallel_search.py",
 ]
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
+"""127.0.0.1 and ::1"""
 
 
 @pytest.mark.parametrize("name", SHIMS)
@@ -63,9 +68,7 @@ def test_help_of_tensorboard_script():
 
 
 def test_tensorboard_starts_from_any_folder(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with subprocess.Popen(
         [str(ROOT / "start_tensorboard.sh"), "--port", str(port)],
@@ -82,8 +85,66 @@ def test_tensorboard_starts_from_any_folder(tmp_path: Path):
             url = f"http://localhost:{port}/data/environment"
             wait_until(lambda: started.poll() is not None or page_at(url))
             assert f"{ROOT}/runs".encode() in page_at(url)
+            assert listening_at(port) <= LOOPBACK
+            again = [str(ROOT / "start_tensorboard.sh"), f"--port={port}"]
+            assert f"error: port {port} is in use" in run_command(again, expect=2).stderr
         finally:
             started.terminate()  # a shell may have started the tests with SIGINT ignored
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def listening_at(port: int) -> set[str]:
+    """The local addresses, in the kernel's hexadecimal, at which a process listens at `port`."""
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]
+    ]
+    is_listening = "0A"
+    found = {
+        row[1].split(":")[0]
+        for row in rows
+        if row[3] == is_listening and row[1].endswith(f":{port:04X}")
+    }
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "url", "host", "bind_all"),
+    [
+        ([], "http://localhost:PORT (", None, False),
+        (["--bind_all"], "http://localhost:PORT, and every address", None, True),
+        (["--host", "0.0.0.0"], "http://0.0.0.0:PORT (", "0.0.0.0", False),
+        (["--host=::1"], "http://[::1]:PORT (", "::1", False),
+        (["--path_prefix", "/tb"], "http://localhost:PORT/tb (", None, False),
+    ],
+)
+def test_tensorboard_is_open_to_the_network_on_request_only(tmp_path, flags, url, host, bind_all):
+    """The script's copy starts a program that prints what it receives; TensorBoard parses that."""
+    program = pytest.importorskip("tensorboard.program")
+    script = Path(shutil.copy(ROOT / "start_tensorboard.sh", tmp_path))
+    stand_in = tmp_path / ".venv" / "bin" / "tensorboard"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stand_in.chmod(0o755)
+    port = free_port()
+    line, *received = run_command([str(script), "--port", str(port), *flags]).stdout.splitlines()
+    assert line.startswith(f"TensorBoard for {tmp_path}/runs: {url.replace('PORT', str(port))}")
+    board = program.TensorBoard()
+    board.configure(("tensorboard", *received))
+    assert (board.flags.host, board.flags.bind_all, board.flags.port) == (host, bind_all, port)
+
+
+def test_tensorboard_is_bound_in_one_way():
+    script = [str(ROOT / "start_tensorboard.sh"), "--host", "0.0.0.0", "--bind_all"]
+    error = run_command(script, expect=2).stderr
+    assert error == "error: use one of --host=0.0.0.0 --bind_all\n"
 
 
 def page_at(url: str) -> bytes:
