@@ -282,6 +282,27 @@ def test_unknown_fields_of_a_progress_file_are_ignored_with_a_warning(
     ]
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_an_unfinished_preparation_removes_nothing_outside_its_folder(tmp_path: Path):
+    """With few tokens, the shards that it lists are read, removed and divided anew."""
+
+    def broken(skip: int):
+        yield from support.small_documents(skip)
+        raise DataError("the source broke off")
+
+    folder, victim = tmp_path / "small", tmp_path / "victim.npy"
+    broken_off = replace(support.SMALL_CORPUS, blocks=in_blocks(broken))
+    with pytest.raises(DataError, match="broke off"):
+        prepare.prepare(broken_off, folder, workers=1)
+    values = json.loads((folder / "progress.json").read_text())
+    values["shards"] = [values["shards"][0] | {"file": "../victim.npy"}]
+    (folder / "progress.json").write_text(json.dumps(values))
+    np.save(victim, np.arange(8000, dtype=np.uint16))
+    with pytest.raises(DataError, match=r"progress\.json lists \.\./victim\.npy, which is outside"):
+        prepare.prepare(support.SMALL_CORPUS, folder, workers=1)
+    assert victim.exists()
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_killed_at_any_document_it_continues_with_the_same_result(data: st.DataObject):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt2.base.errors import DataError
-from gpt2.data.manifest import Manifest
+from gpt2.data.manifest import Manifest, Shard
 from gpt2.data.remote import Storage
 from gpt2.data.sampler import Sampler, Shuffle, micro_batches
 from gpt2.data.shards import DatasetIndex, TokenDataset, load_index
@@ -193,6 +193,43 @@ def test_context_longer_than_a_shard(data_root: Path):
         DataError, match=r"000001.npy has 8000 tokens, too few for one row of block_size=9000"
     ):
         open_train(data_root, block_size=9000)
+
+
+OUTSIDE = ("../secret.npy", "/secret.npy", "a/../../secret.npy", "..", "%2e%2e/secret.npy")
+
+
+@pytest.mark.parametrize("file", OUTSIDE)
+def test_names_in_a_manifest_do_not_leave_its_folder(copy: Path, file: str):
+    shutil.copy(copy / "small_train_000001.npy", copy.parent / "secret.npy")
+    values = json.loads((copy / "manifest.json").read_text())
+    values["shards"][1]["file"] = file.replace("/secret", f"{copy.parent}/secret", file[0] == "/")
+    (copy / "manifest.json").write_text(json.dumps(values))
+    expected = r"manifest\.json lists \S*, which is outside its folder; put it back"
+    with pytest.raises(DataError, match=expected):
+        local(copy)
+    with pytest.raises(DataError, match=r"lists .* outside its folder"):
+        Shard.read_all(values["shards"], "s3://bucket/manifest.json", None)
+
+
+def test_links_of_a_manifest_do_not_leave_its_folder(copy: Path):
+    victim, secret = copy / "small_train_000002.npy", copy.parent / "secret.npy"
+    victim.rename(secret)
+    victim.symlink_to(secret)
+    with pytest.raises(DataError, match=rf"{victim.name}, which is a link out .*, to {secret}; "):
+        local(copy)
+    victim.unlink()
+    (copy / "elsewhere").symlink_to(copy.parent)
+    values = json.loads((copy / "manifest.json").read_text())
+    values["shards"][2]["file"] = "elsewhere/secret.npy"
+    (copy / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"elsewhere/secret\.npy, which is a link out"):
+        local(copy)
+    secret.rename(copy / "inside.npy")
+    victim.symlink_to("inside.npy")
+    values["shards"][2]["file"] = victim.name
+    (copy / "manifest.json").write_text(json.dumps(values))
+    (copy.parent / "link").symlink_to(copy)  # the folder itself may be a link
+    assert open_train(copy.parent / "link").rows_per_shard == open_train(copy).rows_per_shard
 
 
 # Shards without a manifest

@@ -3,13 +3,16 @@
 import glob
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import unquote
 
 from gpt2.base import atomic_files
 from gpt2.base.errors import DataError
 from gpt2.base.json_fields import from_json
+from gpt2.base.text import printable
 from gpt2.data import hints, tokenizer, tokenizer_files
 from gpt2.data.remote import Storage
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
@@ -32,6 +35,23 @@ class Shard:
     """None as long as nothing has read a shard that has no manifest"""
     text_bytes: int | None = None
     """UTF-8 bytes of its text; None without a manifest, and in those of earlier versions"""
+
+    @classmethod
+    def read_all(
+        cls, items: Iterable[Any], source: object, folder: Path | None
+    ) -> tuple["Shard", ...]:
+        """The shards in a list of the JSON file `source`; they lie in `folder`, or, if that is
+        None, beside a remote `source`.
+
+        Raises DataError for a file outside the folder: it would be read, downloaded or removed,
+        though another user may have written the list. Raises TypeError or ValueError for a damaged
+        list.
+        """
+        shards = tuple(from_json(cls, item, source) for item in items)
+        for shard in shards:
+            if reason := _outside(shard.file, folder):
+                raise DataError(f"{source} lists {printable(shard.file)}, {reason}; {WAY_OUT}")
+        return shards
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ class Manifest:
             raise DataError(missing(storage))
         try:
             values = json.loads(content)
-            shards = tuple(from_json(Shard, item, source) for item in values["shards"])
+            shards = Shard.read_all(values["shards"], source, storage.path)
             return from_json(cls, {**values, "shards": shards}, source)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{source} cannot be read ({error}){hints.repair(storage)}") from error
@@ -114,6 +134,18 @@ class Manifest:
                 f"{self.tokenizer_digest[:12]}…, got {found.identity[:12]}…; {WAY_OUT}"
             )
         return found
+
+
+def _outside(file: str, folder: Path | None) -> str | None:
+    """Why a file of a list lies outside the folder; None if it does not."""
+    name = PurePosixPath(unquote(file))  # a server takes %2e for a dot
+    if name.is_absolute() or ".." in name.parts:
+        return "which is outside its folder"
+    if folder is not None:
+        home, place = os.path.realpath(folder), os.path.realpath(folder / file)
+        if not Path(place).is_relative_to(home):
+            return f"which is a link out of its folder, to {printable(place)}"
+    return None
 
 
 def missing(storage: Storage) -> str:

@@ -280,7 +280,7 @@ class _ProgressFile:
             return [], Position()
         try:
             values = json.loads(path.read_text())
-            done = [from_json(Shard, item, path) for item in values["shards"]]
+            done = [*Shard.read_all(values["shards"], path, self._folder)]
             if "place" not in values:
                 raise ValueError("it was begun by an earlier version")
             counts = from_json(Counts, values["counts"], path)
