@@ -277,8 +277,9 @@ def test_unknown_fields_of_a_progress_file_are_ignored_with_a_warning(
     prepare.prepare(support.SMALL_CORPUS, tmp_path, workers=1)
     assert (tmp_path / "manifest.json").read_bytes() == (data_root / "manifest.json").read_bytes()
     assert [message.rpartition("ignored")[2] for message in caplog.messages] == [
-        " unknown fields of Shard: crc",
         " unknown fields of Counts: duplicates",
+        " unknown fields of Shard: crc",
+        " unknown fields of PreparationProgress: started",
     ]
 
 

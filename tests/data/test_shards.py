@@ -208,7 +208,7 @@ def test_names_in_a_manifest_do_not_leave_its_folder(copy: Path, file: str):
     with pytest.raises(DataError, match=expected):
         local(copy)
     with pytest.raises(DataError, match=r"lists .* outside its folder"):
-        Shard.read_all(values["shards"], "s3://bucket/manifest.json", None)
+        Shard(**values["shards"][1]).require_inside(None, "s3://bucket/manifest.json")
 
 
 def test_links_of_a_manifest_do_not_leave_its_folder(copy: Path):

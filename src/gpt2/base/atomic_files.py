@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from gpt2.base import regular_file
+
 TEMPORARY_SUFFIX = ".tmp"
 NO_SYMLINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # symlink(2)
 TEXT_LINK = "link: "
@@ -99,7 +101,7 @@ def pointed_at(link: Path) -> Path | None:
     if link.is_symlink():
         return link.parent / os.readlink(link)
     try:
-        with link.open("rb") as file:
+        with regular_file.open_to_read(link) as file:
             content = file.read(MAX_TEXT_LINK)
     except OSError:  # no file
         return None

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gpt2.base import json_fields
 from gpt2.base.errors import CheckpointError, FolderInUse
-from gpt2.base.json_fields import from_json
 from gpt2.base.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
@@ -187,8 +187,8 @@ def owner(folder: Path) -> Owner | None:
     """The process that holds the folder, or that died holding it; None if that is unknown."""
     path = folder / OWNER_NAME
     try:
-        return from_json(Owner, json.loads(path.read_text()), path)
-    except (OSError, ValueError, TypeError):
+        return json_fields.from_json(Owner, json_fields.read(path), path)
+    except json_fields.UNREADABLE:
         return None
 
 

@@ -2,14 +2,14 @@
 
 import json
 import logging
-import sys
-import types
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
+from gpt2.base import json_fields
 from gpt2.base.errors import CheckpointError
+from gpt2.base.json_fields import Timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ class CheckpointMetadata:
     hmac: str | None
     """signature of the digests with this user's key; None if there was no key to sign with"""
     torch_version: str
-    time: float
-    """seconds since 1970"""
+    time: Timestamp
     sequence: int
     """number of the save in its folder: clocks may jump, and steps may be repeated"""
     unknown: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +68,8 @@ def read_metadata(path: Path) -> CheckpointMetadata | None:
     Unknown fields are kept, with a warning. Raises CheckpointError if the file cannot be read.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = _in_parts(json_fields.read(path))
+        metadata = json_fields.from_json(CheckpointMetadata, values, path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -77,22 +77,11 @@ def read_metadata(path: Path) -> CheckpointMetadata | None:
             f"cannot read {path}: {error.strerror or error}; check the disk and the file's "
             "permissions, then try again"
         ) from error
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, TypeError) as error:
+        logger.debug("%s is damaged or of another version: %s", path, error)
         return None
-    if not isinstance(values, dict):
-        return None
-    if isinstance(values.get("sha256"), str):  # the first version had one digest of the whole file
-        values |= {"sha256": [values["sha256"]], "piece_bytes": values.get("bytes")}
-    if not isinstance(values.get("hmac"), str):
-        values["hmac"] = None  # not a signature
-    training = _known(TrainingMetadata, values)
-    checkpoint = _known(CheckpointMetadata, values)
-    if training is None or checkpoint is None:
-        return None
-    unknown = {name: values[name] for name in values.keys() - training.keys() - checkpoint.keys()}
-    if unknown:
-        _warn_once(path, tuple(sorted(unknown)))
-    metadata = CheckpointMetadata(TrainingMetadata(**training), **checkpoint, unknown=unknown)
+    if metadata.unknown:
+        _warn_once(path, tuple(sorted(metadata.unknown)))
     return metadata if _covers_file(metadata) else None
 
 
@@ -102,34 +91,18 @@ def metadata_to_json(metadata: CheckpointMetadata) -> str:
     return json.dumps(values.pop("training") | values.pop("unknown") | values, indent=2) + "\n"
 
 
-def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any] | None:
-    """The values of the fields of `kind`; None if one is missing or has another type."""
-    found = {}
-    for each in fields(kind):
-        if each.name in ("training", "unknown"):
-            continue
-        if each.name in values:
-            if not _is_of(each.type, values[each.name]):
-                return None
-            found[each.name] = values[each.name]
-        elif each.default is MISSING:
-            return None
-    return found
-
-
-def _is_of(hint: Any, value: object) -> bool:
-    """Whether `value`, which was read from JSON, has the type `hint`."""
-    if isinstance(hint, types.UnionType):
-        return any(_is_of(part, value) for part in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_of(get_args(hint)[0], item) for item in value)
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return isinstance(value, float) or abs(value) <= sys.float_info.max
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+def _in_parts(values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file, of any version, with the fields of `CheckpointMetadata`."""
+    training = {each.name for each in fields(TrainingMetadata)}
+    own = {each.name for each in fields(CheckpointMetadata)} - {"training", "unknown"}
+    parts = {name: value for name, value in values.items() if name in own}
+    if isinstance(parts.get("sha256"), str):  # the first version had one digest of the whole file
+        parts |= {"sha256": [parts["sha256"]], "piece_bytes": parts.get("bytes")}
+    if not isinstance(parts.get("hmac"), str):
+        parts["hmac"] = None  # not a signature
+    unknown = {name: value for name, value in values.items() if name not in training | own}
+    known = {name: value for name, value in values.items() if name in training}
+    return parts | {"training": known, "unknown": unknown}
 
 
 def _covers_file(metadata: CheckpointMetadata) -> bool:

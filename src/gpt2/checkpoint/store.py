@@ -24,7 +24,7 @@ from typing import IO, cast
 
 import torch
 
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, regular_file
 from gpt2.base.errors import CheckpointError, is_out_of_memory
 from gpt2.checkpoint import integrity, verification
 from gpt2.checkpoint.metadata import (
@@ -231,7 +231,7 @@ def unpickle(path: Path, *, trust: bool = False, verified: Verified | None = Non
     Raises CheckpointError as `load` does. An error of CUDA is raised as it is.
     """
     try:
-        with path.open("rb") as file:
+        with regular_file.open_to_read(path) as file:
             if verified is not None and verification.version_of(file) != verified.version:
                 # Another file has the name now, or this rank sees the folder through another mount.
                 verified = verification.verify_open_file(path, file, verified.metadata)

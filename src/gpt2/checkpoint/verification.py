@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from gpt2.base import retry
+from gpt2.base import regular_file, retry
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import integrity
 from gpt2.checkpoint.metadata import CheckpointMetadata, read_metadata
@@ -55,7 +55,7 @@ def verify_against(path: Path, metadata: CheckpointMetadata) -> Verified:
     """
 
     def verify_once() -> Verified:
-        with path.open("rb") as file:
+        with regular_file.open_to_read(path) as file:
             return verify_open_file(path, file, metadata)
 
     return retry.call(

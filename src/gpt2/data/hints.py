@@ -1,9 +1,9 @@
 """The way out in messages about training data: commands that can be typed as they are printed."""
 
-import json
 import shlex
 from pathlib import Path
 
+from gpt2.base import json_fields
 from gpt2.data import corpora, tokenizer_files
 from gpt2.data.remote import Storage
 
@@ -21,10 +21,9 @@ def prepare_command(folder: Path, overwrite: bool = False) -> str:
 def resume_command(progress: Path) -> str:
     """The command that began an unfinished folder, as its progress file records it."""
     try:
-        begun = str(json.loads(progress.read_text())["command"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json_fields.read(progress)["command"])
+    except json_fields.UNREADABLE:
         return prepare_command(progress.parent)
-    return begun
 
 
 def repair(storage: Storage) -> str:

@@ -3,15 +3,13 @@
 import glob
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote
 
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import DataError
-from gpt2.base.json_fields import from_json
 from gpt2.base.text import printable
 from gpt2.data import hints, tokenizer, tokenizer_files
 from gpt2.data.remote import Storage
@@ -36,22 +34,12 @@ class Shard:
     text_bytes: int | None = None
     """UTF-8 bytes of its text; None without a manifest, and in those of earlier versions"""
 
-    @classmethod
-    def read_all(
-        cls, items: Iterable[Any], source: object, folder: Path | None
-    ) -> tuple["Shard", ...]:
-        """The shards in a list of the JSON file `source`; they lie in `folder`, or, if that is
-        None, beside a remote `source`.
-
-        Raises DataError for a file outside the folder: it would be read, downloaded or removed,
-        though another user may have written the list. Raises TypeError or ValueError for a damaged
-        list.
-        """
-        shards = tuple(from_json(cls, item, source) for item in items)
-        for shard in shards:
-            if reason := _outside(shard.file, folder):
-                raise DataError(f"{source} lists {printable(shard.file)}, {reason}; {WAY_OUT}")
-        return shards
+    def require_inside(self, folder: Path | None, source: object) -> None:
+        """Raises DataError if the file lies outside `folder`, or outside that of a remote `source`,
+        which lists it: it would be read, downloaded or removed, though another user may have
+        written the list."""
+        if reason := _outside(self.file, folder):
+            raise DataError(f"{source} lists {printable(self.file)}, {reason}; {WAY_OUT}")
 
 
 @dataclass(frozen=True)
@@ -88,11 +76,12 @@ class Manifest:
         if content is None:
             raise DataError(missing(storage))
         try:
-            values = json.loads(content)
-            shards = Shard.read_all(values["shards"], source, storage.path)
-            return from_json(cls, {**values, "shards": shards}, source)
-        except (ValueError, KeyError, TypeError) as error:
+            manifest = json_fields.from_json(cls, json_fields.parse(content), source)
+        except (ValueError, TypeError) as error:
             raise DataError(f"{source} cannot be read ({error}){hints.repair(storage)}") from error
+        for shard in manifest.shards:
+            shard.require_inside(storage.path, source)
+        return manifest
 
     @classmethod
     def find(cls, storage: Storage) -> "Manifest | None":

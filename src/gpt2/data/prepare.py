@@ -12,19 +12,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gpt2
-from gpt2.base import atomic_files, folder_lock
+from gpt2.base import atomic_files, folder_lock, json_fields
 from gpt2.base.errors import DataError
-from gpt2.base.json_fields import from_json
 from gpt2.data import bad_lines, formats, hints, shards, tokenisation
 from gpt2.data.corpus import Corpus, Place
 from gpt2.data.formats import Tokens
@@ -259,6 +259,18 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
     return manifest
 
 
+@dataclass(frozen=True)
+class PreparationProgress:
+    """The content of `progress.json`."""
+
+    command: str
+    recipe: Mapping[str, Any]
+    counts: Counts
+    place: tuple[int, ...]
+    tokens: int
+    shards: tuple[Shard, ...]
+
+
 class _ProgressFile:
     """`progress.json`: from it, a preparation that was killed continues."""
 
@@ -279,20 +291,20 @@ class _ProgressFile:
             self.record([], Position())
             return [], Position()
         try:
-            values = json.loads(path.read_text())
-            done = [*Shard.read_all(values["shards"], path, self._folder)]
+            values = json_fields.read(path)
             if "place" not in values:
                 raise ValueError("it was begun by an earlier version")
-            counts = from_json(Counts, values["counts"], path)
-            counts = replace(counts, first_bad_lines=tuple(counts.first_bad_lines))
-            position = Position(Place(*values["place"]), values["tokens"], counts)
-            begun_with = values["recipe"]
-        except (ValueError, KeyError, TypeError) as error:
+            begun = json_fields.from_json(PreparationProgress, values, path)
+            position = Position(Place(*begun.place), begun.tokens, begun.counts)
+        except json_fields.UNREADABLE as error:
             raise DataError(
                 f"{path} cannot be read ({error}); start again with --overwrite"
             ) from error
+        for shard in begun.shards:
+            shard.require_inside(self._folder, path)
+        done = list(begun.shards)
         if done:  # without a finished shard, another recipe contradicts nothing
-            _require_same(self._folder, self._recipe, begun_with, "was started")
+            _require_same(self._folder, self._recipe, begun.recipe, "was started")
         else:
             self.record([], Position())
         atomic_files.remove_temporary(
@@ -301,15 +313,16 @@ class _ProgressFile:
         return done, position
 
     def record(self, done: list[Shard], position: Position) -> None:
-        values = {
-            "command": self._command,
-            "recipe": asdict(self._recipe),
-            "counts": asdict(position.counts),
-            "place": position.place,
-            "tokens": position.tokens,
-            "shards": [asdict(shard) for shard in done],
-        }
-        atomic_files.write_text(self._folder / PROGRESS, json.dumps(values, indent=1) + "\n")
+        progress = PreparationProgress(
+            self._command,
+            asdict(self._recipe),
+            position.counts,
+            position.place,
+            position.tokens,
+            tuple(done),
+        )
+        text = json.dumps(asdict(progress), indent=1) + "\n"
+        atomic_files.write_text(self._folder / PROGRESS, text)
 
 
 def _finished(folder: Path, recipe: Recipe) -> Manifest:
@@ -330,7 +343,7 @@ def _finished(folder: Path, recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state: str) -> None:
+def _require_same(folder: Path, recipe: Recipe, other: Mapping[str, object], state: str) -> None:
     now = asdict(recipe)
     names = [name for name, value in now.items() if other.get(name) != value]
     if "tokenizer_digest" in names:
@@ -354,7 +367,7 @@ def _require_same(folder: Path, recipe: Recipe, other: dict[str, object], state:
         )
 
 
-def _tokenizer_of(recipe: dict[str, object]) -> str:
+def _tokenizer_of(recipe: Mapping[str, object]) -> str:
     digest = recipe.get("tokenizer_digest")
     return f"{recipe.get('tokenizer')} {str(digest)[:12]}…" if digest else GPT2_TOKENIZER.name
 

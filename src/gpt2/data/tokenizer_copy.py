@@ -1,10 +1,9 @@
 """The copy of a tokenizer in the folder of the shards that it writes; GPT-2's needs none."""
 
 import contextlib
-import json
 from pathlib import Path
 
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import DataError
 from gpt2.data import tokenizer_files
 from gpt2.data.manifest import MANIFEST, PROGRESS
@@ -49,7 +48,8 @@ class TokenizerCopy:
 def _names_a_tokenizer(path: Path) -> bool:
     """Whether a manifest or `progress.json` is of a preparation with another tokenizer than
     GPT-2's."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        values = json.loads(path.read_text())
-        return values.get("recipe", values).get("tokenizer_digest") is not None
+    with contextlib.suppress(*json_fields.UNREADABLE):
+        values = json_fields.read(path)
+        recipe = json_fields.require_object(values.get("recipe", values))
+        return recipe.get("tokenizer_digest") is not None
     return False

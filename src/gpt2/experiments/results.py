@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard
 
-from gpt2.base import atomic_files, folder_lock
+from gpt2.base import atomic_files, folder_lock, json_fields, regular_file
 from gpt2.base.errors import CheckpointError, ConfigError
-from gpt2.base.json_fields import from_json
+from gpt2.base.json_fields import Timestamp, from_json
 from gpt2.base.text import counted
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.messages import json_ready
@@ -64,8 +64,8 @@ class JobResult:
     attempt: int = 1
     elapsed_s: float = 0.0
     slot: str = ""
-    time: float = field(default_factory=time.time)
-    """when it ended, in seconds since 1970"""
+    time: Timestamp = field(default_factory=time.time)
+    """when it ended"""
 
     @classmethod
     def from_event(cls, event: Event, values: Mapping[str, Any]) -> Self:
@@ -195,7 +195,7 @@ def opened(
             if rows := kinds or differences(before.fixed, description.fixed):
                 raise another_experiment(folder, rows)
             description = replace(description, total=max(before.total, description.total))
-            content = json.loads(path.read_text())  # a later version may have written more
+            content = json_fields.read(path)  # a later version may have written more
         atomic_files.remove_temporary(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
         content |= asdict(description)
         atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
@@ -208,7 +208,7 @@ def read_description(folder: Path) -> ExperimentDescription | None:
     cannot be read."""
     path = folder / EXPERIMENT_FILE
     try:
-        return from_json(ExperimentDescription, json.loads(path.read_text()), path)
+        return from_json(ExperimentDescription, json_fields.read(path), path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:  # TypeError: other JSON
@@ -224,7 +224,7 @@ def read_results(folder: Path) -> list[JobResult]:
     """
     path = folder / RESULT_LINES_FILE
     try:
-        *lines, _torn = path.read_bytes().split(b"\n")
+        *lines, _torn = regular_file.read_bytes(path).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -233,7 +233,7 @@ def read_results(folder: Path) -> list[JobResult]:
     for number, line in enumerate(lines, start=1):
         try:
             # Earlier versions wrote NaN, which is no JSON.
-            content = json.loads(line, parse_constant=lambda _: None)
+            content = json_fields.parse(line, parse_constant=lambda _: None)
             results.append(from_json(JobResult, content, path))
         except (ValueError, TypeError) as error:  # no JSON; no object, or one without a job
             logger.warning("%s, line %d is damaged, its job runs again: %s", path, number, error)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpt2.base import atomic_files
-from gpt2.base.json_fields import from_json
+from gpt2.base import atomic_files, json_fields
+from gpt2.base.json_fields import Timestamp
 
 NAME = "status.json"
 BEAT_EVERY_S = 15
@@ -48,8 +48,8 @@ class Status:
     reason: str | None = None
     host: str = ""
     pid: int = 0
-    time: float = 0.0
-    """seconds since 1970, when this was written: a running run writes it every few seconds"""
+    time: Timestamp = 0.0
+    """when this was written: a running run writes it every few seconds"""
     switched_off: tuple[str, ...] = ()
     """measurements that failed too often in a row"""
 
@@ -119,8 +119,6 @@ def read(folder: Path) -> Status | None:
     """
     path = folder / NAME
     try:
-        values = json.loads(path.read_text())
-        plan = from_json(Plan, values["plan"], path)
-        return from_json(Status, values | {"plan": plan}, path)
-    except (OSError, ValueError, KeyError, TypeError):
+        return json_fields.from_json(Status, json_fields.read(path), path)
+    except json_fields.UNREADABLE:
         return None

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2.base import atomic_files
-from gpt2.base.json_fields import from_json
+from gpt2.base import atomic_files, json_fields
+from gpt2.base.json_fields import Timestamp
 from gpt2.experiments.pool.job import Event, Slot
 from gpt2.experiments.results import is_finite_number
 
@@ -31,8 +31,8 @@ class SlotState:
     job: str | None = None
     pid: int = 0
     attempt: int = 1
-    began: float = 0.0
-    """start of this attempt, in seconds since 1970, as all times in this module"""
+    began: Timestamp = 0.0
+    """start of this attempt"""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """the latest value of each metric"""
     first_step: float | None = None
@@ -93,9 +93,9 @@ class ExperimentState:
     """what stopping means for the running jobs"""
     host: str = ""
     pid: int = 0
-    began: float = 0.0
+    began: Timestamp = 0.0
     """when this process started the experiment"""
-    written: float = 0.0
+    written: Timestamp = 0.0
 
     @property
     def done(self) -> int:
@@ -222,9 +222,8 @@ def read(folder: Path) -> ExperimentState | None:
     """
     path = folder / FILE
     try:
-        content = json.loads(path.read_text())
-        content["slots"] = tuple(from_json(SlotState, item, path) for item in content.pop("places"))
-        content["failures"] = tuple(content["failures"])
-        return from_json(ExperimentState, content, path)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # not such an object
+        content = json_fields.read(path)
+        content["slots"] = content.pop("places")
+        return json_fields.from_json(ExperimentState, content, path)
+    except json_fields.UNREADABLE:
         return None
