@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import stat
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError
-from gpt2.checkpoint import metadata, random_state, store
+from gpt2.checkpoint import integrity, metadata, random_state, store
 
 CPU = torch.device("cpu")
 
@@ -391,6 +392,43 @@ def test_an_empty_key_proves_nothing(planted, tmp_path: Path, monkeypatch):
     key.touch()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     assert_refused(path, trace)
+
+
+@pytest.mark.parametrize(
+    ("of_key", "of_folder"),
+    [(0o602, 0o700), (0o620, 0o700), (0o604, 0o700), (0o600, 0o702), (0o600, 0o770)],
+)
+def test_a_key_that_others_can_know_or_replace_proves_nothing(
+    planted, tmp_path: Path, monkeypatch, caplog, of_key: int, of_folder: int
+):
+    path, trace = planted
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "my home"))
+    write_metadata_by_hand(path, None)
+    digests = metadata.read_metadata(path.with_suffix(".json")).sha256
+    change_metadata(path, hmac=integrity.sign(digests))
+    key = tmp_path / "my home" / "gpt2-from-scratch" / "key"
+    key.chmod(of_key)
+    key.parent.chmod(of_folder)
+    assert_refused(path, trace)
+    command = caplog.messages[-1].rpartition("use: ")[2]
+    assert integrity.sign(["a"]) is None
+    assert store.load(save(tmp_path, 6))["step"] == 6  # nothing is lost
+    subprocess.run(command, shell=True, check=True)
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
+    store.load(path)
+    assert trace.exists()  # with the key as it should be, it is this user's own file
+
+
+def test_a_key_of_another_user_proves_nothing(planted, tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    assert integrity.sign(["a"])
+    if os.getuid() == 0:
+        os.chown(tmp_path / "home" / "gpt2-from-scratch" / "key", 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert integrity.sign(["a"]) is None
+    assert "belongs to another user" in caplog.text
 
 
 def test_trust_unpickles_it(planted):

@@ -7,15 +7,24 @@ with it would take longer than reading it from the disk.
 import contextlib
 import hashlib
 import hmac
+import logging
 import os
 import secrets
+import shlex
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from gpt2.base import user_folders
+
+logger = logging.getLogger(__name__)
+
 PIECE_BYTES = 64 << 20
 KEY_BYTES = 32
+READ_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
+WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _READ_BYTES = 4 << 20
 
 
@@ -87,22 +96,39 @@ def _signature(key: bytes, digests: Sequence[str]) -> str:
 
 
 def _signing_key(create: bool) -> bytes | None:
-    """This user's key; None if it does not exist and cannot be made (a read-only home)."""
+    """This user's key; None if it does not exist and cannot be made (a read-only home), and, with a
+    warning, if others can know or replace it."""
+    if (folder := user_folders.config()) is None:
+        return None
+    path = folder / "key"
     try:
-        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        path = Path(home) / "gpt2-from-scratch" / "key"
         if create and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
-            handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(secrets.token_bytes(KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):  # another process was first: its key is used
-                os.link(fresh, path)
-            fresh.unlink()
-        key = path.read_bytes()
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+            _make_key(path)
+        with path.open("rb") as file:
+            key, of_key, of_folder = file.read(), os.fstat(file.fileno()), folder.stat()
+    except OSError:
+        return None
+    if {of_key.st_uid, of_folder.st_uid} - {os.geteuid(), 0}:
+        logger.warning("%s is not used: it belongs to another user; remove it", folder)
+        return None
+    if of_key.st_mode & (READ_BY_OTHERS | WRITE_BY_OTHERS) or of_folder.st_mode & WRITE_BY_OTHERS:
+        logger.warning(
+            "the key %s is refused, and no checkpoint is signed: other users can read or "
+            "replace it; use: chmod 700 %s && chmod 600 %s",
+            *(path, shlex.quote(str(folder)), shlex.quote(str(path))),
+        )
         return None
     return key if len(key) == KEY_BYTES else None  # a shorter key could be guessed
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(secrets.token_bytes(KEY_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.suppress(FileExistsError):  # another process was first: its key is used
+        os.link(fresh, path)
+    fresh.unlink()

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from gpt2.base import user_folders
+
 logger = logging.getLogger(__name__)
 
 NAME = ".digests.jsonl"
@@ -136,9 +138,7 @@ class DigestMemory:
 def _place_in_cache(folder: Path) -> Path | None:
     """Where a folder's digests are in the user's cache; None for a user without a home. A home may
     be on several machines, which each have inodes of their own."""
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
+    if (caches := user_folders.cache()) is None:
         return None
     key = hashlib.sha256(os.fsencode(f"{socket.gethostname()}:{folder.resolve()}")).hexdigest()
-    return caches / "gpt2-from-scratch" / "digests" / f"{key}.jsonl"
+    return caches / "digests" / f"{key}.jsonl"

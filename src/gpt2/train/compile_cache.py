@@ -10,6 +10,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from gpt2.base import user_folders
+
 KERNELS = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -23,10 +25,9 @@ def compiled(net: nn.Module) -> nn.Module:
     Each shape has its own graph. By default, torch compiles the second shape of an input as one of
     any size, and everything stays on that slower graph from then on.
     """
-    if KERNELS not in os.environ:
-        with contextlib.suppress(OSError, RuntimeError):  # there is no home, or none to write to
-            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            folder = caches / "gpt2-from-scratch" / "kernels" / _processor()
+    if KERNELS not in os.environ and (caches := user_folders.cache()) is not None:
+        with contextlib.suppress(OSError):  # a home that cannot be written
+            folder = caches / "kernels" / _processor()
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 os.environ[KERNELS] = str(folder)
