@@ -229,6 +229,18 @@ def test_corpora_are_added_but_never_taken_away(corpora: Path, tmp_path: Path):
         trainer.run(mixed(corpora, tmp_path, max_steps=8, **one))
 
 
+def test_the_best_checkpoint_is_one_since_the_last_corpus_was_added(corpora: Path, tmp_path: Path):
+    intervals = {"mixture": [], "eval_interval": 2, "checkpoint_interval": 2}
+    one = {"data_root": [f"{root}:1" for root in roots(corpora, "code")], **intervals}
+    first = trainer.run(mixed(corpora, tmp_path, max_steps=4, **one))
+    added = {"data_root": [f"{root}:1" for root in roots(corpora, "code", "web")], **intervals}
+    changes = {"max_steps": 8, "resume": "latest", "learning_rate": 1.0}
+    result = trainer.run(mixed(corpora, tmp_path, **added, **changes))
+    assert result.best_val_loss > first.best_val_loss, "the rate is far too high"
+    best = store.find(tmp_path / "checkpoints", "best")
+    assert best is not None and best.stem in ("step_000006", "step_000008")
+
+
 def test_a_glob_over_folders_is_a_mixture_by_size(corpora: Path, tmp_path: Path):
     glob = {"data_root": str(corpora / "*" / "*.npy"), "mixture": []}
     by_glob, by_name = (

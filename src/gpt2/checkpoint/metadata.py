@@ -40,6 +40,8 @@ class TrainingMetadata:
     """of the run that saved it; empty in checkpoints of earlier versions"""
     parent_run: str | None = None
     """id of the run, in another folder, that this one goes on from"""
+    validated: str = ""
+    """names of the corpora that `val_loss` is of; empty for one without a name"""
 
 
 @dataclass(frozen=True)

@@ -147,11 +147,19 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint with the lowest validation loss; None if none has a finite one."""
+    """The checkpoint with the lowest validation loss; None if none has a finite one.
+
+    If the corpora that are validated have changed, earlier losses do not compare.
+    """
     evaluated = [
         (item.training.val_loss, item)
         for item in complete
         if item.training.val_loss is not None and math.isfinite(item.training.val_loss)
+    ]
+    evaluated = [
+        pair
+        for pair in evaluated
+        if pair[1].training.validated == evaluated[-1][1].training.validated
     ]
     return min(evaluated, key=lambda pair: pair[0])[1] if evaluated else None
 

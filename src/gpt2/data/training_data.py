@@ -43,6 +43,11 @@ class TrainingData:
         return UNNAMED not in self.corpora
 
     @property
+    def validated(self) -> list[str]:
+        """The names of the corpora with a validation split."""
+        return [name for name, index in self.corpora.items() if name and index.of("val")]
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Of all corpora."""
         return next(iter(self.corpora.values())).tokenizer

@@ -201,6 +201,12 @@ class StartingPoint:
         hint = f"it was made with --preset {stored['preset']}" if has_other_preset else ""
         _refuse_contradictions(self.path, rows, hint)
 
+    def added(self, data: TrainingData) -> list[str]:
+        """The names of corpora that the checkpoint's run did not have."""
+        if self.checkpoint is None:
+            return []
+        return [name for name in data.corpora if name not in _fingerprints(self.checkpoint)]
+
     def train_state(self, world: World | None = None) -> TrainState:
         """The state that training begins with; every rank of a `world` calls it."""
         if self.checkpoint is None or self.path is None:
@@ -230,10 +236,10 @@ class StartingPoint:
                 "Data: the checkpoint is of an earlier version, which did not record all of the "
                 "data's content; the next one does"
             )
-        if added := [name for name in data.corpora if name not in _fingerprints(self.checkpoint)]:
+        if added := self.added(data):
             notes.append(
-                f"Validation: also of {', '.join(added)} from here, so val loss and the best "
-                "checkpoint do not compare with those before"
+                f"Validation: also of {', '.join(added)} from here, so val loss does not compare "
+                "with before, and the best checkpoint is one from here on"
             )
         ranks = len(self.checkpoint["rng"])
         if ranks != world.size:

@@ -365,6 +365,7 @@ class TrainingRun:
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
             run_id=self.identity.id,
             parent_run=self.identity.parent,
+            validated=" ".join(self.data.validated),
         )
 
     def checkpoint_state(self) -> CheckpointState:
