@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Literal, get_args
 
+from gpt2.base.control_characters import visible
 from gpt2.base.validation import require
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -53,15 +54,16 @@ class RankHandler(logging.Handler):
 def line_of(record: logging.LogRecord, rank: int = 0) -> str:
     """A message as people read it: `WARNING: …`, `rank 2: ERROR: …`, an info message as it is.
 
-    An exception's traceback follows on the next lines.
+    Control characters are escaped: a message may quote any file. An exception's traceback follows
+    on the next lines.
     """
-    text = record.getMessage()
+    text = visible(record.getMessage())
     if record.levelno != logging.INFO:
         text = f"{record.levelname}: {text}"
     if rank > 0:
         text = f"rank {rank}: {text}"
     if record.exc_info:
-        text += "\n" + logging.Formatter().formatException(record.exc_info)
+        text += "\n" + visible(logging.Formatter().formatException(record.exc_info))
     return text
 
 

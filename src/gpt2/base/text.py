@@ -1,20 +1,21 @@
 """Tables and numbers as terminals and text files show them."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from gpt2.base.control_characters import visible
 
 COLUMNS_OF_FILES = {"what", "path", "file", "folder", "split", "line"}
 COLUMNS_OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
 LEFT_ALIGNED = COLUMNS_OF_FILES | COLUMNS_OF_JOBS
 """columns that hold text; all others hold numbers and are aligned to the right"""
 BETWEEN_COLUMNS = 3
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def counted(count: int, noun: str) -> str:
@@ -30,10 +31,18 @@ def four_digits(value: float) -> str:
 
 
 class PlainConsole(Console):
-    """Prints texts as they are: paths and reasons may hold [brackets]."""
+    """Prints texts as they are, as paths and reasons may hold [brackets], but control characters as
+    `visible` shows them."""
 
     def __init__(self, width: int | None = None) -> None:
         super().__init__(highlight=False, markup=False, width=width)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The parts of the output; rich's own control codes are parts of their own."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)
 
     def on_broken_pipe(self) -> None:
         """Rich would exit with 1, which is a code that commands use for something else."""
@@ -91,12 +100,6 @@ def fitted(
 def one_line(text: str) -> str:
     """`text` without line breaks and control characters, which would move a terminal's cursor."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def visible(text: str) -> str:
-    """`text` with control characters as `\\x1b`, except line breaks and tabs: printed as they are,
-    they could do anything to a terminal."""
-    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shortened(text: str, width: int) -> str:

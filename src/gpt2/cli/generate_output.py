@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 
+from gpt2.base.control_characters import visible
 from gpt2.data.tokenizer import Tokenizer
 from gpt2.inference import generate
 from gpt2.inference.sampling import Sampling
@@ -35,7 +36,7 @@ def print_texts(
     _warn_of_context(net, tokenizer, prompt, sampling)
     texts = generate.generate_text(net, prompt, sampling, seed=seed, tokenizer=tokenizer)
     for number, text in enumerate(texts, 1):
-        print(_heading(number, sampling) + text)
+        _show(_heading(number, sampling) + text + "\n")
 
 
 def stream_texts(
@@ -48,11 +49,11 @@ def stream_texts(
     for piece, *beside in generate.stream_text(
         net, prompt, sampling, seed=seed, tokenizer=tokenizer
     ):
-        print(piece, end="", flush=True)
+        _show(piece)
         others.append(beside)
     print()
     for number, text in enumerate(zip(*others, strict=True), 2):
-        print(_heading(number, sampling) + "".join(text))
+        _show(_heading(number, sampling) + "".join(text) + "\n")
 
 
 def converse(
@@ -96,6 +97,11 @@ def _warn_of_context(
 ) -> None:
     for text in generate.context_warnings(net.config.block_size, prompt, sampling, tokenizer):
         logger.warning(text)
+
+
+def _show(text: str) -> None:
+    """Prints a text; on a terminal, with its control characters escaped."""
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _note(text: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, TextIO, TypeVar, get_type_hints
 
 from gpt2.base import log
+from gpt2.base.control_characters import visible
 from gpt2.base.errors import ReportedByOtherRank, UserError, is_out_of_memory
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -143,7 +144,7 @@ def guarded(
         sys.stdout.flush()
         return code
     except UserError as error:
-        line = f"error: {error}"
+        line = visible(f"error: {error}")  # it may quote any file
         if report:
             report(line)
         if not isinstance(error, ReportedByOtherRank):
@@ -153,7 +154,7 @@ def guarded(
         if not is_out_of_memory(error):
             raise
         reason, *_ = str(error).splitlines() or [type(error).__name__]
-        _print_error(f"error: out of memory ({reason:.120}); use a smaller batch or model")
+        _print_error(f"error: out of memory ({visible(reason):.120}); use a smaller batch or model")
         return USER_ERROR
     except KeyboardInterrupt:
         if on_interrupt:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from gpt2.base import log
+from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import require
@@ -112,7 +113,8 @@ def _train(
         run = experiment_folder.resolve(run_config)
         gpus = None if run == run_config else visible_gpus.ids()
         try:
-            print(next_commands(run, arguments, world_size, result.step, gpus), flush=True)
+            commands = next_commands(run, arguments, world_size, result.step, gpus)
+            print(visible(commands), flush=True)
         except OSError as error:  # a full disk, a closed pipe: the run has finished all the same
             logger.warning("cannot write to standard output: %s", error)
             discard(sys.stdout)

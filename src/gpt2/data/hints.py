@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from gpt2.base import json_fields
+from gpt2.base.text import one_line
 from gpt2.data import corpora, tokenizer_files
 from gpt2.data.remote import Storage
 
@@ -21,7 +22,7 @@ def prepare_command(folder: Path, overwrite: bool = False) -> str:
 def resume_command(progress: Path) -> str:
     """The command that began an unfinished folder, as its progress file records it."""
     try:
-        return str(json_fields.read(progress)["command"])
+        return one_line(str(json_fields.read(progress)["command"]))
     except json_fields.UNREADABLE:
         return prepare_command(progress.parent)
 

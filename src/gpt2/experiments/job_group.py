@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from gpt2.base import atomic_files
 from gpt2.base.errors import ConfigError
-from gpt2.base.text import counted
+from gpt2.base.text import counted, one_line
 from gpt2.config.flops import duration
 from gpt2.experiments import results
 from gpt2.experiments.pool import slots
@@ -199,7 +199,7 @@ def _show(folder: Path, summary: Summary, records: Records, out: Console) -> Non
     out.print(f"Results: {', '.join(written)}", soft_wrap=True)
     for item in records.values():
         if item.state == "failed":
-            out.print(f"FAILED {item.job}: {item.reason}", style="red", soft_wrap=True)
+            out.print(one_line(f"FAILED {item.job}: {item.reason}"), style="red", soft_wrap=True)
 
 
 def saved_time(parallel_s: float, one_by_one_s: float) -> str:

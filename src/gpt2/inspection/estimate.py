@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2.base.errors import DataError
-from gpt2.base.text import table
+from gpt2.base.text import one_line, table
 from gpt2.config import flops, memory, peak_rates
 from gpt2.config.flops import duration
 from gpt2.config.run import RunConfig
@@ -51,7 +51,8 @@ def print_run_forecast(run: Run, out: Console) -> None:
     devices = f"{plan.world_size} × {plan.device}"
     age = duration(time.time() - current.time)
     reason = f" ({current.reason})" if current.reason else ""
-    out.print(f"Run {plan.run_name} on {devices}: {run.state}{reason}, status written {age} ago")
+    words = f"Run {plan.run_name} on {devices}: {run.state}{reason}, status written {age} ago"
+    out.print(one_line(words))
     tokens = step * plan.rows_per_step * plan.block_size
     out.print(
         f"Progress: step {step:,} of {plan.total_steps:,} ({step / plan.total_steps:.1%}), "

@@ -3,6 +3,7 @@
 import sys
 
 from gpt2.base import log
+from gpt2.base.control_characters import visible
 from gpt2.metrics.lines import text_of
 from gpt2.metrics.records import EventRecord, Record
 
@@ -15,7 +16,7 @@ class Console:
         if isinstance(record, EventRecord) and log.is_set_up():
             return
         # One write per line, so that other processes' output cannot cut it in two.
-        sys.stdout.write(text_of(record, loss_digits=3, val_loss_digits=4) + "\n")
+        sys.stdout.write(visible(text_of(record, loss_digits=3, val_loss_digits=4)) + "\n")
         sys.stdout.flush()
 
     def flush(self) -> None:

@@ -3,6 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 
+from gpt2.base.control_characters import visible
 from gpt2.metrics.lines import text_of
 from gpt2.metrics.records import Record
 
@@ -22,7 +23,7 @@ class LogFile:
         if self._heading:  # not written at opening, which succeeds on a full disk
             self._file.write(self._heading + "\n")
             self._heading = ""
-        self._file.write(text_of(record, loss_digits=6, val_loss_digits=6) + "\n")
+        self._file.write(visible(text_of(record, loss_digits=6, val_loss_digits=6)) + "\n")
 
     def flush(self) -> None:
         pass

@@ -10,7 +10,7 @@ from optuna.study import Study
 from rich.console import Console
 
 from gpt2.base.errors import UserError
-from gpt2.base.text import counted
+from gpt2.base.text import counted, one_line
 from gpt2.config import gpu_list
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Job, Slot
@@ -108,7 +108,7 @@ def summarize(
         out.print(trial_report.best_trials_table(trials, out))
     for item in trials:
         if item.state.name == "FAIL" and (reason := item.user_attrs.get("reason")):
-            out.print(f"FAILED {trial.name_of(item.number)}: {reason}", style="red")
+            out.print(one_line(f"FAILED {trial.name_of(item.number)}: {reason}"), style="red")
     try:
         found = source.retry(lambda: best.export(optuna_study, search.folder))
         _, command = found or (None, None)
