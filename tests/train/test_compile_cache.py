@@ -16,6 +16,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before, afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     return tmp_path
 
 
@@ -36,6 +38,20 @@ def test_torchs_own_place_where_the_users_cannot_be_written(home: Path):
     (home / ".cache").touch()
     compiled(nn.Linear(2, 2))
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(16, 4, 4), (2, 4, 1), (256, 1, 32)])
+def test_the_ranks_of_a_machine_share_its_cores(
+    cores: int, ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    compiled(nn.Linear(2, 2))
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(workers)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    compiled(nn.Linear(2, 2))
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "7"
 
 
 @pytest.mark.soak

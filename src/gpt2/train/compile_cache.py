@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from gpt2.base import user_folders
+from gpt2.distributed import rendezvous
 
 KERNELS = "TORCHINDUCTOR_CACHE_DIR"
+WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"
+MOST_WORKERS = 32
+"""torch's own limit"""
 
 
 def compiled(net: nn.Module) -> nn.Module:
@@ -21,6 +25,10 @@ def compiled(net: nn.Module) -> nn.Module:
     torch keeps the kernels below /tmp, which a restart of the machine empties; here they stay in
     the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says. Machines with other processors
     may share that folder: each kind has its own part.
+
+    Each process builds kernels with its share of the machine's cores, unless
+    TORCHINDUCTOR_COMPILE_THREADS says otherwise: torch would start as many workers as there are
+    cores, up to 32, for every rank.
 
     Each shape has its own graph. By default, torch compiles the second shape of an input as one of
     any size, and everything stays on that slower graph from then on.
@@ -31,6 +39,9 @@ def compiled(net: nn.Module) -> nn.Module:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 os.environ[KERNELS] = str(folder)
+    _, _, _, ranks = rendezvous.env_rank()
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault(WORKERS, str(max(1, min(MOST_WORKERS, cores // ranks))))
     return cast(nn.Module, torch.compile(net, dynamic=False))
 
 

@@ -207,11 +207,16 @@ class StartingPoint:
             return []
         return [name for name in data.corpora if name not in _fingerprints(self.checkpoint)]
 
-    def train_state(self, world: World | None = None) -> TrainState:
-        """The state that training begins with; every rank of a `world` calls it."""
+    def train_state(
+        self, world: World | None = None, data: TrainingData | None = None
+    ) -> TrainState:
+        """The state that training on `data` begins with; every rank of a `world` calls it."""
         if self.checkpoint is None or self.path is None:
             return TrainState()
-        return train_state(self.checkpoint, self.path, world)
+        state = train_state(self.checkpoint, self.path, world)
+        if data is not None and self.added(data):  # it has another validation loss
+            state.best_val_loss = None
+        return state
 
     @property
     def fitted_rows(self) -> FittedRows | None:

@@ -54,9 +54,7 @@ def build(
     token_dataset = dataset.training_split(run_config, data)
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
-    state = start.train_state(world)
-    if start.added(data):  # another validation loss from here on
-        state.best_val_loss = None
+    state = start.train_state(world, data)
     sampling = start.sampling(run_config, token_dataset.rows_per_shard, state)
     weights = start.weights.tensors if start.weights else None
     corpus_count = len(data.corpora) if data.is_mixture else 0
