@@ -25,6 +25,7 @@ OPTIONS = set(re.findall(r"^\| `--(\w+)`", OPTIONS_PAGE, re.MULTILINE))
 OPTIONS |= {f"no_{name}" for name in OPTIONS}
 OPTIONS_OF_OTHERS = {
     *("help", "module", "nnodes", "nproc_per_node", "port", "standalone"),  # tyro, torchrun
+    "bind_all",  # TensorBoard
     *("nodes", "requeue", "signal", "time"),  # SLURM
     *("address", "now", "outfile", "user"),  # ray, systemd, llama.cpp
     *("data_dir", "gd", "gnc", "student_dims", "teacher_ranks"),  # examples, a reader's function
