@@ -238,7 +238,7 @@ def test_what_fails_three_times_in_a_row_is_switched_off(
         assert f"WARNING: {name} is SWITCHED OFF: it failed 3 times in a row" in error
     run = run_status.newest_run(tmp_path / "checkpoints")
     assert run is not None
-    assert run.status.switched_off == ["validation", "sampling"]
+    assert run.status.switched_off == ("validation", "sampling")
     run_status.print_state(run, console())
     shown = capsys.readouterr().out
     assert "validation is switched off: it failed again and again" in " ".join(shown.split())
