@@ -206,7 +206,8 @@ def test_hellaswag(tmp_path: Path):
 
 
 def state_of(run: RunConfig) -> dict:
-    return {"config": run.to_dict(), "data_fingerprint": "x", "progress": {"step": 7}}
+    progress = {"step": 7}
+    return {"model": {}, "config": run.to_dict(), "data_fingerprint": "x", "progress": progress}
 
 
 def test_where_the_run_begins_is_checked(tmp_path: Path, data_root: Path):

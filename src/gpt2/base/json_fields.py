@@ -4,6 +4,7 @@ A file may be damaged, or of another version of the package: what is read has th
 dataclass declares, or is refused. Callers handle `UNREADABLE`.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -92,11 +93,16 @@ def _converted(hint: Any, value: Any, source: object) -> Any:
     if origin in (types.UnionType, Union):
         if value is None and type(None) in parts:
             return None
-        (other,) = (part for part in parts if part is not type(None))
-        return _converted(other, value, source)
+        *others, last = (part for part in parts if part is not type(None))
+        for other in others:
+            with contextlib.suppress(TypeError):
+                return _converted(other, value, source)
+        return _converted(last, value, source)
     if is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, source)
-    if origin in (list, tuple) and isinstance(value, list):
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        if origin is tuple and parts[-1] is not Ellipsis and len(value) != len(parts):
+            raise TypeError(f"expected {len(parts)} values, got {_shown(value)}")
         return origin(_converted(parts[0], item, source) for item in value)
     if origin in (dict, Mapping) and isinstance(value, dict):
         return {name: _converted(parts[1], item, source) for name, item in value.items()}

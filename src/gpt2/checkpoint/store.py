@@ -258,7 +258,7 @@ def unpickle(path: Path, *, trust: bool = False, verified: Verified | None = Non
     except OSError as error:
         raise verification.unreadable(path, error) from error
     except Exception as error:  # a damaged or foreign file can raise anything
-        if _is_cuda_error(error):
+        if is_cuda_error(error):
             raise
         raise CheckpointError(_reason(path, error)) from error
 
@@ -279,7 +279,8 @@ def _reason(path: Path, error: Exception) -> str:
     return f"cannot load {path}: it is damaged or not a checkpoint ({error!r:.80})"
 
 
-def _is_cuda_error(error: Exception) -> bool:
+def is_cuda_error(error: Exception) -> bool:
+    """Whether a device failed, or its memory is full."""
     return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )

@@ -18,7 +18,7 @@ from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
 from gpt2.model.base import LanguageModel
-from gpt2.train import resume
+from gpt2.train import resume, saved_run
 from gpt2.train.state import TrainState
 
 
@@ -82,7 +82,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
             others = run_status.run_folders(folder, "step_*.json")
             way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
             raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
-        state = store.load(path, trust=trust, world=world)
+        state = saved_run.load(path, trust=trust, world=world)
         weights, run = state["model"], state["config"]
         tokenizer = saved_tokenizer.of_checkpoint(state)
         train_state = resume.train_state(state, path, world)
@@ -95,5 +95,6 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
         )
     with torch.device("meta"):  # no random numbers for weights that are replaced below
         net = model.build(shape)
-    net.load_state_dict(weights, assign=True)
+    with saved_run.explained(Path(shown)):
+        net.load_state_dict(weights, assign=True)
     return LoadedModel(shown, net, train_state, run, tokenizer, corpora)

@@ -34,7 +34,7 @@ from gpt2.inspection import checks, machine
 from gpt2.inspection.checks import Finding, Need, Severity
 from gpt2.inspection.machine import Gpu
 from gpt2.metrics import wandb
-from gpt2.train import dataset, experiment_folder, resume
+from gpt2.train import dataset, experiment_folder, resume, saved_run
 from gpt2.train.evaluator import validation_rows
 from gpt2.train.resume import Configure, StartingPoint
 
@@ -247,7 +247,7 @@ def _check_beginning(run_config: RunConfig, data: TrainingData | None) -> Findin
         path = store.find(folder, wanted) if wanted else None
         if path is not None:
             trust = settings.trust_checkpoint
-            state = store.load(path, trust=trust)
+            state = saved_run.load(path, trust=trust)
             start = StartingPoint(path=path, checkpoint=state)
             start.require_agreement(start.configured(run_config, None), data)
             return Finding(

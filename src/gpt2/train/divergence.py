@@ -9,7 +9,8 @@ from gpt2.base.errors import Diverged
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.optim import loss_scale, spikes
-from gpt2.train import resume
+from gpt2.train import resume, saved_run
+from gpt2.train.saved_run import SavedRun
 from gpt2.train.state import Update
 from gpt2.train.training_run import TrainingRun
 
@@ -92,7 +93,7 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
     before = run.state
     run.loader.close()
     trust = run.config.checkpoint.trust_checkpoint
-    checkpoint = store.load(path, trust=trust, world=run.world)
+    checkpoint = saved_run.load(path, trust=trust, world=run.world, parts=SavedRun)
     state = resume.train_state(checkpoint, path, run.world)
     run.state = replace(
         state,
@@ -102,7 +103,8 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
         bad_in_a_row=0,
         left_out=left_out,
     )
-    run.replica.load_state_dict(checkpoint, run.state.step)
+    with saved_run.explained(path):
+        run.replica.load_state_dict(checkpoint, run.state.step)
     run.saver.assume_saved(run.state.step)
     run.metrics.close()
     run.open()

@@ -31,8 +31,10 @@ from gpt2.data.training_data import UNNAMED, TrainingData
 from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
-from gpt2.train import dataset, experiment_folder
+from gpt2.train import dataset, experiment_folder, saved_run
 from gpt2.train.micro_batch import FittedRows
+from gpt2.train.replica import Replica
+from gpt2.train.saved_run import SavedRun
 from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,8 @@ class StartingPoint:
 
         path = world.run_on_rank0(locate)
         if path is not None:
-            state = store.load(path, trust=settings.trust_checkpoint, world=world)
+            trust = settings.trust_checkpoint
+            state = saved_run.load(path, trust=trust, world=world, parts=SavedRun)
             return cls(path=path, checkpoint=state)
         if requested is not None:
             logger.warning(
@@ -231,6 +234,12 @@ class StartingPoint:
             {name: _completed(index, known.get(name)) for name, index in data.corpora.items()}
         )
 
+    def restore(self, replica: Replica, step: int) -> None:
+        """Takes weights, optimiser and random streams out of the checkpoint, if there is one."""
+        if self.checkpoint is not None and self.path is not None:
+            with saved_run.explained(self.path):
+                replica.load_state_dict(self.checkpoint, step)
+
     def notes(self, run_config: RunConfig, world: World, data: TrainingData) -> list[str]:
         """Permitted differences from the checkpoint, for the banner."""
         assert self.checkpoint is not None
@@ -313,7 +322,7 @@ def located(run_config: RunConfig) -> StartingPoint:
     path = settings.resume_from and store.find(settings.checkpoint_dir, settings.resume_from)
     if not path:
         return StartingPoint()
-    return StartingPoint(path, store.load(path, trust=settings.trust_checkpoint))
+    return StartingPoint(path, saved_run.load(path, trust=settings.trust_checkpoint))
 
 
 def load_weights(run_config: RunConfig, world: World | None = None) -> InitialWeights:
@@ -331,7 +340,7 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> InitialWe
             f"no checkpoint at {source}; --init_from takes a path, hf:FOLDER or nanogpt:FILE; "
             "--resume also takes latest, best or a step"
         )
-    state = store.load(path, trust=trust, world=world)
+    state = saved_run.load(path, trust=trust, world=world)
     shape = tuple(name for name in options.FIXED_BY_CHECKPOINT if name.startswith("model."))
     run_config = run_config.with_vocab_size(state["config"]["model"]["vocab_size"])
     if rows := options.changed(state["config"], run_config, shape):

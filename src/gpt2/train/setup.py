@@ -61,8 +61,7 @@ def build(
     replica = Replica(run_config, world, weights, state.plain_head, start.fitted_rows, corpus_count)
     evaluator = Evaluator(run_config, world, replica, data)
     run_name = _run_name(run_config, run_name, start, identity)
-    if start.checkpoint is not None:
-        replica.load_state_dict(start.checkpoint, state.step)
+    start.restore(replica, state.step)
     plan = _plan(run_config, run_name, sampling, world)
     run = TrainingRun(
         config=run_config,
