@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import forked_ranks
 from gpt2.base.errors import ConfigError
@@ -213,6 +214,29 @@ def test_a_password_in_an_address_is_not_shown():
     before = options.overlay(RunConfig(), {"data_root": "http://me:secret@host/data"})
     rows = options.overridden(before.to_dict(), RunConfig())
     assert rows == [("data_root", "http://…@host/data", "data/fineweb_edu")]
+
+
+def test_a_password_is_in_no_file_of_a_run(data_root: Path, tmp_path: Path, monkeypatch, capsys):
+    memory = MemoryFileSystem()
+    memory.put(str(data_root), "/me:hidden@host/data", recursive=True)
+    root, out = "memory://me:hidden@host/data", tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    flags = small_flags(root, out, **SHAPE | QUICK)
+    try:
+        assert command(monkeypatch, *flags, "--use_tensorboard") == 0
+        again = ("--out_dir", out, "--resume", "latest", "--max_steps", 5)
+        assert command(monkeypatch, *again) == 2  # the data of the preset is other data
+        assert "--data_root memory://…@host/data is not taken" in capsys.readouterr().err
+        assert command(monkeypatch, *again, "--data_root", root) == 0
+        assert "hidden" not in "".join(sys.argv)
+        shown = "".join(capsys.readouterr())
+    finally:
+        memory.rm("/me:hidden@host", recursive=True)
+    assert "step 5" in shown and "hidden" not in shown
+    assert config_of(out, 5).data.data_root == ("memory://…@host/data",)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert [path for path in written if b"hidden" in path.read_bytes()] == []
 
 
 def test_a_checkpoint_of_an_earlier_version(begun: Path, monkeypatch):

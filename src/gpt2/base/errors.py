@@ -1,5 +1,7 @@
 """Errors that a user can fix. The command line prints them as one line and exits with code 2."""
 
+from gpt2.base import addresses
+
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA and its allocator, NCCL's "Cuda failure 2", Triton's loader
     "OutOfMemoryError",  # Inductor and Dynamo, which name the error that they wrap
@@ -23,7 +25,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class UserError(Exception):
-    """Its message says what was given, what is expected and what to type."""
+    """Its message says what was given, what is expected and what to type. Addresses in it have no
+    passwords."""
+
+    def __str__(self) -> str:
+        return addresses.without_secrets(super().__str__())
 
 
 class ReportedByOtherRank(UserError):
@@ -62,4 +68,5 @@ def described(error: BaseException) -> str:
     """An error as text: its message and, unless that is for users, its type."""
     if isinstance(error, UserError):
         return str(error)
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return addresses.without_secrets(text)

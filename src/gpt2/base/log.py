@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Literal, get_args
 
+from gpt2.base import addresses
 from gpt2.base.control_characters import visible
 from gpt2.base.validation import require
 
@@ -54,17 +55,18 @@ class RankHandler(logging.Handler):
 def line_of(record: logging.LogRecord, rank: int = 0) -> str:
     """A message as people read it: `WARNING: …`, `rank 2: ERROR: …`, an info message as it is.
 
-    Control characters are escaped: a message may quote any file. An exception's traceback follows
+    Control characters are escaped, as a message may quote any file, and addresses have no
+    passwords. An exception's traceback follows
     on the next lines.
     """
-    text = visible(record.getMessage())
+    text = record.getMessage()
     if record.levelno != logging.INFO:
         text = f"{record.levelname}: {text}"
     if rank > 0:
         text = f"rank {rank}: {text}"
     if record.exc_info:
-        text += "\n" + visible(logging.Formatter().formatException(record.exc_info))
-    return text
+        text += "\n" + logging.Formatter().formatException(record.exc_info)
+    return visible(addresses.without_secrets(text))
 
 
 def setup(level: Level | None = None, *, rank: int = 0, info_stream: Stream = "stderr") -> None:

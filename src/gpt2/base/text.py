@@ -1,6 +1,7 @@
 """Tables and numbers as terminals and text files show them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
@@ -9,6 +10,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from gpt2.base import addresses
 from gpt2.base.control_characters import visible
 
 COLUMNS_OF_FILES = {"what", "path", "file", "folder", "split", "line"}
@@ -31,8 +33,8 @@ def four_digits(value: float) -> str:
 
 
 class PlainConsole(Console):
-    """Prints texts as they are, as paths and reasons may hold [brackets], but control characters as
-    `visible` shows them."""
+    """Prints texts as they are, as paths and reasons may hold [brackets], but without passwords in
+    addresses, and with control characters as `visible` shows them."""
 
     def __init__(self, width: int | None = None) -> None:
         super().__init__(highlight=False, markup=False, width=width)
@@ -43,6 +45,9 @@ class PlainConsole(Console):
         """The parts of the output; rich's own control codes are parts of their own."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(visible(part.text), part.style)
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        return super().render_str(addresses.without_secrets(text), **more)
 
     def on_broken_pipe(self) -> None:
         """Rich would exit with 1, which is a code that commands use for something else."""

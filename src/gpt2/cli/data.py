@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import tyro
 from rich.table import Table
 
+from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import LARGEST, MOST_PROCESSES, require_within, suggestion
@@ -265,7 +266,7 @@ def _typed(name: str) -> str:
 def _typed_command() -> str:
     """The command that resumes this one: without --overwrite, which would start again."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
-    return shlex.join([*sys.argv[0].split(), *arguments])
+    return shlex.join([*sys.argv[0].split(), *addresses.public(arguments)])
 
 
 def _slug(text: str) -> str:

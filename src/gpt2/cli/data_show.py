@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST, LARGEST_SEED, require, require_within
@@ -124,7 +125,7 @@ def show(command: Show) -> int:
     """Runs the command."""
     view = _view(command, shards.load_index(Storage(command.root)))
     if command.json:
-        print(json.dumps(asdict(view)))
+        print(json.dumps(addresses.public(asdict(view))))
     else:
         view.print_to(console())
     return 0

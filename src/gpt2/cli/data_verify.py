@@ -15,6 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from gpt2.base import addresses
 from gpt2.base.errors import DataError
 from gpt2.base.text import counted, one_line
 from gpt2.cli.parse import USER_ERROR, CommandOptions
@@ -53,7 +54,11 @@ def verify(command: Verify) -> int:
     if command.json:
         found = {name: _as_json(verifications[name], reports[name]) for name in roots}
         is_sound = all(one["sound"] for one in found.values())
-        several = {"root": command.root, "sound": is_sound, "corpora": found}
+        several = {
+            "root": addresses.without_secrets(command.root),
+            "sound": is_sound,
+            "corpora": found,
+        }
         print(json.dumps(found.get("", several)))
         return 0 if is_sound else USER_ERROR
     wrong = [line for name in roots for line in _printed(verifications[name], reports[name], name)]
@@ -105,7 +110,7 @@ def _total(reports: list[FileReport], split: Split) -> dict[str, Any]:
 
 def _as_json(verification: Verification, reports: list[FileReport]) -> dict[str, Any]:
     return {
-        "root": verification.storage.root,
+        "root": addresses.without_secrets(verification.storage.root),
         "manifest": verification.manifest is not None,
         "sound": not any(report.wrong for report in reports),
         **{split: _total(reports, split) for split in get_args(Split)},

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 import gpt2
-from gpt2.base import atomic_files, log, validation
+from gpt2.base import addresses, atomic_files, log, validation
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import suggestion
@@ -149,6 +149,11 @@ def _validation(command: EvaluateCommand, loaded: LoadedModel, world: World) -> 
         raise ConfigError(
             f"{loaded.source} does not record its training data; name shards with --data_root, "
             "or use --tasks hellaswag"
+        )
+    if command.data_root == () and any(map(addresses.has_secret, roots)):
+        raise ConfigError(
+            f"the address of the training data of {loaded.source} has a password, which is not "
+            "stored; type it with --data_root"
         )
     settings = replace(
         settings,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import FolderInUse, described
-from gpt2.cli.train import hide_address
+from gpt2.cli.train import hide_secrets
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import ExperimentState
 from gpt2.metrics import notify
@@ -29,7 +29,7 @@ def posting_end(typed: str | None, what: str, folder: Path | None) -> Iterator[C
     address.
     """
     notifier = Notifier(notify.address_of(typed))
-    hide_address()
+    hide_secrets()
     if folder is not None:
         _post_death_before(folder, notifier)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from gpt2.base import log
+from gpt2.base import addresses, log
 from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
@@ -80,8 +80,8 @@ def train_main() -> int:
         log.setup(command.log_level, rank=rank, info_stream="stdout")
         if command.list_checkpoints:
             return _list_checkpoints(command.run) if rank == 0 else 0
-        hide_address()
-        arguments = sys.argv[1:]
+        arguments = _without(arguments, "--notify")
+        hide_secrets()
         folder = command.run.checkpoint.checkpoint_dir
         notices = Notices(address if rank == 0 else None, f"training in {folder}")
         with notices.posting_failure():
@@ -114,16 +114,17 @@ def _train(
         gpus = None if run == run_config else visible_gpus.ids()
         try:
             commands = next_commands(run, arguments, world_size, result.step, gpus)
-            print(visible(commands), flush=True)
+            print(visible(addresses.without_secrets(commands)), flush=True)
         except OSError as error:  # a full disk, a closed pipe: the run has finished all the same
             logger.warning("cannot write to standard output: %s", error)
             discard(sys.stdout)
     return result.exit_code
 
 
-def hide_address() -> None:
-    """Removes --notify from `sys.argv`, which W&B and worker processes record."""
-    sys.argv[1:] = _without(sys.argv[1:], "--notify")
+def hide_secrets() -> None:
+    """Removes --notify, and passwords in addresses, from `sys.argv`, which W&B and worker processes
+    record."""
+    sys.argv[1:] = addresses.public(_without(sys.argv[1:], "--notify"))
 
 
 def _list_checkpoints(run_config: RunConfig) -> int:

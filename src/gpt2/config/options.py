@@ -1,14 +1,14 @@
 """Options by name: set from flags, TOML files and stored configs, compared on resume. Pure."""
 
-import re
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import is_finite, require, suggestion
 from gpt2.config import mixture, presets
@@ -85,19 +85,22 @@ def on_stored(config: RunConfig, stored: Mapping[str, Any]) -> RunConfig:
 
     An address with a password counts as such.
     """
-    taken = of_stored(stored).to_dict()
+    before = of_stored(stored)
+    taken = before.to_dict()
     for part, name in (option.split(".") for option in NEVER_FROM_CHECKPOINT):
         del taken[part][name]
-    if public(root := taken["data"]["data_root"]) != root:
+    if any(map(addresses.has_secret, before.data.data_root)):
         del taken["data"]["data_root"], taken["data"]["mixture"]
     return overlay(config, taken)
 
 
-def public(value: Any) -> Any:
-    """`value`; addresses with a user and password without these."""
-    if isinstance(value, list | tuple):
-        return [public(item) for item in value]
-    return re.sub(r"://[^/@]*@", "://…@", value) if isinstance(value, str) else value
+def password_warning(stored_roots: Sequence[str], config: RunConfig) -> str | None:
+    """What to type if `on_stored` has left out an address for its password; None if it is typed."""
+    before, now = addresses.public(stored_roots), addresses.public(config.data.data_root)
+    if before == now or not any(map(addresses.has_secret, stored_roots)):
+        return None
+    address = " ".join(before)
+    return f"--data_root {address} is not taken from the checkpoint, as it has a password: type it"
 
 
 def overridden(old: Mapping[str, Any], new: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -120,14 +123,17 @@ def changed(
     for name in names:
         part, field = name.split(".")
         stored = IMPLICIT.get(part, {}) | dict(old.get(part, {}))
-        if field in stored and stored[field] != plain[part][field]:
-            rows.append((field, _shown(stored[field]), _shown(plain[part][field])))
+        if field not in stored:
+            continue
+        before, now = addresses.public(stored[field]), addresses.public(plain[part][field])
+        if before != now:
+            rows.append((field, _shown(before), _shown(now)))
     return rows
 
 
 def _shown(value: Any) -> Any:
-    """A value of an option as it is typed, without a password."""
-    return " ".join(map(public, value)) or "none" if isinstance(value, list) else public(value)
+    """A value of an option as it is typed."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else value
 
 
 def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

@@ -18,6 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from gpt2.base import addresses
 from gpt2.base.errors import DataError
 
 SILENCE_S = 60
@@ -151,7 +152,10 @@ class Storage:
         try:
             return _remote_location(self.folder)
         except (ImportError, ValueError) as error:
-            raise DataError(f"{self.root} cannot be opened: {error}") from error
+            reason: object = error
+            if addresses.has_secret(self.root):  # which the error may quote a part of
+                reason = "invalid URL; in a password, type / ? # @ as %2F %3F %23 %40"
+            raise DataError(f"{self.root} cannot be opened: {reason}") from None
 
     def _fs_path(self, name: str) -> str:
         return f"{self._home.rstrip('/')}/{name}"

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from gpt2.base import addresses
 from gpt2.base.errors import UserError, described
 from gpt2.base.process_identity import ProcessIdentity
 from gpt2.distributed import lost_rank
@@ -198,7 +199,7 @@ class Watchdog:
         is_lost = self._has_noticed(error)
         own = Failure(self._rank, self._description(error))
         first = (self._others_failure() if is_lost else None) or self._first_failure(own) or own
-        trace = "".join(traceback.format_exception(error)).rstrip()
+        trace = addresses.without_secrets("".join(traceback.format_exception(error)).rstrip())
         if is_lost and lost_rank.is_without_reply(error):
             # Every rank that still runs logs this. The rank that hangs logs nothing.
             logger.error(

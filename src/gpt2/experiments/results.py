@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard
 
-from gpt2.base import atomic_files, folder_lock, json_fields, regular_file
+from gpt2.base import addresses, atomic_files, folder_lock, json_fields, regular_file
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import Timestamp, from_json
 from gpt2.base.text import counted
@@ -167,7 +167,8 @@ class ResultsStore:
 
 
 def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each value that is not the same."""
+    """A line for each value that is not the same, passwords in addresses apart."""
+    before, now = addresses.public(dict(before)), addresses.public(dict(now))
     return [
         f"{name}: {before.get(name)} before, {now.get(name)} now"
         for name in sorted({*before, *now})

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
-from gpt2.base import folder_lock, log
+from gpt2.base import addresses, folder_lock, log
 from gpt2.base.errors import ConfigError, UserError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
@@ -52,7 +52,7 @@ def print_findings(findings: Iterable[Finding], out: Console) -> int:
         text = f"; {finding.remedy}" if finding.remedy else ""
         line = Text(f"{finding.level:<8} ", style=COLORS[finding.level])
         rest = Text(
-            f"{finding.what:<13} {finding.fact}{text}",
+            f"{finding.what:<13} {addresses.without_secrets(finding.fact + text)}",
             style=COLORS["PROBLEM"] if finding.level == "PROBLEM" else "",
         )
         out.print(line + rest, soft_wrap=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gpt2.base import addresses
 from gpt2.base.errors import DataError
 from gpt2.base.text import one_line, table
 from gpt2.config import flops, memory, peak_rates
@@ -88,7 +89,7 @@ def print_assumed_forecast(
         data = dataset.find(config)
         config = dataset.with_vocab_size(config, data)
         tokens, shards = data.tokens("train"), data.shard_count("train")
-        source = f"the data in {' '.join(config.data.data_root)}"
+        source = f"the data in {' '.join(addresses.public(config.data.data_root))}"
     except DataError:
         tokens, shards = ASSUMED_TOKENS, ASSUMED_SHARDS
         source = "99 shards of 100 M tokens, as FineWeb-Edu sample-10BT gives"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gpt2.base import log
+from gpt2.base import addresses, log
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +242,8 @@ class _EventHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._write(EventRecord(record.levelname, self.format(record)))
+            self._write(
+                EventRecord(record.levelname, addresses.without_secrets(self.format(record)))
+            )
         except Exception:  # as every handler of `logging` does: prints it to standard error
             self.handleError(record)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import require
 from gpt2.config.run import RunConfig
@@ -122,7 +123,8 @@ def _json_lines(start: RunStart) -> Sink:
 def _tensorboard(start: RunStart) -> Sink | None:
     if not start.config.watch.use_tensorboard:
         return None
-    folder, hparams = start.config.watch.runs_dir / start.name, start.config.to_dict()
+    folder = start.config.watch.runs_dir / start.name
+    hparams = addresses.public(start.config.to_dict())
     return TensorBoard(folder, hparams, start.step, start.references)
 
 
@@ -132,7 +134,7 @@ def _wandb(start: RunStart) -> Sink | None:
         return None
     # Reading a long log takes seconds.
     logged_step = log_reader.furthest_step(log_file(start.config), start.name)
-    hparams = start.config.to_dict()
+    hparams = addresses.public(start.config.to_dict())
     return WandB(settings, runs_dir, start.name, start.run_id, hparams, logged_step)
 
 

@@ -140,12 +140,8 @@ class StartingPoint:
             raise ConfigError(f"{self.path} cannot continue with these flags: {error}") from error
         if roots == configured.data.data_root:
             _require_data_here(roots)
-        public = tuple(map(options.public, roots))
-        if roots not in (public, configured.data.data_root):
-            logger.warning(
-                "--data_root %s is not taken from the checkpoint, as it has a password: type it",
-                " ".join(public),
-            )
+        if warning := options.password_warning(roots, configured):
+            logger.warning(warning)
         return self._with_vocab_size(configured)
 
     def _with_vocab_size(self, run_config: RunConfig) -> RunConfig:
@@ -490,10 +486,7 @@ def _identity(data: DatasetIndex, shard: Shard, before: str) -> str | None:
 
 
 def _listed(rows: list[tuple[str, Any, Any]]) -> str:
-    return "\n".join(
-        f"  {name}: {options.public(old)} in the checkpoint, {options.public(new)} now"
-        for name, old, new in rows
-    )
+    return "\n".join(f"  {name}: {old} in the checkpoint, {new} now" for name, old, new in rows)
 
 
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from gpt2.base import addresses
 from gpt2.base.errors import DataError
 from gpt2.checkpoint.async_save import Saver
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
@@ -379,7 +380,7 @@ class TrainingRun:
             "data_fingerprint": self.data.fingerprints(),
             **({MIXTURE: mixture.to_plain(self.phases)} if self.phases else {}),
             saved_tokenizer.KEY: saved_tokenizer.to_plain(self.data.tokenizer),
-            "config": self.config.to_dict(),
+            "config": addresses.public(self.config.to_dict()),
             **self.replica.state_dict(),
         }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import table
 from gpt2.config import flops, options
@@ -87,7 +88,7 @@ def group(
         }
         return Summary(lambda: models_table(rows), files, {"summary": rows})
 
-    data = " ".join(run.data.data_root)
+    data = " ".join(addresses.public(run.data.data_root))
     budget = f"{run.data.epochs} epochs of {data}"
     if run.data.max_steps is not None:
         tokens = run.data.max_steps * run.data.total_batch_size

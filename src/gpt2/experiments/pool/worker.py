@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gpt2.base import log
+from gpt2.base import addresses, log
 from gpt2.base.errors import UserError, described, is_out_of_memory
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import log_lines
@@ -228,7 +228,7 @@ def _ended_by(error: BaseException) -> JobEnded:
     reason = described(error)
     if isinstance(error, UserError):
         return JobEnded("failed", reason=reason, is_device_error=is_device_error)
-    trace = "".join(traceback.format_exception(error))
+    trace = addresses.without_secrets("".join(traceback.format_exception(error)))
     if is_out_of_memory(error):  # perhaps because of the jobs before it
         return JobEnded("lost", reason=f"out of memory: {reason}", traceback=trace)
     return JobEnded("failed", reason=reason, traceback=trace, is_device_error=is_device_error)

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from gpt2.base import atomic_files
+from gpt2.base import addresses, atomic_files
 from gpt2.base.errors import ConfigError
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
@@ -78,7 +78,10 @@ def command_of(run_config: RunConfig, out_dir: Path, searched: Collection[str] =
     It trains as long as the preset says, unless the options in LENGTHS were `searched`.
     """
     flags = ["--preset", run_config.preset, "--out_dir", str(out_dir)]
-    preset, values = presets.preset(run_config.preset).to_dict(), run_config.to_dict()
+    preset, values = (
+        presets.preset(run_config.preset).to_dict(),
+        addresses.public(run_config.to_dict()),
+    )
     left_out = {"cache_dir"} | (LENGTHS - set(searched))
     for part in TRAINING_PARTS:
         for name, value in values[part].items():

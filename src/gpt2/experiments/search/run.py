@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from optuna.study import Study
 from rich.console import Console
 
+from gpt2.base import addresses
 from gpt2.base.errors import UserError
 from gpt2.base.text import counted, one_line
 from gpt2.config import gpu_list
@@ -124,7 +125,7 @@ def summarize(
             out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
     except (OSError, UserError) as error:
         logger.warning("the summary could not be written completely: %s", error)
-    address = study.without_password(search.storage or study.url(search.folder))
+    address = addresses.without_secrets(search.storage or study.url(search.folder))
     out.print(f"Look into it: {shlex.join(['optuna-dashboard', address])}", soft_wrap=True)
     return _print_remaining(search, source, signal_number, out)
 

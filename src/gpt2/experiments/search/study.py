@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from optuna.study import Study
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
+from gpt2.base import addresses
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.config import mixture
 from gpt2.experiments import results
@@ -54,7 +54,7 @@ def url(folder: Path) -> str:
 
 def location(search: Search) -> str:
     """The file or URL of the study, without a password."""
-    return without_password(search.storage) if search.storage else str(search.folder / FILE)
+    return addresses.without_secrets(search.storage or str(search.folder / FILE))
 
 
 def open_study(search: Search) -> Study:
@@ -107,8 +107,7 @@ def _load_or_create(search: Search) -> Study:
         # The message of a ValueError may have a part of the password.
         reason = "invalid URL" if isinstance(error, ValueError) else _first_line(error)
         raise ConfigError(
-            f"cannot open the study {without_password(address)}: {reason}; expected a --storage "
-            f"such as {EXAMPLE}"
+            f"cannot open the study {address}: {reason}; expected a --storage such as {EXAMPLE}"
         ) from error
 
 
@@ -134,10 +133,6 @@ def storage_errors() -> Iterator[None]:
             f"cannot read or write the study: {_first_line(error)}; run the same command to "
             "continue"
         ) from error
-
-
-def without_password(address: str) -> str:
-    return re.sub(r"(://[^:/@]*:).*(?=@)|(password=)[^&]*", r"\1\2…", address)
 
 
 def _first_line(error: BaseException) -> str:

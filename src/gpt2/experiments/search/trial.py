@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gpt2.base import atomic_files
+from gpt2.base import addresses, atomic_files
 from gpt2.base.errors import Diverged
 from gpt2.checkpoint import store
 from gpt2.config import options
@@ -88,7 +88,7 @@ def run(
     folder = run_config.checkpoint.checkpoint_dir
     folder.mkdir(parents=True, exist_ok=True)
     complete = dataset.with_vocab_size_if_known(run_config)
-    about = {"trial": number, "parameters": parameters, **complete.to_dict()}
+    about = {"trial": number, "parameters": parameters, **addresses.public(complete.to_dict())}
     atomic_files.write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
     try:
         result = training_job.run(report, run, run_name, ranks)

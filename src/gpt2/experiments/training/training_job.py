@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpt2.base import folder_lock, log
+from gpt2.base import addresses, folder_lock, log
 from gpt2.base.errors import ConfigError, Diverged, ReportedByOtherRank
 from gpt2.checkpoint import store
 from gpt2.config import options
@@ -187,7 +187,7 @@ def result_options(run_config: RunConfig) -> dict[str, Any]:
     """The options that the result of a training depends on, by the names of their flags: not
     folders, intervals of checkpoints, or the machine. Folders of earlier versions have the same
     ones: a later option is among them only with another value than theirs."""
-    plain = run_config.to_dict()
+    plain = addresses.public(run_config.to_dict())
     sized = dataset.with_vocab_size_if_known(run_config)
     plain["model"]["vocab_size"] = sized.model.embedding_rows
     parts = (name.split(".") for name in RESULT_OPTIONS)
