@@ -292,7 +292,14 @@ def test_a_foreign_file_runs_no_code_and_its_trust_is_not_taken(
     again = ("--out_dir", begun, "--resume", "latest", "--max_steps", 5)
     assert command(monkeypatch, *again) == 2
     assert "--trust_checkpoint" in capsys.readouterr().err
+    file = tmp_path / "run.toml"
+    file.write_text("[checkpoint]\ntrust_checkpoint = true\n")
+    assert command(monkeypatch, *again, "--config", file) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {file}: trust_checkpoint is not") and error.count("\n") == 1
     assert not (tmp_path / "ran").exists()
+    command(monkeypatch, *again, "--trust_checkpoint")
+    assert (tmp_path / "ran").exists()  # so that the test would notice
 
 
 def test_an_empty_folder_begins_a_new_run_loudly(data_root, tmp_path, monkeypatch, capsys):

@@ -101,6 +101,23 @@ def test_toml_overlays_the_preset_and_errors_name_the_file():
         options.from_toml(RunConfig(), "n_layer = ", "a.toml")
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "trust_checkpoint = true",
+        "trust-checkpoint = true",
+        "checkpoint.trust_checkpoint = true",
+        '"checkpoint.trust-checkpoint" = true',
+        "[checkpoint]\ntrust_checkpoint = true",
+        "checkpoint = { trust_checkpoint = false, keep_last = 3 }",
+    ],
+)
+def test_no_file_decides_whose_checkpoints_are_trusted(file: str):
+    expected = r"a\.toml: trust_checkpoint is not valid in a file; use --trust_checkpoint on the"
+    with pytest.raises(ConfigError, match=expected):
+        options.from_toml(RunConfig(), file, "a.toml")
+
+
 def test_unknown_preset_suggests():
     with pytest.raises(ConfigError, match="did you mean gpt2-124m"):
         presets.preset("gpt2-125m")

@@ -2,7 +2,7 @@
 
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -49,6 +49,9 @@ NEVER_FROM_CHECKPOINT = (
     "experiment.gpu_id",
     "experiment.wandb_run_name",  # it names an experiment, too
 )
+# Options that no file sets, with their flags. A file may come from another user, and with
+# trust_checkpoint it would run that user's code.
+ONLY_TYPED = {"preset": "--preset NAME", "trust_checkpoint": "--trust_checkpoint"}
 # Values of options that did not exist when old checkpoints were written.
 IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
 # Options of earlier versions, which files may still have, with the values that they now stand for.
@@ -179,10 +182,7 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
     """`config` with the values of a TOML document; error messages call it `source`."""
     try:
         values = tomllib.loads(text)
-        require(
-            "preset" not in values,
-            "preset is not valid in a file; use --preset NAME on the command line",
-        )
+        require_valid_in_file(name for name, _ in _flatten(values))
         require(
             not isinstance(values.get("mixture"), dict),
             "mixture is a list of tables; use [[mixture]] for each phase",
@@ -190,6 +190,16 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
         return overlay(config, values)
     except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
         raise ConfigError(f"{source}: {error}") from error
+
+
+def require_valid_in_file(names: Iterable[str]) -> None:
+    """Raises ConfigError for an option in ONLY_TYPED, however it is written."""
+    for name in names:
+        field = name.replace("-", "_").rpartition(".")[2]
+        require(
+            field not in ONLY_TYPED,
+            f"{field} is not valid in a file; use {ONLY_TYPED.get(field)} on the command line",
+        )
 
 
 @cache

@@ -190,6 +190,7 @@ def test_the_default_space_of_every_preset_fits(name: str):
             "low, high and perhaps step or log, or with choices alone, got 3",
         ),
         ("[checkpoint_dir]\nchoices = ['a', 'b']", "checkpoint_dir cannot be searched"),
+        ("[trust_checkpoint]\nchoices = [true]", "trust_checkpoint cannot be searched"),
         ("[n_embd]\nchoices = [32, 33]", "no values of the space fit to n_embd=33"),
         ("[n_head]\nchoices = [3, 5]", "n_embd=64 is not a multiple of n_head=3"),
         ("[n_head]\nchoices = [2, 3]", "n_head=3 divides no n_embd of the space"),
