@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-EXAMPLES = int(os.environ.get("MUTATIONS", "40"))
+EXAMPLES = int(os.environ.get("MUTATIONS", "25"))
 """damaged versions of each file; a number in the environment looks for faults for longer"""
 DEEP = "a list in a list in a list"
 """stands for a value that `json.dumps` could not write"""

@@ -7,26 +7,52 @@ process what reads it. MUTATIONS=2000 in the environment looks for faults for lo
 import io
 import json
 import math
+import os
 import random
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 import mutations
-from gpt2.base.errors import UserError
+import support
+from experiments.progress.tracked import SLOTS, event
+from gpt2.base import folder_lock
+from gpt2.base.errors import CheckpointError, ConfigError, UserError
 from gpt2.base.text import PlainConsole
 from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata
-from gpt2.cli import loading
+from gpt2.cli import loading, search, train
 from gpt2.cli.model_source import ModelSource
-from gpt2.config import options
+from gpt2.cli.status import STATUS_CODES
+from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
-from gpt2.inspection import checkpoints
-from gpt2.train import trainer
+from gpt2.data import prepare, shards
+from gpt2.data.manifest import MANIFEST, PROGRESS, Split
+from gpt2.data.remote import Storage
+from gpt2.data.shards import DatasetIndex, TokenDataset
+from gpt2.data.tokenizer import GPT2_TOKENIZER
+from gpt2.data.tokenizer_copy import TokenizerCopy
+from gpt2.data.verification import Verification
+from gpt2.evaluation import hellaswag
+from gpt2.experiments import results
+from gpt2.experiments.progress import listing, state
+from gpt2.experiments.progress.experiment_view import ExperimentView
+from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.results import ExperimentDescription, JobResult
+from gpt2.experiments.search import best, ownership, trial
+from gpt2.inference import interchange
+from gpt2.inspection import checkpoints, estimate, run_status
+from gpt2.inspection.watch import RunView
+from gpt2.metrics import log_reader
+from gpt2.train import resume, status, trainer
 from gpt2.train.saved_run import SavedRun
+from inspection.written_runs import PLAN
 from support import small_config
 
 
@@ -78,6 +104,225 @@ def test_checkpoint_metadata(tmp_path: Path):
     check(metadata, mutations.of_json(json.loads(metadata.read_text())), read)
 
 
+def test_the_status_of_a_run(tmp_path: Path):
+    path = tmp_path / status.NAME
+    status.write(tmp_path, PLAN, "running", 3, "reason", ("samples",))
+
+    def read() -> None:
+        out = paper()
+        if run := run_status.newest_run(tmp_path):
+            run_status.print_state(run, out)
+            assert run.state in STATUS_CODES
+            accepted(estimate.print_run_forecast, run, out)
+        listing.print_list(tmp_path, out)
+        view = RunView(tmp_path)
+        view.update()
+        out.print(view.render(100, 40))
+
+    check(path, mutations.of_json(json.loads(path.read_text())), read)
+
+
+def write_experiment(folder: Path) -> None:
+    description = ExperimentDescription("seeds", {"target": "a:b"}, 3)
+    tracker = StateTracker("seeds", 3, SLOTS)
+    tracker.update(event("started", 0, "c"))
+    tracker.update(event("reported", 0, "c", at=1.0, metrics={"step": 1, "total_steps": 9}))
+    tracker.update(event("failed", 1, "b", at=1.0, reason="why"))
+    with results.opened(folder, description) as kept:
+        kept.add(JobResult("a", "finished", {"seed": 0}, {"loss": 1.5}))
+        kept.add(JobResult("b", "failed", {"seed": 1}, reason="why", traceback="where"))
+        state.write(folder, tracker.current)
+
+
+@pytest.mark.parametrize("name", [state.FILE, results.RESULT_LINES_FILE, results.EXPERIMENT_FILE])
+def test_an_experiment(tmp_path: Path, name: str):
+    write_experiment(tmp_path)
+    path = tmp_path / name
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def read() -> None:
+        out = paper()
+        listing.print_list(tmp_path, out)
+        if (item := accepted(listing.read, tmp_path)) is not None:
+            listing.print_experiment(item, out, last=None)
+            listing.print_failures(item, out, last=None)
+            json.dumps([listing.summary_json(item), listing.full_json(item)])
+            view = ExperimentView(tmp_path)
+            view.update()
+            out.print(view.render(100, 40))
+        accepted(reopen)
+        for file, content in files.items():
+            if file != path:
+                file.write_bytes(content)
+
+    def reopen() -> None:
+        with results.opened(tmp_path, ExperimentDescription("seeds", {"target": "a:b"}, 3)) as kept:
+            kept.add(JobResult("d", "finished", {}, 1.0))
+            kept.save(metric="loss")
+
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        mutate = mutations.of_lines([json.loads(line) for line in text.splitlines()])
+    else:
+        mutate = mutations.of_json(json.loads(text))
+    check(path, mutate, read)
+
+
+def test_which_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / resume.LAUNCH
+    resume.has_saved(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not resume.has_saved(tmp_path)
+    content = json.loads(path.read_text())
+    check(path, mutations.of_json(content), lambda: resume.has_saved(tmp_path))
+
+
+def test_a_manifest(characters: Path, gpt2_tokens: Path, tmp_path: Path):
+    shutil.copytree(gpt2_tokens, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / MANIFEST
+
+    def read() -> None:
+        storage = Storage(str(tmp_path))
+        if (index := accepted(shards.load_index, storage)) is not None:
+            accepted(Verification(storage).run, lambda _: None)
+            accepted(index.fingerprint)
+            for split in ("train", "val"):
+                accepted(read_row, index, split)
+        accepted(prepare.prepare, support.SMALL_CORPUS, tmp_path, workers=1)
+        path.with_name(PROGRESS).unlink(missing_ok=True)
+
+    def read_row(index: DatasetIndex, split: Split) -> None:
+        dataset = TokenDataset(index, split, 8)
+        if sum(dataset.rows_per_shard):
+            dataset.read(np.array([[0, 0]]))
+
+    check(path, mutations.of_json(json.loads(path.read_text())), read)
+
+
+def test_an_unfinished_preparation(gpt2_tokens: Path, tmp_path: Path):
+    shutil.copytree(gpt2_tokens, tmp_path, dirs_exist_ok=True)
+    made = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).unlink()
+    recipe = prepare._recipe(support.SMALL_CORPUS, GPT2_TOKENIZER, None, None, None)
+    content = {
+        "command": "gpt2 data small",
+        "recipe": asdict(recipe),
+        "counts": asdict(prepare.Counts(9)),
+        "place": [0, 9],
+        "tokens": 0,
+        "shards": made["shards"],
+    }
+
+    def read() -> None:
+        accepted(shards.load_index, Storage(str(tmp_path)))
+        accepted(prepare._ProgressFile(tmp_path, recipe, "gpt2 data small").begin)
+        TokenizerCopy(tmp_path, GPT2_TOKENIZER)
+
+    check(tmp_path / PROGRESS, mutations.of_json(content), read)
+
+
+def test_a_shard(tmp_path: Path):
+    path = tmp_path / "a_train_000000.npy"
+    np.save(path, np.arange(200, dtype=np.uint16))
+    (tmp_path / "a_val_000000.npy").write_bytes(whole := path.read_bytes())
+    storage = Storage(str(tmp_path))
+
+    def read() -> None:
+        if (index := accepted(shards.load_index, storage)) is not None:
+            accepted(index.fingerprint)
+        accepted(Verification(storage).run, lambda _: None)
+
+    head = mutations.of_bytes(whole[:128])
+    check(path, lambda rng: head(rng) + whole[128:], read)
+
+
+def test_hellaswag(tmp_path: Path):
+    path = support.write_tasks(tmp_path / "tasks.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    check(path, mutations.of_lines(lines), lambda: accepted(hellaswag.load, path))
+
+
+def test_toml(tmp_path: Path):
+    """Options of a run, and the space of a search."""
+    run, path = presets.preset("demo"), tmp_path / "a.toml"
+
+    def read() -> None:
+        accepted(train.with_file, run, path)
+        accepted(search.read_space, path, run)
+
+    options_ = b"learning_rate = 1e-3\n[data]\ntotal_batch_size = 64\n[[mixture]]\nweb = 1\n"
+    space_ = b"[learning_rate]\nlow = 1e-4\nhigh = 1e-2\nlog = true\n[n_layer]\nchoices = [2, 4]\n"
+    for content in (options_, space_):
+        check(path, mutations.of_bytes(content), read)
+
+
+@pytest.mark.parametrize("read", [folder_lock.owner, ownership.folder_id, best.read_config])
+def test_small_files(tmp_path: Path, read: Callable[[Path], object]):
+    names = {
+        folder_lock.owner: folder_lock.OWNER_NAME,
+        ownership.folder_id: ownership.FILE,
+        best.read_config: trial.CONFIG,
+    }
+    path = tmp_path / names[read]
+    content = asdict(folder_lock.Owner.this_process()) | {"id": "1", "study": "s", "trial": 3}
+    target = path if read is best.read_config else tmp_path
+    check(path, mutations.of_json(content), lambda: accepted(read, target))
+
+
+def test_fifos_and_folders_in_place_of_files(tmp_path: Path):
+    """Nothing waits for another process to write."""
+    run = presets.preset("demo")
+    names = ("step_000002.json", "a.toml", status.NAME, state.FILE, folder_lock.OWNER_NAME)
+    for make in (os.mkfifo, os.mkdir):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        for name in (*names, results.RESULT_LINES_FILE, results.EXPERIMENT_FILE):
+            make(folder / name)
+        for read in (status.read, state.read, folder_lock.owner):
+            assert read(folder) is None
+        for path in (folder / "a.toml", folder / "none.toml"):
+            with pytest.raises(ConfigError, match="cannot read --config"):
+                train.with_file(run, path)
+        for read in (listing.read, results.read_results, store.list_checkpoints):
+            with pytest.raises(CheckpointError, match="cannot read"):
+                read(folder)
+        (folder / "step_000002.json").rename(folder / "step_000002.pt")
+        with pytest.raises(CheckpointError, match="cannot read"):
+            store.unpickle(folder / "step_000002.pt")
+
+
+def test_hugging_face(tmp_path: Path):
+    path = tmp_path / "config.json"
+    content = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 8}
+    content |= {"vocab_size": 50257, "activation_function": "gelu_new", "n_inner": None}
+    check(
+        path,
+        mutations.of_json(content),
+        lambda: accepted(interchange.read, f"hf:{tmp_path}", trust=False),
+    )
+
+
+def test_metrics(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    usage = [{"memory_gb": 1.0, "utilisation_percent": 9.0}]
+    step = {"loss": 2.0, "learning_rate": 0.1, "elapsed_s": 1.0, "tokens_per_s": 9.0, "epoch": 0}
+    more = {"grad_norm": 1.0, "left_s": 3.0, "steps_left": 8, "mfu": 0.5, "rank_gpu": usage}
+    lines = [
+        {"kind": "run", "run": "a", "step": 0, "time": 1.0},
+        {"kind": "step", "run": "a", "step": 1, "time": 2.0} | step | more,
+        {"kind": "validation", "run": "a", "step": 1, "loss": 2.0, "bits_per_byte": 1.0},
+        {"kind": "event", "run": "a", "level": "WARNING", "message": "m", "time": 2.0},
+    ]
+
+    def read() -> None:
+        accepted(log_reader.read_runs, path)
+        view = RunView(None, path)
+        view.update()
+        paper().print(view.render(100, 40))
+
+    check(path, mutations.of_lines(lines), read)
+
+
 ODD_PARTS = (None, -1, "text", [], {}, math.inf, torch.zeros(3), torch.zeros(2, 2, dtype=torch.int))
 """in place of tensors and plain values"""
 
@@ -101,7 +346,7 @@ def test_a_checkpoint_of_ours_with_other_content(characters: Path, tmp_path: Pat
             return mutations.changed(rng, {name: whole[name]}, kind, ODD_PARTS)
         return {name: mutations.changed(rng, whole[name], kind, ODD_PARTS)}
 
-    for content in mutations.each(mutate, mutations.EXAMPLES // 2):
+    for content in mutations.each(mutate, mutations.EXAMPLES // 3):
         with mutations.named(content):
             state = {name: part for name, part in whole.items() if name not in content}
             store.save(complete.path.parent, state | content, complete.training, keep_last=10)

@@ -87,6 +87,11 @@ def from_json(kind: type[T], values: Any, source: object) -> T:
     return kind(**found)
 
 
+def require_type(hint: Any, value: Any) -> None:
+    """Raises TypeError if `value`, which was read from JSON, is not of the type `hint`."""
+    _converted(hint, value, "")
+
+
 def _converted(hint: Any, value: Any, source: object) -> Any:
     """`value`, which was read from JSON, as the type `hint`; raises TypeError if it is not."""
     origin, parts = get_origin(hint), get_args(hint)

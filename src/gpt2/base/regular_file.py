@@ -6,9 +6,14 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
+OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""names of what this process has open, such as a pipe that a shell gave it by `<(…)`"""
+
 
 def open_to_read(path: Path) -> BufferedReader:
     """Opens a file. Raises OSError, at once, if there is none or it is not a regular file."""
+    if str(path).startswith(OPEN_ALREADY):
+        return path.open("rb")
     # Without O_NONBLOCK, opening a FIFO waits for a process that writes to it.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(handle).st_mode

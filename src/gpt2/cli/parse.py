@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, TextIO, TypeVar, get_type_hints
 
-from gpt2.base import log
+from gpt2.base import log, regular_file
 from gpt2.base.control_characters import visible
-from gpt2.base.errors import ReportedByOtherRank, UserError, is_out_of_memory
+from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError, is_out_of_memory
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 SWITCH_PREFIXES = {"true": "", "false": "no_"}
@@ -119,6 +120,19 @@ def _switches(kind: type[Any]) -> set[str]:
         elif is_dataclass(hint) and isinstance(hint, type):
             found |= _switches(hint)
     return found
+
+
+def text_of_file(path: Path, flag: str, hint: str = "") -> str:
+    """The text of a file that `flag` names; raises ConfigError, with `hint` at its end, if it
+    cannot be read."""
+    try:
+        return regular_file.read_text(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{flag} {path} is not text in UTF-8: {error}; save it in that encoding"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {flag} {path}: {error.strerror}{hint}") from error
 
 
 def guarded(

@@ -13,7 +13,7 @@ from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST, require_within
 from gpt2.cli.experiment_notices import posting_end
-from gpt2.cli.parse import CommandOptions, guarded
+from gpt2.cli.parse import CommandOptions, guarded, text_of_file
 from gpt2.cli.pool_options import (
     TrainingPoolOptions,
     default_folder,
@@ -117,13 +117,5 @@ def read_space(path: Path | None, run: RunConfig) -> Space:
 
     if path is None:
         return space.default(run)
-    try:
-        return space.parse(path.read_text("utf-8-sig"), run, str(path))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--space {path} is not text in UTF-8: {error}; save it in that encoding"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read --space {path}: {error.strerror}; --print_space > {path} makes one"
-        ) from error
+    text = text_of_file(path, "--space", f"; --print_space > {path} makes one")
+    return space.parse(text, run, str(path))

@@ -15,7 +15,7 @@ from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import require
-from gpt2.cli.parse import CommandOptions, discard, guarded, parse
+from gpt2.cli.parse import CommandOptions, discard, guarded, parse, text_of_file
 from gpt2.config import mixture, options, presets
 from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
@@ -259,11 +259,7 @@ def _relative(path: Path) -> Path:
 
 def with_file(run: RunConfig, path: Path) -> RunConfig:
     """`run` with the values in the file of --config."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    return options.from_toml(run, text, str(path))
+    return options.from_toml(run, text_of_file(path, "--config"), str(path))
 
 
 def _without(arguments: Sequence[str], *flags: str) -> list[str]:

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import DataError
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.distributed.world import World
@@ -188,7 +188,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                 number += 1
                 if not line.strip():
                     continue
-                item = json.loads(line)
+                item = json_fields.parse(line)
                 _require_task(item)
                 yield item
     except (OSError, EOFError, zlib.error, ValueError) as error:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpt2 import model
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.config import presets
@@ -472,12 +472,9 @@ def _bare(name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json_fields.read(path)
+    except json_fields.UNREADABLE as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"expected a JSON object in {path}")
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

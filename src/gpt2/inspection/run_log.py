@@ -4,7 +4,6 @@ The file is opened for reading, for a moment, and never locked. It may be moved,
 deleted meanwhile, and the run may be resumed.
 """
 
-import json
 import os
 from array import array
 from bisect import bisect_right
@@ -12,6 +11,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt2.base import json_fields
+from gpt2.base.json_fields import Timestamp
 from gpt2.metrics import log_reader
 from gpt2.metrics.jsonl import RECORDS_NAME
 
@@ -20,6 +21,19 @@ KEPT_MESSAGES = 200
 SAMPLE_INDENT = "    "
 STEP_NUMBERS = ("loss", "learning_rate", "elapsed_s", "tokens_per_s")
 """that every record of a step has; NaN where they are null"""
+
+
+USED_IF_THERE = {
+    "run": str | None,
+    "time": Timestamp | None,
+    "left_s": Timestamp | None,  # seconds too, which are added to one
+    "steps_left": int | None,
+    "mfu": float | None,
+    "grad_norm": float | None,
+    "epoch": int | None,
+    "rank_gpu": list[dict[str, float | None]] | None,
+}
+"""types of what the live view shows of a record"""
 
 
 class Message(NamedTuple):
@@ -107,9 +121,11 @@ class RunLog:
                 if record["kind"] != "run":  # such lines do not name their run
                     record["run"] = self._name_in_text
             else:
-                record = json.loads(line)
+                record = json_fields.require_object(json_fields.parse(line))
+            for name in USED_IF_THERE.keys() & record.keys():
+                json_fields.require_type(USED_IF_THERE[name], record[name])
             self._add(record)
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return  # a torn line, or one that is no record
 
     def _add(self, record: dict[str, Any]) -> None:

@@ -131,10 +131,10 @@ class RunView:
     def left_s(self) -> float | None:
         """Estimated seconds until the last step of a running run; None if unknown, as where there
         is only a log and that time is over."""
-        left_s = self.log.last.get("left_s")
-        if left_s is None or self.state not in ("running", "unknown"):
+        left_s, logged_at = self.log.last.get("left_s"), self.log.last.get("time")
+        if left_s is None or logged_at is None or self.state not in ("running", "unknown"):
             return None
-        left_s -= self._clock() - self.log.last["time"]
+        left_s -= self._clock() - logged_at
         return None if left_s < 0 and self.state == "unknown" else max(0.0, left_s)
 
     def render(self, width: int, height: int, *, is_ascii: bool = False) -> RenderableType:

@@ -6,13 +6,13 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import CheckpointError, ConfigError, DataError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
@@ -40,13 +40,21 @@ from gpt2.train.state import TrainState
 logger = logging.getLogger(__name__)
 SPLITS: dict[Split, str] = {"train": "training data", "val": "validation data"}
 LAUNCH = "launch.json"
-"""which command trains in a folder, and the newest checkpoint that it found there"""
 MIXTURE = "mixture"
 """in a checkpoint of a run with several corpora: the phases, first those that have begun"""
 UNNOTICED = 0.01
 """a relative change of the learning rate at a resume that is not reported"""
 Configure = Callable[[Mapping[str, Any] | None], RunConfig]
 """the configuration that was typed, on top of the one in a checkpoint; None for a new run"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which command trains in a folder, and the newest checkpoint that it found there."""
+
+    launch: str
+    newest: int
+    """number of its save"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class StartingPoint:
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
         # torchrun --max-restarts starts the same command again, which may have saved since.
-        has_saved = world.run_on_rank0(lambda: _has_saved(folder))
+        has_saved = world.run_on_rank0(lambda: has_saved(folder))
         requested = "latest" if has_saved else settings.resume_from
 
         def locate() -> Path | None:
@@ -384,22 +392,21 @@ def _require_data_here(roots: Sequence[str]) -> None:
             )
 
 
-def _has_saved(folder: Path) -> bool:
+def has_saved(folder: Path) -> bool:
     """Whether this very command has saved a checkpoint before torchrun restarted it."""
     newest = max((item.metadata.sequence for item in store.list_checkpoints(folder)), default=0)
     record = folder / LAUNCH
     if rendezvous.is_restart():
         try:
-            before = json.loads(record.read_text())
-        except (OSError, ValueError):
+            before = json_fields.from_json(Launch, json_fields.read(record), record)
+        except json_fields.UNREADABLE:
             return True
         # Another launch wrote it: rank 0 was on another machine before.
-        is_same = before["launch"] == rendezvous.launch()
-        return not is_same or newest > int(before["newest"])
+        return before.launch != rendezvous.launch() or newest > before.newest
     with contextlib.suppress(OSError):  # a full disk: then a restart takes the newest
         record.unlink(missing_ok=True)
-        launch = {"launch": rendezvous.launch(), "newest": newest}
-        atomic_files.write_text(record, json.dumps(launch))
+        launch = Launch(rendezvous.launch(), newest)
+        atomic_files.write_text(record, json.dumps(asdict(launch)))
     return False
 
 

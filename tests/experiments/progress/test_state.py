@@ -26,7 +26,7 @@ def test_counts_and_slots_follow_the_events():
     tracker.update(Event("slot_lost", SLOTS[1], reason="3 failures in a row"))
     now = tracker.current
     assert (now.done, now.failed, now.retried, now.ended) == (4, 1, 1, 5)
-    assert now.failures == ({"job": "job1", "slot": "gpu1", "reason": "ValueError: no"},)
+    assert now.failures == (state.JobFailure("job1", "gpu1", "ValueError: no"),)
     assert not now.slots[1].in_service and now.slots[0].in_service
     clock.now += 10
     assert now.left_s(clock.now) == pytest.approx(25)  # 5 jobs at 2 in 10 s
@@ -44,7 +44,7 @@ def test_the_newest_failures_are_kept():
     for number in range(100):
         tracker.update(event("failed", 0, f"{number}", reason="no"))
     assert tracker.current.failed == 100
-    assert [item["job"] for item in tracker.current.failures] == [f"{n}" for n in range(80, 100)]
+    assert [item.job for item in tracker.current.failures] == [f"{n}" for n in range(80, 100)]
 
 
 def test_time_left_counts_from_the_step_where_a_training_resumed():

@@ -59,7 +59,7 @@ class ExperimentView:
         if now.failures and room > 0:
             parts += [Text(), Text("failed", "bold")]
             for failure in now.failures[-min(MOST_FAILURES, room) :]:
-                words = one_line(f"{failure['job']} on {failure['slot']}: {failure['reason']}")
+                words = one_line(f"{failure.job} on {failure.slot}: {failure.reason}")
                 parts.append(Text(words, "red", no_wrap=True, overflow="ellipsis"))
         return Group(*parts)
 

@@ -73,6 +73,15 @@ class SlotState:
 
 
 @dataclass(frozen=True)
+class JobFailure:
+    """Which job failed, where and why."""
+
+    job: str
+    slot: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ExperimentState:
     """Counts, slots and recent failures of an experiment."""
 
@@ -86,8 +95,8 @@ class ExperimentState:
     failed: int = 0
     retried: int = 0
     """attempts that were lost and started again"""
-    failures: tuple[Mapping[str, str], ...] = ()
-    """job, slot and reason of jobs that have used up their attempts"""
+    failures: tuple[JobFailure, ...] = ()
+    """of jobs that have used up their attempts"""
     state: Literal["running", "stopping", "finished", "stopped"] = "running"
     reason: str = ""
     """what stopping means for the running jobs"""
@@ -162,7 +171,7 @@ class StateTracker:
         if event.kind in ("finished", "pruned", "failed", "retried"):
             changes[event.kind] = getattr(now, event.kind) + 1
         if event.kind == "failed" and event.job is not None:
-            failure = {"job": event.job.name, "slot": event.slot.name, "reason": event.reason}
+            failure = JobFailure(event.job.name, event.slot.name, event.reason)
             changes["failures"] = (*now.failures, failure)[-KEPT_FAILURES:]
         self.current = replace(now, **changes)
 

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from gpt2.base import addresses, atomic_files
+from gpt2.base import addresses, atomic_files, json_fields
 from gpt2.base.errors import ConfigError
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
@@ -36,7 +36,7 @@ def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
         return None
     found = finished[0]
     source, target = folder / trial.name_of(found.number), folder / FOLDER
-    exported, about = (_read_config(path / trial.CONFIG) for path in (target, source))
+    exported, about = (read_config(path / trial.CONFIG) for path in (target, source))
     # Its own folder may have been removed since.
     is_exported = exported.get("trial") == found.number and about in ({}, exported)
     if is_exported and (target / COMMAND).exists():
@@ -62,13 +62,13 @@ def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
     return found, command
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The content of a trial's `config.json`; empty without the file."""
     try:
-        return dict(json.loads(path.read_text()))
+        return json_fields.read(path)
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
+    except json_fields.UNREADABLE as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
 
 

@@ -24,7 +24,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.base import atomic_files
+from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.experiments import results
 from gpt2.experiments.search import trial
@@ -127,10 +127,10 @@ def folder_id(folder: Path) -> str:
     """The id of the folder; empty if it has none. Raises ConfigError if `study.json` is damaged."""
     path = folder / FILE
     try:
-        return str(json.loads(path.read_text())["id"])
+        return str(json_fields.read(path)["id"])
     except FileNotFoundError:
         return ""
-    except (ValueError, LookupError, TypeError) as error:
+    except json_fields.UNREADABLE as error:
         raise ConfigError(
             f"{path} is damaged ({error!r}); restore it, or use another --checkpoint_dir"
         ) from error
