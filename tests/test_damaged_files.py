@@ -50,7 +50,7 @@ from gpt2.inference import interchange
 from gpt2.inspection import checkpoints, estimate, run_status
 from gpt2.inspection.watch import RunView
 from gpt2.metrics import log_reader
-from gpt2.train import resume, status, trainer
+from gpt2.train import launch, status, trainer
 from gpt2.train.saved_run import SavedRun
 from inspection.written_runs import PLAN
 from support import small_config
@@ -169,12 +169,12 @@ def test_an_experiment(tmp_path: Path, name: str):
 
 
 def test_which_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / resume.LAUNCH
-    resume.has_saved(tmp_path)
+    path = tmp_path / launch.FILE
+    launch.saved_before_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not resume.has_saved(tmp_path)
+    assert not launch.saved_before_restart(tmp_path)
     content = json.loads(path.read_text())
-    check(path, mutations.of_json(content), lambda: resume.has_saved(tmp_path))
+    check(path, mutations.of_json(content), lambda: launch.saved_before_restart(tmp_path))
 
 
 def test_a_manifest(characters: Path, gpt2_tokens: Path, tmp_path: Path):

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -7,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.inspection import run_log
+from gpt2.base import json_fields
 from gpt2.inspection.run_log import RunLog
 from gpt2.metrics import log_reader
 from gpt2.metrics.jsonl import JsonLines
@@ -78,8 +77,8 @@ def test_it_knows_what_was_logged(path: Path):
 def test_a_reading_takes_only_what_was_appended(path: Path, monkeypatch):
     log = RunLog(path, "run")
     parsed: list[str] = []
-    read_json, read_text = json.loads, log_reader.object_of_text
-    monkeypatch.setattr(run_log.json, "loads", lambda line: parsed.append(line) or read_json(line))
+    read_json, read_text = json_fields.parse, log_reader.object_of_text
+    monkeypatch.setattr(json_fields, "parse", lambda line: parsed.append(line) or read_json(line))
     monkeypatch.setattr(
         log_reader, "object_of_text", lambda line: parsed.append(line) or read_text(line)
     )

@@ -1,18 +1,15 @@
 """Where a run starts: from scratch, with given weights, or at a checkpoint."""
 
-import contextlib
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2.base import atomic_files, json_fields
 from gpt2.base.errors import CheckpointError, ConfigError, DataError
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
@@ -28,10 +25,9 @@ from gpt2.data.sampler import Sampler
 from gpt2.data.shards import ENDS, DatasetIndex, Fingerprint
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.data.training_data import UNNAMED, TrainingData
-from gpt2.distributed import rendezvous
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
-from gpt2.train import dataset, experiment_folder, saved_run
+from gpt2.train import dataset, experiment_folder, launch, saved_run
 from gpt2.train.micro_batch import FittedRows
 from gpt2.train.replica import Replica
 from gpt2.train.saved_run import SavedRun
@@ -39,22 +35,12 @@ from gpt2.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 SPLITS: dict[Split, str] = {"train": "training data", "val": "validation data"}
-LAUNCH = "launch.json"
 MIXTURE = "mixture"
 """in a checkpoint of a run with several corpora: the phases, first those that have begun"""
 UNNOTICED = 0.01
 """a relative change of the learning rate at a resume that is not reported"""
 Configure = Callable[[Mapping[str, Any] | None], RunConfig]
 """the configuration that was typed, on top of the one in a checkpoint; None for a new run"""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Which command trains in a folder, and the newest checkpoint that it found there."""
-
-    launch: str
-    newest: int
-    """number of its save"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ class StartingPoint:
         settings = run_config.checkpoint
         folder = settings.checkpoint_dir
         # torchrun --max-restarts starts the same command again, which may have saved since.
-        has_saved = world.run_on_rank0(lambda: has_saved(folder))
+        has_saved = world.run_on_rank0(lambda: launch.saved_before_restart(folder))
         requested = "latest" if has_saved else settings.resume_from
 
         def locate() -> Path | None:
@@ -390,24 +376,6 @@ def _require_data_here(roots: Sequence[str]) -> None:
                 f"to the current folder, {Path.cwd()}; resume it where the run began, or type "
                 "another --data_root"
             )
-
-
-def has_saved(folder: Path) -> bool:
-    """Whether this very command has saved a checkpoint before torchrun restarted it."""
-    newest = max((item.metadata.sequence for item in store.list_checkpoints(folder)), default=0)
-    record = folder / LAUNCH
-    if rendezvous.is_restart():
-        try:
-            before = json_fields.from_json(Launch, json_fields.read(record), record)
-        except json_fields.UNREADABLE:
-            return True
-        # Another launch wrote it: rank 0 was on another machine before.
-        return before.launch != rendezvous.launch() or newest > before.newest
-    with contextlib.suppress(OSError):  # a full disk: then a restart takes the newest
-        record.unlink(missing_ok=True)
-        launch = Launch(rendezvous.launch(), newest)
-        atomic_files.write_text(record, json.dumps(asdict(launch)))
-    return False
 
 
 def _fingerprints(checkpoint: CheckpointState) -> dict[str, Fingerprint | str]:
