@@ -13,11 +13,28 @@ from gpt2.distributed import device, rendezvous
 def test_more_ranks_than_gpus(monkeypatch, wanted: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+    for name, value in rendezvous.rank_variables(0, 4, 1).items():
         monkeypatch.setenv(name, value)
     expected = r"4 ranks on a machine with 2 GPUs; use --nproc_per_node=2, or --device cpu"
     with pytest.raises(ConfigError, match=expected), rendezvous.join(MachineConfig(device=wanted)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "one"}, "expected a number in the environment variable RANK, got 'one'"),
+        ({"WORLD_SIZE": "-1"}, "environment variable WORLD_SIZE, got '-1'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; start several ranks with"),
+        ({"RANK": "1"}, "WORLD_SIZE is 1, but RANK is 1"),
+        (rendezvous.rank_variables(2, 2, 1), "WORLD_SIZE is 2, but RANK is 2"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set(monkeypatch, variables: dict, message: str):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        rendezvous.env_rank()
 
 
 DETERMINISTIC = {

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpt2.distributed import rendezvous
 from gpt2.train.compile_cache import compiled
 from support import losses, run_command, small_flags, train_command
 
@@ -46,7 +47,8 @@ def test_the_ranks_of_a_machine_share_its_cores(
     cores: int, ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    for name, value in rendezvous.rank_variables(0, ranks, 1).items():
+        monkeypatch.setenv(name, value)
     compiled(nn.Linear(2, 2))
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(workers)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")

@@ -81,6 +81,10 @@ class EvaluateCommand(CommandOptions):
 
 def evaluate_main() -> int:
     """`gpt2 evaluate`."""
+    return guarded(_evaluate_as_rank)
+
+
+def _evaluate_as_rank() -> int:
     rank, _, local_rank, _ = rendezvous.env_rank()
 
     def body() -> int:

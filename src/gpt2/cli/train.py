@@ -68,6 +68,10 @@ def train_main() -> int:
     """`gpt2 train` and `src/train_improved.py`: one training run."""
     # Before torch is imported, which takes 2 s: a rank whose torchrun dies meanwhile must end, too.
     end_with_torchrun()
+    return guarded(_train_as_rank)
+
+
+def _train_as_rank() -> int:
     from gpt2.distributed import rendezvous
 
     rank, world_size, local_rank, _ = rendezvous.env_rank()

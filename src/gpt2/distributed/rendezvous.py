@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gpt2.base.errors import ReportedByOtherRank, UserError
+from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError
 from gpt2.config.run import MachineConfig
 from gpt2.distributed import device, gpu_usage, precision
 from gpt2.distributed.watchdog import Watchdog
@@ -30,17 +30,34 @@ CONNECT_S = 30
 LONG_TIMEOUT = timedelta(hours=1)
 """for what rank 0 does alone, such as saving: longer than a step may take"""
 JOIN_POLL_S = 0.02
+FOR_SEVERAL_RANKS = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def env_rank() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun sets them."""
-    read = os.environ.get
-    return (
-        int(read("RANK", "0")),
-        int(read("WORLD_SIZE", "1")),
-        int(read("LOCAL_RANK", "0")),
-        int(read("LOCAL_WORLD_SIZE", "1")),
-    )
+    """(rank, world size, local rank, local world size) as torchrun sets them.
+
+    Raises ConfigError if something else has set them, or some of them.
+    """
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    missing = [name for name in FOR_SEVERAL_RANKS if size > 1 and name not in os.environ]
+    if missing or not (rank < size and local_rank < local_size <= size):
+        reason = (
+            f"{missing[0]} is not set" if missing else f"RANK is {rank}, LOCAL_RANK {local_rank}"
+        )
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but {reason}; start several ranks with torchrun, or unset "
+            "these variables"
+        )
+    return rank, size, local_rank, local_size
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of torchrun; raises ConfigError if it is not a number."""
+    text = os.environ.get(name, "") or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(f"expected a number in the environment variable {name}, got {text!r:.40}")
+    return int(text)
 
 
 def rank_variables(rank: int, size: int, port: int) -> dict[str, str]:
@@ -60,7 +77,7 @@ def rank_variables(rank: int, size: int, port: int) -> dict[str, str]:
 
 def is_restart() -> bool:
     """Whether torchrun has restarted the ranks because one of them failed (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def launch() -> str:
