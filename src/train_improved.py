@@ -4,6 +4,8 @@ import sys
 
 try:
     from gpt2.cli.train import train_main
+except KeyboardInterrupt:  # imports take a while
+    sys.exit(130)
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; first: source .venv/bin/activate (make install)", file=sys.stderr)
     sys.exit(2)

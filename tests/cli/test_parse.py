@@ -142,3 +142,12 @@ def test_an_error_of_another_file_is_not_taken_for_one_of_the_output(capsys):
 
     with pytest.raises(OSError, match="No space left"):
         guarded(body)
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["gpt2", "generate"])
+    monkeypatch.setattr(main.importlib, "import_module", interrupted)
+    assert main.main() == 130

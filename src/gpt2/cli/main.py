@@ -32,9 +32,7 @@ def main() -> int:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv = [f"gpt2 {name}", *rest]
-        module = importlib.import_module(f"gpt2.cli.{name}")
-        code: int = getattr(module, f"{name}_main")()
-        return code
+        return parse.guarded(lambda: _run(name))
     listing = "\n".join(f"  {command:<12} {text}" for command, text in COMMANDS.items())
     usage = f"usage: gpt2 COMMAND [OPTIONS]\n\n{listing}\n\n`gpt2 COMMAND --help` lists its options"
     if name == "--version":
@@ -46,3 +44,9 @@ def main() -> int:
         file=sys.stderr,
     )
     return parse.USER_ERROR
+
+
+def _run(name: str) -> int:
+    module = importlib.import_module(f"gpt2.cli.{name}")
+    code: int = getattr(module, f"{name}_main")()
+    return code
