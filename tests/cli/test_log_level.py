@@ -11,6 +11,7 @@ from gpt2.base.errors import DataError, ReportedByOtherRank
 from gpt2.cli import main
 from gpt2.cli.train import train_main
 from gpt2.data import prepare
+from gpt2.distributed import rendezvous
 from gpt2.train import trainer
 
 # Each command with flags that end it soon in an empty folder.
@@ -89,8 +90,8 @@ def test_other_ranks_print_errors_only(monkeypatch, capsys):
         raise ReportedByOtherRank("no data")
 
     monkeypatch.setattr(trainer, "run", run)
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "1")
+    for name, value in rendezvous.rank_variables(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_improved.py"])
     assert train_main() == 2
     assert capsys.readouterr() == ("", "rank 1: ERROR: an error\n")

@@ -9,6 +9,7 @@ from gpt2.cli import estimate, generate, main
 from gpt2.cli.status import status_main
 from gpt2.cli.train import parse_train, train_main
 from gpt2.config.options import locate
+from gpt2.distributed import rendezvous
 from gpt2.train import status, trainer
 from support import SMALL_RUN, small_config, small_flags
 
@@ -94,7 +95,8 @@ def test_unknown_flag_suggests(monkeypatch, capsys):
 
 
 def test_other_ranks_are_silent(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in rendezvous.rank_variables(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
     assert call(monkeypatch, train_main, "--preset", "gpt3") == 2
     with pytest.raises(SystemExit):
         call(monkeypatch, train_main, "--lerning_rate", "1")
