@@ -66,7 +66,9 @@ def test_the_tokens_of_a_text(
     assert shown["ids"] == tokenizer_files.load(out).encode(text)
     assert shown["tokens"][:3] == [" ", "\\xc3", "\\xa9"]
     assert call(monkeypatch, "show", str(out), text) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(shown["ids"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(shown["ids"])
+    assert [line.split(maxsplit=1)[1] for line in lines[:3]] == ["' '", r"b'\xc3'", r"b'\xa9'"]
 
 
 @pytest.mark.parametrize(

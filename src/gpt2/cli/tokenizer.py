@@ -209,12 +209,14 @@ def _print(
 def _show(command: Show) -> int:
     loaded = tokenizer_choice.find(command.tokenizer)
     ids = loaded.encode(os.fsencode(command.text).decode("utf-8", "replace"))
-    texts = [loaded.token_bytes(number).decode("utf-8", "backslashreplace") for number in ids]
+    tokens = [loaded.token_bytes(number) for number in ids]
+    texts = [token.decode("utf-8", "backslashreplace") for token in tokens]
     if command.json:
         print(json.dumps({"ids": ids, "tokens": texts}))
         return 0
-    for number, text in zip(ids, texts, strict=True):
-        print(f"{number:>7} {text!r}")
+    for number, token, text in zip(ids, tokens, texts, strict=True):
+        is_text = text.encode() == token  # else a part of a character
+        print(f"{number:>7} {text!r}" if is_text else f"{number:>7} {token!r}")
     return 0
 
 
