@@ -61,6 +61,7 @@ def test_momentum_is_that_of_torch_and_so_are_size_and_decay():
     assert again.param_groups[0]["lr"] == 0.1
     torch.testing.assert_close(again.state_dict()["state"], one.state_dict()["state"])
     again.load_state_dict(torch.optim.Muon(theirs).state_dict())  # as before the first update
+    assert not again.state_dict()["state"][0]["momentum_buffer"].any()
 
 
 def test_any_number_of_ranks_makes_the_same_update(tmp_path: Path):

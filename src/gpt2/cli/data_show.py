@@ -20,7 +20,7 @@ from gpt2.config.run import PresetName, RunConfig
 from gpt2.data import excerpt, shards, statistics, training_data
 from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
-from gpt2.data.sampler import Shuffle
+from gpt2.data.sampler import MOST_ROWS, Shuffle
 from gpt2.data.shards import DatasetIndex
 from gpt2.data.training_data import UNNAMED
 from gpt2.inspection import document_lengths, figures
@@ -33,9 +33,6 @@ from gpt2.inspection.data_views import (
     StepView,
     View,
 )
-
-MOST_ROWS = 2**62
-"""positions of rows are 64-bit integers"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ Weights = Mapping[str, Fraction]
 """by name of corpus; any numbers: their ratios count"""
 NUMBER = r"\d{0,15}\.?\d{1,15}(?:[eE][+-]?\d{1,2})?"
 CORPUS = re.compile(rf"(?:(?P<name>\w+)=)?(?P<root>.*?)(?::(?P<weight>{NUMBER}))?", re.DOTALL)
-WEIGHTED = re.compile(rf"\w+=.+:{NUMBER}")
 HOST = re.compile(r"[\w.+-]+://[^/]*")
 """a URL without a path: what follows its colon is a port"""
 SETTING = re.compile(rf"(?P<name>\w+)=(?P<value>{NUMBER})")
@@ -89,7 +88,7 @@ def corpora(roots: Sequence[str]) -> tuple[CorpusRoot, ...]:
     have none.
     """
     require(bool(roots), "--data_root has no value; use --data_root FOLDER")
-    if len(roots) == 1 and not WEIGHTED.fullmatch(roots[0]):
+    if len(roots) == 1 and not _is_named_with_weight(roots[0]):
         return (CorpusRoot("", roots[0], None),)
     found = [_corpus(text) for text in roots]
     names = [corpus.name for corpus in found]
@@ -134,7 +133,7 @@ class TypedMixture:
     folders may have moved."""
 
     weights: tuple[tuple[str, Fraction | None], ...]
-    """of each corpus by name, None without one; a run of one corpus has the name """ ""
+    """by name of corpus; None for one without a weight"""
     phases: tuple[TypedPhase, ...]
 
 
@@ -161,7 +160,8 @@ def without_weights(roots: Sequence[str]) -> tuple[str, ...]:
 
 
 def has_weights(roots: Sequence[str]) -> bool:
-    return any(corpus.weight is not None for corpus in corpora(roots))
+    """Whether --data_root has the weights of the corpora."""
+    return any(corpus.weight is not None for corpus in corpora(roots)) if roots else False
 
 
 def planned(
@@ -240,6 +240,11 @@ def text_of(phase: Mapping[str, Any]) -> str:
 def _seed_of(name: str, seed: int) -> int:
     """Of the order of a corpus: it stays the same if other corpora are added."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+
+
+def _is_named_with_weight(root: str) -> bool:
+    found = CORPUS.fullmatch(root)
+    return found is not None and bool(found["name"] and found["weight"])
 
 
 def _corpus(text: str) -> CorpusRoot:

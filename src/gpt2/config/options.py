@@ -154,7 +154,7 @@ def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     if data := parts.get("data"):
         if data.get("mixture") and "data_root" not in data:
             data["data_root"] = mixture.without_weights(config.data.data_root)
-        elif "mixture" not in data and mixture.has_weights(data.get("data_root", ("-",))):
+        elif "mixture" not in data and mixture.has_weights(data.get("data_root", ())):
             data["mixture"] = ()
     top = parts.pop("", {})
     changed_parts = {owner: replace(getattr(config, owner), **new) for owner, new in parts.items()}

@@ -25,6 +25,8 @@ from gpt2.data.permutation import Indices
 
 Rows = npt.NDArray[np.int64]
 Shuffle = Literal["shards", "rows", "global", "none"]
+MOST_ROWS = 2**62
+"""positions of rows are 64-bit integers"""
 PERMUTED_AT_ONCE = 4096
 """rows; for a few of them, `permuted` takes almost as long"""
 

@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
+from gpt2.base import addresses
 from gpt2.base.text import counted, table
 from gpt2.base.validation import require
 from gpt2.config.run import RunConfig
 from gpt2.data import shards
+from gpt2.data.sampler import MOST_ROWS
 from gpt2.train import dataset
 from gpt2.train.resume import Configure, located
 
 logger = logging.getLogger(__name__)
-MOST_ROWS = 2**62
-"""positions of rows are 64-bit integers"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def rows_of(run_config: RunConfig, configure: Configure, step: int) -> list[RowO
     last = MOST_ROWS // sampler.rows_per_step
     require(step <= last, f"step={step} is too large; expected 0 to {last}")
     files = [
-        (name or index.storage.root, shard.file)
+        (name or addresses.without_secrets(index.storage.root), shard.file)
         for name, index in data.corpora.items()
         for shard in index.of("train")
     ]

@@ -48,6 +48,15 @@ class AdamW(Uncompiled, torch.optim.AdamW):
         self.found_inf = self.grad_scale = None
 
 
+def zero_gradients(weights: Iterable[Tensor], set_to_none: bool) -> None:
+    """As `Optimizer.zero_grad`."""
+    for weight in weights:
+        if set_to_none:
+            weight.grad = None
+        elif weight.grad is not None:
+            weight.grad.zero_()
+
+
 def of_groups(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
     """AdamW for some parameter groups."""
     return AdamW(

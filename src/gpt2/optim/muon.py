@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gpt2.optim.adamw import zero_gradients
+
 MOMENTUM = 0.95
 RMS_OF_ADAMW = 0.2
 """root mean square of an update of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2)"""
@@ -72,11 +74,7 @@ class Muon:
         self._step(one, one.bool())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for matrix in self.param_groups[0]["params"]:
-            if set_to_none:
-                matrix.grad = None
-            elif matrix.grad is not None:
-                matrix.grad.zero_()
+        zero_gradients(self.param_groups[0]["params"], set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's Muon has it, the same on every rank; every rank calls it."""
@@ -101,6 +99,8 @@ class Muon:
             for moment, number in zip(stack.momentum, stack.own, strict=False):
                 if number in state["state"]:
                     moment.copy_(state["state"][number]["momentum_buffer"])
+                else:
+                    moment.zero_()
         (options,) = state["param_groups"]
         for name in ("lr", "weight_decay"):
             self.param_groups[0][name] = options[name]

@@ -63,11 +63,7 @@ class ShardedAdamW:
             work.wait()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self._weights:
-            if set_to_none:
-                weight.grad = None
-            elif weight.grad is not None:
-                weight.grad.zero_()
+        adamw.zero_gradients(self._weights, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state on rank 0, its tensors on the CPU; that of other ranks lacks them. Every
@@ -90,6 +86,7 @@ class ShardedAdamW:
         """Takes this rank's share of a state of `AdamW`."""
         known = state["state"]
         self._has_state = bool(known)
+        self._own.state.clear()
         for number, weight in enumerate(self._weights):
             if self._owners[number] == self._rank and number in known:
                 self._own.state[weight] = {
