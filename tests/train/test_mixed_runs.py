@@ -380,6 +380,16 @@ def test_a_folder_of_a_glob_that_is_gone_is_named(corpora: Path, tmp_path: Path)
         dataset.find(mixed(corpora, tmp_path, **glob), names=("code", "more"))
 
 
+def test_a_phase_that_is_shorter_than_a_step_is_left_out_with_a_warning(
+    corpora: Path, tmp_path: Path, caplog
+):
+    sampling_of(mixed(corpora, tmp_path, max_steps=4))
+    assert "shorter than a step" not in caplog.text
+    _, sampling = sampling_of(mixed(corpora, tmp_path, max_steps=3))
+    assert [phase.first_step for phase in sampling.phases] == [0, 2]
+    assert "left out because they are shorter than a step: 1 of 3" in caplog.text
+
+
 def test_a_name_without_a_weight_is_explained(corpora: Path, tmp_path: Path):
     root = f"web={corpora / 'web'}"
     with pytest.raises(DataError, match=f"add its weight: {root}:1$"):

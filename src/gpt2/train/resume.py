@@ -170,6 +170,12 @@ class StartingPoint:
         unless other ones are typed, which begin now."""
         named, settings = mixture.corpora(run_config.data.data_root), run_config.data.mixture
         planned = mixture.planned(named, settings, rows, total_steps)
+        if len(planned) < len(settings):
+            logger.warning(
+                "--mixture: phases left out because they are shorter than a step: %d of %d",
+                len(settings) - len(planned),
+                len(settings),
+            )
         if self.checkpoint is None:
             return planned
         begun = mixture.from_plain(self.checkpoint[MIXTURE])
