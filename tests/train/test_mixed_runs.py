@@ -390,10 +390,18 @@ def test_a_phase_that_is_shorter_than_a_step_is_left_out_with_a_warning(
     assert "left out because they are shorter than a step: 1 of 3" in caplog.text
 
 
-def test_a_name_without_a_weight_is_explained(corpora: Path, tmp_path: Path):
+def test_a_name_without_a_weight_is_explained(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     root = f"web={corpora / 'web'}"
     with pytest.raises(DataError, match=f"add its weight: {root}:1$"):
         dataset.find(mixed(corpora, tmp_path, data_root=root, mixture=[]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"add its weight: web=data/python_stdlib:1$"):
+        trainer.run(mixed(corpora, tmp_path, data_root="web=data/python_stdlib", mixture=[]))
+    assert not list(tmp_path.glob("web*")), (
+        "an embedded corpus is prepared in a folder of that name"
+    )
 
 
 def test_a_sweep_is_another_one_with_other_weights(corpora: Path, tmp_path: Path):

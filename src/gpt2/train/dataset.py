@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from gpt2.base.errors import DataError
 from gpt2.config import mixture
+from gpt2.config.mixture import CorpusRoot
 from gpt2.config.model import padded
 from gpt2.config.run import RunConfig
 from gpt2.data import corpora, prepare, training_data
@@ -48,12 +49,8 @@ def find(run_config: RunConfig, names: Collection[str] | None = None) -> Trainin
     roots = {corpus.name: corpus.root for corpus in typed}
     if UNNAMED not in roots:
         return training_data.load(roots, cache)
+    _require_no_name(*typed)
     root = roots[UNNAMED]
-    if mixture.is_named(root) and not Storage(root).files():
-        raise DataError(
-            f"no training data in {root}; if that is the name of a corpus and its folder, add its "
-            f"weight: {root}:1"
-        )
     if names is not None and UNNAMED in names:
         if training_data.has_several_corpora(root):
             logger.warning(
@@ -64,6 +61,17 @@ def find(run_config: RunConfig, names: Collection[str] | None = None) -> Trainin
     if names is not None and (folders or names):
         folders = _of_run(root, folders, names)
     return training_data.load(folders or roots, cache)
+
+
+def _require_no_name(corpus: CorpusRoot) -> None:
+    """Raises DataError if the folder of the only corpus is not there, and may be a name with a
+    folder."""
+    root = corpus.root
+    if corpus.name == UNNAMED and mixture.is_named(root) and not Storage(root).files():
+        raise DataError(
+            f"no training data in {root}; if that is the name of a corpus and its folder, add its "
+            f"weight: {root}:1"
+        )
 
 
 def _of_run(root: str, folders: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
@@ -109,6 +117,8 @@ def cache_of(run_config: RunConfig) -> ShardCache:
 def to_prepare(storage: Storage) -> Corpus | None:
     """The embedded corpus that the run prepares first because `storage` lacks it; None if there is
     nothing to prepare."""
+    if mixture.is_named(storage.root):  # the folder is what follows the name
+        return None
     folder = storage.path
     corpus = corpora.find(folder.name) if folder else None
     missing = folder and corpus and corpus.embedded and not (folder / MANIFEST).exists()
