@@ -302,6 +302,20 @@ def test_hugging_face(tmp_path: Path):
     )
 
 
+def test_nanogpt(tmp_path: Path):
+    path = tmp_path / "ckpt.pt"
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 4, "block_size": 8, "vocab_size": 50257}
+    content = {"model": {"transformer.wpe.weight": torch.zeros(8, 4)}, "model_args": shape}
+
+    def mutate(rng: random.Random) -> Any:
+        return mutations.changed(rng, content, rng.choice(("value", "missing", "extra")), ODD_PARTS)
+
+    for damaged in mutations.each(mutate):
+        torch.save(damaged, path)
+        with mutations.named(damaged):
+            accepted(interchange.read, f"nanogpt:{path}", trust=False)
+
+
 def test_metrics(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     usage = [{"memory_gb": 1.0, "utilisation_percent": 9.0}]

@@ -485,6 +485,12 @@ def test_something_else_is_no_checkpoint(tmp_path: Path):
         store.load(tmp_path / "plain.pt")
 
 
+def test_the_old_format_of_torch_runs_no_code_either(planted):
+    path, trace = planted
+    torch.save({"evil": Malicious(trace)}, path, _use_new_zipfile_serialization=False)
+    assert_refused(path, trace)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -353,6 +353,75 @@ def test_a_checkpoint_as_nanogpt_trains_it(nanogpt_file: Path, caplog):
     assert "tanh" in caplog.messages[0]
 
 
+def saved_by_script(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, **state: object
+) -> Path:
+    """What `torch.save(state | {"config": NAME(…)})` writes in a script that defines NAME."""
+    script = sys.modules["__main__"]
+    kind = type(name, (), {"__module__": "__main__"})
+    config = kind()
+    config.__dict__.update(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=50304)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, name, kind, raising=False)
+        torch.save(state | {"config": config}, path)
+    return path
+
+
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_checkpoint_of_build_nanogpt(tmp_path: Path, monkeypatch, caplog, prefix: str):
+    """Its class GPTConfig is of the script that trained; its GELU is ours."""
+    net, _ = trained(vocab_size=50304)
+    theirs = interchange.to_theirs(net.state_dict(), net.config, 50304, transposed=False)
+    weights = {prefix + name: tensor for name, tensor in theirs.items()}
+    path = saved_by_script(
+        tmp_path / "model_05000.pt",
+        monkeypatch,
+        "GPTConfig",
+        model=weights,
+        step=5000,
+        val_loss=3.2,
+    )
+    for trust in (False, True):
+        found = interchange.read(f"nanogpt:{path}", trust=trust)
+        assert found.shape == net.config
+        assert same_weights(found.weights, dict(net.state_dict()))
+    assert caplog.messages == []
+
+
+def test_weights_of_ddp_in_the_format_of_hugging_face(copied):
+    folder = copied()
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    expected = load(f"hf:{folder}")
+    renamed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    safetensors.torch.save_file(renamed, folder / "model.safetensors")
+    assert same_weights(load(f"hf:{folder}"), expected)
+
+
+def test_the_old_format_of_torch(nanogpt_file: Path, tmp_path: Path):
+    """That of its versions before 1.6."""
+    path = tmp_path / "old.pt"
+    torch.save(torch.load(nanogpt_file), path, _use_new_zipfile_serialization=False)
+    assert same_weights(load(f"nanogpt:{path}"), load(f"nanogpt:{nanogpt_file}"))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_class_of_the_script_that_wrote_a_file(tmp_path: Path, monkeypatch, trust: bool):
+    """--trust_checkpoint would not help: the message says what does."""
+    path = saved_by_script(tmp_path / "a.pt", monkeypatch, "GPTConfig", model={})
+    with pytest.raises(
+        CheckpointError, match=rf"--init_from nanogpt:{path} and --checkpoint"
+    ) as own:
+        store.load(path, trust=trust)
+    saved_by_script(path, monkeypatch, "Settings", model={})
+    with pytest.raises(CheckpointError, match=r"class Settings .* torch\.save\({'model'") as other:
+        load(f"nanogpt:{path}", trust=trust)
+    for error in (own, other):
+        assert "add --trust" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_padding_is_never_likely():
     """Also where all logits are far below zero, as GPT-2's are; rows of zeros would win there."""
     net, _ = trained(vocab_size=50257)

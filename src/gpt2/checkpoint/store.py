@@ -17,10 +17,11 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from types import MappingProxyType
+from typing import IO, Any, cast
 
 import torch
 
@@ -41,6 +42,10 @@ from gpt2.distributed.world import World
 logger = logging.getLogger(__name__)
 
 LATEST, BEST = "latest.pt", "best.pt"
+ZIP = b"PK\x03\x04"
+"""how a file of torch begins since its version 1.6; an older one cannot be mapped"""
+CLASS_OF_SCRIPT = re.compile(r"GLOBAL __main__\.(\w+)|'(\w+)' on <module '__main__'")
+"""in the errors of torch and Python about a pickled object of it"""
 CORRUPT_SUFFIX = ".corrupt"
 
 
@@ -233,10 +238,18 @@ def load(path: Path, *, trust: bool = False, world: World | None = None) -> Chec
     return state
 
 
-def unpickle(path: Path, *, trust: bool = False, verified: Verified | None = None) -> object:
+def unpickle(
+    path: Path,
+    *,
+    trust: bool = False,
+    verified: Verified | None = None,
+    as_values: Mapping[str, type] = MappingProxyType({}),
+) -> object:
     """What torch.save wrote to `path`, by this project or another one.
 
-    Raises CheckpointError as `load` does. An error of CUDA is raised as it is.
+    In place of an object of another program's class, whose name `as_values` has, there is one of
+    the class there with its attributes; that runs no code. Raises CheckpointError as `load` does.
+    An error of CUDA is raised as it is.
     """
     try:
         with regular_file.open_to_read(path) as file:
@@ -246,13 +259,23 @@ def unpickle(path: Path, *, trust: bool = False, verified: Verified | None = Non
             signed = verified is not None and integrity.is_signed(
                 verified.metadata.sha256, verified.metadata.hmac
             )
+            load_it = functools.partial(
+                torch.load,
+                f"/proc/self/fd/{file.fileno()}",  # this very file; torch maps only by path
+                map_location="cpu",
+                mmap=file.peek(len(ZIP)).startswith(ZIP),
+            )
+            safe: list[Any] = [(stand_in, name) for name, stand_in in as_values.items()]
             with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
-                return torch.load(
-                    f"/proc/self/fd/{file.fileno()}",  # this very file; torch maps only by path
-                    map_location="cpu",
-                    weights_only=not (signed or trust),
-                    mmap=True,
-                )
+                if signed:
+                    return load_it(weights_only=False)
+                try:
+                    with torch.serialization.safe_globals(safe):
+                        return load_it(weights_only=True)
+                except pickle.UnpicklingError:
+                    if not trust:
+                        raise
+                    return load_it(weights_only=False)
     except CheckpointError:
         raise
     except OSError as error:
@@ -270,6 +293,8 @@ def _reason(path: Path, error: Exception) -> str:
             f"not enough memory to load {path} ({error!r:.120}); stop other processes on this "
             "machine or use one with more memory"
         )
+    if found := CLASS_OF_SCRIPT.search(str(error)):
+        return _written_by_script(path, found[1] or found[2])
     if imported := _forbidden_import(error):
         return (
             f"{path} is refused: it was not written by this user, and contains more than tensors "
@@ -277,6 +302,22 @@ def _reason(path: Path, error: Exception) -> str:
             "--trust_checkpoint"
         )
     return f"cannot load {path}: it is damaged or not a checkpoint ({error!r:.80})"
+
+
+def _written_by_script(path: Path, name: str) -> str:
+    """What to do with a file that holds an object of the class `name` of a script."""
+    what = f"{path} holds an object of the class {name} of the script that wrote it"
+    if name == "GPTConfig":
+        return (
+            f"{what}, as checkpoints of build-nanogpt do; the weights of such a GPT-2 are read by "
+            f"--init_from nanogpt:{path} and --checkpoint nanogpt:{path}"
+        )
+    return (
+        f"{what}, which no other program can read, also with --trust_checkpoint; in that script, "
+        "save tensors and plain values, as nanoGPT does: torch.save({'model': model.state_dict(), "
+        "'model_args': dict(n_layer=…, n_head=…, n_embd=…, block_size=…, vocab_size=…, bias=…)}, "
+        "'ckpt.pt'), and use nanogpt:ckpt.pt"
+    )
 
 
 def is_cuda_error(error: Exception) -> bool:

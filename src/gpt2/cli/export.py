@@ -34,7 +34,7 @@ def export_main() -> int:
 def _run(command: ExportCommand) -> int:
     # They import torch: see `gpt2.cli.parse`.
     from gpt2.cli import loading
-    from gpt2.inference import interchange
+    from gpt2.inference import foreign_files, interchange
 
     loaded = loading.load_model(command.source)
     loaded.require_tokens_of_bytes()
@@ -47,7 +47,7 @@ def _run(command: ExportCommand) -> int:
     names = ", ".join(sorted(file.name for file in command.folder.iterdir()))
     print(f"Exported {loaded} to {command.folder}: {names}")
     if command.format == "nanogpt":
-        print(interchange.GELU_NOTE)
+        print(foreign_files.GELU_NOTE)
     print(f"\nNext:\n  {_next_command(command)}")
     return 0
 

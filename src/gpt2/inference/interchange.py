@@ -9,7 +9,7 @@ Shape suffixes: D width (n_embd), V vocabulary, T positions.
 import functools
 import json
 import logging
-import shlex
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +18,28 @@ from typing import Any, Literal
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from gpt2 import model
-from gpt2.base import atomic_files, json_fields
+from gpt2.base import atomic_files
 from gpt2.base.errors import CheckpointError
-from gpt2.checkpoint import store
 from gpt2.config import presets
 from gpt2.config.model import ModelConfig, padded
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
-from gpt2.inference import tokenizer_export
+from gpt2.inference import foreign_files, tokenizer_export
+from gpt2.inference.foreign_files import (
+    HUGGING_FACE_ALLOWS,
+    HUGGING_FACE_SHAPE,
+    NANOGPT_ARGUMENTS,
+    NANOGPT_FILE,
+    SHAPE,
+    ForeignModel,
+    Weights,
+)
 
 logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["hf", "nanogpt"]
 DType = Literal["float32", "bfloat16", "float16"]
-Weights = dict[str, Tensor]
 
 # Our names -> theirs; a block's number stands before the names in IN_BLOCK.
 OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
@@ -46,29 +52,10 @@ IN_BLOCK = {
     "mlp.down": "mlp.c_proj",
 }
 HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
-PREFIXES = ("_orig_mod.", "transformer.")  # of torch.compile; of the model with its head
-# What must agree; the padding of the vocabulary need not.
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+PREFIXES = re.compile(r"(module\.|_orig_mod\.)*(transformer\.)?")
+"""of DDP and torch.compile, in either order; of the model with its head"""
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some files contain
 
-# Values of config.json that are GPT-2; any other is another architecture. The first is the default.
-HUGGING_FACE_ALLOWS: dict[str, tuple[object, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-# Their names -> names in ModelConfig, whose defaults are the same.
-HUGGING_FACE_SHAPE = {
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_positions": "block_size",
-    "vocab_size": "vocab_size",
-}
 HUGGING_FACE_FILES = (
     "config.json",
     "generation_config.json",
@@ -78,22 +65,6 @@ HUGGING_FACE_FILES = (
     "vocab.json",
     "merges.txt",
 )
-NANOGPT_FILE = "ckpt.pt"
-NANOGPT_ARGUMENTS = (*SHAPE, "vocab_size", "dropout")  # all fields of its GPTConfig
-GELU_NOTE = (
-    "nanoGPT computes the exact GELU (since June 2023), GPT-2 its tanh approximation: with the "
-    "same weights, logits differ in the third decimal"
-)
-
-
-@dataclass(frozen=True)
-class ForeignModel:
-    """A GPT-2 that another tool trained."""
-
-    shape: ModelConfig
-    weights: Weights
-    tokenizer: Tokenizer
-    """of `hf:FOLDER` if it has one, else GPT-2's"""
 
 
 @dataclass(frozen=True)
@@ -123,7 +94,7 @@ def load(source: str, wanted: ModelConfig, *, trust: bool) -> ForeignModel:
             f"{source} is a GPT-2, which cannot initialise --architecture {wanted.architecture}; "
             "use --architecture gpt2, or omit --init_from"
         )
-    found = _open(source, trust)
+    found = foreign_files.read(source, trust=trust)
     shape = found.shape
     _refuse_other_shapes(source, shape, wanted)
     if shape.block_size > wanted.block_size:
@@ -142,7 +113,7 @@ def read(source: str, *, trust: bool) -> ForeignModel:
 
     Raises CheckpointError if they are missing or are not a GPT-2.
     """
-    return _as_ours(source, _open(source, trust))
+    return _as_ours(source, foreign_files.read(source, trust=trust))
 
 
 def export(
@@ -209,7 +180,11 @@ def from_theirs(theirs: Weights, shape: ModelConfig, source: str, *, transposed:
 
     Raises CheckpointError for a missing tensor, one of another shape, or one that is not GPT-2's.
     """
-    left = {_bare(name): tensor for name, tensor in theirs.items() if not name.endswith(MASKS)}
+    left = {
+        PREFIXES.sub("", name, count=1): tensor
+        for name, tensor in theirs.items()
+        if not name.endswith(MASKS)
+    }
     head, embedding = left.pop(HEAD, None), left.get(their_name(EMBEDDING))
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise CheckpointError(
@@ -255,108 +230,10 @@ def fit(weights: Weights, wanted: ModelConfig, tokens: int) -> Weights:
     }
 
 
-def _open(source: str, trust: bool) -> ForeignModel:
-    """The model in `hf:FOLDER` or `nanogpt:FILE`, with the names there."""
-    kind, _, path = source.partition(":")
-    if kind == "hf":
-        return _read_hugging_face(Path(path))
-    logger.warning("%s: %s", source, GELU_NOTE)
-    return _read_nanogpt(Path(path), trust)
-
-
 def _as_ours(source: str, found: ForeignModel) -> ForeignModel:
     is_transposed = source.startswith("hf:")
     ours = from_theirs(found.weights, found.shape, source, transposed=is_transposed)
     return replace(found, weights=ours)
-
-
-def _read_hugging_face(folder: Path) -> ForeignModel:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"no config.json in {folder}; hf: expects a folder in Hugging Face's format, as from: "
-            f"hf download openai-community/gpt2 --local-dir {shlex.quote(str(folder))}"
-        )
-    values = _read_json(folder / "config.json")
-    for name, allowed in HUGGING_FACE_ALLOWS.items():
-        if (given := values.get(name, allowed[0])) not in allowed:
-            raise CheckpointError(
-                f"{folder}/config.json: expected {name} {allowed[0]!r}, got {given!r}; only GPT-2 "
-                "can be loaded"
-            )
-    tokenizer = tokenizer_export.read(folder)
-    shape = _shape(
-        f"{folder}/config.json",
-        tokenizer,
-        {ours: values[theirs] for theirs, ours in HUGGING_FACE_SHAPE.items() if theirs in values},
-    )
-    if values.get("n_inner") not in (None, 4 * shape.n_embd):
-        raise CheckpointError(
-            f"{folder}/config.json: expected n_inner of 4 × n_embd = {4 * shape.n_embd}, got "
-            f"{values['n_inner']}; only GPT-2 can be loaded"
-        )
-    return ForeignModel(shape, _read_safetensors(folder), tokenizer)
-
-
-def _read_safetensors(folder: Path) -> Weights:
-    """All tensors of a folder: of model.safetensors, or of the files that its index lists."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [single]
-    if not single.exists() and index.exists():
-        parts = _read_json(index).get("weight_map")
-        if not isinstance(parts, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        files = [folder / str(name) for name in sorted(set(parts.values()))]
-    weights: Weights = {}
-    for file in files:
-        try:
-            weights |= safetensors.torch.load_file(file)
-        except FileNotFoundError:
-            raise CheckpointError(f"no {file}{_conversion_hint(folder)}") from None
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}") from error
-    return weights
-
-
-def _conversion_hint(folder: Path) -> str:
-    if not list(folder.glob("pytorch_model*.bin")):
-        return ""
-    program = "import sys, transformers as t; f = sys.argv[1]; "
-    program += "t.GPT2LMHeadModel.from_pretrained(f).save_pretrained(f)"
-    name = shlex.quote(str(folder))
-    return f'; convert pytorch_model.bin, a pickle, with: python -c "{program}" {name}'
-
-
-def _read_nanogpt(path: Path, trust: bool) -> ForeignModel:
-    if not path.is_file():
-        raise CheckpointError(f"no file {path}; nanogpt: expects the path of a {NANOGPT_FILE}")
-    state = store.unpickle(path, trust=trust)
-    match state:
-        case {"model": dict(weights), "model_args": dict(arguments)}:
-            pass
-        case _:
-            raise CheckpointError(
-                f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; for a "
-                "checkpoint of this project, omit nanogpt:"
-            )
-    if unknown := sorted(set(arguments) - set(NANOGPT_ARGUMENTS)):
-        raise CheckpointError(
-            f"{path}: unknown model_args {', '.join(unknown)}; only nanoGPT's GPT-2 can be loaded"
-        )
-    shape = {name: value for name, value in arguments.items() if name != "dropout"}
-    return ForeignModel(_shape(str(path), GPT2_TOKENIZER, shape), weights, GPT2_TOKENIZER)
-
-
-def _shape(source: str, tokenizer: Tokenizer, values: dict[str, Any]) -> ModelConfig:
-    for name, value in values.items():
-        if not isinstance(value, int):
-            raise CheckpointError(f"{source}: expected a whole number for {name}, got {value!r}")
-    if values.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
-        name = "GPT-2's tokenizer" if tokenizer is GPT2_TOKENIZER else tokenizer.name
-        raise CheckpointError(
-            f"{source}: expected a vocab_size of {tokenizer.vocab_size} or more, got "
-            f"{values['vocab_size']}: it was not trained with {name}"
-        )
-    return ModelConfig(**values)
 
 
 def _refuse_other_shapes(source: str, there: ModelConfig, wanted: ModelConfig) -> None:
@@ -462,19 +339,6 @@ def _expected(shape: ModelConfig) -> Weights:
 
 def _is_linear(name: str) -> bool:
     return name.endswith(".weight") and (".attention." in name or ".mlp." in name)
-
-
-def _bare(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json_fields.read(path)
-    except json_fields.UNREADABLE as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
