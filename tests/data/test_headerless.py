@@ -70,8 +70,8 @@ IDS = {
 }
 
 
-def ends(content: bytes) -> str | None:
-    return headerless.other_content(content[:4096], content[-4096:], len(content))
+def other_content(content: bytes) -> str | None:
+    return headerless.other_content(len(content), lambda start, end: content[start:end])
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -79,19 +79,31 @@ def test_tokens_of_a_text_are_read(name: str):
     documents = [TEXTS[name][start : start + 5000] for start in range(0, len(TEXTS[name]), 5000)]
     ids = [t for part in documents for t in (tokenizer.END_OF_TEXT, *tokenizer.encode(part))]
     for tokens in (ids, ids[1:], ids[:-1], ids[1:3000], ids[1:60], ids[-1000:]):
-        assert ends(np.array(tokens, "<u2").tobytes()) is None
+        assert other_content(np.array(tokens, "<u2").tobytes()) is None
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_unusual_tokens_are_read(tmp_path: Path, name: str):
     for cut in (0, 1):
         tokens = IDS[name][cut:].astype("<u2")
-        assert ends(tokens.tobytes()) is None
+        assert other_content(tokens.tobytes()) is None
     tokens.tofile(tmp_path / "train.bin")
     inputs, _ = TokenDataset(load_index(Storage(str(tmp_path))), "train", 8).read(
         np.array([[0, 1]])
     )
     assert inputs.tolist() == [tokens[8:16].tolist()]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_zeros_at_odd_positions_of_one_part_are_no_32_bit_numbers(tmp_path: Path, place: str):
+    tokens = np.array(tokenizer.encode(TEXTS["English"][:120_000]), "<u2")
+    part = slice(1, 5000, 2) if place == "first" else slice(-5000, None, 2)
+    tokens[part] = 0
+    tokens.tofile(tmp_path / "train.bin")
+    dataset = TokenDataset(load_index(Storage(str(tmp_path))), "train", 8)
+    for row in (0, dataset.rows_per_shard[0] - 1):
+        inputs, _ = dataset.read(np.array([[0, row]]))
+        assert inputs.tolist() == [tokens[8 * row : 8 * row + 8].tolist()]
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -102,7 +114,7 @@ def test_wide_numbers_are_refused(order: str, kind: str, name: str):
     for tokens in (ids, ids[:60], ids[1:]):
         content = np.array(tokens, order + kind).tobytes()
         for cut in (0, 2, 4, 6):  # a file may be truncated
-            assert ends(content[: len(content) - cut]) == (
+            assert other_content(content[: len(content) - cut]) == (
                 f"got {8 * int(kind[1])}-bit numbers; write them as np.fromfile(FILE, "
                 f"'{order}u{kind[1]}').astype(np.uint16).tofile(FILE)"
             )
@@ -114,7 +126,7 @@ def test_ids_of_other_tokenisers_are_refused(vocabulary: int, order: str):
     """Most tokens of a text have small ids: as Zipf found, the n-th is n times rarer."""
     draws = np.random.default_rng(0).zipf(1.1, 20_000)
     ids = draws[draws < vocabulary]
-    message = ends(ids.astype(f"{order}u4").tobytes())
+    message = other_content(ids.astype(f"{order}u4").tobytes())
     assert message is not None and message.startswith("got token ids up to ")
     assert "of another tokeniser than GPT-2's; tokenise the text again" in message
 
@@ -122,17 +134,17 @@ def test_ids_of_other_tokenisers_are_refused(vocabulary: int, order: str):
 @pytest.mark.parametrize("name", ["English", "code", "Russian", "Chinese", "emoji", "numbers"])
 def test_swapped_bytes_are_refused(name: str):
     ids = np.array(tokenizer.encode(TEXTS[name][:30000]), ">u2")
-    assert ends(ids.tobytes()) == (
+    assert other_content(ids.tobytes()) == (
         "got big-endian numbers; write them as np.fromfile(FILE, '>u2').astype(np.uint16)"
         ".tofile(FILE)"
     )
-    assert ends(np.random.default_rng(0).integers(0, 65, 9000).astype(">u2").tobytes())
+    assert other_content(np.random.default_rng(0).integers(0, 65, 9000).astype(">u2").tobytes())
 
 
 def test_numbers_of_8_bits_are_refused():
     text = TEXTS["English"][:9000]
     ids = {character: number for number, character in enumerate(sorted(set(text)))}
-    message = ends(np.array([ids[character] for character in text], np.uint8).tobytes())
+    message = other_content(np.array([ids[character] for character in text], np.uint8).tobytes())
     assert message is not None and message.startswith("got 8-bit numbers")
 
 
@@ -165,7 +177,7 @@ FLOATS = np.random.default_rng(0).normal(size=999)
 )
 def test_what_is_no_array_of_numbers_is_refused(tmp_path: Path, content: bytes, what: str | None):
     """By name, or at least because of ids outside the vocabulary."""
-    found = ends(content)
+    found = other_content(content)
     assert (found is None) if what is None else found is not None and what in found
     (tmp_path / "train.bin").write_bytes(content[: len(content) // 2 * 2])
     with pytest.raises(DataError, match=r"train\.bin (is|holds) ") as caught:

@@ -54,24 +54,28 @@ class _NotAShard(Exception):
     """Says why a file is not a shard in a known format."""
 
 
-def layout(name: str, head: bytes, size: int, tail: bytes = b"") -> Layout:
-    """The layout of a shard of `size` bytes that begins with `head` and ends with `tail`.
+def layout(
+    name: str, head: bytes, size: int, read: Callable[[int, int], bytes] | None = None
+) -> Layout:
+    """The layout of a shard of `size` bytes that begins with `head`.
 
-    Raises DataError, naming the file, if it is not a shard.
+    `read` returns its bytes from one position to another. Without it, a file without a header is
+    taken for uint16, as after it was tested. Raises DataError, naming the file, if it is not a
+    shard.
     """
     try:
-        return _layout(name, head, size, tail)
+        return _layout(name, head, size, read)
     except _NotAShard as error:
         raise DataError(f"{name} is truncated, damaged or not a shard ({error})") from error
 
 
-def _layout(name: str, head: bytes, size: int, tail: bytes) -> Layout:
+def _layout(name: str, head: bytes, size: int, read: Callable[[int, int], bytes] | None) -> Layout:
     magic = int.from_bytes(head[:4], "little")
     if name.endswith(".npy") or head.startswith(np.lib.format.MAGIC_PREFIX):
         found = _layout_of_npy(head)
     elif magic in LLMC_FORMATS:
         found = _layout_of_llmc(magic, head)
-    elif other := headerless.other_content(head, tail, size):
+    elif read and (other := headerless.other_content(size, read)):
         raise _NotAShard(other)
     elif size == 0 or size % 2:
         raise _NotAShard(f"{size} bytes are not a whole number of uint16 tokens")

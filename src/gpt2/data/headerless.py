@@ -1,7 +1,7 @@
 """Whether a file without a header holds uint16 tokens, as it is read. Pure.
 
-Every even number of bytes can be read as uint16, and training on the wrong ones succeeds. So the
-beginning and the end of a file are tested for what else they may be. Each test needs at least
+Every even number of bytes can be read as uint16, and training on the wrong ones succeeds. So
+several places of a file are tested for what else they may be. Each test needs at least
 FEWEST tokens, and looks for something that they have in another format at every place, and that
 tokens of a text lack at about every second one: it errs with a probability below 2^-FEWEST.
 Tokens that repeat are no such evidence, so there must be several different ones. One text cannot be
@@ -9,6 +9,7 @@ told apart: that in which every second token is an exclamation mark, whose bytes
 numbers. Such tokens are read from a file with a header, which no test concerns.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,20 @@ FEWEST = 40
 """tokens; a file with fewer is not tested"""
 WIDE = ("<u8", ">u8", "<u4", ">u4", "<f8", ">f8", "<f4", ">f4")
 LARGEST_BYTES = 8
+PLACES, PLACE_BYTES = 4, 4096
+"""of a file that are tested, the first of which is its beginning and the last its end"""
 LARGEST_VOCABULARY = 1 << 18
 LARGEST_UINT16 = (1 << 16) - 1
 LARGEST_UPPER_HALF = LARGEST_VOCABULARY - 1 >> 16
 TEXT = "tokenise it: gpt2 data files FILE --out FOLDER"
 
 
-def other_content(head: bytes, tail: bytes, size: int) -> str | None:
+def other_content(size: int, read: Callable[[int, int], bytes]) -> str | None:
     """What a file of `size` bytes is that is not uint16, and the way out; None for tokens.
 
-    `head` is its beginning and `tail` its end; they may overlap.
+    `read` returns its bytes from one position to another.
     """
-    tail_start = size - len(tail)
-    start = max(len(head), -(-tail_start // LARGEST_BYTES) * LARGEST_BYTES)
-    sample = head + tail[start - tail_start :]
+    sample = b"".join(read(start, end) for start, end in _places(size))
     halves = np.frombuffer(sample, "<u2", len(sample) // 2)
     if len(halves) < FEWEST:
         return None
@@ -49,6 +50,15 @@ def other_content(head: bytes, tail: bytes, size: int) -> str | None:
     if _is_swapped(halves):
         return f"got big-endian numbers; {_conversion(repr('>u2'))}"
     return None
+
+
+def _places(size: int) -> list[tuple[int, int]]:
+    """Where the sample is read: the whole of a small file."""
+    if size <= PLACES * PLACE_BYTES:
+        return [(0, size)]
+    starts = np.linspace(0, size - PLACE_BYTES, PLACES, dtype=np.int64)
+    aligned = [-(-int(start) // LARGEST_BYTES) * LARGEST_BYTES for start in starts]
+    return [(start, min(size, start + PLACE_BYTES)) for start in aligned]
 
 
 def _is_text(sample: bytes) -> bool:
@@ -65,8 +75,8 @@ def _is_text(sample: bytes) -> bool:
 
 
 def _is_utf8(sample: bytes) -> bool:
-    """Characters may be cut where the beginning ends and the end begins."""
-    return sample.decode(errors="replace").count("\ufffd") <= 8
+    """Characters may be cut where a place begins and ends."""
+    return sample.decode(errors="replace").count("\ufffd") <= 4 * PLACES
 
 
 def _wide(sample: bytes) -> str | None:

@@ -73,14 +73,16 @@ def read(
     tokenizer: Tokenizer,
     counts_text: bool,
     after_chunk: Callable[[int], None],
+    read_range: Callable[[int, int], bytes] | None = None,
 ) -> ShardContent:
     """Reads an open shard of `size` bytes to its end.
 
     `after_chunk` receives the number of bytes that were read, and may end it by an exception.
+    `read_range` is the `read` of `formats.layout`.
     Raises DataError, with `name`, if the file is not a shard.
     """
     head = file.read(HEAD_BYTES)
-    layout = formats.layout(name, head, size)
+    layout = formats.layout(name, head, size, read_range)
     header, first = head[: layout.start], head[layout.start :]
     content = ShardContent(layout, tokenizer, text_bytes=0 if counts_text else None)
     content.digest.update(header)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import hashlib
 import re
 import threading
@@ -401,7 +402,7 @@ def _shard_by_header(storage: Storage, name: str, size: int, split: Split) -> tu
     """A shard without a manifest, and a digest of its size, its beginning and its end."""
     head = storage.read(name, 0, min(size, HEAD_BYTES))
     tail = storage.read(name, max(0, size - HEAD_BYTES), size)
-    found = formats.layout(storage.full(name), head, size, tail)
+    found = formats.layout(storage.full(name), head, size, functools.partial(storage.read, name))
     digest = hashlib.sha256(b"%d " % size + head + tail).hexdigest()
     return Shard(name, split, found.tokens, size, sha256=None), digest
 

@@ -5,6 +5,7 @@ file: which shards there are, their size, header, SHA-256, all token ids, and by
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -122,10 +123,12 @@ class Verification:
 
     def _read(self, item: "_File", name: str, after_chunk: Callable[[int], None]) -> FileReport:
         counts_text = item.expected is not None and item.expected.text_bytes is not None
+        # With a manifest, the digest says more than a test of what a file without a header holds.
+        read_range = None if item.expected else functools.partial(self.storage.read, item.file)
         with self.storage.open(item.file) as file:
             before = self._version(file)
             content = shard_content.read(
-                file, name, item.bytes, self._tokenizer, counts_text, after_chunk
+                file, name, item.bytes, self._tokenizer, counts_text, after_chunk, read_range
             )
             version = self._version(file)
         if content.bytes != item.bytes or version != before:
