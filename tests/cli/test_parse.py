@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -6,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.base.errors import ConfigError, UserError
+from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError
 from gpt2.cli import main
-from gpt2.cli.parse import BROKEN_PIPE, USER_ERROR, guarded, parse, parse_known
+from gpt2.cli.parse import BROKEN_PIPE, SEE_FRAME, USER_ERROR, guarded, parse, parse_known
 from support import HANG_S
 
 
@@ -54,6 +55,26 @@ def test_wrong_usage_exits_with_2_and_is_printed_by_one_process(arguments, capsy
             run(*arguments, quiet=quiet)
         printed = capsys.readouterr()
         assert bool(printed.err) != quiet and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConfigError("no"), ("error: no", True)),
+        (ReportedByOtherRank("no"), ("error: no", False)),
+        (SystemExit(USER_ERROR), (SEE_FRAME, True)),
+    ],
+)
+def test_what_torchrun_reports_of_a_user_error(error: BaseException, expected: tuple[str, bool]):
+    """And whether this rank prints it: all ranks end with it."""
+    reported: list[tuple[str, bool]] = []
+
+    def fail() -> int:
+        raise error
+
+    with contextlib.suppress(SystemExit):
+        guarded(fail, report=lambda line, is_printed: reported.append((line, is_printed)))
+    assert reported == [expected]
 
 
 def test_unknown_arguments_are_returned():

@@ -244,7 +244,9 @@ def test_torchrun_reports_a_user_error(data_root: Path, tmp_path: Path):
     flags = small_flags(data_root, tmp_path, data_root="/nowhere/fineweb_edu")
     failed = run_command(train_command(flags, ranks=2), expect=None)
     assert failed.returncode != 0
-    assert [line for line in failed.stderr.splitlines() if line.startswith("error: ")] == [NO_DATA]
+    lines = failed.stderr.splitlines()
+    assert lines[-1] == NO_DATA  # below torchrun's report, and above it
+    assert [line for line in lines if line.startswith("error: ")] == [NO_DATA, NO_DATA]
     assert "exitcode  : 2" in failed.stderr
     root_cause = failed.stderr.partition("Root Cause")[2]
     assert "traceback : error: no training data in /nowhere/fineweb_edu; make it" in root_cause

@@ -22,6 +22,8 @@ from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError, is_out_of_memory
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+SEE_FRAME = "error: invalid options; the frame further up says which"
+"""for the report of torchrun, far below what tyro printed"""
 SWITCH_PREFIXES = {"true": "", "false": "no_"}
 
 
@@ -139,13 +141,13 @@ def guarded(
     body: Callable[[], int],
     *,
     rank: int = 0,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str, bool], None] | None = None,
     on_interrupt: str = "",
 ) -> int:
     """Calls `body` and returns its exit code; a UserError becomes one line and exit code 2.
 
-    Prints messages as those of `rank`. `report` receives the line of a UserError, also on ranks
-    that do not print it. `on_interrupt` is printed after Ctrl+C.
+    Prints messages as those of `rank`. `report` receives the line of a UserError, and whether this
+    rank prints it. `on_interrupt` is printed after Ctrl+C.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -159,11 +161,16 @@ def guarded(
         return code
     except UserError as error:
         line = visible(f"error: {error}")  # it may quote any file
+        is_printed = not isinstance(error, ReportedByOtherRank)
         if report:
-            report(line)
-        if not isinstance(error, ReportedByOtherRank):
+            report(line, is_printed)
+        if is_printed:
             _print_error(line)
         return USER_ERROR
+    except SystemExit as error:
+        if report and error.code == USER_ERROR:
+            report(SEE_FRAME, rank == 0)
+        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

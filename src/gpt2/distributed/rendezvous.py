@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError
 from gpt2.config.run import MachineConfig
-from gpt2.distributed import device, gpu_usage, precision
+from gpt2.distributed import device, gpu_usage, last_line, precision
 from gpt2.distributed.watchdog import Watchdog
 from gpt2.distributed.world import World
 
@@ -85,8 +85,9 @@ def launch() -> str:
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
-def report_to_torchrun(message: str) -> None:
-    """Puts `message` into the report that torchrun prints when it ends, below its own traceback.
+def report_to_torchrun(message: str, is_printed: bool = False) -> None:
+    """Puts `message` into the report that torchrun prints when it ends, below its own traceback;
+    and below that report, if this rank prints it.
 
     Without torchrun it does nothing. The format is that of torch's elastic ErrorHandler.
     """
@@ -94,6 +95,9 @@ def report_to_torchrun(message: str) -> None:
     if path:
         details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": details}))
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+    if path and is_printed and restarts == os.environ.get("TORCHELASTIC_RESTART_COUNT"):
+        last_line.start(os.getppid(), message)
 
 
 @contextmanager
