@@ -35,13 +35,14 @@ def timed(accumulation: int, world: World) -> Timed:
     torch.manual_seed(world.rank)
     count = RANKS * accumulation // world.size
     drawn = torch.randint(50257, (count, rows, length + 1))
+    tokens = values["total_batch_size"]
     micros = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in drawn]
 
     def run(steps: int) -> list[float]:
         times = []
         for _ in range(world.all_reduce_max(steps)):
             started = time.perf_counter()
-            trainer.train_step(replica, micros, LEARNING_RATE)
+            trainer.train_step(replica, micros, tokens, LEARNING_RATE)
             times.append(time.perf_counter() - started)
         return times
 

@@ -49,8 +49,10 @@ def evaluation(record: Recorder, setting: Setting) -> None:
     spent_s: dict[str, float] = {}
     with gpu_machine.joined(run) as world:
         replica, batch = Replica(run, world), gpu_machine.batch_of(run)
+        tokens = run.data.total_batch_size
         step_s = [
-            gpu_step.seconds(lambda: trainer.train_step(replica, [batch], 0.0)) for _ in range(6)
+            gpu_step.seconds(lambda: trainer.train_step(replica, [batch], tokens, 0.0))
+            for _ in range(6)
         ]
         training_s = statistics.median(step_s[1:]) * defaults.rows_per_step / rows * 250
         with record.attempt("HellaSwag"):
@@ -246,7 +248,8 @@ def checkpoint(record: Recorder, setting: Setting) -> None:
     folder.mkdir()
     with gpu_machine.joined(run) as world:
         replica = Replica(run, world)
-        trainer.train_step(replica, [gpu_machine.batch_of(run)], LEARNING_RATE)
+        batch = gpu_machine.batch_of(run)
+        trainer.train_step(replica, [batch], run.data.total_batch_size, LEARNING_RATE)
         saver = Saver(world, CheckpointConfig(checkpoint_dir=folder, keep_last=2), None, None)
         blocked, written = zip(*(saves(saver, replica, 2 if setting.is_smoke else 4)), strict=True)
         started = time.perf_counter()

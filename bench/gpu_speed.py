@@ -153,7 +153,8 @@ def prepare(name: str, rows: int, setting: Setting) -> Timed:
     if name == "ours":
         with gpu_machine.joined(run) as world:
             replica = Replica(run, world)
-        step = lambda *batch: trainer.train_step(replica, [batch], LEARNING_RATE)  # noqa: E731
+        tokens = run.data.total_batch_size
+        step = lambda *batch: trainer.train_step(replica, [batch], tokens, LEARNING_RATE)  # noqa: E731
     else:
         is_compiled = not setting.is_smoke
         step = plain.plain(

@@ -64,7 +64,7 @@ def step(record: Recorder, setting: Setting) -> None:
         batch = gpu_machine.batch_of(run)
 
         def one_step() -> None:
-            trainer.train_step(replica, [batch], LEARNING_RATE)
+            trainer.train_step(replica, [batch], run.data.total_batch_size, LEARNING_RATE)
 
         for _ in range(3):
             one_step()
@@ -113,9 +113,10 @@ def waits(record: Recorder, replica: Replica, batch: MicroBatch) -> None:
     if not torch.cuda.is_available():
         record.add("waits before the transfer", "needs CUDA", predicted)
         return
+    tokens = 2 * replica.config.data.total_batch_size
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.train_step(replica, [batch, batch], LEARNING_RATE)
+        trainer.train_step(replica, [batch, batch], tokens, LEARNING_RATE)
     except RuntimeError as error:
         where = traceback.extract_tb(error.__traceback__)
         ours = [f"{frame.filename}:{frame.lineno} {frame.line}" for frame in where]

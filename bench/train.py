@@ -88,8 +88,10 @@ def prepare(name: str, shape: str, folder: str) -> Timed:
         with rendezvous.join(run.machine) as world:  # sets malloc
             if which == "ours":
                 replica = Replica(run, world)
+                tokens = run.data.total_batch_size
                 return timed(
-                    lambda *batch: trainer.train_step(replica, [batch], LEARNING_RATE), *shifted
+                    lambda *batch: trainer.train_step(replica, [batch], tokens, LEARNING_RATE),
+                    *shifted,
                 )
     torch.manual_seed(0)
     if which == "trainer":

@@ -144,6 +144,16 @@ def test_a_step_is_printed_as_runs_of_rows(data_root: Path, monkeypatch, capsys)
     assert printed.count("\n=== row ") == 1
 
 
+def test_a_step_of_a_ramp_is_shown_with_its_rows(data_root: Path, monkeypatch, capsys):
+    flags = ("--block_size", 64, "--total_batch_size", 64 * 130, "--rows", 0)
+    ramp = ("--batch_ramp", f"2:{64 * 10}", f"4:{64 * 100}")
+    printed = shown(monkeypatch, capsys, data_root, *flags, "--step", 2, *ramp)
+    assert "--total_batch_size 8320 --batch_ramp 2:640 4:6400 --seed 1337" in printed
+    first = shown_json(monkeypatch, capsys, data_root, *flags, "--step", 0)["rows"]
+    second = shown_json(monkeypatch, capsys, data_root, *flags, "--step", 2, *ramp)["rows"]
+    assert second == first[20:120]
+
+
 def test_statistics(tmp_path: Path, monkeypatch, capsys):
     folder = write_shards(
         tmp_path / "mine", "A title\n\x1b[2Jtext", "A title\nwords", "A title\nwords"

@@ -70,6 +70,17 @@ def overrides(printed: str) -> list[str]:
     return [line for line in block if line.startswith("  - ") and " before, " in line]
 
 
+def test_a_resume_takes_the_ramp_of_the_checkpoint(tmp_path: Path):
+    stored = small_config(tmp_path, tmp_path, batch_ramp=["3:8", "7:16"]).to_dict()
+    run = train.parse_run(TrainCommand, ["--resume", "latest", "--seed", "3"], stored=stored).run
+    assert (run.data.batch_ramp, run.machine.seed) == (("3:8", "7:16"), 3)
+    without = train.parse_run(TrainCommand, ["--resume", "latest", "--batch_ramp"], stored=stored)
+    assert without.run.data.batch_ramp == (), "which the run refuses"
+    flags = ["--resume", "latest", "--batch_ramp", "3:8", "7:16", "--max_steps", "40"]
+    command = parse_before_resume(TrainCommand, flags)  # no ramp of the preset
+    assert (command.run.data.batch_ramp, command.run.data.max_steps) == ((), 40)
+
+
 def test_the_folder_alone_resumes_a_run_of_any_shape(begun: Path, monkeypatch, capsys):
     assert command(monkeypatch, "--out_dir", begun, "--resume", "latest", "--max_steps", 6) == 0
     assert overrides(capsys.readouterr().out) == ["  - max_steps: 4 before, 6 from here"]

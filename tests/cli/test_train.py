@@ -62,6 +62,13 @@ def test_hyphens_and_underscores_are_the_same():
     assert one.run.evaluation.eval_interval is None
 
 
+def test_a_ramp_fits_the_batch_that_is_typed_beside_it():
+    flags = ["--preset", "demo", "--total_batch_size", "4096", "--batch_ramp", "9:1024", "20:2048"]
+    run = parse_train(flags).run
+    assert run.data.batch_ramp == ("9:1024", "20:2048")
+    assert [run.ramp.rows_of(step) for step in (0, 8, 9, 19, 20)] == [8, 8, 16, 16, 32]
+
+
 def test_flags_of_the_small_run_give_the_small_config(tmp_path: Path):
     run = parse_train(small_flags(tmp_path / "data", tmp_path)).run
     assert run == small_config(tmp_path / "data", tmp_path)
@@ -75,6 +82,8 @@ def test_flags_of_the_small_run_give_the_small_config(tmp_path: Path):
         (["--preset", "gpt3"], "preset=gpt3 is unknown"),
         (["--config", "nowhere.toml"], "cannot read --config nowhere.toml"),
         (["--total_batch_size", "500000"], "nearest: 499712 or 500736"),
+        (["--batch_ramp", "200"], "--batch_ramp: expected STEP:TOKENS, got '200'"),
+        (["--batch_ramp", "9:1024", "--batch-ramp", "20:2048"], "put all its values behind one"),
     ],
 )
 def test_user_errors_exit_with_2_and_one_line(monkeypatch, capsys, flags, message):

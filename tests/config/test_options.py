@@ -31,6 +31,23 @@ def test_total_steps_read_every_row():
     assert overlay(run, {"max_steps": 7}).total_steps(rows_per_epoch=513) == 7
 
 
+def test_total_steps_follow_the_ramp():
+    ramp = {"epochs": 2, "batch_ramp": ["10:65536", "20:131072"]}  # 64 rows and 128, then 512
+    run = overlay(RunConfig(), ramp)
+    assert run.total_steps(rows_per_epoch=32) == 1
+    assert run.total_steps(rows_per_epoch=10 * 64) == 15
+    assert run.total_steps(rows_per_epoch=5 * 64 + 5 * 128 + 256) == 21
+    assert run.total_steps(rows_per_epoch=5 * 64 + 5 * 128 + 257) == 22
+    assert [run.tokens_before(step) for step in (10, 20, 21)] == [655360, 1966080, 2490368]
+
+
+def test_a_ramp_is_a_list_in_a_file_and_stays_as_it_is_in_a_checkpoint():
+    for texts in (["10:65536"], ["10:65536", "20:131072"]):
+        run = options.from_toml(RunConfig(), f"batch_ramp = {texts}", "a.toml")
+        assert run.data.batch_ramp == tuple(texts)
+        assert options.of_stored(json.loads(json.dumps(run.to_dict()))) == run
+
+
 def test_overlay_takes_flat_and_qualified_names():
     run = overlay(RunConfig(), {"optim.learning_rate": 3e-4, "n-layer": 6, "data": {"epochs": 1}})
     assert (run.optim.learning_rate, run.model.n_layer, run.data.epochs) == (3e-4, 6, 1)
@@ -74,6 +91,8 @@ def test_options_of_earlier_versions_are_ignored():
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"grad_clip": 0.0}, "None for no clipping"),
         ({"device": "gpu"}, "expected auto, cpu or cuda"),
+        ({"batch_ramp": "10:1000"}, "1000 tokens are not a multiple of block_size=1024"),
+        ({"batch_ramp": "10:524288"}, "less than total_batch_size=524288"),
         ({"resume": "latest", "init_from": "x.pt"}, "use one of them"),
     ],
 )

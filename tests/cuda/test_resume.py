@@ -80,7 +80,7 @@ def test_dropout_continues_its_random_stream(device: str, data_root: Path, tmp_p
     batch = (drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
 
     def losses(replica: Replica) -> list[float]:
-        return [trainer.train_step(replica, [batch], 1e-2).loss for _ in range(3)]
+        return [trainer.train_step(replica, [batch], 64, 1e-2).loss for _ in range(3)]
 
     replica = Replica(config, world)
     losses(replica)

@@ -11,6 +11,8 @@ from gpt2.train import trainer
 from gpt2.train.replica import Replica
 from support import small_config
 
+TOKENS = 64
+
 
 def replica_on(device: str, folder: Path, **changes: object) -> Replica:
     given = {"device": device, "dtype": "float32", "compile": "off", **changes}
@@ -26,7 +28,7 @@ def test_updates_in_float16_are_those_in_float32(device: str, optimizer: str, tm
     )
     for _ in range(4):
         drawn = batch(scaled)
-        one, other = (trainer.train_step(item, [drawn], 1e-2) for item in (scaled, plain))
+        one, other = (trainer.train_step(item, [drawn], TOKENS, 1e-2) for item in (scaled, plain))
         assert one.applied and one.loss_scale == 2.0**16
         assert one.loss == pytest.approx(other.loss, abs=1e-2)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-2)
@@ -42,7 +44,7 @@ def test_an_update_without_a_finite_gradient_is_left_out(
     device: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     replica = replica_on(device, tmp_path, optimizer=optimizer)
-    assert trainer.train_step(replica, [batch(replica)], 1e-2).applied
+    assert trainer.train_step(replica, [batch(replica)], TOKENS, 1e-2).applied
     before = {name: part.clone() for name, part in replica.model.state_dict().items()}
     whole = gradient_norm
 
@@ -51,10 +53,10 @@ def test_an_update_without_a_finite_gradient_is_left_out(
         return whole(net)
 
     monkeypatch.setattr(trainer, "gradient_norm", poisoned)
-    assert not trainer.train_step(replica, [batch(replica)], 1e-2).applied
+    assert not trainer.train_step(replica, [batch(replica)], TOKENS, 1e-2).applied
     monkeypatch.undo()
     for name, part in replica.model.state_dict().items():
         assert torch.equal(part, before[name]), name
-    assert trainer.train_step(replica, [batch(replica)], 1e-2).applied
+    assert trainer.train_step(replica, [batch(replica)], TOKENS, 1e-2).applied
     changed = replica.model.state_dict()
     assert all(not torch.equal(changed[name], before[name]) for name in before)

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2.data.batch_ramp import RampPhase
 from gpt2.data.mixture import BLOCK_ROWS, Mixture, Phase
 from gpt2.data.sampler import Sampler
 
@@ -131,11 +132,14 @@ def test_a_step_of_several_corpora_is_the_same_for_every_number_of_ranks(
     counts = [data.draw(st.integers(1, 3)) for _ in mixture.phases[0].weights]
     rows = tuple(data.draw(st.integers(1, 40)) for _ in range(sum(counts)))
     shuffle = data.draw(st.sampled_from(["shards", "rows", "global", "none"]))
-    sampler = Sampler(rows, 37, mixture.seed, shuffle, mixture, tuple(counts))
+    ramp = (RampPhase(10, 5), RampPhase(30, 20))
+    sampler = Sampler(rows, 37, mixture.seed, shuffle, mixture, tuple(counts), ramp)
     whole = sampler.rows(step)
     shares = [sampler.rows(step, rank, world_size) for rank in range(world_size)]
     assert np.array_equal(np.concatenate(shares), whole)
-    corpora, positions = mixture.at(np.arange(step * 37, (step + 1) * 37))
+    sizes = 10 * [5] + 20 * [20] + 200 * [37]
+    first = sum(sizes[:step])
+    corpora, positions = mixture.at(np.arange(first, first + sizes[step]))
     assert sampler.corpus_of(whole[:, 0]).tolist() == corpora.tolist()
     for corpus, position, (shard, row) in zip(corpora, positions, whole.tolist(), strict=True):
         alone = sampler.corpora[corpus].at(np.array([position]))
@@ -147,7 +151,8 @@ def test_the_first_step_with_a_shard(mixture: Mixture, shard: int, data: st.Data
     counts = [data.draw(st.integers(1, 3)) for _ in mixture.phases[0].weights]
     rows = tuple(data.draw(st.integers(1, 60)) for _ in range(sum(counts)))
     shuffle = data.draw(st.sampled_from(["shards", "rows", "none"]))
-    sampler = Sampler(rows, 11, mixture.seed, shuffle, mixture, tuple(counts))
+    ramp = (RampPhase(20, 4),)
+    sampler = Sampler(rows, 11, mixture.seed, shuffle, mixture, tuple(counts), ramp)
     shard %= len(rows)
     steps = 60
     having = (step for step in range(steps) if shard in sampler.rows(step)[:, 0])

@@ -5,14 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.data import permutation
+from gpt2.data.batch_ramp import RampPhase
 from gpt2.data.sampler import PERMUTED_AT_ONCE, Sampler, micro_batches, share, spread
 
+ramps = st.lists(
+    st.builds(RampPhase, until_step=st.integers(1, 30), rows_per_step=st.integers(1, 30)),
+    max_size=3,
+    unique_by=lambda phase: phase.until_step,
+).map(lambda phases: tuple(sorted(phases, key=lambda phase: phase.until_step)))
 samplers = st.builds(
     Sampler,
     rows_per_shard=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any).map(tuple),
     rows_per_step=st.integers(1, 30),
     seed=st.integers(0, 2**32),
     shuffle=st.sampled_from(["shards", "rows", "global", "none"]),
+    ramp_phases=ramps,
 )
 shard_by_shard = samplers.filter(lambda sampler: sampler.shuffle != "global")
 worlds = st.integers(1, 8)
@@ -20,23 +27,32 @@ worlds = st.integers(1, 8)
 
 def epoch_rows(sampler: Sampler, epoch: int) -> list[tuple[int, int]]:
     """The rows of an epoch, by reading it as one step."""
-    return list(
-        map(tuple, replace(sampler, rows_per_step=sampler.rows_per_epoch).rows(epoch).tolist())
-    )
+    by_epoch = replace(sampler, rows_per_step=sampler.rows_per_epoch, ramp_phases=())
+    return list(map(tuple, by_epoch.rows(epoch).tolist()))
+
+
+def size_of(sampler: Sampler, step: int) -> int:
+    """Rows of a step, as the phases say it."""
+    sizes = [phase.rows_per_step for phase in sampler.ramp_phases if step < phase.until_step]
+    return [*sizes, sampler.rows_per_step][0]
+
+
+def first_row_of(sampler: Sampler, step: int) -> int:
+    return sum(size_of(sampler, before) for before in range(step))
 
 
 @given(samplers, st.integers(0, 40))
 def test_a_step_reads_the_next_rows_of_the_listed_epochs(sampler: Sampler, step: int):
     listed: list[tuple[int, int]] = []
     epoch = 0
-    while len(listed) < (step + 1) * sampler.rows_per_step:
+    first, end = first_row_of(sampler, step), first_row_of(sampler, step + 1)
+    while len(listed) < end:
         listed += epoch_rows(sampler, epoch)
         epoch += 1
-    first = step * sampler.rows_per_step
-    assert (
-        list(map(tuple, sampler.rows(step).tolist()))
-        == (listed[first : first + sampler.rows_per_step])
-    )
+    assert list(map(tuple, sampler.rows(step).tolist())) == listed[first:end]
+    of_rows = [row // sampler.rows_per_epoch for row in range(first, end)]
+    assert sampler.epoch_at(step) == of_rows[0]
+    assert list(sampler.epochs_of(step)) == sorted({*of_rows})
 
 
 @given(samplers, st.integers(0, 100), worlds, st.integers(1, 9))
@@ -71,7 +87,7 @@ def test_an_epoch_reads_its_shards_one_after_another(sampler: Sampler, epoch: in
 
 @given(shard_by_shard, st.integers(0, 40))
 def test_the_shard_after_a_step_is_the_next_one_that_is_read(sampler: Sampler, step: int):
-    last = (step + 1) * sampler.rows_per_step - 1
+    last = first_row_of(sampler, step + 1) - 1
     epochs = range(last // sampler.rows_per_epoch + 2)
     read = [(epoch, shard) for epoch in epochs for shard, _ in epoch_rows(sampler, epoch)]
     following = next(shard for epoch, shard in read[last:] if (epoch, shard) != read[last])
@@ -88,8 +104,9 @@ def test_shares_differ_by_at_most_one(count: int, world_size: int):
 @given(samplers)
 def test_every_row_of_an_epoch_is_seen_once(sampler: Sampler):
     epochs = 3
-    steps = range(-(-epochs * sampler.rows_per_epoch // sampler.rows_per_step))
+    steps = range(sampler.ramp.steps_for(epochs * sampler.rows_per_epoch))
     seen = np.concatenate([sampler.rows(step) for step in steps])
+    assert len(seen) - size_of(sampler, steps[-1]) < epochs * sampler.rows_per_epoch
     for epoch in range(epochs):
         part = seen[epoch * sampler.rows_per_epoch : (epoch + 1) * sampler.rows_per_epoch]
         assert sorted(map(tuple, part.tolist())) == [

@@ -35,6 +35,23 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
     assert scaling["8"][1:6] == ["64", "8m", "20s", "6m", "40s"]
 
 
+def test_time_left_grows_with_the_batch_of_a_ramp(tmp_path: Path, out: Console):
+    """Up to step 250 a step has one row of 8 tokens, then four; its steps take 2 s up to there."""
+    plan = status.Plan(**(PLAN.__dict__ | {"batch_ramp": ("250:8",)}))
+    write_run(tmp_path, 200, plan)
+    estimate.print_run_forecast(run_status.newest_run(tmp_path), out)
+    printed = text_of(out)
+    assert "step 200 of 1,000 (20.0%), epoch 0.20, 1,600 tokens" in printed
+    assert 50 * 2 + 750 * 4 * 2 == 101 * 60 + 40
+    assert "Left: 1h 41m, finish " in printed
+    milestones = [line.split()[:-3] for line in printed.splitlines() if " begins" in line]
+    assert milestones == [
+        ["438", "epoch", "1", "begins", "26m", "44s"],  # 250 rows, and 188 steps of 4
+        ["688", "epoch", "2", "begins", "1h", "00m"],
+        ["939", "epoch", "3", "begins", "1h", "33m"],
+    ]
+
+
 def test_forecast_of_runs_that_are_finished_or_have_no_step(tmp_path: Path, out: Console):
     write_run(tmp_path / "a", 1000, state="finished")
     estimate.print_run_forecast(run_status.newest_run(tmp_path / "a"), out)
@@ -77,6 +94,13 @@ def test_given_speed_and_prepared_data_count(tmp_path: Path, data_root: Path, ou
     )
     assert f"{tokens:,} training tokens: the data in {data_root}" in printed
     assert "1,000 tokens/s on 2 GPUs, as given" in printed
+
+
+def test_an_estimate_before_the_run_knows_its_ramp(out: Console):
+    changes = {"batch_ramp": ["10000:262144"]}
+    run = options.overlay(presets.preset("gpt2-124m"), changes)
+    estimate.print_assumed_forecast(run, None, 1, out)
+    assert "99,414" in text_of(out)  # 94,414 steps without it: 10,000 become 5,000
 
 
 def test_the_forecast_of_a_dead_run_shows_its_state(tmp_path: Path, out: Console):

@@ -34,7 +34,7 @@ def test_lines_of_other_records():
 def test_console_and_log_file_say_the_same_with_more_digits_in_the_file(tmp_path: Path, capsys):
     path = tmp_path / "logs" / "log.txt"
     metrics = Metrics([Console(), LogFile(path, "run", 0)])
-    metrics.step(replace(RECORD, steps_left=2))
+    metrics.step(RECORD, tokens_left=2 * 524288)
     metrics.validation(19074, 1, 3.25, 1.0625)
     metrics.validation(19075, 1, 3.5)
     metrics.samples(19074, ["one\n\ntwo"])

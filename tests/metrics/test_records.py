@@ -67,10 +67,12 @@ def test_every_sink_receives_every_record():
         ]
 
 
-def test_time_left_is_estimated_from_the_median_of_recent_steps(capsys):
+def test_time_left_is_estimated_from_the_median_speed_of_recent_steps(capsys):
+    """Of steps of different sizes, too: those of a ramp are smaller at first."""
     metrics = Metrics([Console()])
-    for elapsed_s in (100.0, 2.0, 2.0):
-        metrics.step(replace(RECORD, elapsed_s=elapsed_s, steps_left=10))
+    for tokens, elapsed_s in ((8, 100.0), (8, 2.0), (16, 4.0)):
+        record = replace(RECORD, elapsed_s=elapsed_s, tokens_per_s=tokens / elapsed_s)
+        metrics.step(record, tokens_left=80)
     metrics.close()
     assert capsys.readouterr().out.splitlines()[-1].endswith("eta: 20s")
 

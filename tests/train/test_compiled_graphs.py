@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import forked_ranks
-from gpt2.train import trainer
+from gpt2.train import compile_cache, trainer
 from run_compiled import RecordingBackend
 from support import ROOT, losses, small_config
 
@@ -29,6 +30,16 @@ def test_each_shape_has_a_graph_of_its_own(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert sorted(backend.shapes) == [(1, 8), (2, 8), (3, 8), (3, 8)]
     assert all(type(size) is int for shape in backend.shapes for size in shape)
+
+
+def test_more_shapes_than_torch_compiles_by_default_have_graphs(monkeypatch: pytest.MonkeyPatch):
+    """A ramp has shapes of its own in each phase; torch stops compiling after eight."""
+    backend = RecordingBackend()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    embedding = compile_cache.compiled(torch.nn.Embedding(3, 2))
+    for rows in range(1, 13):
+        embedding(torch.zeros(rows, 8, dtype=torch.long))
+    assert backend.shapes == [(rows, 8) for rows in range(1, 13)]
 
 
 def test_gradients_are_exchanged_between_parts_of_a_graph_after_rows_are_fitted(

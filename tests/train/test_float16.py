@@ -67,7 +67,7 @@ def replica(folder: Path, **changes: object) -> Replica:
 def update(replica: Replica) -> Update:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(50257, (4, 9), generator=generator)
-    done = trainer.train_step(replica, [(drawn[:, :-1], drawn[:, 1:])], 1e-2)
+    done = trainer.train_step(replica, [(drawn[:, :-1], drawn[:, 1:])], 32, 1e-2)
     assert done is not None
     return done
 

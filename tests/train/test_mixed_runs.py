@@ -126,6 +126,24 @@ def test_every_row_is_that_of_a_brute_force_reading(corpora: Path, tmp_path: Pat
         )
 
 
+def test_phases_of_a_mixture_begin_at_the_same_steps_under_a_ramp(corpora: Path, tmp_path: Path):
+    """Each corpus is read in the order of its own rows, none left out."""
+    ramp = [f"3:{2 * ROW}", f"10:{3 * ROW}"]
+    _, order = sampling_of(mixed(corpora, tmp_path, max_steps=40, batch_ramp=ramp))
+    steps = [order.sampler.rows(step) for step in range(40)]
+    assert [len(rows) for rows in steps] == [2] * 3 + [3] * 7 + [5] * 30
+    assert [phase.first_step for phase in order.phases] == [0, 20, 30]
+    names = [{sorted(SIZES)[n] for n in order.sampler.corpus_of(rows[:, 0])} for rows in steps]
+    assert set.union(*names[:20]) == {"web", "code"}
+    assert set.union(*names[20:30]) == {"web", "code", "math"}
+    assert set.union(*names[30:]) == {"math"}
+    read = np.concatenate(steps)
+    of_rows = order.sampler.corpus_of(read[:, 0])
+    for number, corpus in enumerate(order.sampler.corpora):
+        own = read[of_rows == number] - (order.sampler.first_shards[number], 0)
+        assert np.array_equal(own, corpus.at(np.arange(len(own))))
+
+
 def state(folder: Path, step: int) -> dict[str, object]:
     kept = store.load(folder / "checkpoints" / f"step_{step:06d}.pt", trust=False)
     return {key: kept[key] for key in ("model", "optimizer", "progress", "mixture")}

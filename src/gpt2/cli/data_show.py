@@ -44,9 +44,11 @@ class OrderOptions:
     config: Path | None = None
     """TOML file with options of the run"""
     block_size: int | None = None
-    """tokens of a row; without it and the next three, preset and file decide"""
+    """tokens of a row; without it and the next four, preset and file decide"""
     total_batch_size: int | None = None
     """tokens per step, over all ranks"""
+    batch_ramp: tuple[str, ...] | None = None
+    """fewer tokens per step at first, as STEP:TOKENS up to each step"""
     seed: int | None = None
     """seed of the shuffling"""
     shuffle: Shuffle | None = None
@@ -64,7 +66,7 @@ class OrderOptions:
 
     def run(self) -> RunConfig:
         """The run; raises ConfigError as `gpt2 train` does."""
-        names = ("block_size", "total_batch_size", "seed", "shuffle")
+        names = ("block_size", "total_batch_size", "batch_ramp", "seed", "shuffle")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return options.overlay(self._without_flags(), given)
 
@@ -191,6 +193,7 @@ def _step(command: Show, index: DatasetIndex, step: int) -> StepView:
         epochs=tuple(sampler.epochs_of(step)),
         block_size=length,
         total_batch_size=run.data.total_batch_size,
+        batch_ramp=run.data.batch_ramp,
         seed=run.machine.seed,
         shuffle=run.data.shuffle,
         rows=tuple(rows),

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
 """options that have no effect beside another one: on a resume with --epochs, the --max_steps of the
 checkpoint is dropped"""
-SEVERAL_VALUES = ("data_root", "mixture")
+SEVERAL_VALUES = ("data_root", "mixture", "batch_ramp")
 FITTING = (
     *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
     "--total_batch_size",
@@ -200,11 +200,17 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
         run = with_file(run, Path(flags.config))
     for name in SEVERAL_VALUES:
         given = getattr(flags, name) or []
+        # Of folders without names, the last one counts, as of other options.
+        is_list = name != "data_root" or all(
+            mixture.is_named(*one) for one in given if len(one) == 1
+        )
         require(
-            len(given) < 2 or not all(mixture.is_named(*one) for one in given if len(one) == 1),
+            len(given) < 2 or not is_list,
             f"--{name} is given more than once; put all its values behind one --{name}",
         )
-        if given:  # tyro would leave weights of a file or a checkpoint beside these
+        if (
+            given and name != "batch_ramp"
+        ):  # tyro would leave weights of a file or a checkpoint beside these
             run = options.overlay(run, {name: given[-1]})
     if flags.out_dir:
         out = Path(flags.out_dir)

@@ -16,6 +16,7 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import require, suggestion
+from gpt2.data.batch_ramp import BatchRamp
 from gpt2.data.mixture import Mixture, Phase, corpus_name
 
 Weights = Mapping[str, Fraction]
@@ -203,13 +204,13 @@ def continued(
 
 
 def mixture_of(
-    found: Sequence[StepPhase], names: Sequence[str], rows_per_step: int, seed: int
+    found: Sequence[StepPhase], names: Sequence[str], ramp: BatchRamp, seed: int
 ) -> Mixture:
     """What the sampler takes from the corpora with these names, in their order."""
     return Mixture(
         tuple(
             Phase(
-                phase.first_step * rows_per_step,
+                ramp.rows_before(phase.first_step),
                 tuple(phase.weights.get(name, 0) for name in names),
             )
             for phase in found

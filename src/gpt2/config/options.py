@@ -20,6 +20,7 @@ from gpt2.config.run import OptimConfig, RunConfig
 FIXED_BY_CHECKPOINT = (
     *(f"model.{part.name}" for part in fields(ModelConfig) if part.name != "dropout"),
     "data.total_batch_size",
+    "data.batch_ramp",
     "data.shuffle",
     "optim.optimizer",
     "machine.seed",
@@ -53,7 +54,11 @@ NEVER_FROM_CHECKPOINT = (
 # trust_checkpoint it would run that user's code.
 ONLY_TYPED = {"preset": "--preset NAME", "trust_checkpoint": "--trust_checkpoint"}
 # Values of options that did not exist when old checkpoints were written.
-IMPLICIT = {"model": {"architecture": "gpt2"}, "optim": {"optimizer": "adamw"}}
+IMPLICIT: dict[str, dict[str, Any]] = {
+    "model": {"architecture": "gpt2"},
+    "data": {"batch_ramp": []},
+    "optim": {"optimizer": "adamw"},
+}
 # Options of earlier versions, which files may still have, with the values that they now stand for.
 FORMER = {"fast": True}
 # Options that earlier versions did not have, with the values for what these did.
@@ -63,6 +68,7 @@ LATER: dict[str, Any] = {
     "profile": None,
     "memory_snapshot": False,
     "mixture": [],
+    "batch_ramp": [],
 }
 
 

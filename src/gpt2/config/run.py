@@ -8,6 +8,7 @@ ConfigError.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from gpt2.config.experiment_name import ExperimentConfig
 from gpt2.config.lr_schedule import Schedule, Shape
 from gpt2.config.mixture import StepPhase, mixture_of, typed
 from gpt2.config.model import ModelConfig
+from gpt2.data import batch_ramp
+from gpt2.data.batch_ramp import BatchRamp
 from gpt2.data.sampler import Sampler, Shuffle
 
 PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
@@ -52,6 +55,9 @@ class DataConfig:
     """disk space for those copies in GB; the least recently used ones are removed"""
     total_batch_size: int = 524288
     """tokens per optimiser step, over all ranks"""
+    batch_ramp: tuple[str, ...] = ()
+    """fewer tokens per step at first, as STEP:TOKENS up to each step: '200:131072 600:262144' has
+    131,072 in the first 200 steps, 262,144 up to step 600, then total_batch_size"""
     mini_batch_size: int | Literal["auto"] = "auto"
     """rows of block_size tokens in a micro-batch of one rank; auto is what fits into a GPU's
     memory; on CPUs 64, 32, 16 or 8, by preset"""
@@ -263,11 +269,22 @@ class RunConfig:
             f"total_batch_size={total} is not a multiple of block_size={block}; "
             f"nearest: {nearest_multiples(total, block)}",
         )
+        batch_ramp.ramp_of(self.data.batch_ramp, total, block)
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of block_size tokens in one optimiser step, over all ranks."""
+        """Rows of block_size tokens in one optimiser step, over all ranks; fewer during a ramp."""
         return self.data.total_batch_size // self.model.block_size
+
+    @cached_property
+    def ramp(self) -> BatchRamp:
+        """The rows of each step."""
+        data = self.data
+        return batch_ramp.ramp_of(data.batch_ramp, data.total_batch_size, self.model.block_size)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the sampler's steps 0 to `step - 1`."""
+        return self.ramp.rows_before(step) * self.model.block_size
 
     @property
     def eval_rows(self) -> int:
@@ -287,22 +304,22 @@ class RunConfig:
         `rows_per_shard` is by name of corpus. Without `phases` there is only one.
         """
         seed, of_all = self.machine.seed, tuple(itertools.chain(*rows_per_shard.values()))
+        sampler = Sampler(
+            of_all, self.rows_per_step, seed, self.data.shuffle, ramp_phases=self.ramp.phases
+        )
         if not phases:
-            return Sampler(of_all, self.rows_per_step, seed, self.data.shuffle)
-        return Sampler(
-            of_all,
-            self.rows_per_step,
-            seed,
-            self.data.shuffle,
-            mixture_of(phases, list(rows_per_shard), self.rows_per_step, seed),
-            tuple(len(rows) for rows in rows_per_shard.values()),
+            return sampler
+        return replace(
+            sampler,
+            mixture=mixture_of(phases, list(rows_per_shard), self.ramp, seed),
+            shards_per_corpus=tuple(len(rows) for rows in rows_per_shard.values()),
         )
 
     def total_steps(self, rows_per_epoch: int) -> int:
         """Steps of the whole run: enough to read every row of the last epoch."""
         if self.data.max_steps is not None:
             return self.data.max_steps
-        return -(-self.data.epochs * rows_per_epoch // self.rows_per_step)
+        return self.ramp.steps_for(self.data.epochs * rows_per_epoch)
 
     def lr_schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule of a run of `total_steps`."""

@@ -3,8 +3,8 @@
 A row is `block_size` inputs with their targets. An epoch of a corpus lists the rows of all its
 shards, shard after shard or in a permutation of all; the lists of epochs 0, 1, 2, … follow each
 other without end. The rows of a run are those of its corpus, or, of several, what `mixture` takes
-from each of them. Step N reads rows N * rows_per_step to (N + 1) * rows_per_step - 1 of the run, so
-the step number alone determines the position.
+from each of them. Each step reads the next ones, as many as `batch_ramp` says, so the step number
+alone determines the position.
 
 Rows are arrays (R, 2) of int64: shard index, row index within the shard. The shards of several
 corpora have consecutive indices, corpus after corpus.
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2.data import permutation
+from gpt2.data.batch_ramp import BatchRamp, RampPhase
 from gpt2.data.mixture import Mixture
 from gpt2.data.permutation import Indices
 
@@ -101,7 +102,8 @@ class Sampler:
     """The rows of a run, divided into steps.
 
     `rows_per_shard` is in name order, corpus after corpus; `rows_per_step` counts the rows of one
-    step over all ranks. With a `mixture`, `shards_per_corpus` says how many shards each corpus has.
+    step over all ranks, after the phases of a ramp. With a `mixture`, `shards_per_corpus` says how
+    many shards each corpus has.
     """
 
     rows_per_shard: tuple[int, ...]
@@ -110,6 +112,11 @@ class Sampler:
     shuffle: Shuffle = "shards"
     mixture: Mixture | None = None
     shards_per_corpus: tuple[int, ...] = ()
+    ramp_phases: tuple[RampPhase, ...] = ()
+
+    @cached_property
+    def ramp(self) -> BatchRamp:
+        return BatchRamp(self.rows_per_step, self.ramp_phases)
 
     @cached_property
     def corpora(self) -> tuple[CorpusRows, ...]:
@@ -133,16 +140,16 @@ class Sampler:
 
     def epoch_at(self, step: int) -> int:
         """The epoch of the first row of `step`."""
-        return step * self.rows_per_step // self.rows_per_epoch
+        return self.ramp.rows_before(step) // self.rows_per_epoch
 
     def epochs_of(self, step: int) -> range:
         """The epochs that the rows of `step` belong to."""
-        last_row = (step + 1) * self.rows_per_step - 1
+        last_row = self.ramp.rows_before(step + 1) - 1
         return range(self.epoch_at(step), last_row // self.rows_per_epoch + 1)
 
     def first_step_of(self, epoch: int) -> int:
         """The first step whose first row belongs to `epoch`."""
-        return -(-epoch * self.rows_per_epoch // self.rows_per_step)
+        return self.ramp.steps_for(epoch * self.rows_per_epoch)
 
     def corpus_of(self, shards: Indices) -> Indices:
         """The corpus of each of `shards`."""
@@ -153,12 +160,12 @@ class Sampler:
         corpus = int(self.corpus_of(np.array(shard)))
         position = self.corpora[corpus].first_position_in(shard - self.first_shards[corpus])
         row = self.mixture.row_of(corpus, position) if self.mixture else position
-        return None if row is None else row // self.rows_per_step
+        return None if row is None else self.ramp.step_of(row)
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
         """The rows that `rank` reads in `step`; steps count from 0."""
-        mine = share(self.rows_per_step, rank, world_size)
-        first = step * self.rows_per_step
+        mine = share(self.ramp.rows_of(step), rank, world_size)
+        first = self.ramp.rows_before(step)
         numbers = np.arange(first + mine.start, first + mine.stop, dtype=np.int64)
         if self.mixture is None:
             return self.corpora[0].at(numbers)
@@ -175,7 +182,7 @@ class Sampler:
         if all shards are read all the time."""
         if self.shuffle == "global":
             return []
-        read = (step + 1) * self.rows_per_step
+        read = self.ramp.rows_before(step + 1)
         counts = self.mixture.rows_before(read) if self.mixture else (read,)
         return [
             first + corpus.shard_after(count - 1)

@@ -97,6 +97,7 @@ class StepView:
     epochs: tuple[int, ...]
     block_size: int
     total_batch_size: int
+    batch_ramp: tuple[str, ...]
     seed: int
     shuffle: Shuffle
     rows: tuple[RowPlace, ...]
@@ -105,9 +106,11 @@ class StepView:
     def print_to(self, out: Console) -> None:
         first, last = self.epochs[0], self.epochs[-1]
         epochs = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+        ramp = "".join(f" {text}" for text in ("--batch_ramp", *self.batch_ramp))
         out.print(
             f"After {counted(self.step, 'update')}, a run with --block_size {self.block_size} "
-            f"--total_batch_size {self.total_batch_size} --seed {self.seed} "
+            f"--total_batch_size {self.total_batch_size}{ramp if self.batch_ramp else ''} "
+            f"--seed {self.seed} "
             f"--shuffle {self.shuffle} trains on {counted(len(self.rows), 'row')} of "
             f"{epochs}. Its log calls this update step {self.step + 1}.",
             soft_wrap=True,

@@ -34,14 +34,24 @@ class Forecast:
     sampler: Sampler
     step: int
     total_steps: int
-    step_s: float
+    row_s: float
+    """seconds per row of a step"""
     tokens_per_s: float
     devices: int
     checkpoint_interval: int | None
 
     @property
     def left_s(self) -> float:
-        return (self.total_steps - self.step) * self.step_s
+        return self.seconds_until(self.total_steps)
+
+    @property
+    def whole_s(self) -> float:
+        return self.sampler.ramp.rows_before(self.total_steps) * self.row_s
+
+    def seconds_until(self, step: int) -> float:
+        """Seconds from now to `step`."""
+        ramp = self.sampler.ramp
+        return (ramp.rows_before(step) - ramp.rows_before(self.step)) * self.row_s
 
 
 def print_run_forecast(run: Run, out: Console) -> None:
@@ -54,26 +64,30 @@ def print_run_forecast(run: Run, out: Console) -> None:
     reason = f" ({current.reason})" if current.reason else ""
     words = f"Run {plan.run_name} on {devices}: {run.state}{reason}, status written {age} ago"
     out.print(one_line(words))
-    tokens = step * plan.rows_per_step * plan.block_size
+    ramp = plan.ramp
+    rows = ramp.rows_before(step)
     out.print(
         f"Progress: step {step:,} of {plan.total_steps:,} ({step / plan.total_steps:.1%}), "
-        f"epoch {step * plan.rows_per_step / plan.rows_per_epoch:.2f}, {tokens:,} tokens"
+        f"epoch {rows / plan.rows_per_epoch:.2f}, {rows * plan.block_size:,} tokens"
     )
     recent = steps[-records.RECENT_STEPS :]
     if not recent:
         out.print("No step is logged yet; run this again when the log has its first steps")
         return
+    step_s = statistics.median(item.elapsed_s for item in recent)
     forecast = Forecast(
-        sampler=Sampler((plan.rows_per_epoch,), plan.rows_per_step, seed=0),
+        sampler=Sampler(
+            (plan.rows_per_epoch,), plan.rows_per_step, seed=0, ramp_phases=ramp.phases
+        ),
         step=step,
         total_steps=plan.total_steps,
-        step_s=statistics.median(item.elapsed_s for item in recent),
+        row_s=statistics.median(item.elapsed_s / ramp.rows_of(item.step - 1) for item in recent),
         tokens_per_s=statistics.median(item.tokens_per_s for item in recent),
         devices=plan.world_size,
         checkpoint_interval=plan.checkpoint_interval,
     )
     out.print(
-        f"Recent: {forecast.step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
+        f"Recent: {step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
         f"(median of {len(recent)} steps; validation and saving not included)"
     )
     _print_forecast(forecast, plan.device, out)
@@ -98,11 +112,8 @@ def print_assumed_forecast(
         speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
     else:
         speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
-    sampler = Sampler(
-        tuple([(tokens // shards - 1) // config.model.block_size] * shards),
-        config.rows_per_step,
-        config.machine.seed,
-    )
+    rows = (tokens // shards - 1) // config.model.block_size
+    sampler = config.sampler({"": (rows,) * shards})
     out.print(f"An estimate for --preset {config.preset}. Assumed:")
     out.print(f"  data   {tokens:,} training tokens: {source}")
     out.print(f"  speed  {speed} (--tokens_per_sec sets it)")
@@ -110,7 +121,7 @@ def print_assumed_forecast(
         sampler=sampler,
         step=0,
         total_steps=config.total_steps(sampler.rows_per_epoch),
-        step_s=config.data.total_batch_size / tokens_per_s,
+        row_s=config.model.block_size / tokens_per_s,
         tokens_per_s=tokens_per_s,
         devices=gpus,
         checkpoint_interval=config.checkpoint.checkpoint_interval,
@@ -131,7 +142,7 @@ def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
 def _milestones(forecast: Forecast) -> Table:
     listing = table("Milestones", "step", "what", "in", "date")
     for step, what in _milestone_rows(forecast):
-        left_s = (step - forecast.step) * forecast.step_s
+        left_s = forecast.seconds_until(step)
         listing.add_row(f"{step:,}", what, duration(left_s), _date(left_s))
     return listing
 
@@ -167,7 +178,7 @@ def _scaling(forecast: Forecast, device: str) -> Table:
         listing.add_row(
             f"{count}{' (this run)' if count == forecast.devices else ''}",
             f"{forecast.tokens_per_s / factor:,.0f}",
-            duration(forecast.total_steps * forecast.step_s * factor),
+            duration(forecast.whole_s * factor),
             duration(left_s),
             _date(left_s) if left_s else "-",
         )

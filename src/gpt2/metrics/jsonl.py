@@ -10,7 +10,7 @@ run that is resumed. Each object has
 and, by kind, the fields of the record in `gpt2.metrics.records`, under their names:
 
     run         step: 0, or the step of the checkpoint from which this process goes on; also preset,
-                seed and tokens_per_step
+                seed and tokens_per_step, and batch_ramp if there is one
     step        step, epoch, loss, learning_rate, grad_norm, elapsed_s, tokens_per_s, mfu, rank_s,
                 rank_gpu, steps_left, applied, loss_scale, left_s, corpora (losses by name of
                 corpus, of a mixture); also gpu, that of rank 0

@@ -20,7 +20,7 @@ from gpt2.base import addresses, log
 logger = logging.getLogger(__name__)
 
 RECENT_STEPS = 50
-"""the time left is estimated from so many steps"""
+"""the time left is estimated from the speed of so many steps"""
 WARN_EVERY_S = 600
 """between two warnings about the same sink"""
 
@@ -132,17 +132,18 @@ class Metrics:
     def __init__(self, sinks: list[Sink], events: Iterable[EventRecord] = ()) -> None:
         """`events` are messages that were logged before the sinks were opened."""
         self._sinks = [_GuardedSink(sink) for sink in sinks]
-        self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._recent_token_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._handlers = contextlib.ExitStack()
         if sinks:
             self._handlers.enter_context(events_to(self._write))
         for event in events:
             self._write(event)
 
-    def step(self, record: StepRecord) -> None:
-        self._recent_s.append(record.elapsed_s)
-        if record.steps_left:
-            left_s = record.steps_left * statistics.median(self._recent_s)
+    def step(self, record: StepRecord, tokens_left: int = 0) -> None:
+        """`tokens_left` are those of the steps left."""
+        self._recent_token_s.append(1 / record.tokens_per_s)
+        if tokens_left:
+            left_s = tokens_left * statistics.median(self._recent_token_s)
             record = replace(record, left_s=left_s)
         self._write(record)
 

@@ -112,11 +112,13 @@ def open_sinks(start: RunStart) -> list[Sink]:
 
 
 def _json_lines(start: RunStart) -> Sink:
-    about = {
+    about: dict[str, object] = {
         "preset": start.config.preset,
         "seed": start.config.machine.seed,
         "tokens_per_step": start.config.data.total_batch_size,
     }
+    if start.config.data.batch_ramp:
+        about["batch_ramp"] = list(start.config.data.batch_ramp)
     return JsonLines(start.log_dir / RECORDS_NAME, start.name, start.step, about)
 
 

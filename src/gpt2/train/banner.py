@@ -37,7 +37,7 @@ def log(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) 
         _model_line(plan, run.replica),
         *_device_lines(run.world),
         *_data_lines(run, data),
-        *_plan_lines(plan, run.config, run.replica.mini_batch_size),
+        _plan_line(plan, run),
         *_rows_lines(run.replica, start.fitted_rows),
         *_folder_lines(run.config, plan.run_name),
     ):
@@ -82,22 +82,28 @@ def _mixture_lines(run: TrainingRun) -> Iterator[str]:
             shares = (f"{weight / total:.1%} {name}" for name, weight in weights.items())
             first_step = state.step_that_reads(phase.first_step)
             yield f"from step {first_step} on: {', '.join(shares)}"
-    rows = run.sampler.mixture.rows_before(
-        state.data_step(run.total_steps) * run.sampler.rows_per_step
-    )
+    last_row = run.sampler.ramp.rows_before(state.data_step(run.total_steps))
+    rows = run.sampler.mixture.rows_before(last_row)
     for number, (name, index) in enumerate(run.data.corpora.items()):
         epochs = rows[number] / run.sampler.corpora[number].rows_per_epoch
         line = f"{name} ({index.storage.root}): {epochs:.2f} epochs in {run.total_steps:,} steps"
         yield line if index.of("val") else f"{line}, without validation"
 
 
-def _plan_lines(plan: Plan, run_config: RunConfig, mini_batch_size: int) -> list[str]:
-    accumulation = run_config.grad_accum_steps(plan.world_size, mini_batch_size)
-    return [
-        f"Plan: {plan.total_steps:,} steps of {run_config.data.total_batch_size:,} tokens "
-        f"(gradient accumulation {accumulation}), "
-        f"{plan.total_steps * plan.rows_per_step / plan.rows_per_epoch:.2f} epochs"
+def _plan_line(plan: Plan, run: TrainingRun) -> str:
+    ramp, block_size = run.sampler.ramp, plan.block_size
+    accumulation = run.config.grad_accum_steps(plan.world_size, run.replica.mini_batch_size)
+    sizes = [
+        f"{phase.rows_per_step * block_size:,} up to step "
+        f"{run.state.step_that_reads(phase.until_step):,}, "
+        for phase in ramp.phases
     ]
+    then = "then " if sizes else ""
+    return (
+        f"Plan: {plan.total_steps:,} steps of {''.join(sizes)}{then}"
+        f"{ramp.rows_per_step * block_size:,} tokens (gradient accumulation {accumulation}), "
+        f"{ramp.rows_before(plan.total_steps) / plan.rows_per_epoch:.2f} epochs"
+    )
 
 
 def _rows_lines(replica: Replica, before: FittedRows | None) -> list[str]:

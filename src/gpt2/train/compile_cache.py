@@ -17,6 +17,9 @@ KERNELS = "TORCHINDUCTOR_CACHE_DIR"
 WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"
 MOST_WORKERS = 32
 """torch's own limit"""
+MOST_SHAPES = 64
+"""torch's own limit is 8, after which it computes without compiling; each phase of a batch-size
+ramp may have two shapes, beside those of validation"""
 
 
 def compiled(net: nn.Module) -> nn.Module:
@@ -42,6 +45,7 @@ def compiled(net: nn.Module) -> nn.Module:
     _, _, _, ranks = rendezvous.env_rank()
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault(WORKERS, str(max(1, min(MOST_WORKERS, cores // ranks))))
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     return cast(nn.Module, torch.compile(net, dynamic=False))
 
 

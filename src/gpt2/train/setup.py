@@ -177,6 +177,7 @@ def _plan(run_config: RunConfig, run_name: str, sampling: Sampling, world: World
         world_size=world.size,
         device=world.device.type,
         log_file=str(sinks.log_file(run_config).resolve()),
+        batch_ramp=run_config.data.batch_ramp,
     )
 
 
@@ -231,10 +232,19 @@ def claimed_folder(run_config: RunConfig, world: World, notices: Notices) -> Ite
 
 def require_enough_rows(run_config: RunConfig, world: World) -> None:
     """Raises ConfigError if a step has fewer rows than there are ranks."""
-    rows = run_config.rows_per_step
+    data, block_size = run_config.data, run_config.model.block_size
+    rows = run_config.ramp.rows_of(0)  # no step has less
     if rows < world.size:
+        least = world.size * block_size
+        what, remedy = (
+            (f"batch_ramp={data.batch_ramp[0]}", f"at least {least} tokens in its first phase")
+            if data.batch_ramp
+            else (
+                f"total_batch_size={data.total_batch_size}",
+                f"--total_batch_size {least} or more",
+            )
+        )
         raise ConfigError(
-            f"total_batch_size={run_config.data.total_batch_size} has {rows} row{'s'[: rows > 1]} "
-            f"of block_size={run_config.model.block_size}, too few for {world.size} ranks; "
-            f"use --total_batch_size {world.size * run_config.model.block_size} or more"
+            f"{what} has {rows} row{'s'[: rows > 1]} of block_size={block_size}, too few for "
+            f"{world.size} ranks; use {remedy}"
         )

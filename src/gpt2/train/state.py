@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from gpt2.data.batch_ramp import BatchRamp
+
 End = Literal["finished", "stopped", "pruned"]
 # Keys of checkpoints that earlier versions wrote.
 FORMER_NAMES = {"judged_step": "evaluated_step"}
@@ -48,6 +50,8 @@ class RunResult:
     hellaswag: float | None
     """acc_norm, when it was last measured"""
     exit_code: int
+    tokens: int
+    """of all updates"""
 
 
 @dataclass
@@ -117,8 +121,16 @@ class TrainState:
             return data_step
         return max(self.left_out[0], data_step - self.left_out[1])
 
-    def result(self, state: End, exit_code: int = 0) -> RunResult:
-        """The result of a run that ends at this step."""
+    def rows_until(self, step: int, ramp: BatchRamp) -> int:
+        """Rows that the first `step` updates train on."""
+        rows = ramp.rows_before(self.data_step(step))
+        if self.left_out is None or step < self.left_out[0]:
+            return rows
+        first, count = self.left_out
+        return rows - (ramp.rows_before(first + count) - ramp.rows_before(first))
+
+    def result(self, state: End, tokens: int, exit_code: int = 0) -> RunResult:
+        """The result of a run that ends at this step, after `tokens`."""
         is_validated = self.validated_step == self.step
         return RunResult(
             state,
@@ -129,4 +141,5 @@ class TrainState:
             self.best_val_loss,
             self.hellaswag,
             exit_code,
+            tokens,
         )

@@ -12,6 +12,8 @@ from typing import Literal
 
 from gpt2.base import atomic_files, json_fields
 from gpt2.base.json_fields import Timestamp
+from gpt2.data import batch_ramp
+from gpt2.data.batch_ramp import BatchRamp
 
 NAME = "status.json"
 BEAT_EVERY_S = 15
@@ -36,6 +38,13 @@ class Plan:
     world_size: int
     device: str
     log_file: str
+    batch_ramp: tuple[str, ...] = ()
+
+    @property
+    def ramp(self) -> BatchRamp:
+        """The rows of each step."""
+        tokens = self.rows_per_step * self.block_size
+        return batch_ramp.ramp_of(self.batch_ramp, tokens, self.block_size)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,10 @@ def train(run: TrainingRun) -> RunResult:
         run.save_if_due()
         run.evaluate_if_due()
         learning_rate = lr_at(run.state.step, run.schedule)
+        batch_tokens = run.tokens_of(run.state.step)
         micro_batches = run.next_micro_batches()
         update = micro_batches and train_step(
-            run.replica, micro_batches, learning_rate, run.stop_vote
+            run.replica, micro_batches, batch_tokens, learning_rate, run.stop_vote
         )
         if not update:
             return run.stopped()
@@ -55,21 +56,21 @@ def train(run: TrainingRun) -> RunResult:
 def train_step(
     replica: Replica,
     micro_batches: Sequence[MicroBatch],
+    batch_tokens: int,
     learning_rate: float,
     stop_vote: StopVote | None = None,
 ) -> Update | None:
     """One update of the weights from this rank's share of a step.
 
-    A micro-batch is tokens and targets, (B, T) int64, and of a mixture corpora, (B). DDP averages
-    the gradients over the ranks, and the loss is the mean over the global batch, hence the factor
-    before `backward`. An update whose loss or gradient norm is NaN or infinite is skipped on every
-    rank, and so is a spike if the run skips spikes. Raises TrainingError if memory is too small.
+    A micro-batch is tokens and targets, (B, T) int64, and of a mixture corpora, (B). The loss is
+    the mean over the `batch_tokens` of all ranks; DDP averages gradients, hence the factor before
+    `backward`. An update whose loss or gradient norm is NaN or infinite is skipped on every rank,
+    and so is a spike if the run skips spikes. Raises TrainingError if memory is too small.
 
     A rank that receives a stop request leaves out its micro-batches but the last, before which the
     ranks agree. If they stop, returns None: weights, moments and random streams are as before.
     """
     world, optim, loss_scale = replica.world, replica.config.optim, replica.loss_scale
-    batch_tokens = replica.config.data.total_batch_size
     started = computed = DeviceTimestamp(world.device)
     streams = random_state.rng_state(world.device)
     sums = LossSums(replica.corpus_count, world.device)

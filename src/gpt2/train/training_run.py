@@ -36,7 +36,7 @@ from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.resume import MIXTURE
 from gpt2.train.run_identity import RunIdentity
-from gpt2.train.state import RunResult, TrainState, Update
+from gpt2.train.state import End, RunResult, TrainState, Update
 from gpt2.train.status import RunState, StatusFile
 from gpt2.train.step_profiler import StepProfiler
 from gpt2.train.stop_vote import StopVote
@@ -243,7 +243,7 @@ class TrainingRun:
         """Records the update that led to this step, and reports it."""
         state = self.state
         state.train_loss = update.loss
-        tokens_per_s = self.config.data.total_batch_size / update.elapsed_s
+        tokens_per_s = self.tokens_of(state.step - 1) / update.elapsed_s
         self.metrics.step(
             StepRecord(
                 step=state.step,
@@ -264,7 +264,8 @@ class TrainingRun:
                     for name, loss in zip(self.data.corpora, update.corpus_losses, strict=False)
                     if loss is not None
                 },
-            )
+            ),
+            tokens_left=self.tokens_until(self.total_steps) - self.tokens_until(state.step),
         )
         self._report(
             step=state.step,
@@ -287,7 +288,7 @@ class TrainingRun:
         reason = self.world.all_reduce_max(self.stop.number)
         if reason == PRUNE:
             self.ended("stopped", "pruned")
-            return self.state.result("pruned")
+            return self._result("pruned")
         self.saver.save_now(self.metadata(), self.checkpoint_state)
         data_faults.raise_first(self.data, self.world, self.sampler, self.state)
         names = {STOP: "on request", TORCHRUN_IS_GONE: "because torchrun is gone"}
@@ -295,7 +296,7 @@ class TrainingRun:
         logger.info("Stopped %s at step %d; --resume latest continues", by, self.state.step)
         ending: RunState = "failed" if reason == TORCHRUN_IS_GONE else "stopped"
         self.ended(ending, by)
-        return self.state.result("stopped", exit_code=0 if reason == STOP else 128 + reason)
+        return self._result("stopped", exit_code=0 if reason == STOP else 128 + reason)
 
     def finished(self) -> RunResult:
         """Ends the run at its last step: saves, then measures."""
@@ -319,7 +320,7 @@ class TrainingRun:
             return self.stopped()
         data_faults.raise_first(self.data, self.world, self.sampler, self.state)
         self.ended("finished")
-        return self.state.result("finished")
+        return self._result("finished")
 
     def _is_stopped_before_verified(self) -> bool:
         """Waits until what this process has read is verified; whether a signal or a fault of the
@@ -340,6 +341,9 @@ class TrainingRun:
             self.stop_vote.is_to_stop()
         return self.world.all_reduce_max(self.stop.number) != 0
 
+    def _result(self, end: End, exit_code: int = 0) -> RunResult:
+        return self.state.result(end, self.tokens_until(self.state.step), exit_code)
+
     def ended(self, ending: RunState, reason: str | None = None) -> None:
         """Writes to `status.json` how the run ends, and posts it."""
         self.status.write(ending, self.state.step, reason)
@@ -355,7 +359,7 @@ class TrainingRun:
         return TrainingMetadata(
             step=state.step,
             epoch=self._epoch(),
-            tokens=state.step * self.config.data.total_batch_size,
+            tokens=self.tokens_until(state.step),
             train_loss=state.train_loss,
             val_loss=state.val_loss if state.validated_step == state.step else None,
             bits_per_byte=state.bits_per_byte if state.validated_step == state.step else None,
@@ -374,7 +378,7 @@ class TrainingRun:
         return {
             "progress": self.state.to_dict(),
             "epoch": self._epoch(),
-            "tokens": self.state.step * self.config.data.total_batch_size,
+            "tokens": self.tokens_until(self.state.step),
             "run_name": self.name,
             "run": asdict(self.identity),
             "data_fingerprint": self.data.fingerprints(),
@@ -383,6 +387,15 @@ class TrainingRun:
             "config": addresses.public(self.config.to_dict()),
             **self.replica.state_dict(),
         }
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens of the update after `step` finished ones, over all ranks."""
+        rows = self.sampler.ramp.rows_of(self.state.data_step(step))
+        return rows * self.config.model.block_size
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of the first `step` updates."""
+        return self.state.rows_until(step, self.sampler.ramp) * self.config.model.block_size
 
     def next_epoch(self) -> int:
         """The epoch of the next update."""

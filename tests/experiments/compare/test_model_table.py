@@ -65,7 +65,7 @@ def test_time_is_that_of_the_steps():
 @pytest.mark.parametrize("validated", [True, False])
 def test_panels_have_every_model_against_tokens_and_time(validated: bool):
     runs = [logged(steps=steps, validated=validated) for steps in (40, 10)]
-    panels = models.draw(runs, batch_tokens=1_000_000).axes
+    panels = models.draw(runs, lambda step: 1_000_000 * step).axes
     assert len(panels) == (4 if validated else 2)
     tokens, time = panels[-2:]
     assert tokens.get_xlabel() == "million tokens" and time.get_xlabel() == "minutes"

@@ -137,6 +137,16 @@ def test_validations_after_different_numbers_of_tokens_are_refused(
         space.parse(f"[total_batch_size]\n{text}", run, "space.toml")
 
 
+def test_a_ramp_belongs_to_one_batch_size():
+    run = options.overlay(RUN, {"batch_ramp": ["10:512"]})
+    assert "total_batch_size" not in space.default(run)
+    for name in ("total_batch_size", "block_size"):
+        with pytest.raises(ConfigError, match=f"{name} cannot be searched beside --batch_ramp"):
+            space.parse(f"[{name}]\nchoices = [1024, 2048]", run, "space.toml")
+    with pytest.raises(ConfigError, match="batch_ramp cannot be searched"):
+        space.parse("[batch_ramp]\nchoices = ['10:512', '20:512']", RUN, "space.toml")
+
+
 def test_a_batch_size_that_no_trial_uses_is_not_checked():
     text = "[total_batch_size]\nchoices = [1000, 1024]"
     assert space.parse(text, RUN, "space.toml")

@@ -7,7 +7,7 @@ from __future__ import annotations  # matplotlib is imported where something is 
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,14 +84,14 @@ def group(
         rows = [row(item, counts[name]) for name, item in records.items()]
         files: dict[str, str | figures.Draw] = {
             "comparison.csv": as_csv(rows),
-            "comparison.png": lambda: draw(logged(folder, models), run.data.total_batch_size),
+            "comparison.png": lambda: draw(logged(folder, models), run.tokens_before),
         }
         return Summary(lambda: models_table(rows), files, {"summary": rows})
 
     data = " ".join(addresses.public(run.data.data_root))
     budget = f"{run.data.epochs} epochs of {data}"
     if run.data.max_steps is not None:
-        tokens = run.data.max_steps * run.data.total_batch_size
+        tokens = run.tokens_before(run.data.max_steps)
         budget = f"{tokens:,} tokens of {data}"
     on_ranks = f", on {ranks} ranks" if ranks > 1 else ""
     compared = {name for changes in models.values() for name in changes}
@@ -149,10 +149,17 @@ def logged(folder: Path, names: Iterable[str]) -> list[LoggedRun]:
     return [replace(runs[-1], name=name) for name, runs in found.items() if runs]
 
 
-def draw(runs: Sequence[LoggedRun], batch_tokens: int) -> Figure:
-    """Training and validation losses of each model against tokens and against training time."""
+def draw(runs: Sequence[LoggedRun], tokens_before: Callable[[int], int]) -> Figure:
+    """Training and validation losses of each model against tokens and against training time.
+
+    `tokens_before(step)` are the tokens of the first `step` steps.
+    """
+
+    def million_tokens(_: LoggedRun, steps: Numbers) -> Numbers:
+        return np.array([tokens_before(int(step)) for step in steps]) / 1e6
+
     axes: tuple[dict[str, Any], ...] = (
-        {"x_label": "million tokens", "x_of": lambda _, steps: steps * batch_tokens / 1e6},
+        {"x_label": "million tokens", "x_of": million_tokens},
         {"x_label": "minutes", "x_of": lambda run, steps: seconds_at(run, steps) / 60},
     )
     panels = [replace(panel, **axis) for panel in (plot.LOSS, plot.VALIDATION) for axis in axes]

@@ -33,8 +33,11 @@ from gpt2.config.run import RunConfig
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 Space = Mapping[str, Distribution]
 """the values of each option, by its name"""
-SEARCHABLE = sorted({name.split(".")[1] for name in (*FIXED_BY_CHECKPOINT, *NOTED_AT_RESUME)})
-"""options that the result of a training depends on, without those of data and validation"""
+SEARCHABLE = sorted(
+    {name.split(".")[1] for name in (*FIXED_BY_CHECKPOINT, *NOTED_AT_RESUME)} - {"batch_ramp"}
+)
+"""options that the result of a training depends on, without those of data and validation, and
+without the ramp: trials with other ones would train on other numbers of tokens"""
 SHAPE = ("architecture", "n_embd", "block_size", "window", "n_head")
 """options that must fit each other"""
 LARGEST_SIZE = 10**6
@@ -52,8 +55,7 @@ learning_rate = {{low = {rates[0]}, high = {rates[1]}, log = true}}
 weight_decay = {{low = 1e-3, high = 0.3, log = true}}
 warmup_steps = {{low = 0, high = {warmup}}}
 beta2 = {{low = 0.9, high = 0.999}}
-total_batch_size = {{choices = {batches}}}
-n_layer = {{low = {layers[0]}, high = {layers[1]}}}
+{batch}n_layer = {{low = {layers[0]}, high = {layers[1]}}}
 n_head = {{choices = {heads}}}
 n_embd = {{choices = {widths}}}
 """
@@ -72,6 +74,7 @@ def parse(text: str, run: RunConfig, source: str) -> Space:
             require(field not in space, f"duplicate option {field}")
             space[field] = _distribution(field, table, get_args(hint) or (hint,))
         require(bool(space), "expected a table such as [learning_rate], got none")
+        _require_no_ramp_beside(space, run)
         _require_valid_values(space, run)
         _require_even_validations(space, run)
     except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
@@ -84,7 +87,8 @@ def default(run: RunConfig) -> Space:
     layers, heads and width.
 
     Every width is a multiple of every number of heads, and every batch has whole rows. A batch size
-    is left out if its validations cannot follow the same numbers of tokens as those of `run`.
+    is left out if its validations cannot follow the same numbers of tokens as those of `run`, and
+    all are if there is a ramp.
     """
     return parse(default_text(run), run, "the default space")
 
@@ -97,12 +101,13 @@ def default_text(run: RunConfig) -> str:
     numbers = [heads // 2, heads] if heads % 2 == 0 else [heads]
     unit = 2 * heads  # every head gets an even width
     around = {run.model.n_embd * share // 4 // unit * unit for share in (2, 3, 4, 5)}
+    listed = sorted(
+        count * run.model.block_size for count in batches if interval * rows % count == 0
+    )
     return DEFAULT.format(
         rates=("4e-4", "4e-2") if run.optim.optimizer == "muon" else ("1e-4", "1e-2"),
         warmup=max(2, min(2 * run.optim.warmup_steps, (run.data.max_steps or 10**9) // 2)),
-        batches=sorted(
-            count * run.model.block_size for count in batches if interval * rows % count == 0
-        ),
+        batch="" if run.data.batch_ramp else f"total_batch_size = {{choices = {listed}}}\n",
         layers=(max(1, layers // 2), layers + max(1, layers // 3)),
         heads=numbers,
         widths=sorted({max(unit, width) for width in around}),
@@ -278,6 +283,16 @@ def _choices(name: str, table: Mapping[str, Any], expected: str) -> CategoricalD
     with warnings.catch_warnings():  # values that are no plain ones
         warnings.simplefilter("ignore")
         return CategoricalDistribution([None if value == "None" else value for value in listed])
+
+
+def _require_no_ramp_beside(space: Space, run: RunConfig) -> None:
+    """Raises ConfigError if trials would have other sizes of a step than those of a ramp."""
+    sizes = [name for name in ("total_batch_size", "block_size") if name in space]
+    require(
+        not (sizes and run.data.batch_ramp),
+        f"{' and '.join(sizes)} cannot be searched beside --batch_ramp, whose steps and tokens are "
+        "those of one batch size; leave one of them out",
+    )
 
 
 def _require_valid_values(space: Space, run: RunConfig) -> None:

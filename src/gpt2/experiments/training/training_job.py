@@ -127,7 +127,6 @@ def _train(
     logged = log_reader.read_runs(run_config.watch.log_dir / "log.txt")[-1]
     speeds = [item.tokens_per_s for item in logged.steps.values()]
     return returned | {
-        "tokens": result.step * run_config.data.total_batch_size,
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "train_s": sum(item.elapsed_s for item in logged.steps.values()),
         "peak_memory_gb": _peak_memory_bytes() / 1e9,
