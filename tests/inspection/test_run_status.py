@@ -34,6 +34,11 @@ def test_state_of_a_run(tmp_path: Path, out: Console, monkeypatch: pytest.Monkey
     assert found.state == "dead"
     run_status.print_state(found, out)
     assert text_of(out).startswith("run: dead\n  step 0 of 1,000\n  process ")
+    status.write(tmp_path, PLAN, "failed", 3, "a reason\n" * 100)
+    before = len(text_of(out))
+    run_status.print_state(run_status.newest_run(tmp_path), out)
+    first, *_ = text_of(out)[before:].splitlines()
+    assert first.endswith(f"… (whole in {tmp_path / status.NAME})") and len(first) < 320
     for state in ("finished", "stopped", "failed"):
         write_run(tmp_path, 3, state=state)
         assert run_status.newest_run(tmp_path).state == state

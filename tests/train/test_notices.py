@@ -77,7 +77,7 @@ def test_a_run_that_is_stopped_and_one_that_fails(data_root: Path, tmp_path: Pat
         return "stop" if metrics.get("step") == 2 else "go"
 
     def fail(**_metrics: float) -> str:
-        raise RuntimeError("disk on fire")
+        raise RuntimeError("disk on fire\n" * 100)
 
     with webhook() as hook:
         trainer.run(small_config(data_root, tmp_path / "a"), stop, notices=Notices(hook.address))
@@ -88,7 +88,12 @@ def test_a_run_that_is_stopped_and_one_that_fails(data_root: Path, tmp_path: Pat
         stopped, failed = hook.received
     assert "stopped at step 2 of 20: on request; loss " in stopped["text"]
     assert failed["event"] == "failed"
-    assert "RuntimeError: disk on fire" in failed["text"]
+    kept = status.read(tmp_path / "b/checkpoints").reason
+    assert f"failed at step 0 of 20: {kept}" in failed["text"]
+    log = tmp_path / "b/logs/log.txt"
+    assert kept.startswith("RuntimeError: disk on fire disk") and len(kept) == 300
+    assert kept.endswith(f"… (whole in {log})")
+    assert log.read_text().count("disk on fire") == 100
 
 
 def test_a_way_back_is_posted(data_root: Path, tmp_path: Path, monkeypatch):

@@ -18,6 +18,8 @@ COLUMNS_OF_JOBS = {"slot", "job", "model", "kind", "state", "reported"}
 LEFT_ALIGNED = COLUMNS_OF_FILES | COLUMNS_OF_JOBS
 """columns that hold text; all others hold numbers and are aligned to the right"""
 BETWEEN_COLUMNS = 3
+LONGEST_REASON = 300
+"""characters of why a run or a job ended; a traceback has its own place"""
 
 
 def counted(count: int, noun: str) -> str:
@@ -105,6 +107,16 @@ def fitted(
 def one_line(text: str) -> str:
     """`text` without line breaks and control characters, which would move a terminal's cursor."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def brief(reason: str, whole: object) -> str:
+    """`reason` as one line of LONGEST_REASON characters at most; where it is cut, it says that
+    `whole`, a file or another place, has all of it."""
+    line = one_line(reason)
+    if len(line) <= LONGEST_REASON:
+        return line
+    place = f"… (whole in {shortened(str(whole), LONGEST_REASON // 2)})"
+    return line[: LONGEST_REASON - len(place)] + place
 
 
 def shortened(text: str, width: int) -> str:

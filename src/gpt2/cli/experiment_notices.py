@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import FolderInUse, described
+from gpt2.base.text import brief
 from gpt2.cli.train import hide_secrets
 from gpt2.experiments.progress import rendering, state
 from gpt2.experiments.progress.state import ExperimentState
@@ -44,7 +45,8 @@ def posting_end(typed: str | None, what: str, folder: Path | None) -> Iterator[C
     except FolderInUse:  # the experiment goes on: only this start of it has failed
         raise
     except Exception as error:
-        _post(notifier, "failed", what, described(error))
+        reason = brief(described(error), "what the command printed")
+        _post(notifier, "failed", what, reason)
         raise
     finally:
         notifier.close()

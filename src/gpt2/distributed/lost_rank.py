@@ -16,22 +16,26 @@ CLOSED = (
     "Connection closed by peer",  # gloo
     "Connection reset",  # the system, through gloo or torch's store
     "Connection refused",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
     "Broken pipe",
     "Connection was likely closed",  # torch's store
     "Connection closed by remote peer",  # NCCL
     "ncclRemoteError",
     "NCCL communicator was aborted",  # by torch, in every operation after one that failed
 )
+LOST = "lost the connection to another rank: it was killed, or its machine or network is down"
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether `error` says that another rank died or hangs, which is not a bug in this rank."""
-    return isinstance(error, RuntimeError) and _first_with(str(error), NO_REPLY + CLOSED) != ""
+    return _says(error, NO_REPLY + CLOSED)
 
 
 def is_without_reply(error: BaseException) -> bool:
     """Whether a lost rank still has its connections: it hangs, or its machine is down."""
-    return isinstance(error, RuntimeError) and _first_with(str(error), NO_REPLY) != ""
+    return _says(error, NO_REPLY)
 
 
 def described(error: BaseException, timeout_s: float | None = None) -> str:
@@ -44,15 +48,8 @@ def described(error: BaseException, timeout_s: float | None = None) -> str:
     if is_without_reply(error):
         within = "" if timeout_s is None else f" within {timeout_s:g} s"
         return f"no reply from another rank{within}: a rank hangs"
-    return f"lost the connection to another rank ({words_of(error)})"
+    return LOST
 
 
-def words_of(error: BaseException) -> str:
-    """What `error` says of the connection: `Connection closed by peer [10.0.0.2]:4711`."""
-    line = _first_with(str(error), CLOSED) or _first_with(str(error), NO_REPLY)
-    return line.rpartition("] ")[2].partition(". ")[0]
-
-
-def _first_with(text: str, words: tuple[str, ...]) -> str:
-    """The first line of `text` with one of the words; empty without one."""
-    return next((line for line in text.splitlines() if any(word in line for word in words)), "")
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

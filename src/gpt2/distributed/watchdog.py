@@ -212,12 +212,7 @@ class Watchdog:
         elif first.rank != self._rank:
             logger.error("rank %d exits because of %s", self._rank, first)
         elif is_lost:
-            logger.error(
-                "rank %d lost the connection to another rank, which was killed or whose machine is "
-                "down (%s)",
-                self._rank,
-                lost_rank.words_of(error),
-            )
+            logger.error("rank %d %s:\n%s", self._rank, lost_rank.LOST, error)
         else:
             logger.error("rank %d failed:\n%s", self._rank, trace)
             if self._on_failure is not None:

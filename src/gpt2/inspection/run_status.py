@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gpt2.base import folder_lock
-from gpt2.base.text import one_line
+from gpt2.base.text import brief, one_line
 from gpt2.config.flops import duration
 from gpt2.train import status
 
@@ -51,8 +51,9 @@ def newest_run(root: Path) -> Run | None:
 def print_state(run: Run, out: Console) -> None:
     """Prints what a run does, where, and how old its status is."""
     current = run.status
-    reason = f": {current.reason}" if current.reason else ""
-    out.print(one_line(f"{current.plan.run_name}: {run.state}{reason}"))
+    written = run.folder / status.NAME
+    reason = f": {brief(current.reason, written)}" if current.reason else ""
+    out.print(one_line(f"{current.plan.run_name}: {run.state}{reason}"), soft_wrap=True)
     out.print(f"  step {current.step:,} of {current.plan.total_steps:,}")
     age = duration(time.time() - current.time)
     out.print(f"  process {current.pid} on {current.host}, status written {age} ago")

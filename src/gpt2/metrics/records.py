@@ -163,6 +163,10 @@ class Metrics:
     def samples(self, step: int, texts: list[str]) -> None:
         self._write(SamplesRecord(step, texts))
 
+    def event(self, level: str, message: str) -> None:
+        """A message for the sinks alone, which is not printed."""
+        self._write(EventRecord(level, message))
+
     def flush(self) -> None:
         """Hands all records to the operating system, which keeps them if this process is killed."""
         for sink in self._sinks:

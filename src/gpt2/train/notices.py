@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from gpt2.base.errors import FolderInUse
+from gpt2.base.text import brief
 from gpt2.config.flops import duration
 from gpt2.distributed import lost_rank
 from gpt2.metrics.notify import Notifier
@@ -51,7 +52,8 @@ class Notices:
             raise
         except Exception as error:
             if not self._has_ended:
-                self._end("failed", lost_rank.described(error))
+                reason = brief(lost_rank.described(error), "what the run printed")
+                self._end("failed", reason)
             raise
         finally:
             self.close()

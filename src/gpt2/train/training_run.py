@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt2.base import addresses
 from gpt2.base.errors import DataError
+from gpt2.base.text import brief
 from gpt2.checkpoint.async_save import Saver
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config import flops, mixture
@@ -99,7 +100,7 @@ class TrainingRun:
     garbage: Garbage = field(default_factory=Garbage)
 
     def __post_init__(self) -> None:
-        self.first_step = self.state.step
+        self.first_step, self.metrics = self.state.step, Metrics([])
         self.stop_vote = StopVote(self.world, self.stop, lambda: self.status.beat(self.state.step))
         if self.world.watchdog is not None:
             self.world.watchdog.wait_while(lambda: self.saver.is_busy or self.is_closing)
@@ -345,7 +346,11 @@ class TrainingRun:
         return self.state.result(end, self.tokens_until(self.state.step), exit_code)
 
     def ended(self, ending: RunState, reason: str | None = None) -> None:
-        """Writes to `status.json` how the run ends, and posts it."""
+        """Writes to `status.json` how the run ends, and posts it; a long reason is in the log."""
+        if reason is not None:
+            whole, reason = reason, brief(reason, sinks.log_file(self.config))
+            if reason != whole:
+                self.metrics.event("ERROR", whole)
         self.status.write(ending, self.state.step, reason)
         self.notices.ended(ending, self.state, reason)
 

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.given import SLOTS, Given, is_alive, job, run, wait_until
 from gpt2.base.errors import UserError
+from gpt2.base.text import LONGEST_REASON
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import scheduler, worker
 from gpt2.experiments.pool.job import Event, Job
@@ -82,18 +83,26 @@ def test_job_that_raises_fails_alone(tmp_path: Path):
     assert "the job's own mistake" in "".join(p.read_text() for p in tmp_path.glob("*.log"))
 
 
+LONG = f"{'x' * 400}:run"
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("experiments.jobs:no_such", "no_such"),
         ("no_such_module:run", "no_such_module"),
+        (LONG, "no function xxx"),
         ("experiments.jobs:returns_a_thing", "not JSON serializable"),
     ],
 )
 def test_invalid_job_fails_with_the_reason(tmp_path: Path, target: str, words: str):
     source = Given(Job("bad", target, {}, own_process=False))
     run(source, tmp_path)
-    assert words in source.of("failed")[0].reason
+    (event,) = source.of("failed")
+    assert words in event.reason and len(event.reason) <= LONGEST_REASON
+    if target == LONG:
+        assert event.reason.endswith(f"… (whole in {event.log})")
+        assert target in Path(event.log).read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

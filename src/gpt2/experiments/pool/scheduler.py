@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import TrainingError
+from gpt2.base.text import brief
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.job import Event, EventKind, Job, JobSource, Slot
@@ -362,7 +363,13 @@ class Scheduler:
     # Events
 
     def _notify(
-        self, slot: _ManagedSlot, attempt: _Attempt, kind: EventKind, **values: Any
+        self,
+        slot: _ManagedSlot,
+        attempt: _Attempt,
+        kind: EventKind,
+        *,
+        reason: str = "",
+        **values: Any,
     ) -> Answer:
         """Sends an event of a job to the source, whose answer it returns, and shows it."""
         assert slot.worker is not None
@@ -375,6 +382,7 @@ class Scheduler:
             time.monotonic() - attempt.started_at,
             log=str(slot.worker.log),
             host=slot.worker.host,
+            reason=brief(reason, slot.worker.log),
             **values,
         )
         answer = self._tell_source(event)

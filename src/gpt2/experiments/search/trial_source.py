@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gpt2.base import retry
 from gpt2.base.errors import UserError
+from gpt2.base.text import brief
 from gpt2.config import options
 from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Event, Job
@@ -175,7 +176,8 @@ class TrialSource:
     def _reject(self, rejected: Trial, reason: str) -> None:
         """Fails a trial that cannot run. An enqueued one does not count as failed in a row."""
         name = trial.name_of(rejected.number)
-        item = self._tell(rejected, TrialState.FAIL, {REASON: reason})
+        kept = brief(reason, "what the search printed")
+        item = self._tell(rejected, TrialState.FAIL, {REASON: kept})
         self._clear_and_store(item, JobResult(name, "failed", {}))
         self.failed_in_a_row += "fixed_params" not in item.system_attrs
         logger.warning("%s failed: %s", name, reason)
@@ -211,7 +213,7 @@ class TrialSource:
         """Tells the study how the trial ended, and only then stores its result: what the study
         knows never runs again."""
         result = dict(event.result or {})
-        reason = event.reason or result.get("diverged", "")
+        reason = event.reason or brief(result.get("diverged", ""), event.log)
         state, reason = trial_outcome(running.losses, running.ending, event.kind, reason)
         value = min(running.losses.values()) if state == TrialState.COMPLETE else None
         item = self._tell(running.trial, state, {RESULT: result, REASON: reason}, value)
