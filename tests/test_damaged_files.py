@@ -23,7 +23,7 @@ import mutations
 import support
 from experiments.progress.tracked import SLOTS, event
 from gpt2.base import folder_lock
-from gpt2.base.errors import CheckpointError, ConfigError, UserError
+from gpt2.base.errors import CheckpointError, ConfigError, DataError, UserError
 from gpt2.base.text import PlainConsole
 from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata
@@ -32,7 +32,8 @@ from gpt2.cli.model_source import ModelSource
 from gpt2.cli.status import STATUS_CODES
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
-from gpt2.data import prepare, shards
+from gpt2.data import digests, prepare, shards, tokenizer_files
+from gpt2.data.digests import DigestMemory
 from gpt2.data.manifest import MANIFEST, PROGRESS, Split
 from gpt2.data.remote import Storage
 from gpt2.data.shards import DatasetIndex, TokenDataset
@@ -50,6 +51,8 @@ from gpt2.inference import interchange
 from gpt2.inspection import checkpoints, estimate, run_status
 from gpt2.inspection.watch import RunView
 from gpt2.metrics import log_reader
+from gpt2.metrics.jsonl import RECORDS_NAME, JsonLines
+from gpt2.metrics.log_file import LOG_NAME, LogFile
 from gpt2.train import launch, status, trainer
 from gpt2.train.saved_run import SavedRun
 from inspection.written_runs import PLAN
@@ -236,6 +239,21 @@ def test_a_shard(tmp_path: Path):
     check(path, lambda rng: head(rng) + whole[128:], read)
 
 
+def test_digests_of_shards(tmp_path: Path):
+    version = digests.version_of(tmp_path.stat())
+    memory = DigestMemory(tmp_path)
+    for number in range(2):
+        memory.add(f"a_train_{number}.npy", version, "0" * 64)
+    lines = [json.loads(line) for line in (tmp_path / digests.NAME).read_text().splitlines()]
+
+    def read() -> None:
+        found = DigestMemory(tmp_path)
+        for line in lines:
+            assert found.get(line["file"], version) in (None, "0" * 64)
+
+    check(tmp_path / digests.NAME, mutations.of_lines(lines), read)
+
+
 def test_hellaswag(tmp_path: Path):
     path = support.write_tasks(tmp_path / "tasks.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -286,9 +304,49 @@ def test_fifos_and_folders_in_place_of_files(tmp_path: Path):
         for read in (listing.read, results.read_results, store.list_checkpoints):
             with pytest.raises(CheckpointError, match="cannot read"):
                 read(folder)
+        assert folder_lock.is_held(folder) is False
+        with (
+            pytest.raises(CheckpointError, match=r"cannot read .*owner\.json"),
+            folder_lock.held(folder),
+        ):
+            pass
         (folder / "step_000002.json").rename(folder / "step_000002.pt")
         with pytest.raises(CheckpointError, match="cannot read"):
             store.unpickle(folder / "step_000002.pt")
+
+
+NO_FILE = r"FIFO|not a regular file|directory"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_fifos_and_folders_in_place_of_logs_and_data(tmp_path: Path, gpt2_tokens: Path, make):
+    for name in (LOG_NAME, RECORDS_NAME, digests.NAME, "tasks.jsonl", tokenizer_files.FILE):
+        make(tmp_path / name)
+    for open_sink in (
+        lambda: LogFile(tmp_path / LOG_NAME, "run", 0),
+        lambda: JsonLines(tmp_path / RECORDS_NAME, "run", 0, {}),
+        lambda: log_reader.read_runs(tmp_path / LOG_NAME),
+    ):
+        with pytest.raises(OSError, match=NO_FILE):
+            open_sink()
+    view = RunView(None, tmp_path / RECORDS_NAME)
+    view.update()
+    DigestMemory(tmp_path).add("a", (1, 2, 3), "0" * 64)
+    for load in (hellaswag.load, tokenizer_files.load):
+        with pytest.raises(DataError, match=NO_FILE):
+            load(tmp_path / "tasks.jsonl" if load is hellaswag.load else tmp_path)
+    data = Path(shutil.copytree(gpt2_tokens, tmp_path / "data"))
+    storage = Storage(str(data))
+    shard = shards.load_index(storage).of("train")[0]
+    (data / shard.file).unlink()
+    make(data / shard.file)
+    (fault,) = [report for report in Verification(storage).run(lambda _: None) if report.wrong]
+    assert fault.file == shard.file
+    with pytest.raises(DataError, match=NO_FILE):
+        TokenDataset(shards.load_index(storage), "train", 8).read(np.array([[0, 0]]))
+    make(data / "none.json")
+    with pytest.raises(DataError, match=NO_FILE):
+        storage.read_if_any("none.json")
 
 
 def test_hugging_face(tmp_path: Path):

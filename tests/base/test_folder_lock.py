@@ -172,6 +172,18 @@ def test_a_full_disk_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not (tmp_path / folder_lock.OWNER_NAME).exists()
 
 
+def test_a_lock_that_cannot_be_made_is_a_line(tmp_path: Path):
+    """As on a full disk, and with a folder in its place."""
+    (tmp_path / folder_lock.NAME).mkdir()
+    with (
+        pytest.raises(
+            CheckpointError, match=r"cannot write .*run\.lock: Is a directory; make room"
+        ),
+        folder_lock.held(tmp_path),
+    ):
+        pass
+
+
 def test_an_unreadable_owner_is_unknown(tmp_path: Path):
     assert folder_lock.owner(tmp_path) is None
     (tmp_path / folder_lock.OWNER_NAME).write_text("{")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gpt2.base import json_fields
+from gpt2.base import json_fields, regular_file
 from gpt2.base.errors import CheckpointError, FolderInUse
 from gpt2.base.process_identity import ProcessIdentity
 
@@ -118,7 +118,7 @@ def held(
             lock.acquire()
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise
+                raise _unwritable(folder / NAME, error) from error
         me = Owner.this_process()
         while not _create(folder / OWNER_NAME, me):
             if _is_alive(folder, what):
@@ -205,10 +205,14 @@ def _create(path: Path, me: Owner) -> bool:
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; make room, or choose another folder"
-        ) from error
+        raise _unwritable(path, error) from error
     return True
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error}; make room, or choose another folder"
+    )
 
 
 def _is_alive(folder: Path, what: str) -> bool:
@@ -243,10 +247,14 @@ def _sign_of_life(path: Path) -> tuple[int, bytes] | None:
     """Time and content of the owner file; None if there is none. (It is opened, because a network
     file system may answer from its cache otherwise.)"""
     try:
-        with path.open("rb") as file:
+        with regular_file.open_to_read(path) as file:
             return os.fstat(file.fileno()).st_mtime_ns, file.read()
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; remove it if no process works in {path.parent}"
+        ) from error
 
 
 @contextmanager

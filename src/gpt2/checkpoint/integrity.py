@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2.base import user_folders
+from gpt2.base import regular_file, user_folders
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _signing_key(create: bool) -> bytes | None:
     try:
         if create and not path.exists():
             _make_key(path)
-        with path.open("rb") as file:
+        with regular_file.open_to_read(path) as file:
             key, of_key, of_folder = file.read(), os.fstat(file.fileno()), folder.stat()
     except OSError:
         return None

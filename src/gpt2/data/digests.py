@@ -13,11 +13,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2.base import user_folders
+from gpt2.base import json_fields, regular_file, user_folders
+from gpt2.base.json_fields import Timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,17 @@ def hash_file(
     return version, digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """A line of `.digests.jsonl`."""
+
+    file: str
+    version: Version
+    sha256: str
+    time: Timestamp
+    """when the file was hashed"""
+
+
 class DigestMemory:
     """The digests that are known of the files in a local folder, by their names relative to it."""
 
@@ -99,7 +111,8 @@ class DigestMemory:
             with contextlib.suppress(OSError):
                 if (size := place.stat().st_size) != self._sizes.get(place):
                     self._sizes[place] = size
-                    for line in place.read_text(errors="replace").splitlines():
+                    content = regular_file.read_bytes(place)
+                    for line in content.decode(errors="replace").splitlines():
                         self._take(line)
 
     def get(self, file: str, version: Version) -> str | None:
@@ -118,21 +131,19 @@ class DigestMemory:
             return
         now = time.time()
         self._known[file] = version, digest, now
-        line = json.dumps({"file": file, "version": version, "sha256": digest, "time": now})
+        line = json.dumps(asdict(_Remembered(file, version, digest, now)))
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            with self.place.open("a") as lines:
+            with regular_file.open_to_append(self.place, "a") as lines:
                 lines.write(line + "\n")
         except OSError as error:
             logger.debug("cannot remember digests in %s: %s", self.place, error)
 
     def _take(self, line: str) -> None:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a full disk
-            values = json.loads(line)
-            size, time_ns, inode = map(int, values["version"])
-            file, digest, hashed_at = values["file"], values["sha256"], float(values["time"])
-            if file not in self._known or self._known[file][2] <= hashed_at:
-                self._known[file] = (size, time_ns, inode), digest, hashed_at
+        with contextlib.suppress(*json_fields.UNREADABLE):  # cut off by a full disk
+            found = json_fields.from_json(_Remembered, json_fields.parse(line), NAME)
+            if found.file not in self._known or self._known[found.file][2] <= found.time:
+                self._known[found.file] = found.version, found.sha256, found.time
 
 
 def _place_in_cache(folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gpt2
-from gpt2.base import atomic_files, folder_lock, json_fields
+from gpt2.base import atomic_files, folder_lock, json_fields, regular_file
 from gpt2.base.errors import DataError
 from gpt2.data import bad_lines, formats, hints, shards, tokenisation
 from gpt2.data.corpus import Corpus, Place
@@ -432,7 +432,10 @@ class _ShardWriter:
 
     def split_again(self) -> None:
         """Writes all shards again: a tenth of the tokens for validation, the rest for training."""
-        begun = [np.load(self._folder / shard.file) for shard in self.shards]
+        begun = []
+        for shard in self.shards:
+            with regular_file.open_to_read(self._folder / shard.file) as file:
+                begun.append(np.load(file))
         tokens = np.concatenate([*begun, *self._parts])
         for shard in self.shards:
             (self._folder / shard.file).unlink()

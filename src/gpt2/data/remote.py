@@ -18,7 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from gpt2.base import addresses
+from gpt2.base import addresses, regular_file
 from gpt2.base.errors import DataError
 
 SILENCE_S = 60
@@ -158,7 +158,12 @@ class Storage:
             raise DataError(f"{self.root} cannot be opened: {reason}") from None
 
     def _fs_path(self, name: str) -> str:
-        return f"{self._home.rstrip('/')}/{name}"
+        """The file's name in its file system; raises OSError if a local one is missing or not a
+        regular file, as a FIFO blocks its readers."""
+        path = f"{self._home.rstrip('/')}/{name}"
+        if name and self.path is not None:
+            regular_file.require(Path(path))
+        return path
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2.base import regular_file
 from gpt2.base.errors import DataError
 from gpt2.data import digests, formats
 from gpt2.data.digests import Version
@@ -81,7 +82,8 @@ class ShardFile:
 
 def open_shard(path: Path, name: str) -> ShardFile:
     """Raises DataError if the file is not a shard, and OSError if it cannot be opened."""
-    handle = os.open(path, os.O_RDONLY)
+    with regular_file.open_to_read(path) as file:
+        handle = os.dup(file.fileno())
     try:
         version = digests.version_of(os.fstat(handle))
         layout = formats.layout(name, os.pread(handle, HEAD_BYTES, 0), version[0])

@@ -20,6 +20,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from gpt2.base import regular_file
 from gpt2.base.errors import DataError
 from gpt2.base.text import printable
 from gpt2.data import tokenizer
@@ -111,7 +112,7 @@ def load(path: Path) -> Tokenizer:
     """
     file = path / FILE if path.is_dir() else path
     try:
-        return parse(file.read_text("utf-8"), str(file), "/".join(file.parts[-2:]))
+        return parse(regular_file.read_bytes(file).decode(), str(file), "/".join(file.parts[-2:]))
     except FileNotFoundError:
         raise DataError(
             f"no {printable(file)}; expected a folder with {FILE}, or such a file"

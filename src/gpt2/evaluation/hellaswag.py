@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from gpt2.base import atomic_files, json_fields
+from gpt2.base import atomic_files, json_fields, regular_file
 from gpt2.base.errors import DataError
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.distributed.world import World
@@ -183,6 +183,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
+        regular_file.require(path)
         with opener(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 number += 1

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from gpt2.base import json_fields
+from gpt2.base import json_fields, regular_file
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.config.model import ModelConfig
@@ -116,6 +116,7 @@ def _read_safetensors(folder: Path) -> Weights:
     weights: Weights = {}
     for file in files:
         try:
+            regular_file.require(file)
             weights |= safetensors.torch.load_file(file)
         except FileNotFoundError:
             raise CheckpointError(f"no {file}{_conversion_hint(folder)}") from None

@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2.base import json_fields
+from gpt2.base import json_fields, regular_file
 from gpt2.base.json_fields import Timestamp
 from gpt2.metrics import log_reader
 from gpt2.metrics.jsonl import RECORDS_NAME
@@ -84,7 +84,7 @@ class RunLog:
         path = self._path.with_name(RECORDS_NAME)
         is_text = not path.exists() and self._path.suffix != ".jsonl"
         try:
-            with (self._path if is_text else path).open("rb") as file:
+            with regular_file.open_to_read(self._path if is_text else path) as file:
                 status = os.fstat(file.fileno())
                 file_id = (status.st_dev, status.st_ino)
                 if file_id != self._file_id or status.st_size < self._position:

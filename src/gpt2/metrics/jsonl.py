@@ -36,6 +36,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from gpt2.base import regular_file
 from gpt2.metrics.records import (
     EventRecord,
     HellaSwagRecord,
@@ -64,7 +65,7 @@ class JsonLines:
         Raises OSError if it cannot be opened.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        self._file = regular_file.open_to_append(path, buffering=0)
         self._run_name = run_name
         self._heading: dict[str, object] | None = {"step": step, **about}
         self._ends_within_a_line = _ends_within_a_line(path)
@@ -109,7 +110,7 @@ def _finite(value: object) -> object:
 
 
 def _ends_within_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
+    with regular_file.open_to_read(path) as file:
         if file.seek(0, 2) == 0:
             return False
         file.seek(-1, 2)

@@ -3,6 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 
+from gpt2.base import regular_file
 from gpt2.base.control_characters import visible
 from gpt2.metrics.lines import text_of
 from gpt2.metrics.records import Record
@@ -16,7 +17,9 @@ class LogFile:
     def __init__(self, path: Path, run_name: str, step: int) -> None:
         """Appends to `path` from `step` of the run on; raises OSError if it cannot be opened."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self._file = regular_file.open_to_append(
+            path, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )
         self._heading = f"# run {run_name} | from step {step} | {datetime.now():%Y-%m-%d %H:%M:%S}"
 
     def write(self, record: Record) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt2.base import regular_file
 from gpt2.metrics.jsonl import RECORDS_NAME
 from gpt2.metrics.log_file import LOG_NAME
 
@@ -144,7 +145,7 @@ def _joined(text: list[LoggedRun], records: list[LoggedRun]) -> list[LoggedRun]:
 
 def _read_text(path: Path) -> list[LoggedRun]:
     processes: list[LoggedRun] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in regular_file.read_bytes(path).decode(errors="replace").splitlines():
         record = object_of_text(line)
         if record["kind"] == "run":
             processes.append(LoggedRun(record["run"], record["step"]))
@@ -198,7 +199,7 @@ def _read_records(path: Path) -> list[LoggedRun]:
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file of one per line; ignores lines that are none."""
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+    for line in regular_file.read_bytes(path).decode("utf-8-sig", "replace").splitlines():
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gpt2.base import addresses, log
+from gpt2.base import addresses, log, regular_file
 from gpt2.base.errors import UserError, described, is_out_of_memory
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import log_lines
@@ -259,7 +259,6 @@ def _is_fit(ended: JobEnded) -> bool:
 
 def _write_to(path: Path) -> None:
     """Standard output and error go to the log file, also those of programs that a job starts."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(handle, number)
-    os.close(handle)
+    with regular_file.open_to_append(path) as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from gpt2.base import regular_file
 from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool import log_lines
 from gpt2.experiments.pool.job import Event
@@ -75,7 +76,7 @@ def showing_progress(
 def _opened(log: Path) -> IO[bytes]:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        return log.open("ab")
+        return regular_file.open_to_append(log)
     except OSError as error:
         raise ConfigError(
             f"cannot write {log}: {error.strerror}; choose another folder with --log_dir"
