@@ -1,12 +1,15 @@
 import os
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from gpt2.base.errors import ConfigError, UserError
+from gpt2.base.errors import ConfigError, TrainingError, UserError
 from gpt2.config.run import MachineConfig
 from gpt2.distributed import device, rendezvous
+
+CPU = MachineConfig(device="cpu")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
@@ -26,6 +29,8 @@ def test_more_ranks_than_gpus(monkeypatch, wanted: str):
         ({"RANK": "one"}, "expected a number in the environment variable RANK, got 'one'"),
         ({"WORLD_SIZE": "-1"}, "environment variable WORLD_SIZE, got '-1'"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; start several ranks with"),
+        ({"MASTER_PORT": "http"}, "environment variable MASTER_PORT, got 'http'"),
+        ({"MASTER_PORT": "65536"}, "at most 65535 in MASTER_PORT, got 65536"),
         ({"RANK": "1"}, "WORLD_SIZE is 1, but RANK is 1"),
         (rendezvous.rank_variables(2, 2, 1), "WORLD_SIZE is 2, but RANK is 2"),
     ],
@@ -35,6 +40,29 @@ def test_variables_that_torchrun_would_not_set(monkeypatch, variables: dict, mes
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         rendezvous.env_rank()
+
+
+def test_a_port_that_is_taken_is_a_line(monkeypatch: pytest.MonkeyPatch):
+    """Of rank 0 without torchrun, which starts the store itself."""
+    monkeypatch.setattr(rendezvous, "_set_up", lambda *_: None)  # of this process
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        for name, value in rendezvous.rank_variables(0, 2, port).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+        expected = rf"another process uses port {port} \(MASTER_PORT\) .*; choose a free port"
+        with pytest.raises(TrainingError, match=expected), rendezvous.join(CPU):
+            pass
+
+
+def test_a_store_that_does_not_answer_is_a_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rendezvous, "_set_up", lambda *_: None)  # of this process
+    monkeypatch.setattr(rendezvous, "CONNECT_S", 0.1)
+    for name, value in rendezvous.rank_variables(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    expected = r"no connection to localhost:1 \(MASTER_ADDR, MASTER_PORT\); start torchrun"
+    with pytest.raises(TrainingError, match=expected), rendezvous.join(CPU):
+        pass
 
 
 DETERMINISTIC = {

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError
+from gpt2.base.errors import ConfigError, ReportedByOtherRank, TrainingError, UserError
+from gpt2.base.validation import require
 from gpt2.config.run import MachineConfig
 from gpt2.distributed import device, gpu_usage, last_line, precision
 from gpt2.distributed.watchdog import Watchdog
@@ -40,6 +41,8 @@ def env_rank() -> tuple[int, int, int, int]:
     """
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    port = _number("MASTER_PORT", 0)
+    require(port < 1 << 16, f"expected a port of at most 65535 in MASTER_PORT, got {port}")
     missing = [name for name in FOR_SEVERAL_RANKS if size > 1 and name not in os.environ]
     if missing or not (rank < size and local_rank < local_size <= size):
         reason = (
@@ -171,8 +174,7 @@ def _set_up(own_device: torch.device, local_size: int, config: MachineConfig) ->
 def _connect(own_device: torch.device, timeout_s: float) -> tuple[Store, dist.ProcessGroup]:
     """torchrun's store, and a gloo group with LONG_TIMEOUT; starts the default group."""
     timeout = timedelta(seconds=timeout_s)
-    # torchrun starts its store before the ranks: if the store is missing, torchrun is dead.
-    shared_store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_S)))
+    shared_store, rank, size = _shared_store()
     shared_store.set_timeout(timeout)
     store = _store_of_this_start(shared_store, rank, size, timeout_s)
     on_cuda = own_device.type == "cuda"
@@ -186,6 +188,28 @@ def _connect(own_device: torch.device, timeout_s: float) -> tuple[Store, dist.Pr
         device_id=own_device if on_cuda else None,
     )
     return store, dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+
+
+def _shared_store() -> tuple[Store, int, int]:
+    """torchrun's store, or that of rank 0 without torchrun; this rank and the number of ranks.
+
+    Raises TrainingError if it cannot be reached, or cannot be started because its port is taken.
+    """
+    try:
+        # torchrun starts its store before the ranks: if the store is missing, torchrun is dead.
+        found: tuple[Store, int, int] = next(
+            rendezvous("env://", timeout=timedelta(seconds=CONNECT_S))
+        )
+    except RuntimeError as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error):
+            reason = f"another process uses port {port} (MASTER_PORT) of this machine"
+            way_out = "choose a free port; torchrun --standalone does"
+        else:
+            reason = f"no connection to {address}:{port} (MASTER_ADDR, MASTER_PORT)"
+            way_out = "start torchrun, or rank 0, there"
+        raise TrainingError(f"the ranks cannot find each other: {reason}; {way_out}") from error
+    return found
 
 
 def _store_of_this_start(store: Store, rank: int, size: int, timeout_s: float) -> Store:
@@ -205,8 +229,9 @@ def _store_of_this_start(store: Store, rank: int, size: int, timeout_s: float) -
     deadline = time.monotonic() + timeout_s
     while not store.check([f"gpt2/seen/{token}/{other}" for other in range(1, size)]):
         if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"expected {size} ranks, but not all of them joined in {timeout_s:g} s"
+            raise TrainingError(
+                f"expected {size} ranks, but not all of them joined in {timeout_s:g} s; start "
+                "them all, as torchrun does"
             )
         for other in range(1, size):
             if store.check([hello := f"gpt2/hello/{other}"]):
