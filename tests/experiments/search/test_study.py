@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import warnings
@@ -15,10 +16,11 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
+import mutations
 from experiments.search.played import SLOT, Played, trial_of
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.experiments.pool.job import Event, Job
-from gpt2.experiments.search import ownership, study, trial_source
+from gpt2.experiments.search import ownership, study, trial_report, trial_source
 
 
 def trained(played: Played, job: Job) -> Path:
@@ -48,6 +50,42 @@ def test_trials_of_another_study_are_never_continued(tmp_path: Path, how: str):
         Played(folder, **options.get(how, {}))
     if how != "deleted":
         assert Played(folder).next().name == "trial_000", "its own study goes on"
+
+
+def test_a_database_with_flipped_bits_is_read_or_a_line(tmp_path: Path):
+    played = Played(tmp_path / "search")
+    played.finishes(played.next(), 3.0, 2.0)
+    played.tell(played.next(), "failed", reason="out of disk space")
+    played.heartbeat.end()
+    database = tmp_path / "search" / study.FILE
+    content = database.read_bytes()
+    used = [place for place, byte in enumerate(content) if byte]
+
+    def mutate(rng: random.Random) -> bytes:
+        place = rng.choice(used)
+        flipped = content[place] ^ 1 << rng.randrange(8)
+        return content[:place] + bytes([flipped]) + content[place + 1 :]
+
+    refused = 0
+    for damaged in mutations.each(mutate):
+        database.write_bytes(damaged)
+        try:
+            again = Played(tmp_path / "search")
+        except ConfigError:
+            refused += 1
+        else:
+            again.source.catch_up()
+            trial_report.best_first(again.study.get_trials())
+    assert refused
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, Path.touch])
+def test_something_else_in_place_of_the_database(tmp_path: Path, make):
+    make(tmp_path / study.FILE)
+    if make is Path.touch:
+        (tmp_path / study.FILE).write_text("no database" * 99)
+    with pytest.raises(ConfigError, match=r"cannot read the study in .*; if it is damaged"):
+        Played(tmp_path)
 
 
 def test_results_of_another_study_do_not_count(tmp_path: Path):

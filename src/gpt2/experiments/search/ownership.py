@@ -16,6 +16,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ HEARTBEAT = "heartbeat"
 """attribute of a study: its owner and the last heartbeat"""
 HEARTBEAT_S, DEAD_S = 15.0, 60.0
 """seconds between two heartbeats, and without one after which another process takes over"""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat."""
+
+    owner: str
+    """the process"""
+    folder: list[str]
+    """its machine and path, and its id"""
+    beat: float
+    """when it was, in seconds since 1970"""
 
 
 def owner_of(study: Study) -> dict[str, Any]:

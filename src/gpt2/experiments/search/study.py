@@ -14,14 +14,15 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
+from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
-from gpt2.base import addresses
+from gpt2.base import addresses, json_fields, regular_file
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.config import mixture
 from gpt2.experiments import results
-from gpt2.experiments.search import ownership, spec
+from gpt2.experiments.search import ownership, spec, trial_report
 from gpt2.experiments.search.spec import Search
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 FILE = "optuna_study.db"
 FIXED = "fixed"
 """attribute of a study: the values that all of its trials share"""
+ENDING, RESULT, REASON = "ending", "result", "reason"
+TRIAL_ATTRIBUTES = {ENDING: str, RESULT: dict, REASON: str, ownership.TRIAL_FOLDER: str}
+"""attributes of a trial, and their types"""
 LOCK_TIMEOUT_S = 60.0
 """for SQLite's lock, which a dashboard may hold"""
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, *[30.0] * 9)
@@ -60,11 +64,12 @@ def location(search: Search) -> str:
 def open_study(search: Search) -> Study:
     """The study of the search, which is created if it does not exist.
 
-    Raises ConfigError if the study is of another search, or the trials in the folder are of another
-    study.
+    Raises ConfigError if the study is of another search or damaged, or the trials in the folder are
+    of another study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _load_or_create(search)
+    _require_sound(study, search)
     fixed = dict(search.description().fixed)
     # The next owner may have the data in other folders.
     del fixed["data_root"]
@@ -97,18 +102,47 @@ def _load_or_create(search: Search) -> Study:
     if address.startswith("sqlite"):
         options = {"connect_args": {"timeout": LOCK_TIMEOUT_S}}
     try:
+        if search.storage is None and (file := search.folder / FILE).exists():
+            regular_file.require(file)
         return optuna.create_study(
             storage=RDBStorage(address, engine_kwargs=options),
             study_name=search.study_name,
             pruner=MedianPruner(n_startup_trials=search.startup_trials),
             load_if_exists=True,
         )
-    except (StorageInternalError, SQLAlchemyError, ImportError, ValueError) as error:
+    except Exception as error:  # of Optuna, of SQLAlchemy and its drivers, and of parsers
+        if search.storage is None:
+            raise _unreadable(search, error) from error
         # The message of a ValueError may have a part of the password.
         reason = "invalid URL" if isinstance(error, ValueError) else _first_line(error)
         raise ConfigError(
             f"cannot open the study {address}: {reason}; expected a --storage such as {EXAMPLE}"
         ) from error
+
+
+def _require_sound(study: Study, search: Search) -> None:
+    """Raises ConfigError if a part of the study cannot be read, or is not what Optuna and a search
+    write. An outage of a server is raised as it is."""
+    try:
+        for item in study.get_trials(deepcopy=False):
+            trial_report.used_values(item)
+            if item.state == TrialState.COMPLETE:
+                json_fields.require_type(float, item.value)
+            for name, kind in TRIAL_ATTRIBUTES.items():
+                json_fields.require_type(kind | None, item.user_attrs.get(name))
+        json_fields.require_type(dict | None, study.user_attrs.get(FIXED))
+        json_fields.require_type(ownership.Beat | None, study.user_attrs.get(ownership.HEARTBEAT))
+    except Exception as error:  # of Optuna, of SQLAlchemy, and of the parsers of all values
+        if search.storage is not None and is_outage(error):
+            raise
+        raise _unreadable(search, error) from error
+
+
+def _unreadable(search: Search, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot read the study in {location(search)}: {_first_line(error)}; if it is damaged, "
+        "restore it from a copy, or use another --checkpoint_dir or --storage"
+    )
 
 
 def is_outage(error: BaseException) -> bool:
@@ -136,4 +170,6 @@ def storage_errors() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0]
+    found = error.__cause__ or error
+    first, *_ = str(found).strip().splitlines() or [""]
+    return first or type(found).__name__

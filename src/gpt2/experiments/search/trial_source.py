@@ -30,13 +30,13 @@ from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.search import best, ownership, space, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
+from gpt2.experiments.search.study import ENDING, REASON, RESULT
 from gpt2.train.report import Answer
 
 MAX_FAILURES = 5
 """failed trials in a row after which no more are started"""
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 ENDED = ("finished", "pruned", "failed")
-ENDING, RESULT, REASON = "ending", "result", "reason"
 """attributes of a trial in the study"""
 
 T = TypeVar("T")
