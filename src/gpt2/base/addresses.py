@@ -7,6 +7,11 @@ ADDRESS = re.compile(r"[\w+.-]+://\S+")
 USER_PART = re.compile(r"(?<=://)(?!user:password@)(?:[^\s/@?#]*:\S*|[^\s/@?#]*)@")
 """up to the last @: a password that is typed as it is may have / and @ in it, too; that of the
 example in messages is none"""
+WITH_SPACES = re.compile(
+    r"(?<=://)[^\s/@?#:]+:(?!\d*(?:[\s/?#]|$))[^\s@]*[^\S\n](?:(?!://)[^\n@])*@"
+)
+"""a user part whose password has spaces, which ends the address otherwise; a host with its port is
+none"""
 QUERY_VALUE = re.compile(
     r"(?<=[?&;#])([\w.%~\[\]-]+=)[^&;\s'\"]+?(?=(?::[\d.]*)?(?:[&;,)\s'\"]|$))"
 )
@@ -18,7 +23,7 @@ def without_secrets(text: str) -> str:
     signatures): `s3://…@host/data?key=…`. Globs and local paths stay as they are."""
     if "://" not in text:
         return text
-    return ADDRESS.sub(lambda found: _shown(found[0]), text)
+    return ADDRESS.sub(lambda found: _shown(found[0]), WITH_SPACES.sub("…@", text))
 
 
 def public(value: Any) -> Any:

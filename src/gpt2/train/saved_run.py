@@ -4,6 +4,7 @@
 script may have changed it.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,8 @@ from gpt2.distributed.world import World
 from gpt2.train.micro_batch import FittedRows
 from gpt2.train.run_identity import RunIdentity
 from gpt2.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 LONGEST_REASON = 200
 """characters of an error that a message repeats"""
@@ -84,10 +87,11 @@ def explained(path: Path) -> Iterator[None]:
         is_of_machine = is_out_of_memory(error) or store.is_cuda_error(error)
         if isinstance(error, UserError) or is_of_machine or lost_rank.is_lost(error):
             raise
+        logger.debug("%s cannot be used:", path, exc_info=True)  # it may be a bug in this package
         raise CheckpointError(
             f"{path} is not a complete checkpoint of this version: "
             f"{one_line(described(error)):.{LONGEST_REASON}}; use an earlier one "
-            "(--list_checkpoints shows them)"
+            "(--list_checkpoints shows them; --log_level debug shows where it failed)"
         ) from error
 
 
