@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from gpt2.checkpoint import measurements, store
 from gpt2.checkpoint.metadata import TrainingMetadata
 from gpt2.cli import loading, search, train
 from gpt2.cli.model_source import ModelSource
+from gpt2.cli.parse import USER_ERROR
 from gpt2.cli.status import STATUS_CODES
 from gpt2.config import options, presets
 from gpt2.config.run import RunConfig
@@ -424,3 +426,25 @@ def test_a_checkpoint_of_ours_with_other_content(characters: Path, tmp_path: Pat
             store.save(complete.path.parent, state | content, complete.training, keep_last=10)
             accepted(loading.load_model, ModelSource(str(complete.path)))
             accepted(trainer.run, config, configure=configure)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "content"),
+    [
+        ("status --checkpoint_dir .", status.NAME, b'{"plan": []}'),
+        ("experiments show .", results.EXPERIMENT_FILE, b"[" * 200_000),
+        ("data show .", "a_train_0.npy", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<u2', (" * 9),
+        ("plot .", "logs/log.txt", b"\xff\xfe\x00" * 99),
+        ("train --config a.toml", "a.toml", b'preset = "d\xe9mo"'),
+        ("generate --checkpoint a.pt --log_level error", "a.pt", store.ZIP + bytes(range(256)) * 9),
+    ],
+)
+def test_a_command_in_a_process_of_its_own(tmp_path: Path, command: str, name: str, content: bytes):
+    """From the shell: exit code 2 and one line, whatever the file holds."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    words = [sys.executable, "-m", "gpt2", *command.split()]
+    ran = support.run_command(words, tmp_path, expect=USER_ERROR)
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
+    assert len(ran.stderr) < 500 and ran.stderr.rstrip("\n").isprintable()

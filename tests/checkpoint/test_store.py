@@ -471,9 +471,10 @@ def test_key_is_this_users_alone(tmp_path: Path, monkeypatch):
 
 
 def test_something_else_is_no_checkpoint(tmp_path: Path):
-    for name, content in [("text.pt", b"no archive"), ("empty.pt", b"")]:
+    noise = store.ZIP + random.Random(2).randbytes(5000)
+    for name, content in [("text.pt", b"no archive"), ("empty.pt", b""), ("noise.pt", noise)]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=name):
+        with pytest.raises(CheckpointError, match=rf"{name}: it is damaged or not a checkpoint"):
             store.load(tmp_path / name)
     torch.save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(

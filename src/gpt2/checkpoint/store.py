@@ -7,6 +7,7 @@ checkpoint is renamed to `….corrupt`, never removed.
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import logging
@@ -279,6 +280,8 @@ def unpickle(
     except CheckpointError:
         raise
     except OSError as error:
+        if error.errno == errno.EINVAL and error.filename is None:  # torch goes to a damaged offset
+            raise CheckpointError(_reason(path, error)) from error
         raise verification.unreadable(path, error) from error
     except Exception as error:  # a damaged or foreign file can raise anything
         if is_cuda_error(error):
