@@ -211,6 +211,13 @@ def test_names_in_a_manifest_do_not_leave_its_folder(copy: Path, file: str):
         Shard(**values["shards"][1]).require_inside(None, "s3://bucket/manifest.json")
 
 
+@pytest.mark.parametrize("file", ["a\0b.npy", "\ud800.npy"])
+def test_names_in_a_manifest_that_no_file_has(tmp_path: Path, file: str):
+    with pytest.raises(DataError, match=r"lists '.*', which no file can be called") as caught:
+        Shard(file, "train", 1, 1, None).require_inside(tmp_path, "manifest.json")
+    assert str(caught.value).isprintable()
+
+
 def test_links_of_a_manifest_do_not_leave_its_folder(copy: Path):
     victim, secret = copy / "small_train_000002.npy", copy.parent / "secret.npy"
     victim.rename(secret)

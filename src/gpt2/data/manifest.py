@@ -130,6 +130,12 @@ def _outside(file: str, folder: Path | None) -> str | None:
     name = PurePosixPath(unquote(file))  # a server takes %2e for a dot
     if name.is_absolute() or ".." in name.parts:
         return "which is outside its folder"
+    try:
+        is_name = b"\0" not in os.fsencode(file)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        return "which no file can be called"
     if folder is not None:
         home, place = os.path.realpath(folder), os.path.realpath(folder / file)
         if not Path(place).is_relative_to(home):
