@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -596,6 +597,14 @@ def test_an_export_is_atomic(tmp_path: Path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"No space left on device; free disk space"):
             interchange.export(trained()[1], "nanogpt", tmp_path / "x", "float32", overwrite=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_to_a_full_disk_is_a_line(tmp_path: Path, monkeypatch):
+    """The tokenizer is written first, by a library that raises no OSError."""
+    monkeypatch.setattr(interchange.atomic_files, "writing_folder", lambda _: nullcontext(gone))
+    gone = tmp_path / "gone"
+    with pytest.raises(CheckpointError, match=r"cannot write .*No such file .*; free disk space"):
+        interchange.export(trained()[1], "hf", tmp_path / "x", "float32", overwrite=False)
 
 
 def test_only_an_export_is_overwritten(tmp_path: Path):

@@ -1,6 +1,8 @@
 """Tokenizers in the folders of Hugging Face's format, as `transformers` reads them."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ def write(folder: Path, exported: Tokenizer, context: int) -> None:
     """Writes the files from which `AutoTokenizer` gives the ids of `exported`, for a model with a
     context of `context` tokens.
 
-    Raises CheckpointError for the tokens of a nanoGPT data set, for which the format has no place.
+    Raises CheckpointError for the tokens of a nanoGPT data set, for which the format has no place,
+    and OSError if a file cannot be written.
     """
     config: dict[str, Any] = {
         "model_max_length": context,
@@ -36,7 +39,8 @@ def write(folder: Path, exported: Tokenizer, context: int) -> None:
     }
     if exported is GPT2_TOKENIZER:
         built = build()
-        built.model.save(str(folder))  # vocab.json and merges.txt, for older readers
+        with _errors_of_disk():
+            built.model.save(str(folder))  # vocab.json and merges.txt, for older readers
         ends = {f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")}
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **ends}
     elif isinstance(exported, tokenizer_files.Tokenizer):
@@ -46,8 +50,17 @@ def write(folder: Path, exported: Tokenizer, context: int) -> None:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", **ends}
     else:
         raise CheckpointError(f"cannot export the tokens of {exported.name}")
-    built.save(str(folder / tokenizer_files.FILE))
+    with _errors_of_disk():
+        built.save(str(folder / tokenizer_files.FILE))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _errors_of_disk() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library, which is in Rust, raises no other kind
+        raise OSError(str(error)) from error
 
 
 def read(folder: Path) -> Tokenizer:
