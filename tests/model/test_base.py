@@ -17,18 +17,25 @@ from gpt2.optim.build import build_optimizer, set_learning_rate
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, window=5)
 
 
-def perturbed(architecture: str) -> LanguageModel:
+WHOLE = {"zero_init": True, "untied_head": True, "logit_softcap": 15.0} | dict.fromkeys(
+    ("value_embeddings", "embedding_skip", "layer_skip"), True
+)
+"""all parts of the architecture `modern`"""
+
+
+def perturbed(architecture: str, **flags: Any) -> LanguageModel:
     torch.manual_seed(0)
-    built = model.build(replace(SHAPE, architecture=architecture)).eval()
+    built = model.build(replace(SHAPE, architecture=architecture, **flags)).eval()
     with torch.no_grad():  # initial zeros would hide a bias or norm in the wrong place
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return built
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[*ARCHITECTURES, "modern, whole"])
 def net(request: pytest.FixtureRequest) -> LanguageModel:
-    return perturbed(request.param)
+    architecture, _, parts = request.param.partition(", ")
+    return perturbed(architecture, **(WHOLE if parts else {}))
 
 
 def test_loss_is_a_float32_sum(net: LanguageModel):

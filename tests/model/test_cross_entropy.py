@@ -22,7 +22,7 @@ from gpt2.train.replica import Replica
 from support import losses, run_command, small_config
 
 
-def plain(features: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
+def plain(features: Tensor, weight_VD: Tensor, targets: Tensor, softcap: None = None) -> Tensor:
     logits = F.linear(features, weight_VD).flatten(0, -2)
     return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 

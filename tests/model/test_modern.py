@@ -1,22 +1,44 @@
 import cmath
+import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from gpt2 import model
 from gpt2.base.errors import ConfigError
+from gpt2.config import flops
 from gpt2.config.model import ModelConfig
 from gpt2.model import modern
+from gpt2.model.base import RESIDUAL_WRITERS
 from gpt2.model.modern import Modern
 
 SHAPE = ModelConfig(architecture="modern", n_layer=2, n_head=2, n_embd=12, block_size=16)
+PARTS: dict[str, Any] = {
+    "zero_init": True,
+    "untied_head": True,
+    "logit_softcap": 5.0,
+    "value_embeddings": True,
+    "embedding_skip": True,
+    "layer_skip": True,
+}
+SUBSETS = [
+    dict(chosen)
+    for size in range(len(PARTS) + 1)
+    for chosen in itertools.combinations(PARTS.items(), size)
+]
 
 
-@pytest.fixture
-def net() -> Modern:
+@pytest.fixture(params=[{}, PARTS], ids=["plain", "whole"])
+def net(request: pytest.FixtureRequest) -> Modern:
+    return perturbed(replace(SHAPE, n_layer=3, **request.param))
+
+
+def perturbed(shape: ModelConfig) -> Modern:
     torch.manual_seed(0)
-    built = model.build(SHAPE).double().eval()
+    built = model.build(shape).double().eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -38,20 +60,42 @@ def turned(head_K: torch.Tensor, position: int) -> list[complex]:
     ]
 
 
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-float(value)))
+
+
 def reference(net: Modern, tokens: list[int]) -> torch.Tensor:
     """Logits, (T, V), token by token and head by head."""
-    weights, heads = net.state_dict(), SHAPE.n_head
+    weights, shape = net.state_dict(), net.config
+    heads, layers = shape.n_head, shape.n_layer
     embedding = weights["token_embedding.weight"]
-    width = SHAPE.n_embd // heads
+    head_VD = weights["head.weight"] if shape.untied_head else embedding
+    width = shape.n_embd // heads
     x = [embedding[token] for token in tokens]
-    for layer in range(SHAPE.n_layer):
+    if shape.embedding_skip:
+        x = [normed(vector) for vector in x]
+    embedded, after = list(x), list[list[torch.Tensor]]()
+    for layer in range(layers):
         block = {
             name.removeprefix(f"blocks.{layer}."): value
             for name, value in weights.items()
             if name.startswith(f"blocks.{layer}.")
         }
+        if shape.embedding_skip:
+            own, of_embedding = weights["stream_scales"], weights["embedding_scales"]
+            x = [own[layer] * a + of_embedding[layer] * b for a, b in zip(x, embedded, strict=True)]
+        opposite = layers - 1 - layer
+        if shape.layer_skip and opposite < layer:
+            scale = weights["skip_scales"][opposite]
+            x = [a + scale * b for a, b in zip(x, after[opposite], strict=True)]
         joint = [block["attention.query_key_value.weight"] @ normed(vector) for vector in x]
         queries, keys, values = ([row.chunk(3)[part] for row in joint] for part in range(3))
+        if shape.value_embeddings and layer in (0, 2):  # of three
+            for t, token in enumerate(tokens):
+                gates = block["attention.value_gate.weight"] @ normed(x[t])
+                row = block["attention.value_embedding.weight"][token].split(width)
+                added = [2 * sigmoid(gates[head]) * row[head] for head in range(heads)]
+                values[t] = values[t] + torch.cat(added)
         seen = []
         for t in range(len(tokens)):
             parts = []
@@ -72,7 +116,10 @@ def reference(net: Modern, tokens: list[int]) -> torch.Tensor:
         for t, vector in enumerate(x):
             hidden = (block["mlp.up.weight"] @ normed(vector)).clamp(min=0) ** 2
             x[t] = vector + block["mlp.down.weight"] @ hidden
-    return torch.stack([embedding @ normed(vector) for vector in x])
+        after.append(list(x))
+    logits_TV = torch.stack([head_VD @ normed(vector) for vector in x])
+    cap = shape.logit_softcap
+    return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
 
 def test_logits_are_those_of_plain_loops(net: Modern):
@@ -80,7 +127,7 @@ def test_logits_are_those_of_plain_loops(net: Modern):
     with torch.no_grad():
         logits_TV = net.logits(torch.tensor([tokens]))[0]
         assert torch.allclose(logits_TV, reference(net, tokens), atol=1e-9)
-    assert logits_TV.std() > 1
+    assert logits_TV.std() > 0.5
 
 
 def test_attention_depends_on_the_distance_of_tokens(net: Modern):
@@ -105,6 +152,44 @@ def test_queries_and_keys_are_normalised_in_bfloat16_too():
     assert turned_BHTK.square().mean(-1) == pytest.approx(1, abs=1e-5)
     assert blurred_BHTK.dtype == torch.bfloat16
     assert (blurred_BHTK.float() - turned_BHTK).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("parts", SUBSETS, ids=lambda parts: "+".join(parts) or "plain")
+def test_every_combination_of_parts_gives_the_same_logits_with_a_cache(parts: dict[str, Any]):
+    """And its loss is that of its logits, and the count of its weights that of the estimate."""
+    net = perturbed(replace(SHAPE, n_layer=5, vocab_size=128, **parts))
+    tokens_BT = torch.randint(128, (3, 16))
+    cache = net.empty_cache(3)
+    with torch.no_grad():
+        whole_BTV = net.logits(tokens_BT)
+        found = [net.logits(part_BT, cache) for part_BT in tokens_BT.split([5, 1, 1, 9], dim=1)]
+        torch.testing.assert_close(torch.cat(found, dim=1), whole_BTV)
+        loss = net(tokens_BT, tokens_BT.flip(1))
+        rows = torch.nn.functional.cross_entropy(
+            whole_BTV.flatten(0, 1), tokens_BT.flip(1).flatten(), reduction="sum"
+        )
+        torch.testing.assert_close(loss, rows)
+    assert flops.parameter_count(net.config) == sum(part.numel() for part in net.parameters())
+
+
+def test_all_weights_have_gradients_and_parts_begin_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    built = model.build(replace(SHAPE, n_layer=5, vocab_size=128, **PARTS))
+    tokens_BT = torch.randint(128, (3, 16))
+    loss = built(tokens_BT, tokens_BT.flip(1))
+    assert float(loss.detach()) / 48 == pytest.approx(math.log(128), abs=0.05)
+    for name, weight in built.named_parameters():
+        if name.endswith(RESIDUAL_WRITERS):
+            assert not weight.any()
+    for weight in built.parameters():
+        weight.data.add_(torch.randn_like(weight), alpha=0.1)
+    built(tokens_BT, tokens_BT.flip(1)).backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in built.parameters())
+
+
+def test_parts_of_another_architecture_are_refused_by_name():
+    with pytest.raises(ConfigError, match="layer_skip is a part of architecture modern; got arch"):
+        ModelConfig(layer_skip=True)
 
 
 def test_all_weights_are_matrices():

@@ -30,6 +30,30 @@ def test_learning_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_embeddings_head_and_vectors_may_have_rates_of_their_own(optimizer: str):
+    """A weight decays by the same share in a step, whatever its rate is."""
+    ratios = {"embedding_lr_ratio": 8.0, "head_lr_ratio": 0.5, "scalar_lr_ratio": 2.0}
+    shape = replace(SHAPE, architecture="modern", untied_head=True, embedding_skip=True)
+    net = model.build(shape)
+    ours = build.build_optimizer(net, OptimConfig(optimizer=optimizer, weight_decay=0.4, **ratios))
+    build.set_options(ours, OptimConfig(optimizer=optimizer, weight_decay=0.1, **ratios))
+    build.set_learning_rate(ours, 0.125)
+    names = {id(part): name for name, part in net.named_parameters()}
+    found = {
+        names[id(part)].partition(".")[0]: (group["lr"], group["weight_decay"] * group["lr"])
+        for group in ours.param_groups
+        for part in group["params"]
+    }
+    assert found == {
+        "token_embedding": (1.0, 0.0125),
+        "head": (0.0625, 0.0125),
+        "stream_scales": (0.25, 0.0),
+        "embedding_scales": (0.25, 0.0),
+        "blocks": (0.125, 0.0125),
+    }
+
+
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"optimizer=adam is unknown.*adamw.*expected one of"):
         OptimConfig(optimizer="adam")

@@ -64,15 +64,52 @@ def test_momentum_is_that_of_torch_and_so_are_size_and_decay():
     assert not again.state_dict()["state"][0]["momentum_buffer"].any()
 
 
-def test_any_number_of_ranks_makes_the_same_update(tmp_path: Path):
-    """Each updates its share; the momentum of a checkpoint is whole, on any number of ranks."""
-    one = updated("muon", None, 3)
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
+def test_every_neuron_moves_alike_in_the_long_run(shape: tuple[int, int]):
+    """By hand, after Li et al. 2025, algorithm 1: rows of a tall matrix, columns of a wide one."""
+    torch.manual_seed(0)
+    directions = torch.randn(3, *shape)
+    tall = shape[0] >= shape[1]
+    squares = torch.zeros(1, *((shape[0], 1) if tall else (1, shape[1])))
+    means = torch.zeros(max(shape))
+    for direction in directions:
+        found = muon.normalised_by_neuron(direction[None], squares, torch.tensor(0.05))[0]
+        rows = direction if tall else direction.mT
+        means = 0.95 * means + 0.05 * rows.square().mean(1)
+        wanted = rows / means.sqrt()[:, None]
+        wanted = wanted / wanted.norm() * min(shape) ** 0.5
+        torch.testing.assert_close(found if tall else found.mT, wanted)
+    kept = squares.clone()
+    zeros = muon.normalised_by_neuron(torch.zeros(1, *shape), squares, torch.tensor(0.0))
+    assert not zeros.any() and torch.equal(squares, kept)
+
+
+def test_cautious_decay_is_of_weights_that_the_update_moves_towards_zero():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(6, 8), torch.randn(6, 8)
+    moved = {}
+    for name, decay, is_cautious in (
+        ("none", 0.0, False),
+        ("all", 0.5, False),
+        ("some", 0.5, True),
+    ):
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = gradient
+        Muon([weight], lr=0.01, weight_decay=decay, is_cautious=is_cautious).step()
+        moved[name] = weight.detach()
+    agrees = (moved["none"] - start) * start < 0
+    assert agrees.any() and not agrees.all()
+    assert torch.equal(moved["some"], torch.where(agrees, moved["all"], moved["none"]))
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_any_number_of_ranks_makes_the_same_update(name: str, tmp_path: Path):
+    """Each updates its share; the moments of a checkpoint are whole, on any number of ranks."""
+    one = updated(name, None, 3)
     assert {"AdamW", "Muon"} == one["optimizer"].keys()
     torch.save(one["optimizer"], tmp_path / "state.pt")
-    for ranks in (2, 4):
-        forked_ranks.run(
-            [str(tmp_path), str(tmp_path / "state.pt"), "muon"], ranks, tmp_path, SCRIPT
-        )
+    for ranks in (2, 4) if name == "muon" else (2,):
+        forked_ranks.run([str(tmp_path), str(tmp_path / "state.pt"), name], ranks, tmp_path, SCRIPT)
         of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
         for found, loaded in of_ranks:
             torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-6, atol=1e-6)

@@ -13,6 +13,17 @@ VOCABULARY_STEP = 128
 """a matrix product is fast where its sizes are multiples of it"""
 
 
+MODERN_FLAGS = (
+    "zero_init",
+    "untied_head",
+    "logit_softcap",
+    "value_embeddings",
+    "embedding_skip",
+    "layer_skip",
+)
+VALUE_GATE_WIDTH = 32
+
+
 def padded(tokens: int) -> int:
     """Rows of an embedding for this many tokens: 50304 for the 50257 of GPT-2."""
     return -(-tokens // VOCABULARY_STEP) * VOCABULARY_STEP
@@ -41,6 +52,19 @@ class ModelConfig:
     """dropout probability; pretraining needs none"""
     bias: bool = True
     """biases in linear layers and layer norms, as in GPT-2; modern never has any"""
+    zero_init: bool = False
+    """modern: matrices that write to the residual stream begin at zero"""
+    untied_head: bool = False
+    """modern: the output head has weights of its own"""
+    logit_softcap: float | None = None
+    """modern: logits z become softcap · tanh(z / softcap); None is no cap"""
+    value_embeddings: bool = False
+    """modern: every second block, the last one included, adds an embedding of the token to its
+    values"""
+    embedding_skip: bool = False
+    """modern: every block also reads the embedding of the token"""
+    layer_skip: bool = False
+    """modern: late blocks also read the output of early ones"""
 
     def __post_init__(self) -> None:
         require(
@@ -52,6 +76,8 @@ class ModelConfig:
         require_within(self, 1, 10_000, "n_layer")
         require_within(self, 1, 10**6, "n_head", "n_embd")
         require_within(self, 1, 10**9, "block_size", "window")
+        require_within(self, 1, 10**4, "logit_softcap")
+        _require_flags_of_architecture(self)
         ARCHITECTURES[self.architecture].check(self)
         require_within(self, 1, 10**9, "vocab_size")
         require(
@@ -62,6 +88,17 @@ class ModelConfig:
     def embedding_rows(self) -> int:
         """`vocab_size`; as for GPT-2's tokens while the data is not known."""
         return self.vocab_size or padded(tokenizer.VOCAB_SIZE)
+
+    @property
+    def value_layers(self) -> range:
+        """Blocks with value embeddings."""
+        first = (self.n_layer - 1) % 2
+        return range(first, self.n_layer if self.value_embeddings else 0, 2)
+
+    @property
+    def value_gate_width(self) -> int:
+        """Elements of a block's input that the gates of its value embeddings read."""
+        return min(VALUE_GATE_WIDTH, self.n_embd)
 
 
 @dataclass(frozen=True)
@@ -97,6 +134,14 @@ def _require_even_heads(model: ModelConfig) -> None:
     )
 
 
+def _require_flags_of_architecture(model: ModelConfig) -> None:
+    for name in MODERN_FLAGS:
+        require(
+            not getattr(model, name) or model.architecture == "modern",
+            f"{name} is a part of architecture modern; got architecture={model.architecture}",
+        )
+
+
 def _require_window_in_context(model: ModelConfig) -> None:
     require(
         model.window <= model.block_size,
@@ -114,7 +159,16 @@ def _gpt2_parameters(model: ModelConfig) -> int:
 
 
 def _modern_parameters(model: ModelConfig) -> int:
-    return model.embedding_rows * model.n_embd + 12 * model.n_embd * model.n_embd * model.n_layer
+    gates = len(model.value_layers) * model.value_gate_width * model.n_head
+    matrices = 12 * model.n_embd * model.n_embd * model.n_layer + gates
+    scales = 2 * model.n_layer * model.embedding_skip + model.n_layer // 2 * model.layer_skip
+    head = model.embedding_rows * model.n_embd
+    return _modern_look_ups(model) + head + matrices + scales
+
+
+def _modern_look_ups(model: ModelConfig) -> int:
+    tables = model.untied_head + len(model.value_layers)
+    return tables * model.embedding_rows * model.n_embd
 
 
 def _mlp_parameters(model: ModelConfig) -> int:
@@ -137,7 +191,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         model="gpt2.model.modern:Modern",
         check=_require_even_heads,
         parameters=_modern_parameters,
-        look_ups=lambda _: 0,
+        look_ups=_modern_look_ups,
         attends=True,
     ),
     "mlp": Architecture(

@@ -23,12 +23,19 @@ FIXED_BY_CHECKPOINT = (
     "data.batch_ramp",
     "data.shuffle",
     "optim.optimizer",
+    "optim.embedding_lr_ratio",
+    "optim.head_lr_ratio",
+    "optim.scalar_lr_ratio",
     "machine.seed",
 )
 # Options that affect training and may change on resume; a change is reported.
 NOTED_AT_RESUME = (
     "model.dropout",
-    *(f"optim.{part.name}" for part in fields(OptimConfig) if part.name != "optimizer"),
+    *(
+        name
+        for name in (f"optim.{part.name}" for part in fields(OptimConfig))
+        if name not in FIXED_BY_CHECKPOINT
+    ),
     "machine.dtype",
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
@@ -69,6 +76,16 @@ LATER: dict[str, Any] = {
     "memory_snapshot": False,
     "mixture": [],
     "batch_ramp": [],
+    "zero_init": False,
+    "untied_head": False,
+    "logit_softcap": None,
+    "value_embeddings": False,
+    "embedding_skip": False,
+    "layer_skip": False,
+    "cautious_decay": False,
+    "embedding_lr_ratio": 1.0,
+    "head_lr_ratio": 1.0,
+    "scalar_lr_ratio": 1.0,
 }
 
 

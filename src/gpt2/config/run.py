@@ -33,6 +33,7 @@ PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"
 OPTIMIZERS = {
     "adamw": "gpt2.optim.combined:build_adamw",
     "muon": "gpt2.optim.combined:build_muon",
+    "normuon": "gpt2.optim.combined:build_normuon",
 }
 """`module:function` of each optimiser, which `gpt2.optim.build` calls; a new optimiser is a file in
 `gpt2.optim` and an entry here"""
@@ -84,9 +85,16 @@ class OptimConfig:
     """The optimiser, its learning rate and its schedule (Brown et al. 2020, appendix B)."""
 
     optimizer: str = "adamw"
-    """adamw; muon: Muon for the hidden matrices, and AdamW for everything else"""
+    """adamw; muon: Muon for the hidden matrices, and AdamW for everything else; normuon: Muon whose
+    updates are normalised by neuron"""
     learning_rate: float = 6e-4
     """peak learning rate"""
+    embedding_lr_ratio: float = 1.0
+    """learning rate of embeddings, as a multiple of learning_rate"""
+    head_lr_ratio: float = 1.0
+    """learning rate of an untied output head, as a multiple of learning_rate"""
+    scalar_lr_ratio: float = 1.0
+    """learning rate of vectors, as a multiple of learning_rate"""
     min_lr_ratio: float = 0.1
     """final learning rate as a share of the peak"""
     warmup_steps: int = 715
@@ -99,6 +107,8 @@ class OptimConfig:
     """wsd: share of the steps, at the end, in which the learning rate falls"""
     weight_decay: float = 0.1
     """weight decay of matrices; biases and layer norms have none"""
+    cautious_decay: bool = False
+    """Muon: only weights that the update moves towards zero decay"""
     beta1: float = 0.9
     """AdamW: decay of the first moment"""
     beta2: float = 0.95
@@ -126,6 +136,7 @@ class OptimConfig:
         require_within(self, 0, 1, "min_lr_ratio")
         require_positive(self, 1, "cooldown")
         require_positive(self, 10, "learning_rate")
+        require_positive(self, 10**4, "embedding_lr_ratio", "head_lr_ratio", "scalar_lr_ratio")
         require(
             self.grad_clip is None or 0 < self.grad_clip <= MAX_GRAD_CLIP,
             f"grad_clip={self.grad_clip} is invalid; expected more than 0 and at most "

@@ -36,7 +36,8 @@ Context = Cache | Tensor | None
 
 
 class LanguageModel(nn.Module, ABC):
-    """Predicts the next token; the output head shares the weights of the token embedding.
+    """Predicts the next token. The output head shares the weights of the token embedding, unless a
+    subclass has another `head_weight`.
 
     A subclass defines `features` and `empty_cache`; its constructor adds layers and then calls
     `_initialise`.
@@ -58,15 +59,18 @@ class LanguageModel(nn.Module, ABC):
         features_BTD = self._read(tokens_BT, None)
         if not by_row:
             return self.loss(features_BTD, targets_BT)
-        weight_VD = self.token_embedding.weight
-        loss, losses_BT = summed_and_single_losses(features_BTD, weight_VD, targets_BT)
+        loss, losses_BT = summed_and_single_losses(
+            features_BTD, self.head_weight, targets_BT, self.config.logit_softcap
+        )
         return loss, losses_BT.sum(1)
 
     def loss(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """The summed cross entropy of `forward`, from the features of the tokens."""
-        weight_VD = self.token_embedding.weight
+        weight_VD = self.head_weight
         if not self.plain_head:
-            return summed_cross_entropy(features_BTD, weight_VD, targets_BT)
+            return summed_cross_entropy(
+                features_BTD, weight_VD, targets_BT, self.config.logit_softcap
+            )
         logits_BTV = self.unembed(features_BTD).to(weight_VD.dtype)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
@@ -90,12 +94,23 @@ class LanguageModel(nn.Module, ABC):
         mask, (B, T, T), token t sees the tokens s of its row where mask[b, t, s] is true.
         """
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the output head, (V, D)."""
+        return self.token_embedding.weight
+
     def hidden_matrices(self) -> Iterator[nn.Parameter]:
-        """The matrices between embedding and head: all two-dimensional weights but embeddings."""
-        embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
+        """The matrices between embedding and head: all other two-dimensional weights."""
+        outer = {*map(id, self.embeddings()), id(self.head_weight)}
         for part in self.parameters():
-            if part.dim() == 2 and id(part) not in embeddings:
+            if part.dim() == 2 and id(part) not in outer:
                 yield part
+
+    def embeddings(self) -> Iterator[Tensor]:
+        """The tables in which a weight is looked up by token or position."""
+        for part in self.modules():
+            if isinstance(part, nn.Embedding):
+                yield part.weight
 
     @abstractmethod
     def empty_cache(self, batch_size: int) -> Cache:
@@ -103,7 +118,9 @@ class LanguageModel(nn.Module, ABC):
 
     def unembed(self, features_D: Tensor) -> Tensor:
         """Logits, (…, V), of features, (…, D)."""
-        return F.linear(features_D, self.token_embedding.weight)
+        logits_V = F.linear(features_D, self.head_weight)
+        softcap = self.config.logit_softcap
+        return logits_V if softcap is None else softcap * (logits_V / softcap).tanh()
 
     def _read(self, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
         """Features of `tokens_BT`, (B, T, D); adds the tokens to the cache."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt2.config.run import OptimConfig
+from gpt2.model.base import LanguageModel
 
 
 class Uncompiled:
@@ -68,11 +69,29 @@ def of_groups(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
     )
 
 
-def decay_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The parameter groups of those weights that are trained: matrices and embeddings have weight
-    decay, vectors do not."""
-    trained = [part for part in weights if part.requires_grad]
+def parameter_groups(
+    model: LanguageModel, weights: Iterable[nn.Parameter], config: OptimConfig
+) -> list[dict[str, Any]]:
+    """The parameter groups of those weights of `model` that are trained: matrices and embeddings
+    have weight decay, vectors do not.
+
+    Weights with a learning rate of their own have `lr_ratio`, by which `config.learning_rate` is
+    multiplied. It does not change how much of a weight decays in a step.
+    """
+    embeddings = {id(part) for part in model.embeddings()}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for part in weights:
+        ratio = 1.0
+        if part.dim() < 2:
+            ratio = config.scalar_lr_ratio
+        elif id(part) in embeddings:
+            ratio = config.embedding_lr_ratio
+        elif part is model.head_weight:
+            ratio = config.head_lr_ratio
+        if part.requires_grad:
+            groups.setdefault((part.dim() >= 2, ratio), []).append(part)
     return [
-        {"params": [part for part in trained if part.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [part for part in trained if part.dim() < 2], "weight_decay": 0.0},
+        {"params": parts, "weight_decay": config.weight_decay / ratio if decays else 0.0}
+        | ({} if ratio == 1 else {"lr_ratio": ratio})
+        for (decays, ratio), parts in groups.items()
     ]

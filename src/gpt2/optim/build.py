@@ -44,15 +44,15 @@ def set_options(optimizer: TrainOptimizer, config: OptimConfig) -> None:
     """Sets the options of `config` again after a state was loaded, which brings its own along."""
     for group in optimizer.param_groups:
         if any(part.dim() >= 2 for part in group["params"]):
-            group["weight_decay"] = config.weight_decay
+            group["weight_decay"] = config.weight_decay / group.get("lr_ratio", 1.0)
         if "betas" in group:
             group["betas"] = (config.beta1, config.beta2)
 
 
 def set_learning_rate(optimizer: TrainOptimizer, rate: float) -> None:
-    """Sets the rate of every parameter group."""
+    """Sets the rate of every parameter group, whose ratio it is multiplied by."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

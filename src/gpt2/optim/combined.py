@@ -12,7 +12,7 @@ from gpt2.config.run import OptimConfig
 from gpt2.model.base import LanguageModel
 from gpt2.optim import adamw
 from gpt2.optim.adamw import AdamW
-from gpt2.optim.muon import Muon
+from gpt2.optim.muon import NEURON_BETA2, Muon
 from gpt2.optim.sharded import ShardedAdamW
 
 
@@ -70,25 +70,34 @@ def _clip(optimizer: Optimizer, norm: Tensor, max_norm: float | None, scale: Ten
 
 def build_adamw(model: LanguageModel, config: OptimConfig) -> AdamW | ShardedAdamW:
     """AdamW for all weights."""
-    return _adamw_of(model.parameters(), config)
+    return _adamw_of(model, model.parameters(), config)
 
 
 def build_muon(
-    model: LanguageModel, config: OptimConfig
+    model: LanguageModel, config: OptimConfig, beta2: float | None = None
 ) -> AdamW | ShardedAdamW | CombinedOptimizer:
     """Muon for the matrices between embedding and head, and AdamW for the rest. A model without
-    hidden matrices gets AdamW."""
+    hidden matrices gets AdamW. `beta2` is as in `Muon`."""
     hidden = [matrix for matrix in model.hidden_matrices() if matrix.requires_grad]
     if not hidden:
         return build_adamw(model, config)
     taken = {id(part) for part in hidden}
     others = (part for part in model.parameters() if id(part) not in taken)
-    muon = Muon(hidden, config.learning_rate, config.weight_decay)
-    return CombinedOptimizer([muon, _adamw_of(others, config)])
+    muon = Muon(hidden, config.learning_rate, config.weight_decay, beta2, config.cautious_decay)
+    return CombinedOptimizer([muon, _adamw_of(model, others, config)])
 
 
-def _adamw_of(weights: Iterable[nn.Parameter], config: OptimConfig) -> AdamW | ShardedAdamW:
-    groups = adamw.decay_groups(weights, config.weight_decay)
+def build_normuon(
+    model: LanguageModel, config: OptimConfig
+) -> AdamW | ShardedAdamW | CombinedOptimizer:
+    """As `build_muon`, with updates that are normalised by neuron."""
+    return build_muon(model, config, NEURON_BETA2)
+
+
+def _adamw_of(
+    model: LanguageModel, weights: Iterable[nn.Parameter], config: OptimConfig
+) -> AdamW | ShardedAdamW:
+    groups = adamw.parameter_groups(model, weights, config)
     if config.shard_optimizer and dist.is_initialized() and dist.get_world_size() > 1:
         return ShardedAdamW(groups, config)
     return adamw.of_groups(groups, config)

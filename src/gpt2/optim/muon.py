@@ -28,6 +28,9 @@ POLAR_EXPRESS = (
 2025, arXiv:2505.16932)"""
 MARGIN = 1.02
 """by which the norm is overestimated: products in bfloat16 are inexact, and beyond 1 they grow"""
+NEURON_BETA2 = 0.95
+"""decay of the mean squares by neuron (Li et al. 2025, arXiv:2510.05491, section 4)"""
+SMALLEST_ROOT = 1e-8
 PRODUCTS = {"cuda": torch.bfloat16}
 """type of the orthogonalisation's matrix products by device, else float32"""
 
@@ -38,16 +41,29 @@ class Muon:
     Its updates are scaled to the size of AdamW's, so that both have the same learning rate and
     decay (Liu et al. 2025, arXiv:2502.16982, eq. 4).
 
+    With `beta2`, the part of an update that belongs to a neuron, a row of a tall matrix or a column
+    of a wide one, is divided by the root of the mean of its squares over the updates so far
+    (NorMuon, Li et al. 2025, arXiv:2510.05491, algorithm 1). With `is_cautious`, only those weights
+    decay that the update moves towards zero (Chen et al. 2025, arXiv:2510.12402).
+
     Where torch.distributed has several ranks, each of them has the momentum of a share of the
     matrices, and updates these; then all of them gather the weights. Gradients are the same on all
     ranks. The host never waits for the device.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        weights: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        beta2: float | None = None,
+        is_cautious: bool = False,
+    ) -> None:
         matrices = list(weights)
         self.param_groups: list[dict[str, Any]] = [
             {"params": matrices, "lr": lr, "weight_decay": weight_decay}
         ]
+        self._beta2, self._is_cautious = beta2, is_cautious
         by_shape: dict[torch.Size, list[int]] = {}
         for number, matrix in enumerate(matrices):
             by_shape.setdefault(matrix.shape, []).append(number)
@@ -81,11 +97,12 @@ class Muon:
         (group,) = self.param_groups
         moments: dict[int, dict[str, Tensor]] = {}
         for stack in self._stacks:
-            (whole,) = _gathered([stack.momentum])
-            if whole is not stack.momentum:
-                whole = whole.cpu()  # a device may have no room for all of them
-            for number, moment in zip(stack.numbers, whole, strict=False):
-                moments[number] = {"momentum_buffer": moment}
+            for name, share in self._kept(stack).items():
+                (whole,) = _gathered([share])
+                if whole is not share:
+                    whole = whole.cpu()  # a device may have no room for all of them
+                for number, moment in zip(stack.numbers, whole, strict=False):
+                    moments.setdefault(number, {})[name] = moment
         options = {name: value for name, value in group.items() if name != "params"}
         return {
             "state": dict(sorted(moments.items())),
@@ -93,14 +110,15 @@ class Muon:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the momentum of this rank's share, also out of a state of torch's Muon, which is
+        """Takes the moments of this rank's share, also out of a state of torch's Muon, which is
         empty before the first update."""
         for stack in self._stacks:
-            for moment, number in zip(stack.momentum, stack.own, strict=False):
-                if number in state["state"]:
-                    moment.copy_(state["state"][number]["momentum_buffer"])
-                else:
-                    moment.zero_()
+            for name, share in self._kept(stack).items():
+                for moment, number in zip(share, stack.own, strict=False):
+                    if number in state["state"]:
+                        moment.copy_(state["state"][number][name])
+                    else:
+                        moment.zero_()
         (options,) = state["param_groups"]
         for name in ("lr", "weight_decay"):
             self.param_groups[0][name] = options[name]
@@ -108,12 +126,42 @@ class Muon:
     def _step(self, divisor: Tensor, is_finite: Tensor) -> None:
         (group,) = self.param_groups
         applied = is_finite.float()
-        updated = [
-            stack.updated(group["lr"], group["weight_decay"], divisor, applied)
-            for stack in self._stacks
-        ]
+        updated = [self._updated(stack, group, divisor, applied) for stack in self._stacks]
         for stack, matrices in zip(self._stacks, _gathered(updated), strict=True):
             torch._foreach_copy_(stack.weights, list(matrices[: len(stack.weights)]))
+
+    def _kept(self, stack: "_Stack") -> dict[str, Tensor]:
+        """The moments of this rank's share of a stack, by their names in a state."""
+        kept = {"momentum_buffer": stack.momentum}
+        return kept if self._beta2 is None else {**kept, "exp_avg_sq": stack.squares}
+
+    def _updated(
+        self, stack: "_Stack", group: Mapping[str, Any], divisor: Tensor, applied: Tensor
+    ) -> Tensor:
+        """This rank's share of the matrices after the update, (places, M, N). The gradients are
+        divided by `divisor`; where `applied` is 0, nothing changes, else it is 1."""
+        found = torch.empty_like(stack.momentum)
+        if not stack.own:
+            return found
+        count = len(stack.own)
+        gradients_KMN = torch.stack([_gradient(weight) for weight in stack.own_weights]) / divisor
+        gradients_KMN = torch.where(applied.bool(), gradients_KMN, 0.0)
+        momentum_KMN = stack.momentum[:count]
+        momentum_KMN.lerp_(gradients_KMN, (1 - MOMENTUM) * applied)
+        nesterov_KMN = gradients_KMN.lerp_(momentum_KMN, MOMENTUM)
+        directions_KMN = _orthogonalise(nesterov_KMN.device.type)(nesterov_KMN)
+        if self._beta2 is not None:
+            directions_KMN = normalised_by_neuron(
+                directions_KMN, stack.squares[:count], (1 - self._beta2) * applied
+            )
+        weights_KMN = torch.stack(stack.own_weights)
+        decay: Tensor = group["lr"] * group["weight_decay"] * applied
+        if self._is_cautious:
+            decay = decay * (weights_KMN * directions_KMN >= 0)
+        size = RMS_OF_ADAMW * max(nesterov_KMN.shape[1:]) ** 0.5
+        weights_KMN.mul_(1 - decay).sub_(directions_KMN * (group["lr"] * size * applied))
+        found[:count] = weights_KMN
+        return found
 
 
 class _Stack:
@@ -129,32 +177,23 @@ class _Stack:
         """of all matrices of the stack, among those of the optimiser"""
         self.own = numbers[rank * places : (rank + 1) * places]
         self.weights: list[Tensor] = [matrices[number] for number in numbers]
-        self._own_weights: list[Tensor] = [matrices[number] for number in self.own]
-        self.momentum = torch.zeros(
-            (places, *self.weights[0].shape),
-            dtype=self.weights[0].dtype,
-            device=self.weights[0].device,
-        )
+        self.own_weights: list[Tensor] = [matrices[number] for number in self.own]
+        rows, columns = self.weights[0].shape
+        self.momentum = self.weights[0].new_zeros(places, rows, columns)
+        by_neuron = (rows, 1) if rows >= columns else (1, columns)
+        self.squares = self.weights[0].new_zeros(places, *by_neuron)
+        """mean squares of each neuron's part of the directions"""
 
-    def updated(self, rate: float, weight_decay: float, divisor: Tensor, applied: Tensor) -> Tensor:
-        """This rank's share of the matrices after the update, (places, M, N). The gradients are
-        divided by `divisor`; where `applied` is 0, nothing changes, else it is 1."""
-        found = torch.empty_like(self.momentum)
-        if not self.own:
-            return found
-        count = len(self.own)
-        gradients_KMN = torch.stack([_gradient(weight) for weight in self._own_weights]) / divisor
-        gradients_KMN = torch.where(applied.bool(), gradients_KMN, 0.0)
-        momentum_KMN = self.momentum[:count]
-        momentum_KMN.lerp_(gradients_KMN, (1 - MOMENTUM) * applied)
-        nesterov_KMN = gradients_KMN.lerp_(momentum_KMN, MOMENTUM)
-        directions_KMN = _orthogonalise(nesterov_KMN.device.type)(nesterov_KMN)
-        size = RMS_OF_ADAMW * max(nesterov_KMN.shape[1:]) ** 0.5
-        weights_KMN = torch.stack(self._own_weights)
-        weights_KMN.mul_(1 - rate * weight_decay * applied)
-        weights_KMN.sub_(directions_KMN * (rate * size * applied))
-        found[:count] = weights_KMN
-        return found
+
+def normalised_by_neuron(directions_KMN: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
+    """Directions whose neurons have been divided by the root of their mean squares, which take up
+    these directions with `weight`; each matrix gets the norm of an orthogonal one."""
+    axis = 1 if squares.size(1) == 1 else 2
+    squares.lerp_(directions_KMN.square().mean(axis, keepdim=True), weight)
+    found: Tensor = directions_KMN / squares.sqrt().clamp(min=SMALLEST_ROOT)
+    norms_K11 = torch.linalg.matrix_norm(found, keepdim=True)
+    found *= min(found.shape[1:]) ** 0.5 / norms_K11.clamp(min=SMALLEST_ROOT)
+    return found
 
 
 def orthogonalised(matrices_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
