@@ -19,7 +19,16 @@ from gpt2.config.run import RunConfig
 
 CARDS_GB = (16, 24, 40, 80, 141)
 """memory of common GPUs, as they are sold"""
-ROWS_ON_CPU = {"gpt2-124m": 64, "gpt2-350m": 32, "gpt2-774m": 16, "gpt2-1558m": 8, "demo": 8}
+ROWS_ON_CPU = {
+    "gpt2-124m": 64,
+    "gpt2-350m": 32,
+    "gpt2-774m": 16,
+    "gpt2-1558m": 8,
+    "fast-124m": 64,
+    "fast-350m": 32,
+    "fast-774m": 16,
+    "demo": 8,
+}
 """what `--mini_batch_size auto` is on CPUs, by preset"""
 MOST_TOKENS = 64 * 1024
 """largest micro-batch that is chosen automatically: matrix products of this size keep any GPU

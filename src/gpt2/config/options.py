@@ -12,9 +12,13 @@ from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import is_finite, require, suggestion
 from gpt2.config import mixture, presets
-from gpt2.config.model import ModelConfig
+from gpt2.config.model import MODERN_FLAGS, ModelConfig
 from gpt2.config.run import OptimConfig, RunConfig
 
+MODERN_PARTS = {
+    part.name: part.default for part in fields(ModelConfig) if part.name in MODERN_FLAGS
+}
+LR_RATIOS = {"embedding_lr_ratio": 1.0, "head_lr_ratio": 1.0, "scalar_lr_ratio": 1.0}
 # With other values, the weights of a checkpoint would have the wrong shape, or step N would read
 # other rows.
 FIXED_BY_CHECKPOINT = (
@@ -23,9 +27,7 @@ FIXED_BY_CHECKPOINT = (
     "data.batch_ramp",
     "data.shuffle",
     "optim.optimizer",
-    "optim.embedding_lr_ratio",
-    "optim.head_lr_ratio",
-    "optim.scalar_lr_ratio",
+    *(f"optim.{name}" for name in LR_RATIOS),
     "machine.seed",
 )
 # Options that affect training and may change on resume; a change is reported.
@@ -62,9 +64,9 @@ NEVER_FROM_CHECKPOINT = (
 ONLY_TYPED = {"preset": "--preset NAME", "trust_checkpoint": "--trust_checkpoint"}
 # Values of options that did not exist when old checkpoints were written.
 IMPLICIT: dict[str, dict[str, Any]] = {
-    "model": {"architecture": "gpt2"},
+    "model": {"architecture": "gpt2", **MODERN_PARTS},
     "data": {"batch_ramp": []},
-    "optim": {"optimizer": "adamw"},
+    "optim": {"optimizer": "adamw", **LR_RATIOS},
 }
 # Options of earlier versions, which files may still have, with the values that they now stand for.
 FORMER = {"fast": True}
@@ -76,16 +78,9 @@ LATER: dict[str, Any] = {
     "memory_snapshot": False,
     "mixture": [],
     "batch_ramp": [],
-    "zero_init": False,
-    "untied_head": False,
-    "logit_softcap": None,
-    "value_embeddings": False,
-    "embedding_skip": False,
-    "layer_skip": False,
     "cautious_decay": False,
-    "embedding_lr_ratio": 1.0,
-    "head_lr_ratio": 1.0,
-    "scalar_lr_ratio": 1.0,
+    **MODERN_PARTS,
+    **LR_RATIOS,
 }
 
 

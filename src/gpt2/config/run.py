@@ -29,7 +29,16 @@ from gpt2.data import batch_ramp
 from gpt2.data.batch_ramp import BatchRamp
 from gpt2.data.sampler import Sampler, Shuffle
 
-PresetName = Literal["gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "demo"]
+PresetName = Literal[
+    "gpt2-124m",
+    "gpt2-350m",
+    "gpt2-774m",
+    "gpt2-1558m",
+    "fast-124m",
+    "fast-350m",
+    "fast-774m",
+    "demo",
+]
 OPTIMIZERS = {
     "adamw": "gpt2.optim.combined:build_adamw",
     "muon": "gpt2.optim.combined:build_muon",
