@@ -15,6 +15,7 @@ The trainings are sweeps of `gpt2 seeds`: the same command goes on. What has fin
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -26,7 +27,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from gpt2.config import presets
 from gpt2.data import corpora
 from gpt2.inspection import figures
 from gpt2.metrics import log_reader
@@ -34,6 +34,8 @@ from gpt2.metrics import log_reader
 RESULTS = Path(__file__).parent / "results/recipes.jsonl"
 VOCABULARY = 4096
 EVALUATIONS = 10
+WARMUP = 0.07
+"""share of the steps"""
 REFERENCE, RECIPE = "gpt2", "recipe"
 
 
@@ -131,7 +133,7 @@ class Bench:
             *(sys.executable, "-m", "gpt2", "seeds", "--data_root", str(self.data), *flags, *shape),
             *("--num_seeds", str(seeds), "--grid", f"learning_rate={missing}"),
             *("--slots", str(self.slots), "--max_steps", str(steps), "--shuffle", "global"),
-            *("--warmup_steps", str(round(0.04 * steps) + 20), "--eval_rows", "512"),
+            *("--warmup_steps", str(int(WARMUP * steps)), "--eval_rows", "512"),
             *("--eval_interval", str(-(-steps // EVALUATIONS)), "--sample_interval", "None"),
             *("--hellaswag_interval", "None", "--mini_batch_size", "16", "--dtype", "float32"),
             *("--checkpoint_dir", str(folder), "--log_dir", str(folder / "logs")),
@@ -223,7 +225,7 @@ def share_at(goal: float, losses: Mapping[float, float]) -> float | None:
         return None
     if losses[shares[0]] <= goal:
         return shares[0]
-    for left, right in zip(shares, shares[1:], strict=False):
+    for left, right in itertools.pairwise(shares):
         if losses[right] <= goal:
             part = (losses[left] - goal) / (losses[left] - losses[right])
             return math.exp(math.log(left) + part * math.log(right / left))
