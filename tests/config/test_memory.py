@@ -15,6 +15,19 @@ SHAPES = {
     "gpt2, deeper": ModelConfig(n_layer=5, n_head=8, n_embd=128, block_size=LENGTH),
     "gpt2, wide": ModelConfig(n_layer=2, n_head=4, n_embd=384, block_size=LENGTH, bias=False),
     "modern": ModelConfig("modern", n_layer=3, n_head=4, n_embd=128, block_size=LENGTH),
+    "modern, whole": ModelConfig(
+        "modern",
+        n_layer=6,
+        n_head=4,
+        n_embd=128,
+        block_size=LENGTH,
+        zero_init=True,
+        untied_head=True,
+        logit_softcap=15.0,
+        value_embeddings=True,
+        embedding_skip=True,
+        layer_skip=True,
+    ),
     "mlp": ModelConfig("mlp", n_layer=3, n_head=4, n_embd=128, block_size=LENGTH, window=8),
 }
 
@@ -58,7 +71,8 @@ def counted_bytes(config: ModelConfig, how: Computation) -> int:
 def estimated_bytes(config: ModelConfig, how: Computation) -> int:
     """The same as `memory` has it: without what it counts for features and the head, which this
     pass has not, but with the matrices' copies in 16 bits."""
-    embeddings = config.embedding_rows + (config.block_size if config.architecture == "gpt2" else 0)
+    tables = config.embedding_rows * (1 + config.untied_head + len(config.value_layers))
+    embeddings = tables + (config.block_size if config.architecture == "gpt2" else 0)
     matrices = memory.flops.parameter_count(config) - embeddings * config.n_embd
     outside = (memory.OUTSIDE_WIDTHS[how.is_half] - 4) * config.n_embd
     per_token = memory.saved_bytes_per_token(config, how) - outside

@@ -84,6 +84,8 @@ class SavedBytes:
 # 8 + 8. That is 36. Inductor saves 38.
 # modern, half: as gpt2, and float32 copies of queries and keys for their norms and rotation;
 # compiled, most of these are computed again.
+# Of its parts, value embeddings save an embedding and the sum with the values, in float32 (in 16
+# bits less), the skips the residual stream before it is scaled.
 # mlp, half: the norm's float32 input 4, its result 2, hidden layer 8 + 8.
 SAVED = {
     "gpt2": SavedBytes(half=36, half_compiled=38, full=64, full_compiled=64, per_head=4),
@@ -143,7 +145,9 @@ def saved_bytes_per_token(model: ModelConfig, how: Computation) -> int:
         (saved.per_width(how) + masks) * model.n_embd + saved.per_head * model.n_head + NORM_BYTES
     )
     window = saved.per_window_half * (1 if how.is_half else 2) * model.window
-    return model.n_layer * per_layer + (OUTSIDE_WIDTHS[how.is_half] + window) * model.n_embd
+    parts = 8 * len(model.value_layers) + 4 * model.n_layer * model.embedding_skip
+    widths = OUTSIDE_WIDTHS[how.is_half] + window + parts + 4 * model.layer_skip
+    return model.n_layer * per_layer + widths * model.n_embd
 
 
 def rows_that_fit(model: ModelConfig, memory_bytes: int, how: Computation) -> int:
