@@ -419,6 +419,9 @@ def test_a_class_of_the_script_that_wrote_a_file(tmp_path: Path, monkeypatch, tr
     saved_by_script(path, monkeypatch, "Settings", model={})
     with pytest.raises(CheckpointError, match=r"class Settings .* torch\.save\({'model'") as other:
         load(f"nanogpt:{path}", trust=trust)
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("gpt2.__main__"))  # python -m gpt2
+    with pytest.raises(CheckpointError, match="class Settings of the script that wrote it"):
+        store.load(path, trust=trust)
     for error in (own, other):
         assert "add --trust" not in str(error.value) and "\n" not in str(error.value)
 

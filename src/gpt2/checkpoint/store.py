@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 LATEST, BEST = "latest.pt", "best.pt"
 ZIP = b"PK\x03\x04"
 """how a file of torch begins since its version 1.6; an older one cannot be mapped"""
-CLASS_OF_SCRIPT = re.compile(r"GLOBAL __main__\.(\w+)|'(\w+)' on <module '__main__'")
-"""in the errors of torch and Python about a pickled object of it"""
+CLASS_OF_SCRIPT = re.compile(r"GLOBAL __main__\.(\w+)|'(\w+)' on <module '(?:gpt2\.)?__main__'")
+"""in the errors of torch and Python about a pickled object of it; `python -m gpt2` runs
+`gpt2.__main__`"""
 CORRUPT_SUFFIX = ".corrupt"
 
 
