@@ -8,6 +8,7 @@ from gpt2 import model
 from gpt2.config import memory, options, presets
 from gpt2.config.memory import Computation
 from gpt2.config.model import ModelConfig
+from modern_parts import PARTS
 
 ROWS, LENGTH = 4, 64
 SHAPES = {
@@ -16,17 +17,7 @@ SHAPES = {
     "gpt2, wide": ModelConfig(n_layer=2, n_head=4, n_embd=384, block_size=LENGTH, bias=False),
     "modern": ModelConfig("modern", n_layer=3, n_head=4, n_embd=128, block_size=LENGTH),
     "modern, whole": ModelConfig(
-        "modern",
-        n_layer=6,
-        n_head=4,
-        n_embd=128,
-        block_size=LENGTH,
-        zero_init=True,
-        untied_head=True,
-        logit_softcap=15.0,
-        value_embeddings=True,
-        embedding_skip=True,
-        layer_skip=True,
+        "modern", n_layer=6, n_head=4, n_embd=128, block_size=LENGTH, **PARTS
     ),
     "mlp": ModelConfig("mlp", n_layer=3, n_head=4, n_embd=128, block_size=LENGTH, window=8),
 }

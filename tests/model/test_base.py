@@ -13,14 +13,9 @@ from gpt2.config.run import OptimConfig
 from gpt2.model import layers
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_learning_rate
+from modern_parts import PARTS
 
 SHAPE = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, window=5)
-
-
-WHOLE = {"zero_init": True, "untied_head": True, "logit_softcap": 15.0} | dict.fromkeys(
-    ("value_embeddings", "embedding_skip", "layer_skip"), True
-)
-"""all parts of the architecture `modern`"""
 
 
 def perturbed(architecture: str, **flags: Any) -> LanguageModel:
@@ -35,7 +30,7 @@ def perturbed(architecture: str, **flags: Any) -> LanguageModel:
 @pytest.fixture(params=[*ARCHITECTURES, "modern, whole"])
 def net(request: pytest.FixtureRequest) -> LanguageModel:
     architecture, _, parts = request.param.partition(", ")
-    return perturbed(architecture, **(WHOLE if parts else {}))
+    return perturbed(architecture, **(PARTS if parts else {}))
 
 
 def test_loss_is_a_float32_sum(net: LanguageModel):

@@ -14,16 +14,9 @@ from gpt2.config.model import ModelConfig
 from gpt2.model import modern
 from gpt2.model.base import RESIDUAL_WRITERS
 from gpt2.model.modern import Modern
+from modern_parts import PARTS
 
 SHAPE = ModelConfig(architecture="modern", n_layer=2, n_head=2, n_embd=12, block_size=16)
-PARTS: dict[str, Any] = {
-    "zero_init": True,
-    "untied_head": True,
-    "logit_softcap": 5.0,
-    "value_embeddings": True,
-    "embedding_skip": True,
-    "layer_skip": True,
-}
 SUBSETS = [
     dict(chosen)
     for size in range(len(PARTS) + 1)

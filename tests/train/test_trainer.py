@@ -25,6 +25,7 @@ from gpt2.metrics.records import Metrics
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import banner, status, trainer
 from gpt2.train.report import Answer
+from modern_parts import PARTS
 from same_state import assert_same
 from support import LOSS_TOLERANCE, SMALL_CORPUS, loss_lines, losses, small_config
 
@@ -60,21 +61,32 @@ def test_a_run_learns_and_leaves_its_files(data_root: Path, tmp_path: Path, caps
     assert "step 30 | epoch" in capsys.readouterr().out
 
 
+RECIPE = {
+    **PARTS,
+    "architecture": "modern",
+    "optimizer": "normuon",
+    "cautious_decay": True,
+    "embedding_lr_ratio": 8.0,
+    "schedule": "wsd",
+    "batch_ramp": ("1:16",),
+}
+
+
 @pytest.mark.parametrize(
-    ("architecture", "optimizer", "steps"),
+    ("chosen", "steps"),
     [
-        ("gpt2", "adamw", 12),
-        ("gpt2", "muon", 4),
-        *((name, "adamw", 4) for name in ARCHITECTURES if name != "gpt2"),
+        ({}, 12),
+        ({"optimizer": "muon"}, 4),
+        (RECIPE, 4),
+        *(({"architecture": name}, 4) for name in ARCHITECTURES if name != "gpt2"),
     ],
 )
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
-    architecture: str, optimizer: str, steps: int, data_root: Path, tmp_path: Path
+    chosen: dict[str, Any], steps: int, data_root: Path, tmp_path: Path
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {
-        "architecture": architecture,
-        "optimizer": optimizer,
+        **chosen,
         "decay_steps": steps,
         "eval_interval": steps // 4,
         "checkpoint_interval": steps // 2,
