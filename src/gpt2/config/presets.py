@@ -56,7 +56,7 @@ def _fast(
         optim=OptimConfig(
             optimizer="normuon",
             learning_rate=rate,
-            embedding_lr_ratio=10.0,
+            embedding_lr_ratio=30.0,
             warmup_steps=100,
             schedule="wsd",
             cooldown=0.6,
