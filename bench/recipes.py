@@ -15,18 +15,21 @@ The trainings are sweeps of `gpt2 seeds`: the same command goes on. What has fin
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from gpt2.cli import train
+from gpt2.config.run import RunConfig
 from gpt2.data import corpora
 from gpt2.inspection import figures
 from gpt2.metrics import log_reader
@@ -36,7 +39,6 @@ VOCABULARY = 4096
 EVALUATIONS = 10
 WARMUP = 0.07
 """share of the steps"""
-REFERENCE, RECIPE = "gpt2", "recipe"
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ SIZES = {
 SHARES = (0.06, 0.125, 0.25)
 """of GPT-2's tokens"""
 SHARE_OF_PARTS = 0.125
+RECIPE_FLAGS = ["--preset", "fast-124m"]
+"""its sizes are replaced"""
 WITHOUT: dict[str, list[str]] = {
     "zero_init": ["--no_zero_init"],
-    "untied_head": ["--no_untied_head"],
+    "untied_head": ["--no_untied_head", "--embedding_lr_ratio", "1"],
     "logit_softcap": ["--logit_softcap", "None"],
     "value_embeddings": ["--no_value_embeddings"],
     "embedding_skip": ["--no_embedding_skip"],
@@ -92,13 +96,26 @@ class Trained:
     learning_rate: float
     steps: int
     seed: int
-    corpus: str
+    settings: str
+    """digest of the run's options, without learning rate, seed and folders, and of its data"""
     tokens: int
     val_loss: float
     bits_per_byte: float
     hellaswag: float | None
+    train_s: float
+    """with the load that the machine had"""
     curve: dict[int, float]
     """step -> validation loss"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Trainings that differ in learning rate and seed alone."""
+
+    name: str
+    flags: list[str]
+    rates: Sequence[float]
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -116,49 +133,63 @@ class Bench:
     def size(self) -> Size:
         return SIZES[self.size_name]
 
-    def train(
-        self, arm: str, flags: Iterable[str], rates: Iterable[float], steps: int, seeds: int = 1
-    ) -> None:
+    @property
+    def reference(self) -> Arm:
+        flags = ["--preset", "gpt2-124m"]
+        return Arm("gpt2", flags, self.size.reference_rates, self.size.steps)
+
+    def recipe(self, share: float) -> Arm:
+        """The recipe with a share of GPT-2's tokens."""
+        return Arm("recipe", RECIPE_FLAGS, [self.size.rate], round(share * self.size.steps))
+
+    def without(self, part: str) -> Arm:
+        rates = [self.size.rate / 4, self.size.rate / 2] if part == "muon" else [self.size.rate]
+        flags = [*RECIPE_FLAGS, *WITHOUT[part]]
+        return Arm(f"without {part}", flags, rates, round(SHARE_OF_PARTS * self.size.steps))
+
+    def train(self, arm: Arm, seeds: int = 1) -> None:
         """Trains what is not in RESULTS yet, and adds it there."""
-        wanted = {(rate, steps, seed) for rate in rates for seed in range(seeds)}
-        wanted -= {
-            (item.learning_rate, item.steps, item.seed) for item in self.known() if item.arm == arm
-        }
+        wanted = {(rate, seed) for rate in arm.rates for seed in range(seeds)}
+        wanted -= {(item.learning_rate, item.seed) for item in self.finished(arm)}
         if not wanted:
             return
-        missing = ",".join(str(rate) for rate in sorted({rate for rate, _, _ in wanted}))
-        folder = self.folder / self.size_name / f"{arm},steps={steps}"
-        shape = [f"--{name}={value}" for name, value in self.size.flags.items()]
+        rates = ",".join(str(rate) for rate in sorted({rate for rate, _ in wanted}))
+        folder = self.folder / self.size_name / f"{arm.name},{arm.steps},{self._settings(arm)}"
+        print(f"{self.size_name} {arm.name}: {arm.steps} steps at {rates}", flush=True)
         command = [
-            *(sys.executable, "-m", "gpt2", "seeds", "--data_root", str(self.data), *flags, *shape),
-            *("--num_seeds", str(seeds), "--grid", f"learning_rate={missing}"),
-            *("--slots", str(self.slots), "--max_steps", str(steps), "--shuffle", "global"),
-            *("--warmup_steps", str(int(WARMUP * steps)), "--eval_rows", "512"),
-            *("--eval_interval", str(-(-steps // EVALUATIONS)), "--sample_interval", "None"),
-            *("--hellaswag_interval", "None", "--mini_batch_size", "16", "--dtype", "float32"),
+            *(sys.executable, "-m", "gpt2", "seeds", *self._flags(arm), "--keep_last", "2"),
+            *("--num_seeds", str(seeds), "--grid", f"learning_rate={rates}"),
             *("--checkpoint_dir", str(folder), "--log_dir", str(folder / "logs")),
-            *("--runs_dir", str(folder / "runs"), "--keep_last", "2", *self.flags),
+            *("--runs_dir", str(folder / "runs"), "--slots", str(self.slots)),
         ]
-        print(f"{self.size_name} {arm}: {steps} steps at {missing}, {seeds} seeds", flush=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        if code not in (0, 1):  # 1: some have failed, and the others count
+            raise SystemExit(code)
+        RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as results:
-            for item in self._finished(arm, folder, steps):
-                if (item.learning_rate, item.steps, item.seed) in wanted:
+            for item in self._read(arm, folder):
+                if (item.learning_rate, item.seed) in wanted:
+                    wanted.remove((item.learning_rate, item.seed))
                     results.write(json.dumps(asdict(item)) + "\n")
+        for rate, seed in sorted(wanted):
+            print(f"{self.size_name} {arm.name}: failed at {rate}, seed {seed}")
 
-    def known(self) -> list[Trained]:
-        """The trainings of this size on this corpus in RESULTS."""
+    def finished(self, arm: Arm) -> list[Trained]:
+        """The trainings of an arm in RESULTS, with its options of today."""
         if not RESULTS.exists():
             return []
+        settings = self._settings(arm)
         lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         return [
             Trained(**{**line, "curve": {int(step): loss for step, loss in line["curve"].items()}})
             for line in lines
-            if (line["size"], line["corpus"]) == (self.size_name, self.data.name)
+            if (line["size"], line["arm"], line["settings"]) == (self.size_name, arm.name, settings)
         ]
 
-    def _finished(self, arm: str, folder: Path, steps: int) -> Iterator[Trained]:
-        for line in (folder / "results.jsonl").read_text().splitlines():
+    def _read(self, arm: Arm, folder: Path) -> Iterator[Trained]:
+        """What has finished in the folder of a sweep."""
+        results = folder / "results.jsonl"
+        for line in results.read_text().splitlines() if results.exists() else ():
             record = json.loads(line)
             if record["state"] != "finished":
                 continue
@@ -166,55 +197,70 @@ class Bench:
             run = log_reader.read_runs(folder / record["job"] / "log.txt")[-1]
             yield Trained(
                 size=self.size_name,
-                arm=arm,
+                arm=arm.name,
                 learning_rate=values["learning_rate"],
-                steps=steps,
+                steps=arm.steps,
                 seed=values["seed"],
-                corpus=self.data.name,
+                settings=self._settings(arm),
                 tokens=result["tokens"],
                 val_loss=result["val_loss"],
                 bits_per_byte=result["bits_per_byte"],
                 hellaswag=result["hellaswag"],
+                train_s=result["train_s"],
                 curve=dict(run.val_losses),
             )
 
+    def _flags(self, arm: Arm) -> list[str]:
+        return [
+            *("--data_root", str(self.data), *arm.flags, "--max_steps", str(arm.steps)),
+            *(f"--{name}={value}" for name, value in self.size.flags.items()),
+            *("--shuffle", "global", "--warmup_steps", str(int(WARMUP * arm.steps))),
+            *("--eval_rows", "512", "--eval_interval", str(-(-arm.steps // EVALUATIONS))),
+            *("--sample_interval", "None", "--hellaswag_interval", "None"),
+            *("--mini_batch_size", "16", "--dtype", "float32", *self.flags),
+        ]
 
-def recipe_flags() -> list[str]:
-    """The parts of the `fast` presets, without their sizes."""
-    return ["--preset", "fast-124m"]
+    def _settings(self, arm: Arm) -> str:
+        """A digest of what decides about a training, beside learning rate and seed: options that
+        are not at their defaults, and the tokens."""
+        run, default = train.parse_train(self._flags(arm)).run.to_dict(), RunConfig().to_dict()
+        decides = {
+            f"{part}.{name}": value
+            for part in ("model", "data", "optim", "evaluation", "machine")
+            for name, value in run[part].items()
+            if value != default[part][name] and name != "data_root"
+        }
+        manifest = json.loads((self.data / "manifest.json").read_text())
+        shards = [shard["sha256"] for shard in manifest["shards"]]
+        text = json.dumps([decides, shards], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-REFERENCE_FLAGS = ["--preset", "gpt2-124m"]
+def train_reference(bench: Bench) -> None:
+    bench.train(bench.reference)
+
+
+def train_recipe(bench: Bench) -> None:
+    for share in SHARES:
+        bench.train(bench.recipe(share))
+
+
+def train_parts(bench: Bench) -> None:
+    for part in WITHOUT:
+        bench.train(bench.without(part))
+
+
+def train_noise(bench: Bench) -> None:
+    for share in SHARES:
+        bench.train(bench.recipe(share), seeds=3)
+    best = best_rate(bench.finished(bench.reference))
+    bench.train(replace(bench.reference, rates=[best]), seeds=3)
 
 
 def best_rate(trained: Iterable[Trained]) -> float:
     """The learning rate with the lowest loss at seed 0."""
-    return min((item for item in trained if item.seed == 0), key=lambda i: i.val_loss).learning_rate
-
-
-def reference(bench: Bench, seeds: int = 1) -> None:
-    size = bench.size
-    rates: Iterable[float] = size.reference_rates
-    if seeds > 1:
-        rates = [best_rate(item for item in bench.known() if item.arm == REFERENCE)]
-    bench.train(REFERENCE, REFERENCE_FLAGS, rates, size.steps, seeds)
-
-
-def recipe(bench: Bench, seeds: int = 1) -> None:
-    for share in SHARES:
-        steps = round(share * bench.size.steps)
-        bench.train(RECIPE, recipe_flags(), [bench.size.rate], steps, seeds)
-
-
-def parts(bench: Bench) -> None:
-    steps = round(SHARE_OF_PARTS * bench.size.steps)
-    for name, flags in WITHOUT.items():
-        bench.train(f"without {name}", recipe_flags() + flags, [bench.size.rate], steps)
-
-
-def noise(bench: Bench) -> None:
-    recipe(bench, seeds=3)
-    reference(bench, seeds=3)
+    of_seed_0 = [item for item in trained if item.seed == 0]
+    return min(of_seed_0, key=lambda item: item.val_loss).learning_rate
 
 
 def share_at(goal: float, losses: Mapping[float, float]) -> float | None:
@@ -233,46 +279,47 @@ def share_at(goal: float, losses: Mapping[float, float]) -> float | None:
 
 
 def report(bench: Bench) -> None:
-    known = bench.known()
-    of_reference = [item for item in known if item.arm == REFERENCE]
-    rate = best_rate(of_reference)
-    for item in sorted(of_reference, key=lambda item: (item.learning_rate, item.seed)):
+    reference = sorted(bench.finished(bench.reference), key=lambda i: (i.learning_rate, i.seed))
+    for item in reference:
         print(f"GPT-2, {item.learning_rate}, seed {item.seed}: {_shown(item)}")
-    goal = statistics.mean(i.val_loss for i in of_reference if i.learning_rate == rate)
-    losses: dict[float, float] = {}
-    for share in SHARES:
-        steps = round(share * bench.size.steps)
-        found = [item for item in known if item.arm == RECIPE and item.steps == steps]
-        if found:
-            losses[share] = statistics.mean(item.val_loss for item in found)
+    best = [item for item in reference if item.learning_rate == best_rate(reference)]
+    recipes = {share: bench.finished(bench.recipe(share)) for share in SHARES}
+    for share, found in recipes.items():
         for item in found:
             print(f"recipe, {share} of the tokens, seed {item.seed}: {_shown(item)}")
-    if losses:
-        share = share_at(goal, losses)
-        where = "is not reached" if share is None else f"is reached with {share:.2f} of the tokens"
-        print(f"GPT-2's {goal:.4f} {where}")
-    whole = losses.get(SHARE_OF_PARTS)
-    for item in known:
-        if item.arm.startswith("without ") and whole is not None:
-            print(f"{item.arm}: {item.val_loss:.4f} ({item.val_loss - whole:+.4f})")
+    seeds = {item.seed for item in best}
+    for found in recipes.values():
+        seeds &= {item.seed for item in found}
+    goal = _mean(best, seeds)
+    share = share_at(goal, {share: _mean(found, seeds) for share, found in recipes.items()})
+    where = "is not reached" if share is None else f"is reached with {share:.3f} of the tokens"
+    print(f"{len(seeds)} seeds: GPT-2's {goal:.4f} {where}")
+    whole = _mean(recipes[SHARE_OF_PARTS], {0})
+    for part in WITHOUT:
+        if found := bench.finished(bench.without(part)):
+            loss = min(item.val_loss for item in found)
+            print(f"without {part}: {loss:.4f} ({loss - whole:+.4f})")
     picture = Path(f"docs/recipe_{bench.size_name.replace('.', '_')}.png")
-    figures.write(lambda: draw(known, rate, goal), picture)
+    curves = [item for item in (*best, *itertools.chain(*recipes.values())) if item.seed == 0]
+    figures.write(lambda: draw(curves, goal), picture)
 
 
-def draw(known: list[Trained], rate: float, goal: float) -> Figure:
-    """Validation losses by tokens, of seed 0."""
+def _mean(trained: Iterable[Trained], seeds: Container[int]) -> float:
+    return statistics.mean(item.val_loss for item in trained if item.seed in seeds)
+
+
+def draw(trained: Iterable[Trained], goal: float) -> Figure:
+    """Validation losses by tokens."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for item in sorted(known, key=lambda item: item.tokens):
-        is_shown = item.arm == RECIPE or (item.arm == REFERENCE and item.learning_rate == rate)
-        if is_shown and item.seed == 0:
-            steps = [step for step in sorted(item.curve) if step > 0]
-            tokens = [step * item.tokens / item.steps / 1e6 for step in steps]
-            name = "GPT-2, AdamW" if item.arm == REFERENCE else "recipe"
-            label = f"{name}, {item.tokens / 1e6:.1f} million tokens"
-            axes.plot(tokens, [item.curve[step] for step in steps], label=label)
+    for item in sorted(trained, key=lambda item: item.tokens):
+        steps = [step for step in sorted(item.curve) if step > 0]
+        tokens = [step * item.tokens / item.steps / 1e6 for step in steps]
+        name = "GPT-2, AdamW" if item.arm == "gpt2" else "recipe"
+        label = f"{name}, {item.tokens / 1e6:.1f} million tokens"
+        axes.plot(tokens, [item.curve[step] for step in steps], label=label)
     axes.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="million tokens", ylabel="validation loss", ylim=(None, goal + 1.5))
+    axes.set(xlabel="million tokens", ylabel="validation loss")
     axes.legend()
     return figure
 
@@ -300,10 +347,10 @@ def prepare(folder: Path) -> Path:
 
 
 COMMANDS = {
-    "reference": reference,
-    "recipe": recipe,
-    "parts": parts,
-    "noise": noise,
+    "reference": train_reference,
+    "recipe": train_recipe,
+    "parts": train_parts,
+    "noise": train_noise,
     "report": report,
 }
 

@@ -181,7 +181,9 @@ def test_all_weights_have_gradients_and_parts_begin_as_if_they_were_not_there():
 
 
 def test_parts_of_another_architecture_are_refused_by_name():
-    with pytest.raises(ConfigError, match="layer_skip is a part of architecture modern; got arch"):
+    with pytest.raises(
+        ConfigError, match=r"layer_skip: only architecture=modern has .* or --no_layer_skip$"
+    ):
         ModelConfig(layer_skip=True)
 
 

@@ -68,7 +68,7 @@ RECIPE = {
     "cautious_decay": True,
     "embedding_lr_ratio": 8.0,
     "schedule": "wsd",
-    "batch_ramp": ("1:16",),
+    "batch_ramp": ("3:16",),
 }
 
 

@@ -45,7 +45,10 @@ logger = logging.getLogger(__name__)
 LATEST, BEST = "latest.pt", "best.pt"
 ZIP = b"PK\x03\x04"
 """how a file of torch begins since its version 1.6; an older one cannot be mapped"""
-CLASS_OF_SCRIPT = re.compile(r"GLOBAL __main__\.(\w+)|'(\w+)' on <module '(?:gpt2\.)?__main__'")
+CLASS_OF_SCRIPT = re.compile(
+    r"GLOBAL (?:__main__\.(\w+)|(?:train_gpt2|model)\.(GPTConfig))|"
+    r"'(\w+)' on <module '(?:gpt2\.)?__main__'"
+)
 """in the errors of torch and Python about a pickled object of it; `python -m gpt2` runs
 `gpt2.__main__`"""
 CORRUPT_SUFFIX = ".corrupt"
@@ -298,7 +301,7 @@ def _reason(path: Path, error: Exception) -> str:
             "machine or use one with more memory"
         )
     if found := CLASS_OF_SCRIPT.search(str(error)):
-        return _written_by_script(path, found[1] or found[2])
+        return _written_by_script(path, found[1] or found[2] or found[3])
     if imported := _forbidden_import(error):
         return (
             f"{path} is refused: it was not written by this user, and contains more than tensors "

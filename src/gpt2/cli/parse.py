@@ -22,7 +22,7 @@ from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError, is_out_of_memory
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-SEE_FRAME = "error: invalid options; the frame further up says which"
+SEE_FRAME = "error: invalid options; see the frame above the report of torchrun"
 """for the report of torchrun, far below what tyro printed"""
 SWITCH_PREFIXES = {"true": "", "false": "no_"}
 
@@ -162,10 +162,10 @@ def guarded(
     except UserError as error:
         line = visible(f"error: {error}")  # it may quote any file
         is_printed = not isinstance(error, ReportedByOtherRank)
-        if report:
-            report(line, is_printed)
         if is_printed:
             _print_error(line)
+        if report:
+            report(line, is_printed)
         return USER_ERROR
     except SystemExit as error:
         if report and error.code == USER_ERROR:

@@ -17,6 +17,7 @@ from gpt2.base.text import console
 from gpt2.base.validation import require
 from gpt2.cli.parse import CommandOptions, discard, guarded, parse, text_of_file
 from gpt2.config import mixture, options, presets
+from gpt2.config.model import MODERN_FLAGS
 from gpt2.config.run import RunConfig
 from gpt2.distributed.watchdog import end_with_torchrun
 from gpt2.metrics import notify
@@ -24,11 +25,12 @@ from gpt2.train.notices import Notices
 
 logger = logging.getLogger(__name__)
 HIDDEN_BY = {"epochs": "max_steps", "eval_batches": "eval_rows"}
-"""options that have no effect beside another one: on a resume with --epochs, the --max_steps of the
+"""options that have no effect beside another one: with --epochs, the --max_steps of a preset or a
 checkpoint is dropped"""
 SEVERAL_VALUES = ("data_root", "mixture", "batch_ramp")
 FITTING = (
     *("--architecture", "--n_head", "--n_embd", "--block_size", "--window"),
+    *(f"--{switch}{name}" for name in MODERN_FLAGS for switch in ("", "no_")),
     "--total_batch_size",
     *(f"--{name}" for name in SEVERAL_VALUES),
 )
@@ -193,9 +195,9 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
     run = presets.preset(flags.preset or "gpt2-124m")
     if stored is not None and flags.preset in (None, stored.get("preset")):
         run = options.on_stored(run, stored)
-        for name, hidden_by in HIDDEN_BY.items():
-            if getattr(flags, name) is not None and getattr(flags, hidden_by) is None:
-                run = options.overlay(run, {hidden_by: None})
+    for name, hidden_by in HIDDEN_BY.items():
+        if getattr(flags, name) is not None and getattr(flags, hidden_by) is None:
+            run = options.overlay(run, {hidden_by: None})
     if flags.config:
         run = with_file(run, Path(flags.config))
     for name in SEVERAL_VALUES:
@@ -208,9 +210,8 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
             len(given) < 2 or not is_list,
             f"--{name} is given more than once; put all its values behind one --{name}",
         )
-        if (
-            given and name != "batch_ramp"
-        ):  # tyro would leave weights of a file or a checkpoint beside these
+        # tyro would leave weights of a file or a checkpoint beside these.
+        if given and name != "batch_ramp":
             run = options.overlay(run, {name: given[-1]})
     if flags.out_dir:
         out = Path(flags.out_dir)

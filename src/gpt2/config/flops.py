@@ -4,7 +4,7 @@ from gpt2.config.model import ARCHITECTURES, ModelConfig
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Number of weights; the output head shares the token embedding."""
+    """Number of weights."""
     return ARCHITECTURES[model.architecture].parameters(model)
 
 
@@ -17,8 +17,8 @@ def flops_per_token(model: ModelConfig) -> float:
     """FLOPs of forward and backward for one token.
 
     6 per weight of a matrix product, plus 12 · layers · width · context for attention (Chowdhery et
-    al. 2022, PaLM, appendix B). The token embedding counts as the output head. Position embeddings
-    (look-ups), norms and rotations do not count.
+    al. 2022, PaLM, appendix B). A token embedding that is also the output head counts. What is
+    looked up, as position embeddings are, norms and rotations do not count.
     """
     architecture = ARCHITECTURES[model.architecture]
     attention = (

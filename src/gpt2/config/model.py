@@ -110,7 +110,7 @@ class Architecture:
     check: Callable[[ModelConfig], None]
     """raises ConfigError for sizes that the architecture does not support"""
     parameters: Callable[[ModelConfig], int]
-    """number of weights; the output head shares the token embedding"""
+    """number of weights"""
     look_ups: Callable[[ModelConfig], int]
     """number of weights that are not part of a matrix product"""
     attends: bool
@@ -135,11 +135,13 @@ def _require_even_heads(model: ModelConfig) -> None:
 
 
 def _require_flags_of_architecture(model: ModelConfig) -> None:
-    for name in MODERN_FLAGS:
-        require(
-            not getattr(model, name) or model.architecture == "modern",
-            f"{name} is a part of architecture modern; got architecture={model.architecture}",
-        )
+    used = [name for name in MODERN_FLAGS if getattr(model, name)]
+    off = " ".join(f"--{name} None" if name == "logit_softcap" else f"--no_{name}" for name in used)
+    require(
+        not used or model.architecture == "modern",
+        f"{', '.join(used)}: only architecture=modern has such parts, got "
+        f"architecture={model.architecture}; use --architecture modern, or {off}",
+    )
 
 
 def _require_window_in_context(model: ModelConfig) -> None:

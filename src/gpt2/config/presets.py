@@ -71,8 +71,8 @@ PRESETS: dict[str, RunConfig] = {
     "gpt2-350m": _gpt2("gpt2-350m", 24, 16, 1024, 3e-4),
     "gpt2-774m": _gpt2("gpt2-774m", 36, 20, 1280, 2.5e-4),
     "gpt2-1558m": _gpt2("gpt2-1558m", 48, 25, 1600, 2e-4),
-    # The measured rate of a width of 96 times the root of 96 / width: updates of the same size in
-    # what a layer gives (Yang et al. 2023, arXiv:2310.17813, section 3).
+    # The rate that was measured at a width of 96, times the root of 96 / width: then updates change
+    # what a layer gives by the same amount (Yang et al. 2023, arXiv:2310.17813, section 3).
     "fast-124m": _fast("fast-124m", 12, 768, 7e-3, 2**19, 4700),
     "fast-350m": _fast("fast-350m", 24, 1024, 6e-3, 2**19, 13500),
     "fast-774m": _fast("fast-774m", 36, 1280, 5.5e-3, 2**20, 14700),

@@ -49,7 +49,7 @@ class Modern(LanguageModel):
         if config.embedding_skip:
             self.stream_scales = nn.Parameter(torch.ones(config.n_layer))
             self.embedding_scales = nn.Parameter(torch.full((config.n_layer,), EMBEDDING_SCALE))
-        if config.layer_skip:
+        if config.layer_skip and config.n_layer > 1:
             self.skip_scales = nn.Parameter(torch.zeros(config.n_layer // 2))
         if config.untied_head:
             self.head = nn.Linear(config.n_embd, config.embedding_rows, bias=False)

@@ -41,10 +41,11 @@ class Muon:
     Its updates are scaled to the size of AdamW's, so that both have the same learning rate and
     decay (Liu et al. 2025, arXiv:2502.16982, eq. 4).
 
-    With `beta2`, the part of an update that belongs to a neuron, a row of a tall matrix or a column
-    of a wide one, is divided by the root of the mean of its squares over the updates so far
-    (NorMuon, Li et al. 2025, arXiv:2510.05491, algorithm 1). With `is_cautious`, only those weights
-    decay that the update moves towards zero (Chen et al. 2025, arXiv:2510.12402).
+    With `beta2`, the part of an update that belongs to a neuron is divided by the root of the mean
+    of its squares over the updates so far (NorMuon, Li et al. 2025, arXiv:2510.05491, algorithm 1).
+    A neuron is a row of a tall matrix or, as in modded-nanogpt, a column of a wide one. With
+    `is_cautious`, only those weights decay that the update moves towards zero (Chen et al. 2025,
+    arXiv:2510.12402).
 
     Where torch.distributed has several ranks, each of them has the momentum of a share of the
     matrices, and updates these; then all of them gather the weights. Gradients are the same on all

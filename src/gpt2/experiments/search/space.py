@@ -105,7 +105,7 @@ def default_text(run: RunConfig) -> str:
         count * run.model.block_size for count in batches if interval * rows % count == 0
     )
     return DEFAULT.format(
-        rates=("4e-4", "4e-2") if run.optim.optimizer == "muon" else ("1e-4", "1e-2"),
+        rates=("4e-4", "4e-2") if run.optim.optimizer != "adamw" else ("1e-4", "1e-2"),
         warmup=max(2, min(2 * run.optim.warmup_steps, (run.data.max_steps or 10**9) // 2)),
         batch="" if run.data.batch_ramp else f"total_batch_size = {{choices = {listed}}}\n",
         layers=(max(1, layers // 2), layers + max(1, layers // 3)),
