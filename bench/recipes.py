@@ -9,6 +9,7 @@ has a schedule that ends with it; losses of the middle of a training are not com
     python bench/recipes.py parts         the recipe without each of its parts
     python bench/recipes.py noise         both again with other seeds
     python bench/recipes.py report        the share at which the recipe has GPT-2's loss; pictures
+    python bench/recipes.py speed         a step of both, in turns
 
 The trainings are sweeps of `gpt2 seeds`: the same command goes on. What has finished is added to
 `bench/results/recipes.jsonl`, and is not trained again, also on another machine.
@@ -22,17 +23,23 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
+from turns import Contender, Timed, ratio, serve, take_turns
 
 from gpt2.cli import train
 from gpt2.config.run import RunConfig
 from gpt2.data import corpora
+from gpt2.distributed import rendezvous
 from gpt2.inspection import figures
 from gpt2.metrics import log_reader
+from gpt2.train import trainer
+from gpt2.train.replica import Replica
 
 RESULTS = Path(__file__).parent / "results/recipes.jsonl"
 VOCABULARY = 4096
@@ -263,6 +270,44 @@ def best_rate(trained: Iterable[Trained]) -> float:
     return min(of_seed_0, key=lambda item: item.val_loss).learning_rate
 
 
+def steps_of(bench: Bench, arm: Arm) -> Timed:
+    """What times train steps of an arm on one thread, with random tokens."""
+    torch.set_num_threads(1)
+    run = train.parse_train(bench._flags(arm)).run.with_vocab_size(VOCABULARY)
+    tokens_RT = torch.randint(VOCABULARY, (run.rows_per_step, run.model.block_size + 1))
+    micro_batches = [
+        (rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous())
+        for rows_BT in tokens_RT.split(int(run.data.mini_batch_size))
+    ]
+    with rendezvous.join(run.machine) as world:
+        replica = Replica(run, world)
+
+    def timed(steps: int) -> list[float]:
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            trainer.train_step(replica, micro_batches, run.data.total_batch_size, 1e-3)
+            times.append(time.perf_counter() - began)
+        return times
+
+    return timed
+
+
+def speed(bench: Bench) -> None:
+    contenders = []
+    for name in ("gpt2", "recipe"):
+        command = [sys.executable, __file__, "speed", "--size", bench.size_name, "--serve", name]
+        contenders.append(Contender.start(name, [*command, "--data", str(bench.data)]))
+        contenders[-1].run(2)
+    for _ in take_turns(contenders, rounds=7, steps=4):
+        pass
+    for contender in contenders:
+        contender.end()
+    reference, recipe = (contender.rounds for contender in contenders)
+    print(f"a step of GPT-2: {1000 * statistics.median(reference):.0f} ms")
+    print(f"a step of the recipe takes {ratio(reference, recipe)} times as long")
+
+
 def share_at(goal: float, losses: Mapping[float, float]) -> float | None:
     """The share of tokens at which the final losses pass `goal`, between two shares by the
     logarithm of the share; None if the longest training does not reach it."""
@@ -352,6 +397,7 @@ COMMANDS = {
     "parts": train_parts,
     "noise": train_noise,
     "report": report,
+    "speed": speed,
 }
 
 
@@ -364,9 +410,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("checkpoints/recipes"))
     parser.add_argument("--data", type=Path, help="another corpus, of 4,096 entries or so")
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--serve", choices=("gpt2", "recipe"), help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     data = options.data or prepare(options.folder / "data")
-    COMMANDS[options.command](Bench(options.folder, data, options.size, options.slots, flags))
+    bench = Bench(options.folder, data, options.size, options.slots, flags)
+    if options.serve:
+        arm = bench.reference if options.serve == "gpt2" else bench.recipe(1)
+        serve(lambda: steps_of(bench, arm))
+    else:
+        COMMANDS[options.command](bench)
 
 
 if __name__ == "__main__":
