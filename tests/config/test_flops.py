@@ -81,3 +81,13 @@ def test_mfu():
 )
 def test_duration(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["fast-124m", "fast-350m", "fast-774m"])
+def test_fast_presets_train_on_twenty_tokens_for_each_weight_of_a_matrix_product(name: str):
+    run = presets.preset(name)
+    look_ups = ARCHITECTURES["modern"].look_ups(run.model)
+    assert run.data.max_steps is not None
+    tokens = run.data.max_steps * run.data.total_batch_size
+    assert tokens / (flops.parameter_count(run.model) - look_ups) == pytest.approx(20, rel=0.01)
+    assert run.model.n_embd / run.model.n_head == 128
