@@ -130,7 +130,7 @@ def document_sizes(case: str, count: int) -> Lengths:
 
 KINDS: dict[str, Callable[[str, int], Figure]] = {
     "runs": lambda case, count: plot.draw(logged(case, count)),
-    "models": lambda case, count: models.draw(logged(case, count), 8192),
+    "models": lambda case, count: models.draw(logged(case, count), lambda step: 8192 * step),
     "trials": lambda case, count: trial_report.draw_comparison(search(case, count)),
     "history": lambda case, count: trial_report.draw_history(search(case, count)),
     "options": lambda case, count: trial_report.draw_relationships(search(case, count)),
