@@ -44,8 +44,8 @@ from gpt2.train.replica import Replica
 RESULTS = Path(__file__).parent / "results/recipes.jsonl"
 VOCABULARY = 4096
 EVALUATIONS = 10
-WARMUP = 0.07
-"""share of the steps"""
+WARMUP, MOMENTUM_WARMUP = 0.07, 0.28
+"""shares of the steps"""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,6 @@ SIZES = {
 SHARES = (0.06, 0.125, 0.25)
 """of GPT-2's tokens"""
 SHARE_OF_PARTS = 0.125
-RECIPE_FLAGS = ["--preset", "fast-124m"]
-"""its sizes are replaced"""
 WITHOUT: dict[str, list[str]] = {
     "zero_init": ["--no_zero_init"],
     "untied_head": ["--no_untied_head", "--embedding_lr_ratio", "1"],
@@ -88,6 +86,7 @@ WITHOUT: dict[str, list[str]] = {
     "normuon": ["--optimizer", "muon"],
     "muon": ["--optimizer", "adamw"],
     "cautious_decay": ["--no_cautious_decay"],
+    "momentum_warmup": ["--momentum_warmup", "0"],
     "embedding_lr_ratio": ["--embedding_lr_ratio", "1"],
     "wsd": ["--schedule", "cosine", "--min_lr_ratio", "0.1"],
 }
@@ -147,12 +146,14 @@ class Bench:
 
     def recipe(self, share: float) -> Arm:
         """The recipe with a share of GPT-2's tokens."""
-        return Arm("recipe", RECIPE_FLAGS, [self.size.rate], round(share * self.size.steps))
+        steps = round(share * self.size.steps)
+        return Arm("recipe", self._recipe_flags(steps), [self.size.rate], steps)
 
     def without(self, part: str) -> Arm:
         rates = [self.size.rate / 4, self.size.rate / 2] if part == "muon" else [self.size.rate]
-        flags = [*RECIPE_FLAGS, *WITHOUT[part]]
-        return Arm(f"without {part}", flags, rates, round(SHARE_OF_PARTS * self.size.steps))
+        steps = round(SHARE_OF_PARTS * self.size.steps)
+        flags = [*self._recipe_flags(steps), *WITHOUT[part]]
+        return Arm(f"without {part}", flags, rates, steps)
 
     def train(self, arm: Arm, seeds: int = 1) -> None:
         """Trains what is not in RESULTS yet, and adds it there."""
@@ -216,6 +217,10 @@ class Bench:
                 train_s=result["train_s"],
                 curve=dict(run.val_losses),
             )
+
+    def _recipe_flags(self, steps: int) -> list[str]:
+        """The options of the `fast` presets, whose sizes and lengths are replaced."""
+        return ["--preset", "fast-124m", "--momentum_warmup", str(int(MOMENTUM_WARMUP * steps))]
 
     def _flags(self, arm: Arm) -> list[str]:
         return [

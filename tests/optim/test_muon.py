@@ -1,5 +1,6 @@
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,31 @@ def test_every_neuron_moves_alike_in_the_long_run(shape: tuple[int, int]):
     kept = squares.clone()
     zeros = muon.normalised_by_neuron(torch.zeros(1, *shape), squares, torch.tensor(0.0))
     assert not zeros.any() and torch.equal(squares, kept)
+
+
+def test_a_warm_up_of_the_momentum_is_of_the_first_updates_and_goes_on_after_a_load():
+    assert [muon.momentum_at(update, 4) for update in (1, 2, 4, 9)] == pytest.approx(
+        [0.875, 0.9, 0.95, 0.95]
+    )
+    assert muon.momentum_at(1, 0) == 0.95
+    gradients = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+
+    def updated(updates: slice, state: dict[str, Any] | None = None) -> dict[str, Any]:
+        weight = torch.nn.Parameter(torch.ones(6, 8))
+        optimizer = Muon([weight], lr=0.01, weight_decay=0.0, momentum_warmup=8)
+        if state:
+            optimizer.load_state_dict(state)
+        for gradient in gradients[updates]:
+            weight.grad = gradient
+            optimizer.step()
+        return optimizer.state_dict()
+
+    whole = updated(slice(None))
+    assert_same(whole, updated(slice(2, 3), updated(slice(2))))
+    expected = torch.zeros(6, 8)
+    for gradient, momentum in zip(gradients, (0.8625, 0.875, 0.8875), strict=True):
+        expected = momentum * expected + (1 - momentum) * gradient
+    torch.testing.assert_close(whole["state"][0]["momentum_buffer"], expected)
 
 
 def test_cautious_decay_is_of_weights_that_the_update_moves_towards_zero():

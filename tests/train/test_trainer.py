@@ -66,6 +66,7 @@ RECIPE = {
     "architecture": "modern",
     "optimizer": "normuon",
     "cautious_decay": True,
+    "momentum_warmup": 3,
     "embedding_lr_ratio": 8.0,
     "schedule": "wsd",
     "batch_ramp": ("3:16",),

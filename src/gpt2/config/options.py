@@ -79,6 +79,7 @@ LATER: dict[str, Any] = {
     "mixture": [],
     "batch_ramp": [],
     "cautious_decay": False,
+    "momentum_warmup": 0,
     **MODERN_PARTS,
     **LR_RATIOS,
 }

@@ -62,6 +62,7 @@ def _fast(
             cooldown=0.6,
             min_lr_ratio=0.0,
             cautious_decay=True,
+            momentum_warmup=300,
         ),
     )
 

@@ -118,6 +118,8 @@ class OptimConfig:
     """weight decay of matrices; biases and layer norms have none"""
     cautious_decay: bool = False
     """Muon: only weights that the update moves towards zero decay"""
+    momentum_warmup: int = 0
+    """Muon: updates in which the momentum grows from 0.85 to 0.95"""
     beta1: float = 0.9
     """AdamW: decay of the first moment"""
     beta2: float = 0.95
@@ -139,7 +141,7 @@ class OptimConfig:
             f"optimizer={self.optimizer} is unknown{suggestion(self.optimizer, list(OPTIMIZERS))}; "
             f"expected one of {', '.join(OPTIMIZERS)}",
         )
-        require_within(self, 0, LARGEST, "warmup_steps")
+        require_within(self, 0, LARGEST, "warmup_steps", "momentum_warmup")
         require_within(self, 1, LARGEST, "decay_steps", "max_bad_steps")
         require_within(self, 0, 10, "weight_decay")
         require_within(self, 0, 1, "min_lr_ratio")

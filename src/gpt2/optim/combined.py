@@ -83,7 +83,14 @@ def build_muon(
         return build_adamw(model, config)
     taken = {id(part) for part in hidden}
     others = (part for part in model.parameters() if id(part) not in taken)
-    muon = Muon(hidden, config.learning_rate, config.weight_decay, beta2, config.cautious_decay)
+    muon = Muon(
+        hidden,
+        config.learning_rate,
+        config.weight_decay,
+        beta2=beta2,
+        is_cautious=config.cautious_decay,
+        momentum_warmup=config.momentum_warmup,
+    )
     return CombinedOptimizer([muon, _adamw_of(model, others, config)])
 
 

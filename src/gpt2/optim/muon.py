@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpt2.optim.adamw import zero_gradients
 
-MOMENTUM = 0.95
+MOMENTUM, FIRST_MOMENTUM = 0.95, 0.85
 RMS_OF_ADAMW = 0.2
 """root mean square of an update of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2)"""
 POLAR_EXPRESS = (
@@ -47,6 +47,9 @@ class Muon:
     `is_cautious`, only those weights decay that the update moves towards zero (Chen et al. 2025,
     arXiv:2510.12402).
 
+    With `momentum_warmup`, the momentum is lower in so many first updates: gradients change faster
+    then than later on.
+
     Where torch.distributed has several ranks, each of them has the momentum of a share of the
     matrices, and updates these; then all of them gather the weights. Gradients are the same on all
     ranks. The host never waits for the device.
@@ -59,12 +62,14 @@ class Muon:
         weight_decay: float,
         beta2: float | None = None,
         is_cautious: bool = False,
+        momentum_warmup: int = 0,
     ) -> None:
         matrices = list(weights)
         self.param_groups: list[dict[str, Any]] = [
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay}
+            {"params": matrices, "lr": lr, "weight_decay": weight_decay, "step": 0}
         ]
         self._beta2, self._is_cautious = beta2, is_cautious
+        self._momentum_warmup = momentum_warmup
         by_shape: dict[torch.Size, list[int]] = {}
         for number, matrix in enumerate(matrices):
             by_shape.setdefault(matrix.shape, []).append(number)
@@ -123,9 +128,12 @@ class Muon:
         (options,) = state["param_groups"]
         for name in ("lr", "weight_decay"):
             self.param_groups[0][name] = options[name]
+        # A state without the number of its updates is from before there was a warm-up.
+        self.param_groups[0]["step"] = options.get("step", self._momentum_warmup)
 
     def _step(self, divisor: Tensor, is_finite: Tensor) -> None:
         (group,) = self.param_groups
+        group["step"] += 1
         applied = is_finite.float()
         updated = [self._updated(stack, group, divisor, applied) for stack in self._stacks]
         for stack, matrices in zip(self._stacks, _gathered(updated), strict=True):
@@ -147,9 +155,10 @@ class Muon:
         count = len(stack.own)
         gradients_KMN = torch.stack([_gradient(weight) for weight in stack.own_weights]) / divisor
         gradients_KMN = torch.where(applied.bool(), gradients_KMN, 0.0)
+        momentum = momentum_at(group["step"], self._momentum_warmup)
         momentum_KMN = stack.momentum[:count]
-        momentum_KMN.lerp_(gradients_KMN, (1 - MOMENTUM) * applied)
-        nesterov_KMN = gradients_KMN.lerp_(momentum_KMN, MOMENTUM)
+        momentum_KMN.lerp_(gradients_KMN, (1 - momentum) * applied)
+        nesterov_KMN = gradients_KMN.lerp_(momentum_KMN, momentum)
         directions_KMN = _orthogonalise(nesterov_KMN.device.type)(nesterov_KMN)
         if self._beta2 is not None:
             directions_KMN = normalised_by_neuron(
@@ -184,6 +193,14 @@ class _Stack:
         by_neuron = (rows, 1) if rows >= columns else (1, columns)
         self.squares = self.weights[0].new_zeros(places, *by_neuron)
         """mean squares of each neuron's part of the directions"""
+
+
+def momentum_at(update: int, warmup: int) -> float:
+    """The momentum of an update, the first one of which is 1: it grows in a line over `warmup`
+    updates (modded-nanogpt)."""
+    if update >= warmup:
+        return MOMENTUM
+    return FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * update / warmup
 
 
 def normalised_by_neuron(directions_KMN: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
