@@ -21,7 +21,8 @@ def updated(name: str, state: dict[str, Any] | None, updates: int) -> dict[str, 
     """Weights and optimiser after some updates, from a state of the optimiser."""
     torch.manual_seed(0)
     net = model.build(SHAPE)
-    optimizer = build.build_optimizer(net, OptimConfig(optimizer=name, shard_optimizer=True))
+    options = OptimConfig(optimizer=name, shard_optimizer=True, embedding_lr_ratio=4.0)
+    optimizer = build.build_optimizer(net, options)
     if state is not None:
         optimizer.load_state_dict(state)
     for number in range(updates):

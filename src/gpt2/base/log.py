@@ -56,8 +56,7 @@ def line_of(record: logging.LogRecord, rank: int = 0) -> str:
     """A message as people read it: `WARNING: …`, `rank 2: ERROR: …`, an info message as it is.
 
     Control characters are escaped, as a message may quote any file, and addresses have no
-    passwords. An exception's traceback follows
-    on the next lines.
+    passwords. An exception's traceback follows on the next lines.
     """
     text = record.getMessage()
     if record.levelno != logging.INFO:

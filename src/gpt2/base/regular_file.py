@@ -1,5 +1,5 @@
-"""Opening of files by name, which may be that of a folder, or of a FIFO that blocks whoever opens
-it until another process opens its other end."""
+"""Opening of files by name, which may be that of a folder, or of a FIFO, whose opening waits
+until another process opens its other end."""
 
 import errno
 import os
