@@ -70,7 +70,10 @@ def group(
             "--init_from cannot be used with several models: the weights fit only one of them"
         )
     if run.model.architecture != ModelConfig().architecture:
-        raise ConfigError("--architecture is what is compared; choose with --models")
+        raise ConfigError(
+            f"--architecture is what is compared; choose with --models, not with --architecture or "
+            f"--preset {run.preset}, which gave {run.model.architecture}"
+        )
     runs = {}
     for name, changes in models.items():
         try:
