@@ -68,7 +68,8 @@ def run_config(setting: Setting, rows: int, **changes: object) -> RunConfig:
 
 
 def how(run: RunConfig) -> Computation:
-    return Computation(own_dtype() is not torch.float32, run.machine.compile == "on")
+    is_compiled = run.machine.compile == "on"
+    return Computation(own_dtype() is not torch.float32, is_compiled, optimizer=run.optim.optimizer)
 
 
 def largest_rows(setting: Setting) -> int:

@@ -28,12 +28,12 @@ from gpt2.inspection.machine import Gpu, Torch
 
 POSSIBLE = "✓ Parallel training on 2 GPUs is possible!"
 IMPOSSIBLE = "✗ Parallel training on 2 GPUs is not possible:"
-STATE_BYTES = flops.state_bytes(ModelConfig())
+TRAINING_BYTES = flops.training_bytes(ModelConfig(), "adamw")
 
 
 def obstacles(gpus: list[Gpu], build: Torch, driver: str | None, visible: str | None) -> list[str]:
     """What stands against a GPT-2 on each of two GPUs; `visible` is CUDA_VISIBLE_DEVICES."""
-    bad = [item for item in checks.check_gpus(gpus, STATE_BYTES) if item.level == "PROBLEM"]
+    bad = [item for item in checks.check_gpus(gpus, TRAINING_BYTES) if item.level == "PROBLEM"]
     if len(gpus) - len(bad) >= 2:
         return []
     found = [f"{item.what}: {item.fact}; {item.remedy}" for item in bad]

@@ -9,8 +9,9 @@ from gpt2 import model
 from gpt2.config import flops, options, presets
 from gpt2.config.flops import duration
 from gpt2.config.model import ARCHITECTURES, ModelConfig
-from gpt2.config.run import OptimConfig
-from gpt2.optim import build
+from gpt2.config.run import OPTIMIZERS, OptimConfig
+from gpt2.optim import build, muon
+from modern_parts import PARTS
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -34,16 +35,47 @@ def test_gpt2_has_124_million_parameters():
     assert flops.parameter_count(shape) == 124_439_808
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_checkpoint_is_as_large_as_its_state(architecture: str, tmp_path: Path):
-    shape = ModelConfig(architecture=architecture, n_layer=1, n_head=2, n_embd=16, block_size=16)
+def test_a_checkpoint_is_as_large_as_its_state(architecture: str, optimizer: str, tmp_path: Path):
+    """Also the moments of its parts alone; those of the vectors and scalars of AdamW's steps are
+    small."""
+    parts = PARTS if architecture == "modern" else {}
+    shape = ModelConfig(architecture, 3, 2, n_embd=64, vocab_size=128, window=3, **parts)
     built = model.build(shape)
-    optimizer = build.build_optimizer(built, OptimConfig())
+    made = build.build_optimizer(built, OptimConfig(optimizer=optimizer))
+    norm = torch.ones(())
     built(*torch.zeros(2, 1, 8, dtype=torch.long)).backward()
-    optimizer.step()
-    torch.save([built.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    made.clip_and_step(norm, None, norm.bool())
+    state = made.state_dict()
+    torch.save([built.state_dict(), state], tmp_path / "state.pt")
     size = (tmp_path / "state.pt").stat().st_size
-    assert size == pytest.approx(flops.state_bytes(shape), rel=0.02)
+    assert size == pytest.approx(flops.state_bytes(shape, optimizer), rel=0.05)
+    of_parts = (state["Muon"], state["AdamW"]) if "Muon" in state else ({"state": {}}, state)
+    for part, expected in zip(of_parts, flops.moment_bytes(shape, optimizer), strict=True):
+        moments = [of_weight for of_weight in part["state"].values()]
+        found = sum(
+            moment.nbytes
+            for of_weight in moments
+            for name, moment in of_weight.items()
+            if name != "step"
+        )
+        assert found == expected
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_each_rank_keeps_its_share_of_muons_moments(
+    ranks: int, optimizer: str, monkeypatch: pytest.MonkeyPatch
+):
+    shape = ModelConfig("modern", 3, 2, n_embd=16, vocab_size=128, **PARTS)
+    monkeypatch.setattr(muon, "_ranks", lambda: (ranks, 0))
+    hidden = model.build(shape).hidden_matrices()
+    stacks = muon.Muon(hidden, 0.1, 0.0, beta2=0.9)._stacks
+    kept = [stack.momentum for stack in stacks]
+    kept += [stack.squares for stack in stacks] if optimizer == "normuon" else []
+    found = sum(moment.nbytes for moment in kept)
+    assert found == flops.moment_bytes(shape, optimizer, ranks)[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

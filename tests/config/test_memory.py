@@ -137,3 +137,16 @@ def test_an_architecture_that_is_not_listed_is_not_underestimated(monkeypatch):
         with monkeypatch.context() as patch:
             patch.delitem(memory.SAVED, name)
             assert memory.step_bytes(config, 8, how) >= known
+
+
+def test_muon_keeps_one_moment_of_hidden_matrices():
+    sizes = {}
+    for optimizer in ("adamw", "muon", "normuon"):
+        for ranks in (1, 4):
+            how = Computation(True, True, ranks, optimizer=optimizer)
+            sizes[optimizer, ranks] = memory.state_bytes(ModelConfig(), how)
+    hidden = 12 * 12 * 768 * 768
+    neurons = 12 * 12 * 768
+    assert sizes["adamw", 1] - sizes["muon", 1] == 4 * hidden
+    assert sizes["adamw", 4] - sizes["muon", 4] == 7 * hidden  # 8 bytes, and 4 / 4
+    assert sizes["normuon", 1] - sizes["muon", 1] == 4 * neurons

@@ -13,7 +13,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GB = 10**9
 H200 = Gpu("0", "NVIDIA H200", 150 * GB, 149 * GB, (9, 0))
 FOR_CPU, FOR_CUDA = Torch("2.13.0+cpu", None, None), Torch("2.13.0", "13.0", "2.28.9")
-GPT2_124M = flops.state_bytes(presets.preset("gpt2-124m").model)
+GPT2_124M = flops.training_bytes(presets.preset("gpt2-124m").model, "adamw")
 
 
 def levels(findings) -> list[str]:
@@ -72,7 +72,7 @@ def test_no_gpu_is_a_note_and_an_unusable_one_a_problem(
     ],
 )
 def test_the_model_fits_beside_others(gpu: Gpu, level: str, expected: str):
-    (found,) = checks.check_gpus([gpu], state_bytes=int(1.51 * GB))
+    (found,) = checks.check_gpus([gpu], training_bytes=int(2.01 * GB))
     assert found.level == level
     assert expected in found.fact
 
@@ -151,9 +151,9 @@ def test_limits():
     assert checks.check_open_files(4096, 100).level == "ok"
     assert checks.check_open_files(None, 100).fact == "no limit, 1,124 needed"
     assert checks.check_open_files(1024, 100).level == "PROBLEM"
-    assert checks.check_memory(2 * GB, GB, ranks_on_cpu=0).level == "ok"
-    assert checks.check_memory(2 * GB, GB, ranks_on_cpu=1).level == "PROBLEM"
-    assert checks.check_memory(None, GB, ranks_on_cpu=1).level == "note"
+    assert checks.check_memory(2 * GB, GB, training_bytes=0).level == "ok"
+    assert checks.check_memory(2 * GB, GB, training_bytes=GB * 4 // 3).level == "PROBLEM"
+    assert checks.check_memory(None, GB, training_bytes=GB).level == "note"
     docker = 64 * 2**20
     assert checks.check_shared_memory(docker, ranks_on_gpu=1).level == "ok"
     assert checks.check_shared_memory(docker, ranks_on_gpu=2).remedy == "docker run --shm-size=1g"

@@ -25,7 +25,7 @@ from gpt2.inspection.checks import Finding, Need
 from support import small_config, small_flags, write_tasks
 
 GB = 10**9
-GPT2_124M = flops.state_bytes(presets.preset("gpt2-124m").model)
+GPT2_124M = flops.state_bytes(presets.preset("gpt2-124m").model, "adamw")
 
 
 def levels(findings) -> list[str]:

@@ -1,5 +1,7 @@
 """Numbers of a run: parameters, bytes, FLOPs, utilisation, durations. Pure."""
 
+from collections import Counter
+
 from gpt2.config.model import ARCHITECTURES, ModelConfig
 
 
@@ -8,9 +10,31 @@ def parameter_count(model: ModelConfig) -> int:
     return ARCHITECTURES[model.architecture].parameters(model)
 
 
-def state_bytes(model: ModelConfig) -> int:
-    """Bytes of a checkpoint without random states: float32 weights and AdamW's two moments."""
-    return 3 * 4 * parameter_count(model)
+def state_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of a checkpoint without random states: float32 weights and the optimiser's moments."""
+    return 4 * parameter_count(model) + sum(moment_bytes(model, optimizer))
+
+
+def training_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of weights, gradients and moments."""
+    return state_bytes(model, optimizer) + 4 * parameter_count(model)
+
+
+def moment_bytes(model: ModelConfig, optimizer: str, ranks: int = 1) -> tuple[int, int]:
+    """Bytes of the moments of Muon, of which each of `ranks` has its share, and of AdamW, whole.
+
+    AdamW has two of each weight, Muon one of each weight of a hidden matrix; NorMuon also has one
+    of each neuron.
+    """
+    hidden = ARCHITECTURES[model.architecture].hidden_matrices(model)
+    if optimizer not in ("muon", "normuon"):
+        hidden = []
+    weights = sum(rows * columns for rows, columns in hidden)
+    muon = 0
+    for shape, count in Counter(hidden).items():
+        neurons = max(shape) if optimizer == "normuon" else 0
+        muon += 4 * -(-count // ranks) * (shape[0] * shape[1] + neurons)
+    return muon, 8 * (parameter_count(model) - weights)
 
 
 def flops_per_token(model: ModelConfig) -> float:

@@ -2,7 +2,7 @@
 
 At its peak, in the backward pass of the last block, a step holds
 
-- the state: float32 weights, gradients and two moments; in 16 bits also a copy of the matrices;
+- the state: float32 weights, gradients and moments; in 16 bits also a copy of the matrices;
 - what the forward pass saved for the backward pass, which grows with the tokens of a micro-batch;
 - the gradients of one block, which grow with them too;
 - the output head, whose logits are computed in chunks of bounded size.
@@ -56,6 +56,7 @@ class Computation:
     ranks: int = 1
     is_sharded: bool = False
     """whether the ranks divide AdamW's moments among them"""
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ def overhead_bytes(ranks: int) -> int:
 
 
 def state_bytes(model: ModelConfig, how: Computation) -> int:
-    """Weights, gradients and two moments, in float32; what autocast keeps of the weights; with DDP
+    """Weights, gradients and moments, in float32; what autocast keeps of the weights; with DDP
     also the gradients of earlier micro-batches beside its buckets."""
-    moments = 8 / how.ranks if how.is_sharded else 8
-    per_weight = 8 + moments + (2 if how.is_half else 0) + (4 if how.ranks > 1 else 0)
-    return int(per_weight * flops.parameter_count(model))
+    muon, adamw = flops.moment_bytes(model, how.optimizer, how.ranks)
+    moments = muon + (adamw // how.ranks if how.is_sharded else adamw)
+    per_weight = 8 + (2 if how.is_half else 0) + (4 if how.ranks > 1 else 0)
+    return per_weight * flops.parameter_count(model) + moments
 
 
 def head_bytes(model: ModelConfig, how: Computation) -> int:
@@ -176,9 +178,14 @@ def automatic_rows(run_config: RunConfig, memory_bytes: int, how: Computation) -
 
 def computation(run_config: RunConfig, ranks: int) -> Computation:
     """How a run computes on GPUs with fast products of 16 bits."""
-    machine = run_config.machine
-    is_sharded = run_config.optim.shard_optimizer
-    return Computation(machine.dtype != "float32", machine.compile != "off", ranks, is_sharded)
+    machine, optim = run_config.machine, run_config.optim
+    return Computation(
+        machine.dtype != "float32",
+        machine.compile != "off",
+        ranks,
+        optim.shard_optimizer,
+        optim.optimizer,
+    )
 
 
 def rows_on_card(run_config: RunConfig, gigabytes: float, ranks: int) -> int:

@@ -115,6 +115,9 @@ class Architecture:
     """number of weights that are not part of a matrix product"""
     attends: bool
     """whether each token attends to all tokens before it"""
+    hidden_matrices: Callable[[ModelConfig], list[tuple[int, int]]] = lambda _: []
+    """rows and columns of each matrix between embedding and head; without them, Muon's memory is
+    estimated as AdamW's"""
 
 
 def _require_whole_heads(model: ModelConfig) -> None:
@@ -152,6 +155,14 @@ def _require_window_in_context(model: ModelConfig) -> None:
     )
 
 
+def _of_block(width: int) -> list[tuple[int, int]]:
+    return [(3 * width, width), (width, width), *_of_feed_forward(width)]
+
+
+def _of_feed_forward(width: int) -> list[tuple[int, int]]:
+    return [(4 * width, width), (width, 4 * width)]
+
+
 def _gpt2_parameters(model: ModelConfig) -> int:
     width, layers = model.n_embd, model.n_layer
     matrices = 12 * width * width * layers
@@ -168,6 +179,11 @@ def _modern_parameters(model: ModelConfig) -> int:
     return _modern_look_ups(model) + head + matrices + scales
 
 
+def _modern_matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    gates = [(model.n_head, model.value_gate_width)] * len(model.value_layers)
+    return _of_block(model.n_embd) * model.n_layer + gates
+
+
 def _modern_look_ups(model: ModelConfig) -> int:
     tables = model.untied_head + len(model.value_layers)
     return tables * model.embedding_rows * model.n_embd
@@ -181,6 +197,11 @@ def _mlp_parameters(model: ModelConfig) -> int:
     return model.embedding_rows * width + matrices + norms + biases
 
 
+def _mlp_matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    first = (model.n_embd, model.window * model.n_embd)
+    return [first, *_of_feed_forward(model.n_embd) * model.n_layer]
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         model="gpt2.model.gpt2:GPT2",
@@ -188,6 +209,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         parameters=_gpt2_parameters,
         look_ups=lambda model: model.block_size * model.n_embd,  # positions
         attends=True,
+        hidden_matrices=lambda model: _of_block(model.n_embd) * model.n_layer,
     ),
     "modern": Architecture(
         model="gpt2.model.modern:Modern",
@@ -195,6 +217,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         parameters=_modern_parameters,
         look_ups=_modern_look_ups,
         attends=True,
+        hidden_matrices=_modern_matrices,
     ),
     "mlp": Architecture(
         model="gpt2.model.mlp:MLP",
@@ -202,5 +225,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         parameters=_mlp_parameters,
         look_ups=lambda _: 0,
         attends=False,
+        hidden_matrices=_mlp_matrices,
     ),
 }

@@ -97,12 +97,11 @@ def check_device(option: str, gpus: int, build: Torch, driver: str | None) -> Fi
     return Finding("note", "device", f"CPU, because there is no GPU: {software}")
 
 
-def check_gpus(gpus: list[Gpu], state_bytes: int) -> Iterator[Finding]:
-    """Whether each GPU has room for the training state; activations of a batch are not counted."""
-    # A checkpoint has the weights and both moments; the gradient adds a third of that.
-    needed = state_bytes * 4 // 3
+def check_gpus(gpus: list[Gpu], training_bytes: int) -> Iterator[Finding]:
+    """Whether each GPU has room for weights, gradients and moments; activations of a batch are not
+    counted."""
     for gpu in gpus:
-        yield _check_gpu(f"GPU {gpu.id}", gpu, needed)
+        yield _check_gpu(f"GPU {gpu.id}", gpu, training_bytes)
     if len({gpu.name for gpu in gpus}) > 1:
         yield Finding("note", "GPUs", "are of several kinds: every step waits for the slowest")
 
@@ -226,14 +225,13 @@ def check_open_files(limit: int | None, shards: int) -> Finding:
     return Finding("ok", "open files", f"{allowed}, {needed:,} needed")
 
 
-def check_memory(available: int | None, state_bytes: int, ranks_on_cpu: int) -> Finding:
+def check_memory(available: int | None, state_bytes: int, training_bytes: int) -> Finding:
     """Whether the host has memory for the copy that a checkpoint is written from, and without a GPU
-    for the training state of each rank."""
-    training = ranks_on_cpu * state_bytes * 4 // 3
-    needed = state_bytes + training
+    for weights, gradients and moments of all ranks."""
+    needed = state_bytes + training_bytes
     parts = f"{gigabytes(state_bytes)} for a checkpoint that is being written"
-    if training:
-        parts += f", {gigabytes(training)} for weights, gradients and moments"
+    if training_bytes:
+        parts += f", {gigabytes(training_bytes)} for weights, gradients and moments"
     if available is None:
         return Finding("note", "memory", f"unknown; needed: {parts}")
     fact = f"{gigabytes(available)} available; needed beside activations: {parts}"

@@ -78,7 +78,7 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     count = ranks or (max(1, len(gpus)) if run_config.experiment.name is None else 1)
     sized = dataset.with_vocab_size_if_known(run_config)
     yield checks.check_device(device_option, len(gpus), build, driver)
-    yield from checks.check_gpus(gpus, flops.state_bytes(sized.model))
+    yield from checks.check_gpus(gpus, flops.training_bytes(sized.model, sized.optim.optimizer))
     yield from checks.check_kernels(gpus, build)
     if gpus and count > 1:
         yield checks.check_nccl(build)
@@ -282,7 +282,8 @@ def writable_folders(run_config: RunConfig) -> dict[str, Path]:
 
 def disk_needs(run_config: RunConfig, data: TrainingData | None) -> list[Need]:
     """The disk space that the run will take in addition to what it uses already."""
-    settings, size = run_config.checkpoint, flops.state_bytes(run_config.model)
+    settings = run_config.checkpoint
+    size = flops.state_bytes(run_config.model, run_config.optim.optimizer)
     kept = max(2, settings.keep_last) + 2  # the best one, and the one that is being written
     folder = settings.checkpoint_dir
     used = sum(item.metadata.bytes for item in store.list_checkpoints(folder))
@@ -308,8 +309,10 @@ def disk_needs(run_config: RunConfig, data: TrainingData | None) -> list[Need]:
 
 
 def _of_this_machine(run_config: RunConfig, ranks: int, device: torch.device) -> Iterator[Finding]:
-    on_gpu, state_bytes = device.type == "cuda", flops.state_bytes(run_config.model)
-    yield checks.check_memory(machine.memory_bytes(), state_bytes, 0 if on_gpu else ranks)
+    on_gpu, model, optimizer = device.type == "cuda", run_config.model, run_config.optim.optimizer
+    training_bytes = 0 if on_gpu else ranks * flops.training_bytes(model, optimizer)
+    state_bytes = flops.state_bytes(model, optimizer)
+    yield checks.check_memory(machine.memory_bytes(), state_bytes, training_bytes)
     yield checks.check_shared_memory(machine.shared_memory_bytes(), ranks if on_gpu else 1)
     yield checks.check_host_name(machine.own_address(), ranks)
     folder = run_config.checkpoint.checkpoint_dir

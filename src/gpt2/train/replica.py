@@ -87,6 +87,7 @@ class Replica:
                 is_compiled,
                 world.size,
                 run_config.optim.shard_optimizer,
+                run_config.optim.optimizer,
             )
             self.fitted_rows = micro_batch.fitted(
                 run_config, world, how, self._try_micro_batch, fitted_rows
@@ -164,8 +165,13 @@ class Replica:
         """One forward and backward pass of `rows` rows beside everything that training keeps; its
         gradients are thrown away. Raises an out-of-memory error if there is too little memory."""
         tokens_BT = self._zeros(min(rows, -(-self.config.rows_per_step // self.world.size)))
-        # As much as the optimiser will keep: two moments of every weight.
-        sizes = [part.numel() for part in self.model.parameters()]
+        # As much as AdamW will keep, two moments of each of its weights; Muon has its own already.
+        sizes = [
+            part.numel()
+            for group in self.optimizer.param_groups
+            if "betas" in group
+            for part in group["params"]
+        ]
         ranks = self.world.size if self.config.optim.shard_optimizer else 1
         moments = torch.empty(2 * largest_share(sizes, ranks), device=self.world.device)
         try:

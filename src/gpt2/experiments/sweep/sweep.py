@@ -143,8 +143,9 @@ def _require_room(run: RunConfig, group: JobGroup) -> None:
 
     missing = [item for name, item in group.values.items() if not (group.folder / name).exists()]
     trainings = (options.overlay(run, values) for values in missing)
-    models = (dataset.with_vocab_size_if_known(training).model for training in trainings)
-    need_gb = MAX_CHECKPOINTS * sum(map(flops.state_bytes, models)) / 1e9
+    known = map(dataset.with_vocab_size_if_known, trainings)
+    sizes = (flops.state_bytes(training.model, training.optim.optimizer) for training in known)
+    need_gb = MAX_CHECKPOINTS * sum(sizes) / 1e9
     free_gb = machine.disk(group.folder)[1] / 1e9
     if need_gb > free_gb:
         raise ConfigError(
