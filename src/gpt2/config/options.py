@@ -39,6 +39,7 @@ NOTED_AT_RESUME = (
         if name not in FIXED_BY_CHECKPOINT
     ),
     "machine.dtype",
+    "machine.grad_dtype",
     "data.max_steps",  # the learning rate's decay ends with the run
     "data.epochs",
 )
@@ -74,6 +75,7 @@ FORMER = {"fast": True}
 LATER: dict[str, Any] = {
     "skip_spikes": False,
     "shard_optimizer": False,
+    "grad_dtype": "float32",
     "profile": None,
     "memory_snapshot": False,
     "mixture": [],

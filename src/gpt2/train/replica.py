@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +22,7 @@ from gpt2.checkpoint.metadata import CheckpointState
 from gpt2.config.memory import Computation
 from gpt2.config.run import RunConfig
 from gpt2.data import sampler
-from gpt2.distributed import precision
+from gpt2.distributed import gradient_exchange, precision
 from gpt2.distributed.world import World
 from gpt2.model.base import LanguageModel
 from gpt2.optim.build import build_optimizer, set_options
@@ -79,6 +80,8 @@ class Replica:
                 device_ids=[world.device] if on_cuda else None,
                 gradient_as_bucket_view=True,
             )
+            if machine.grad_dtype == "bfloat16":
+                self.net.register_comm_hook(dist.group.WORLD, gradient_exchange.in_bfloat16)
         self.mini_batch_size = micro_batch.given(run_config)
         self.fitted_rows: FittedRows | None = None
         if micro_batch.is_to_be_fitted(run_config, world):
