@@ -38,6 +38,7 @@ OPTIONS_OF_OTHERS = {
         "memory",
         "model",
         "parts",
+        "ranks",
         "smoke",
         "wheels",
     ),  # bench/
