@@ -157,3 +157,11 @@ def test_headers_of_sound_files_are_read_in_several_threads_at_once():
     finally:
         gc.set_threshold(*before)
         gc.callbacks.remove(let_others_run)
+
+
+@pytest.mark.parametrize("dtype", [formats.DTYPE, formats.WIDE_DTYPE])
+def test_a_header_is_that_of_numpy_and_as_long_for_any_number_of_tokens(dtype: np.dtype[Any]):
+    for tokens in (0, 7, 12_345):
+        array = np.arange(tokens).astype(dtype)
+        assert formats.npy_header(dtype, tokens) + array.tobytes() == npy(array)
+    assert len(formats.npy_header(dtype, 10**15)) == len(formats.npy_header(dtype, 0))

@@ -50,6 +50,14 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
     return DTYPE if vocab_size <= 1 << 16 else WIDE_DTYPE
 
 
+def npy_header(dtype: np.dtype[Any], tokens: int) -> bytes:
+    """The beginning of a `.npy` file; as long for any number of tokens."""
+    header = io.BytesIO()
+    shape = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    return header.getvalue()
+
+
 class _NotAShard(Exception):
     """Says why a file is not a shard in a known format."""
 

@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -131,19 +131,19 @@ def prepare(
                 _clear(folder, corpus.name, copy)
             done, position = progress.begin()
             copy.write()
-            writer = _ShardWriter(folder, recipe, done, tokenizer)
             tenth = corpus.val_tokens is not None and val_tokens is None
             processes = workers or len(os.sched_getaffinity(0))
             blocks = corpus.blocks(position.place, tokenizer.exact_cut)
             found = tokenisation.encoded_blocks(blocks, tokenizer, processes)
-            counts = _write(
-                corpus, recipe, found, writer, progress, position, max_bad_lines, console
-            )
-            bad_lines.require_few(*counts.readable(), max_bad_lines)
-            if tenth and writer.leaves_too_little():
-                progress.record([], Position())  # all shards are written again
-                writer.split_again()
-            return _finish(folder, recipe, writer, counts)
+            with _ShardWriter(folder, recipe, done, tokenizer) as writer:
+                counts = _write(
+                    corpus, recipe, found, writer, progress, position, max_bad_lines, console
+                )
+                bad_lines.require_few(*counts.readable(), max_bad_lines)
+                if tenth and writer.leaves_too_little():
+                    progress.record([], Position())  # all shards are written again
+                    writer.split_again()
+                return _finish(folder, recipe, writer, counts)
 
 
 def _recipe(
@@ -395,7 +395,7 @@ def _clear(folder: Path, name: str, copy: TokenizerCopy) -> None:
 
 
 class _ShardWriter:
-    """Divides a stream of tokens into shards and writes each one when it is full."""
+    """Divides a stream of tokens into shards, and writes them as they come."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, done: list[Shard], tokenizer: Tokenizer
@@ -404,27 +404,30 @@ class _ShardWriter:
         self.written = sum(shard.tokens for shard in done)
         self._folder = folder
         self._recipe = recipe
+        self._val_tokens = recipe.val_tokens
         self._tokenizer = tokenizer
-        self._parts: list[Tokens] = []
-        self._pending = 0
+        self._dtype = formats.dtype_for(recipe.vocab_size)
+        self._begun = contextlib.ExitStack()
+        self._file: BinaryIO | None = None
+        self._tokens = self._text_bytes = 0  # of the shard that is begun
+
+    def __enter__(self) -> "_ShardWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._begun.__exit__(*error)
 
     def add(self, tokens: Tokens) -> Iterator[int]:
         """Adds `tokens`; for each finished shard, yields how many of them have been written."""
         consumed = 0
         while consumed < len(tokens):
-            size = self._recipe.shard_tokens if self.shards else self._recipe.val_tokens
-            part = tokens[consumed : consumed + size - self._pending]
-            self._parts.append(part)
-            self._pending += len(part)
-            self.written += len(part)
+            size = self._recipe.shard_tokens if self.shards else self._val_tokens
+            part = tokens[consumed : consumed + size - self._tokens]
+            self._append(part)
             consumed += len(part)
-            if self._pending == size:
-                self._flush()
+            if self._tokens == size:
+                self.close()
                 yield consumed
-
-    def close(self) -> None:
-        if self._pending:
-            self._flush()
 
     def leaves_too_little(self) -> bool:
         """Whether the validation split would be more than a tenth of all tokens."""
@@ -432,32 +435,51 @@ class _ShardWriter:
 
     def split_again(self) -> None:
         """Writes all shards again: a tenth of the tokens for validation, the rest for training."""
+        self.close()
         begun = []
         for shard in self.shards:
             with regular_file.open_to_read(self._folder / shard.file) as file:
                 begun.append(np.load(file))
-        tokens = np.concatenate([*begun, *self._parts])
         for shard in self.shards:
             (self._folder / shard.file).unlink()
-        self.shards = []
-        first = max(1, len(tokens) // 10)
-        size = self._recipe.shard_tokens
-        for part in (tokens[:first], *np.split(tokens[first:], range(size, len(tokens), size))):
-            if len(part):
-                self._parts = [part]
-                self._flush()
+        self.shards, self.written = [], 0
+        tokens = np.concatenate(begun)
+        self._val_tokens = max(1, len(tokens) // 10)
+        for _ in self.add(tokens):
+            pass
 
-    def _flush(self) -> None:
-        split: Split = "train" if self.shards else "val"
-        path = self._folder / f"{self._recipe.corpus}_{split}_{len(self.shards):06d}.npy"
-        tokens = np.concatenate(self._parts)
-        with atomic_files.writing(path) as file:
-            np.save(file, tokens, allow_pickle=False)
+    def _append(self, tokens: Tokens) -> None:
+        if self._file is None:
+            self._file = self._begun.enter_context(atomic_files.writing(self._path))
+            self._file.write(formats.npy_header(self._dtype, 0))
+        self._file.write(tokens.astype(self._dtype, copy=False).data)
+        self._tokens += len(tokens)
+        self._text_bytes += self._tokenizer.text_bytes(tokens)
+        self.written += len(tokens)
+
+    def close(self) -> None:
+        """Ends the shard that is begun, if there is one."""
+        if self._file is None:
+            return
+        path = self._path
+        self._file.seek(0)
+        self._file.write(formats.npy_header(self._dtype, self._tokens))
+        self._begun.close()
         with path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        size, text_bytes = path.stat().st_size, self._tokenizer.text_bytes(tokens)
-        self.shards.append(Shard(path.name, split, len(tokens), size, digest, text_bytes))
-        self._parts, self._pending = [], 0
+        size, split = path.stat().st_size, self._split
+        shard = Shard(path.name, split, self._tokens, size, digest, self._text_bytes)
+        self.shards.append(shard)
+        self._file, self._tokens, self._text_bytes = None, 0, 0
+
+    @property
+    def _split(self) -> Split:
+        return "train" if self.shards else "val"
+
+    @property
+    def _path(self) -> Path:
+        name = f"{self._recipe.corpus}_{self._split}_{len(self.shards):06d}.npy"
+        return self._folder / name
 
 
 def _progress_bar(console: Console | None) -> Progress:
