@@ -3,7 +3,8 @@
 Tokenising: `prepare` with all cores against (cores × the rate of one process that only calls
 tiktoken) and against one such process per core, measured in turn; its memory on a corpus and on one
 three times as long. Reading: batches of 64 × 1024 on one thread, and the share of a training step
-of the demo model that waits for them. `python bench/data.py reading` measures the batches alone.
+of the demo model that waits for them. `python bench/data.py reading` measures the batches alone,
+`python bench/data.py files jsonl small_txt` preparations of such files.
 """
 
 import functools
@@ -13,24 +14,26 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
-import zstandard
-from rich.console import Console
 
-from gpt2.data import corpora, files, prepare, tokenizer
+from gpt2.data import tokenizer
 from gpt2.data.corpus import Corpus, Document, in_blocks
-from gpt2.data.remote import Storage
-from gpt2.data.sampler import Rows, Sampler, Shuffle
-from gpt2.data.shards import TokenDataset, load_index
+
+if TYPE_CHECKING:
+    from gpt2.data.sampler import Rows, Shuffle
+
+# The workers of a preparation import this file, as they import the `gpt2` command, which has few
+# imports: what they do not use is imported by the functions that use it.
 
 ROUNDS = 3
 COPIES, COPIES_IN_FILES = 24, 16
@@ -39,47 +42,87 @@ COPIES, COPIES_IN_FILES = 24, 16
 
 def documents(skip: int, copies: int = COPIES) -> Iterator[Document]:
     """The embedded corpus several times: long enough for start-up not to count."""
+    from gpt2.data import corpora
+
     assert skip == 0
     for _ in range(copies):
         yield from corpora.python_stdlib()
 
 
-def single_rate() -> float:
-    """Tokens/s of one process that has the same texts in memory and does nothing else."""
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, and per second of CPU time in all processes, which other work on the
+    machine changes less."""
+
+    per_s: float
+    per_cpu_s: float
+
+    @classmethod
+    def of(cls, work: Callable[[], int]) -> "Speed":
+        """That of `work`, which returns a number of tokens."""
+        started, cpu_before_s = time.perf_counter(), cpu_s()
+        tokens = work()
+        return cls(tokens / (time.perf_counter() - started), tokens / (cpu_s() - cpu_before_s))
+
+
+def cpu_s() -> float:
+    """CPU time so far, of processes that have ended too."""
+    used = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def single() -> Speed:
+    """One process that has the same texts in memory and does nothing else."""
+    from gpt2.data import corpora
+
     encoding = tokenizer.load()
     texts = [document.text for document in corpora.python_stdlib()]
-    started = time.perf_counter()
-    tokens = sum(
-        len(encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
-        for text in texts
-    )
-    return tokens / (time.perf_counter() - started)
+
+    def encode() -> int:
+        return sum(
+            len(encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
+            for text in texts
+        )
+
+    return Speed.of(encode)
 
 
 def rate_of_all(cores: int) -> float:
     """Tokens/s of one such process on every core at once, without what they need to start."""
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        rates = [pool.apply_async(single_rate) for _ in range(cores)]
-        return sum(rate.get() for rate in rates)
+        speeds = [pool.apply_async(single) for _ in range(cores)]
+        return sum(speed.get().per_s for speed in speeds)
 
 
-def prepare_rate(folder: Path) -> float:
-    """Tokens/s of a whole preparation on all cores, start-up, checksums and fsync included."""
-    corpus = Corpus("bench", "a bench", 10_000_000, in_blocks(documents))
-    started = time.perf_counter()
-    manifest = prepare.prepare(corpus, folder, console=Console(quiet=True))
-    return sum(shard.tokens for shard in manifest.shards) / (time.perf_counter() - started)
+def speed(make: Callable[[], Corpus], folder: Path, val_tokens: int | None = None) -> Speed:
+    """A whole preparation on all cores, start-up, checksums and fsync included."""
+    from rich.console import Console
+
+    from gpt2.data import prepare
+
+    def run() -> int:
+        quiet = Console(quiet=True)
+        manifest = prepare.prepare(make(), folder, val_tokens=val_tokens, console=quiet)
+        return sum(shard.tokens for shard in manifest.shards)
+
+    return Speed.of(run)
+
+
+def in_memory(folder: Path) -> Speed:
+    return speed(lambda: Corpus("bench", "a bench", 10_000_000, in_blocks(documents)), folder)
 
 
 def prepare_with_defaults(folder: Path, copies: int) -> None:
     """With shards of the size that real corpora have here."""
     copied = in_blocks(functools.partial(documents, copies=copies))
-    corpus = Corpus("bench", "", 100_000_000, copied)
-    prepare.prepare(corpus, folder, val_tokens=1_000_000, console=Console(quiet=True))
+    speed(lambda: Corpus("bench", "", 100_000_000, copied), folder, val_tokens=1_000_000)
 
 
 def memory(folder: Path, copies: int) -> None:
     """The most that a preparation and each of its processes hold (VmHWM of /proc)."""
+    from gpt2.data.remote import Storage
+    from gpt2.data.shards import load_index
+
     process = multiprocessing.get_context("spawn").Process(
         target=prepare_with_defaults, args=(folder, copies)
     )
@@ -102,21 +145,27 @@ def memory(folder: Path, copies: int) -> None:
     print(f"  {tokens / 1e6:.0f} M tokens: the process that writes {main:.0f} MB; others {workers}")
 
 
-def of_files(root: Path, kind: str) -> float:
-    """Tokens/s of a preparation of files, start-up included."""
+def of_files(root: Path, kind: str) -> Speed:
+    """Of files, which are looked for and checked first."""
+    from gpt2.data import corpora, files
+
     paths = [str(path) for path in sorted((root / kind).iterdir())]
-    started = time.perf_counter()
-    corpus = corpora.of_files("bench", kind, files.find(paths), None)
+
+    def corpus() -> Corpus:
+        return corpora.of_files("bench", kind, files.find(paths), None)
+
     with tempfile.TemporaryDirectory(dir=root) as out:
-        folder = Path(out, "shards")
-        manifest = prepare.prepare(
-            corpus, folder, val_tokens=1_000_000, console=Console(quiet=True)
-        )
-        return sum(shard.tokens for shard in manifest.shards) / (time.perf_counter() - started)
+        return speed(corpus, Path(out, "shards"), val_tokens=1_000_000)
 
 
 def write_files(root: Path) -> list[str]:
     """The embedded corpus several times, in files of several kinds."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+    import zstandard
+
+    from gpt2.data import corpora
+
     texts = [document.text for document in corpora.python_stdlib()] * COPIES_IN_FILES
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     table = pyarrow.table({"text": texts})
@@ -145,16 +194,29 @@ def write_files(root: Path) -> list[str]:
     return list(contents)
 
 
-def files_of_every_kind(root: Path, cores: int) -> None:
+def files_of_every_kind(root: Path, cores: int, wanted: list[str]) -> None:
     """Preparations of files, each against cores × one process that only calls tiktoken."""
+    print(f"Files, share of {cores} × one process; share of the CPU time that tokenises:")
     for kind in write_files(root):
-        ratios = []
-        for _ in range(ROUNDS):
-            before, whole = single_rate(), of_files(root, kind)
-            ratios.append(whole / (cores * statistics.mean([before, single_rate()])))
-        print(
-            f"  {kind:<10} {statistics.median(ratios):.0%} ({min(ratios):.0%} lowest)", flush=True
-        )
+        if kind in (wanted or [kind]):
+            measured = [(single(), of_files(root, kind), single()) for _ in range(ROUNDS)]
+            print(f"  {kind:<10} {shares(measured, cores)}", flush=True)
+
+
+def shares(measured: list[tuple[Speed, Speed, Speed]], cores: int) -> str:
+    """Of preparations, each between two measurements of one process."""
+    of_time = [
+        whole.per_s / (cores * statistics.mean([before.per_s, after.per_s]))
+        for before, whole, after in measured
+    ]
+    of_cpu_time = [
+        whole.per_cpu_s / statistics.mean([before.per_cpu_s, after.per_cpu_s])
+        for before, whole, after in measured
+    ]
+    return "; ".join(
+        f"{statistics.median(found):.0%} ({min(found):.0%} to {max(found):.0%})"
+        for found in (of_time, of_cpu_time)
+    )
 
 
 def write_shards(folder: Path) -> None:
@@ -182,7 +244,7 @@ def read_bytes() -> int:
     return int(found[1])
 
 
-def by_memory_maps(folder: Path) -> Callable[[Rows], object]:
+def by_memory_maps(folder: Path) -> "Callable[[Rows], object]":
     """Reads the rows through memory maps, unchecked."""
     maps = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*_train_*.npy"))]
     return lambda rows: np.stack(
@@ -193,6 +255,10 @@ def by_memory_maps(folder: Path) -> Callable[[Rows], object]:
 def reading(folder: Path) -> None:
     """Batches on one thread, from the page cache and from the disk; the contenders take turns. The
     steps of the rounds differ, so that each reads rows that are not in memory."""
+    from gpt2.data.remote import Storage
+    from gpt2.data.sampler import Sampler
+    from gpt2.data.shards import TokenDataset, load_index
+
     index = load_index(Storage(str(folder)))
     kinds: dict[str, Shuffle] = {
         "shards": "shards",
@@ -230,11 +296,14 @@ def reading(folder: Path) -> None:
 
 def waiting(folder: Path) -> None:
     """How long a training step waits for its batch."""
-    import torch  # not above: the tokenising processes import this file too
+    import torch
 
     from gpt2 import model
     from gpt2.config import memory, presets
     from gpt2.data.loader import Loader
+    from gpt2.data.remote import Storage
+    from gpt2.data.sampler import Sampler
+    from gpt2.data.shards import TokenDataset, load_index
 
     torch.set_num_threads(1)
     run = presets.preset("demo")
@@ -260,21 +329,20 @@ def waiting(folder: Path) -> None:
 def main() -> None:
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores")
-    ratios = []
+    measured = []
     with tempfile.TemporaryDirectory() as root:
         for number in range(ROUNDS):
             folder = Path(root, str(number))
-            before, every, whole = single_rate(), rate_of_all(cores), prepare_rate(folder)
-            single = statistics.mean([before, single_rate()])
-            ratios.append(whole / (cores * single))
+            before, every, whole = single(), rate_of_all(cores), in_memory(folder)
+            measured.append((before, whole, single()))
             print(
-                f"  M tokens/s: one process {single / 1e6:.2f}, one per core {every / 1e6:.2f}, "
-                f"prepare {whole / 1e6:.2f}: {ratios[-1]:.0%} of {cores} × one, "
-                f"{whole / every:.0%} of one per core"
+                f"  M tokens/s: one process {before.per_s / 1e6:.2f}, one per core "
+                f"{every / 1e6:.2f}, prepare {whole.per_s / 1e6:.2f}: "
+                f"{whole.per_s / every:.0%} of one per core"
             )
-        print(f"Tokenising: {statistics.median(ratios):.0%} of cores × one process (median)")
-        print(f"Files, share of {cores} × one process:")
-        files_of_every_kind(Path(root), cores)
+        print(f"Tokenising: share of {cores} × one process; share of the CPU time that tokenises:")
+        print(f"  {shares(measured, cores)}")
+        files_of_every_kind(Path(root), cores, [])
         print("Memory:")
         for copies in (COPIES // 3, COPIES):
             memory(Path(root, f"memory{copies}"), copies)
@@ -289,7 +357,17 @@ def reading_alone() -> None:
         reading(Path(root, "shards"))
 
 
+def files_alone(kinds: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        files_of_every_kind(Path(root), len(os.sched_getaffinity(0)), kinds)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["reading"]:
-        main()
-    reading_alone()
+    match sys.argv[1:]:
+        case []:
+            main()
+            reading_alone()
+        case ["reading"]:
+            reading_alone()
+        case ["files", *kinds]:
+            files_alone(kinds)

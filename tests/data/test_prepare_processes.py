@@ -2,19 +2,23 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import small_tokenizers
 import support
-from gpt2.data import corpus, prepare, tokenizer_files
+from gpt2.data import corpus, prepare, tokenisation, tokenizer_files
+from gpt2.data.corpus import Block, Document, Documents, Place
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from support import shard_tokens, wait_until
 
 
@@ -45,6 +49,23 @@ def test_workers_get_the_tokenizer(tokenizer_file: Path, tmp_path: Path, monkeyp
         for token in (encoder.end_of_text, *encoder.encode(document.text))
     ]
     assert shard_tokens(folder) == expected
+
+
+def test_blocks_are_read_ahead_up_to_a_limit(monkeypatch):
+    """Of one block per task and worker, at least two: memory is bounded, whatever their size."""
+    monkeypatch.setattr(tokenisation, "AHEAD_CHARACTERS", 1)
+    read = []
+
+    def endless() -> Iterator[Block]:
+        for number in itertools.count():
+            read.append(number)
+            text = Document("word " * corpus.BLOCK_CHARACTERS)
+            yield Block(Place(0, number), Documents((text,)), number)
+
+    found = tokenisation.encoded_blocks(endless(), GPT2_TOKENIZER, workers=1)
+    with contextlib.closing(found) as encoded:
+        assert [next(encoded).place.number for _ in range(3)] == [0, 1, 2]
+    assert len(read) == 3 + tokenisation.TASKS_PER_WORKER
 
 
 SIZES = ["--shard_tokens", "16000", "--max_tokens", "800000"]

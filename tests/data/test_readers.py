@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import lzma
+import pickle
 import struct
 from pathlib import Path
 
@@ -486,3 +487,26 @@ def test_from_any_block_on_the_rest_is_the_same(tmp_path: Path, monkeypatch, kin
     assert 0 < done[-1] <= sum(path.stat().st_size for path in paths)
     assert len({item.place for item in blocks}) == len(blocks)
     assert all(itertools.starmap(lambda a, b: a.place < b.place, itertools.pairwise(blocks)))
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_a_worker_reads_a_plain_file_itself(tmp_path: Path, kind: str):
+    """The text is not sent to it; what became shorter meanwhile, or is gone, is named."""
+    path = write(tmp_path, f"a{kind}", content_of(kind) * 100 if kind == ".jsonl" else "a b" * 9999)
+    (block,) = readers.blocks([path], kind, "text")(Place(), EXACT_CUT)
+    sent = pickle.dumps(block)
+    assert len(sent) < 1000 < block.content.size
+    assert list(pickle.loads(sent).content.documents()) == read(path, "text")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"a\{kind} became shorter while it was read"):
+        list(block.content.documents())
+    path.unlink()
+    with pytest.raises(DataError, match=rf"^cannot read .*a\{kind}: No such file"):
+        list(block.content.documents())
+
+
+def test_lines_of_a_compressed_file_are_sent(tmp_path: Path):
+    path = write(tmp_path, "a.jsonl.gz", gzip.compress(content_of(".jsonl")))
+    (block,) = readers.blocks([path], ".jsonl", "text")(Place(), EXACT_CUT)
+    path.unlink()
+    assert len(list(block.content.documents())) == len(RECORDS)

@@ -129,10 +129,3 @@ def shortened(text: str, width: int) -> str:
     while cell_len(tail) > end:
         tail = tail[1:]
     return f"{set_cell_size(text, start).rstrip()}…{tail}" if width > 0 else ""
-
-
-def printable(path: object) -> str:
-    """A file's name as one line: with escapes, in quotes, if it has characters such as a line
-    break, or bytes that are not UTF-8."""
-    name = str(path)
-    return name if name.isprintable() else repr(name)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import counted, printable
+from gpt2.base.text import counted
 from gpt2.data import fields, files, readers, remote, streams
 from gpt2.data.corpus import BadLines, Corpus, Document, in_blocks
 from gpt2.data.files import FoundFiles

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Sequence
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import counted, printable
+from gpt2.base.text import counted
 from gpt2.data import signatures, streams
 from gpt2.data.signatures import DOWNLOAD, FileType
 
@@ -255,11 +256,13 @@ def _checked(name: str, kind: str) -> bytes:
     """What the fingerprint has of a file. Raises DataError if it cannot be data of its kind."""
     compression = streams.compression_of(name)
     try:
-        with open(name, "rb", buffering=0, opener=_open_at_once) as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(compression.head_bytes if compression else FINGERPRINT_BYTES)
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            end = file.read(FINGERPRINT_BYTES)
+        file = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be a pipe now
+        try:
+            size = os.fstat(file).st_size
+            head = os.pread(file, compression.head_bytes if compression else FINGERPRINT_BYTES, 0)
+            end = os.pread(file, FINGERPRINT_BYTES, max(0, size - FINGERPRINT_BYTES))
+        finally:
+            os.close(file)
     except OSError as error:
         raise DataError(_cannot_read(name, error)) from error
     content = streams.head(name, head)
@@ -270,11 +273,6 @@ def _checked(name: str, kind: str) -> bytes:
         if wrong:
             raise DataError(f"{printable(name)} is {wrong.what}; {wrong.advice}")
     return b"%d " % size + head[:FINGERPRINT_BYTES] + end
-
-
-def _open_at_once(name: str, flags: int) -> int:
-    """Opens a file, and does not wait if it has become a pipe."""
-    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def _wrong_content(kind: str, head: bytes, end: bytes | None) -> FileType | None:

@@ -9,8 +9,8 @@ from typing import Literal
 from urllib.parse import unquote
 
 from gpt2.base import atomic_files, json_fields
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import printable
 from gpt2.data import hints, tokenizer, tokenizer_files
 from gpt2.data.remote import Storage
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer

@@ -1,7 +1,8 @@
 """The documents of files: one reader per kind, which takes the text and nothing else of a record.
 
 A reader runs in the main process and yields the file's contents in blocks of flat size. What costs
-time is left to the worker process that gets the block: decoding, and parsing lines of JSON.
+time is left to the worker process that gets the block: decoding, parsing lines of JSON, and reading
+small texts and lines of files that are not compressed.
 
 What is damaged is mended (bytes that are no UTF-8 become U+FFFD) or left out and counted (a line
 that is no record). Raises DataError, naming file and line, where no text can be found.
@@ -20,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import printable
 from gpt2.data import columns, corpus, fields, streams
 from gpt2.data.corpus import BadLines, Block, Blocks, Content, Cut, Document, Documents, Place
+from gpt2.data.streams import Part
 
 BLOCK_BYTES = 500_000
 LONGEST_PIECE = 8 * BLOCK_BYTES
@@ -56,20 +58,23 @@ def blocks(paths: Sequence[Path], kind: str, field: str | None = None) -> Blocks
     """The blocks of files of one kind; `field` has the text in those that have fields."""
 
     def from_place(place: Place, exact_cut: Cut) -> Iterator[Block]:
-        sizes = [streams.size(path) for path in paths]
-        before = sum(sizes[: place.file])
-        for number in range(place.file, len(paths)):
-            path, first = paths[number], place.number if number == place.file else 0
-            with OPEN[kind](path) as file:
-                contents = (
-                    read_text(file, exact_cut)
-                    if kind == ".txt"
-                    else READERS[kind](printable(path), file, field or "")
-                )
-                for at, content in enumerate(itertools.islice(contents, first, None), first):
-                    done = before + min(streams.position(file), sizes[number])
-                    yield Block(Place(number, at), content, done)
-            before += sizes[number]
+        before = sum(streams.size(path) for path in paths[: place.file])
+        for number, path in enumerate(paths[place.file :], place.file):
+            first, size = place.number if number == place.file else 0, streams.size(path)
+            if kind == ".txt" and size <= BLOCK_BYTES and not streams.compression_of(path):
+                if not first:
+                    yield Block(Place(number), SmallText(str(path), size), before + size)
+            else:
+                with OPEN[kind](path) as file:
+                    contents = (
+                        read_text(file, exact_cut)
+                        if kind == ".txt"
+                        else READERS[kind](printable(path), file, field or "")
+                    )
+                    for at, content in enumerate(itertools.islice(contents, first, None), first):
+                        done = before + min(streams.position(file), size)
+                        yield Block(Place(number, at), content, done)
+            before += size
 
     return from_place
 
@@ -102,6 +107,20 @@ def _require_in_all(paths: Sequence[Path], kind: str, field: str) -> None:
 
 
 # Text
+
+
+@dataclass(frozen=True)
+class SmallText:
+    """A file of text that is one block."""
+
+    path: str
+    size: int
+
+    def documents(self) -> Iterator[Document | BadLines]:
+        content = io.BytesIO(Part(self.path, 0, self.size).read())
+        with streams.as_utf8(io.BufferedReader(content)) as file:
+            for part in read_text(file, exact_cut=None):
+                yield from part.documents()
 
 
 def read_text(file: BinaryIO, exact_cut: Cut) -> Iterator[Content]:
@@ -141,7 +160,7 @@ class Lines:
     """of the file, in messages"""
     first: int
     """number of the first line"""
-    content: bytes
+    content: Part | bytes
     field: str
 
     @property
@@ -149,7 +168,8 @@ class Lines:
         return len(self.content)
 
     def documents(self) -> Iterator[Document | BadLines]:
-        for number, line in enumerate(self.content.split(b"\n"), self.first):
+        content = self.content.read() if isinstance(self.content, Part) else self.content
+        for number, line in enumerate(content.split(b"\n"), self.first):
             if not line or line.isspace():
                 continue
             place = f"{self.name}:{number}"
@@ -179,7 +199,7 @@ def read_json(name: str, file: BinaryIO, field: str) -> Iterator[Content]:
                 f"{name}:{number + lines}: a line of more than {LONGEST_VALUE:,} bytes; "
                 "expected a record per line, or an array of records"
             )
-        yield Lines(name, number, content, field)
+        yield Lines(name, number, streams.part(file, content), field)
         number += lines
         head = file.read(BLOCK_BYTES)
 

@@ -81,6 +81,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+ALL_MARKS = tuple(BYTE_ORDER_MARKS)
 SEPARATORS = b"\t\n\v\f\r\x01\x02\x03\x1c\x1d\x1e\x1f"
 CONTROLS = bytes({*range(32), 127} - {*SEPARATORS, *b"\b\x1a\x1b"})
 """bytes that are rare in text: terminals know \\b and ESC, and DOS ended files by ^Z"""
@@ -123,7 +124,9 @@ def of_text(head: bytes) -> FileType | None:
 
 def encoding(head: bytes) -> str | None:
     """UTF-16 or UTF-32 with its byte order, if `head` begins with a mark of them."""
-    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    if not head.startswith(ALL_MARKS):
+        return None
+    return next(name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark))
 
 
 def _encoding_without_mark(head: bytes) -> str | None:

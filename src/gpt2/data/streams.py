@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import zstandard
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import printable
 from gpt2.data import signatures
 
 if TYPE_CHECKING:
@@ -140,9 +140,13 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def open_utf8(path: Path) -> io.BufferedReader:
-    """As `open_bytes`; without byte order marks at the beginning, and in UTF-8 if such a mark says
-    UTF-16 or UTF-32. What is invalid in those becomes U+FFFD; bytes that are not UTF-8 stay."""
-    file = open_bytes(path)
+    """As `open_bytes`, then `as_utf8`."""
+    return as_utf8(open_bytes(path))
+
+
+def as_utf8(file: io.BufferedReader) -> io.BufferedReader:
+    """Without byte order marks at the beginning, and in UTF-8 if such a mark says UTF-16 or UTF-32.
+    What is invalid in those becomes U+FFFD; bytes that are not UTF-8 stay."""
     try:
         if encoding := signatures.encoding(file.peek(4)[:4]):
             file = _as_file(_transcoded(file, encoding), file)
@@ -166,6 +170,41 @@ def position(file: BinaryIO) -> int:
         return 0
     raw = file.raw if isinstance(file, io.BufferedReader) else None
     return position(raw.source) if isinstance(raw, _Chunks) else file.tell()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a file as they are in it: any process can read them."""
+
+    path: str
+    start: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self) -> bytes:
+        """Raises DataError if the file is shorter now, or cannot be read."""
+        content = b""
+        with _reading(self.path):
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while more := os.pread(file, self.size - len(content), self.start + len(content)):
+                    content += more
+            finally:
+                os.close(file)
+        if len(content) < self.size:
+            raise DataError(f"{printable(self.path)} became shorter while it was read")
+        return content
+
+
+def part(file: BinaryIO, content: bytes) -> Part | bytes:
+    """Where `content`, which was just read from `file`, lies in it; itself if `file` made it of
+    other bytes, as of compressed ones."""
+    raw = file.raw if isinstance(file, io.BufferedReader) else None
+    if not isinstance(raw, _PlainFile):
+        return content
+    return Part(str(raw.name), file.tell() - len(content), len(content))
 
 
 @contextlib.contextmanager

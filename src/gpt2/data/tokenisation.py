@@ -1,5 +1,6 @@
 """From the blocks of a corpus to tokens, in several processes and in the order of the blocks."""
 
+import atexit
 import contextlib
 import ctypes
 import itertools
@@ -20,7 +21,8 @@ from gpt2.data.corpus import BadLines, Block, Cut, Document, Place
 from gpt2.data.formats import Tokens
 from gpt2.data.tokenizer import Tokenizer
 
-TASKS_PER_WORKER = 2  # submitted at a time: no worker waits, and memory is bounded
+TASKS_PER_WORKER = 2  # submitted at a time, at least
+AHEAD_CHARACTERS = 16 * corpus.BLOCK_CHARACTERS  # per worker: none waits while a shard is ended
 PIECE_CHARACTERS = 500_000  # of a text that are encoded at a time: memory is bounded
 PR_SET_PDEATHSIG = 1  # prctl.h
 
@@ -52,15 +54,20 @@ def encoded_blocks(
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), tokenizer)
     )
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[tuple[Future[Encoded], int]] = deque()
+    ahead = 0
     try:
         for task in tasks(blocks):
             with _interrupts_blocked():
-                waiting.append(pool.submit(_encode, task))
-            if len(waiting) > TASKS_PER_WORKER * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                size = sum(block.content.size for block in task)
+                waiting.append((pool.submit(_encode, task), size))
+            ahead += size
+            while ahead > AHEAD_CHARACTERS * workers and len(waiting) > TASKS_PER_WORKER * workers:
+                encoded, size = waiting.popleft()
+                ahead -= size
+                yield encoded.result()
+        for encoded, _ in waiting:
+            yield encoded.result()
     finally:
         with _interrupts_ignored():
             pool.shutdown(cancel_futures=True)
@@ -166,6 +173,7 @@ def _begin(parent: int, tokenizer: Tokenizer) -> None:
     if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    atexit.register(os._exit, 0)  # to free its memory object by object would take a while
 
 
 def _encode(task: list[Block]) -> Encoded:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import ConfigError
-from gpt2.base.text import printable
 from gpt2.data import tiktoken_encodings, tokenizer, tokenizer_files
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 

@@ -21,8 +21,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from gpt2.base import regular_file
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import printable
 from gpt2.data import tokenizer
 
 FILE = "tokenizer.json"

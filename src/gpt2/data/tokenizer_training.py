@@ -19,8 +19,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gpt2.base import atomic_files
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import ConfigError, DataError
-from gpt2.base.text import printable
 from gpt2.base.validation import require
 from gpt2.data import bad_lines, tokenisation, tokenizer, tokenizer_files
 from gpt2.data.corpus import BadLines, Block

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from gpt2.base.control_characters import printable
 from gpt2.base.errors import DataError
-from gpt2.base.text import counted, printable
+from gpt2.base.text import counted
 from gpt2.data.remote import Storage
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 

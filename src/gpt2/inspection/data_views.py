@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from gpt2.base.control_characters import visible
-from gpt2.base.text import counted, fitted, printable, table
+from gpt2.base.control_characters import printable, visible
+from gpt2.base.text import counted, fitted, table
 from gpt2.data import tokenizer
 from gpt2.data.excerpt import Excerpt
 from gpt2.data.manifest import Shard, Split
