@@ -44,11 +44,12 @@ from gpt2.data.tokenizer_copy import TokenizerCopy
 from gpt2.data.verification import Verification
 from gpt2.evaluation import hellaswag
 from gpt2.experiments import results
+from gpt2.experiments.compare import models
 from gpt2.experiments.progress import listing, state
 from gpt2.experiments.progress.experiment_view import ExperimentView
 from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult
-from gpt2.experiments.search import best, ownership, trial
+from gpt2.experiments.search import best, ownership, spec, trial
 from gpt2.inference import interchange
 from gpt2.inspection import checkpoints, estimate, run_status
 from gpt2.inspection.watch import RunView
@@ -171,6 +172,35 @@ def test_an_experiment(tmp_path: Path, name: str):
     else:
         mutate = mutations.of_json(json.loads(text))
     check(path, mutate, read)
+
+
+def test_results_of_models(tmp_path: Path):
+    """What trainings returned is compared where it is a number."""
+    result: dict[str, Any] = dict.fromkeys(models.RETURNED, 1.5)
+    written = asdict(JobResult("gpt2", "finished", {"model": "gpt2"}, result))
+    path = tmp_path / results.RESULT_LINES_FILE
+
+    def read() -> None:
+        if found := accepted(results.read_results, tmp_path):
+            rows = [models.row(item, 10) for item in found]
+            paper().print(models.models_table(rows))
+            models.as_csv(rows)
+
+    check(path, mutations.of_lines([written, written]), read)
+
+
+def test_what_a_search_was(tmp_path: Path):
+    """The options of a search, and its space, are compared with those that are typed."""
+    path = tmp_path / results.EXPERIMENT_FILE
+    fixed = {"seed": 1, "space": {"n_layer": "1, 2", "learning_rate": "0.1 to 1.0, log"}}
+    description = ExperimentDescription("search", fixed, 3)
+
+    def read() -> None:
+        with results.opened(tmp_path, description, spec.differences):
+            pass
+
+    content = json.loads(json.dumps(asdict(description)))
+    check(path, mutations.of_json(content), lambda: accepted(read))
 
 
 def test_which_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -315,6 +345,20 @@ def test_fifos_and_folders_in_place_of_files(tmp_path: Path):
         (folder / "step_000002.json").rename(folder / "step_000002.pt")
         with pytest.raises(CheckpointError, match="cannot read"):
             store.unpickle(folder / "step_000002.pt")
+
+
+def test_links_that_form_a_circle(tmp_path: Path):
+    """In place of a checkpoint, its folder, and what a run appends to."""
+    for name in ("a.pt", "checkpoints", LOG_NAME, status.NAME, "a.toml"):
+        (tmp_path / name).symlink_to(name)
+    for path in ("a.pt", "checkpoints", "x" * 300, "a\0b"):
+        with pytest.raises(CheckpointError, match="cannot read"):
+            store.find(tmp_path, str(tmp_path / path))
+    with pytest.raises(OSError, match="symbolic links"):
+        LogFile(tmp_path / LOG_NAME, "run", 0)
+    assert status.read(tmp_path) is None
+    with pytest.raises(ConfigError, match="cannot read --config"):
+        train.with_file(presets.preset("demo"), tmp_path / "a.toml")
 
 
 NO_FILE = r"FIFO|not a regular file|directory"

@@ -95,3 +95,11 @@ def test_what_is_no_link_points_nowhere(tmp_path: Path):
         assert atomic_files.pointed_at(tmp_path / name) is None
     for path in (tmp_path, tmp_path / "missing"):
         assert atomic_files.pointed_at(path) is None
+
+
+@pytest.mark.parametrize("path", ["/", ".", ".."])
+def test_what_can_be_no_file_is_an_error_of_the_system(tmp_path: Path, monkeypatch, path: str):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError):
+        atomic_files.write_text(Path(path), "text")
+    assert not list(tmp_path.iterdir())

@@ -172,3 +172,17 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["gpt2", "generate"])
     monkeypatch.setattr(main.importlib, "import_module", interrupted)
     assert main.main() == 130
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 300, "loop"])
+def test_a_file_that_no_part_expected_to_be_unusable_is_a_line(tmp_path: Path, capsys, name: str):
+    (tmp_path / "loop").symlink_to("loop")
+    reports: list[tuple[str, bool]] = []
+
+    def body() -> int:
+        return len(os.listdir(tmp_path / name))
+
+    assert guarded(body, report=lambda *report: reports.append(report)) == USER_ERROR
+    line = capsys.readouterr().err
+    assert line.startswith("error: cannot use ") and line.count("\n") == 1 and len(line) < 500
+    assert reports == [(line.rstrip("\n"), True)]

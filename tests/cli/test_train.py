@@ -5,9 +5,17 @@ from pathlib import Path
 import pytest
 
 import forked_ranks
+from gpt2.base.errors import ConfigError
 from gpt2.cli import estimate, generate, main
 from gpt2.cli.status import status_main
-from gpt2.cli.train import parse_train, train_main
+from gpt2.cli.train import (
+    TrainCommand,
+    parse_before_resume,
+    parse_train,
+    require_effect,
+    train_main,
+)
+from gpt2.config import options
 from gpt2.config.options import locate
 from gpt2.distributed import rendezvous
 from gpt2.train import status, trainer
@@ -222,3 +230,48 @@ def test_a_full_disk_under_standard_output_ends_no_training(tmp_path: Path, data
     assert "Traceback" not in error
     assert (tmp_path / "checkpoints" / "step_000002.json").is_file()
     assert '"step": 2' in (tmp_path / "logs" / "metrics.jsonl").read_text()
+
+
+FITTING = [
+    ('batch_ramp = ["5:16"]\ntotal_batch_size = 64', ["--block_size", "8"]),
+    ("n_embd = 100", ["--n_head", "5", "--data_root", "a", "--out_dir", "o"]),
+    ('architecture = "mlp"\nzero_init = true', ["--architecture", "modern"]),
+]
+
+
+@pytest.mark.parametrize(("file", "flags"), FITTING)
+def test_values_of_a_file_must_fit_once_all_options_are_known(tmp_path: Path, file, flags):
+    path = tmp_path / "a.toml"
+    path.write_text(file)
+    command = ["--config", str(path), *flags]
+    run = parse_train(command).run
+    assert run == parse_before_resume(TrainCommand, command).run
+    assert options.overlay(run, {}) == run  # it was checked
+    with pytest.raises(ConfigError, match=r"a\.toml: "):
+        parse_train(command[:2])
+    with pytest.raises(ConfigError, match=r"^n_layer=-1"):
+        parse_train([*command, "--n_layer", "-1"])
+
+
+MUON_ALONE = (
+    r"^--(cautious_decay|momentum_warmup) has no effect on optimizer=adamw; omit it, or use"
+)
+
+
+@pytest.mark.parametrize("flags", [["--cautious_decay", "true"], ["--momentum-warmup=9"]])
+def test_an_option_of_muon_alone_is_refused_beside_adamw(flags: list[str]):
+    def parsed(*more: str):
+        return parse_before_resume(TrainCommand, [*more, *flags]).run
+
+    with pytest.raises(ConfigError, match=MUON_ALONE):
+        parsed()
+    with pytest.raises(ConfigError, match=MUON_ALONE):
+        parsed("--preset", "fast-124m", "--optimizer", "adamw")
+    assert parsed("--optimizer", "muon").optim.optimizer == "muon"
+    resumed = parsed("--resume", "latest")  # the checkpoint may be Muon's
+    with pytest.raises(ConfigError, match=MUON_ALONE):
+        require_effect(flags, resumed)
+    off = ["--no_cautious_decay", "--momentum_warmup", "0"]
+    parse_before_resume(TrainCommand, off)
+    recipe = ["--preset", "fast-124m", "--optimizer", "adamw"]  # which replaces a part of it
+    assert parse_before_resume(TrainCommand, recipe).run.optim.cautious_decay

@@ -139,11 +139,16 @@ def test_what_is_no_shard_of_the_folder(here: Path):
     """What macOS and file managers leave behind, and what is not a file."""
     np.zeros(2048, dtype="<u2").tofile("w1/._train.bin")
     write(Path("w1/.Trash"), 50)
-    os.mkfifo("w1/train_2.bin")
+    os.mkfifo("w1/train")
     Path("w1/train_3.bin").mkdir()
     assert [shard.file for shard in load_index(Storage("w1")).shards] == ["train.bin", "val.bin"]
     Path("w1/train_4.bin").symlink_to(here / "ax" / "train.bin")
     assert len(load_index(Storage("w1")).of("train")) == 2
+    os.mkfifo("w1/train_2.bin")
+    with pytest.raises(
+        DataError, match=r"w1/train_2\.bin cannot be read: it is not a regular file"
+    ):
+        load_index(Storage("w1"))
 
 
 @pytest.mark.parametrize("name", ["w[1]", "a b?", "100%"])

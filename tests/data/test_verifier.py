@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,6 +202,14 @@ def test_it_ends_within_a_shard(folder: Path, monkeypatch: pytest.MonkeyPatch):
     thread.start(lambda: True)
     thread.close()
     assert threading.active_count() == before
+
+
+def test_inodes_of_64_bits_are_remembered(tmp_path: Path):
+    """Some file systems number files with the highest bit, which no signed integer has."""
+    status = SimpleNamespace(st_size=9, st_mtime_ns=1, st_ino=2**64 - 5)
+    version = digests.version_of(status)
+    DigestMemory(tmp_path).add("a", version, "0" * 64)
+    assert DigestMemory(tmp_path).get("a", version) == "0" * 64
 
 
 def test_the_newest_digest_of_a_file_counts(tmp_path: Path):

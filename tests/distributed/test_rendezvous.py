@@ -55,14 +55,28 @@ def test_a_port_that_is_taken_is_a_line(monkeypatch: pytest.MonkeyPatch):
             pass
 
 
-def test_a_store_that_does_not_answer_is_a_line(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("address", ["localhost", "a" * 80, "no..such"])
+def test_a_store_that_does_not_answer_is_a_line(monkeypatch, capfd, address: str):
+    """torch would print its C++ frames before it."""
     monkeypatch.setattr(rendezvous, "_set_up", lambda *_: None)  # of this process
     monkeypatch.setattr(rendezvous, "CONNECT_S", 0.1)
     for name, value in rendezvous.rank_variables(1, 2, 1).items():
         monkeypatch.setenv(name, value)
-    expected = r"no connection to localhost:1 \(MASTER_ADDR, MASTER_PORT\); start torchrun"
+    monkeypatch.setenv("MASTER_ADDR", address)
+    expected = rf"no connection to {address}:1 \(MASTER_ADDR, MASTER_PORT\); start torchrun"
     with pytest.raises(TrainingError, match=expected), rendezvous.join(CPU):
         pass
+    assert capfd.readouterr().err == ""
+
+
+def test_another_program_in_place_of_the_store_is_a_line(monkeypatch: pytest.MonkeyPatch):
+    """torch awaits its answer for ever."""
+    monkeypatch.setattr(rendezvous, "CONNECT_S", 0.1)
+    with socket.create_server(("", 0)) as server:
+        for name, value in rendezvous.rank_variables(1, 2, server.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TrainingError, match="no connection to localhost:"):
+            rendezvous._shared_store()
 
 
 DETERMINISTIC = {
@@ -123,6 +137,7 @@ class GroupOnCuda:
         monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # nothing to watch
         store = dist.HashStore()
         monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+        monkeypatch.setattr(rendezvous, "_require_listener", lambda *_: None)
         monkeypatch.setattr(rendezvous, "_store_of_this_start", lambda *_: store)
         monkeypatch.setattr(dist, "init_process_group", self.init_process_group)
         monkeypatch.setattr(dist, "new_group", lambda **_: None)

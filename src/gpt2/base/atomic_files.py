@@ -27,7 +27,7 @@ def writing(
     Data, name and folder reach the disk in this order, so that the name never refers to a partial
     file. `before_replacing` runs between the first two.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = Path(f"{path}{TEMPORARY_SUFFIX}")  # `with_name` has no answer for / and .
     try:
         with temporary.open("wb") as file:
             yield file
@@ -50,7 +50,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
     those in subfolders are not.
     """
     path = path.resolve()
-    temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (".tmp", ".old"))
+    temporary, old = (path.parent / f".{path.name}{suffix}" for suffix in (".tmp", ".old"))
     if old.exists() and not path.exists():  # a process was killed between the two renames below
         os.replace(old, path)
     for left in (temporary, old):  # by a process that was killed

@@ -220,8 +220,13 @@ def at(path: Path) -> Path | None:
 
 
 def resolved(path: Path) -> Path:
-    """The path of a checkpoint's file, also if `path` is a link to it; the metadata lies there."""
-    return (atomic_files.pointed_at(path.resolve()) or path).resolve()
+    """The path of a checkpoint's file, also if `path` is a link to it; the metadata lies there.
+    Raises CheckpointError for links that form a circle, and for names that no file can have."""
+    try:
+        return (atomic_files.pointed_at(path.resolve()) or path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle, before 3.13
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {path}: {reason}") from error
 
 
 def load(path: Path, *, trust: bool = False, world: World | None = None) -> CheckpointState:
@@ -308,7 +313,10 @@ def _reason(path: Path, error: Exception) -> str:
             f"and plain values, which could run code ({imported}); if you trust its origin, add "
             "--trust_checkpoint"
         )
-    return f"cannot load {path}: it is damaged or not a checkpoint ({error!r:.80})"
+    # Of pickles, torch writes a page about its own options.
+    text = "" if isinstance(error, pickle.UnpicklingError) else str(error).strip()
+    detail = f" ({text.splitlines()[0]:.80})" if text else ""
+    return f"cannot load {path}: it is damaged or not a checkpoint{detail}"
 
 
 def _written_by_script(path: Path, name: str) -> str:

@@ -10,6 +10,7 @@ rank alone prints what is wrong with the flags.
 import contextlib
 import io
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from typing import Any, TextIO, TypeVar, get_type_hints
 from gpt2.base import log, regular_file
 from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 SEE_FRAME = "error: invalid options; see the frame above the report of torchrun"
@@ -160,13 +163,7 @@ def guarded(
         sys.stdout.flush()
         return code
     except UserError as error:
-        line = visible(f"error: {error}")  # it may quote any file
-        is_printed = not isinstance(error, ReportedByOtherRank)
-        if is_printed:
-            _print_error(line)
-        if report:
-            report(line, is_printed)
-        return USER_ERROR
+        return _ended_by(error, report)
     except SystemExit as error:
         if report and error.code == USER_ERROR:
             report(SEE_FRAME, rank == 0)
@@ -185,12 +182,38 @@ def guarded(
         discard(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
+        if error.filename is not None:  # it is an error of that file, not of standard output
+            logger.debug("what follows was raised here", exc_info=True)
+            return _ended_by(UserError(_about_file(error)), report)
         if _takes_text(sys.stdout):
             raise
         discard(sys.stdout)
         reason = error.strerror or str(error)
         _print_error(f"error: cannot write to standard output: {reason}; send it elsewhere")
         return USER_ERROR
+
+
+def _ended_by(error: UserError, report: Callable[[str, bool], None] | None) -> int:
+    """Prints the line of an error, unless another rank does, and returns the exit code."""
+    line = visible(f"error: {error}")  # it may quote any file
+    is_printed = not isinstance(error, ReportedByOtherRank)
+    if is_printed:
+        _print_error(line)
+    if report:
+        report(line, is_printed)
+    return USER_ERROR
+
+
+def _about_file(error: OSError) -> str:
+    """What the system says about a file that no part of the program expected to be unusable."""
+    from gpt2.base.text import printable  # imports rich
+
+    name = error.filename
+    shown = printable(os.fsdecode(name) if isinstance(name, bytes) else name)
+    return (
+        f"cannot use {shown:.300}: {error.strerror}; change it, or name another file "
+        "(--log_level debug shows what needs it)"
+    )
 
 
 def show_text(text: str) -> int:

@@ -35,6 +35,8 @@ FITTING = (
     *(f"--{name}" for name in SEVERAL_VALUES),
 )
 """options whose values must fit each other"""
+OF_MUON = ("cautious_decay", "momentum_warmup")
+"""options of which AdamW takes no notice"""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _train(
     def configure(stored: Mapping[str, Any] | None) -> RunConfig:  # called on rank 0
         nonlocal run_config
         run_config = parse_run(TrainCommand, arguments, quiet=True, stored=stored).run
+        require_effect(arguments, run_config)
         sinks.require_usable(run_config)
         return run_config
 
@@ -157,12 +160,31 @@ def parse_before_resume(
     Raises as `parse_run` does.
     """
     try:
-        return parse_run(kind, arguments, quiet)
-    except ConfigError:
-        command = parse_run(kind, _without(arguments, *FITTING), quiet)
+        command = parse_run(kind, arguments, quiet)
+    except ConfigError as error:
+        try:
+            command = parse_run(kind, _without(arguments, *FITTING), quiet)
+        except ConfigError as without:  # of the file, if its values fit these options alone
+            is_resumed = any(argument.startswith("--resume") for argument in arguments)
+            raise without if is_resumed else error from None
         if command.run.checkpoint.resume_from is None:
             raise
         return command
+    if command.run.checkpoint.resume_from is None:
+        require_effect(arguments, command.run)
+    return command
+
+
+def require_effect(arguments: Sequence[str], run: RunConfig) -> None:
+    """Raises ConfigError for an option in OF_MUON that is typed, and on, beside AdamW. Those of a
+    preset or a file are part of a recipe, of which --optimizer may replace a part."""
+    for name in OF_MUON:
+        is_typed = len(_without(arguments, f"--{name}")) < len(arguments)
+        require(
+            not (is_typed and getattr(run.optim, name) and run.optim.optimizer == "adamw"),
+            f"--{name} has no effect on optimizer=adamw; omit it, or use --optimizer normuon or "
+            "muon",
+        )
 
 
 def parse_run(
@@ -176,14 +198,25 @@ def parse_run(
 
     Raises ConfigError for values that cannot work, SystemExit for unknown flags.
     """
-    return parse(kind, arguments, kind(run=_run_of_file(arguments, stored)), quiet)
+    try:
+        run = _run_of_file(arguments, stored)
+    except ConfigError as of_file:  # its values may fit the flags instead of the preset
+        run = _run_of_file(arguments, stored, is_complete=False)
+        try:
+            return parse(kind, arguments, kind(run=run), quiet)
+        except ConfigError as error:
+            raise of_file if str(of_file).endswith(str(error)) else error from None
+    return parse(kind, arguments, kind(run=run), quiet)
 
 
-def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> RunConfig:
+def _run_of_file(
+    arguments: Sequence[str], stored: Mapping[str, Any] | None, is_complete: bool = True
+) -> RunConfig:
     """The run that --preset, --config and --out_dir in `arguments` give, without other flags.
 
-    A preset is complete: `stored` counts unless another preset is given. tyro takes the defaults of
-    all flags as one object, so the three flags that choose the defaults are read before it parses.
+    Unless it `is_complete`, its values need not fit each other. A preset is complete: `stored`
+    counts unless another preset is given. tyro takes the defaults of all flags as one object, so
+    the three flags that choose the defaults are read before it parses.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "out_dir", *HIDDEN_BY, *HIDDEN_BY.values()):
@@ -197,9 +230,9 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
         run = options.on_stored(run, stored)
     for name, hidden_by in HIDDEN_BY.items():
         if getattr(flags, name) is not None and getattr(flags, hidden_by) is None:
-            run = options.overlay(run, {hidden_by: None})
+            run = options.overlay(run, {hidden_by: None}, is_complete=is_complete)
     if flags.config:
-        run = with_file(run, Path(flags.config))
+        run = with_file(run, Path(flags.config), is_complete)
     for name in SEVERAL_VALUES:
         given = getattr(flags, name) or []
         # Of folders without names, the last one counts, as of other options.
@@ -212,11 +245,12 @@ def _run_of_file(arguments: Sequence[str], stored: Mapping[str, Any] | None) -> 
         )
         # tyro would leave weights of a file or a checkpoint beside these.
         if given and name != "batch_ramp":
-            run = options.overlay(run, {name: given[-1]})
+            run = options.overlay(run, {name: given[-1]}, is_complete=is_complete)
     if flags.out_dir:
         out = Path(flags.out_dir)
         folders = {"checkpoint_dir": "checkpoints", "runs_dir": "runs", "log_dir": "logs"}
-        run = options.overlay(run, {name: out / folder for name, folder in folders.items()})
+        paths = {name: out / folder for name, folder in folders.items()}
+        run = options.overlay(run, paths, is_complete=is_complete)
     return run
 
 
@@ -268,9 +302,10 @@ def _relative(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def with_file(run: RunConfig, path: Path) -> RunConfig:
+def with_file(run: RunConfig, path: Path, is_complete: bool = True) -> RunConfig:
     """`run` with the values in the file of --config."""
-    return options.from_toml(run, text_of_file(path, "--config"), str(path))
+    text = text_of_file(path, "--config")
+    return options.from_toml(run, text, str(path), is_complete=is_complete)
 
 
 def _without(arguments: Sequence[str], *flags: str) -> list[str]:

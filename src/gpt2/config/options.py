@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
@@ -15,6 +15,7 @@ from gpt2.config import mixture, presets
 from gpt2.config.model import MODERN_FLAGS, ModelConfig
 from gpt2.config.run import OptimConfig, RunConfig
 
+T = TypeVar("T")
 MODERN_PARTS = {
     part.name: part.default for part in fields(ModelConfig) if part.name in MODERN_FLAGS
 }
@@ -160,13 +161,15 @@ def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else value
 
 
-def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+def overlay(config: RunConfig, values: Mapping[str, Any], *, is_complete: bool = True) -> RunConfig:
     """`config` with some values replaced, by name: `learning_rate` or `optim.learning_rate`.
 
     Values may be nested by part, as in a TOML file. Of weights in `data_root` and in `mixture`,
     those in `values` count. Raises ConfigError for an unknown name, with the nearest known names,
-    and for a value of the wrong type.
+    and for a value of the wrong type; and, unless other values follow, `is_complete`, for values
+    that do not fit each other.
     """
+    changed_copy = replace if is_complete else _unchecked_copy
     parts: dict[str, dict[str, Any]] = {}
     for name, value in _flatten(values):
         if name.rpartition(".")[2] not in FORMER:
@@ -178,8 +181,19 @@ def overlay(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         elif "mixture" not in data and mixture.has_weights(data.get("data_root", ())):
             data["mixture"] = ()
     top = parts.pop("", {})
-    changed_parts = {owner: replace(getattr(config, owner), **new) for owner, new in parts.items()}
-    return replace(config, **top, **changed_parts)
+    changed_parts = {
+        owner: changed_copy(getattr(config, owner), **new) for owner, new in parts.items()
+    }
+    return changed_copy(config, **top, **changed_parts)
+
+
+def _unchecked_copy(part: T, **changes: Any) -> T:
+    """As `dataclasses.replace`, of a part that is replaced again before it is used."""
+    made = object.__new__(type(part))
+    for field in fields(part):  # type: ignore[arg-type]
+        value = changes.get(field.name, getattr(part, field.name))
+        object.__setattr__(made, field.name, value)
+    return made
 
 
 def locate(name: str) -> tuple[str, str, Any]:
@@ -199,8 +213,9 @@ def is_text(name: str) -> bool:
     return locate(name)[2] in (str, Path, tuple[str, ...])
 
 
-def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
-    """`config` with the values of a TOML document; error messages call it `source`."""
+def from_toml(config: RunConfig, text: str, source: str, *, is_complete: bool = True) -> RunConfig:
+    """`config` with the values of a TOML document, as `overlay` does; error messages call it
+    `source`."""
     try:
         values = tomllib.loads(text)
         require_valid_in_file(name for name, _ in _flatten(values))
@@ -208,7 +223,7 @@ def from_toml(config: RunConfig, text: str, source: str) -> RunConfig:
             not isinstance(values.get("mixture"), dict),
             "mixture is a list of tables; use [[mixture]] for each phase",
         )
-        return overlay(config, values)
+        return overlay(config, values, is_complete=is_complete)
     except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
         raise ConfigError(f"{source}: {error}") from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpt2.base import json_fields, regular_file, user_folders
-from gpt2.base.json_fields import Timestamp
+from gpt2.base.json_fields import LARGEST_INTEGER, Timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SETTLED_S = 2.0
 ATTEMPTS = 3
 """to hash a file that changes meanwhile"""
 Version = tuple[int, int, int]
-"""size in bytes, modification time in nanoseconds, inode"""
+"""size in bytes, modification time in nanoseconds, inode without its highest bit"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Content:
 
 
 def version_of(status: os.stat_result) -> Version:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    # A JSON field takes signed integers of 64 bits, and file systems number up to 2**64.
+    return status.st_size, status.st_mtime_ns, status.st_ino & LARGEST_INTEGER
 
 
 def hash_file(

@@ -247,8 +247,9 @@ def _remote_exists(url: str) -> bool:
 
 
 def _is_file(entry: dict[str, Any]) -> bool:
-    """Whether an entry of a listing is a file or a link, and not a folder, pipe or socket."""
-    return entry["type"] not in ("directory", "other") or entry.get("islink", False)
+    """Whether an entry of a listing is a file or a link, and not a folder. A FIFO is listed, too:
+    who opens it by a shard's name is told what it is."""
+    return entry["type"] != "directory" or bool(entry.get("islink"))
 
 
 def is_hidden(name: str) -> bool:

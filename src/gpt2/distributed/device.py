@@ -126,7 +126,7 @@ def threads_per_rank(local_size: int) -> int:
     else an equal share of the cores.
     """
     given = os.environ.get(THREADS) or os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and (THREADS in os.environ or int(given) > 1):
+    if given.isdecimal() and (THREADS in os.environ or int(given) > 1):
         return int(given)
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 

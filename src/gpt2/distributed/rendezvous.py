@@ -7,8 +7,10 @@ import functools
 import gc
 import json
 import os
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -195,21 +197,56 @@ def _shared_store() -> tuple[Store, int, int]:
 
     Raises TrainingError if it cannot be reached, or cannot be started because its port is taken.
     """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    cause: Exception
     try:
-        # torchrun starts its store before the ranks: if the store is missing, torchrun is dead.
-        found: tuple[Store, int, int] = next(
-            rendezvous("env://", timeout=timedelta(seconds=CONNECT_S))
-        )
+        if int(os.environ["RANK"]) > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _require_listener(address, int(port))
+        return _connected()
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no machine can have
+        reason = f"no connection to {address}:{port} (MASTER_ADDR, MASTER_PORT)"
+        way_out, cause = "start torchrun, or rank 0, there", error
     except RuntimeError as error:
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        if "EADDRINUSE" in str(error):
-            reason = f"another process uses port {port} (MASTER_PORT) of this machine"
-            way_out = "choose a free port; torchrun --standalone does"
-        else:
-            reason = f"no connection to {address}:{port} (MASTER_ADDR, MASTER_PORT)"
-            way_out = "start torchrun, or rank 0, there"
-        raise TrainingError(f"the ranks cannot find each other: {reason}; {way_out}") from error
-    return found
+        if "EADDRINUSE" not in str(error):
+            raise
+        reason = f"another process uses port {port} (MASTER_PORT) of this machine"
+        way_out, cause = "choose a free port; torchrun --standalone does", error
+    raise TrainingError(f"the ranks cannot find each other: {reason}; {way_out}") from cause
+
+
+def _require_listener(address: str, port: int) -> None:
+    """Waits until a process listens there; raises OSError if none does. torch would wait as well,
+    and print its C++ frames."""
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=CONNECT_S).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(JOIN_POLL_S)
+
+
+def _connected() -> tuple[Store, int, int]:
+    """What torch finds by torchrun's variables. Raises OSError if that takes too long, as where
+    another program than a store listens, whose answer torch awaits for ever."""
+    found: queue.Queue[tuple[Store, int, int] | Exception] = queue.Queue()
+
+    def connect() -> None:
+        try:
+            found.put(next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_S))))
+        except Exception as error:  # raised below
+            found.put(error)
+
+    threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+    try:
+        result = found.get(timeout=2 * CONNECT_S)
+    except queue.Empty:
+        raise TimeoutError("no store answers") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _store_of_this_start(store: Store, rank: int, size: int, timeout_s: float) -> Store:

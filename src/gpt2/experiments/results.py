@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, TypeGuard
 from gpt2.base import addresses, atomic_files, folder_lock, json_fields, regular_file
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import Timestamp, from_json
-from gpt2.base.text import counted
+from gpt2.base.text import counted, shortened
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.messages import json_ready
 
@@ -34,6 +34,8 @@ RESULT_LINES_FILE = "results.jsonl"
 RESULTS_FILE = "results.json"
 FLUSH_EVERY_S = 1.0
 """results of this time may be lost in a power cut; their jobs run again"""
+LONGEST_VALUE = 200
+"""characters of a value in a message"""
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,14 @@ def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
     """A line for each value that is not the same, passwords in addresses apart."""
     before, now = addresses.public(dict(before)), addresses.public(dict(now))
     return [
-        f"{name}: {before.get(name)} before, {now.get(name)} now"
+        f"{name}: {_shown(before.get(name))} before, {_shown(now.get(name))} now"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
+
+
+def _shown(value: Any) -> str:
+    return shortened(str(value), LONGEST_VALUE)
 
 
 @contextlib.contextmanager
@@ -252,8 +258,7 @@ def another_experiment(
 ) -> ConfigError:
     """The error for a place with results of other values; each row describes a difference, and the
     flag chooses another place."""
-    listed = "\n".join(f"  {row}" for row in rows)
     return ConfigError(
-        f"{place} holds another experiment:\n{listed}\ngive the same values, or keep this one "
-        f"elsewhere with {flag}"
+        f"{place} holds another experiment ({'; '.join(rows)}); give the same values, or keep this "
+        f"one elsewhere with {flag}"
     )

@@ -245,15 +245,15 @@ def _refuse_other_shapes(source: str, there: ModelConfig, wanted: ModelConfig) -
         rows["block_size"] = (there.block_size, wanted.block_size)
     if not rows:
         return
-    listed = "\n".join(
-        f"  {name}: {old} in the file, {new} here" for name, (old, new) in rows.items()
+    listed = "; ".join(
+        f"{name}: {old} in the file, {new} here" for name, (old, new) in rows.items()
     )
     flags = " ".join(_flag(name, old) for name, (old, _) in rows.items())
     same = [
         name for name, preset in presets.PRESETS.items() if not _differences(there, preset.model)
     ]
     preset = f" (it has the shape of --preset {same[0]})" if same else ""
-    raise CheckpointError(f"{source} does not match the flags{preset}:\n{listed}\nuse {flags}")
+    raise CheckpointError(f"{source} does not match the flags{preset}: {listed}; use {flags}")
 
 
 def _differences(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -342,7 +342,7 @@ def load_weights(run_config: RunConfig, world: World | None = None) -> InitialWe
     if rows := options.changed(state["config"], run_config, shape):
         flags = " ".join(f"--{name} {old}" for name, old, _ in rows)
         raise CheckpointError(
-            f"the weights of {path} do not fit this model:\n{_listed(rows)}\n--init_from takes no "
+            f"the weights of {path} do not fit this model: {_listed(rows)}; --init_from takes no "
             f"options from the checkpoint; add {flags}"
         )
     return InitialWeights(state["model"], saved_tokenizer.of_checkpoint(state))
@@ -467,14 +467,14 @@ def _identity(data: DatasetIndex, shard: Shard, before: str) -> str | None:
 
 
 def _listed(rows: list[tuple[str, Any, Any]]) -> str:
-    return "\n".join(f"  {name}: {old} in the checkpoint, {new} now" for name, old, new in rows)
+    return "; ".join(f"{name}: {old} in the checkpoint, {new} now" for name, old, new in rows)
 
 
 def _refuse_contradictions(path: Path, rows: list[tuple[str, Any, Any]], hint: str = "") -> None:
     if rows:
         raise CheckpointError(
-            f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}:\n"
-            f"{_listed(rows)}\n"
+            f"{path} cannot continue with these flags{f' ({hint})' if hint else ''}: "
+            f"{_listed(rows)}; "
             "use the checkpoint's values, or start another run with --out_dir NAME or "
             "--experiment_name NAME"
         )

@@ -148,7 +148,7 @@ def test_finished_models_are_not_trained_again(compared: Compared):
     [
         (
             ["--n_layer", "3", "--seed", "7"],
-            "  n_layer: 2 before, 3 now\n  seed: 1337 before, 7 now",
+            "holds another experiment (n_layer: 2 before, 3 now; seed: 1337 before, 7 now); give",
         ),
         (["--models", "gpt2,moderm"], "unknown model moderm; did you mean modern?"),
         (["--models", "gpt2,gpt2"], "expected different names"),

@@ -113,7 +113,7 @@ def group(
 
 
 def row(item: JobResult, parameters: int) -> Row:
-    found = {name: (item.result or {}).get(name) for name in RETURNED}
+    found = {name: item.numbers.get(name) for name in RETURNED}
     return {"model": item.job, "parameters": parameters, "state": item.state, **found}
 
 

@@ -144,8 +144,9 @@ def folder_id(folder: Path) -> str:
     except FileNotFoundError:
         return ""
     except json_fields.UNREADABLE as error:
+        reason = "it has no id" if isinstance(error, KeyError) else error
         raise ConfigError(
-            f"{path} is damaged ({error!r}); restore it, or use another --checkpoint_dir"
+            f"{path} is damaged ({reason}); restore it, or use another --checkpoint_dir"
         ) from error
 
 

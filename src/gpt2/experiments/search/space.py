@@ -178,14 +178,16 @@ def _text(distribution: Distribution) -> str:
     return ", ".join([span, *step, *["log"] * distribution.log])
 
 
-def comparable(described: Mapping[str, str]) -> dict[str, str]:
-    """`describe` as this version writes it: earlier ones wrote 1 for 1.0, and the step 1."""
+def comparable(described: object) -> dict[str, str]:
+    """`describe` as this version writes it: earlier ones wrote 1 for 1.0, and the step 1. Nothing
+    where a damaged file has something else."""
 
     def shortest(found: re.Match[str]) -> str:
         return f"{float(found[0]):.9g}" if found[0][0].isdigit() else ""
 
     pattern = r"\d+\.\d+|, step 1(?=,|$)"
-    return {name: re.sub(pattern, shortest, text) for name, text in described.items()}
+    known = described if isinstance(described, Mapping) else {}
+    return {name: re.sub(pattern, shortest, str(text)) for name, text in known.items()}
 
 
 def values(distribution: Distribution) -> Sequence[Any] | None:
