@@ -193,3 +193,8 @@ def test_best_of_an_empty_folder_names_where_there_are_checkpoints(tmp_path: Pat
     store.save(tmp_path / "demo", {"rng": []}, training, keep_last=2)
     with pytest.raises(CheckpointError, match=r"use --checkpoint_dir .*demo"):
         loading.load_model(ModelSource(checkpoint="best", checkpoint_dir=tmp_path))
+
+
+def test_the_name_of_a_model_is_shown_without_control_characters():
+    loaded = loading.LoadedModel("a\x1b[31m\n.pt", model.build(SHAPE), None, None)
+    assert str(loaded) == "a\\x1b[31m\n.pt"

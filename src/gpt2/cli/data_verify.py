@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from gpt2.base import addresses
+from gpt2.base.control_characters import visible
 from gpt2.base.errors import DataError
 from gpt2.base.text import counted, one_line
 from gpt2.cli.parse import USER_ERROR, CommandOptions
@@ -76,7 +77,7 @@ def _printed(verification: Verification, reports: list[FileReport], name: str) -
     storage = verification.storage
     wrong = [report for report in reports if report.wrong]
     if not wrong:
-        print(_verdict(verification, len(reports)))
+        print(visible(_verdict(verification, len(reports))))
     for split in get_args(Split):
         total = _total(reports, split)
         print(

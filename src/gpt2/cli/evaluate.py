@@ -17,6 +17,7 @@ from rich.progress import track
 
 import gpt2
 from gpt2.base import addresses, atomic_files, log, validation
+from gpt2.base.control_characters import visible
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.text import console, counted, table
 from gpt2.base.validation import suggestion
@@ -107,7 +108,7 @@ def _evaluate_as_rank() -> int:
                     _write(command, loaded, measured)
             if world.is_rank0:
                 _show(loaded, measured)
-                print(f"Written to {command.output}")
+                print(visible(f"Written to {command.output}"))
         return 0
 
     return guarded(body, rank=rank, report=rendezvous.report_to_torchrun)

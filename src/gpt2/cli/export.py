@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gpt2.base.control_characters import visible
 from gpt2.cli.model_source import ModelSource
 from gpt2.cli.parse import CommandOptions, run_command
 
@@ -45,10 +46,10 @@ def _run(command: ExportCommand) -> int:
     )
     interchange.export(trained, command.format, command.folder, command.dtype, command.overwrite)
     names = ", ".join(sorted(file.name for file in command.folder.iterdir()))
-    print(f"Exported {loaded} to {command.folder}: {names}")
+    print(visible(f"Exported {loaded} to {command.folder}: {names}"))
     if command.format == "nanogpt":
         print(foreign_files.GELU_NOTE)
-    print(f"\nNext:\n  {_next_command(command)}")
+    print(visible(f"\nNext:\n  {_next_command(command)}"))
     return 0
 
 

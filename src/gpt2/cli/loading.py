@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gpt2 import model
+from gpt2.base.control_characters import visible
 from gpt2.base.errors import CheckpointError
 from gpt2.checkpoint import store
 from gpt2.cli.model_source import ModelSource
@@ -55,7 +56,9 @@ class LoadedModel:
             )
 
     def __str__(self) -> str:
-        return self.source if self.step is None else f"{self.source} (step {self.step})"
+        """For a terminal: the name may be that of any file."""
+        source = visible(self.source)
+        return source if self.step is None else f"{source} (step {self.step})"
 
 
 def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:

@@ -29,8 +29,9 @@ the two. `gpt2 COMMAND --help` prints the same text.
 Hyphens work as well as underscores. `None` is off, or the default that the text names. A switch is
 turned on by `--bias`, off by `--no_bias` or `--bias False`. Invalid input ends with one line that
 says what to do (in a frame, if the option does not exist) and exit code 2; under `torchrun`, which
-adds its own report, it is 1, and the line stands below that report once more. A stopped run
-saves, then exits with 130 or 143.
+adds its own report, it is 1, and the line stands below that report once more. Above the first line,
+before any rank begins, torchrun warns of OMP_NUM_THREADS unless that is set; ranks choose their
+threads themselves. A stopped run saves, then exits with 130 or 143.
 
 These scripts are commands: `src/train_improved.py` is `gpt2 train`, `src/main_multi_gpu.py`
 `gpt2 seeds`, `src/train_models.py` `gpt2 models`, `src/parallel_search.py` `gpt2 search`, and
