@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar, get_type_hints
 
 from gpt2.base import log, regular_file
-from gpt2.base.control_characters import visible
+from gpt2.base.control_characters import printable, visible
 from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -206,8 +206,6 @@ def _ended_by(error: UserError, report: Callable[[str, bool], None] | None) -> i
 
 def _about_file(error: OSError) -> str:
     """What the system says about a file that no part of the program expected to be unusable."""
-    from gpt2.base.text import printable  # imports rich
-
     name = error.filename
     shown = printable(os.fsdecode(name) if isinstance(name, bytes) else name)
     return (

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, TypeGuard
 from gpt2.base import addresses, atomic_files, folder_lock, json_fields, regular_file
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import Timestamp, from_json
-from gpt2.base.text import counted, shortened
+from gpt2.base.text import counted, one_line, shortened
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.messages import json_ready
 
@@ -179,7 +179,7 @@ def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 
 def _shown(value: Any) -> str:
-    return shortened(str(value), LONGEST_VALUE)
+    return shortened(one_line(str(value)), LONGEST_VALUE)
 
 
 @contextlib.contextmanager
