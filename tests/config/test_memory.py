@@ -26,9 +26,10 @@ SHAPES = {
 class Features(nn.Module):
     """A model without its head, whose logits are not saved."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, how: Computation) -> None:
         super().__init__()
         self.model = model.build(config)
+        self.model.residual_dtype = torch.bfloat16 if how.is_half_residual else None
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         return self.model.features(tokens_BT, torch.arange(tokens_BT.size(1)), None)
@@ -36,7 +37,7 @@ class Features(nn.Module):
 
 def counted_bytes(config: ModelConfig, how: Computation) -> int:
     """What a forward pass saves, without the weights' own memory."""
-    plain = Features(config)
+    plain = Features(config, how)
     net = plain
     if how.is_compiled:  # with the partitioner that decides for Inductor what is computed again
         backend = "aot_eager_decomp_partition"
@@ -79,10 +80,19 @@ def test_as_much_is_saved_as_estimated(shape: str, is_half: bool):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch itself
-@pytest.mark.parametrize("shape", ["gpt2", pytest.param("modern", marks=pytest.mark.soak)])
-def test_as_much_is_saved_as_estimated_when_compiled(shape: str):
+@pytest.mark.parametrize(
+    ("shape", "is_half_residual"),
+    [
+        ("gpt2", False),
+        ("gpt2, deeper", True),
+        pytest.param("modern", False, marks=pytest.mark.soak),
+        pytest.param("modern", True, marks=pytest.mark.soak),
+        pytest.param("modern, whole", True, marks=pytest.mark.soak),
+    ],
+)
+def test_as_much_is_saved_as_estimated_when_compiled(shape: str, is_half_residual: bool):
     torch.compiler.reset()
-    how = Computation(is_half=True, is_compiled=True)
+    how = Computation(is_half=True, is_compiled=True, is_half_residual=is_half_residual)
     found = counted_bytes(SHAPES[shape], how)
     assert 0.98 * found < estimated_bytes(SHAPES[shape], how) < 1.1 * found
 

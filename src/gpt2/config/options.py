@@ -30,6 +30,7 @@ FIXED_BY_CHECKPOINT = (
     "optim.optimizer",
     *(f"optim.{name}" for name in LR_RATIOS),
     "machine.seed",
+    "machine.residual_dtype",
 )
 # Options that affect training and may change on resume; a change is reported.
 NOTED_AT_RESUME = (
@@ -69,6 +70,7 @@ IMPLICIT: dict[str, dict[str, Any]] = {
     "model": {"architecture": "gpt2", **MODERN_PARTS},
     "data": {"batch_ramp": []},
     "optim": {"optimizer": "adamw", **LR_RATIOS},
+    "machine": {"residual_dtype": "float32"},
 }
 # Options of earlier versions, which files may still have, with the values that they now stand for.
 FORMER = {"fast": True}
@@ -77,6 +79,7 @@ LATER: dict[str, Any] = {
     "skip_spikes": False,
     "shard_optimizer": False,
     "grad_dtype": "float32",
+    "residual_dtype": "float32",
     "profile": None,
     "memory_snapshot": False,
     "mixture": [],

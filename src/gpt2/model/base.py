@@ -49,6 +49,8 @@ class LanguageModel(nn.Module, ABC):
         self.plain_head = False
         """whether the loss is computed from the logits of all tokens, by plain operations; for runs
         that began so"""
+        self.residual_dtype: torch.dtype | None = None
+        """under autocast, the type of the residual stream; None is that of the weights"""
         self.token_embedding = nn.Embedding(config.embedding_rows, config.n_embd)
 
     def forward(
@@ -115,6 +117,13 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def empty_cache(self, batch_size: int) -> Cache:
         """A cache for `batch_size` rows of up to block_size tokens."""
+
+    def as_residual(self, x_BTD: Tensor) -> Tensor:
+        """`x_BTD` in the type of the residual stream."""
+        is_cast = torch.is_autocast_enabled(x_BTD.device.type)
+        return (
+            x_BTD if self.residual_dtype is None or not is_cast else x_BTD.to(self.residual_dtype)
+        )
 
     def unembed(self, features_D: Tensor) -> Tensor:
         """Logits, (…, V), of features, (…, D)."""

@@ -23,10 +23,10 @@ class GPT2(LanguageModel):
 
     def features(self, tokens_BT: Tensor, positions_T: Tensor, context: Context) -> Tensor:
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_T)
-        x_BTD = self.dropout(x_BTD)
+        x_BTD = self.as_residual(self.dropout(x_BTD))
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, layer, context)
-        features_BTD: Tensor = self.final_norm(x_BTD)
+        features_BTD: Tensor = self.final_norm(x_BTD.to(self.token_embedding.weight.dtype))
         return features_BTD
 
     def empty_cache(self, batch_size: int) -> KeyValueCache:

@@ -65,7 +65,7 @@ class Modern(LanguageModel):
         x_BTD = self.dropout(self.token_embedding(tokens_BT))
         if config.embedding_skip:
             x_BTD = norm(x_BTD)
-        embedded_BTD = x_BTD
+        embedded_BTD = x_BTD = self.as_residual(x_BTD)
         skips = config.n_layer // 2 if config.layer_skip else 0
         early: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
@@ -77,7 +77,7 @@ class Modern(LanguageModel):
             x_BTD = block(x_BTD, tokens_BT, rotation, layer, context)
             if layer < skips:
                 early.append(x_BTD)
-        return norm(x_BTD)
+        return norm(x_BTD.to(dtype))
 
     def empty_cache(self, batch_size: int) -> KeyValueCache:
         return KeyValueCache.empty(self.config, batch_size, self.token_embedding.weight)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import model
 from gpt2.base.errors import TrainingError, is_out_of_memory
+from gpt2.base.validation import require
 from gpt2.checkpoint import random_state
 from gpt2.checkpoint.metadata import CheckpointState
 from gpt2.config.memory import Computation
@@ -69,6 +70,7 @@ class Replica:
         is_fast_compiled = machine.compile == "auto" and precision.can_compile(world.device)
         is_compiled = machine.compile == "on" or is_fast_compiled
         self.model.plain_head = plain_head and not on_cuda
+        self._set_residual_dtype()
         self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
         self.net = self.local_net
         if world.size > 1:
@@ -91,6 +93,7 @@ class Replica:
                 world.size,
                 run_config.optim.shard_optimizer,
                 run_config.optim.optimizer,
+                machine.residual_dtype == "bfloat16",
             )
             self.fitted_rows = micro_batch.fitted(
                 run_config, world, how, self._try_micro_batch, fitted_rows
@@ -99,6 +102,18 @@ class Replica:
         if world.size > 1:
             self._settle_buckets(is_compiled)
         _seed_streams(machine.seed, world.rank)
+
+    def _set_residual_dtype(self) -> None:
+        """Raises ConfigError for a residual stream in bfloat16 beside products of another type."""
+        if self.config.machine.residual_dtype == "float32":
+            return
+        used = str(self.dtype).removeprefix("torch.")
+        require(
+            self.dtype is torch.bfloat16,
+            f"residual_dtype=bfloat16 needs matrix products in bfloat16, got {used}; "
+            "use --dtype bfloat16, or a new run with --residual_dtype float32",
+        )
+        self.model.residual_dtype = torch.bfloat16
 
     def losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Any, Tensor | None]:
         """The loss in nats, summed, and with several corpora also that of each row, (B), without
