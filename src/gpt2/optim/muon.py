@@ -256,7 +256,9 @@ def _gathered(shares: Sequence[Tensor]) -> list[Tensor]:
         return list(shares)
     own = torch.cat([share.flatten() for share in shares])
     of_all = own.new_empty(ranks, len(own))
-    dist.all_gather_into_tensor(of_all.view(-1), own)
+    # Its name before torch 2.13, where that is deprecated.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(of_all.view(-1), own)
     ends = itertools.accumulate(share.numel() for share in shares)
     return [
         of_all[:, end - share.numel() : end].reshape(-1, *share.shape[1:])
