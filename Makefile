@@ -13,7 +13,7 @@ CPU_BUILD := 'torch==2.13.0' --no-deps --extra-index-url https://download.pytorc
 .PHONY: help install demo test soak browser bench lint format clean
 
 help:
-	@echo "make demo     train a small GPT-2 on this Python's standard library (3 minutes on 2 cores)"
+	@echo "make demo     train a small model on this Python's standard library (2 to 4 minutes on 2 cores)"
 	@echo "make install  make .venv and install the package into it"
 	@echo "make test     run the test suite"
 	@echo "make soak     run the tests of many trials, and every fault"
@@ -41,11 +41,11 @@ install: .venv/installed
 
 # An earlier demo is kept: a new run starts in an empty folder.
 demo: .venv/installed
-	@if ls checkpoints/demo/step_*.json >/dev/null 2>&1; then \
-		kept=checkpoints/demo_$$(date +%Y%m%d_%H%M%S) && mv checkpoints/demo $$kept && \
+	@if ls checkpoints/demo-fast/step_*.json >/dev/null 2>&1; then \
+		kept=checkpoints/demo-fast_$$(date +%Y%m%d_%H%M%S) && mv checkpoints/demo-fast $$kept && \
 		echo "The previous demo's checkpoints are now in $$kept"; fi
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) \
-		src/train_improved.py --preset demo --use_tensorboard
+		src/train_improved.py --preset demo-fast --use_tensorboard
 
 # worksteal: a process that has no tests left takes half of another's, so all cores end together.
 test: .venv/tested

@@ -34,7 +34,7 @@ from turns import Contender, Timed, ratio, serve, take_turns
 
 from gpt2.cli import train
 from gpt2.config.run import RunConfig
-from gpt2.data import corpora
+from gpt2.data import corpora, prepare, tokenizer_training
 from gpt2.distributed import rendezvous
 from gpt2.inspection import figures
 from gpt2.metrics import log_reader
@@ -162,11 +162,13 @@ class Bench:
         if not wanted:
             return
         rates = ",".join(str(rate) for rate in sorted({rate for rate, _ in wanted}))
+        first = min(seed for _, seed in wanted)
         folder = self.folder / self.size_name / f"{arm.name},{arm.steps},{self._settings(arm)}"
         print(f"{self.size_name} {arm.name}: {arm.steps} steps at {rates}", flush=True)
         command = [
             *(sys.executable, "-m", "gpt2", "seeds", *self._flags(arm), "--keep_last", "2"),
-            *("--num_seeds", str(seeds), "--grid", f"learning_rate={rates}"),
+            *("--first_seed", str(first), "--num_seeds", str(seeds - first)),
+            *("--grid", f"learning_rate={rates}"),
             *("--checkpoint_dir", str(folder), "--log_dir", str(folder / "logs")),
             *("--runs_dir", str(folder / "runs"), "--slots", str(self.slots)),
         ]
@@ -379,20 +381,11 @@ def _shown(item: Trained) -> str:
     return f"{item.val_loss:.4f}, {item.bits_per_byte:.4f} bits per byte{hellaswag}"
 
 
-def prepare(folder: Path) -> Path:
-    """The standard library in tokens of a tokenizer that was trained on it."""
-    data = folder / "python_stdlib"
+def prepared(folder: Path) -> Path:
+    """The standard library in tokens of a tokenizer that is learned from it."""
+    corpus, data = corpora.CORPORA["python_stdlib_4k"], folder / "python_stdlib"
     if not (data / "manifest.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts, tokenizer = folder / "stdlib.jsonl", folder / "tokenizer"
-        with texts.open("w") as file:
-            for document in corpora.python_stdlib():
-                file.write(json.dumps({"text": document.text}) + "\n")
-        program = [sys.executable, "-m", "gpt2"]
-        train = ["tokenizer", "train", str(texts), "--vocab_size", str(VOCABULARY)]
-        subprocess.run([*program, *train, "--out", str(tokenizer)], check=True)
-        corpus = ["data", "python-stdlib", "--tokenizer", str(tokenizer), "--out", str(data)]
-        subprocess.run([*program, *corpus], check=True)
+        prepare.prepare(corpus, data, tokenizer=tokenizer_training.tokenizer_of(corpus))
     return data
 
 
@@ -417,7 +410,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--serve", choices=("gpt2", "recipe"), help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
-    data = options.data or prepare(options.folder / "data")
+    data = options.data or prepared(options.folder / "data")
     bench = Bench(options.folder, data, options.size, options.slots, flags)
     if options.serve:
         arm = bench.reference if options.serve == "gpt2" else bench.recipe(1)

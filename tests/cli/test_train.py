@@ -1,5 +1,7 @@
 import io
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ from gpt2.cli.train import (
     require_effect,
     train_main,
 )
-from gpt2.config import options
+from gpt2.config import options, presets
 from gpt2.config.options import locate
+from gpt2.data import corpora
 from gpt2.distributed import rendezvous
 from gpt2.train import status, trainer
-from support import SMALL_RUN, small_config, small_flags
+from support import SMALL_CORPUS, SMALL_RUN, shard_tokens, small_config, small_flags
 
 
 def call(monkeypatch, function, *arguments: str) -> int:
@@ -155,6 +158,28 @@ def test_generate_flags_are_checked(monkeypatch, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-fast"])
+def test_the_demos_train_on_text_that_every_machine_has(name: str):
+    (root,) = presets.preset(name).data.data_root
+    corpus = corpora.find(Path(root).name)
+    assert corpus is not None and corpus.embedded
+
+
+def test_a_run_learns_the_tokenizer_of_its_corpus_first(tmp_path: Path, monkeypatch, capsys):
+    own = replace(SMALL_CORPUS, name="python_stdlib_4k", embedded=True, vocab_size=300)
+    monkeypatch.setitem(corpora.CORPORA, own.name, own)
+    data = tmp_path / own.name
+    flags = small_flags(data, tmp_path, max_steps=2)
+    assert call(monkeypatch, main.main, "train", *flags) == 0
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert manifest["vocab_size"] == 300
+    assert call(monkeypatch, main.main, "train", *flags, "--resume", "latest") == 0
+    assert "step 2 of 2" in capsys.readouterr().out
+    again = ("--out", str(tmp_path / "again" / own.name), "--workers", "1")
+    assert call(monkeypatch, main.main, "data", "python-stdlib-4k", *again) == 0
+    assert shard_tokens(tmp_path / "again" / own.name) == shard_tokens(data)
 
 
 def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pytest
 
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.data import corpus, readers, tokenizer_files, tokenizer_training
-from gpt2.data.corpus import BadLines, Block, Document, Documents, Place
+from gpt2.data.corpus import BadLines, Block, Corpus, Document, Documents, Place
+from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.data.tokenizer_files import END_OF_TEXT, EXACT_CUT, PATTERNS
 from gpt2.data.tokenizer_training import Recipe, TrainingTexts
 
@@ -186,6 +188,16 @@ def test_ctrl_c_while_texts_are_read():
         tokenizer_training.train(texts, Recipe(300))
     names = [thread.name for thread in threading.enumerate()]
     assert "tokenizer training" not in names
+
+
+def test_the_tokenizer_of_a_corpus_is_learned_from_it():
+    texts = many_ties(seed=3)
+    blocks = corpus.in_blocks(lambda skip: iter([Document(text) for text in texts[skip:]]))
+    own = Corpus("ties", "made up", 1000, blocks, vocab_size=300)
+    learned = tokenizer_training.tokenizer_of(own)
+    assert learned.vocab_size == 300
+    assert learned.identity == tokenizer_files.parse(train(*texts), "test").identity
+    assert tokenizer_training.tokenizer_of(replace(own, vocab_size=None)) is GPT2_TOKENIZER
 
 
 def test_too_little_text_names_the_size_that_it_gives():

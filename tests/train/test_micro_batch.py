@@ -26,6 +26,11 @@ def enough_for(run_config: RunConfig, rows: int, total: int = 80 * 10**9) -> Dev
     return DeviceMemory(total, int(needed / memory.USABLE) + 1)
 
 
+def test_cpus_have_a_size_for_every_preset():
+    for run in presets.PRESETS.values():
+        assert micro_batch.given(run) > 0
+
+
 @pytest.mark.parametrize(
     ("preset", "rows"),
     [("gpt2-124m", 64), ("gpt2-350m", 32), ("gpt2-774m", 16), ("gpt2-1558m", 8), ("demo", 8)],

@@ -21,7 +21,16 @@ from gpt2.cli import data_order, data_show, data_verify
 from gpt2.cli.data_show import Show
 from gpt2.cli.data_verify import Verify
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
-from gpt2.data import bad_lines, corpora, files, prepare, shards, statistics, tokenizer_choice
+from gpt2.data import (
+    bad_lines,
+    corpora,
+    files,
+    prepare,
+    shards,
+    statistics,
+    tokenizer_choice,
+    tokenizer_training,
+)
 from gpt2.data.corpus import Corpus
 from gpt2.data.manifest import Manifest, Split
 from gpt2.data.remote import Storage
@@ -40,9 +49,9 @@ class OutputOptions:
 
     out: Path | None = None
     """folder of the shards; default is data/NAME"""
-    tokenizer: str = "gpt2"
+    tokenizer: str | None = None
     """gpt2, tiktoken:NAME such as tiktoken:cl100k_base, or a tokenizer.json or its folder, which
-    gpt2 tokenizer train makes"""
+    gpt2 tokenizer train makes; default is gpt2, or the one that python-stdlib-4k learns first"""
     shard_tokens: int | None = None
     """tokens per shard; default depends on the corpus"""
     val_tokens: int | None = None
@@ -166,8 +175,11 @@ def _files(command: Files) -> int:
 
 def _prepare(corpus: Corpus, options: OutputOptions, file_count: int | None = None) -> int:
     folder = options.out or Path("data") / corpus.name
-    tokenizer = tokenizer_choice.find(options.tokenizer)
     started = time.perf_counter()
+    if options.tokenizer is None:
+        tokenizer = tokenizer_training.tokenizer_of(corpus)
+    else:
+        tokenizer = tokenizer_choice.find(options.tokenizer)
     manifest = prepare.prepare(
         corpus,
         folder,
@@ -244,8 +256,14 @@ ACTIONS: dict[str, tuple[type[CommandOptions], Callable[[Any], int]]] = {
 }
 
 
+def _described(corpus: Corpus) -> str:
+    if corpus.vocab_size is None:
+        return corpus.source
+    return f"the same, with a tokenizer of {corpus.vocab_size:,} entries learned from it"
+
+
 def _usage() -> str:
-    rows = [(_typed(corpus.name), corpus.source) for corpus in corpora.CORPORA.values()]
+    rows = [(_typed(corpus.name), _described(corpus)) for corpus in corpora.CORPORA.values()]
     rows += [
         ("hf REPO", "any dataset of the Hugging Face hub, or of a local folder"),
         ("files GLOB…", "files of your own: .txt, .jsonl, .csv, .parquet and more"),
@@ -253,7 +271,7 @@ def _usage() -> str:
         ("show DIR", "look at shards: their text, the rows of a step, statistics"),
         ("order", "the rows of a step of any run, also of a mixture of corpora"),
     ]
-    listing = "\n".join(f"  {name:<14} {text}" for name, text in rows)
+    listing = "\n".join(f"  {name:<16} {text}" for name, text in rows)
     return (
         f"usage: gpt2 data WHAT [OPTIONS]\n\n{listing}\n\n`gpt2 data WHAT --help` lists its options"
     )

@@ -28,6 +28,7 @@ ROWS_ON_CPU = {
     "fast-350m": 32,
     "fast-774m": 16,
     "demo": 8,
+    "demo-fast": 8,
 }
 """what `--mini_batch_size auto` is on CPUs, by preset"""
 MOST_TOKENS = 64 * 1024

@@ -38,6 +38,7 @@ PresetName = Literal[
     "fast-350m",
     "fast-774m",
     "demo",
+    "demo-fast",
 ]
 OPTIMIZERS = {
     "adamw": "gpt2.optim.combined:build_adamw",

@@ -198,17 +198,19 @@ def _stdlib_files() -> list[Path]:
     return sorted((path for path in files if path.is_file()), key=Path.as_posix)
 
 
+PYTHON_STDLIB = Corpus(
+    name="python_stdlib",
+    source="the running Python's standard library",
+    tokens_per_shard=1_000_000,
+    blocks=in_blocks(python_stdlib),
+    size=lambda: len(_stdlib_files()),
+    embedded=True,
+)
 CORPORA = {
     corpus.name: corpus
     for corpus in (
-        Corpus(
-            name="python_stdlib",
-            source="the running Python's standard library",
-            tokens_per_shard=1_000_000,
-            blocks=in_blocks(python_stdlib),
-            size=lambda: len(_stdlib_files()),
-            embedded=True,
-        ),
+        PYTHON_STDLIB,
+        replace(PYTHON_STDLIB, name="python_stdlib_4k", vocab_size=4096),
         hub("fineweb_edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
         hub("fineweb", "HuggingFaceFW/fineweb", "sample-10BT"),
         hub("openwebtext", "Skylion007/openwebtext"),

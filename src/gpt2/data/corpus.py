@@ -88,6 +88,8 @@ class Corpus:
     """number of documents, or bytes of all files, if it is known without reading them"""
     embedded: bool = False
     """whether every machine has it, so that a run can prepare it without a download"""
+    vocab_size: int | None = None
+    """entries of the tokenizer that is learned from it; None is GPT-2's tokenizer"""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from gpt2.base.control_characters import printable
 from gpt2.base.errors import ConfigError, DataError
 from gpt2.base.validation import require
 from gpt2.data import bad_lines, tokenisation, tokenizer, tokenizer_files
-from gpt2.data.corpus import BadLines, Block
+from gpt2.data.corpus import BadLines, Block, Corpus, Place
+from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
 from gpt2.data.tokenizer_files import END_OF_TEXT, EXACT_CUT, FILE, Ids
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,18 @@ def train(texts: TrainingTexts, recipe: Recipe) -> str:
             f"{recipe.vocab_size:,}; use more text, or --vocab_size {entries}"
         )
     return trained.to_str(pretty=True)
+
+
+def tokenizer_of(corpus: Corpus) -> Tokenizer:
+    """GPT-2's tokenizer, or the one that is learned from the corpus, the same each time.
+
+    Raises DataError if the corpus cannot be read.
+    """
+    if corpus.vocab_size is None:
+        return GPT2_TOKENIZER
+    logger.info("Learning a tokenizer of %s entries from %s", f"{corpus.vocab_size:,}", corpus.name)
+    texts = TrainingTexts(corpus.blocks(Place(), EXACT_CUT))
+    return tokenizer_files.parse(train(texts, Recipe(corpus.vocab_size)), corpus.name)
 
 
 def _interruptible(learn: Callable[[], object], texts: TrainingTexts) -> None:

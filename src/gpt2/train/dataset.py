@@ -8,7 +8,7 @@ from gpt2.config import mixture
 from gpt2.config.mixture import CorpusRoot
 from gpt2.config.model import padded
 from gpt2.config.run import RunConfig
-from gpt2.data import corpora, prepare, training_data
+from gpt2.data import corpora, prepare, tokenizer_training, training_data
 from gpt2.data.cache import ShardCache
 from gpt2.data.corpus import Corpus
 from gpt2.data.manifest import MANIFEST
@@ -32,7 +32,8 @@ def open_data(
             storage = Storage(corpus.root)
             if embedded := to_prepare(storage):
                 assert storage.path is not None
-                prepare.prepare(embedded, storage.path, wait=True)
+                tokenizer = tokenizer_training.tokenizer_of(embedded)
+                prepare.prepare(embedded, storage.path, tokenizer=tokenizer, wait=True)
         # Only now: what a name means depends on what exists.
         return find(run_config, names)
 
