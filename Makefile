@@ -47,9 +47,12 @@ demo: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) \
 		src/train_improved.py --preset demo-fast --use_tensorboard
 
-# worksteal: a process that has no tests left takes half of another's, so all cores end together.
+# Two processes for each of a few cores, as many tests wait for processes that they start. worksteal:
+# one that has no tests left takes half of another's, so all cores end together. The variable:
+# modules are compiled once, not by each of hundreds of processes.
 test: .venv/tested
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	cores=$$(nproc) && PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --dist worksteal \
+		--numprocesses $$((cores > 4 ? cores : 2 * cores))
 
 soak: .venv/tested
 	$(BIN)/pytest -m "soak or faults"
