@@ -207,7 +207,9 @@ def _write(
             tokens = encoded.tokens[skipped:]
             if limit is not None:
                 tokens = tokens[: limit - writer.written]
-            for consumed in writer.add(tokens):
+            # To count the bytes again costs time; it is necessary where tokens are left out.
+            is_whole = len(tokens) == len(encoded.tokens)
+            for consumed in writer.add(tokens, encoded.text_bytes if is_whole else None):
                 position = Position(encoded.place, skipped + consumed, counts)
                 progress.record(writer.shards, position)
             counts, before = counts.plus(encoded, skipped + len(tokens)), counts
@@ -417,13 +419,14 @@ class _ShardWriter:
     def __exit__(self, *error: Any) -> None:
         self._begun.__exit__(*error)
 
-    def add(self, tokens: Tokens) -> Iterator[int]:
-        """Adds `tokens`; for each finished shard, yields how many of them have been written."""
+    def add(self, tokens: Tokens, text_bytes: int | None = None) -> Iterator[int]:
+        """Adds `tokens`; for each finished shard, yields how many of them have been written.
+        `text_bytes` are the bytes of their text, if that is known."""
         consumed = 0
         while consumed < len(tokens):
             size = self._recipe.shard_tokens if self.shards else self._val_tokens
             part = tokens[consumed : consumed + size - self._tokens]
-            self._append(part)
+            self._append(part, text_bytes if len(part) == len(tokens) else None)
             consumed += len(part)
             if self._tokens == size:
                 self.close()
@@ -448,13 +451,15 @@ class _ShardWriter:
         for _ in self.add(tokens):
             pass
 
-    def _append(self, tokens: Tokens) -> None:
+    def _append(self, tokens: Tokens, text_bytes: int | None) -> None:
         if self._file is None:
             self._file = self._begun.enter_context(atomic_files.writing(self._path))
             self._file.write(formats.npy_header(self._dtype, 0))
         self._file.write(tokens.astype(self._dtype, copy=False).data)
         self._tokens += len(tokens)
-        self._text_bytes += self._tokenizer.text_bytes(tokens)
+        if text_bytes is None:
+            text_bytes = self._tokenizer.text_bytes(tokens)
+        self._text_bytes += text_bytes
         self.written += len(tokens)
 
     def close(self) -> None:

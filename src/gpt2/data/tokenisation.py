@@ -34,6 +34,8 @@ class Encoded:
     place: Place
     """of the first block"""
     tokens: Tokens
+    text_bytes: int
+    """UTF-8 bytes of the text in them"""
     documents: npt.NDArray[np.int64]
     """the position in `tokens` of each document that begins here"""
     empty: npt.NDArray[np.int64]
@@ -88,7 +90,7 @@ def encode(task: list[Block], tokenizer: Tokenizer) -> Encoded:
     assert tokenizer.end_of_text is not None  # only the characters of nanoGPT have none
     dtype = formats.dtype_for(tokenizer.vocab_size)
     separator = np.array([tokenizer.end_of_text], dtype=dtype)
-    parts, length = list[Tokens](), 0
+    parts, length, text_bytes = list[Tokens](), 0, 0
     documents, empty, replaced = list[int](), list[int](), list[int]()
     bad_lines = list[BadLines]()
     for item in itertools.chain.from_iterable(block.content.documents() for block in task):
@@ -96,21 +98,24 @@ def encode(task: list[Block], tokenizer: Tokenizer) -> Encoded:
             bad_lines.append(item)
             continue
         document = without_surrogates(item)
+        text = document.text
+        text_bytes += len(text) if text.isascii() else len(text.encode())
         if document.replaced:
             replaced.append(length)
         if not document.continues:
             documents.append(length)
-            if not document.text:
+            if not text:
                 empty.append(length)
             parts.append(separator)
             length += 1
-        for piece in pieces(document.text, tokenizer.exact_cut):
+        for piece in pieces(text, tokenizer.exact_cut):
             parts.append(tokenizer.encode_to_numpy(piece).astype(dtype))
             length += len(parts[-1])
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
     return Encoded(
         task[0].place,
         tokens,
+        text_bytes,
         np.array(documents, dtype=np.int64),
         np.array(empty, dtype=np.int64),
         np.array(replaced, dtype=np.int64),
