@@ -16,7 +16,7 @@ import pytest
 
 import small_tokenizers
 import support
-from gpt2.data import corpus, prepare, tokenisation, tokenizer_files
+from gpt2.data import corpora, corpus, prepare, tokenisation, tokenizer_files
 from gpt2.data.corpus import Block, Document, Documents, Place
 from gpt2.data.tokenizer import GPT2_TOKENIZER
 from support import shard_tokens, wait_until
@@ -66,6 +66,28 @@ def test_blocks_are_read_ahead_up_to_a_limit(monkeypatch):
     with contextlib.closing(found) as encoded:
         assert [next(encoded).place.number for _ in range(3)] == [0, 1, 2]
     assert len(read) == 3 + tokenisation.TASKS_PER_WORKER
+
+
+def test_a_place_may_be_counted_in_a_task_of_more_files(tmp_path: Path, monkeypatch):
+    """As earlier versions counted characters where there are bytes now: nothing comes twice."""
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} " * 2000)
+    found = corpora.local_files("own", [str(tmp_path / "*.txt")])
+    options = {"shard_tokens": 5000, "val_tokens": 1000, "workers": 1, "command": "the same"}
+    prepare.prepare(found, tmp_path / "whole", **options)
+    record = prepare._ProgressFile.record
+
+    def killed(self, done, position):
+        record(self, done, position)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prepare._ProgressFile, "record", killed)
+        prepare.prepare(found, tmp_path / "parts", **options)
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 1)  # a task per file
+    prepare.prepare(found, tmp_path / "parts", **options)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 SIZES = ["--shard_tokens", "16000", "--max_tokens", "800000"]

@@ -491,15 +491,17 @@ def test_from_any_block_on_the_rest_is_the_same(tmp_path: Path, monkeypatch, kin
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_a_worker_reads_a_plain_file_itself(tmp_path: Path, kind: str):
-    """The text is not sent to it; what became shorter meanwhile, or is gone, is named."""
+    """The text is not sent to it; what changed meanwhile, or is gone, is named."""
     path = write(tmp_path, f"a{kind}", content_of(kind) * 100 if kind == ".jsonl" else "a b" * 9999)
     (block,) = readers.blocks([path], kind, "text")(Place(), EXACT_CUT)
     sent = pickle.dumps(block)
     assert len(sent) < 1000 < block.content.size
     assert list(pickle.loads(sent).content.documents()) == read(path, "text")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"a\{kind} became shorter while it was read"):
-        list(block.content.documents())
+    before = path.read_bytes()
+    for now in (before[:-1], before[1:] + b" " if kind == ".jsonl" else before + b" "):
+        path.write_bytes(now)
+        with pytest.raises(DataError, match=rf"a\{kind} changed while it was read.*--overwrite"):
+            list(block.content.documents())
     path.unlink()
     with pytest.raises(DataError, match=rf"^cannot read .*a\{kind}: No such file"):
         list(block.content.documents())

@@ -200,20 +200,22 @@ def _write(
 ) -> Counts:
     """Writes the shards after `position`; returns the counts of all documents."""
     already, limit = writer.written, recipe.max_tokens
-    counts, skipped = position.counts, position.tokens  # of the first block
+    counts, skipped = position.counts, position.tokens  # of the first blocks
     with _progress_bar(console) as bar, contextlib.closing(found) as encoded_blocks:
         task = bar.add_task(corpus.name, total=corpus.size(), documents=counts.documents, speed="")
         for encoded in encoded_blocks:
-            tokens = encoded.tokens[skipped:]
+            # An earlier version may have counted them in a task of more files.
+            already_here = min(skipped, len(encoded.tokens))
+            tokens = encoded.tokens[already_here:]
             if limit is not None:
                 tokens = tokens[: limit - writer.written]
             # To count the bytes again costs time; it is necessary where tokens are left out.
             is_whole = len(tokens) == len(encoded.tokens)
             for consumed in writer.add(tokens, encoded.text_bytes if is_whole else None):
-                position = Position(encoded.place, skipped + consumed, counts)
+                position = Position(encoded.place, already_here + consumed, counts)
                 progress.record(writer.shards, position)
-            counts, before = counts.plus(encoded, skipped + len(tokens)), counts
-            skipped = 0
+            counts, before = counts.plus(encoded, already_here + len(tokens)), counts
+            skipped -= already_here
             for reason in counts.first_bad_lines[len(before.first_bad_lines) :]:
                 logger.warning("%s: left out", reason)
             bad_lines.require_few_so_far(*counts.readable(), max_bad_lines)

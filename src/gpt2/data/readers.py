@@ -117,7 +117,7 @@ class SmallText:
     size: int
 
     def documents(self) -> Iterator[Document | BadLines]:
-        content = io.BytesIO(Part(self.path, 0, self.size).read())
+        content = io.BytesIO(streams.whole(self.path, self.size))
         with streams.as_utf8(io.BufferedReader(content)) as file:
             for part in read_text(file, exact_cut=None):
                 yield from part.documents()

@@ -179,22 +179,17 @@ class Part:
     path: str
     start: int
     size: int
+    checksum: int
+    """CRC-32 of the bytes"""
 
     def __len__(self) -> int:
         return self.size
 
     def read(self) -> bytes:
-        """Raises DataError if the file is shorter now, or cannot be read."""
-        content = b""
-        with _reading(self.path):
-            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                while more := os.pread(file, self.size - len(content), self.start + len(content)):
-                    content += more
-            finally:
-                os.close(file)
-        if len(content) < self.size:
-            raise DataError(f"{printable(self.path)} became shorter while it was read")
+        """Raises DataError if the file has other bytes there now, or cannot be read."""
+        content = _at(self.path, self.start, self.size)
+        if zlib.crc32(content) != self.checksum:
+            raise _changed(self.path)
         return content
 
 
@@ -204,7 +199,37 @@ def part(file: BinaryIO, content: bytes) -> Part | bytes:
     raw = file.raw if isinstance(file, io.BufferedReader) else None
     if not isinstance(raw, _PlainFile):
         return content
-    return Part(str(raw.name), file.tell() - len(content), len(content))
+    start = file.tell() - len(content)
+    return Part(str(raw.name), start, len(content), zlib.crc32(content))
+
+
+def whole(path: str, size: int) -> bytes:
+    """The content of a file of `size` bytes. Raises DataError if it has another size now, or cannot
+    be read."""
+    content = _at(path, 0, size + 1)
+    if len(content) != size:
+        raise _changed(path)
+    return content
+
+
+def _at(path: str, start: int, size: int) -> bytes:
+    """Up to `size` bytes of a file; fewer at its end."""
+    content = b""
+    with _reading(path):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while more := os.pread(file, size - len(content), start + len(content)):
+                content += more
+        finally:
+            os.close(file)
+    return content
+
+
+def _changed(path: str) -> DataError:
+    return DataError(
+        f"{printable(path)} changed while it was read; once it stays as it is, start again with "
+        "--overwrite"
+    )
 
 
 @contextlib.contextmanager
