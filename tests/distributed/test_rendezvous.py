@@ -1,5 +1,7 @@
+import contextlib
 import os
 import socket
+import threading
 
 import pytest
 import torch
@@ -77,6 +79,25 @@ def test_another_program_in_place_of_the_store_is_a_line(monkeypatch: pytest.Mon
             monkeypatch.setenv(name, value)
         with pytest.raises(TrainingError, match="no connection to localhost:"):
             rendezvous._shared_store()
+
+
+def test_a_program_that_hangs_up_is_a_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rendezvous, "CONNECT_S", 1)
+    with socket.create_server(("", 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):  # the end of the test
+                while True:
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        for name, value in rendezvous.rank_variables(1, 2, server.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TrainingError, match="no connection to localhost:"):
+            rendezvous._shared_store()
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
 
 
 DETERMINISTIC = {

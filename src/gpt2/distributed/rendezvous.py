@@ -198,20 +198,19 @@ def _shared_store() -> tuple[Store, int, int]:
     Raises TrainingError if it cannot be reached, or cannot be started because its port is taken.
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    cause: Exception
     try:
         if int(os.environ["RANK"]) > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             _require_listener(address, int(port))
         return _connected()
-    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no machine can have
-        reason = f"no connection to {address}:{port} (MASTER_ADDR, MASTER_PORT)"
-        way_out, cause = "start torchrun, or rank 0, there", error
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        reason = f"another process uses port {port} (MASTER_PORT) of this machine"
-        way_out, cause = "choose a free port; torchrun --standalone does", error
-    raise TrainingError(f"the ranks cannot find each other: {reason}; {way_out}") from cause
+    # UnicodeError: a name that no machine can have; DistError: a listener that hangs up
+    except (OSError, UnicodeError, dist.DistError) as error:
+        if "EADDRINUSE" in str(error):
+            reason = f"another process uses port {port} (MASTER_PORT) of this machine"
+            way_out = "choose a free port; torchrun --standalone does"
+        else:
+            reason = f"no connection to {address}:{port} (MASTER_ADDR, MASTER_PORT)"
+            way_out = "start torchrun, or rank 0, there"
+        raise TrainingError(f"the ranks cannot find each other: {reason}; {way_out}") from error
 
 
 def _require_listener(address: str, port: int) -> None:
