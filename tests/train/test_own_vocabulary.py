@@ -14,7 +14,7 @@ from gpt2.base.errors import CheckpointError, DataError
 from gpt2.checkpoint import store
 from gpt2.cli import evaluate, loading, main
 from gpt2.cli.model_source import ModelSource
-from gpt2.config import flops
+from gpt2.config import flops, options, presets
 from gpt2.data import saved_tokenizer
 from gpt2.data.tokenizer import GPT2_TOKENIZER
 from gpt2.data.vocabulary import Characters
@@ -188,3 +188,9 @@ def test_without_what_needs_gpt2_tokens_there_is_no_warning(tmp_path: Path, capl
     flags = {"hellaswag_interval": None, "sample_interval": None, "max_steps": 1}
     trainer.run(small_config(tmp_path / "char", tmp_path / "out", **flags))
     assert "meta.pkl" not in caplog.text
+
+
+def test_the_size_of_a_vocabulary_that_the_run_will_learn(tmp_path: Path):
+    missing = str(tmp_path / "python_stdlib_4k")
+    run = options.overlay(presets.PRESETS["demo-fast"], {"data_root": [missing]})
+    assert dataset.with_vocab_size_if_known(run).model.embedding_rows == 4096

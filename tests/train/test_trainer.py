@@ -110,6 +110,18 @@ def whole(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_the_log_shows_where_an_unexpected_error_of_a_file_was_raised(
+    data_root: Path, tmp_path: Path
+):
+    def failing(**_: float) -> Answer:
+        return "go" if os.listdir(tmp_path / "missing") else "stop"
+
+    with pytest.raises(FileNotFoundError):
+        trainer.run(small_config(data_root, tmp_path), report=failing)
+    log = (tmp_path / "logs/log.txt").read_text()
+    assert "Traceback" in log and "in failing" in log
+
+
 def stop_at_7(**metrics: float) -> Answer:
     return "stop" if metrics["step"] == 7 else "go"
 

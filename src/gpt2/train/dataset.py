@@ -142,10 +142,15 @@ def with_vocab_size(run_config: RunConfig, data: TrainingData) -> RunConfig:
 
 
 def with_vocab_size_if_known(run_config: RunConfig) -> RunConfig:
-    """As `with_vocab_size`; `run_config` itself if the data is not there, or lacks something."""
+    """As `with_vocab_size`, also before the run prepares its data; `run_config` itself if the data
+    is not there, or lacks something."""
     if run_config.model.vocab_size is not None:
         return run_config
     try:
+        first, *others = mixture.corpora(run_config.data.data_root)
+        embedded = None if others else to_prepare(Storage(first.root))
+        if embedded and embedded.vocab_size:
+            return run_config.with_vocab_size(padded(embedded.vocab_size))
         return with_vocab_size(run_config, find(run_config))
     except DataError:  # who trains opens the data, and says what is wrong with it
         return run_config

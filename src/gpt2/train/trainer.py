@@ -7,6 +7,7 @@ uses are built by `setup.build`; each of them decides for itself whether it is d
 Shapes: B rows, T time.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,6 +32,8 @@ from gpt2.train.resume import Configure
 from gpt2.train.state import RunResult, Update
 from gpt2.train.stop_vote import StopVote
 from gpt2.train.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: TrainingRun) -> RunResult:
@@ -160,6 +163,9 @@ def _train_and_close(run: TrainingRun, world: World) -> RunResult:
         if isinstance(error, Diverged | WrongContent):
             run.ended("stopped", str(error))
         else:
+            if world.size == 1 and getattr(error, "filename", None) is not None:
+                # The command prints a line of it; of several ranks, the watchdog logs it.
+                logger.exception("the run failed:")
             run.ended("failed", world.reason(error))
         run.close()
         raise
