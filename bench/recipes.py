@@ -7,7 +7,8 @@ has a schedule that ends with it; losses of the middle of a training are not com
     python bench/recipes.py reference     GPT-2 at several learning rates
     python bench/recipes.py recipe        the recipe at several shares of GPT-2's tokens
     python bench/recipes.py parts         the recipe without each of its parts
-    python bench/recipes.py noise         both again with other seeds
+    python bench/recipes.py noise         both again with two other seeds
+    python bench/recipes.py repeat        the same without parts whose worth may be noise
     python bench/recipes.py report        the share at which the recipe has GPT-2's loss; pictures
     python bench/recipes.py speed         a step of both, in turns
 
@@ -264,6 +265,18 @@ def train_parts(bench: Bench) -> None:
         bench.train(bench.without(part))
 
 
+def repeat_parts(bench: Bench) -> None:
+    """Two more seeds without each part whose worth may be noise: its loss differs by less than two
+    standard errors of the difference of two trainings."""
+    whole = [item.val_loss for item in bench.finished(bench.recipe(SHARE_OF_PARTS))]
+    two_errors = 2 * math.sqrt(2) * statistics.stdev(whole)
+    known = {part: bench.finished(bench.without(part)) for part in WITHOUT}
+    worth = {part: abs(_mean(found, {0}) - whole[0]) for part, found in known.items() if found}
+    for part in sorted(worth, key=worth.__getitem__):
+        if worth[part] < two_errors:
+            bench.train(bench.without(part), seeds=3)
+
+
 def train_noise(bench: Bench) -> None:
     for share in SHARES:
         bench.train(bench.recipe(share), seeds=3)
@@ -346,14 +359,21 @@ def report(bench: Bench) -> None:
     share = share_at(goal, {share: _mean(found, seeds) for share, found in recipes.items()})
     where = "is not reached" if share is None else f"is reached with {share:.3f} of the tokens"
     print(f"{len(seeds)} seeds: GPT-2's {goal:.4f} {where}")
-    whole = _mean(recipes[SHARE_OF_PARTS], {0})
+    whole = {item.seed: item.val_loss for item in recipes[SHARE_OF_PARTS]}
     for part in WITHOUT:
-        if found := bench.finished(bench.without(part)):
-            loss = min(item.val_loss for item in found)
-            print(f"without {part}: {loss:.4f} ({loss - whole:+.4f})")
+        found = sorted(bench.finished(bench.without(part)), key=_rate)
+        for rate, of_rate in itertools.groupby(found, _rate):
+            of_seed = {item.seed: item.val_loss for item in of_rate if item.seed in whole}
+            more = [loss - whole[seed] for seed, loss in of_seed.items()]
+            listed = ", ".join(f"{loss:.4f}" for loss in of_seed.values())
+            print(f"without {part}, {rate}: {listed} ({statistics.mean(more):+.4f})")
     picture = Path(f"docs/recipe_{bench.size_name.replace('.', '_')}.png")
     curves = [item for item in (*best, *itertools.chain(*recipes.values())) if item.seed == 0]
     figures.write(lambda: draw(curves, goal), picture)
+
+
+def _rate(item: Trained) -> float:
+    return item.learning_rate
 
 
 def _mean(trained: Iterable[Trained], seeds: Container[int]) -> float:
@@ -394,6 +414,7 @@ COMMANDS = {
     "recipe": train_recipe,
     "parts": train_parts,
     "noise": train_noise,
+    "repeat": repeat_parts,
     "report": report,
     "speed": speed,
 }
