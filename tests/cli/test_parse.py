@@ -174,9 +174,15 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch):
     assert main.main() == 130
 
 
-@pytest.mark.parametrize("name", ["a\nb", "x" * 300, "loop"])
+def test_a_file_that_the_program_forgot_is_no_error_of_its_user(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        guarded(lambda: len(os.listdir(tmp_path / "missing")))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "file\n"])
 def test_a_file_that_no_part_expected_to_be_unusable_is_a_line(tmp_path: Path, capsys, name: str):
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file\n").touch()
     reports: list[tuple[str, bool]] = []
 
     def body() -> int:

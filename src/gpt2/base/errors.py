@@ -1,5 +1,7 @@
 """Errors that a user can fix. The command line prints them as one line and exits with code 2."""
 
+import errno
+
 from gpt2.base import addresses
 
 OUT_OF_MEMORY = (
@@ -12,6 +14,19 @@ OUT_OF_MEMORY = (
     "Cannot allocate memory",  # the system, as for mmap
 )
 """a RuntimeError whose message contains one of these reports it; torch wraps some more than once"""
+
+
+OF_A_NAME = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
+"""what the system says of a name that cannot be used as it is"""
+
+
+def is_of_a_name(error: BaseException) -> bool:
+    """Whether it is about a file that cannot be used, such as a circle of links: whoever gave its
+    name can mend that. A missing file is no such error, as the program may have forgotten it."""
+    return isinstance(error, OSError) and error.filename is not None and error.errno in OF_A_NAME
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,7 +20,13 @@ from typing import Any, TextIO, TypeVar, get_type_hints
 
 from gpt2.base import log, regular_file
 from gpt2.base.control_characters import printable, visible
-from gpt2.base.errors import ConfigError, ReportedByOtherRank, UserError, is_out_of_memory
+from gpt2.base.errors import (
+    ConfigError,
+    ReportedByOtherRank,
+    UserError,
+    is_of_a_name,
+    is_out_of_memory,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +188,7 @@ def guarded(
         discard(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        if error.filename is not None:  # it is an error of that file, not of standard output
+        if is_of_a_name(error):
             logger.debug("what follows was raised here", exc_info=True)
             return _ended_by(UserError(_about_file(error)), report)
         if _takes_text(sys.stdout):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gpt2.base.errors import Diverged, WrongContent
+from gpt2.base.errors import Diverged, WrongContent, is_of_a_name
 from gpt2.checkpoint import random_state
 from gpt2.config.lr_schedule import lr_at
 from gpt2.config.run import RunConfig
@@ -163,7 +163,7 @@ def _train_and_close(run: TrainingRun, world: World) -> RunResult:
         if isinstance(error, Diverged | WrongContent):
             run.ended("stopped", str(error))
         else:
-            if world.size == 1 and getattr(error, "filename", None) is not None:
+            if world.size == 1 and is_of_a_name(error):
                 # The command prints a line of it; of several ranks, the watchdog logs it.
                 logger.exception("the run failed:")
             run.ended("failed", world.reason(error))
