@@ -77,6 +77,12 @@ def test_a_schedule_without_peak_or_without_decay_is_a_warning(changes, total_st
     assert (said is not None) == (is_cliff or is_low)
 
 
+def test_a_rate_of_0_before_the_end_is_a_warning():
+    schedule = replace(SCHEDULE, floor=0.0)
+    assert warning(schedule, 110) is None
+    assert "0 from step 110 of 111 on, where nothing is learned" in warning(schedule, 111)
+
+
 def test_is_due():
     assert [step for step in range(10) if is_due(step, 3)] == [3, 6, 9]
     assert not any(is_due(step, None) for step in range(10))

@@ -88,6 +88,20 @@ def test_what_is_typed_after_a_finished_run_does_not_jump(tmp_path: Path):
         assert lr_schedule.warning(now.lr_schedule(200), 200) is None
 
 
+@pytest.mark.parametrize("decay_steps", [None, 50])
+def test_what_is_typed_after_a_run_whose_rate_fell_to_0_learns_again(
+    tmp_path: Path, decay_steps: int | None
+):
+    fell = {"schedule": "wsd", "min_lr_ratio": 0.0, "decay_steps": decay_steps}
+    run = small_config(tmp_path, tmp_path, **COSINE | fell)
+    text = train.next_commands(run, ["--preset", "demo", "--max_steps=100"], 1, step=100)
+    flags = text.partition("--preset demo ")[2].splitlines()[0].split()
+    now = train.parse_run(train.TrainCommand, flags, stored=run.to_dict()).run
+    assert lr_schedule.lr_at(100, now.lr_schedule(200)) > 0
+    stored = StartingPoint(checkpoint={"config": run.to_dict(), "rng": [{}]})
+    assert "to leave it there" not in stored.rate_warning(now, {"": 10**6}, 100)
+
+
 def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):
     """An older copy of the metadata on another machine would send its ranks to another collective
     than rank 0."""

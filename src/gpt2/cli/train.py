@@ -276,9 +276,12 @@ def next_commands(
     folder_flag = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
     )
-    # A decay that ends later would raise the learning rate again; a warm-up just goes on.
+    # A decay that ends later raises the learning rate again, which it must where that has fallen to
+    # 0; a warm-up just goes on.
     decay_steps = run.optim.decay_steps or (step if step > run.optim.warmup_steps else None)
     decay = "" if decay_steps is None else f" --decay_steps {decay_steps}"
+    if run.optim.min_lr_ratio == 0:
+        decay = "" if run.optim.decay_steps is None else " --decay_steps None"
     prompt = shlex.quote(run.evaluation.sample_prompt)
     tensorboard = "./start_tensorboard.sh" if as_script else "tensorboard"
     if run.watch.runs_dir != Path("runs") or not as_script:

@@ -48,6 +48,11 @@ def warning(schedule: Schedule, total_steps: int) -> str | None:
             f"the learning rate never reaches its peak of {schedule.peak:.3g}: the warm-up takes "
             f"{warmup} steps, the run {total_steps}; use --warmup_steps {total_steps // 10}"
         )
+    if end < total_steps and schedule.floor == 0:
+        return (
+            f"the learning rate is 0 from step {end} of {total_steps} on, where nothing is "
+            "learned; omit --decay_steps, or use a --min_lr_ratio above 0"
+        )
     last = lr_at(max(0, end - 1), schedule)
     is_at_peak = math.isclose(last, schedule.peak) and schedule.floor < schedule.peak
     if end < total_steps and is_at_peak:

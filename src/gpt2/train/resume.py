@@ -281,10 +281,13 @@ class StartingPoint:
         with_old_decay = replace(new, decay_steps=old.decay_steps)
         if not math.isclose(expected, lr_at(step, with_old_decay), rel_tol=UNNOTICED):
             return text  # the decay alone is not the cause
+        way_out = f"use --decay_steps {old.decay_steps} to leave it there; "
+        if new.floor == 0:  # where nothing would be learned
+            way_out = ""
         return (
             f"{text}: its decay ended at step {old.decay_steps}, and now ends at "
-            f"{new.decay_steps}; use --decay_steps {old.decay_steps} to leave it there; a run that "
-            "begins with --schedule wsd can be continued from before its cooldown without a jump"
+            f"{new.decay_steps}; {way_out}a run that begins with --schedule wsd can be continued "
+            "from before its cooldown without a jump"
         )
 
 
