@@ -177,3 +177,4 @@ def test_what_to_type_next_names_the_gpu_again(monkeypatch):
     text = train.next_commands(run, arguments, world_size=1, step=5, gpus=["2"])
     assert "CUDA_VISIBLE_DEVICES=2 python src/train_improved.py --experiment_name exp" in text
     assert "gpt2 generate --checkpoint_dir checkpoints/exp_gpu_2 --checkpoint best" in text
+    assert "gpt2 watch --checkpoint_dir checkpoints/exp_gpu_2\n" in text  # without TensorBoard

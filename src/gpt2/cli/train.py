@@ -288,7 +288,7 @@ def next_commands(
         tensorboard += f" --logdir {shlex.quote(str(run.watch.runs_dir.resolve()))}"
     rows = {
         "resume": f"{launcher} {shlex.join(flags)} --resume latest --max_steps {2 * step}{decay}",
-        "watch": tensorboard,
+        "watch": tensorboard if run.watch.use_tensorboard else f"gpt2 watch{folder_flag}",
         "list": f"{train}{folder_flag} --list_checkpoints",
         "estimate": f"{estimate}{folder_flag}",
         "generate": f"gpt2 generate{folder_flag} --checkpoint best --prompt {prompt}",
