@@ -1,15 +1,18 @@
 """The update of Muon beside that of torch's: `python bench/muon.py`
 
-The hidden matrices of the demo, with random gradients, in turns on one and on all cores.
+The hidden matrices of the demo, with random gradients, in turns on one and on all cores; and how
+many operators each runs.
 """
 
 import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2 import model
 from gpt2.config import presets
@@ -22,6 +25,24 @@ def elapsed_ms(update: Callable[[], object]) -> float:
     started = time.perf_counter()
     update()
     return (time.perf_counter() - started) * 1000
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += not func.is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def operators(update: Callable[[], object]) -> int:
+    with Counter() as counter:
+        update()
+    return counter.operators
 
 
 def main() -> None:
@@ -38,6 +59,8 @@ def main() -> None:
             else torch.optim.Muon(weights, adjust_lr_fn="match_rms_adamw", **options)
         )
         updates[kind] = one.step
+    counts = [operators(update) for update in updates.values()]
+    print(f"{counts[0]} operators, torch's {counts[1]}")
     for threads in (1, len(os.sched_getaffinity(0))):
         torch.set_num_threads(threads)
         for update in updates.values():
