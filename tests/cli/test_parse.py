@@ -174,7 +174,7 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch):
     assert main.main() == 130
 
 
-def test_a_file_that_the_program_forgot_is_no_error_of_its_user(tmp_path: Path):
+def test_a_missing_file_may_be_a_defect_and_keeps_its_traceback(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         guarded(lambda: len(os.listdir(tmp_path / "missing")))
 

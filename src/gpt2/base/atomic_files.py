@@ -27,7 +27,7 @@ def writing(
     Data, name and folder reach the disk in this order, so that the name never refers to a partial
     file. `before_replacing` runs between the first two.
     """
-    temporary = Path(f"{path}{TEMPORARY_SUFFIX}")  # `with_name` has no answer for / and .
+    temporary = Path(f"{path}{TEMPORARY_SUFFIX}")  # `with_name` raises ValueError for / and .
     try:
         with temporary.open("wb") as file:
             yield file

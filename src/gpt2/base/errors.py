@@ -24,8 +24,8 @@ OF_A_NAME = (
 
 
 def is_of_a_name(error: BaseException) -> bool:
-    """Whether it is about a file that cannot be used, such as a circle of links: whoever gave its
-    name can mend that. A missing file is no such error, as the program may have forgotten it."""
+    """Whether it is about a file that cannot be used as it is, such as a circle of links, which the
+    user can mend. A missing file is no such error: it may be a defect of the program."""
     return isinstance(error, OSError) and error.filename is not None and error.errno in OF_A_NAME
 
 

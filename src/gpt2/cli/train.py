@@ -36,7 +36,7 @@ FITTING = (
 )
 """options whose values must fit each other"""
 OF_MUON = ("cautious_decay", "momentum_warmup")
-"""options of which AdamW takes no notice"""
+"""options that AdamW ignores"""
 
 
 @dataclass(frozen=True)
@@ -276,8 +276,8 @@ def next_commands(
     folder_flag = (
         "" if folder == Path("checkpoints") else f" --checkpoint_dir {shlex.quote(str(folder))}"
     )
-    # A decay that ends later raises the learning rate again, which it must where that has fallen to
-    # 0; a warm-up just goes on.
+    # A decay that ends later raises the learning rate again, which is necessary if it is 0 now; a
+    # warm-up just goes on.
     decay_steps = run.optim.decay_steps or (step if step > run.optim.warmup_steps else None)
     decay = "" if decay_steps is None else f" --decay_steps {decay_steps}"
     if run.optim.min_lr_ratio == 0:

@@ -169,8 +169,7 @@ def overlay(config: RunConfig, values: Mapping[str, Any], *, is_complete: bool =
 
     Values may be nested by part, as in a TOML file. Of weights in `data_root` and in `mixture`,
     those in `values` count. Raises ConfigError for an unknown name, with the nearest known names,
-    and for a value of the wrong type; and, unless other values follow, `is_complete`, for values
-    that do not fit each other.
+    for a value of the wrong type, and if `is_complete` for values that do not fit each other.
     """
     changed_copy = replace if is_complete else _unchecked_copy
     parts: dict[str, dict[str, Any]] = {}

@@ -247,8 +247,8 @@ def _remote_exists(url: str) -> bool:
 
 
 def _is_file(entry: dict[str, Any]) -> bool:
-    """Whether an entry of a listing is a file or a link, and not a folder. A FIFO is listed, too:
-    who opens it by a shard's name is told what it is."""
+    """Whether an entry of a listing is a file or a link, and not a folder. A FIFO with a shard's
+    name is listed too, so that opening it is an error that names it."""
     return entry["type"] != "directory" or bool(entry.get("islink"))
 
 
