@@ -39,7 +39,9 @@ def test_a_run_with_a_profile_is_bit_identical_to_one_without(
         n for n, line in enumerate(caplog.messages) if line.startswith("Profile of steps 6 to 8")
     ]
     table = caplog.messages[at + 1 : at + 11]
-    assert any("aten::mm" in line for line in table)
+    # Which ones take longest depends on the machine and its load.
+    assert len(table) == 10
+    assert {line.rpartition(" calls: ")[2] for line in table} <= set(names)
     assert all(" ms a step, " in line for line in table)
     assert table == sorted(table, key=lambda line: -float(line.split()[1]))
 
