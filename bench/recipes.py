@@ -6,7 +6,7 @@ has a schedule that ends with it; losses of the middle of a training are not com
 
     python bench/recipes.py reference     GPT-2 at several learning rates
     python bench/recipes.py recipe        the recipe at several shares of GPT-2's tokens
-    python bench/recipes.py parts         the recipe without each of its parts
+    python bench/recipes.py parts         every part that was tried, and without each of them
     python bench/recipes.py noise         both again with two other seeds
     python bench/recipes.py repeat        the same without parts whose worth may be noise
     python bench/recipes.py report        the share at which the recipe has GPT-2's loss; pictures
@@ -77,21 +77,23 @@ SIZES = {
 SHARES = (0.06, 0.125, 0.25)
 """of GPT-2's tokens"""
 SHARE_OF_PARTS = 0.125
+LEFT_OUT = ["--layer_skip", "--cautious_decay"]
+"""parts that were found to be worth nothing, which the presets have no more"""
 WITHOUT: dict[str, list[str]] = {
     "zero_init": ["--no_zero_init"],
     "untied_head": ["--no_untied_head", "--embedding_lr_ratio", "1"],
     "logit_softcap": ["--logit_softcap", "None"],
     "value_embeddings": ["--no_value_embeddings"],
     "embedding_skip": ["--no_embedding_skip"],
-    "layer_skip": ["--no_layer_skip"],
+    "layer_skip": ["--layer_skip=false"],
     "normuon": ["--optimizer", "muon"],
     "muon": ["--optimizer", "adamw"],
-    "cautious_decay": ["--no_cautious_decay"],
+    "cautious_decay": ["--cautious_decay=false"],
     "momentum_warmup": ["--momentum_warmup", "0"],
     "embedding_lr_ratio": ["--embedding_lr_ratio", "1"],
     "wsd": ["--schedule", "cosine", "--min_lr_ratio", "0.1"],
 }
-"""flags that take a part of the recipe away"""
+"""flags that take a part of the recipe with `LEFT_OUT` away"""
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,16 @@ class Bench:
         steps = round(share * self.size.steps)
         return Arm("recipe", self._recipe_flags(steps), [self.size.rate], steps)
 
+    @property
+    def every_part(self) -> Arm:
+        """The recipe with `LEFT_OUT`."""
+        recipe = self.recipe(SHARE_OF_PARTS)
+        return replace(recipe, name="every part", flags=[*recipe.flags, *LEFT_OUT])
+
     def without(self, part: str) -> Arm:
-        rates = [self.size.rate / 4, self.size.rate / 2] if part == "muon" else [self.size.rate]
-        steps = round(SHARE_OF_PARTS * self.size.steps)
-        flags = [*self._recipe_flags(steps), *WITHOUT[part]]
-        return Arm(f"without {part}", flags, rates, steps)
+        whole, rate = self.every_part, self.size.rate
+        rates = [rate / 4, rate / 2] if part == "muon" else [rate]
+        return Arm(f"without {part}", [*whole.flags, *WITHOUT[part]], rates, whole.steps)
 
     def train(self, arm: Arm, seeds: int = 1) -> None:
         """Trains what is not in RESULTS yet, and adds it there."""
@@ -261,6 +268,7 @@ def train_recipe(bench: Bench) -> None:
 
 
 def train_parts(bench: Bench) -> None:
+    bench.train(bench.every_part)
     for part in WITHOUT:
         bench.train(bench.without(part))
 
@@ -268,7 +276,7 @@ def train_parts(bench: Bench) -> None:
 def repeat_parts(bench: Bench) -> None:
     """Two more seeds without each part whose worth may be noise: its loss differs by less than two
     standard errors of the difference of two trainings."""
-    whole = [item.val_loss for item in bench.finished(bench.recipe(SHARE_OF_PARTS))]
+    whole = [item.val_loss for item in bench.finished(bench.every_part)]
     two_errors = 2 * math.sqrt(2) * statistics.stdev(whole)
     known = {part: bench.finished(bench.without(part)) for part in WITHOUT}
     worth = {part: abs(_mean(found, {0}) - whole[0]) for part, found in known.items() if found}
@@ -278,6 +286,7 @@ def repeat_parts(bench: Bench) -> None:
 
 
 def train_noise(bench: Bench) -> None:
+    bench.train(bench.every_part, seeds=3)
     for share in SHARES:
         bench.train(bench.recipe(share), seeds=3)
     best = best_rate(bench.finished(bench.reference))
@@ -359,7 +368,7 @@ def report(bench: Bench) -> None:
     share = share_at(goal, {share: _mean(found, seeds) for share, found in recipes.items()})
     where = "is not reached" if share is None else f"is reached with {share:.3f} of the tokens"
     print(f"{len(seeds)} seeds: GPT-2's {goal:.4f} {where}")
-    whole = {item.seed: item.val_loss for item in recipes[SHARE_OF_PARTS]}
+    whole = {item.seed: item.val_loss for item in bench.finished(bench.every_part)}
     for part in WITHOUT:
         found = sorted(bench.finished(bench.without(part)), key=_rate)
         for rate, of_rate in itertools.groupby(found, _rate):

@@ -299,4 +299,4 @@ def test_an_option_of_muon_alone_is_refused_beside_adamw(flags: list[str]):
     off = ["--no_cautious_decay", "--momentum_warmup", "0"]
     parse_before_resume(TrainCommand, off)
     recipe = ["--preset", "fast-124m", "--optimizer", "adamw"]  # which replaces a part of it
-    assert parse_before_resume(TrainCommand, recipe).run.optim.cautious_decay
+    assert parse_before_resume(TrainCommand, recipe).run.optim.momentum_warmup

@@ -44,7 +44,7 @@ def _fast(
     warmup_steps: int = 100,
     momentum_warmup: int = 300,
 ) -> RunConfig:
-    """The recipe of `docs/recipe.md`, with all its parts."""
+    """The recipe of `docs/recipe.md`."""
     model = replace(
         shape,
         architecture="modern",
@@ -53,7 +53,6 @@ def _fast(
         logit_softcap=15.0,
         value_embeddings=True,
         embedding_skip=True,
-        layer_skip=True,
     )
     optim = OptimConfig(
         optimizer="normuon",
@@ -63,7 +62,6 @@ def _fast(
         schedule="wsd",
         cooldown=0.6,
         min_lr_ratio=0.0,
-        cautious_decay=True,
         momentum_warmup=momentum_warmup,
     )
     return RunConfig(preset=name, model=model, data=data, optim=optim)
