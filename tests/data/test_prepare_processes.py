@@ -51,6 +51,32 @@ def test_workers_get_the_tokenizer(tokenizer_file: Path, tmp_path: Path, monkeyp
     assert shard_tokens(folder) == expected
 
 
+UNGUARDED = """
+import sys
+from pathlib import Path
+from gpt2.data import prepare, tokenizer_files
+import support
+tokenizer = tokenizer_files.load(Path(sys.argv[1]))
+prepare.prepare(support.SMALL_CORPUS, Path("shards"), tokenizer=tokenizer, workers=2)
+"""
+
+
+def test_workers_that_die_at_their_start_are_an_error(tokenizer_file: Path, tmp_path: Path):
+    """As those of a script without `if __name__ == "__main__":`, which each of them runs. Their
+    tokenizer is larger than a pipe."""
+    (tmp_path / "unguarded.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, "unguarded.py", str(tokenizer_file)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=support.HANG_S,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("gpt2.base.errors.DataError: a tokenising proc")
+
+
 def test_blocks_are_read_ahead_up_to_a_limit(monkeypatch):
     """Of one block per task and worker, at least two: memory is bounded, whatever their size."""
     monkeypatch.setattr(tokenisation, "AHEAD_CHARACTERS", 1)

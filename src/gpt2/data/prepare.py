@@ -174,7 +174,7 @@ def _errors(folder: Path) -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise DataError(
-            "a tokenising process was killed, possibly for lack of memory; type the same command "
+            "a tokenising process has died, possibly for lack of memory; type the same command "
             "again to continue, with --workers 1 to use the least memory"
         ) from None
     except OSError as error:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.queues import Queue
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +54,14 @@ def encoded_blocks(
     """The tokens of all blocks, in their order."""
     # Not "fork": the tokeniser's threads can deadlock in a forked process.
     context = multiprocessing.get_context("spawn")
+    # Not as an argument: to start a process that dies early would wait for ever if what it is
+    # given is larger than a pipe. A queue has a thread that waits.
+    tokenizers: Queue[Tokenizer] = context.Queue()
+    tokenizers.cancel_join_thread()
+    for _ in range(workers):
+        tokenizers.put(tokenizer)
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), tokenizer)
+        workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), tokenizers)
     )
     waiting: deque[tuple[Future[Encoded], int]] = deque()
     ahead = 0
@@ -169,16 +176,16 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _begin(parent: int, tokenizer: Tokenizer) -> None:
+def _begin(parent: int, tokenizers: "Queue[Tokenizer]") -> None:
     """Lets a worker end with its parent, also if that is killed, and ignore Ctrl+C; it gets the
     tokenizer once."""
-    global _tokenizer
-    _tokenizer = tokenizer
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     atexit.register(os._exit, 0)  # to free its memory object by object would take a while
+    global _tokenizer
+    _tokenizer = tokenizers.get()
 
 
 def _encode(task: list[Block]) -> Encoded:
