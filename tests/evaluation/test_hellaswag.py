@@ -289,19 +289,34 @@ def test_another_data_set_on_the_hub(hub: Path, tmp_path: Path):
     assert not (tmp_path / "kept").exists()
 
 
-def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """If the host name does not resolve, the library looks into its cache only: otherwise it would
-    retry for half a minute."""
+def fail(host: str, *_: object) -> None:
+    raise socket.gaierror(-2, f"no address of {host}")
 
-    def fail(host: str, *_: object) -> None:
-        raise socket.gaierror(-2, f"no address of {host}")
+
+@pytest.mark.parametrize(
+    ("variable", "look_up", "set_to", "reason"),
+    [
+        ("", fail, "1", "no network: huggingface.co is not found"),
+        ("1", fail, "1", "no network: huggingface.co is not found"),
+        ("1", lambda *_: ["address"], "1", "the environment variable HF_HUB_OFFLINE forbids it"),
+        ("", lambda *_: ["address"], None, "huggingface.co cannot be reached"),
+    ],
+)
+def test_why_the_hub_cannot_be_reached(
+    variable, look_up, set_to, reason, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """If the host name does not resolve, the library looks into its cache only: otherwise it would
+    retry for half a minute. What its text calls the reason is a class, so that is not shown."""
+    seen = []
 
     def load(*_: object, **__: object) -> None:
-        raise ConnectionError(f"offline: {os.environ['HF_HUB_OFFLINE']}")
+        seen.append(os.environ.get("HF_HUB_OFFLINE"))
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub (OfflineModeIsEnabled)")
 
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setenv("HF_HUB_OFFLINE", variable)
+    if not variable:
+        monkeypatch.delenv("HF_HUB_OFFLINE")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -310,5 +325,6 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         hellaswag.load(None, folder=tmp_path)
     assert str(raised.value) == (
         f"HellaSwag is not in {tmp_path} and cannot be downloaded from the Hugging Face hub "
-        "(offline: 1); put hellaswag_val.jsonl there, or name a file with --hellaswag_path"
+        f"({reason}); put hellaswag_val.jsonl there, or name a file with --hellaswag_path"
     )
+    assert seen == [set_to]

@@ -216,17 +216,22 @@ def _require_task(item: Any) -> None:
 
 def _download(folder: Path) -> Iterator[dict[str, Any]]:
     """The tasks from the hub, or from the cache of its library; also written to `folder`."""
+    forbidden = bool(os.environ.get("HF_HUB_OFFLINE"))
+    has_network = _has_network()
     try:
-        if not _has_network():  # the library's own retries take half a minute
+        if not has_network:  # the library's own retries take half a minute
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import datasets  # seconds to import
 
         rows = datasets.load_dataset(REPO, split="validation")
         items = [{name: row[name] for name in FIELDS} for row in rows]
     except Exception as error:  # the hub and the network can raise anything
+        reason = f"{error!s:.100}"
+        if isinstance(error, ConnectionError):  # its text names classes of the library
+            reason = _unreachable(has_network, forbidden)
         raise DataError(
             f"HellaSwag is not in {folder} and cannot be downloaded from the Hugging Face hub "
-            f"({error!s:.100}); put {NAMES[0]} there, or name a file with --hellaswag_path"
+            f"({reason}); put {NAMES[0]} there, or name a file with --hellaswag_path"
         ) from error
     with contextlib.suppress(OSError):  # the next run downloads it again
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,10 +241,22 @@ def _download(folder: Path) -> Iterator[dict[str, Any]]:
     yield from items
 
 
+def _unreachable(has_network: bool, forbidden: bool) -> str:
+    """Why the hub cannot be reached."""
+    if not has_network:
+        return f"no network: {_hub_host()} is not found"
+    if forbidden:
+        return "the environment variable HF_HUB_OFFLINE forbids it"
+    return f"{_hub_host()} cannot be reached"
+
+
 def _has_network() -> bool:
     """Whether the hub's host name resolves, or a proxy is set."""
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
-        return bool(urllib.request.getproxies() or socket.getaddrinfo(host, None))
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(_hub_host(), None))
     except OSError:
         return False
+
+
+def _hub_host() -> str | None:
+    return urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
