@@ -79,7 +79,10 @@ def test_assumptions_are_printed_without_a_run(out: Console):
     assert list(rows) == ["16", "24", "40", "80", "141"]
     assert rows["80"] == ["64", "8"]
     assert "9,900,000,000 training tokens: 99 shards of 100 M tokens" in printed
-    assert "1 × A100 at 40% MFU" in printed
+    assert "1 × A100 at 40% MFU, whatever GPUs this machine has;" in printed
+    assert "--gpus N is for N A100s, --tokens_per_sec N for the speed of other GPUs" in printed
+    assert "1 (assumed)" in printed
+    assert "this run" not in printed
     assert "94,414" in printed  # 5 epochs of 9.9 G tokens in steps of 524,288
 
 
@@ -94,6 +97,8 @@ def test_given_speed_and_prepared_data_count(tmp_path: Path, data_root: Path, ou
     )
     assert f"{tokens:,} training tokens: the data in {data_root}" in printed
     assert "1,000 tokens/s on 2 GPUs, as given" in printed
+    estimate.print_assumed_forecast(run, 1000.0, 1, out)
+    assert "1,000 tokens/s on 1 GPU, as given" in text_of(out)
 
 
 def test_an_estimate_before_the_run_knows_its_ramp(out: Console):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gpt2.base import addresses
 from gpt2.base.errors import DataError
-from gpt2.base.text import one_line, table
+from gpt2.base.text import counted, one_line, table
 from gpt2.config import flops, memory, peak_rates
 from gpt2.config.flops import duration
 from gpt2.config.run import RunConfig
@@ -90,7 +90,7 @@ def print_run_forecast(run: Run, out: Console) -> None:
         f"Recent: {step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
         f"(median of {len(recent)} steps; validation and saving not included)"
     )
-    _print_forecast(forecast, plan.device, out)
+    _print_forecast(forecast, plan.device, "this run", out)
 
 
 def print_assumed_forecast(
@@ -109,14 +109,19 @@ def print_assumed_forecast(
         source = "99 shards of 100 M tokens, as FineWeb-Edu sample-10BT gives"
     if tokens_per_s is None:
         tokens_per_s = ASSUMED_MFU * ASSUMED_FLOPS * gpus / flops.flops_per_token(config.model)
-        speed = f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU"
+        speed = (
+            f"{tokens_per_s:,.0f} tokens/s: {gpus} × {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU, "
+            "whatever GPUs this machine has;\n"
+            f"         --gpus N is for N {ASSUMED_GPU}s, --tokens_per_sec N for the speed of other "
+            "GPUs, as a run logs it"
+        )
     else:
-        speed = f"{tokens_per_s:,.0f} tokens/s on {gpus} GPUs, as given"
+        speed = f"{tokens_per_s:,.0f} tokens/s on {counted(gpus, 'GPU')}, as given"
     rows = (tokens // shards - 1) // config.model.block_size
     sampler = config.sampler({"": (rows,) * shards})
     out.print(f"An estimate for --preset {config.preset}. Assumed:")
     out.print(f"  data   {tokens:,} training tokens: {source}")
-    out.print(f"  speed  {speed} (--tokens_per_sec sets it)")
+    out.print(f"  speed  {speed}")
     forecast = Forecast(
         sampler=sampler,
         step=0,
@@ -126,17 +131,18 @@ def print_assumed_forecast(
         devices=gpus,
         checkpoint_interval=config.checkpoint.checkpoint_interval,
     )
-    _print_forecast(forecast, "gpu", out)
+    _print_forecast(forecast, "GPU", "assumed", out)
     out.print(_cards(config, gpus))
 
 
-def _print_forecast(forecast: Forecast, device: str, out: Console) -> None:
+def _print_forecast(forecast: Forecast, device: str, own: str, out: Console) -> None:
+    """`own` says what the forecast's own number of devices is."""
     if forecast.step >= forecast.total_steps:
         out.print("The run is complete.")
     else:
         out.print(f"Left: {duration(forecast.left_s)}, finish {_date(forecast.left_s)}")
         out.print(_milestones(forecast))
-    out.print(_scaling(forecast, device))
+    out.print(_scaling(forecast, device, own))
 
 
 def _milestones(forecast: Forecast) -> Table:
@@ -163,7 +169,7 @@ def _milestone_rows(forecast: Forecast) -> list[tuple[int, str]]:
     return [*sorted(rows), (end, "end of the run")]
 
 
-def _scaling(forecast: Forecast, device: str) -> Table:
+def _scaling(forecast: Forecast, device: str, own: str) -> Table:
     listing = table(
         f"On other numbers of {device}s (estimate: linear from {forecast.devices})",
         f"{device}s",
@@ -176,7 +182,7 @@ def _scaling(forecast: Forecast, device: str) -> Table:
         factor = forecast.devices / count
         left_s = max(0.0, forecast.left_s) * factor
         listing.add_row(
-            f"{count}{' (this run)' if count == forecast.devices else ''}",
+            f"{count}{f' ({own})' if count == forecast.devices else ''}",
             f"{forecast.tokens_per_s / factor:,.0f}",
             duration(forecast.whole_s * factor),
             duration(left_s),
