@@ -1,5 +1,6 @@
 """Loads the trained model that flags name: shared by `generate`, `evaluate` and `export`."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.inspection import run_status
 from gpt2.model.base import LanguageModel
-from gpt2.train import resume, saved_run
+from gpt2.train import resume, saved_run, status
 from gpt2.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+FOLDER = Path("checkpoints")
+"""where runs are without --checkpoint_dir"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
 
     Raises CheckpointError if there is none, or if its weights are NaN or infinite.
     """
-    which, folder, trust = source.checkpoint, source.checkpoint_dir, source.trust_checkpoint
+    which, trust = source.checkpoint, source.trust_checkpoint
     train_state, run, shown, corpora = None, None, which, None
     tokenizer: Tokenizer | None
     if interchange.is_foreign(which):
@@ -75,16 +80,10 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
         weights = {name: part.float() for name, part in found.weights.items()}
     else:
 
-        def find() -> Path | None:
-            if (which == "best" or which.isdigit()) and not store.list_checkpoints(folder):
-                return None
-            return store.find(folder, which)
+        def find() -> Path:
+            return _checkpoint(which, source.checkpoint_dir)
 
         path = world.run_on_rank0(find) if world else find()
-        if path is None:
-            others = run_status.run_folders(folder, "step_*.json")
-            way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
-            raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
         state = saved_run.load(path, trust=trust, world=world)
         weights, run = state["model"], state["config"]
         tokenizer = saved_tokenizer.of_checkpoint(state)
@@ -101,3 +100,28 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
     with saved_run.explained(Path(shown)):
         net.load_state_dict(weights, assign=True)
     return LoadedModel(shown, net, train_state, run, tokenizer, corpora)
+
+
+def _checkpoint(which: str, given: Path | None) -> Path:
+    """The path of the checkpoint that `which` names, in the folder `given`, or in that of the run
+    that is found without one. Raises CheckpointError if there is none."""
+    is_in_folder = which in ("latest", "best") or which.isdigit()
+    folder = given or (_folder_of_run() if is_in_folder else FOLDER)
+    is_empty = is_in_folder and which != "latest" and not store.list_checkpoints(folder)
+    path = None if is_empty else store.find(folder, which)
+    if path is None:
+        others = run_status.run_folders(given or FOLDER, "step_*.json")
+        way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
+        raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
+    return path
+
+
+def _folder_of_run() -> Path:
+    """`checkpoints`; if no checkpoint is in it, the folder of the run that `gpt2 status` shows."""
+    run = None if any(FOLDER.glob("step_*")) else run_status.newest_run(FOLDER)
+    if run is None or run.folder == FOLDER:
+        return FOLDER
+    count = len(run_status.run_folders(FOLDER, status.NAME))
+    which = "the run" if count == 1 else f"the newest of {count} runs"
+    logger.info("No checkpoint in %s; %s below it is taken: %s", FOLDER, which, run.folder)
+    return run.folder

@@ -10,7 +10,8 @@ class ModelSource:
 
     checkpoint: str = "latest"
     """latest, best, a step or a path; hf:FOLDER or nanogpt:FILE for a model of another tool"""
-    checkpoint_dir: Path = Path("checkpoints")
-    """folder of the run's checkpoints"""
+    checkpoint_dir: Path | None = None
+    """folder of the run's checkpoints; default is checkpoints or, if it has none, that of the
+    newest run below it, as in `gpt2 status`"""
     trust_checkpoint: bool = False
     """unpickle a checkpoint that another user wrote: it can run any code"""
