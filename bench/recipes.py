@@ -160,7 +160,7 @@ class Bench:
 
     def without(self, part: str) -> Arm:
         whole, rate = self.every_part, self.size.rate
-        rates = [rate / 4, rate / 2] if part == "muon" else [rate]
+        rates = [rate / 16, rate / 8, rate / 4, rate / 2] if part == "muon" else [rate]
         return Arm(f"without {part}", [*whole.flags, *WITHOUT[part]], rates, whole.steps)
 
     def train(self, arm: Arm, seeds: int = 1) -> None:
