@@ -22,6 +22,7 @@ from gpt2.data.remote import Storage
 from gpt2.data.shards import load_index
 from gpt2.inspection import checks, doctor, machine
 from gpt2.inspection.checks import Finding, Need
+from inspection import written_runs
 from support import small_config, small_flags, write_tasks
 
 GB = 10**9
@@ -242,6 +243,24 @@ def test_a_wrong_list_of_gpus_is_a_problem_on_a_cpu_too(
     run_config = small_config(tmp_path, tmp_path, device=device)
     found = next(item for item in doctor.examine(run_config) if item.what == "GPU")
     assert found.level == "PROBLEM" and "'3-1' is not a GPU" in found.fact
+
+
+def test_without_gpus_there_are_as_many_ranks_as_the_resumed_run_had(
+    data_root: Path, tmp_path: Path
+):
+    run = small_config(data_root, tmp_path, device="cpu")
+    written_runs.write_run(run.checkpoint.checkpoint_dir, 1)
+
+    def batch(run_config: RunConfig, ranks: int | None = None) -> str:
+        found = doctor.examine(run_config, ranks)
+        return next(item.fact for item in found if item.what == "batch")
+
+    assert batch(run).startswith("1 rank of 4 rows")  # a new run; python starts one rank
+    resumed = options.overlay(run, {"resume": "latest"})
+    assert batch(resumed).startswith("2 ranks of 2 rows")
+    assert batch(resumed, 1).startswith("1 rank of 4 rows")
+    named = options.overlay(resumed, {"experiment_name": "a"})
+    assert batch(named).startswith("1 rank of 4 rows")
 
 
 def test_without_an_address(monkeypatch: pytest.MonkeyPatch):

@@ -34,7 +34,7 @@ from gpt2.inspection import checks, machine
 from gpt2.inspection.checks import Finding, Need, Severity
 from gpt2.inspection.machine import Gpu
 from gpt2.metrics import wandb
-from gpt2.train import dataset, experiment_folder, resume, saved_run
+from gpt2.train import dataset, experiment_folder, resume, saved_run, status
 from gpt2.train.evaluator import validation_rows
 from gpt2.train.resume import Configure, StartingPoint
 
@@ -62,7 +62,8 @@ def print_findings(findings: Iterable[Finding], out: Console) -> int:
 
 
 def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding]:
-    """All findings about a run with these options, on one rank per GPU unless `ranks` is given."""
+    """All findings about a run with these options. Without `ranks`: one per GPU, or without GPUs as
+    many as the run had that is resumed."""
     yield from _software(run_config)
     device_option = run_config.machine.device
     build, driver = machine.installed_torch(), machine.driver()
@@ -75,7 +76,7 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         yield Finding("PROBLEM", "GPU", reason, "see nvidia-smi; a reboot may help")
-    count = ranks or (max(1, len(gpus)) if run_config.experiment.name is None else 1)
+    count = ranks or _usual_ranks(run_config, len(gpus))
     sized = dataset.with_vocab_size_if_known(run_config)
     yield checks.check_device(device_option, len(gpus), build, driver)
     yield from checks.check_gpus(gpus, flops.training_bytes(sized.model, sized.optim.optimizer))
@@ -90,6 +91,14 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     yield checks.check_cards(sized, count)
     yield from _of_this_run(run_config, device)
     yield from _of_this_machine(sized, count, device)
+
+
+def _usual_ranks(run_config: RunConfig, gpus: int) -> int:
+    if run_config.experiment.name is not None:
+        return 1
+    settings = run_config.checkpoint
+    before = status.read(settings.checkpoint_dir) if settings.resume_from else None
+    return gpus or (before.plan.world_size if before else 1)
 
 
 def _software(run_config: RunConfig) -> Iterator[Finding]:
