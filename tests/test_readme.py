@@ -1,13 +1,16 @@
 """The README and docs/: commands, options, files and links that they name exist."""
 
+import contextlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from gpt2.cli import main, options_page
 from gpt2.config.presets import PRESETS
+from gpt2.data.corpora import CORPORA
 from support import ROOT
 
 PAGES = [
@@ -51,7 +54,24 @@ def test_the_page_of_options_is_that_of_the_source_code():
     )
     assert {"learning_rate", "top_p", "num_seeds", "ddp", "space", "log_level"} <= OPTIONS
     assert all(f"| `{name}` |" in OPTIONS_PAGE for name in PRESETS)
-    assert all(f"\n## gpt2 {name}" in OPTIONS_PAGE for name in main.COMMANDS)
+
+
+def test_each_command_has_a_section_of_options(capsys, monkeypatch: pytest.MonkeyPatch):
+    """Commands are those of `gpt2 COMMAND --help`, where it lists actions. All corpora that
+    `gpt2 data` lists have the same options."""
+    names = {name.replace("_", "-") for name in CORPORA}
+    commands = set()
+    for command in main.COMMANDS:
+        monkeypatch.setattr(sys, "argv", ["gpt2", command, "--help"])
+        with contextlib.suppress(SystemExit):
+            main.main()
+        usage, _, listing = capsys.readouterr().out.partition("\n")
+        has_actions = re.fullmatch(rf"usage: gpt2 {command} (WHAT|ACTION) \[OPTIONS]", usage)
+        actions = re.findall(r"^  ([\w-]+)", listing, re.MULTILINE) if has_actions else []
+        commands |= {f"{command} {'NAME' if item in names else item}" for item in actions}
+        commands |= set() if has_actions else {command}
+    assert {"train", "data NAME", "data order", "experiments run", "tokenizer show"} <= commands
+    assert set(re.findall(r"^## gpt2 (.+)$", OPTIONS_PAGE, re.MULTILINE)) == commands
 
 
 def test_the_readme_is_short():

@@ -8,11 +8,14 @@ import ast
 import importlib
 import inspect
 import itertools
+import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from gpt2 import cli
+from gpt2.cli import experiments_run
 from gpt2.cli.main import COMMANDS
 from gpt2.cli.parse import CommandOptions
 from gpt2.config.presets import PRESETS
@@ -57,24 +60,39 @@ def page() -> str:
     """The page as Markdown."""
     lines = [f"| `{name}` | {_differences(run)} |" for name, run in PRESETS.items()]
     seen: set[type[Any]] = set()
-    for title, kind in _sections().items():
-        lines += ["", f"## {title}", "", _text(kind.__doc__ or ""), *_group(kind, seen)]
+    texts = {
+        title: [_text(kind.__doc__ or ""), *_group(kind, seen)]
+        for title, kind in _sections().items()
+    }
+    texts["gpt2 experiments run"] = ["```text", experiments_run.HELP, "```"]  # it has no dataclass
+    for title in sorted(texts, key=_place):
+        lines += ["", f"## {title}", "", *texts[title]]
     return INTRODUCTION + "\n".join(lines) + "\n"
+
+
+def _place(title: str) -> int:
+    """The place of a section's command in the list of commands; 0 for one about all."""
+    name = title.removeprefix("gpt2 ").partition(" ")[0]
+    return [*COMMANDS].index(name) + 1 if name in COMMANDS else 0
 
 
 def _sections() -> dict[str, type[CommandOptions]]:
     """Title -> the dataclass of a command, or of each action of a command."""
     found: dict[str, type[CommandOptions]] = {"Every command": CommandOptions}
     for name in COMMANDS:
-        module = importlib.import_module(f"gpt2.cli.{name}")
+        modules = [
+            importlib.import_module(f"gpt2.cli.{item.name}")
+            for item in pkgutil.iter_modules(cli.__path__)
+            if item.name == name or item.name.startswith(f"{name}_")  # data_show belongs to data
+        ]
         kinds = [
             kind
+            for module in modules
             for kind in vars(module).values()
             if inspect.isclass(kind)
             and issubclass(kind, CommandOptions)
-            and kind.__module__.startswith(module.__name__)  # data_show belongs to data
+            and kind.__module__ == module.__name__
         ]
-        kinds.sort(key=lambda kind: kind.__module__)
         for kind in kinds:
             action = kind.__name__.removesuffix("Command").lower()
             typed = f"gpt2 {name} {TYPED.get(action, action)}"
