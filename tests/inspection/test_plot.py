@@ -11,6 +11,9 @@ from gpt2.inspection.figures import Curve
 from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.log_file import LogFile
 from gpt2.metrics.records import HellaSwagRecord, StepRecord, ValidationRecord
+from gpt2.train import status
+from gpt2.train.status import Plan
+from inspection.written_runs import PLAN
 
 
 def write_log(
@@ -75,6 +78,27 @@ def test_the_folder_of_an_experiment_stands_for_its_trainings(tmp_path: Path):
         write_log(tmp_path / "models" / name / "log.txt", "demo_20261121_130000", [3.0])
     names = [run.name for run in plot.read([tmp_path / "models"])]
     assert names == [f"{tmp_path}/models/gpt2", f"{tmp_path}/models/modern"]
+
+
+def test_a_run_is_found_by_its_name_and_by_its_checkpoint_folder(tmp_path: Path):
+    """As by `gpt2 watch`: its log holds earlier runs, too, and may lie elsewhere."""
+    root = tmp_path / "checkpoints"
+    for gpu in "01":
+        log = tmp_path / "logs" / f"lr1_gpu_{gpu}" / "log.txt"
+        for name in (f"earlier on {gpu}", f"newest on {gpu}"):
+            write_log(log, name, [3.0])
+        folder = root / f"lr1_gpu_{gpu}"
+        folder.mkdir(parents=True)
+        plan = Plan(**PLAN.__dict__ | {"run_name": f"newest on {gpu}", "log_file": str(log)})
+        status.write(folder, plan, "finished", 1)
+    both = {run.name for run in plot.read([Path("lr1")], root=root)}
+    assert both == {"newest on 0", "newest on 1"}
+    (run,) = plot.read([root / "lr1_gpu_0"])
+    assert run.name == "newest on 0"
+    with pytest.raises(
+        DataError, match=r"no log at lr2; .* an --experiment_name .* run in .*checkpoints"
+    ):
+        plot.read([Path("lr2")], root=root)
 
 
 def test_a_log_without_a_step_is_named_in_the_error(tmp_path: Path):
@@ -179,6 +203,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
         expected = f"a: step 10, loss 3.0000, val loss 3.0000\nDrawn: {picture}\n"
         assert capsys.readouterr().out == expected
         assert Path(picture).exists()
+    Path("runs/lr1_gpu_cpu").mkdir(parents=True)
+    plan = Plan(**PLAN.__dict__ | {"run_name": "a", "log_file": str(tmp_path / "logs/log.txt")})
+    status.write(Path("runs/lr1_gpu_cpu"), plan, "finished", 10)
+    monkeypatch.setattr(sys, "argv", ["gpt2", "plot", "lr1", "--checkpoint_dir", "runs"])
+    assert main.main() == 0
+    assert capsys.readouterr().out.startswith("a: step 10, loss 3.0000")
     monkeypatch.setattr(sys, "argv", ["gpt2", "plot", "nowhere"])
     assert main.main() == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -19,7 +19,10 @@ class PlotCommand(CommandOptions):
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN …]")] = (
         Path("logs/log.txt"),
     )
-    """logs, or folders with logs/log.txt, such as the --out_dir of a run, or experiments"""
+    """logs, or folders with logs/log.txt, such as the --out_dir of a run, or of experiments, or an
+    --experiment_name"""
+    checkpoint_dir: Path = Path("checkpoints")
+    """folder with the runs of an --experiment_name"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")
     """file of the picture: .png, .svg or .pdf"""
     last: int | None = None
@@ -35,7 +38,7 @@ def plot_main() -> int:
 
 
 def _run(command: PlotCommand) -> int:
-    runs = plot.read(command.runs, command.last)
+    runs = plot.read(command.runs, command.last, command.checkpoint_dir)
     plot.save(runs, command.out)
     out = console()
     for run in runs:

@@ -18,12 +18,12 @@ from gpt2.base.errors import CheckpointError
 from gpt2.base.text import PlainConsole
 from gpt2.cli import experiment_notices
 from gpt2.cli.parse import CommandOptions, run_command
-from gpt2.config import experiment_name
 from gpt2.experiments.progress import state
 from gpt2.experiments.progress.experiment_view import ExperimentView
 from gpt2.experiments.progress.state import ExperimentState
 from gpt2.inspection import run_status
-from gpt2.inspection.watch import RunView, View, log_in
+from gpt2.inspection.run_status import log_in
+from gpt2.inspection.watch import RunView, View
 from gpt2.metrics import notify
 from gpt2.metrics.notify import Notifier
 from gpt2.train import notices, status
@@ -137,7 +137,7 @@ def find(command: WatchCommand, notifier: Notifier) -> View:
         return (
             RunView(None, given) if given.name != status.NAME else _of_run(given.parent, notifier)
         )
-    folders = [given] if given.is_dir() else _of_name(command.run, root)
+    folders = [given] if given.is_dir() else run_status.folders_of_name(command.run, root)
     for folder in folders:
         if found := _newest_below(folder, notifier):
             return found
@@ -147,21 +147,6 @@ def find(command: WatchCommand, notifier: Notifier) -> View:
         f"no run at {given}, and no experiment of that name in {root}; expected a folder with a "
         "run, such as its --out_dir, a log.txt, or an --experiment_name"
     )
-
-
-def _of_name(name: str, root: Path) -> list[Path]:
-    """The folders of a named experiment, one for each GPU, that with the newest run first."""
-    found = [
-        folder
-        for folder in root.glob(experiment_name.label("*", "*"))
-        if (read := experiment_name.read_label(folder.name)) and read[0] == name
-    ]
-    return sorted(found, key=_time_of_run, reverse=True)
-
-
-def _time_of_run(folder: Path) -> float:
-    current = status.read(folder)
-    return current.time if current else 0.0
 
 
 def _newest_below(root: Path, notifier: Notifier) -> View | None:

@@ -12,16 +12,17 @@ import numpy as np
 
 from gpt2.base.errors import DataError
 from gpt2.evaluation import baselines
-from gpt2.inspection import figures
+from gpt2.inspection import figures, run_status
 from gpt2.inspection.figures import Curve, Numbers
-from gpt2.metrics import jsonl, log_file, log_reader
+from gpt2.inspection.run_status import LOG_NAMES, Run
+from gpt2.metrics import log_reader
 from gpt2.metrics.log_reader import LoggedRun
+from gpt2.train import status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOG_NAMES = (log_file.LOG_NAME, jsonl.RECORDS_NAME)
 STEEP = 0.05
 """share of a run, at its beginning, whose losses may be cut off"""
 NOISE = (0.001, 0.995)
@@ -47,34 +48,58 @@ class Panel:
     """where steps of a run are on the x axis"""
 
 
-def read(given: Sequence[Path], last: int | None = None) -> list[LoggedRun]:
+@dataclass(frozen=True)
+class _Source:
+    """A log, or a folder with one."""
+
+    path: Path
+    run_name: str | None = None
+    """of the only run of it that is read; None for all"""
+
+
+def read(
+    given: Sequence[Path], last: int | None = None, root: Path = Path("checkpoints")
+) -> list[LoggedRun]:
     """The runs in `given` that have a step or a validation, under distinct names.
 
-    Each of `given` is a log file, a folder with one, such as an --out_dir, or the folder of an
-    experiment; only the `last` so many runs of each log are returned. If there are several logs,
-    the name of a run includes the path of its log. Raises DataError if a log has no such run.
+    Each of `given` is a log file, a folder with one, such as an --out_dir, the checkpoint folder of
+    a run, the folder of an experiment, or a name whose runs are in `root`; only the `last` so many
+    runs of each log are returned. If there are several logs, the name of a run includes the path of
+    its log. Raises DataError if a log has no such run.
     """
     found = []
-    sources = [source for item in given for source in _sources(item)]
+    sources = [source for item in given for source in _sources(item, root)]
     for source in sources:
         runs = [run for run in _read_log(source) if run.steps or run.val_losses]
         if not runs:
-            raise DataError(f"{source} has no logged step yet; try again when the run has trained")
+            raise DataError(
+                f"{source.path} has no logged step yet; try again when the run has trained"
+            )
         runs = runs[-last:] if last else runs
-        if len(sources) > 1 and len(runs) == 1:
-            runs = [replace(runs[0], name=str(source))]
-        elif len(sources) > 1:
-            runs = [replace(run, name=f"{source} {run.name}") for run in runs]
+        if len(sources) > 1 and not source.run_name:
+            several = [f"{source.path} {run.name}" for run in runs]
+            names = several if len(runs) > 1 else [str(source.path)]
+            runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
         found += runs
     return found
 
 
-def _sources(given: Path) -> list[Path]:
-    """The folders of an experiment's trainings if `given` is an experiment, else `given` itself."""
-    if _log_of(given) or not given.is_dir():
-        return [given]
-    logs = (path for name in LOG_NAMES for path in given.glob(f"*/{name}"))
-    return sorted({path.parent for path in logs}) or [given]
+def _sources(given: Path, root: Path) -> list[_Source]:
+    """The logs that `given` stands for: its own, else that of the run or those of the experiment
+    whose folder or name it is. Raises DataError if it is none of these."""
+    if _log_of(given):
+        return [_Source(given)]
+    folders = [given] if given.is_dir() else run_status.folders_of_name(str(given), root)
+    runs = [Run(folder, current) for folder in folders if (current := status.read(folder))]
+    if runs:
+        return [_Source(run.log, run.status.plan.run_name) for run in runs]
+    logs = {path.parent for name in LOG_NAMES for path in given.glob(f"*/{name}")}
+    if not logs:
+        raise DataError(
+            f"no log at {given}; expected a log.txt, a folder with logs/log.txt, such as the "
+            f"--out_dir of a run, or an --experiment_name that has a run in {root}"
+        )
+    return [_Source(log) for log in sorted(logs)]
 
 
 def _log_of(source: Path) -> Path | None:
@@ -83,16 +108,13 @@ def _log_of(source: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read_log(source: Path) -> list[LoggedRun]:
-    if path := _log_of(source):
-        try:
-            return log_reader.read_runs(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    raise DataError(
-        f"no log at {source}; expected a log.txt, or a folder with logs/log.txt, such as the "
-        "--out_dir of a run"
-    )
+def _read_log(source: _Source) -> list[LoggedRun]:
+    path = _log_of(source.path) or source.path
+    try:
+        runs = log_reader.read_runs(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    return [run for run in runs if source.run_name in (None, run.name)]
 
 
 def save(runs: Sequence[LoggedRun], path: Path) -> None:

@@ -9,8 +9,13 @@ from rich.console import Console
 
 from gpt2.base import folder_lock
 from gpt2.base.text import brief, one_line
+from gpt2.config import experiment_name
 from gpt2.config.flops import duration
+from gpt2.metrics.jsonl import RECORDS_NAME
+from gpt2.metrics.log_file import LOG_NAME
 from gpt2.train import status
+
+LOG_NAMES = (LOG_NAME, RECORDS_NAME)
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,39 @@ class Run:
         is_elsewhere = self.status.host != socket.gethostname() and silent_s < status.SILENCE_S
         return "dead" if self.status.state == "running" and not is_elsewhere else self.status.state
 
+    @property
+    def log(self) -> Path:
+        """Its log, also if that has moved with the folder, or is seen from another machine."""
+        folder = Path(self.status.plan.log_file).parent
+        places = (folder, self.folder.parent / "logs", self.folder)
+        return next((log for place in places if (log := log_in(place))), folder / LOG_NAME)
+
 
 def run_folders(root: Path, pattern: str) -> list[Path]:
     """`root` and the folders below it that hold a file matching `pattern`, sorted."""
     return sorted({path.parent for path in root.rglob(pattern)}) if root.is_dir() else []
+
+
+def log_in(folder: Path) -> Path | None:
+    """The log of runs in `folder`; None if there is none."""
+    paths = (folder / name for name in LOG_NAMES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def folders_of_name(name: str, root: Path) -> list[Path]:
+    """The folders of a named experiment below `root`, one for each GPU, that with the newest run
+    first."""
+
+    def written(folder: Path) -> float:
+        current = status.read(folder)
+        return current.time if current else 0.0
+
+    found = [
+        folder
+        for folder in root.glob(experiment_name.label("*", "*"))
+        if (read := experiment_name.read_label(folder.name)) and read[0] == name
+    ]
+    return sorted(found, key=written, reverse=True)
 
 
 def newest_run(root: Path) -> Run | None:

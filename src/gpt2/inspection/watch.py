@@ -15,7 +15,7 @@ from rich.text import Text
 from gpt2.base import folder_lock
 from gpt2.base.text import one_line, shortened
 from gpt2.config.flops import duration
-from gpt2.inspection import chart, plot
+from gpt2.inspection import chart
 from gpt2.inspection.chart import Series
 from gpt2.inspection.run_log import Message, RunLog
 from gpt2.inspection.run_status import Run
@@ -46,12 +46,6 @@ class View(Protocol):
         """What came since the last call, for terminals that only print lines."""
 
 
-def log_in(folder: Path) -> Path | None:
-    """The log of runs in `folder`; None if there is none."""
-    paths = (folder / name for name in plot.LOG_NAMES)
-    return next((path for path in paths if path.is_file()), None)
-
-
 class RunView:
     """A run, by its `status.json` and its log."""
 
@@ -77,7 +71,7 @@ class RunView:
             current = status.read(self._folder)
             self._is_status_missing = current is None
             if current is not None:
-                self._follow(current)
+                self._follow(Run(self._folder, current))
                 self.status = current
         has_more = self.log.read()
         before, self.state = self.state, self._state()
@@ -86,17 +80,12 @@ class RunView:
             self._on_death(self._folder, self.status)
         return has_more
 
-    def _follow(self, current: Status) -> None:
+    def _follow(self, run: Run) -> None:
         """Opens the log that the status names, if it is another run's than before."""
-        before, plan = self.status, current.plan
+        before, plan = self.status, run.status.plan
         if before is not None and before.plan.run_name == plan.run_name:
             return
-        folder = Path(plan.log_file).parent
-        if self._folder is not None:  # it may have moved since, or is seen from elsewhere
-            places = (folder, self._folder.parent / "logs", self._folder)
-            folder = next((place for place in places if log_in(place)), folder)
-        log = self._log or folder / LOG_NAME
-        self.log, self._messages_shown = RunLog(log, plan.run_name), 0
+        self.log, self._messages_shown = RunLog(self._log or run.log, plan.run_name), 0
 
     @property
     def silent_s(self) -> float | None:
