@@ -177,6 +177,10 @@ def test_statistics(tmp_path: Path, monkeypatch, capsys):
     assert ["4", "to", "7", "2", "█" * 40] in rows
     assert ["3", "A", "title"] in rows
 
+    of_one_token = write_shards(tmp_path / "short", "a", "a", "b")
+    printed = shown(monkeypatch, capsys, of_one_token, "--stats", "--block_size", 1)
+    assert ["shortest", "document", "1", "token"] in map(str.split, printed.splitlines())
+
     train = shown_json(monkeypatch, capsys, folder, "--stats", "--split", "train")
     assert train["splits"] == ["train"]
     assert train["statistics"]["lengths"]["documents"] == 2

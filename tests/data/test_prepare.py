@@ -123,7 +123,7 @@ def test_empty_and_invalid_documents_are_counted(tmp_path: Path):
 
 
 def test_a_corpus_without_text(tmp_path: Path):
-    with pytest.raises(DataError, match="has no text: all 3 documents are empty"):
+    with pytest.raises(DataError, match="has no text: 3 documents, all empty"):
         prepare.prepare(listed([Document("")] * 3), tmp_path, workers=1)
 
 

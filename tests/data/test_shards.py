@@ -190,7 +190,7 @@ def test_missing_shard_is_named(copy: Path):
 
 def test_context_longer_than_a_shard(data_root: Path):
     with pytest.raises(
-        DataError, match=r"000001.npy has 8000 tokens, too few for one row of block_size=9000"
+        DataError, match=r"000001.npy has 8,000 tokens, too few for one row of block_size=9000"
     ):
         open_train(data_root, block_size=9000)
 

@@ -204,6 +204,9 @@ def test_out_of_memory_names_what_fits(data_root: Path, tmp_path: Path, monkeypa
     )
     with pytest.raises(TrainingError, match=message):
         trainer.run(small_config(data_root, tmp_path, mini_batch_size=64, eval_interval=None))
+    limit_memory(monkeypatch, rows=0, error=error)
+    with pytest.raises(TrainingError, match=r"^1 row of block_size=8 at once does not fit into"):
+        trainer.run(small_config(data_root, tmp_path, mini_batch_size=1, eval_interval=None))
 
 
 def test_auto_mini_batch_finds_what_fits(data_root: Path, tmp_path: Path, monkeypatch, capsys):

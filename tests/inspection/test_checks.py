@@ -124,6 +124,8 @@ def test_a_batch_is_divided_among_the_ranks():
     uneven = checks.check_batch(run, 3, 3)
     assert (uneven.level, uneven.fact[:36]) == ("note", "3 ranks of 170 or one row more per s")
     assert checks.check_batch(run, 4, 2).remedy == "use --nproc_per_node=2"
+    one = options.overlay(run, {"total_batch_size": 1024})
+    assert checks.check_batch(one, 1, 1).fact.startswith("1 rank of 1 row per step, 1 at once")
     few = options.overlay(run, {"total_batch_size": 2048})
     assert "too few for 4 ranks" in checks.check_batch(few, 4, 4).fact
 

@@ -274,6 +274,9 @@ LONG_ROWS = {"block_size": 32, "total_batch_size": 256}
 
 def test_epoch_boundaries_are_announced_once(short_epochs: Path, tmp_path: Path, capsys):
     """The second of two steps of eight rows completes epoch 0's twelve; it is resumed there."""
+    once = {**LONG_ROWS, "eval_interval": None, "total_batch_size": 32, "max_steps": 1}
+    trainer.run(small_config(short_epochs, tmp_path / "once", **once))
+    assert "Plan: 1 step of 32 tokens (" in capsys.readouterr().out
     trainer.run(small_config(short_epochs, tmp_path, **LONG_ROWS, eval_interval=None, max_steps=2))
     first = capsys.readouterr().out
     more = {**LONG_ROWS, "eval_interval": None, "max_steps": 3, "resume": "latest"}
@@ -305,7 +308,7 @@ def test_epochs_end_the_run(short_epochs: Path, tmp_path: Path, capsys):
     assert result.step == 3
     assert "step 3 | epoch 1 |" in (printed := capsys.readouterr().out)
     assert printed.count("Completed Epoch") == 2
-    assert "Shuffled the 12 rows of all 4 training shards for new epoch\n" in printed
+    assert "Shuffled the 12 rows of 4 training shards for new epoch\n" in printed
 
 
 def test_finished_run_has_nothing_to_do(data_root: Path, tmp_path: Path, capsys):

@@ -28,6 +28,7 @@ import torch
 
 from gpt2.base import atomic_files, regular_file
 from gpt2.base.errors import CheckpointError, is_out_of_memory
+from gpt2.base.text import counted
 from gpt2.checkpoint import integrity, verification
 from gpt2.checkpoint.metadata import (
     SCHEMA,
@@ -379,8 +380,8 @@ def _find_latest(folder: Path, set_aside: bool) -> Path | None:
         logger.warning("%s%s", reason, suffix)
     if metadata_paths and good is None:
         raise CheckpointError(
-            f"all {len(metadata_paths)} checkpoints in {folder} are damaged or of another "
-            "version; to start a new run, choose another folder with --out_dir"
+            f"no checkpoint in {folder} can be used ({counted(len(metadata_paths), 'file')} "
+            "damaged or of another version); a new run needs another folder, with --out_dir"
         )
     if good is None and (bare := sorted(folder.glob("step_*.pt"))):
         logger.warning(

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
-from gpt2.base.text import console
+from gpt2.base.text import console, counted
 from gpt2.base.validation import LARGEST, LARGEST_SEED, require, require_within
 from gpt2.cli import train
 from gpt2.cli.parse import CommandOptions
@@ -159,8 +159,8 @@ def _row(command: Show, index: DatasetIndex, number: int, row: int) -> RowView:
     last = (tokens - 1) // length - 1
     if last < 0:
         raise ConfigError(
-            f"shard {number} has {tokens} tokens, too few for one row of block_size={length} and "
-            f"its target; use --block_size {max(1, tokens - 1)} or less"
+            f"shard {number} has {counted(tokens, 'token')}, too few for one row of "
+            f"block_size={length} and its target; use --block_size {max(1, tokens - 1)} or less"
         )
     require(
         row <= last,

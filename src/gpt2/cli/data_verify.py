@@ -82,7 +82,7 @@ def _printed(verification: Verification, reports: list[FileReport], name: str) -
         total = _total(reports, split)
         print(
             f"{f'{name} ' if name else ''}{split}: {counted(total['shards'], 'shard')}, "
-            f"{total['tokens']:,} tokens, {total['bytes']:,} bytes"
+            f"{counted(total['tokens'], 'token')}, {counted(total['bytes'], 'byte')}"
         )
     return [one_line(f"{storage.full(report.file)}: {report.wrong}") for report in wrong]
 

@@ -3,6 +3,7 @@
 import math
 
 from gpt2.base.errors import DataError
+from gpt2.base.text import counted
 
 MAX_SHARE = 0.001
 """share of the lines that may be left out because they cannot be read"""
@@ -15,8 +16,8 @@ def require_few(bad: int, documents: int, example: str, max_share: float) -> Non
     share = bad / max(1, bad + documents)
     if share > max_share and not documents:
         raise DataError(
-            f"none of {bad:,} lines can be read, such as {example}; expected a record with a text "
-            "in each"
+            f"none of {counted(bad, 'line')} can be read, such as {example}; expected a record "
+            "with a text in each"
         )
     if share > max_share:
         enough = math.ceil(share * 1000) / 1000

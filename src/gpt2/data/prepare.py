@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import gpt2
 from gpt2.base import atomic_files, folder_lock, json_fields, regular_file
 from gpt2.base.errors import DataError
+from gpt2.base.text import counted
 from gpt2.data import bad_lines, formats, hints, shards, tokenisation
 from gpt2.data.corpus import Corpus, Place
 from gpt2.data.formats import Tokens
@@ -234,7 +235,7 @@ def _finish(folder: Path, recipe: Recipe, writer: "_ShardWriter", counts: Counts
         raise DataError(f"{recipe.corpus} has no documents: {recipe.source}")
     if counts.documents == counts.empty:
         raise DataError(
-            f"{recipe.corpus} has no text: all {counts.documents:,} documents are empty"
+            f"{recipe.corpus} has no text: {counted(counts.documents, 'document')}, all empty"
         )
     if len(writer.shards) < 2:
         raise DataError(

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2.base.errors import DataError
+from gpt2.base.text import counted
 from gpt2.data import formats, hints, manifest, shard_file, vocabulary
 from gpt2.data.cache import ShardCache
 from gpt2.data.digests import Content, DigestMemory, Fault
@@ -207,8 +208,8 @@ def rows_per_shard(index: DatasetIndex, split: Split, block_size: int) -> tuple[
     for shard, count in zip(found, rows, strict=True):
         if count == 0 and (len(found) == 1 or shard is not found[-1]):
             raise DataError(
-                f"{index.storage.full(shard.file)} has {shard.tokens} tokens, too few for one "
-                f"row of block_size={block_size} and its target; use --block_size "
+                f"{index.storage.full(shard.file)} has {counted(shard.tokens, 'token')}, too few "
+                f"for one row of block_size={block_size} and its target; use --block_size "
                 f"{max(1, shard.tokens - 1)} or less, or larger shards"
             )
     return rows
@@ -435,8 +436,8 @@ def require_room(indices: Sequence[DatasetIndex], shuffle: Shuffle) -> None:
         names = ", ".join(str(index.storage) for index in remote)
         raise DataError(
             f"cache_gb={limit / 1e9:g} is too small for {names} with --shuffle {shuffle}: the "
-            f"validation split and {count} training shards take {needed / 1e9:.3g} GB; use {other}"
-            f"--cache_gb {needed / 1e9 * 1.01:.3g} or more"
+            f"validation split and {counted(count, 'training shard')} take {needed / 1e9:.3g} GB; "
+            f"use {other}--cache_gb {needed / 1e9 * 1.01:.3g} or more"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt2.base.errors import ConfigError
+from gpt2.base.text import counted
 from gpt2.config import experiment_name, peak_rates
 from gpt2.distributed import precision, visible_gpus
 from gpt2.distributed.world import World
@@ -111,7 +112,7 @@ def choose(wanted: str, local_rank: int, local_size: int, gpu: str | None) -> to
     gpus = torch.cuda.device_count()
     if local_size > gpus:
         raise ConfigError(
-            f"{local_size} ranks on a machine with {gpus} GPU{'s'[: gpus > 1]}; "
+            f"{local_size} ranks on a machine with {counted(gpus, 'GPU')}; "
             f"use --nproc_per_node={gpus}, or --device cpu"
         )
     if gpu is not None and local_size == 1:

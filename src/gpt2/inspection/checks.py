@@ -171,7 +171,9 @@ def check_batch(
             fact = f"{gigabytes(free_bytes)} of memory are too little for a single row"
             return Finding("PROBLEM", "batch", fact, "use a smaller --block_size or --preset")
     steps = run_config.grad_accum_steps(ranks, mini)
-    share = f"{rows / ranks:g} rows" if rows % ranks == 0 else f"{rows // ranks} or one row more"
+    share = (
+        counted(rows // ranks, "row") if rows % ranks == 0 else f"{rows // ranks} or one row more"
+    )
     fact = (
         f"{counted(ranks, 'rank')} of {share} per step, {min(mini, -(-rows // ranks))} at once, "
         f"gradient accumulation {steps}"

@@ -178,12 +178,12 @@ def _numbers(found: Statistics) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{found.tokens:,}"
     yield "bytes of text", f"{found.text_bytes:,}"
     yield "bytes per token", f"{found.bytes_per_token:.3f}"
-    yield "shortest document", f"{lengths.shortest:,} tokens"
-    yield "median", f"{lengths.median:,} tokens"
+    yield "shortest document", counted(lengths.shortest, "token")
+    yield "median", counted(lengths.median, "token")
     yield "mean", f"{lengths.mean:,.1f} tokens"
-    yield "90 % have at most", f"{lengths.p90:,} tokens"
-    yield "99 % have at most", f"{lengths.p99:,} tokens"
-    yield "longest document", f"{lengths.longest:,} tokens"
+    yield "90 % have at most", counted(lengths.p90, "token")
+    yield "99 % have at most", counted(lengths.p99, "token")
+    yield "longest document", counted(lengths.longest, "token")
     yield f"longer than {lengths.block_size:,} tokens", f"{lengths.longer_than_block:.1%} of tokens"
     same = f"{found.duplicate_documents:.2%} of documents, {found.duplicate_tokens:.2%} of tokens"
     yield "equal to an earlier document", same

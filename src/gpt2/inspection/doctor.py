@@ -163,7 +163,7 @@ def find_data(run_config: RunConfig) -> tuple[TrainingData | None, Finding]:
         return None, checks.problem("data", error)
     rows = {name: sum(of_shards) for name, of_shards in train.rows_per_shard.items()}
     facts = [_data_fact(name, index) for name, index in data.corpora.items()]
-    fact = f"{'; '.join(facts)}: {run_config.total_steps(sum(rows.values())):,} steps"
+    fact = f"{'; '.join(facts)}: {counted(run_config.total_steps(sum(rows.values())), 'step')}"
     return data, Finding("ok", "data", fact)
 
 

@@ -50,7 +50,7 @@ def _entries(found: Lengths, name: str) -> list[figures.Entry]:
 
     full = counted(found.documents - found.empty, "document")
     without = f", without {counted(found.empty, 'empty one')}"
-    median = f"median {found.median:,} tokens, longest {found.longest:,}"
+    median = f"median {counted(found.median, 'token')}, longest {found.longest:,}"
     labels = [median, f"block_size {found.block_size:,}"]
     lines = figures.line_entries(labels, [MEDIAN, figures.RED])
     bars = f"{full} in {name}" + (without if found.empty else "")

@@ -88,7 +88,7 @@ def print_run_forecast(run: Run, out: Console) -> None:
     )
     out.print(
         f"Recent: {step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
-        f"(median of {len(recent)} steps; validation and saving not included)"
+        f"(median of {counted(len(recent), 'step')}; validation and saving not included)"
     )
     _print_forecast(forecast, plan.device, "this run", out)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2.base import folder_lock
-from gpt2.base.text import one_line, shortened
+from gpt2.base.text import counted, one_line, shortened
 from gpt2.config.flops import duration
 from gpt2.inspection import chart
 from gpt2.inspection.chart import Series
@@ -248,7 +248,7 @@ class RunView:
         count = self.log.warning_count
         title = Text("messages", "bold")
         if count:
-            title.append(f"  {count:,} warning{'' if count == 1 else 's'}", "yellow")
+            title.append(f"  {counted(count, 'warning')}", "yellow")
         return title
 
     def _message_line(self, message: Message) -> Text:

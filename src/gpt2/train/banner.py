@@ -86,7 +86,8 @@ def _mixture_lines(run: TrainingRun) -> Iterator[str]:
     rows = run.sampler.mixture.rows_before(last_row)
     for number, (name, index) in enumerate(run.data.corpora.items()):
         epochs = rows[number] / run.sampler.corpora[number].rows_per_epoch
-        line = f"{name} ({index.storage.root}): {epochs:.2f} epochs in {run.total_steps:,} steps"
+        steps = counted(run.total_steps, "step")
+        line = f"{name} ({index.storage.root}): {epochs:.2f} epochs in {steps}"
         yield line if index.of("val") else f"{line}, without validation"
 
 
@@ -100,7 +101,7 @@ def _plan_line(plan: Plan, run: TrainingRun) -> str:
     ]
     then = "then " if sizes else ""
     return (
-        f"Plan: {plan.total_steps:,} steps of {''.join(sizes)}{then}"
+        f"Plan: {counted(plan.total_steps, 'step')} of {''.join(sizes)}{then}"
         f"{ramp.rows_per_step * block_size:,} tokens (gradient accumulation {accumulation}), "
         f"{ramp.rows_before(plan.total_steps) / plan.rows_per_epoch:.2f} epochs"
     )
@@ -112,7 +113,7 @@ def _rows_lines(replica: Replica, before: FittedRows | None) -> list[str]:
     if found is None:
         return []
     flag = "--auto_mini_batch" if replica.config.data.auto_mini_batch else "--mini_batch_size auto"
-    line = f"  - {flag}: {found.rows} rows at once"
+    line = f"  - {flag}: {counted(found.rows, 'row')} at once"
     if before is not None and before.rows != found.rows:
         causes = {
             "another --mini_batch_size": before.requested != found.requested,

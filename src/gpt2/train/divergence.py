@@ -56,7 +56,8 @@ def go_back_if_bad(run: TrainingRun, update: Update) -> None:
     run.notices.skipped(state, numbers)
     if state.bad_in_a_row < limit:
         return
-    reason = f"{limit} updates in a row, up to step {state.step}, had no finite loss or gradient"
+    updates = f"{counted(limit, 'update')} in a row, up to step {state.step}"
+    reason = f"{updates}, had no finite loss or gradient"
     if run.config.optim.skip_spikes:
         reason += ", or a spike"
     if state.left_out is not None:

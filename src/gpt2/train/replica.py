@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import model
 from gpt2.base.errors import TrainingError, is_out_of_memory
+from gpt2.base.text import counted
 from gpt2.base.validation import require
 from gpt2.checkpoint import random_state
 from gpt2.checkpoint.metadata import CheckpointState
@@ -139,16 +140,17 @@ class Replica:
             if not is_out_of_memory(error):
                 raise
             snapshot = memory_snapshot.write(self.config.watch, self.world)
-            remedy = "use a smaller --block_size or --preset"
+            verb, remedy = "does", "use a smaller --block_size or --preset"
             if rows > 1:
                 smaller = 1 << ((rows - 1).bit_length() - 1)
+                verb = "do"
                 remedy = f"use --mini_batch_size {smaller} (the total batch stays), "
                 remedy += "or --auto_mini_batch"
             if snapshot is not None:
                 remedy += f"; what holds it is in {snapshot} (https://pytorch.org/memory_viz)"
             raise TrainingError(
-                f"{rows} rows of block_size={block_size} at once do not fit into the memory; "
-                f"{remedy}"
+                f"{counted(rows, 'row')} of block_size={block_size} at once {verb} not fit into "
+                f"the memory; {remedy}"
             ) from error
 
     def state_dict(self) -> CheckpointState:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import ConfigError
+from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.checkpoint.async_save import Saver
 from gpt2.config.run import RunConfig
@@ -245,6 +246,6 @@ def require_enough_rows(run_config: RunConfig, world: World) -> None:
             )
         )
         raise ConfigError(
-            f"{what} has {rows} row{'s'[: rows > 1]} of block_size={block_size}, too few for "
+            f"{what} has {counted(rows, 'row')} of block_size={block_size}, too few for "
             f"{world.size} ranks; use {remedy}"
         )

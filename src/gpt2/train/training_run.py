@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2.base import addresses
 from gpt2.base.errors import DataError
-from gpt2.base.text import brief
+from gpt2.base.text import brief, counted
 from gpt2.checkpoint.async_save import Saver
 from gpt2.checkpoint.metadata import CheckpointState, TrainingMetadata
 from gpt2.config import flops, mixture
@@ -48,9 +48,9 @@ STOP, PRUNE, DATA_FAULT = 1001, 1002, 1003
 DATA_SLICE_S = 1.0
 """how long a rank waits for its batches before it votes"""
 SHUFFLED: dict[Shuffle, str] = {
-    "shards": "{shards} training shards",
-    "rows": "{shards} training shards and the rows of each",
-    "global": "the {rows:,} rows of all {shards} training shards",
+    "shards": "{shards}",
+    "rows": "{shards} and the rows of each",
+    "global": "the {rows} of {shards}",
 }
 
 
@@ -221,7 +221,12 @@ class TrainingRun:
                 what = SHUFFLED.get(self.sampler.shuffle)
                 if what and not self.phases:  # each corpus of a mixture has epochs of its own
                     shards, rows = self.data.shard_count("train"), self.sampler.rows_per_epoch
-                    logger.info("Shuffled %s for new epoch", what.format(shards=shards, rows=rows))
+                    logger.info(
+                        "Shuffled %s for new epoch",
+                        what.format(
+                            shards=counted(shards, "training shard"), rows=counted(rows, "row")
+                        ),
+                    )
                 logger.info("Starting Epoch %d", epoch + 1)
 
     def next_micro_batches(self) -> list[MicroBatch] | None:

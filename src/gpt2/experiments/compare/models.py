@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gpt2.base import addresses
 from gpt2.base.errors import ConfigError
-from gpt2.base.text import table
+from gpt2.base.text import counted, table
 from gpt2.config import flops, options
 from gpt2.config.flops import duration
 from gpt2.config.model import ARCHITECTURES, ModelConfig
@@ -92,7 +92,7 @@ def group(
         return Summary(lambda: models_table(rows), files, {"summary": rows})
 
     data = " ".join(addresses.public(run.data.data_root))
-    budget = f"{run.data.epochs} epochs of {data}"
+    budget = f"{counted(run.data.epochs, 'epoch')} of {data}"
     if run.data.max_steps is not None:
         tokens = run.tokens_before(run.data.max_steps)
         budget = f"{tokens:,} tokens of {data}"

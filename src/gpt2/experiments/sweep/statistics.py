@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.table import Table
 
-from gpt2.base.text import table
+from gpt2.base.text import counted, table
 from gpt2.experiments import grid
 from gpt2.experiments.grid import Point
 from gpt2.experiments.results import JobResult
@@ -160,5 +160,7 @@ def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
     axes.grid(axis="y", visible=False)
     figures.use_few_ticks(axes)
     axes.set_xlabel("mean with its 95 % interval, and each seed")
-    figures.set_title(figure, f"{metric} over {max(len(item.values) for item in shown)} seeds")
+    figures.set_title(
+        figure, f"{metric} over {counted(max(len(item.values) for item in shown), 'seed')}"
+    )
     return figure
