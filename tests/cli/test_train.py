@@ -45,6 +45,15 @@ def test_out_dir_holds_all_three_folders_and_flags_win():
     assert (run.watch.runs_dir, run.watch.log_dir) == (Path("x/runs"), Path("y"))
 
 
+@pytest.mark.parametrize("command", ["train", "seeds", "models", "search"])
+def test_checkpoint_dir_wins_over_out_dir_in_every_command(
+    command: str, tmp_path: Path, monkeypatch, capsys
+):
+    flags = ("--list_checkpoints", "--out_dir", "x", "--checkpoint_dir", str(tmp_path))
+    assert call(monkeypatch, main.main, command, *flags) == 0
+    assert capsys.readouterr().out == f"No checkpoints in {tmp_path}\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "bias", "deterministic"),
     [

@@ -26,7 +26,8 @@ class DoctorCommand(CommandOptions):
     config: Path | None = None
     """TOML file with options, by name or in a table per part"""
     out_dir: Path | None = None
-    """keep checkpoints, runs and logs under this folder"""
+    """keep checkpoints, runs and logs under this folder; --checkpoint_dir, --runs_dir and --log_dir
+    win for their part"""
     notify: str | None = field(default=None, repr=False)
     """address for messages of the run; only its form is checked"""
 

@@ -34,7 +34,8 @@ class ModelsCommand(CommandOptions):
     """models to train, for example gpt2,mlp; default is all: gpt2, modern, mlp"""
     pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
-    """folder of the results, with a folder for each model; default is checkpoints/models"""
+    """folder of the results, with a folder for each model; default is checkpoints/models,
+    below --out_dir"""
     log_dir: Path | None = None
     """folder of training_DATE_TIME.log and of each model's MODEL_DATE_TIME.log; default is logs"""
 

@@ -57,7 +57,8 @@ class SearchCommand(CommandOptions):
     """keep the checkpoints of trials that have ended, not only best_model.pth"""
     pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
-    """folder of the study: trials, summary and best_overall; default is checkpoints/search"""
+    """folder of the study: trials, summary and best_overall; default is checkpoints/search,
+    below --out_dir"""
     log_dir: Path | None = None
     """folder of search_DATE_TIME.log and of the workers' logs;
     default is logs in --checkpoint_dir"""

@@ -50,7 +50,8 @@ class SeedsCommand(CommandOptions):
     """result to compare; default is val_loss, and with --target `value`, the number it returns"""
     pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
-    """folder of the results, with a folder for each training; default is checkpoints/seeds"""
+    """folder of the results, with a folder for each training; default is checkpoints/seeds,
+    below --out_dir"""
     checkpoint_interval: float = 1800.0
     """seconds between two writes of results.json, which also follow every 50 results"""
     keep_checkpoints: bool = True

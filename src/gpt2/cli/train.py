@@ -48,7 +48,8 @@ class TrainCommand(CommandOptions):
     config: Path | None = None
     """TOML file with options, by name or in a table per part"""
     out_dir: Path | None = None
-    """keep checkpoints, runs and logs under this folder"""
+    """keep checkpoints, runs and logs under this folder; --checkpoint_dir, --runs_dir and --log_dir
+    win for their part"""
     list_checkpoints: bool = False
     """print the table of checkpoints and exit"""
     notify: str | None = field(default=None, repr=False)
