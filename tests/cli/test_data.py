@@ -21,6 +21,16 @@ def test_data_is_verified(tmp_path: Path, data_root: Path, monkeypatch, capsys):
     assert "shards match the manifest" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("weight", ["", ":0.7"])
+def test_a_corpus_of_a_mixture_is_verified_as_it_is_typed_for_a_run(
+    weight: str, data_root: Path, monkeypatch, capsys
+):
+    assert data(monkeypatch, "verify", f"web={data_root}{weight}") == 0
+    assert f"{data_root}: all " in capsys.readouterr().out
+    assert data(monkeypatch, "verify", "web=") == 2
+    assert "use NAME=FOLDER:WEIGHT" in capsys.readouterr().err
+
+
 def test_every_wrong_file_has_a_line(tmp_path: Path, data_root: Path, monkeypatch, capsys):
     broken = Path(shutil.copytree(data_root, tmp_path / "small"))
     for number in (2, 1):
@@ -183,8 +193,8 @@ def test_shards_of_a_tokenizer_of_one_s_own(tmp_path: Path, monkeypatch, capsys)
     assert data(monkeypatch, *flags, "--tokenizer", tok) == 0
     printed = capsys.readouterr().out
     found = re.search(
-        r"(\S+) bytes per token with tok/tokenizer.json \(1,500 entries\); on a sample of 0.01 MB, "
-        r"(\S+), and (\S+) with GPT-2's\n",
+        r"Bytes per token: (\S+) in all shards, with tok/tokenizer.json \(1,500 entries\); in the "
+        r"first 0.01 MB to train on, (\S+) with it and (\S+) with GPT-2's tokenizer\n",
         printed,
     )
     assert found is not None

@@ -223,9 +223,10 @@ def _efficiency(manifest: Manifest, sample: Comparison) -> str:
     text_bytes = sum(shard.text_bytes or 0 for shard in manifest.shards)
     ratio = text_bytes / max(1, sum(shard.tokens for shard in manifest.shards))
     return (
-        f"{ratio:.3f} bytes per token with {manifest.tokenizer} ({manifest.vocab_size:,} entries); "
-        f"on a sample of {sample.text_bytes / 1e6:.2f} MB, {sample.bytes_per_token:.3f}, and "
-        f"{sample.gpt2_bytes_per_token:.3f} with GPT-2's"
+        f"Bytes per token: {ratio:.3f} in all shards, with {manifest.tokenizer} "
+        f"({manifest.vocab_size:,} entries); in the first {sample.text_bytes / 1e6:.2f} MB to train "
+        f"on, {sample.bytes_per_token:.3f} with it and {sample.gpt2_bytes_per_token:.3f} with "
+        "GPT-2's tokenizer"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
@@ -20,6 +21,7 @@ from gpt2.base.control_characters import visible
 from gpt2.base.errors import DataError
 from gpt2.base.text import counted, one_line
 from gpt2.cli.parse import USER_ERROR, CommandOptions
+from gpt2.config import mixture
 from gpt2.data import hints, training_data
 from gpt2.data.manifest import Split
 from gpt2.data.remote import Storage
@@ -33,7 +35,7 @@ class Verify(CommandOptions):
     """Read every byte of the shards, and name each file that is wrong. Exit code: 2 if one is."""
 
     root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """folder, glob or URL of shards"""
+    """folder, glob or URL of shards; also NAME=FOLDER:WEIGHT as --data_root takes it"""
     json: bool = False
     """print one JSON object, with what each file holds"""
 
@@ -43,7 +45,9 @@ def verify(command: Verify) -> int:
 
     A glob over several folders is verified folder by folder, each with its manifest.
     """
-    roots = training_data.folders_of(command.root) or {"": command.root}
+    is_folder = Path(command.root).exists()  # also one with "=" in its name
+    root = command.root if is_folder else mixture.root_of(command.root)
+    roots = training_data.folders_of(root) or {"": root}
     verifications = {name: Verification(Storage(root)) for name, root in roots.items()}
     with _progress_bar() as bar:
         total = sum(verification.bytes for verification in verifications.values())
@@ -56,7 +60,7 @@ def verify(command: Verify) -> int:
         found = {name: _as_json(verifications[name], reports[name]) for name in roots}
         is_sound = all(one["sound"] for one in found.values())
         several = {
-            "root": addresses.without_secrets(command.root),
+            "root": addresses.without_secrets(root),
             "sound": is_sound,
             "corpora": found,
         }

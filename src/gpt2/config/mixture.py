@@ -110,6 +110,12 @@ def corpora(roots: Sequence[str]) -> tuple[CorpusRoot, ...]:
     return tuple(sorted(found, key=lambda corpus: corpus.name))
 
 
+def root_of(text: str) -> str:
+    """The folder, glob or URL of a corpus that --data_root may name beside others; of a text
+    without a name the whole. Raises ConfigError for a name without a folder."""
+    return _corpus(text).root if is_named(text) else text
+
+
 def phases(settings: Sequence[str], names: Iterable[str]) -> tuple[TypedPhase, ...]:
     """The phases that --mixture describes, such as `until=0.8 web=0.7 code=0.3`.
 
