@@ -224,9 +224,9 @@ def _efficiency(manifest: Manifest, sample: Comparison) -> str:
     ratio = text_bytes / max(1, sum(shard.tokens for shard in manifest.shards))
     return (
         f"Bytes per token: {ratio:.3f} in all shards, with {manifest.tokenizer} "
-        f"({manifest.vocab_size:,} entries); in the first {sample.text_bytes / 1e6:.2f} MB to train "
-        f"on, {sample.bytes_per_token:.3f} with it and {sample.gpt2_bytes_per_token:.3f} with "
-        "GPT-2's tokenizer"
+        f"({manifest.vocab_size:,} entries); in the first {sample.text_bytes / 1e6:.2f} MB to "
+        f"train on, {sample.bytes_per_token:.3f} with it and {sample.gpt2_bytes_per_token:.3f} "
+        "with GPT-2's tokenizer"
     )
 
 
