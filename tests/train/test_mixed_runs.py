@@ -477,3 +477,29 @@ def test_doctor_names_each_corpus(corpora: Path, tmp_path: Path):
     assert data is not None and found.level == "ok"
     for name in SIZES:
         assert f"{name} in {corpora / name}: " in found.fact
+
+
+def test_doctor_shows_the_weights_of_each_corpus_now_and_later(corpora: Path, tmp_path: Path):
+    def shown(run: RunConfig) -> list[str]:
+        data, _ = doctor.find_data(run)
+        found = [*doctor.find_checkpoints(run, data)]
+        assert [item.level for item in found] == ["ok"] * len(found)
+        return [item.fact for item in found if item.what == "mixture"]
+
+    run = mixed(corpora, tmp_path)
+    sampler = sampling_of(run)[1].sampler
+    read = np.concatenate([sampler.corpus_of(sampler.rows(step)[:, 0]) for step in range(16)])
+    code, math, web = (np.bincount(read) / (73, 25, 118)).tolist()
+    assert shown(run) == [
+        "code: 30.0% of the rows now, 20.0% from step 8 on, 0.0% from step 12 on; 73 rows of 8 "
+        f"tokens, {code:.2f} epochs in 16 steps",
+        "math: 0.0% of the rows now, 30.0% from step 8 on, 100.0% from step 12 on; 25 rows of 8 "
+        f"tokens, {math:.2f} epochs in 16 steps",
+        "web: 70.0% of the rows now, 50.0% from step 8 on, 0.0% from step 12 on; 118 rows of 8 "
+        f"tokens, {web:.2f} epochs in 16 steps",
+    ]
+    trainer.run(mixed(corpora, tmp_path), report=stop_at(9))
+    first, *_ = shown(mixed(corpora, tmp_path, resume="latest"))
+    assert first.startswith("code: 20.0% of the rows now, 0.0% from step 12 on; 73 rows")
+    one = small_config(corpora / "web", tmp_path / "one", block_size=ROW)
+    assert shown(one) == []

@@ -71,6 +71,12 @@ class StepPhase:
         common = math.gcd(*whole.values())
         return cls(first_step, {name: weight // common for name, weight in whole.items()})
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the rows, by name of corpus."""
+        total = sum(self.weights.values())
+        return {name: weight / total for name, weight in self.weights.items()}
+
     def has_weights_of(self, other: "StepPhase") -> bool:
         return _positive(self.weights) == _positive(other.weights)
 
@@ -207,6 +213,12 @@ def continued(
     if past and past[-1].has_weights_of(now):
         return (*past, *future)
     return (*past, StepPhase(step, now.weights), *future)
+
+
+def not_over(found: Sequence[StepPhase], step: int) -> list[StepPhase]:
+    """The phase of a step of the sampler, and those that follow it."""
+    ends = [*(phase.first_step for phase in found[1:]), math.inf]
+    return [phase for phase, end in zip(found, ends, strict=True) if step < end]
 
 
 def mixture_of(

@@ -151,6 +151,14 @@ class Sampler:
         """The first step whose first row belongs to `epoch`."""
         return self.ramp.steps_for(epoch * self.rows_per_epoch)
 
+    def corpus_epochs(self, steps: int) -> list[float]:
+        """How often the first `steps` steps read each corpus of a mixture."""
+        assert self.mixture is not None
+        rows = self.mixture.rows_before(self.ramp.rows_before(steps))
+        return [
+            count / corpus.rows_per_epoch for count, corpus in zip(rows, self.corpora, strict=True)
+        ]
+
     def corpus_of(self, shards: Indices) -> Indices:
         """The corpus of each of `shards`."""
         return np.searchsorted(self.first_shards, shards, side="right") - 1

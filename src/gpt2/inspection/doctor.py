@@ -22,7 +22,7 @@ from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.config import flops, mixture
 from gpt2.config.run import RunConfig
-from gpt2.data import saved_tokenizer, verifier
+from gpt2.data import saved_tokenizer, shards, verifier
 from gpt2.data.remote import Storage
 from gpt2.data.shards import DatasetIndex
 from gpt2.data.tokenizer import GPT2_TOKENIZER
@@ -127,8 +127,8 @@ def _of_this_run(run_config: RunConfig, device: torch.device) -> Iterator[Findin
         yield from find_unverified(data)
     yield find_hellaswag(run_config)
     yield from find_checkpoints(run_config, data)
-    shards = sum(len(item.shards) for item in data.corpora.values()) if data else 0
-    yield checks.check_open_files(machine.open_files_limit(), shards)
+    count = sum(len(item.shards) for item in data.corpora.values()) if data else 0
+    yield checks.check_open_files(machine.open_files_limit(), count)
     folders = writable_folders(run_config)
     refused = {flag: machine.unwritable(folder) for flag, folder in folders.items()}
     yield from checks.check_folders(folders, refused)
@@ -239,14 +239,50 @@ def find_checkpoints(run_config: RunConfig, data: TrainingData | None) -> Iterat
         remedy = "another run needs another --out_dir"
         yield Finding("note", "running", f"{by} trains in {folder}", remedy)
     with log.collecting_warnings() as warnings:
-        begins = _check_beginning(run_config, data)
+        begins, start = _check_beginning(run_config, data)
+        of_corpora = [*_of_mixture(run_config, data, start)] if data and start else []
     for warning in warnings:
         yield Finding("note", "checkpoints", warning)
     yield begins
+    yield from of_corpora
 
 
-def _check_beginning(run_config: RunConfig, data: TrainingData | None) -> Finding:
-    """Where the run begins: a checkpoint, loaded weights, or nothing."""
+def _of_mixture(
+    run_config: RunConfig, data: TrainingData, start: StartingPoint
+) -> Iterator[Finding]:
+    """For each corpus of a mixture its share of the rows, now and later, and how often it is
+    read."""
+    if not data.is_mixture:
+        return
+    length, state = run_config.model.block_size, start.train_state()
+    rows = {
+        name: shards.rows_per_shard(index, "train", length) for name, index in data.corpora.items()
+    }
+    try:
+        sampling = start.sampling(run_config, rows, state)
+    except UserError as error:
+        yield checks.problem("mixture", error)
+        return
+    now, *later = mixture.not_over(sampling.phases, state.data_step(state.step))
+    epochs = sampling.sampler.corpus_epochs(state.data_step(sampling.total_steps))
+    steps = counted(sampling.total_steps, "step")
+    for name, of_corpus in zip(rows, epochs, strict=True):
+        changes = (
+            f", {phase.shares.get(name, 0):.1%} from step "
+            f"{state.step_that_reads(phase.first_step)} on"
+            for phase in later
+        )
+        share = f"{now.shares.get(name, 0):.1%} of the rows now{''.join(changes)}"
+        size = f"{counted(sum(rows[name]), 'row')} of {length} tokens"
+        yield Finding(
+            "ok", "mixture", f"{name}: {share}; {size}, {of_corpus:.2f} epochs in {steps}"
+        )
+
+
+def _check_beginning(
+    run_config: RunConfig, data: TrainingData | None
+) -> tuple[Finding, StartingPoint | None]:
+    """Where the run begins: a checkpoint, loaded weights, or nothing; None if it cannot."""
     settings = run_config.checkpoint
     folder, wanted = settings.checkpoint_dir, settings.resume_from
     try:
@@ -259,17 +295,16 @@ def _check_beginning(run_config: RunConfig, data: TrainingData | None) -> Findin
             state = saved_run.load(path, trust=trust)
             start = StartingPoint(path=path, checkpoint=state)
             start.require_agreement(start.configured(run_config, None), data)
-            return Finding(
-                "ok", "begins", f"at step {state['progress']['step']}, with {path}, which is whole"
-            )
-        weights, origin = settings.init_from, ""
+            fact = f"at step {state['progress']['step']}, with {path}, which is whole"
+            return Finding("ok", "begins", fact), start
+        weights, origin, start = settings.init_from, "", StartingPoint()
         if weights not in ("scratch", "resume"):
             start = StartingPoint(weights=resume.load_weights(run_config))
             start.require_agreement(run_config, data)
             origin = f" with the weights of {weights}"
-        return Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}")
+        return Finding("ok", "begins", f"a new run{origin}: no checkpoint in {folder}"), start
     except UserError as error:
-        return checks.problem("begins", error)
+        return checks.problem("begins", error), None
 
 
 def writable_folders(run_config: RunConfig) -> dict[str, Path]:

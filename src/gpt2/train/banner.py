@@ -1,11 +1,10 @@
 """What a run logs before its first step: what trains, on what, and where it is kept."""
 
 import logging
-import math
 from collections.abc import Iterator
 
 from gpt2.base.text import counted
-from gpt2.config import lr_schedule
+from gpt2.config import lr_schedule, mixture
 from gpt2.config.run import RunConfig
 from gpt2.data.training_data import TrainingData
 from gpt2.distributed import device_name
@@ -72,20 +71,12 @@ def _data_lines(run: TrainingRun, data: TrainingData) -> list[str]:
 
 def _mixture_lines(run: TrainingRun) -> Iterator[str]:
     """The share of each corpus in each phase that is not over, and its epochs in the whole run."""
-    assert run.sampler.mixture is not None
     state = run.state
-    begins = [*(phase.first_step for phase in run.phases[1:]), math.inf]
-    for phase, end in zip(run.phases, begins, strict=True):
-        if state.data_step(state.step) < end:
-            weights = {name: weight for name, weight in phase.weights.items() if weight}
-            total = sum(weights.values())
-            shares = (f"{weight / total:.1%} {name}" for name, weight in weights.items())
-            first_step = state.step_that_reads(phase.first_step)
-            yield f"from step {first_step} on: {', '.join(shares)}"
-    last_row = run.sampler.ramp.rows_before(state.data_step(run.total_steps))
-    rows = run.sampler.mixture.rows_before(last_row)
-    for number, (name, index) in enumerate(run.data.corpora.items()):
-        epochs = rows[number] / run.sampler.corpora[number].rows_per_epoch
+    for phase in mixture.not_over(run.phases, state.data_step(state.step)):
+        shares = (f"{share:.1%} {name}" for name, share in phase.shares.items() if share)
+        yield f"from step {state.step_that_reads(phase.first_step)} on: {', '.join(shares)}"
+    of_corpora = run.sampler.corpus_epochs(state.data_step(run.total_steps))
+    for (name, index), epochs in zip(run.data.corpora.items(), of_corpora, strict=True):
         steps = counted(run.total_steps, "step")
         line = f"{name} ({index.storage.root}): {epochs:.2f} epochs in {steps}"
         yield line if index.of("val") else f"{line}, without validation"
