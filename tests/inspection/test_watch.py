@@ -16,6 +16,7 @@ from gpt2.inspection import watch
 from gpt2.inspection.watch import RunView
 from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.records import (
+    CorpusLoss,
     EventRecord,
     HellaSwagRecord,
     Record,
@@ -111,10 +112,39 @@ def test_a_running_run(tmp_path: Path):
         assert words in text, words
 
 
+def of_corpora(step: int, **losses: float) -> ValidationRecord:
+    return ValidationRecord(
+        step, 0, 3.0, 1.0, {name: CorpusLoss(loss, None) for name, loss in losses.items()}
+    )
+
+
+def test_a_mixture_has_a_line_for_the_validation_loss_of_each_corpus(tmp_path: Path):
+    write(tmp_path)
+    assert "val loss  web" not in shown(view_of(tmp_path))
+    log(tmp_path, of_corpora(250, code=1.5, fineweb_edu=3.5), first=200)
+    log(tmp_path, StepRecord(251, 0, 3.0, 1e-3, 1.0, 2.0, 16.0, 0.1, []), first=250)
+    assert "\nval loss  code         1.5000 (250)\nval loss  fineweb_edu  3.5000 (250)\n" in shown(
+        view_of(tmp_path)
+    )
+    log(tmp_path, of_corpora(251, fineweb_edu=3.25, **{"new\x1b": math.nan}), first=251)
+    lines = [line.rstrip() for line in shown(view_of(tmp_path)).splitlines()]
+    place = lines.index("val loss  code         1.5000 (250)")
+    assert lines[place + 1 : place + 3] == [
+        "val loss  fineweb_edu  3.2500",
+        "val loss  new          nan",
+    ]
+    log(tmp_path, first=200)  # a resume undoes them
+    log(tmp_path, StepRecord(201, 0, 3.0, 1e-3, 1.0, 2.0, 16.0, 0.1, []), first=200)
+    assert "val loss  code" not in shown(view_of(tmp_path))
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 140, 250])
 @pytest.mark.parametrize("height", [10, 16, 24, 50])
-def test_it_fits_into_the_terminal(tmp_path: Path, width: int, height: int):
+@pytest.mark.parametrize("corpora", [0, 3, 60])
+def test_it_fits_into_the_terminal(tmp_path: Path, corpora: int, width: int, height: int):
     write(tmp_path)
+    names = (f"corpus_{'with_a_long_name' * (number % 4)}_{number}" for number in range(corpora))
+    log(tmp_path, of_corpora(300, **dict.fromkeys(names, 3.0)))
     lines = shown(view_of(tmp_path), width, height).splitlines()
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)

@@ -64,6 +64,8 @@ class RunLog:
         self.skipped: list[int] = []
         """steps whose update was left out"""
         self.val_losses: dict[int, float] = {}
+        self.corpus_losses: dict[str, dict[int, float]] = {}
+        """of validations, by name of corpus of a mixture; `log.txt` alone does not give them"""
         self.bits_per_byte: dict[int, float] = {}
         """of validations; those of earlier versions have none"""
         self.hellaswag: dict[int, float] = {}
@@ -154,8 +156,10 @@ class RunLog:
                 )
 
     def _add_validation(self, record: dict[str, Any]) -> None:
-        step = int(record["step"])
+        step, of_corpora = int(record["step"]), log_reader.losses_of_corpora(record)
         self.val_losses[step] = log_reader.number(record["loss"])
+        for name, loss in of_corpora.items():
+            self.corpus_losses.setdefault(name, {})[step] = loss
         if (bits_per_byte := record.get("bits_per_byte")) is not None:
             self.bits_per_byte[step] = log_reader.number(bits_per_byte)
 
@@ -183,7 +187,8 @@ class RunLog:
         kept = bisect_right(self.steps, step)
         del self.steps[kept:], self.losses[kept:]
         self.skipped = [item for item in self.skipped if item <= step]
-        for values in (self.val_losses, self.bits_per_byte, self.hellaswag):
+        curves = (self.val_losses, self.bits_per_byte, self.hellaswag)
+        for values in (*curves, *self.corpus_losses.values()):
             for later in [item for item in values if item > step]:
                 del values[later]
         if self.last and int(self.last["step"]) > step:

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -26,6 +27,8 @@ from gpt2.train.status import Status
 STYLES = {"running": "bold green", "finished": "bold green", "stopped": "bold yellow"}
 """of the states; all others are red"""
 FIELD_CELLS, LABEL_CELLS = 26, 10
+NAME_CELLS = 30
+"""of the name of a corpus, at most"""
 LEAST_CHART, MOST_CHART = 7, 18
 """lines of the chart with its axis; if there is less room, there is none"""
 MOST_GPUS = 8
@@ -133,12 +136,13 @@ class RunView:
         per_row = max(1, width // FIELD_CELLS)
         fields = self.fields()[: per_row * max(0, height - len(parts) - 2)]
         used = len(parts) + 1 + -(-len(fields) // per_row)
-        left = height - used
+        of_corpora = self._corpus_lines()[: max(0, height - used - 1)]
+        left = height - used - len(of_corpora)
         has_chart = bool(self.log.steps or self.log.val_losses) and left >= LEAST_CHART + 2
         for_messages = min((left - 4) // 3, left - 4 - LEAST_CHART) if has_chart else left - 2
         messages = self.chosen_messages(min(MOST_MESSAGES, for_messages))
         room = left - 2 - (len(messages) + 2 if messages else 0)
-        parts += [Text(), _grid(fields, per_row, width)]
+        parts += [Text(), _grid(fields, per_row, width), *of_corpora]
         drawing = has_chart and chart.loss_chart(
             Series(self.log.steps, self.log.losses),
             Series([*self.log.val_losses], [*self.log.val_losses.values()]),
@@ -233,6 +237,18 @@ class RunView:
             plan = self.status.plan
             fields.append(("ranks", f"{plan.world_size} × {plan.device}"))
         return fields
+
+    def _corpus_lines(self) -> list[Text]:
+        """The newest validation loss of each corpus of a mixture."""
+        found = {name: values for name, values in self.log.corpus_losses.items() if values}
+        names = [shortened(one_line(name), NAME_CELLS) for name in found]
+        widest = max(map(cell_len, names), default=0)
+        return [
+            Text(f"{'val loss':<{LABEL_CELLS}}", "dim", no_wrap=True, overflow="ellipsis")
+            .append(set_cell_size(name, widest) + "  ", "not dim")
+            .append(_at_step(values, self.step), "not dim bold")
+            for name, values in zip(names, found.values(), strict=True)
+        ]
 
     def chosen_messages(self, count: int) -> list[Message]:
         """The newest `count` messages, among them the newest warnings, in their order."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpt2.base import regular_file
+from gpt2.base import json_fields, regular_file
 from gpt2.metrics.jsonl import RECORDS_NAME
 from gpt2.metrics.log_file import LOG_NAME
 
@@ -225,6 +225,15 @@ def _add_record(process: LoggedRun, step: int, record: dict[str, Any]) -> None:
             process.bits_per_byte[step] = number(bits_per_byte)
     elif kind == "hellaswag":
         process.hellaswag[step] = number(record["acc_norm"])
+
+
+def losses_of_corpora(record: dict[str, Any]) -> dict[str, float]:
+    """Of the record of a validation, the loss of each corpus of a mixture, by name; raises KeyError
+    or TypeError if one has none."""
+    corpora = json_fields.require_object(record.get("corpora") or {})
+    return {
+        name: number(json_fields.require_object(values)["loss"]) for name, values in corpora.items()
+    }
 
 
 def number(value: float | None) -> float:
