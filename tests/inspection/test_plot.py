@@ -10,7 +10,7 @@ from gpt2.inspection import figures, plot
 from gpt2.inspection.figures import Curve
 from gpt2.metrics.jsonl import JsonLines
 from gpt2.metrics.log_file import LogFile
-from gpt2.metrics.records import HellaSwagRecord, StepRecord, ValidationRecord
+from gpt2.metrics.records import CorpusLoss, HellaSwagRecord, StepRecord, ValidationRecord
 from gpt2.train import status
 from gpt2.train.status import Plan
 from inspection.written_runs import PLAN
@@ -115,6 +115,29 @@ def test_panels_without_data_are_left_out(tmp_path: Path):
     assert titles(plot.read([tmp_path / "a.txt"])) == ["loss", "learning rate", "tokens/s"]
     both = plot.read([tmp_path / "a.txt", tmp_path / "b.txt"])
     assert titles(both) == [panel.title for panel in plot.PANELS]
+
+
+def test_one_run_on_a_mixture_has_a_panel_with_a_curve_for_each_corpus(tmp_path: Path):
+    def write(first: int, losses: dict[int, dict[str, float]], folder: str = "a") -> None:
+        sink = JsonLines(tmp_path / folder / "metrics.jsonl", folder, first, {})
+        for step, of_corpora in losses.items():
+            corpora = {name: CorpusLoss(loss, None) for name, loss in of_corpora.items()}
+            sink.write(ValidationRecord(step, 0, 3.0, None, corpora))
+        sink.close()
+
+    write(0, {10: {"web": 3.5, "_$x$": 2.5}, 20: {"web": 9.0, "_$x$": 9.0}})
+    write(10, {20: {"web": 3.25, "_$x$": 2.25}})
+    runs = plot.read([tmp_path / "a"])
+    assert titles(runs) == ["validation loss", "validation loss of each corpus"]
+    axes = plot.draw(runs).axes[1]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[3.5, 3.25], [2.5, 2.25]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["web", "_$x$"]
+    assert len({line.get_color() for line in axes.lines}) == 2
+    write(0, {10: {"web": 3.5, "code": 2.5}}, "b")
+    assert titles(plot.read([tmp_path / "a", tmp_path / "b"])) == ["validation loss"]
+    write(0, {10: dict.fromkeys(map(str, range(figures.MANY + 1)), 3.0)}, "c")
+    write(0, {10: {"web": 3.5}}, "d")
+    assert [titles(plot.read([tmp_path / name])) for name in "cd"] == [["validation loss"]] * 2
 
 
 def test_one_run_is_the_title_and_several_are_a_legend(tmp_path: Path):

@@ -135,6 +135,8 @@ def draw(runs: Sequence[LoggedRun], panels: Sequence[Panel] | None = None) -> Fi
     chosen = figures.highlighted([_score(run) for run in runs])
     colors = dict(zip(chosen, figures.distinct_colors(len(chosen)), strict=True))
     known = [(panel, _curves(panel, runs, colors)) for panel in panels or PANELS]
+    if panels is None and len(runs) == 1:
+        known.insert(PANELS.index(VALIDATION) + 1, (CORPORA, _curves_of_corpora(runs[0])))
     shown = [(panel, curves) for panel, curves in known if curves]
     if not shown:
         return figures.empty("no step has been logged yet")
@@ -174,6 +176,19 @@ def _curves(panel: Panel, runs: Sequence[LoggedRun], colors: Mapping[int, str]) 
         )
         for i, run in enumerate(runs)
         if (values := panel.of(run))
+    ]
+
+
+def _curves_of_corpora(run: LoggedRun) -> list[Curve]:
+    """The validation losses of the corpora of a mixture; none of one, or if there are too many."""
+    found = {name: values for name, values in run.corpus_losses.items() if values}
+    if not 1 < len(found) <= figures.MANY:
+        return []
+    return [
+        Curve(name, color, np.array([*values], float), np.array([*values.values()]))
+        for (name, values), color in zip(
+            found.items(), figures.distinct_colors(len(found)), strict=True
+        )
     ]
 
 
@@ -258,6 +273,13 @@ def _draw_validation(axes: Axes, curves: list[Curve]) -> None:
         axes.set_ylim(*shown)
 
 
+def _draw_corpora(axes: Axes, curves: list[Curve]) -> None:
+    _draw_validation(axes, curves)
+    names = [figures.shortened(curve.label) for curve in curves]
+    entries = figures.line_entries(names, [curve.color or figures.GREY for curve in curves])
+    axes.legend([line for line, _ in entries], [name for _, name in entries], fontsize=8.5)
+
+
 def _draw_hellaswag(axes: Axes, curves: list[Curve]) -> None:
     _draw_measured(axes, curves)
     low, high = axes.get_ylim()
@@ -338,6 +360,8 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], marker: str | None = None) 
 
 LOSS = Panel("loss", lambda run: {at: item.loss for at, item in run.steps.items()}, _draw_loss)
 VALIDATION = Panel("validation loss", lambda run: run.val_losses, _draw_validation)
+CORPORA = Panel("validation loss of each corpus", lambda _: {}, _draw_corpora)
+"""only for one run: its curves are those of `_curves_of_corpora`"""
 PANELS = (
     LOSS,
     VALIDATION,

@@ -55,6 +55,8 @@ class LoggedRun:
     """where it began: 0, or the step of the checkpoint that it continued"""
     steps: dict[int, LoggedStep] = field(default_factory=dict)
     val_losses: dict[int, float] = field(default_factory=dict)
+    corpus_losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    """of validations, by name of corpus of a mixture; `log.txt` alone does not give them"""
     bits_per_byte: dict[int, float] = field(default_factory=dict)
     """of validations; those that earlier versions logged have none"""
     hellaswag: dict[int, float] = field(default_factory=dict)
@@ -68,6 +70,11 @@ class LoggedRun:
         first = process.first_step
         self.steps = _until(self.steps, first) | process.steps
         self.val_losses = _until(self.val_losses, first) | process.val_losses
+        self.corpus_losses = {
+            name: _until(self.corpus_losses.get(name, {}), first)
+            | process.corpus_losses.get(name, {})
+            for name in self.corpus_losses | process.corpus_losses
+        }
         self.bits_per_byte = _until(self.bits_per_byte, first) | process.bits_per_byte
         self.hellaswag = _until(self.hellaswag, first) | process.hellaswag
 
@@ -75,6 +82,7 @@ class LoggedRun:
         """Takes the values of another reading of the same process, and keeps what only this has."""
         self.steps = _in_order(self.steps | process.steps)
         self.val_losses = _in_order(self.val_losses | process.val_losses)
+        self.corpus_losses = process.corpus_losses or self.corpus_losses
         self.bits_per_byte = _in_order(self.bits_per_byte | process.bits_per_byte)
         self.hellaswag = _in_order(self.hellaswag | process.hellaswag)
 
@@ -220,7 +228,10 @@ def _add_record(process: LoggedRun, step: int, record: dict[str, Any]) -> None:
             tokens_per_s=number(record["tokens_per_s"]),
         )
     elif kind == "validation":
+        of_corpora = losses_of_corpora(record)
         process.val_losses[step] = number(record["loss"])
+        for name, loss in of_corpora.items():
+            process.corpus_losses.setdefault(name, {})[step] = loss
         if (bits_per_byte := record.get("bits_per_byte")) is not None:
             process.bits_per_byte[step] = number(bits_per_byte)
     elif kind == "hellaswag":
