@@ -28,12 +28,13 @@ from gpt2.distributed import device
 from gpt2.distributed.world import World
 from gpt2.evaluation import choices, hellaswag
 from gpt2.inference import generate
-from gpt2.inspection import run_status
+from gpt2.inspection import checkpoints, run_status
 from gpt2.model.gpt2 import GPT2
 from gpt2.train import trainer
 from gpt2.train.evaluator import EvaluationStopped, Evaluator
 from gpt2.train.replica import Replica
 from gpt2.train.report import Answer
+from gpt2.train.state import RunResult
 from support import loss_lines, small_config, write_tasks
 
 LINE = r"step (\d+) \| epoch 0 \| hellaswag: (0\.\d{4}) acc_norm \| (0\.\d{4}) acc \| 5 tasks"
@@ -338,3 +339,30 @@ def test_a_broken_model_has_no_score(data_root: Path, tmp_path: Path):
     tasks = hellaswag.load(write_tasks(tmp_path / "tasks.jsonl"))
     broken = hellaswag.score(tasks, [[1.0, 2.0, 3.0, float("nan")]] * len(tasks))
     assert math.isnan(broken.acc) and math.isnan(broken.acc_norm)
+
+
+def test_losses_of_other_rows_do_not_decide_which_checkpoint_is_the_best(
+    data_root: Path, tmp_path: Path, capsys
+):
+    """The rate after the resume is far too high, so that all later losses are higher."""
+
+    def train(steps: int, rows: int, **changes: object) -> RunResult:
+        changes |= {"max_steps": steps, "eval_rows": rows, "decay_steps": 8, "resume": "latest"}
+        intervals = {"checkpoint_interval": 2, "eval_interval": 2, "keep_last": 9}
+        return trainer.run(small_config(data_root, tmp_path, **intervals, **changes))
+
+    train(2, 2)
+    first = train(4, 2)
+    assert "validation:" not in capsys.readouterr().err
+    result = train(8, 5, learning_rate=10.0)
+    assert capsys.readouterr().err.count("WARNING: validation: of 2 rows before, 5 from here") == 1
+    assert "val loss does not compare" in (tmp_path / "logs/log.txt").read_text()
+    assert result.best_val_loss > first.best_val_loss
+    train(10, 5, learning_rate=10.0)
+    assert "validation:" not in capsys.readouterr().err
+    validated = [item.validated for item in kept_metadata(tmp_path)]
+    assert validated == ["", "", "5 rows", "5 rows", "5 rows"]
+    best = store.find_best(store.list_checkpoints(tmp_path / "checkpoints"))
+    assert best is not None and best.training.step in (6, 8, 10)
+    checkpoints.print_checkpoints(tmp_path, console())
+    assert "5 rows" in capsys.readouterr().out

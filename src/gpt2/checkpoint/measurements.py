@@ -13,6 +13,7 @@ def add(
     *,
     val_loss: float | None = None,
     bits_per_byte: float | None = None,
+    validated: str | None = None,
     hellaswag: float | None = None,
     is_evaluated: bool = False,
 ) -> None:
@@ -31,6 +32,7 @@ def add(
         training,
         val_loss=training.val_loss if val_loss is None else val_loss,
         bits_per_byte=training.bits_per_byte if bits_per_byte is None else bits_per_byte,
+        validated=training.validated if validated is None else validated,
         hellaswag=training.hellaswag if hellaswag is None else hellaswag,
         is_evaluated=training.is_evaluated or is_evaluated,
     )

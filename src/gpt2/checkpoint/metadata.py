@@ -41,7 +41,8 @@ class TrainingMetadata:
     parent_run: str | None = None
     """id of the run, in another folder, that this one goes on from"""
     validated: str = ""
-    """names of the corpora that `val_loss` is of; empty for one without a name"""
+    """names of the corpora that `val_loss` is of, none for one without a name, and, once a resume
+    has changed it, the number of rows; losses compare where it is the same"""
 
 
 @dataclass(frozen=True)

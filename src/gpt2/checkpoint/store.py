@@ -160,7 +160,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss; None if none has a finite one.
 
-    If the corpora that are validated have changed, earlier losses do not compare.
+    If the corpora that are validated have changed, or how many rows, earlier losses do not compare.
     """
     evaluated = [
         (item.training.val_loss, item)

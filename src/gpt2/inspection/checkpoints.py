@@ -32,6 +32,7 @@ def _table(folder: Path, complete: list[Checkpoint], width: int) -> Table:
             "train loss": _number(item.training.train_loss) or "-",
             "val loss": _number(item.training.val_loss) or "-",
             "bits/byte": _number(item.training.bits_per_byte),
+            "validated": item.training.validated,
             "best": "*" if item is best else "",
             "size": f"{item.metadata.bytes / 1e6:,.1f} MB",
             "age": duration(time.time() - item.metadata.time),
@@ -40,7 +41,8 @@ def _table(folder: Path, complete: list[Checkpoint], width: int) -> Table:
         for item in complete
     ]
     has_bits = any(row["bits/byte"] for row in rows)  # not in checkpoints of earlier versions
-    columns = [name for name in rows[0] if name != "bits/byte" or has_bits]
+    is_shown = {"bits/byte": has_bits, "validated": len({row["validated"] for row in rows}) > 1}
+    columns = [name for name in rows[0] if is_shown.get(name, True)]
     cells = [[row[name] for name in columns] for row in rows]
     return fitted(f"Checkpoints in {folder}", columns, cells, width, elastic="path")
 

@@ -26,6 +26,7 @@ def log(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) 
     if start.checkpoint is not None:
         rows = {name: sum(of) for name, of in run.dataset.rows_per_shard.items()}
         warnings.append(start.rate_warning(run.config, rows, run.state.step))
+        warnings.append(start.rows_warning(run.config, data))
         notes = start.notes(run.config, run.world, data)
         logger.info("Resuming from:")
         for note in (f"Step: {run.state.step}", f"Epoch: {run.next_epoch()}", *notes):

@@ -104,6 +104,8 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
         bad_in_a_row=0,
         left_out=left_out,
     )
+    if before.val_rows not in (None, state.val_rows):
+        run.state.validate_rows(before.val_rows)
     with saved_run.explained(path):
         run.replica.load_state_dict(checkpoint, run.state.step)
     run.saver.assume_saved(run.state.step)

@@ -10,7 +10,7 @@ from gpt2.base.errors import DataError
 from gpt2.checkpoint import random_state
 from gpt2.config.lr_schedule import is_due
 from gpt2.config.run import RunConfig
-from gpt2.data import sampler
+from gpt2.data import sampler, shards
 from gpt2.data.sampler import Rows
 from gpt2.data.shards import TokenDataset
 from gpt2.data.tokenizer import GPT2_TOKENIZER, Tokenizer
@@ -259,6 +259,15 @@ def validation_rows(
         count = -(-run_config.eval_rows // len(indices))
         found[name] = dataset, sampler.spread(dataset.rows_per_shard, count)
     return found
+
+
+def validation_row_count(run_config: RunConfig, data: TrainingData) -> int:
+    """How many rows a validation has."""
+    indices = [index for index in data.corpora.values() if index.of("val")]
+    share = -(-run_config.eval_rows // max(1, len(indices)))
+    block_size = run_config.model.block_size
+    rows = (sum(shards.rows_per_shard(index, "val", block_size)) for index in indices)
+    return sum(min(share, of_corpus) for of_corpus in rows)
 
 
 class _Sampling:

@@ -28,6 +28,7 @@ from gpt2.data.training_data import UNNAMED, TrainingData
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.train import dataset, experiment_folder, launch, saved_run
+from gpt2.train.evaluator import validation_row_count
 from gpt2.train.micro_batch import FittedRows
 from gpt2.train.replica import Replica
 from gpt2.train.saved_run import SavedRun
@@ -288,6 +289,20 @@ class StartingPoint:
             f"{text}: its decay ended at step {old.decay_steps}, and now ends at "
             f"{new.decay_steps}; {way_out}a run that begins with --schedule wsd can be continued "
             "from before its cooldown without a jump"
+        )
+
+    def rows_warning(self, run_config: RunConfig, data: TrainingData) -> str | None:
+        """What to say of a validation with another number of rows; None if it has the same."""
+        if self.checkpoint is None:
+            return None
+        earlier = options.of_stored(self.checkpoint["config"])
+        before, now = (validation_row_count(each, data) for each in (earlier, run_config))
+        if before == now:
+            return None
+        return (
+            f"validation: of {counted(before, 'row')} before, {now} from here, so val loss does "
+            "not compare with before, and the best checkpoint is one from here on; --eval_rows "
+            f"{earlier.eval_rows} leaves it as it was"
         )
 
 

@@ -69,6 +69,8 @@ class TrainState:
     hellaswag: float | None = None
     """acc_norm, when it was last measured"""
     validated_step: int | None = None
+    val_rows: int | None = None
+    """rows of a validation, once a resume has changed their number"""
     scored_step: int | None = None
     """the step that `hellaswag` belongs to"""
     evaluated_step: int | None = None
@@ -100,6 +102,12 @@ class TrainState:
         if math.isfinite(loss):
             best = self.best_val_loss
             self.best_val_loss = loss if best is None else min(loss, best)
+
+    def validate_rows(self, rows: int | None) -> None:
+        """Begins to validate on another number of rows, whose losses do not compare with those
+        before."""
+        self.val_rows = rows
+        self.val_loss = self.bits_per_byte = self.best_val_loss = None
 
     def add_hellaswag(self, acc_norm: float) -> None:
         """Records the HellaSwag score of this step."""

@@ -199,7 +199,8 @@ class TrainingRun:
                 val_loss, bits_per_byte = loss.per_token, loss.bits_per_byte
                 state.add_validation(val_loss, bits_per_byte)
                 self.metrics.validation(step, epoch, val_loss, bits_per_byte, _by_corpus(losses))
-                self.saver.add_measured(step, val_loss=val_loss, bits_per_byte=bits_per_byte)
+                about = {"bits_per_byte": bits_per_byte, "validated": self._validated()}
+                self.saver.add_measured(step, val_loss=val_loss, **about)
                 self._report(step=step, val_loss=val_loss)
         if state.scored_step != step:
             score = self.evaluator.hellaswag(step, stop_reason, is_last)
@@ -210,6 +211,10 @@ class TrainingRun:
                 self._report(step=step, hellaswag=score.acc_norm)
         if texts := self.evaluator.samples(step, is_last):
             self.metrics.samples(step, texts)
+
+    def _validated(self) -> str:
+        rows = self.state.val_rows
+        return " ".join([*self.data.validated, *([] if rows is None else [counted(rows, "row")])])
 
     def announce_epochs(self) -> None:
         """Logs the epochs that the last update has completed."""
@@ -380,7 +385,7 @@ class TrainingRun:
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
             run_id=self.identity.id,
             parent_run=self.identity.parent,
-            validated=" ".join(self.data.validated),
+            validated=self._validated(),
         )
 
     def checkpoint_state(self) -> CheckpointState:
