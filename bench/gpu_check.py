@@ -31,6 +31,7 @@ from gpu_report import Outcome, Recorder
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = "GPU_CHECK_PART"
 """environment variable of all processes of a part"""
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 STUCK_S = 10
 """seconds to wait for a killed process to end"""
 ROOMY_GB = 100
@@ -234,7 +235,8 @@ def run_stages(
                 left_s = end_at - time.monotonic()
                 if left_s > 0:
                     outcome = outcomes[part.name]
-                    running.append(PartProcess.start(part, outcome, setting, left_s))
+                    with interrupts_blocked():  # else the process may be in no list yet
+                        running.append(PartProcess.start(part, outcome, setting, left_s))
                 else:
                     outcomes[part.name].reason = "the budget was used up"
             while running:
@@ -293,6 +295,7 @@ def install(wheels: Path, folder: Path) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """The process of a part."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     module, _, name = options.serve.partition(":")
     work = getattr(importlib.import_module(module), name)
     work(Recorder(options.findings), Setting(options.smoke, options.folder), *options.arguments)
@@ -300,6 +303,16 @@ def serve(options: argparse.Namespace) -> None:
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """They arrive after the block. A process that starts in it has them blocked, too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def parsed(arguments: Sequence[str], stages: Sequence[Stage]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def hangs(record, setting):
 def interrupts(record, setting):
     record.add("before it was interrupted", "6")
     os.kill(os.getppid(), signal.SIGINT)
+    Path(os.environ["SO_FAR"]).with_name("sent").touch()
     signal.pause()
 
 def reads(record, setting):
@@ -161,6 +163,20 @@ def test_ctrl_c_prints_what_is_known(gpu_check: ModuleType, tmp_path: Path, caps
     assert parts["reads"]["state"] == "not run"
     printed = capsys.readouterr().out
     assert "less than 2 ms" in printed and "before it was interrupted" in printed
+
+
+def test_ctrl_c_while_a_part_is_started_ends_that_part(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def open_late(pid: int) -> int:
+        wait_until((tmp_path / "sent").exists)
+        return pidfd_open(pid)
+
+    pidfd_open = os.pidfd_open
+    monkeypatch.setattr(os, "pidfd_open", open_late)
+    code, parts = run(gpu_check, tmp_path, (fake(gpu_check, "interrupts"),))
+    assert code == 130
+    assert parts["interrupts"]["reason"] == "interrupted"
 
 
 def test_parts_of_a_stage_run_together_on_a_large_gpu(gpu_check: ModuleType, tmp_path: Path):
