@@ -241,8 +241,9 @@ def run_stages(
                     outcomes[part.name].reason = "the budget was used up"
             while running:
                 process = first_to_end(running)
-                process.end()
-                running.remove(process)
+                with interrupts_blocked():
+                    process.end()
+                    running.remove(process)
                 yield process.outcome
             numbers = [finding.numbers for each in outcomes.values() for finding in each.findings]
             is_roomy = any(each.get("memory_gb", 0) >= ROOMY_GB for each in numbers)
@@ -251,8 +252,9 @@ def run_stages(
             ):
                 return
     finally:
-        for process in running:
-            process.settle(gpu_report.FAILED, "interrupted")
+        with interrupts_blocked():
+            for process in running:
+                process.settle(gpu_report.FAILED, "interrupted")
 
 
 def check(options: argparse.Namespace, stages: Sequence[Stage]) -> int:
@@ -307,7 +309,8 @@ def interrupt(*_: object) -> None:
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """They arrive after the block. A process that starts in it has them blocked, too."""
+    """SIGINT and SIGTERM are delivered after the block. A process that starts in it has them
+    blocked, too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         yield

@@ -54,19 +54,19 @@ def encoded_blocks(
     """The tokens of all blocks, in their order."""
     # Not "fork": the tokeniser's threads can deadlock in a forked process.
     context = multiprocessing.get_context("spawn")
-    # Not as an argument: to start a process that dies early would wait for ever if what it is
-    # given is larger than a pipe. A queue has a thread that waits.
+    # Not as an argument: the start of a process writes its arguments to a pipe, and blocks for ever
+    # if the process has died and they do not fit. A queue has a thread that writes.
     tokenizers: Queue[Tokenizer] = context.Queue()
     tokenizers.cancel_join_thread()
-    for _ in range(workers):
-        tokenizers.put(tokenizer)
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), tokenizers)
     )
     waiting: deque[tuple[Future[Encoded], int]] = deque()
     ahead = 0
     try:
-        for task in tasks(blocks):
+        for number, task in enumerate(tasks(blocks)):
+            if number < workers:  # to submit a task starts a process at most
+                tokenizers.put(tokenizer)
             with _interrupts_blocked():
                 size = sum(block.content.size for block in task)
                 waiting.append((pool.submit(_encode, task), size))
