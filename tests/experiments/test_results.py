@@ -32,6 +32,17 @@ def test_results_outlive_their_owner(tmp_path: Path):
     assert [row["job"] for row in content["results"]] == ["a", "b", "c"]
 
 
+def test_an_option_that_is_not_named_has_the_value_of_earlier_versions():
+    before = {"cautious_decay": True, "layer_skip": True, "seed": 1}
+    assert results.value_differences(before, {"seed": 1}) == [
+        "cautious_decay: True before, False now",
+        "layer_skip: True before, False now",
+    ]
+    assert results.value_differences({"momentum_warmup": 0}, {"rate": 1}) == [
+        "rate: None before, 1 now"
+    ]
+
+
 def test_files_are_strict_json(tmp_path: Path):
     """Also with a line of an earlier version, which wrote NaN."""
     old = '{"job": "old", "state": "finished", "values": {"x": NaN}, "result": -Infinity}\n'

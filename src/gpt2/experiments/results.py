@@ -24,6 +24,7 @@ from gpt2.base import addresses, atomic_files, folder_lock, json_fields, regular
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import Timestamp, from_json
 from gpt2.base.text import counted, one_line, shortened
+from gpt2.config import options
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.messages import json_ready
 
@@ -169,12 +170,17 @@ class ResultsStore:
 
 
 def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each value that is not the same, passwords in addresses apart."""
+    """A line for each value that is not the same, passwords in addresses apart. An option in
+    `options.LATER` that is not named has the value there."""
     before, now = addresses.public(dict(before)), addresses.public(dict(now))
+    names = sorted({*before, *now})
+    old, new = (
+        {name: of.get(name, options.LATER.get(name)) for name in names} for of in (before, now)
+    )
     return [
-        f"{name}: {_shown(before.get(name))} before, {_shown(now.get(name))} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        f"{name}: {_shown(old[name])} before, {_shown(new[name])} now"
+        for name in names
+        if old[name] != new[name]
     ]
 
 
