@@ -138,6 +138,17 @@ def test_a_mixture_has_a_line_for_the_validation_loss_of_each_corpus(tmp_path: P
     assert "val loss  code" not in shown(view_of(tmp_path))
 
 
+def test_many_corpora_leave_room_for_the_chart_and_the_messages(tmp_path: Path):
+    write(tmp_path)
+    log(tmp_path, of_corpora(300, **{f"part_{number:02}": 3.0 for number in range(30)}))
+    text = shown(view_of(tmp_path), height=30)
+    count = text.count("val loss  part_")
+    assert count >= 3 and f"\n          and {30 - count} more\n" in text
+    assert "● validation" in text
+    assert "step 7: loss nan" in text and "Message 2 of step 300" in text
+    assert "and 30 more" not in shown(view_of(tmp_path), height=10)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 140, 250])
 @pytest.mark.parametrize("height", [10, 16, 24, 50])
 @pytest.mark.parametrize("corpora", [0, 3, 60])

@@ -136,7 +136,7 @@ class RunView:
         per_row = max(1, width // FIELD_CELLS)
         fields = self.fields()[: per_row * max(0, height - len(parts) - 2)]
         used = len(parts) + 1 + -(-len(fields) // per_row)
-        of_corpora = self._corpus_lines()[: max(0, height - used - 1)]
+        of_corpora = self._corpus_lines(max(0, height - used - 1) // 3)
         left = height - used - len(of_corpora)
         has_chart = bool(self.log.steps or self.log.val_losses) and left >= LEAST_CHART + 2
         for_messages = min((left - 4) // 3, left - 4 - LEAST_CHART) if has_chart else left - 2
@@ -238,17 +238,23 @@ class RunView:
             fields.append(("ranks", f"{plan.world_size} × {plan.device}"))
         return fields
 
-    def _corpus_lines(self) -> list[Text]:
-        """The newest validation loss of each corpus of a mixture."""
-        found = {name: values for name, values in self.log.corpus_losses.items() if values}
+    def _corpus_lines(self, most: int) -> list[Text]:
+        """The newest validation loss of each corpus of a mixture. If they are more than `most`, the
+        last line counts those that are left out."""
+        every = {name: values for name, values in self.log.corpus_losses.items() if values}
+        count = len(every) if len(every) <= most else max(0, most - 1)
+        found, more = dict([*every.items()][:count]), len(every) - count
         names = [shortened(one_line(name), NAME_CELLS) for name in found]
         widest = max(map(cell_len, names), default=0)
-        return [
+        lines = [
             Text(f"{'val loss':<{LABEL_CELLS}}", "dim", no_wrap=True, overflow="ellipsis")
             .append(set_cell_size(name, widest) + "  ", "not dim")
             .append(_at_step(values, self.step), "not dim bold")
             for name, values in zip(names, found.values(), strict=True)
         ]
+        if lines and more:
+            lines.append(Text(f"{'':<{LABEL_CELLS}}and {more} more", "dim"))
+        return lines
 
     def chosen_messages(self, count: int) -> list[Message]:
         """The newest `count` messages, among them the newest warnings, in their order."""
