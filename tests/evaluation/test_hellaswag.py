@@ -293,20 +293,47 @@ def fail(host: str, *_: object) -> None:
     raise socket.gaierror(-2, f"no address of {host}")
 
 
+def find(*_: object) -> list[str]:
+    return ["address"]
+
+
 @pytest.mark.parametrize(
-    ("variable", "look_up", "set_to", "reason"),
+    ("given", "look_up", "is_offline", "set_to", "reason"),
     [
-        ("", fail, "1", "no network: huggingface.co is not found"),
-        ("1", fail, "1", "no network: huggingface.co is not found"),
-        ("1", lambda *_: ["address"], "1", "the environment variable HF_HUB_OFFLINE forbids it"),
-        ("", lambda *_: ["address"], None, "huggingface.co cannot be reached"),
+        ("", fail, False, "1", "no network: huggingface.co is not found"),
+        ("HF_HUB_OFFLINE=1", fail, True, "1", "no network: huggingface.co is not found"),
+        ("HF_HUB_OFFLINE=1", find, True, "1", "the environment variable HF_HUB_OFFLINE forbids it"),
+        ("HF_HUB_OFFLINE=0", find, False, "0", "huggingface.co cannot be reached"),
+        (
+            "HF_DATASETS_OFFLINE=on",
+            find,
+            True,
+            None,
+            "the environment variable HF_DATASETS_OFFLINE forbids it",
+        ),
+        (
+            "TRANSFORMERS_OFFLINE=1",
+            find,
+            True,
+            None,
+            "the environment variable TRANSFORMERS_OFFLINE forbids it",
+        ),
+        (
+            "",
+            find,
+            True,
+            None,
+            "there was no network when this process first looked for it: start it again",
+        ),
+        ("", find, False, None, "huggingface.co cannot be reached"),
     ],
 )
 def test_why_the_hub_cannot_be_reached(
-    variable, look_up, set_to, reason, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given, look_up, is_offline, set_to, reason, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """If the host name does not resolve, the library looks into its cache only: otherwise it would
-    retry for half a minute. What its text calls the reason is a class, so that is not shown."""
+    retry for half a minute. What its text calls the reason is a class, so that is not shown. A
+    variable is only blamed if the user set it and the library obeys it."""
     seen = []
 
     def load(*_: object, **__: object) -> None:
@@ -314,9 +341,13 @@ def test_why_the_hub_cannot_be_reached(
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub (OfflineModeIsEnabled)")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setenv("HF_HUB_OFFLINE", variable)
-    if not variable:
-        monkeypatch.delenv("HF_HUB_OFFLINE")
+    for library in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", is_offline)
+    for name in hellaswag.OFFLINE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(*given.split("="))
+    before = dict(os.environ)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -328,3 +359,4 @@ def test_why_the_hub_cannot_be_reached(
         f"({reason}); put hellaswag_val.jsonl there, or name a file with --hellaswag_path"
     )
     assert seen == [set_to]
+    assert dict(os.environ) == before  # processes that are started later inherit it

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import socket
+import sys
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,8 @@ from gpt2.model.base import LanguageModel
 REPO = "Rowan/hellaswag"
 FOLDER = Path("data/hellaswag")
 NAMES = ("hellaswag_val.jsonl", "hellaswag_val.jsonl.gz")
+OFFLINE_VARIABLES = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""each can forbid the hub's libraries to use the network"""
 FIELDS = ("activity_label", "ctx", "ctx_a", "ctx_b", "endings", "label")
 
 
@@ -216,19 +219,18 @@ def _require_task(item: Any) -> None:
 
 def _download(folder: Path) -> Iterator[dict[str, Any]]:
     """The tasks from the hub, or from the cache of its library; also written to `folder`."""
-    forbidden = bool(os.environ.get("HF_HUB_OFFLINE"))
     has_network = _has_network()
     try:
-        if not has_network:  # the library's own retries take half a minute
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        import datasets  # seconds to import
+        # Without a network, the library's own retries take half a minute.
+        with contextlib.nullcontext() if has_network else _offline():
+            import datasets  # seconds to import
 
-        rows = datasets.load_dataset(REPO, split="validation")
+            rows = datasets.load_dataset(REPO, split="validation")
         items = [{name: row[name] for name in FIELDS} for row in rows]
     except Exception as error:  # the hub and the network can raise anything
         reason = f"{error!s:.100}"
         if isinstance(error, ConnectionError):  # its text names classes of the library
-            reason = _unreachable(has_network, forbidden)
+            reason = _unreachable(has_network)
         raise DataError(
             f"HellaSwag is not in {folder} and cannot be downloaded from the Hugging Face hub "
             f"({reason}); put {NAMES[0]} there, or name a file with --hellaswag_path"
@@ -241,12 +243,30 @@ def _download(folder: Path) -> Iterator[dict[str, Any]]:
     yield from items
 
 
-def _unreachable(has_network: bool, forbidden: bool) -> str:
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Within it, the hub's libraries are told to use their caches only. They read the variable when
+    they are imported; it does not stay, as processes that are started later would inherit it."""
+    is_set = "HF_HUB_OFFLINE" in os.environ
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        yield
+    finally:
+        if not is_set:
+            del os.environ["HF_HUB_OFFLINE"]
+
+
+def _unreachable(has_network: bool) -> str:
     """Why the hub cannot be reached."""
     if not has_network:
         return f"no network: {_hub_host()} is not found"
-    if forbidden:
-        return "the environment variable HF_HUB_OFFLINE forbids it"
+    # They read the variables when they are imported, and know which ones they obey.
+    libraries = (sys.modules.get(name) for name in ("datasets.config", "huggingface_hub.constants"))
+    if any(getattr(library, "HF_HUB_OFFLINE", False) for library in libraries):
+        values = {name: os.environ.get(name, "").upper() for name in OFFLINE_VARIABLES}
+        if names := [name for name, value in values.items() if value in ("1", "ON", "YES", "TRUE")]:
+            return f"the environment variable {names[0]} forbids it"
+        return "there was no network when this process first looked for it: start it again"
     return f"{_hub_host()} cannot be reached"
 
 
