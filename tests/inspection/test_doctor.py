@@ -4,6 +4,7 @@ import shutil
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +250,9 @@ def test_without_gpus_there_are_as_many_ranks_as_the_resumed_run_had(
     data_root: Path, tmp_path: Path
 ):
     run = small_config(data_root, tmp_path, device="cpu")
-    written_runs.write_run(run.checkpoint.checkpoint_dir, 1)
+    folder = run.checkpoint.checkpoint_dir
+    on_cpu = replace(written_runs.PLAN, device="cpu")
+    written_runs.write_run(folder, 1, on_cpu)
 
     def batch(run_config: RunConfig, ranks: int | None = None) -> str:
         found = doctor.examine(run_config, ranks)
@@ -261,6 +264,10 @@ def test_without_gpus_there_are_as_many_ranks_as_the_resumed_run_had(
     assert batch(resumed, 1).startswith("1 rank of 4 rows")
     named = options.overlay(resumed, {"experiment_name": "a"})
     assert batch(named).startswith("1 rank of 4 rows")
+    elsewhere = options.overlay(run, {"resume": str(tmp_path / "other" / "step_000001.pt")})
+    assert batch(elsewhere).startswith("1 rank of 4 rows")
+    written_runs.write_run(folder, 1, replace(on_cpu, device="cuda"))
+    assert batch(resumed).startswith("1 rank of 4 rows")
 
 
 def test_without_an_address(monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ class DoctorCommand(CommandOptions):
     run: RunConfig
     nproc_per_node: int | None = None
     """ranks, as for torchrun; default is one per GPU, or without GPUs as many as the resumed
-    run had"""
+    run had on the CPU"""
     config: Path | None = None
     """TOML file with options, by name or in a table per part"""
     out_dir: Path | None = None

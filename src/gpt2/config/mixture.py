@@ -215,7 +215,7 @@ def continued(
     return (*past, StepPhase(step, now.weights), *future)
 
 
-def not_over(found: Sequence[StepPhase], step: int) -> list[StepPhase]:
+def phases_from(found: Sequence[StepPhase], step: int) -> list[StepPhase]:
     """The phase of a step of the sampler, and those that follow it."""
     ends = [*(phase.first_step for phase in found[1:]), math.inf]
     return [phase for phase, end in zip(found, ends, strict=True) if step < end]

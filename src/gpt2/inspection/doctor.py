@@ -63,7 +63,7 @@ def print_findings(findings: Iterable[Finding], out: Console) -> int:
 
 def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding]:
     """All findings about a run with these options. Without `ranks`: one per GPU, or without GPUs as
-    many as the run had that is resumed."""
+    many as the run in --checkpoint_dir had without GPUs, if it is resumed."""
     yield from _software(run_config)
     device_option = run_config.machine.device
     build, driver = machine.installed_torch(), machine.driver()
@@ -96,9 +96,10 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
 def _usual_ranks(run_config: RunConfig, gpus: int) -> int:
     if run_config.experiment.name is not None:
         return 1
-    settings = run_config.checkpoint
-    before = status.read(settings.checkpoint_dir) if settings.resume_from else None
-    return gpus or (before.plan.world_size if before else 1)
+    folder, wanted = run_config.checkpoint.checkpoint_dir, run_config.checkpoint.resume_from
+    is_in_folder = wanted is not None and (wanted in ("latest", "best") or wanted.isdigit())
+    before = status.read(folder) if is_in_folder else None
+    return gpus or (before.plan.world_size if before and before.plan.device == "cpu" else 1)
 
 
 def _software(run_config: RunConfig) -> Iterator[Finding]:
@@ -263,7 +264,7 @@ def _of_mixture(
     except UserError as error:
         yield checks.problem("mixture", error)
         return
-    now, *later = mixture.not_over(sampling.phases, state.data_step(state.step))
+    now, *later = mixture.phases_from(sampling.phases, state.data_step(state.step))
     epochs = sampling.sampler.corpus_epochs(state.data_step(sampling.total_steps))
     steps = counted(sampling.total_steps, "step")
     for name, of_corpus in zip(rows, epochs, strict=True):

@@ -58,8 +58,8 @@ def log_in(folder: Path) -> Path | None:
 
 
 def folders_of_name(name: str, root: Path) -> list[Path]:
-    """The folders of a named experiment below `root`, one for each GPU, that with the newest run
-    first."""
+    """The folders of a named experiment directly in `root`, one for each GPU, that with the
+    newest run first."""
 
     def written(folder: Path) -> float:
         current = status.read(folder)

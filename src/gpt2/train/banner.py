@@ -73,7 +73,7 @@ def _data_lines(run: TrainingRun, data: TrainingData) -> list[str]:
 def _mixture_lines(run: TrainingRun) -> Iterator[str]:
     """The share of each corpus in each phase that is not over, and its epochs in the whole run."""
     state = run.state
-    for phase in mixture.not_over(run.phases, state.data_step(state.step)):
+    for phase in mixture.phases_from(run.phases, state.data_step(state.step)):
         shares = (f"{share:.1%} {name}" for name, share in phase.shares.items() if share)
         yield f"from step {state.step_that_reads(phase.first_step)} on: {', '.join(shares)}"
     of_corpora = run.sampler.corpus_epochs(state.data_step(run.total_steps))
