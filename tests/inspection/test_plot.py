@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_a_run_is_found_by_its_name_and_by_its_checkpoint_folder(tmp_path: Path)
     assert both == {"newest on 0", "newest on 1"}
     (run,) = plot.read([root / "lr1_gpu_0"])
     assert run.name == "newest on 0"
+    twice = {
+        run.name for run in plot.read([Path("lr1"), Path("lr1"), root / "lr1_gpu_0"], root=root)
+    }
+    assert twice == both
+    copied = shutil.copytree(root, tmp_path / "copy") / "lr1_gpu_0"
+    names = [run.name for run in plot.read([Path("lr1"), copied], root=root)]
+    assert sorted(names) == sorted(
+        [f"{root}/lr1_gpu_0 newest on 0", f"{copied} newest on 0", "newest on 1"]
+    )
     with pytest.raises(
         DataError, match=r"no log at lr2; .* an --experiment_name .* run in .*checkpoints"
     ):
@@ -114,7 +124,7 @@ def test_panels_without_data_are_left_out(tmp_path: Path):
     write_log(tmp_path / "b.txt", "b", [3.0] * 20, hellaswag=True)
     assert titles(plot.read([tmp_path / "a.txt"])) == ["loss", "learning rate", "tokens/s"]
     both = plot.read([tmp_path / "a.txt", tmp_path / "b.txt"])
-    assert titles(both) == [panel.title for panel in plot.PANELS]
+    assert titles(both) == [panel.title for panel in plot.PANELS if panel.of]
 
 
 def test_one_run_on_a_mixture_has_a_panel_with_a_curve_for_each_corpus(tmp_path: Path):

@@ -19,14 +19,15 @@ class PlotCommand(CommandOptions):
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN …]")] = (
         Path("logs/log.txt"),
     )
-    """logs, or folders with logs/log.txt, such as the --out_dir of a run, or of experiments, or an
-    --experiment_name"""
+    """logs, folders with logs/log.txt, such as the --out_dir of a run, the checkpoint folder of a
+    run, the folder of an experiment, or an --experiment_name"""
     checkpoint_dir: Path = Path("checkpoints")
     """folder with the runs of an --experiment_name"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")
     """file of the picture: .png, .svg or .pdf"""
     last: int | None = None
-    """only the last N runs of each log; default is all"""
+    """only the last N runs of each log; default is all. Runs that are found by their checkpoint
+    folder or an --experiment_name are all drawn"""
 
     def __post_init__(self) -> None:
         validation.require_within(self, 1, validation.LARGEST, "last")

@@ -3,6 +3,7 @@
 from __future__ import annotations  # matplotlib is imported where something is drawn
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ class Panel:
     """One quantity of all runs."""
 
     title: str
-    of: Callable[[LoggedRun], dict[int, float]]
+    of: Callable[[LoggedRun], dict[int, float]] | None
+    """its values by step; None for the validation losses of the corpora of a single run"""
     draw: Callable[[Axes, list[Curve]], None]
     x_label: str = "step"
     x_of: Callable[[LoggedRun, Numbers], Numbers] = lambda _, steps: steps
@@ -55,6 +57,8 @@ class _Source:
     path: Path
     run_name: str | None = None
     """of the only run of it that is read; None for all"""
+    folder: Path | None = None
+    """with the checkpoints of that run"""
 
 
 def read(
@@ -63,12 +67,14 @@ def read(
     """The runs in `given` that have a step or a validation, under distinct names.
 
     Each of `given` is a log file, a folder with one, such as an --out_dir, the checkpoint folder of
-    a run, the folder of an experiment, or a name whose runs are in `root`; only the `last` so many
-    runs of each log are returned. If there are several logs, the name of a run includes the path of
-    its log. Raises DataError if a log has no such run.
+    a run, the folder of an experiment, or a name whose runs are in `root`; what is given twice is
+    read once. Of a log, only the `last` so many runs are returned. Their names include the path of
+    the log if there are several. A run that is found by its checkpoint folder or by a name keeps
+    its name, and has the path of that folder before it only if another one has the same name.
+    Raises DataError if a log has no such run.
     """
-    found = []
-    sources = [source for item in given for source in _sources(item, root)]
+    found, places = [], []
+    sources = [*dict.fromkeys(source for item in given for source in _sources(item, root))]
     for source in sources:
         runs = [run for run in _read_log(source) if run.steps or run.val_losses]
         if not runs:
@@ -81,7 +87,12 @@ def read(
             names = several if len(runs) > 1 else [str(source.path)]
             runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
         found += runs
-    return found
+        places += [source.folder or source.path] * len(runs)
+    count = Counter(run.name for run in found)
+    return [
+        replace(run, name=f"{place} {run.name}") if count[run.name] > 1 else run
+        for run, place in zip(found, places, strict=True)
+    ]
 
 
 def _sources(given: Path, root: Path) -> list[_Source]:
@@ -92,7 +103,7 @@ def _sources(given: Path, root: Path) -> list[_Source]:
     folders = [given] if given.is_dir() else run_status.folders_of_name(str(given), root)
     runs = [Run(folder, current) for folder in folders if (current := status.read(folder))]
     if runs:
-        return [_Source(run.log, run.status.plan.run_name) for run in runs]
+        return [_Source(run.log, run.status.plan.run_name, run.folder) for run in runs]
     logs = {path.parent for name in LOG_NAMES for path in given.glob(f"*/{name}")}
     if not logs:
         raise DataError(
@@ -135,8 +146,6 @@ def draw(runs: Sequence[LoggedRun], panels: Sequence[Panel] | None = None) -> Fi
     chosen = figures.highlighted([_score(run) for run in runs])
     colors = dict(zip(chosen, figures.distinct_colors(len(chosen)), strict=True))
     known = [(panel, _curves(panel, runs, colors)) for panel in panels or PANELS]
-    if panels is None and len(runs) == 1:
-        known.insert(PANELS.index(VALIDATION) + 1, (CORPORA, _curves_of_corpora(runs[0])))
     shown = [(panel, curves) for panel, curves in known if curves]
     if not shown:
         return figures.empty("no step has been logged yet")
@@ -167,6 +176,8 @@ def draw(runs: Sequence[LoggedRun], panels: Sequence[Panel] | None = None) -> Fi
 
 def _curves(panel: Panel, runs: Sequence[LoggedRun], colors: Mapping[int, str]) -> list[Curve]:
     """The curves of a panel; those of highlighted runs have a colour, by the index of the run."""
+    if panel.of is None:
+        return _curves_of_corpora(runs[0]) if len(runs) == 1 else []
     return [
         Curve(
             run.name,
@@ -360,11 +371,10 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], marker: str | None = None) 
 
 LOSS = Panel("loss", lambda run: {at: item.loss for at, item in run.steps.items()}, _draw_loss)
 VALIDATION = Panel("validation loss", lambda run: run.val_losses, _draw_validation)
-CORPORA = Panel("validation loss of each corpus", lambda _: {}, _draw_corpora)
-"""only for one run: its curves are those of `_curves_of_corpora`"""
 PANELS = (
     LOSS,
     VALIDATION,
+    Panel("validation loss of each corpus", None, _draw_corpora),
     Panel("HellaSwag (acc_norm)", lambda run: run.hellaswag, _draw_hellaswag),
     Panel(
         "learning rate",
