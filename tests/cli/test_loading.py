@@ -87,6 +87,17 @@ def test_a_newest_run_without_a_checkpoint_and_a_given_folder_are_never_replaced
         loaded(which)
 
 
+def test_the_folder_that_is_named_has_the_newest_checkpoint():
+    write_run("checkpoints/a", 2)
+    write_run("checkpoints/z", 1)
+    write_run("checkpoints/damaged", 3)
+    Path("checkpoints/damaged/step_000003.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*; use .* checkpoints/z$"):
+        loaded("best", "checkpoints")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*; train a model first$"):
+        loaded("best", "checkpoints/damaged")
+
+
 def test_standard_output_has_the_text_alone(monkeypatch: pytest.MonkeyPatch, capsys):
     write_run("checkpoints/demo", 1)
     flags = ["--prompt", "", "--max_new_tokens", "1", "--device", "cpu"]

@@ -110,10 +110,20 @@ def _checkpoint(which: str, given: Path | None) -> Path:
     is_empty = is_in_folder and which != "latest" and not store.list_checkpoints(folder)
     path = None if is_empty else store.find(folder, which)
     if path is None:
-        others = run_status.run_folders(given or FOLDER, "step_*.json")
-        way_out = f"use --checkpoint_dir {others[0]}" if others else "train a model first"
+        other = _newest_folder(given or FOLDER, without=folder)
+        way_out = f"use --checkpoint_dir {other}" if other else "train a model first"
         raise CheckpointError(f"no checkpoint in {folder}; {way_out}")
     return path
+
+
+def _newest_folder(root: Path, without: Path) -> Path | None:
+    """The folder in or below `root` with the newest checkpoint; None if there is none."""
+    written = {
+        folder: max(item.metadata.time for item in complete)
+        for folder in run_status.run_folders(root, "step_*.json")
+        if folder != without and (complete := store.list_checkpoints(folder))
+    }
+    return max(written, key=lambda folder: written[folder], default=None)
 
 
 def _folder_of_run() -> Path:
