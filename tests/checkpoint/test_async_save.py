@@ -123,9 +123,9 @@ def test_a_measurement_is_added_to_the_checkpoint_of_its_step_only(tmp_path: Pat
     saver.add_measured(2, val_loss=2.0, bits_per_byte=0.75, is_evaluated=True)
     newest = store.list_checkpoints(tmp_path)[-1].training
     assert (newest.val_loss, newest.bits_per_byte, newest.is_evaluated) == (2.0, 0.75, True)
-    saver.add_measured(2, val_loss=1.5, validated="9 rows")
+    saver.add_measured(2, val_loss=1.5, validated="web", val_rows=9)
     newest = store.list_checkpoints(tmp_path)[-1].training
-    assert (newest.val_loss, newest.validated) == (1.5, "9 rows")
+    assert (newest.val_loss, newest.validated, newest.val_rows) == (1.5, "web", 9)
 
 
 def test_links_that_a_kill_left_behind_are_repaired(tmp_path: Path):

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,30 @@ def test_rolling_keeps_the_newest_the_best_and_the_one_resumed_from(tmp_path: Pa
     kept = sorted(path.name for path in tmp_path.glob("step_*"))
     expected = [f"step_00000{step}.{kind}" for step in (1, 3, 7, 8) for kind in ("json", "pt")]
     assert kept == expected
+
+
+def save_validated(folder: Path, step: int, val_loss: float, val_rows: int | None) -> None:
+    facts = replace(training(step, val_loss), val_rows=val_rows)
+    store.save(folder, {"step": step}, facts, keep_last=2)
+
+
+def test_the_best_of_each_number_of_validation_rows_is_kept(tmp_path: Path):
+    """A resume with another number, and one that takes it back."""
+    for step, val_loss in [(1, 1.0), (2, 3.0)]:
+        save_validated(tmp_path, step, val_loss, 2)
+    for step, val_loss in [(3, 5.0), (4, 6.0), (5, 7.0), (6, 8.0)]:
+        save_validated(tmp_path, step, val_loss, 5)
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [1, 3, 5, 6]
+    assert store.find(tmp_path, "best") == tmp_path / "step_000003.pt"
+    save_validated(tmp_path, 7, 2.0, 2)
+    assert [item.training.step for item in store.list_checkpoints(tmp_path)] == [1, 3, 6, 7]
+    assert store.find(tmp_path, "best") == tmp_path / "step_000001.pt"
+
+
+def test_a_loss_of_an_earlier_version_compares_with_one_of_any_number_of_rows(tmp_path: Path):
+    for step, val_loss, val_rows in [(1, 1.0, None), (2, 2.0, 2), (3, 3.0, 5)]:
+        save_validated(tmp_path, step, val_loss, val_rows)
+        assert store.find(tmp_path, "best") == tmp_path / "step_000001.pt"
 
 
 def test_the_newest_two_are_always_kept(tmp_path: Path):

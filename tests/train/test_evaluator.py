@@ -349,20 +349,44 @@ def test_losses_of_other_rows_do_not_decide_which_checkpoint_is_the_best(
     def train(steps: int, rows: int, **changes: object) -> RunResult:
         changes |= {"max_steps": steps, "eval_rows": rows, "decay_steps": 8, "resume": "latest"}
         intervals = {"checkpoint_interval": 2, "eval_interval": 2, "keep_last": 9}
-        return trainer.run(small_config(data_root, tmp_path, **intervals, **changes))
+        return trainer.run(small_config(data_root, tmp_path, **intervals | changes))
 
     train(2, 2)
     first = train(4, 2)
     assert "validation:" not in capsys.readouterr().err
     result = train(8, 5, learning_rate=10.0)
-    assert capsys.readouterr().err.count("WARNING: validation: of 2 rows before, 5 from here") == 1
+    warning = "WARNING: validation: on 2 rows before, on 5 from here"
+    assert capsys.readouterr().err.count(warning) == 1
     assert "val loss does not compare" in (tmp_path / "logs/log.txt").read_text()
     assert result.best_val_loss > first.best_val_loss
     train(10, 5, learning_rate=10.0)
     assert "validation:" not in capsys.readouterr().err
-    validated = [item.validated for item in kept_metadata(tmp_path)]
-    assert validated == ["", "", "5 rows", "5 rows", "5 rows"]
+    assert [item.val_rows for item in kept_metadata(tmp_path)] == [2, 2, 5, 5, 5]
     best = store.find_best(store.list_checkpoints(tmp_path / "checkpoints"))
     assert best is not None and best.training.step in (6, 8, 10)
     checkpoints.print_checkpoints(tmp_path, console())
-    assert "5 rows" in capsys.readouterr().out
+    assert "val rows" in capsys.readouterr().out
+    train(12, 2, eval_interval=None)
+    assert "validation:" not in capsys.readouterr().err
+
+
+def test_a_finished_run_that_is_resumed_with_other_rows_is_validated_on_them(
+    data_root: Path, tmp_path: Path, capsys
+):
+    def train(steps: int, rows: int) -> RunResult:
+        changes = {"max_steps": steps, "eval_rows": rows, "decay_steps": 8, "resume": "latest"}
+        return trainer.run(small_config(data_root, tmp_path, checkpoint_interval=4, **changes))
+
+    def measured() -> list[tuple[int, int | None]]:
+        return [(item.step, item.val_rows) for item in kept_metadata(tmp_path)]
+
+    first = train(4, 2)
+    result = train(4, 5)
+    assert "Nothing to do" not in capsys.readouterr().out
+    assert result.val_loss not in (None, first.val_loss)
+    assert (result.best_val_loss, measured()) == (result.val_loss, [(4, 5)])
+    again = train(4, 5)
+    assert again.val_loss == result.val_loss
+    assert train(4, 2).val_loss == first.val_loss
+    train(8, 5)
+    assert measured() == [(4, 2), (8, 5)], "in mid-run, what is measured stays"

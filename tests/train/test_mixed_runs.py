@@ -1,6 +1,8 @@
 """Runs on several corpora, held against a brute-force reading of what the options say."""
 
+import itertools
 import json
+import math
 import pickle
 import shutil
 from fractions import Fraction
@@ -25,7 +27,7 @@ from gpt2.experiments.training import training_job
 from gpt2.inspection import doctor
 from gpt2.train import dataset, trainer
 from gpt2.train.resume import Sampling, StartingPoint
-from gpt2.train.state import TrainState
+from gpt2.train.state import RunResult, TrainState
 from same_state import assert_same
 from support import SMALL_CORPUS, losses, small_config, small_flags
 
@@ -261,6 +263,49 @@ def test_the_best_checkpoint_is_one_since_the_last_corpus_was_added(corpora: Pat
     assert result.best_val_loss > first.best_val_loss, "the rate is far too high"
     best = store.find(tmp_path / "checkpoints", "best")
     assert best is not None and best.stem in ("step_000006", "step_000008")
+
+
+def test_losses_before_a_corpus_was_added_do_not_compare_and_are_measured_anew(
+    corpora: Path, tmp_path: Path, caplog
+):
+    """Shares are rounded up: of 6 rows, one corpus has 5, two have 3 each."""
+    names = ["code"]
+
+    def train(steps: int, **changes: object) -> RunResult:
+        data = [f"{root}:1" for root in roots(corpora, *names)]
+        intervals = {"mixture": [], "eval_interval": 2, "checkpoint_interval": 2, "keep_last": 9}
+        changes |= {"max_steps": steps, "data_root": data, "resume": "latest"}
+        return trainer.run(mixed(corpora, tmp_path, **intervals, **changes))
+
+    def measured() -> list[tuple[str, int | None]]:
+        kept = store.list_checkpoints(tmp_path / "checkpoints")
+        return [(item.training.validated, item.training.val_rows) for item in kept]
+
+    first = train(4)
+    names.append("web")
+    result = train(4)
+    assert result.val_loss not in (None, first.val_loss)
+    assert measured() == [("code", 5), ("code web", 6)]
+    assert train(4).best_val_loss == result.val_loss
+    assert "validation: on" not in caplog.text, "a note says it"
+    assert "Validation: also of web from here" in caplog.text
+
+
+def test_a_run_that_goes_back_to_before_a_corpus_was_added_takes_no_loss_from_there(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    common = {"mixture": [], "eval_interval": 2, "checkpoint_interval": 4, "max_bad_steps": 2}
+    one = {"data_root": [f"{root}:1" for root in roots(corpora, "code")], **common}
+    first = trainer.run(mixed(corpora, tmp_path, max_steps=4, **one))
+    norm, updates = trainer.gradient_norm, itertools.count(1)
+    monkeypatch.setattr(
+        trainer, "gradient_norm", lambda net: norm(net) * (math.nan if next(updates) <= 2 else 1)
+    )
+    added = {"data_root": [f"{root}:1" for root in roots(corpora, "code", "web")], **common}
+    changes = {"max_steps": 8, "resume": "latest", "learning_rate": 1.0}
+    result = trainer.run(mixed(corpora, tmp_path, **added, **changes))
+    assert "back to step 4" in caplog.text
+    assert result.best_val_loss > first.best_val_loss, "the rate is far too high"
 
 
 def test_a_glob_over_folders_is_a_mixture_by_size(corpora: Path, tmp_path: Path):

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,9 @@ from gpt2.data import training_data
 from gpt2.data.training_data import TrainingData
 from gpt2.distributed import world
 from gpt2.train import resume, trainer
+from gpt2.train.evaluator import Validation
 from gpt2.train.resume import StartingPoint
+from gpt2.train.state import TrainState
 from support import small_config
 
 T = TypeVar("T")
@@ -120,6 +123,36 @@ def test_all_ranks_take_the_measurements_that_rank_0_reads(tmp_path: Path):
     rank_0 = resume.train_state(checkpoint, path)
     assert (rank_0.val_loss, rank_0.best_val_loss, rank_0.evaluated_step) == (3.0, 3.0, 5)
     assert rank_0.bits_per_byte == 1.0
+
+
+def test_a_loss_on_other_validation_rows_is_not_taken_for_one_on_the_rows_from_here_on(
+    tmp_path: Path,
+):
+    """A stop ends the validation of a step; a resume with other rows measures it, is killed, and is
+    resumed without them."""
+
+    def state(before: int, now: int, val_rows: int | None, validated: str = "") -> TrainState:
+        facts = TrainingMetadata(5, 0, 0, 1.0, 3.0, 1, "run", "0")
+        facts = replace(facts, validated=validated, val_rows=val_rows, is_evaluated=True)
+        path = store.save(tmp_path, {}, facts, keep_last=3)
+        progress = {"step": 5, "val_loss": 2.0, "validated_step": 4, "best_val_loss": 2.0}
+        checkpoint = {"progress": progress, "config": {"machine": {}}}
+        rows = Validation("", before), Validation("", now)
+        return resume.train_state(checkpoint, path, validations=rows)
+
+    for before, now, val_rows, losses in [
+        (2, 2, 2, (3.0, 2.0)),
+        (2, 2, None, (3.0, 2.0)),  # an earlier version measured on the rows of its configuration
+        (2, 2, 5, (2.0, 2.0)),
+        (2, 5, 5, (3.0, 3.0)),
+        (2, 5, 2, (None, None)),
+        (2, 5, None, (None, None)),
+    ]:
+        found = state(before, now, val_rows)
+        assert (found.val_loss, found.best_val_loss) == losses
+        assert (found.validated_step == 5) == (losses[0] == 3.0)
+        assert found.evaluated_step == 5, "in mid-run, nothing is measured a second time"
+    assert state(2, 2, 2, validated="web").val_loss == 2.0
 
 
 def test_a_run_that_began_without_the_single_pass_goes_on_without_it(tmp_path: Path):

@@ -14,6 +14,7 @@ def add(
     val_loss: float | None = None,
     bits_per_byte: float | None = None,
     validated: str | None = None,
+    val_rows: int | None = None,
     hellaswag: float | None = None,
     is_evaluated: bool = False,
 ) -> None:
@@ -33,6 +34,7 @@ def add(
         val_loss=training.val_loss if val_loss is None else val_loss,
         bits_per_byte=training.bits_per_byte if bits_per_byte is None else bits_per_byte,
         validated=training.validated if validated is None else validated,
+        val_rows=training.val_rows if val_rows is None else val_rows,
         hellaswag=training.hellaswag if hellaswag is None else hellaswag,
         is_evaluated=training.is_evaluated or is_evaluated,
     )

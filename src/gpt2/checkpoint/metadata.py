@@ -41,8 +41,9 @@ class TrainingMetadata:
     parent_run: str | None = None
     """id of the run, in another folder, that this one goes on from"""
     validated: str = ""
-    """names of the corpora that `val_loss` is of, none for one without a name, and, once a resume
-    has changed it, the number of rows; losses compare where it is the same"""
+    """names of the corpora that `val_loss` is of; empty for one without a name"""
+    val_rows: int | None = None
+    """rows that `val_loss` is of; None in checkpoints of earlier versions"""
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,8 @@ def save(
         update_links(folder, complete)
     except OSError as error:  # the checkpoint is whole; the next save tries again
         logger.warning("cannot point %s and %s at the newest files: %s", LATEST, BEST, error)
-    best = find_best(complete)
     with contextlib.suppress(OSError):  # the next save prunes again
-        prune(complete, keep_last, keep=[best.path if best else None, resumed_from])
+        prune(complete, keep_last, keep=[*_best_of_each_validation(complete), resumed_from])
     return path
 
 
@@ -160,19 +159,37 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss; None if none has a finite one.
 
-    If the corpora that are validated have changed, or how many rows, earlier losses do not compare.
+    Only losses that compare with the newest count: of the same corpora and number of rows. A loss
+    of an earlier version, whose number of rows is not known, compares with any number.
     """
-    evaluated = [
-        (item.training.val_loss, item)
-        for item in complete
-        if item.training.val_loss is not None and math.isfinite(item.training.val_loss)
+    evaluated = _evaluated(complete)
+    if not evaluated:
+        return None
+    newest = evaluated[-1][1].training
+    comparable = [
+        (loss, item)
+        for loss, item in evaluated
+        if item.training.validated == newest.validated
+        and len({item.training.val_rows, newest.val_rows} - {None}) <= 1
     ]
-    evaluated = [
-        pair
-        for pair in evaluated
-        if pair[1].training.validated == evaluated[-1][1].training.validated
-    ]
-    return min(evaluated, key=lambda pair: pair[0])[1] if evaluated else None
+    return min(comparable, key=lambda pair: pair[0])[1]
+
+
+def _best_of_each_validation(complete: list[Checkpoint]) -> list[Path]:
+    """The best checkpoint for each set of corpora and number of rows that losses are of: a resume
+    with other ones must not cost what was the best before, and may be taken back."""
+    best: dict[tuple[str, int | None], tuple[float, Checkpoint]] = {}
+    for loss, item in _evaluated(complete):
+        validation = item.training.validated, item.training.val_rows
+        if validation not in best or loss < best[validation][0]:
+            best[validation] = loss, item
+    return [item.path for _, item in best.values()]
+
+
+def _evaluated(complete: list[Checkpoint]) -> list[tuple[float, Checkpoint]]:
+    """Those with a finite validation loss, after it."""
+    losses = ((item.training.val_loss, item) for item in complete)
+    return [(loss, item) for loss, item in losses if loss is not None and math.isfinite(loss)]
 
 
 def find(folder: Path, which: str, *, set_aside: bool = False) -> Path | None:

@@ -33,6 +33,7 @@ def _table(folder: Path, complete: list[Checkpoint], width: int) -> Table:
             "val loss": _number(item.training.val_loss) or "-",
             "bits/byte": _number(item.training.bits_per_byte),
             "validated": item.training.validated,
+            "val rows": f"{item.training.val_rows or ''}",
             "best": "*" if item is best else "",
             "size": f"{item.metadata.bytes / 1e6:,.1f} MB",
             "age": duration(time.time() - item.metadata.time),
@@ -41,7 +42,11 @@ def _table(folder: Path, complete: list[Checkpoint], width: int) -> Table:
         for item in complete
     ]
     has_bits = any(row["bits/byte"] for row in rows)  # not in checkpoints of earlier versions
-    is_shown = {"bits/byte": has_bits, "validated": len({row["validated"] for row in rows}) > 1}
+    is_shown = {
+        "bits/byte": has_bits,
+        "validated": len({row["validated"] for row in rows}) > 1,
+        "val rows": len({row["val rows"] for row in rows} - {""}) > 1,
+    }
     columns = [name for name in rows[0] if is_shown.get(name, True)]
     cells = [[row[name] for name in columns] for row in rows]
     return fitted(f"Checkpoints in {folder}", columns, cells, width, elastic="path")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 
 from gpt2.base.text import counted
-from gpt2.config import lr_schedule, mixture
+from gpt2.config import lr_schedule, mixture, options
 from gpt2.config.run import RunConfig
 from gpt2.data.training_data import TrainingData
 from gpt2.distributed import device_name
@@ -26,7 +26,7 @@ def log(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) 
     if start.checkpoint is not None:
         rows = {name: sum(of) for name, of in run.dataset.rows_per_shard.items()}
         warnings.append(start.rate_warning(run.config, rows, run.state.step))
-        warnings.append(start.rows_warning(run.config, data))
+        warnings.append(_validation_warning(run, data, start))
         notes = start.notes(run.config, run.world, data)
         logger.info("Resuming from:")
         for note in (f"Step: {run.state.step}", f"Epoch: {run.next_epoch()}", *notes):
@@ -42,6 +42,21 @@ def log(run: TrainingRun, data: TrainingData, plan: Plan, start: StartingPoint) 
         *_folder_lines(run.config, plan.run_name),
     ):
         logger.info(line)
+
+
+def _validation_warning(run: TrainingRun, data: TrainingData, start: StartingPoint) -> str | None:
+    """What to say of a validation on another number of rows; None if it has the same, if there is
+    none, and if it is of more corpora, which `StartingPoint.notes` says."""
+    before, now = start.validations(run.config, data)
+    is_off = run.config.evaluation.eval_interval is None
+    if is_off or before == now or before.corpora != now.corpora or start.checkpoint is None:
+        return None
+    typed_before = options.of_stored(start.checkpoint["config"]).eval_rows
+    return (
+        f"validation: on {counted(before.rows, 'row')} before, on {now.rows} from here, so val "
+        "loss does not compare with before, and the best checkpoint is one from here on; "
+        f"--eval_rows {typed_before} leaves it as it was"
+    )
 
 
 def _model_line(plan: Plan, replica: Replica) -> str:

@@ -9,7 +9,8 @@ from gpt2.base.errors import Diverged
 from gpt2.base.text import counted
 from gpt2.checkpoint import store
 from gpt2.optim import loss_scale, spikes
-from gpt2.train import resume, saved_run
+from gpt2.train import saved_run
+from gpt2.train.resume import StartingPoint
 from gpt2.train.saved_run import SavedRun
 from gpt2.train.state import Update
 from gpt2.train.training_run import TrainingRun
@@ -95,7 +96,8 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
     run.loader.close()
     trust = run.config.checkpoint.trust_checkpoint
     checkpoint = saved_run.load(path, trust=trust, world=run.world, parts=SavedRun)
-    state = resume.train_state(checkpoint, path, run.world)
+    start = StartingPoint(path, checkpoint)
+    state = start.train_state(run.world, start.validations(run.config, run.data))
     run.state = replace(
         state,
         bad_steps=before.bad_steps,
@@ -104,8 +106,6 @@ def _go_back(run: TrainingRun, path: Path, left_out: tuple[int, int]) -> None:
         bad_in_a_row=0,
         left_out=left_out,
     )
-    if before.val_rows not in (None, state.val_rows):
-        run.state.validate_rows(before.val_rows)
     with saved_run.explained(path):
         run.replica.load_state_dict(checkpoint, run.state.step)
     run.saver.assume_saved(run.state.step)

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from gpt2.base.errors import DataError
 from gpt2.checkpoint import random_state
@@ -36,6 +36,15 @@ TOKENS_OF_A_ROUND = -(-generate.IN_TRAINING.max_new_tokens // SAMPLING_ROUNDS)
 """what rank 0 generates while every other rank computes one batch of HellaSwag"""
 
 
+class Validation(NamedTuple):
+    """What a validation loss is of: losses compare where it is the same."""
+
+    corpora: str
+    """names of those with validation shards; empty for one without a name"""
+    rows: int
+    """of all of them together"""
+
+
 class EvaluationStopped(Exception):
     """A stop was requested before the measurement was complete."""
 
@@ -57,6 +66,7 @@ class Evaluator:
         """Raises DataError if --hellaswag_path names tasks that cannot be read."""
         self._config, self._world, self._replica = run_config, world, replica
         self._val_rows = validation_rows(run_config, data)
+        self.validation = validation(run_config, data)
         self._corpora = {index.corpus or "" for index in data.corpora.values()}
         self._tokenizer = data.tokenizer
         self._impossible = self._without()
@@ -245,29 +255,35 @@ class Evaluator:
 def validation_rows(
     run_config: RunConfig, data: TrainingData
 ) -> dict[str, tuple[TokenDataset, Rows]]:
-    """By corpus, its validation split and the rows of it to measure: an equal share of
-    `run_config.eval_rows`, rounded up, or all that it has.
-
-    Corpora of a mixture without validation shards are left out; raises DataError if all lack them.
-    """
-    indices = data.corpora
-    if any(index.of("val") for index in indices.values()):
-        indices = {name: index for name, index in indices.items() if index.of("val")}
+    """By corpus, its validation split and the rows of it to measure, as many as
+    `_validation_row_counts` says, and raises."""
     found = dict[str, tuple[TokenDataset, Rows]]()
-    for name, index in indices.items():
-        dataset = TokenDataset(index, "val", run_config.model.block_size)
-        count = -(-run_config.eval_rows // len(indices))
+    for name, count in _validation_row_counts(run_config, data).items():
+        dataset = TokenDataset(data.corpora[name], "val", run_config.model.block_size)
         found[name] = dataset, sampler.spread(dataset.rows_per_shard, count)
     return found
 
 
-def validation_row_count(run_config: RunConfig, data: TrainingData) -> int:
-    """How many rows a validation has."""
-    indices = [index for index in data.corpora.values() if index.of("val")]
-    share = -(-run_config.eval_rows // max(1, len(indices)))
-    block_size = run_config.model.block_size
-    rows = (sum(shards.rows_per_shard(index, "val", block_size)) for index in indices)
-    return sum(min(share, of_corpus) for of_corpus in rows)
+def validation(run_config: RunConfig, data: TrainingData) -> Validation:
+    """What the validation losses of a run on `data` are of; raises as `_validation_row_counts`."""
+    rows = _validation_row_counts(run_config, data)
+    return Validation(" ".join(data.validated), sum(rows.values()))
+
+
+def _validation_row_counts(run_config: RunConfig, data: TrainingData) -> dict[str, int]:
+    """By corpus, how many rows a validation has: an equal share of `run_config.eval_rows`, rounded
+    up, or all that there are.
+
+    Corpora of a mixture without validation shards are left out; raises DataError if all lack them.
+    """
+    indices = {name: index for name, index in data.corpora.items() if index.of("val")}
+    indices = indices or dict(data.corpora)
+    share, block_size = -(-run_config.eval_rows // len(indices)), run_config.model.block_size
+    rows = {
+        name: sum(shards.rows_per_shard(index, "val", block_size))
+        for name, index in indices.items()
+    }
+    return {name: min(share, of_corpus) for name, of_corpus in rows.items()}
 
 
 class _Sampling:

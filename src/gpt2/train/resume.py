@@ -28,7 +28,7 @@ from gpt2.data.training_data import UNNAMED, TrainingData
 from gpt2.distributed.world import World
 from gpt2.inference import interchange
 from gpt2.train import dataset, experiment_folder, launch, saved_run
-from gpt2.train.evaluator import validation_row_count
+from gpt2.train.evaluator import Validation, validation
 from gpt2.train.micro_batch import FittedRows
 from gpt2.train.replica import Replica
 from gpt2.train.saved_run import SavedRun
@@ -40,6 +40,8 @@ MIXTURE = "mixture"
 """in a checkpoint of a run with several corpora: the phases, first those that have begun"""
 UNNOTICED = 0.01
 """a relative change of the learning rate at a resume that is not reported"""
+Validations = tuple[Validation, Validation]
+"""in the run of a checkpoint, and from here on"""
 Configure = Callable[[Mapping[str, Any] | None], RunConfig]
 """the configuration that was typed, on top of the one in a checkpoint; None for a new run"""
 
@@ -201,22 +203,22 @@ class StartingPoint:
         hint = f"it was made with --preset {stored['preset']}" if has_other_preset else ""
         _refuse_contradictions(self.path, rows, hint)
 
-    def added(self, data: TrainingData) -> list[str]:
-        """The names of corpora that the checkpoint's run did not have."""
+    def validations(self, run_config: RunConfig, data: TrainingData) -> Validations:
+        """What validation losses are of."""
+        now = validation(run_config, data)
         if self.checkpoint is None:
-            return []
-        return [name for name in data.corpora if name not in _fingerprints(self.checkpoint)]
+            return now, now
+        known = _fingerprints(self.checkpoint)
+        before = TrainingData({name: data.corpora[name] for name in data.corpora if name in known})
+        return validation(options.of_stored(self.checkpoint["config"]), before), now
 
     def train_state(
-        self, world: World | None = None, data: TrainingData | None = None
+        self, world: World | None = None, validations: Validations | None = None
     ) -> TrainState:
-        """The state that training on `data` begins with; every rank of a `world` calls it."""
+        """The state that training begins with, as `train_state` below returns it."""
         if self.checkpoint is None or self.path is None:
             return TrainState()
-        state = train_state(self.checkpoint, self.path, world)
-        if data is not None and self.added(data):  # it has another validation loss
-            state.best_val_loss = None
-        return state
+        return train_state(self.checkpoint, self.path, world, validations)
 
     @property
     def fitted_rows(self) -> FittedRows | None:
@@ -247,7 +249,8 @@ class StartingPoint:
                 "Data: the checkpoint is of an earlier version, which did not record all of the "
                 "data's content; the next one does"
             )
-        if added := self.added(data):
+        known = _fingerprints(self.checkpoint)
+        if added := [name for name in data.validated if name not in known]:
             notes.append(
                 f"Validation: also of {', '.join(added)} from here, so val loss does not compare "
                 "with before, and the best checkpoint is one from here on"
@@ -291,36 +294,34 @@ class StartingPoint:
             "from before its cooldown without a jump"
         )
 
-    def rows_warning(self, run_config: RunConfig, data: TrainingData) -> str | None:
-        """What to say of a validation with another number of rows; None if it has the same."""
-        if self.checkpoint is None:
-            return None
-        earlier = options.of_stored(self.checkpoint["config"])
-        before, now = (validation_row_count(each, data) for each in (earlier, run_config))
-        if before == now:
-            return None
-        return (
-            f"validation: of {counted(before, 'row')} before, {now} from here, so val loss does "
-            "not compare with before, and the best checkpoint is one from here on; --eval_rows "
-            f"{earlier.eval_rows} leaves it as it was"
-        )
 
-
-def train_state(checkpoint: CheckpointState, path: Path, world: World | None = None) -> TrainState:
+def train_state(
+    checkpoint: CheckpointState,
+    path: Path,
+    world: World | None = None,
+    validations: Validations | None = None,
+) -> TrainState:
     """The state that a checkpoint holds, with what was measured after it was saved, which is in the
-    metadata beside it.
+    metadata beside it. With `validations`, it has only losses that compare with those to come.
 
     All ranks of a `world` call it, and take the metadata that rank 0 reads: machines may have
     copies of different age, but all ranks must agree on what is left to measure.
     """
     state = TrainState.from_dict(checkpoint["progress"])
     state.plain_head |= not checkpoint["config"]["machine"].get("fast", True)
+    if validations and validations[0] != validations[1]:
+        state.drop_validation()
     read_it = functools.partial(read_metadata, path.with_suffix(".json"))
     metadata = world.run_on_rank0(read_it) if world else read_it()
     if metadata is None or metadata.training.step != state.step:
         return state
     measured = metadata.training
-    if measured.val_loss is not None and state.validated_step != state.step:
+    # The metadata of an earlier version does not say what a loss is of.
+    is_comparable = validations is None or validations[1] == (
+        measured.validated or validations[0].corpora,
+        measured.val_rows or validations[0].rows,
+    )
+    if measured.val_loss is not None and state.validated_step != state.step and is_comparable:
         state.add_validation(measured.val_loss, measured.bits_per_byte)
     if measured.hellaswag is not None and state.scored_step != state.step:
         state.add_hellaswag(measured.hellaswag)

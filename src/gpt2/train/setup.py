@@ -20,13 +20,12 @@ from gpt2.distributed.world import World
 from gpt2.metrics import sinks
 from gpt2.metrics.records import EventRecord, events_to
 from gpt2.train import banner, dataset, experiment_folder, run_identity
-from gpt2.train.evaluator import Evaluator, validation_row_count
+from gpt2.train.evaluator import Evaluator
 from gpt2.train.notices import Notices, forget_death, post_death_before
 from gpt2.train.replica import Replica
 from gpt2.train.report import Report
 from gpt2.train.resume import Configure, Sampling, StartingPoint
 from gpt2.train.run_identity import RunIdentity
-from gpt2.train.state import TrainState
 from gpt2.train.status import Plan, StatusFile
 from gpt2.train.training_run import TrainingRun
 
@@ -56,7 +55,7 @@ def build(
     token_dataset = dataset.training_split(run_config, data)
     require_enough_rows(run_config, world)
     world.run_on_rank0(lambda: sinks.require_folders(run_config))
-    state = _train_state(run_config, world, start, data)
+    state = start.train_state(world, start.validations(run_config, data))
     sampling = start.sampling(run_config, token_dataset.rows_per_shard, state)
     weights = start.weights.tensors if start.weights else None
     corpus_count = len(data.corpora) if data.is_mixture else 0
@@ -117,15 +116,6 @@ def _open_data(run_config: RunConfig, world: World, start: StartingPoint) -> Tra
     start.require_agreement(run_config, data)
     expected = start.completed(data)
     return world.run_on_local_rank0(lambda: expected.changed(verifier.checked))
-
-
-def _train_state(
-    run_config: RunConfig, world: World, start: StartingPoint, data: TrainingData
-) -> TrainState:
-    state = start.train_state(world, data)
-    if start.rows_warning(run_config, data):
-        state.validate_rows(validation_row_count(run_config, data))
-    return state
 
 
 def _verifiers(data: TrainingData, world: World) -> dict[str, Verifier]:

@@ -69,8 +69,6 @@ class TrainState:
     hellaswag: float | None = None
     """acc_norm, when it was last measured"""
     validated_step: int | None = None
-    val_rows: int | None = None
-    """rows of a validation, once a resume has changed their number"""
     scored_step: int | None = None
     """the step that `hellaswag` belongs to"""
     evaluated_step: int | None = None
@@ -103,11 +101,10 @@ class TrainState:
             best = self.best_val_loss
             self.best_val_loss = loss if best is None else min(loss, best)
 
-    def validate_rows(self, rows: int | None) -> None:
-        """Begins to validate on another number of rows, whose losses do not compare with those
-        before."""
-        self.val_rows = rows
-        self.val_loss = self.bits_per_byte = self.best_val_loss = None
+    def drop_validation(self) -> None:
+        """Drops the losses on other validation rows than those from here on. If this is the last
+        step, it is validated again; at any other, nothing is measured a second time."""
+        self.val_loss = self.bits_per_byte = self.best_val_loss = self.validated_step = None
 
     def add_hellaswag(self, acc_norm: float) -> None:
         """Records the HellaSwag score of this step."""

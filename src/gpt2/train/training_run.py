@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gpt2.base import addresses
 from gpt2.base.errors import DataError
@@ -199,8 +200,9 @@ class TrainingRun:
                 val_loss, bits_per_byte = loss.per_token, loss.bits_per_byte
                 state.add_validation(val_loss, bits_per_byte)
                 self.metrics.validation(step, epoch, val_loss, bits_per_byte, _by_corpus(losses))
-                about = {"bits_per_byte": bits_per_byte, "validated": self._validated()}
-                self.saver.add_measured(step, val_loss=val_loss, **about)
+                self.saver.add_measured(
+                    step, val_loss=val_loss, bits_per_byte=bits_per_byte, **self._validated()
+                )
                 self._report(step=step, val_loss=val_loss)
         if state.scored_step != step:
             score = self.evaluator.hellaswag(step, stop_reason, is_last)
@@ -212,9 +214,10 @@ class TrainingRun:
         if texts := self.evaluator.samples(step, is_last):
             self.metrics.samples(step, texts)
 
-    def _validated(self) -> str:
-        rows = self.state.val_rows
-        return " ".join([*self.data.validated, *([] if rows is None else [counted(rows, "row")])])
+    def _validated(self) -> dict[str, Any]:
+        """What a validation loss is of, for the metadata of a checkpoint."""
+        validation = self.evaluator.validation
+        return {"validated": validation.corpora, "val_rows": validation.rows}
 
     def announce_epochs(self) -> None:
         """Logs the epochs that the last update has completed."""
@@ -385,7 +388,7 @@ class TrainingRun:
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
             run_id=self.identity.id,
             parent_run=self.identity.parent,
-            validated=self._validated(),
+            **self._validated(),
         )
 
     def checkpoint_state(self) -> CheckpointState:
