@@ -74,7 +74,7 @@ SIZES = {
         rate=0.017,
     ),
 }
-SHARES = (0.06, 0.125, 0.25)
+SHARES = (0.125, 0.25)
 """of GPT-2's tokens"""
 SHARE_OF_PARTS = 0.125
 LEFT_OUT = ["--layer_skip", "--cautious_decay"]
@@ -362,10 +362,13 @@ def report(bench: Bench) -> None:
         for item in found:
             print(f"recipe, {share} of the tokens, seed {item.seed}: {_shown(item)}")
     seeds = {item.seed for item in best}
-    for found in recipes.values():
+    trained = {share: found for share, found in recipes.items() if found}
+    for found in trained.values():
         seeds &= {item.seed for item in found}
+    if not seeds:
+        raise SystemExit("no seed has both recipes yet")
     goal = _mean(best, seeds)
-    share = share_at(goal, {share: _mean(found, seeds) for share, found in recipes.items()})
+    share = share_at(goal, {share: _mean(found, seeds) for share, found in trained.items()})
     where = "is not reached" if share is None else f"is reached with {share:.3f} of the tokens"
     print(f"{len(seeds)} seeds: GPT-2's {goal:.4f} {where}")
     whole = {item.seed: item.val_loss for item in bench.finished(bench.every_part)}
