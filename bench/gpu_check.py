@@ -235,13 +235,13 @@ def run_stages(
                 left_s = end_at - time.monotonic()
                 if left_s > 0:
                     outcome = outcomes[part.name]
-                    with interrupts_blocked():  # else the process may be in no list yet
+                    with interrupts_deferred():  # else the process may be in no list yet
                         running.append(PartProcess.start(part, outcome, setting, left_s))
                 else:
                     outcomes[part.name].reason = "the budget was used up"
             while running:
                 process = first_to_end(running)
-                with interrupts_blocked():
+                with interrupts_deferred():
                     process.end()
                     running.remove(process)
                 yield process.outcome
@@ -252,7 +252,7 @@ def run_stages(
             ):
                 return
     finally:
-        with interrupts_blocked():
+        with interrupts_deferred():
             for process in running:
                 process.settle(gpu_report.FAILED, "interrupted")
 
@@ -297,7 +297,6 @@ def install(wheels: Path, folder: Path) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """The process of a part."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     module, _, name = options.serve.partition(":")
     work = getattr(importlib.import_module(module), name)
     work(Recorder(options.findings), Setting(options.smoke, options.folder), *options.arguments)
@@ -308,14 +307,20 @@ def interrupt(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def interrupts_blocked() -> Iterator[None]:
-    """SIGINT and SIGTERM are delivered after the block. A process that starts in it has them
-    blocked, too."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+def interrupts_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect after the block."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in INTERRUPTS
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def parsed(arguments: Sequence[str], stages: Sequence[Stage]) -> argparse.Namespace:

@@ -44,7 +44,7 @@ def test_list_checkpoints_in_an_empty_folder(tmp_path: Path, monkeypatch, capsys
 def test_estimate_without_a_run(tmp_path: Path):
     done = run_command([sys.executable, str(ROOT / "estimate_training_time.py")], cwd=tmp_path)
     assert "No run found in checkpoints" in done.stdout
-    assert "On other numbers of gpus" in done.stdout
+    assert "On other numbers of GPUs" in done.stdout
 
 
 @pytest.mark.parametrize("name", [*SHIMS, "estimate_training_time.py"])

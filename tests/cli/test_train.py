@@ -226,14 +226,12 @@ def test_a_new_users_way(tmp_path: Path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("import")
 
 
-def test_generate_without_a_checkpoint_says_where_one_is(monkeypatch, capsys, tmp_path: Path):
-    folder = ("--checkpoint_dir", str(tmp_path))
-    assert call(monkeypatch, generate.generate_main, *folder) == 2
-    assert "train a model first" in capsys.readouterr().err
+def test_generate_without_a_checkpoint(monkeypatch, capsys, tmp_path: Path):
+    """A folder with a checkpoint that can be read is named: tests/cli/test_loading.py."""
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "step_000001.json").touch()
-    assert call(monkeypatch, generate.generate_main, *folder) == 2
-    assert f"use --checkpoint_dir {tmp_path / 'demo'}" in capsys.readouterr().err
+    assert call(monkeypatch, generate.generate_main, "--checkpoint_dir", str(tmp_path)) == 2
+    assert "train a model first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
