@@ -78,7 +78,7 @@ SHARES = (0.125, 0.25)
 """of GPT-2's tokens"""
 SHARE_OF_PARTS = 0.125
 LEFT_OUT = ["--layer_skip", "--cautious_decay"]
-"""parts that were found to be worth nothing, which the presets have no more"""
+"""parts that were worth nothing, which the presets no longer have"""
 WITHOUT: dict[str, list[str]] = {
     "zero_init": ["--no_zero_init"],
     "untied_head": ["--no_untied_head", "--embedding_lr_ratio", "1"],

@@ -28,7 +28,7 @@ def test_a_corpus_of_a_mixture_is_verified_as_it_is_typed_for_a_run(
     assert data(monkeypatch, "verify", f"web={data_root}{weight}") == 0
     assert f"{data_root}: all " in capsys.readouterr().out
     assert data(monkeypatch, "verify", "web=") == 2
-    assert "use NAME=FOLDER:WEIGHT" in capsys.readouterr().err
+    assert "expected a corpus as NAME=FOLDER:WEIGHT" in capsys.readouterr().err
 
 
 def test_every_wrong_file_has_a_line(tmp_path: Path, data_root: Path, monkeypatch, capsys):

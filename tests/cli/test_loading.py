@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def write_run(folder: str, *steps: int) -> None:
     """A run with a checkpoint of each of `steps`; the newest is the one that is written last."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     status.write(Path(folder), PLAN, "finished", 0)
-    time.sleep(0.01)
     net, run = model.build(SHAPE), overlay(presets.preset("demo"), asdict(SHAPE))
     for step in steps:
         state = {"model": net.state_dict(), "config": run.to_dict(), "progress": {"step": step}}

@@ -28,7 +28,7 @@ def test_forecast_of_a_run(tmp_path: Path, out: Console):
         ["501", "epoch", "2", "begins", "10m", "02s"],
         ["751", "epoch", "3", "begins", "18m", "22s"],
     ]
-    table = printed.partition("On other numbers of cudas")[2]
+    table = printed.partition("On other numbers of GPUs")[2]
     scaling = {line.split()[0]: line.split() for line in table.splitlines()[3:] if line.strip()}
     assert scaling["1"][1:6] == ["8", "1h", "06m", "53m", "20s"]
     assert scaling["2"][1:4] == ["(this", "run)", "16"]

@@ -159,8 +159,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def find_best(complete: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss; None if none has a finite one.
 
-    Only losses that compare with the newest count: of the same corpora and number of rows. A loss
-    of an earlier version, whose number of rows is not known, compares with any number.
+    Only losses of the same corpora and number of rows as the newest one are compared. A loss of an
+    earlier version, whose number of rows is not known, compares with any.
     """
     evaluated = _evaluated(complete)
     if not evaluated:
@@ -187,7 +187,7 @@ def _best_of_each_validation(complete: list[Checkpoint]) -> list[Path]:
 
 
 def _evaluated(complete: list[Checkpoint]) -> list[tuple[float, Checkpoint]]:
-    """Those with a finite validation loss, after it."""
+    """The checkpoints with a finite validation loss, each after that loss."""
     losses = ((item.training.val_loss, item) for item in complete)
     return [(loss, item) for loss, item in losses if loss is not None and math.isfinite(loss)]
 

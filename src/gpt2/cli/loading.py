@@ -103,8 +103,8 @@ def load_model(source: ModelSource, world: World | None = None) -> LoadedModel:
 
 
 def _checkpoint(which: str, given: Path | None) -> Path:
-    """The path of the checkpoint that `which` names, in the folder `given`, or in that of the run
-    that is found without one. Raises CheckpointError if there is none."""
+    """The path of the checkpoint that `which` names, in the folder `given`; without it, in that of
+    `_folder_of_run`. Raises CheckpointError if there is none."""
     is_in_folder = which in ("latest", "best") or which.isdigit()
     folder = given or (_folder_of_run() if is_in_folder else FOLDER)
     is_empty = is_in_folder and which != "latest" and not store.list_checkpoints(folder)

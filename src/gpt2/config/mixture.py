@@ -276,8 +276,8 @@ def _corpus(text: str) -> CorpusRoot:
     is_misspelt = found["name"] is None and "=" in text.partition("/")[0]
     require(
         bool(name) and bool(root) and name != UNTIL and not is_misspelt,
-        f"--data_root {text!r} has no name for a corpus; use NAME=FOLDER:WEIGHT with a name of "
-        f"letters and digits, other than {UNTIL}",
+        f"expected a corpus as NAME=FOLDER:WEIGHT, with a name of letters and digits other than "
+        f"{UNTIL}, got {text!r}",
     )
     return CorpusRoot(name, root, None if weight is None else Fraction(weight))
 

@@ -170,8 +170,8 @@ class ResultsStore:
 
 
 def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each value that is not the same, passwords in addresses apart. An option in
-    `options.LATER` that is not named has the value there."""
+    """A line for each value that is not the same, passwords in addresses apart. An option that is
+    missing has its value in `options.LATER`, if it is there."""
     before, now = addresses.public(dict(before)), addresses.public(dict(now))
     names = sorted({*before, *now})
     old, new = (

@@ -90,7 +90,7 @@ def print_run_forecast(run: Run, out: Console) -> None:
         f"Recent: {step_s:.2f} s per step, {forecast.tokens_per_s:,.0f} tokens/s "
         f"(median of {counted(len(recent), 'step')}; validation and saving not included)"
     )
-    _print_forecast(forecast, plan.device, "this run", out)
+    _print_forecast(forecast, "GPU" if plan.device == "cuda" else "CPU", "this run", out)
 
 
 def print_assumed_forecast(

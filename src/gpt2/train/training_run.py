@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gpt2.base import addresses
 from gpt2.base.errors import DataError
@@ -201,7 +200,11 @@ class TrainingRun:
                 state.add_validation(val_loss, bits_per_byte)
                 self.metrics.validation(step, epoch, val_loss, bits_per_byte, _by_corpus(losses))
                 self.saver.add_measured(
-                    step, val_loss=val_loss, bits_per_byte=bits_per_byte, **self._validated()
+                    step,
+                    val_loss=val_loss,
+                    bits_per_byte=bits_per_byte,
+                    validated=self.evaluator.validation.corpora,
+                    val_rows=self.evaluator.validation.rows,
                 )
                 self._report(step=step, val_loss=val_loss)
         if state.scored_step != step:
@@ -213,11 +216,6 @@ class TrainingRun:
                 self._report(step=step, hellaswag=score.acc_norm)
         if texts := self.evaluator.samples(step, is_last):
             self.metrics.samples(step, texts)
-
-    def _validated(self) -> dict[str, Any]:
-        """What a validation loss is of, for the metadata of a checkpoint."""
-        validation = self.evaluator.validation
-        return {"validated": validation.corpora, "val_rows": validation.rows}
 
     def announce_epochs(self) -> None:
         """Logs the epochs that the last update has completed."""
@@ -388,7 +386,8 @@ class TrainingRun:
             config_digest=hashlib.sha256(plain_config.encode()).hexdigest()[:16],
             run_id=self.identity.id,
             parent_run=self.identity.parent,
-            **self._validated(),
+            validated=self.evaluator.validation.corpora,
+            val_rows=self.evaluator.validation.rows,
         )
 
     def checkpoint_state(self) -> CheckpointState:
