@@ -4,7 +4,8 @@ Tokenising: `prepare` with all cores against (cores × the rate of one process t
 tiktoken) and against one such process per core, measured in turn; its memory on a corpus and on one
 three times as long. Reading: batches of 64 × 1024 on one thread, and the share of a training step
 of the demo model that waits for them. `python bench/data.py reading` measures the batches alone,
-`python bench/data.py files jsonl small_txt` preparations of such files.
+`python bench/data.py files jsonl small_txt` preparations of such files, `files 48 jsonl` of a larger
+one: 48 times the embedded corpus.
 """
 
 import functools
@@ -158,16 +159,17 @@ def of_files(root: Path, kind: str) -> Speed:
         return speed(corpus, Path(out, "shards"), val_tokens=1_000_000)
 
 
-def write_files(root: Path) -> list[str]:
-    """The embedded corpus several times, in files of several kinds."""
+def write_files(root: Path, copies: int, wanted: list[str]) -> list[str]:
+    """The embedded corpus several times, in files of the kinds that are wanted, or of all."""
     import pyarrow
     import pyarrow.parquet as parquet
     import zstandard
 
     from gpt2.data import corpora
 
-    texts = [document.text for document in corpora.python_stdlib()] * COPIES_IN_FILES
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    texts = [document.text for document in corpora.python_stdlib()]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode() * copies
+    texts *= copies
     table = pyarrow.table({"text": texts})
     contents = {
         "jsonl": lambda path: path.with_suffix(".jsonl").write_bytes(lines),
@@ -188,19 +190,20 @@ def write_files(root: Path) -> list[str]:
             )
         ],
     }
-    for kind, write in contents.items():
+    for kind in wanted or contents:
         (root / kind).mkdir()
-        write(root / kind / "a")
-    return list(contents)
+        contents[kind](root / kind / "a")
+    return wanted or [*contents]
 
 
-def files_of_every_kind(root: Path, cores: int, wanted: list[str]) -> None:
+def files_of_every_kind(
+    root: Path, cores: int, wanted: list[str], copies: int = COPIES_IN_FILES
+) -> None:
     """Preparations of files, each against cores × one process that only calls tiktoken."""
     print(f"Files, share of {cores} × one process; share of the CPU time that tokenises:")
-    for kind in write_files(root):
-        if kind in (wanted or [kind]):
-            measured = [(single(), of_files(root, kind), single()) for _ in range(ROUNDS)]
-            print(f"  {kind:<10} {shares(measured, cores)}", flush=True)
+    for kind in write_files(root, copies, wanted):
+        measured = [(single(), of_files(root, kind), single()) for _ in range(ROUNDS)]
+        print(f"  {kind:<10} {shares(measured, cores)}", flush=True)
 
 
 def shares(measured: list[tuple[Speed, Speed, Speed]], cores: int) -> str:
@@ -357,9 +360,9 @@ def reading_alone() -> None:
         reading(Path(root, "shards"))
 
 
-def files_alone(kinds: list[str]) -> None:
+def files_alone(kinds: list[str], copies: int = COPIES_IN_FILES) -> None:
     with tempfile.TemporaryDirectory() as root:
-        files_of_every_kind(Path(root), len(os.sched_getaffinity(0)), kinds)
+        files_of_every_kind(Path(root), len(os.sched_getaffinity(0)), kinds, copies)
 
 
 if __name__ == "__main__":
@@ -369,5 +372,7 @@ if __name__ == "__main__":
             reading_alone()
         case ["reading"]:
             reading_alone()
+        case ["files", copies, *kinds] if copies.isdigit():
+            files_alone(kinds, int(copies))
         case ["files", *kinds]:
             files_alone(kinds)
