@@ -4,8 +4,8 @@ Tokenising: `prepare` with all cores against (cores × the rate of one process t
 tiktoken) and against one such process per core, measured in turn; its memory on a corpus and on one
 three times as long. Reading: batches of 64 × 1024 on one thread, and the share of a training step
 of the demo model that waits for them. `python bench/data.py reading` measures the batches alone,
-`python bench/data.py files jsonl small_txt` preparations of such files, `files 48 jsonl` of a larger
-one: 48 times the embedded corpus.
+`python bench/data.py files jsonl small_txt` preparations of such files, `files 48 jsonl` of a file
+with 48 times the embedded corpus.
 """
 
 import functools

@@ -7,6 +7,7 @@ has a schedule that ends with it; losses of the middle of a training are not com
     python bench/recipes.py reference     GPT-2 at several learning rates
     python bench/recipes.py recipe        the recipe at several shares of GPT-2's tokens
     python bench/recipes.py parts         every part that was tried, and without each of them
+    python bench/recipes.py tried         the recipe with other options that it does not have
     python bench/recipes.py noise         both again with two other seeds
     python bench/recipes.py repeat        the same without parts whose worth may be noise
     python bench/recipes.py report        the share at which the recipe has GPT-2's loss; pictures
@@ -94,6 +95,15 @@ WITHOUT: dict[str, list[str]] = {
     "wsd": ["--schedule", "cosine", "--min_lr_ratio", "0.1"],
 }
 """flags that take a part of the recipe with `LEFT_OUT` away"""
+TRIED: dict[str, tuple[list[str], int]] = {
+    "head_lr_ratio 0.3": (["--head_lr_ratio", "0.3"], 0),
+    "head_lr_ratio 3": (["--head_lr_ratio", "3"], 0),
+    "scalar_lr_ratio 0.3": (["--scalar_lr_ratio", "0.3"], 0),
+    "scalar_lr_ratio 3": (["--scalar_lr_ratio", "3"], 0),
+    "batch_ramp": (["--batch_ramp", "100:2048"], 50),
+    "one head": (["--n_head", "1"], 0),
+}
+"""flags that are added to the recipe, and more steps, so that it has as many tokens"""
 
 
 @dataclass(frozen=True)
@@ -147,9 +157,9 @@ class Bench:
         flags = ["--preset", "gpt2-124m"]
         return Arm("gpt2", flags, self.size.reference_rates, self.size.steps)
 
-    def recipe(self, share: float) -> Arm:
+    def recipe(self, share: float, more_steps: int = 0) -> Arm:
         """The recipe with a share of GPT-2's tokens."""
-        steps = round(share * self.size.steps)
+        steps = round(share * self.size.steps) + more_steps
         return Arm("recipe", self._recipe_flags(steps), [self.size.rate], steps)
 
     @property
@@ -162,6 +172,11 @@ class Bench:
         whole, rate = self.every_part, self.size.rate
         rates = [rate / 16, rate / 8, rate / 4, rate / 2] if part == "muon" else [rate]
         return Arm(f"without {part}", [*whole.flags, *WITHOUT[part]], rates, whole.steps)
+
+    def tried(self, name: str) -> Arm:
+        flags, more_steps = TRIED[name]
+        arm = self.recipe(SHARE_OF_PARTS, more_steps)
+        return replace(arm, name=f"with {name}", flags=[*arm.flags, *flags])
 
     def train(self, arm: Arm, seeds: int = 1) -> None:
         """Trains what is not in RESULTS yet, and adds it there."""
@@ -234,12 +249,12 @@ class Bench:
 
     def _flags(self, arm: Arm) -> list[str]:
         return [
-            *("--data_root", str(self.data), *arm.flags, "--max_steps", str(arm.steps)),
+            *("--data_root", str(self.data), "--max_steps", str(arm.steps)),
             *(f"--{name}={value}" for name, value in self.size.flags.items()),
             *("--shuffle", "global", "--warmup_steps", str(int(WARMUP * arm.steps))),
             *("--eval_rows", "512", "--eval_interval", str(-(-arm.steps // EVALUATIONS))),
             *("--sample_interval", "None", "--hellaswag_interval", "None"),
-            *("--mini_batch_size", "16", "--dtype", "float32", *self.flags),
+            *("--mini_batch_size", "16", "--dtype", "float32", *arm.flags, *self.flags),
         ]
 
     def _settings(self, arm: Arm) -> str:
@@ -271,6 +286,11 @@ def train_parts(bench: Bench) -> None:
     bench.train(bench.every_part)
     for part in WITHOUT:
         bench.train(bench.without(part))
+
+
+def train_tried(bench: Bench) -> None:
+    for name in TRIED:
+        bench.train(bench.tried(name))
 
 
 def repeat_parts(bench: Bench) -> None:
@@ -371,17 +391,24 @@ def report(bench: Bench) -> None:
     share = share_at(goal, {share: _mean(found, seeds) for share, found in trained.items()})
     where = "is not reached" if share is None else f"is reached with {share:.3f} of the tokens"
     print(f"{len(seeds)} seeds: GPT-2's {goal:.4f} {where}")
-    whole = {item.seed: item.val_loss for item in bench.finished(bench.every_part)}
     for part in WITHOUT:
-        found = sorted(bench.finished(bench.without(part)), key=_rate)
-        for rate, of_rate in itertools.groupby(found, _rate):
-            of_seed = {item.seed: item.val_loss for item in of_rate if item.seed in whole}
-            more = [loss - whole[seed] for seed, loss in of_seed.items()]
-            listed = ", ".join(f"{loss:.4f}" for loss in of_seed.values())
-            print(f"without {part}, {rate}: {listed} ({statistics.mean(more):+.4f})")
+        compare(bench.finished(bench.without(part)), bench.finished(bench.every_part))
+    for name in TRIED:
+        compare(bench.finished(bench.tried(name)), recipes[SHARE_OF_PARTS])
     picture = Path(f"docs/recipe_{bench.size_name.replace('.', '_')}.png")
     curves = [item for item in (*best, *itertools.chain(*recipes.values())) if item.seed == 0]
     figures.write(lambda: draw(curves, goal), picture)
+
+
+def compare(changed: Iterable[Trained], whole: Iterable[Trained]) -> None:
+    """Prints the losses of a changed recipe, and their difference for the same seeds on average."""
+    losses = {item.seed: item.val_loss for item in whole}
+    found = sorted((item for item in changed if item.seed in losses), key=_rate)
+    for rate, of_rate in itertools.groupby(found, _rate):
+        items = sorted(of_rate, key=lambda item: item.seed)
+        more = statistics.mean(item.val_loss - losses[item.seed] for item in items)
+        listed = ", ".join(f"{item.val_loss:.4f}" for item in items)
+        print(f"{items[0].arm}, {rate}: {listed} ({more:+.4f})")
 
 
 def _rate(item: Trained) -> float:
@@ -425,6 +452,7 @@ COMMANDS = {
     "reference": train_reference,
     "recipe": train_recipe,
     "parts": train_parts,
+    "tried": train_tried,
     "noise": train_noise,
     "repeat": repeat_parts,
     "report": report,
