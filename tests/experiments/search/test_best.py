@@ -55,8 +55,7 @@ def test_best_overall_has_the_best_trial_or_nothing(tmp_path: Path):
     second = two.next()
     trained(tmp_path / "two", second)
     two.finishes(second, 4.0)
-    found = best.export(one.study, tmp_path / "one")
-    assert found and found[0].number == 1 and found[1] is None
+    assert best.export(one.study.get_trials(), tmp_path / "one") is None
     assert [path.name for path in overall.iterdir()] == ["training"], "begun by hand: it stays"
     said = summary_of(one)
     top = csv.DictReader((tmp_path / "one/summary/top5_trials.csv").read_text().splitlines())
@@ -73,10 +72,10 @@ def test_an_exported_trial_outlives_its_folder(tmp_path: Path):
     trained(tmp_path / "search", job)
     played.finishes(job, 5.0)
     shutil.rmtree(tmp_path / "search" / job.name)
-    found = best.export(played.study, tmp_path / "search")
-    assert found and found[1] and found[1].startswith("gpt2 train --preset demo")
+    command = best.export(played.study.get_trials(), tmp_path / "search")
+    assert command and command.startswith("gpt2 train --preset demo")
     trained(tmp_path / "search", job, beta2=0.5)
-    best.export(played.study, tmp_path / "search")
+    best.export(played.study.get_trials(), tmp_path / "search")
     exported = json.loads((tmp_path / "search" / best.FOLDER / trial.CONFIG).read_text())
     assert exported["parameters"] == {"beta2": 0.5}, "a trial of that number in another search"
     shutil.rmtree(tmp_path / "search" / job.name)

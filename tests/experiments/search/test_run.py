@@ -192,7 +192,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
         (0, "COMPLETE"),
         (1, "COMPLETE"),
     ]
-    assert not ownership.owner_of(small_search.study_in(folder))
+    assert not ownership.last_beat(small_search.study_in(folder))
     log = (folder / "trial_000" / "log.txt").read_text()
     assert ("  - Step: 2\n" in log or "  - Step: 4\n" in log) == killed, "it went on where it was"
     assert len(loss_lines(folder / "trial_000" / "log.txt")) == 4 + 3
@@ -220,7 +220,7 @@ def test_a_second_owner_ends_with_exit_code_2(data_root: Path, tmp_path: Path, s
     flags = [*flags_of(data_root, tmp_path, space_file, 1), "--storage", address]
     code, said = call(flags)
     assert code == 2 and "another search runs the study search: process " in said
-    assert "begins" not in said and ownership.owner_of(shared)
+    assert "begins" not in said and ownership.last_beat(shared)
 
 
 def changed(space_file: Path) -> Path:

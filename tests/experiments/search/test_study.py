@@ -256,7 +256,7 @@ def test_a_second_owner_is_refused(tmp_path: Path, is_copy: bool):
     clock.now += 40
     with pytest.raises(ConfigError) as refused:
         Played(second, clock, storage=shared(tmp_path))
-    owner = ownership.owner_of(one.study)["owner"]
+    owner = ownership.last_beat(one.study).owner
     assert owner.startswith(f"process {os.getpid()} on {socket.gethostname()}:{first}, since ")
     assert str(refused.value) == (
         f"another search runs the study search: {owner}; stop it, use another --study_name, or run "
@@ -316,7 +316,7 @@ def test_heartbeats_do_not_change_the_values_of_trials(tmp_path: Path):
             clock.now += seconds
             played.finishes(played.next(), 5.0 + number % 3)
         drawn.append([item.params for item in played.study.get_trials()])
-        assert ownership.owner_of(played.study)["beat"] == clock.now
+        assert ownership.last_beat(played.study).beat == clock.now
     assert drawn[0] == drawn[1]
 
 

@@ -3,11 +3,10 @@
 import json
 import shlex
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from gpt2.base import addresses, atomic_files, json_fields
@@ -23,43 +22,40 @@ LENGTHS = {"max_steps", "decay_steps"}
 """options of the short trainings of a search, which the command leaves out unless searched"""
 
 
-def export(study: Study, folder: Path) -> tuple[FrozenTrial, str | None] | None:
-    """Copies the best trial to `best_overall` in `folder`.
+def export(trials: Sequence[FrozenTrial], folder: Path) -> str | None:
+    """Copies the best of the trials to `best_overall` in `folder`.
 
-    Returns it and the command that trains it in full; None if no trial has finished. If its files
-    are not in `folder`, there is no command, and those of an earlier best trial are removed, but
-    not a training that was started beside them. Raises OSError, and ConfigError if a `config.json`
-    is damaged.
+    Returns the command that trains it in full; None if none has finished, or its files are not in
+    `folder`. Then those of an earlier best trial are removed, but not a training that was started
+    beside them. Raises OSError, and ConfigError if a `config.json` is damaged.
     """
-    finished = trial_report.best_first(study.get_trials(deepcopy=False))
+    finished = trial_report.best_first(trials)
     if not finished:
         return None
-    found = finished[0]
-    source, target = folder / trial.name_of(found.number), folder / FOLDER
+    number = finished[0].number
+    source, target = folder / trial.name_of(number), folder / FOLDER
+    weights = source / trial.WEIGHTS
     exported, about = (read_config(path / trial.CONFIG) for path in (target, source))
     # Its own folder may have been removed since.
-    is_exported = exported.get("trial") == found.number and about in ({}, exported)
-    if is_exported and (target / COMMAND).exists():
-        return found, (target / COMMAND).read_text().splitlines()[-1]
-    (target / trial.CONFIG).unlink(missing_ok=True)
-    if not about or not (source / trial.WEIGHTS).exists():
-        for name in (COMMAND, trial.WEIGHTS):
+    is_exported = exported.get("trial") == number and about in ({}, exported)
+    if not is_exported and not (about and weights.exists()):
+        for name in (trial.CONFIG, COMMAND, weights.name):
             (target / name).unlink(missing_ok=True)
-        return found, None
-    target.mkdir(exist_ok=True)
+        return None
+    about = about or exported
     searched = about.get("parameters", {})
     command = command_of(options.of_stored(about), target / "training", searched)
-    with (
-        (source / trial.WEIGHTS).open("rb") as weights,
-        atomic_files.writing(target / trial.WEIGHTS) as file,
-    ):
-        shutil.copyfileobj(weights, file)
-    note = f"#!/bin/sh\n# The best trial, {source.name}, in full.\n"
-    atomic_files.write_text(target / COMMAND, f"{note}{command}\n")
-    (target / COMMAND).chmod(0o755)
-    # Last, as it shows that the other files are complete.
-    atomic_files.write_text(target / trial.CONFIG, json.dumps(about, indent=1) + "\n")
-    return found, command
+    if not is_exported:
+        target.mkdir(exist_ok=True)
+        (target / trial.CONFIG).unlink(missing_ok=True)
+        with weights.open("rb") as content, atomic_files.writing(target / weights.name) as file:
+            shutil.copyfileobj(content, file)
+        note = f"#!/bin/sh\n# The best trial, {source.name}, in full.\n"
+        atomic_files.write_text(target / COMMAND, f"{note}{command}\n")
+        (target / COMMAND).chmod(0o755)
+        # Last, as it shows that the other files are complete.
+        atomic_files.write_text(target / trial.CONFIG, json.dumps(about, indent=1) + "\n")
+    return command
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,10 +74,8 @@ def command_of(run_config: RunConfig, out_dir: Path, searched: Collection[str] =
     It trains as long as the preset says, unless the options in LENGTHS were `searched`.
     """
     flags = ["--preset", run_config.preset, "--out_dir", str(out_dir)]
-    preset, values = (
-        presets.preset(run_config.preset).to_dict(),
-        addresses.public(run_config.to_dict()),
-    )
+    preset = presets.preset(run_config.preset).to_dict()
+    values = addresses.public(run_config.to_dict())
     left_out = {"cache_dir"} | (LENGTHS - set(searched))
     for part in TRAINING_PARTS:
         for name, value in values[part].items():

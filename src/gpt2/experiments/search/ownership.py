@@ -16,9 +16,8 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from optuna.study import Study
@@ -55,12 +54,10 @@ class Beat:
     """when it was, in seconds since 1970"""
 
 
-def owner_of(study: Study) -> dict[str, Any]:
-    """`owner`, a text; `folder`, its machine, path and id; `beat`, the time of its last heartbeat.
-
-    Empty if the study has no owner.
-    """
-    return study.user_attrs.get(HEARTBEAT) or {}
+def last_beat(study: Study) -> Beat | None:
+    """The newest heartbeat of the study's owner; None if it has none."""
+    found = study.user_attrs.get(HEARTBEAT)
+    return json_fields.from_json(Beat, found, "the study") if found else None
 
 
 class Heartbeat:
@@ -72,16 +69,16 @@ class Heartbeat:
 
     def __init__(self, study: Study, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._study, self._clock = study, clock
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(clock()))
-        self._name = f"process {os.getpid()} on {_location(folder)}, since {since}"
+        place, since = _location(folder), time.strftime("%F %T", time.localtime(clock()))
         # A copy of a folder has the same id, and machines may have the same name.
-        self._folder = [_location(folder), folder_id(folder)]
-        found = owner_of(study)
-        if found and found["folder"] != self._folder:
-            silent_s = clock() - found["beat"]
+        owner = f"process {os.getpid()} on {place}, since {since}"
+        self._last = Beat(owner, [place, folder_id(folder)], clock())
+        found = last_beat(study)
+        if found and found.folder != self._last.folder:
+            silent_s = clock() - found.beat
             if silent_s <= DEAD_S:
                 raise ConfigError(
-                    f"another search runs the study {study.study_name}: {found['owner']}; stop it, "
+                    f"another search runs the study {study.study_name}: {found.owner}; stop it, "
                     "use another --study_name, or run one search on several machines with --engine "
                     f"ray; if it was killed, this command takes over in {DEAD_S - silent_s:.0f}s"
                 )
@@ -89,18 +86,18 @@ class Heartbeat:
                 "took over the study %s, which has had no heartbeat for %.0fs from %s",
                 study.study_name,
                 silent_s,
-                found["owner"],
+                found.owner,
             )
         self._write()
 
     def beat(self) -> None:
         """Writes a heartbeat if one is due. Raises TrainingError if the study has a new owner."""
-        if 0 <= self._clock() - self._last < HEARTBEAT_S:
+        if 0 <= self._clock() - self._last.beat < HEARTBEAT_S:
             return
-        owner = owner_of(self._study).get("owner", self._name)
-        if owner != self._name:
+        found = last_beat(self._study)
+        if found and found.owner != self._last.owner:
             raise TrainingError(
-                f"the study {self._study.study_name} was taken over by {owner}, because this "
+                f"the study {self._study.study_name} was taken over by {found.owner}, because this "
                 f"process wrote no heartbeat for {DEAD_S:g}s; stop that one to continue here"
             )
         self._write()
@@ -108,13 +105,12 @@ class Heartbeat:
     def end(self) -> None:
         """Leaves the study to the next owner, at once unless the database is unreachable."""
         with contextlib.suppress(StorageInternalError, SQLAlchemyError):
-            if owner_of(self._study).get("owner") == self._name:
+            if (found := last_beat(self._study)) and found.owner == self._last.owner:
                 self._study.set_user_attr(HEARTBEAT, None)
 
     def _write(self) -> None:
-        self._last = self._clock()
-        beat = {"owner": self._name, "folder": self._folder, "beat": self._last}
-        self._study.set_user_attr(HEARTBEAT, beat)
+        self._last = replace(self._last, beat=self._clock())
+        self._study.set_user_attr(HEARTBEAT, asdict(self._last))
 
 
 def register_folder(study: Study, folder: Path, study_location: str) -> None:

@@ -105,14 +105,13 @@ def summarize(
     `signal_number` is that of the signal that stopped the search, or 0.
     """
     trials = source.retry(lambda: optuna_study.get_trials(deepcopy=False))
-    if trial_report.best_first(trials):
+    if finished := trial_report.best_first(trials):
         out.print(trial_report.best_trials_table(trials, out))
     for item in trials:
         if item.state.name == "FAIL" and (reason := item.user_attrs.get("reason")):
             out.print(one_line(f"FAILED {trial.name_of(item.number)}: {reason}"), style="red")
     try:
-        found = source.retry(lambda: best.export(optuna_study, search.folder))
-        _, command = found or (None, None)
+        command = best.export(trials, search.folder)
         written = source.retry(lambda: trial_report.write(optuna_study, search.folder, command))
         if written:
             names = ", ".join(path.name for path in written)
@@ -120,8 +119,8 @@ def summarize(
         if command:
             out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
             out.print(f"  {command}", soft_wrap=True)
-        elif found:
-            location = ownership.location_of(optuna_study, found[0], search.folder)
+        elif finished:
+            location = ownership.location_of(optuna_study, finished[0], search.folder)
             out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
     except (OSError, UserError) as error:
         logger.warning("the summary could not be written completely: %s", error)

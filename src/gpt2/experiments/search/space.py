@@ -13,7 +13,6 @@ import re
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal
 from typing import Any, get_args
 
 from optuna.distributions import (
@@ -47,8 +46,6 @@ MAX_SHAPES = 5000
 TOKEN_TOLERANCE = 0.05
 """share by which the tokens before a validation may differ between trials if batch sizes are a
 range: no number of steps gives the same tokens for all of them"""
-STEP_TOLERANCE = 1e-6
-"""share of a step that rounding may have moved a value"""
 
 DEFAULT = """\
 learning_rate = {{low = {rates[0]}, high = {rates[1]}, log = true}}
@@ -74,7 +71,12 @@ def parse(text: str, run: RunConfig, source: str) -> Space:
             require(field not in space, f"duplicate option {field}")
             space[field] = _distribution(field, table, get_args(hint) or (hint,))
         require(bool(space), "expected a table such as [learning_rate], got none")
-        _require_no_ramp_beside(space, run)
+        sizes = [name for name in ("total_batch_size", "block_size") if name in space]
+        require(
+            not (sizes and run.data.batch_ramp),
+            f"{' and '.join(sizes)} cannot be searched beside --batch_ramp, whose steps and tokens "
+            "are those of one batch size; leave one of them out",
+        )
         _require_valid_values(space, run)
         _require_even_validations(space, run)
     except (ValueError, ConfigError) as error:  # of TOML, or of an integer with too many digits
@@ -120,6 +122,10 @@ def apply(run: RunConfig, space: Space, drawn: Mapping[str, Any]) -> RunConfig:
     If the values do not fit each other, the nearest fitting value of the space replaces one of
     them: first the number of heads, then the width if it is a range, then the batch size. Raises
     ConfigError if no value fits.
+
+    Steps and validations that are not drawn are scaled, so that it can be compared with `run`: it
+    trains on as many tokens, and validates after the same numbers of tokens on the same rows; with
+    another block size, on as many rows as have the same tokens.
     """
     used = dict(drawn)
     whole_batch = {"total_batch_size": used.get("block_size", run.model.block_size)}
@@ -131,10 +137,19 @@ def apply(run: RunConfig, space: Space, drawn: Mapping[str, Any]) -> RunConfig:
         is_list = isinstance(space.get(name), CategoricalDistribution)
         # A listed width is never replaced.
         if name in space and not (name == "n_embd" and is_list) and not _fits(run, used | others):
-            nearest = sorted(values(space[name]) or (), key=lambda value: abs(value - used[name]))
+            nearest = sorted(values(space[name]), key=lambda value: abs(value - used[name]))
             fitting = (value for value in nearest if _fits(run, used | others | {name: value}))
             used[name] = next(fitting, used[name])
-    return same_tokens(run, options.overlay(run, used), drawn)
+    changed = options.overlay(run, used)
+    share = run.data.total_batch_size / changed.data.total_batch_size
+    steps, interval = run.data.max_steps, run.evaluation.eval_interval
+    eval_tokens = run.eval_rows * run.model.block_size
+    scaled = {
+        "max_steps": steps and max(1, round(steps * share)),
+        "eval_interval": interval and max(1, round(interval * share)),
+        "eval_rows": max(1, round(eval_tokens / changed.model.block_size)),
+    }
+    return options.overlay(changed, {n: value for n, value in scaled.items() if n not in drawn})
 
 
 def _fits(run: RunConfig, used: Mapping[str, Any]) -> bool:
@@ -145,26 +160,6 @@ def _fits(run: RunConfig, used: Mapping[str, Any]) -> bool:
     return True
 
 
-def same_tokens(run: RunConfig, changed: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """`changed` with steps and validations scaled so that it can be compared with `run`.
-
-    It trains on as many tokens as `run`, and validates after the same numbers of tokens on the same
-    rows; with another block size, on as many rows as have the same tokens. Options in `values` are
-    not scaled.
-    """
-    share = run.data.total_batch_size / changed.data.total_batch_size
-    steps, interval = run.data.max_steps, run.evaluation.eval_interval
-    eval_tokens = run.eval_rows * run.model.block_size
-    scaled = {
-        "max_steps": steps and max(1, round(steps * share)),
-        "eval_interval": interval and max(1, round(interval * share)),
-        "eval_rows": max(1, round(eval_tokens / changed.model.block_size)),
-    }
-    return options.overlay(
-        changed, {name: value for name, value in scaled.items() if name not in values}
-    )
-
-
 def describe(space: Space) -> dict[str, str]:
     """The values of each option as text, as `0.0001 to 0.01, log`."""
     return {name: _text(distribution) for name, distribution in space.items()}
@@ -173,9 +168,8 @@ def describe(space: Space) -> dict[str, str]:
 def _text(distribution: Distribution) -> str:
     if isinstance(distribution, CategoricalDistribution):
         return ", ".join(map(str, distribution.choices))
-    step = [] if distribution.step in (None, 1) else [f"step {distribution.step}"]
-    span = f"{distribution.low} to {distribution.high}"
-    return ", ".join([span, *step, *["log"] * distribution.log])
+    step = "" if distribution.step in (None, 1) else f", step {distribution.step}"
+    return f"{distribution.low} to {distribution.high}{step}{', log' * distribution.log}"
 
 
 def comparable(described: object) -> dict[str, str]:
@@ -190,13 +184,13 @@ def comparable(described: object) -> dict[str, str]:
     return {name: re.sub(pattern, shortest, str(text)) for name, text in known.items()}
 
 
-def values(distribution: Distribution) -> Sequence[Any] | None:
-    """All values of an option, or None for a range of real numbers."""
+def values(distribution: Distribution) -> Sequence[Any]:
+    """All values of an option; none for a range of real numbers."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     if isinstance(distribution, IntDistribution):
         return range(distribution.low, distribution.high + 1, distribution.step)
-    return None
+    return ()
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:
@@ -216,15 +210,10 @@ def suggest(trial: Trial, space: Space) -> dict[str, Any]:
 
 
 def exact(distribution: BaseDistribution, value: Any) -> Any:
-    """A value of a range with steps as the decimal number that it stands for: of 0.1 to 0.7, step
-    0.2, the second is 0.3, for which Optuna's floats give 0.30000000000000004."""
-    if not isinstance(distribution, FloatDistribution) or distribution.step is None:
-        return value
-    low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
-    steps = round((Decimal(value) - low) / step)
-    nearest = float(low + steps * step)
-    is_on_it = abs(nearest - value) < distribution.step * STEP_TOLERANCE  # not if it was enqueued
-    return nearest if is_on_it else value
+    """A value of a range with steps without the error of Optuna's floats: of 0.1 to 0.7, step 0.2,
+    they have 0.30000000000000004 as the second."""
+    has_steps = isinstance(distribution, FloatDistribution) and distribution.step is not None
+    return float(f"{value:.12g}") if has_steps else value
 
 
 def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -287,16 +276,6 @@ def _choices(name: str, table: Mapping[str, Any], expected: str) -> CategoricalD
         return CategoricalDistribution([None if value == "None" else value for value in listed])
 
 
-def _require_no_ramp_beside(space: Space, run: RunConfig) -> None:
-    """Raises ConfigError if trials would have other sizes of a step than those of a ramp."""
-    sizes = [name for name in ("total_batch_size", "block_size") if name in space]
-    require(
-        not (sizes and run.data.batch_ramp),
-        f"{' and '.join(sizes)} cannot be searched beside --batch_ramp, whose steps and tokens are "
-        "those of one batch size; leave one of them out",
-    )
-
-
 def _require_valid_values(space: Space, run: RunConfig) -> None:
     """Raises ConfigError for an invalid value, for a combination of SHAPE options to which no
     values of the others fit, and for a listed number of heads that no model has."""
@@ -307,7 +286,7 @@ def _require_valid_values(space: Space, run: RunConfig) -> None:
     for name in ends.keys() - {*SHAPE, "total_batch_size"}:
         for value in ends[name]:
             options.overlay(run, {name: value})
-    shapes = {name: values(space[name]) or () for name in SHAPE if name in space}
+    shapes = {name: values(space[name]) for name in SHAPE if name in space}
     first = {name: listed[0] for name, listed in ends.items()}
     used_heads = set()
     for combination in itertools.islice(itertools.product(*shapes.values()), MAX_SHAPES):
@@ -320,11 +299,9 @@ def _require_valid_values(space: Space, run: RunConfig) -> None:
                 f"no values of the space fit to {given}: {error}; for a range, use a step whose "
                 "values fit"
             ) from error
-    listed_heads = (
-        ends["n_head"] if isinstance(space.get("n_head"), CategoricalDistribution) else ()
-    )
-    if math.prod(map(len, shapes.values())) <= MAX_SHAPES:
-        for heads in listed_heads:
+    are_all_checked = math.prod(map(len, shapes.values())) <= MAX_SHAPES
+    if are_all_checked and isinstance(space.get("n_head"), CategoricalDistribution):
+        for heads in ends["n_head"]:
             require(
                 heads in used_heads,
                 f"n_head={heads} divides no n_embd of the space; leave it out, or add a multiple",
@@ -339,11 +316,8 @@ def _require_even_validations(space: Space, run: RunConfig) -> None:
     if batches is None or interval is None:
         return
     if isinstance(batches, CategoricalDistribution):
-        blocks = (values(space["block_size"]) if "block_size" in space else None) or (
-            run.model.block_size,
-        )
-        choices: tuple[Any, ...] = batches.choices
-        used = [b for b in choices if any(b % block == 0 for block in blocks)]
+        block = space.get("block_size") or CategoricalDistribution([run.model.block_size])
+        used = [b for b in values(batches) if any(b % size == 0 for size in values(block))]
         unit = math.lcm(*(batch // math.gcd(batch, default_size) for batch in used))
         is_even, needed = interval % unit == 0, f"nearest: {nearest_multiples(interval, unit)}"
     else:

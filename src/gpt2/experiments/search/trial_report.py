@@ -42,7 +42,7 @@ BEST = 5
 USED = "used_"
 """attributes with this prefix: the value that a trial used in place of the drawn one"""
 BLUE = "#1f77b4"
-OUTCOMES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+OUTCOMES: Any = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 LOG_RATIO = 20
 """an axis is logarithmic if the largest value is more than this many times the smallest"""
 MAX_COLUMNS = 4
@@ -75,11 +75,11 @@ def used_values(item: FrozenTrial) -> dict[str, Any]:
     return {name: item.user_attrs.get(USED + name, value) for name, value in drawn.items()}
 
 
-def loss_of(item: FrozenTrial) -> float | None:
-    """The value of a finished trial, else its lowest finite validation loss, if there is one."""
-    if item.state == TrialState.COMPLETE:
+def loss_of(item: FrozenTrial) -> float:
+    """The value of a finished trial, else its lowest finite validation loss; NaN without one."""
+    if item.state == TrialState.COMPLETE and item.value is not None:
         return item.value
-    return min(filter(math.isfinite, item.intermediate_values.values()), default=None)
+    return min(filter(math.isfinite, item.intermediate_values.values()), default=math.nan)
 
 
 def train_s(item: FrozenTrial) -> float | None:
@@ -105,21 +105,19 @@ def best_trials_table(trials: Sequence[FrozenTrial], out: Console) -> Table:
     """The table of the best trials, with a column for each option, or a single one for all options
     if the console is too narrow."""
     names = option_names(trials)
-    counts = Counter(item.state for item in trials)
-    title = (
-        f"The best of {counts[TrialState.COMPLETE]} finished and {counts[TrialState.PRUNED]} "
-        "pruned trials"
-    )
+    counts = Counter(item.state.name for item in trials)
+    title = f"The best of {counts['COMPLETE']} finished and {counts['PRUNED']} pruned trials"
+    rows = [cells(item, names) for item in best_first(trials)[:BEST]]
     wide = table(title, "job", "val loss", *names, "time")
+    for row in rows:
+        wide.add_row(*row)
+    if Measurement.get(out, out.options.update(width=10_000), wide).maximum <= out.width:
+        return wide
     narrow = table(title, "job", "val loss", "time", "values")
     narrow.columns[-1].no_wrap, narrow.columns[-1].justify = False, "left"
-    for item in best_first(trials)[:BEST]:
-        job, loss, *values, took = cells(item, names)
-        wide.add_row(job, loss, *values, took)
-        pairs = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        narrow.add_row(job, loss, took, pairs)
-    needed = Measurement.get(out, out.options.update(width=10_000), wide).maximum
-    return wide if needed <= out.width else narrow
+    for job, loss, *values, took in rows:
+        narrow.add_row(job, loss, took, " ".join(map("=".join, zip(names, values, strict=True))))
+    return narrow
 
 
 def cells(item: FrozenTrial, names: Sequence[str]) -> list[str]:
@@ -127,7 +125,7 @@ def cells(item: FrozenTrial, names: Sequence[str]) -> list[str]:
     loss, seconds = loss_of(item), train_s(item)
     return [
         trial.name_of(item.number),
-        "-" if loss is None else f"{loss:.4f}",
+        "-" if math.isnan(loss) else f"{loss:.4f}",
         *(cell(used_values(item).get(name)) for name in names),
         "-" if seconds is None else duration(seconds),
     ]
@@ -211,7 +209,7 @@ def draw_relationships(study: Study) -> Figure:
     """Validation loss against each searched value."""
     from matplotlib.figure import Figure
 
-    trials = [item for item in study.get_trials(deepcopy=False) if math.isfinite(_height(item))]
+    trials = [item for item in study.get_trials(deepcopy=False) if math.isfinite(loss_of(item))]
     names = option_names(trials)
     if not names:
         return figures.empty("no trial has a validation loss yet")
@@ -228,7 +226,7 @@ def draw_relationships(study: Study) -> Figure:
         drawn = [item for item in trials if name in item.params]
         places, rise = _place(axes, [used_values(item)[name] for item in drawn])
         shades = [colors[item.number] for item in drawn]
-        axes.scatter(places, [_height(item) for item in drawn], c=shades, s=22, linewidths=0)
+        axes.scatter(places, [loss_of(item) for item in drawn], c=shades, s=22, linewidths=0)
         title = figures.wrapped(name, TITLE_LETTERS)
         axes.set_title(title, loc="left")
         rises.append(rise + 1.2 * figures.LINE_INCHES * title.count("\n"))
@@ -242,14 +240,9 @@ def draw_relationships(study: Study) -> Figure:
     return figure
 
 
-def _height(item: FrozenTrial) -> float:
-    loss = loss_of(item)
-    return math.nan if loss is None else loss
-
-
 def _limit_losses(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
     """Labels the y axis, and ends it below outliers; the label has their number."""
-    losses = [_height(item) for item in trials]
+    losses = [loss_of(item) for item in trials]
     lower, upper = np.quantile(losses, (0.25, 0.75))
     edge = upper + OUTLIER * (upper - lower)
     beyond = sum(loss > edge for loss in losses) if lower < upper else 0
@@ -291,8 +284,8 @@ def html_page(
     others = [item for item in trials if item.state != TrialState.COMPLETE]
     rows = [["trial", "val loss", *names, "time", "state"]]
     for item in [*best_first(trials), *others]:
-        state = OUTCOMES.get(item.state, item.state.name.lower())
-        rows.append([*cells(item, names), state])
+        state = item.state.name
+        rows.append([*cells(item, names), OUTCOMES.get(state, state.lower())])
     images = (base64.b64encode(path.read_bytes()).decode() for path in pictures)
     return HTML.format(
         title=html.escape(title),

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -25,7 +25,6 @@ from gpt2.base import retry
 from gpt2.base.errors import UserError
 from gpt2.base.text import brief
 from gpt2.config import options
-from gpt2.config.run import RunConfig
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import JobResult, ResultsStore
 from gpt2.experiments.search import best, ownership, space, study, trial, trial_report
@@ -37,7 +36,7 @@ MAX_FAILURES = 5
 """failed trials in a row after which no more are started"""
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 ENDED = ("finished", "pruned", "failed")
-"""attributes of a trial in the study"""
+BY_OTHERS = "ended in the study by another process"
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -48,15 +47,19 @@ class RunningTrial:
     """A trial whose job this process has created."""
 
     trial: Trial
-    run: RunConfig
-    losses: dict[int, float] = field(default_factory=dict)
-    """validation losses so far by their reference step"""
+    eval_interval: int | None
+    losses: dict[int, float]
+    """validation losses so far, by the step of the search's own options at the same tokens"""
     ending: str = ""
     """why the trial is to end: pruned, patience or diverged"""
 
 
 class TrialSource:
-    """Gives the trials of a study to the scheduler; the only writer of the study here."""
+    """Gives the trials of a study to the scheduler; the only writer of the study here.
+
+    While the database is unreachable, `next` and `event` are called again as a whole: they do what
+    is left to do, as another process would after a kill.
+    """
 
     def __init__(
         self,
@@ -78,16 +81,17 @@ class TrialSource:
     def retry(self, action: Callable[[], T]) -> T:
         """What `action` returns, which is called again while the database is unreachable.
 
-        Raises StorageInternalError or SQLAlchemyError if the outage lasts too long.
+        Raises TrainingError if the outage lasts too long, or if the study was deleted.
         """
-        return retry.call(
-            action, self.pauses_s, study.is_outage, study.log_outage, self.is_stopping
-        )
+        with study.storage_errors():
+            return retry.call(
+                action, self.pauses_s, study.is_outage, study.log_outage, self.is_stopping
+            )
 
     @property
     def done(self) -> int:
         """Trials that count towards `n_trials`."""
-        return len(self._trials(*COUNTED))
+        return len(self.retry(lambda: self._trials(*COUNTED)))
 
     @property
     def has_given_up(self) -> bool:
@@ -95,25 +99,10 @@ class TrialSource:
         return self.failed_in_a_row >= MAX_FAILURES
 
     def next(self) -> Job | None:
-        with study.storage_errors():
-            while not self._needs_none:
-                if (found := self._next_trial()) is None:
-                    self._needs_none = True
-                elif job := self._start(found):
-                    return job
-        return None
+        return self.retry(self._next)
 
     def event(self, event: Event) -> Answer:
-        with study.storage_errors():
-            self.retry(self._heartbeat.beat)
-            if event.job is None:
-                return "go"
-            if event.kind == "reported":
-                return self._answer(self._running[event.job.name], event.metrics)
-            if event.kind in ENDED:
-                self._needs_none = False
-                self._end(self._running.pop(event.job.name), event)
-        return "go"
+        return self.retry(lambda: self._event(event))
 
     def as_in_study(self, event: Event) -> Event:
         """The event with the outcome that the study has for the trial, for the live view."""
@@ -125,23 +114,31 @@ class TrialSource:
     def catch_up(self) -> None:
         """Does what is left to do for trials that have ended in the study, if their process was
         killed right then."""
-        for item in self._trials(*COUNTED, TrialState.FAIL):
-            name = trial.name_of(item.number)
-            if name not in self._store.results:
-                self._clear_and_store(item, JobResult(name, "failed", {}))
+        for item in self.retry(lambda: self._trials(*COUNTED, TrialState.FAIL)):
+            if trial.name_of(item.number) not in self._store.results:
+                self._clear_and_store(item)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials of the study in these states; all of them if none is given."""
-        return self.retry(lambda: self._study.get_trials(deepcopy=False, states=states or None))
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    def _next(self) -> Job | None:
+        while not self._needs_none:
+            if (found := self._next_trial()) is None:
+                self._needs_none = True
+            elif job := self._start(found):
+                return job
+        return None
 
     def _next_trial(self) -> Trial | None:
-        """A trial that an earlier owner left RUNNING, else a new one; None if none is needed."""
-        if self.has_given_up or self.done + len(self._running) >= self._search.n_trials:
+        """A RUNNING trial that does not run here, else a new one; None if none is needed."""
+        begun = len(self._trials(*COUNTED)) + len(self._running)
+        if self.has_given_up or begun >= self._search.n_trials:
             return None
         for item in self._trials(TrialState.RUNNING):
             if trial.name_of(item.number) not in self._running:
-                return self.retry(lambda: Trial(self._study, item._trial_id))  # noqa: B023
-        return self.retry(self._study.ask)
+                return Trial(self._study, item._trial_id)
+        return self._study.ask()
 
     def _start(self, started: Trial) -> Job | None:
         """The job of a trial, with what the study knows of it if it was interrupted.
@@ -155,117 +152,114 @@ class TrialSource:
             self._reject(started, f"{folder} exists and is not of this trial; move it away")
             return None
         try:
-            drawn = self.retry(lambda: space.suggest(started, search.space))
+            drawn = space.suggest(started, search.space)
             run_config = space.apply(search.run, search.space, drawn)
         except (UserError, ValueError, OverflowError) as error:
             self._reject(started, f"invalid values: {error}")
             return None
         plain = run_config.to_dict()
         used = {name: plain[options.locate(name)[0]][name] for name in drawn}
-        known = {ownership.TRIAL_FOLDER: ownership.folder_id(search.folder)} | {
-            trial_report.USED + option: value
-            for option, value in used.items()
-            if value != drawn[option]
-        }
-        self._set_attributes(started, known)
+        for option, value in used.items():
+            if value != drawn[option]:
+                started.set_user_attr(trial_report.USED + option, value)
+        started.set_user_attr(ownership.TRIAL_FOLDER, ownership.folder_id(search.folder))
         self._running[name] = RunningTrial(
-            started, run_config, dict(item.intermediate_values), item.user_attrs.get(ENDING, "")
+            started,
+            run_config.evaluation.eval_interval,
+            dict(item.intermediate_values),
+            item.user_attrs.get(ENDING, ""),
         )
         return self._make_job(started.number, run_config, search.folder, used, search.ranks)
 
     def _reject(self, rejected: Trial, reason: str) -> None:
         """Fails a trial that cannot run. An enqueued one does not count as failed in a row."""
-        name = trial.name_of(rejected.number)
-        kept = brief(reason, "what the search printed")
-        item = self._tell(rejected, TrialState.FAIL, {REASON: kept})
-        self._clear_and_store(item, JobResult(name, "failed", {}))
+        item = self._conclude(rejected, TrialState.FAIL, brief(reason, "what the search printed"))
         self.failed_in_a_row += "fixed_params" not in item.system_attrs
-        logger.warning("%s failed: %s", name, reason)
+        logger.warning("%s failed: %s", trial.name_of(item.number), reason)
+
+    def _event(self, event: Event) -> Answer:
+        self._heartbeat.beat()
+        if event.job is None:
+            return "go"
+        if event.kind == "reported":
+            return self._answer(self._running[event.job.name], event.metrics)
+        if event.kind in ENDED:
+            self._end(self._running[event.job.name], event)
+            del self._running[event.job.name]
+            self._needs_none = False
+        return "go"
 
     def _answer(self, running: RunningTrial, metrics: Mapping[str, Any]) -> Answer:
         """The answer to a report of the trial; once it is "prune", it stays so."""
-        step, loss = metrics.get("step", 0), metrics.get("val_loss", math.nan)
-        if not running.ending and "val_loss" in metrics and step > 0:  # step 0 is untrained
-            reference = reference_step(step, running.run, self._search.run)
-            is_last = step >= metrics.get("total_steps", math.inf)
+        is_validation = "val_loss" in metrics and metrics.get("step", 0) > 0  # 0 is untrained
+        if is_validation and not running.ending:
             try:
-                running.ending = self._ending(running, reference, loss, is_last)
-                if running.ending:
-                    self._set_attributes(running.trial, {ENDING: running.ending})
+                if ending := self._ending(running, metrics):
+                    running.trial.set_user_attr(ENDING, ending)
             except UpdateFinishedTrialError:  # ended in the study by a person
-                running.ending = "pruned"
+                ending = "pruned"
+            running.ending = ending
         return "prune" if running.ending else "go"
 
-    def _ending(self, running: RunningTrial, step: int, loss: float | None, is_last: bool) -> str:
+    def _ending(self, running: RunningTrial, metrics: Mapping[str, Any]) -> str:
         """Tells the study the loss of a validation; why the trial is to end now, or nothing."""
+        step, loss = metrics["step"], metrics["val_loss"]
         if loss is None or not math.isfinite(loss):
             return "diverged"
-        if step not in running.losses:  # known if it continues from an earlier checkpoint
-            self.retry(lambda: running.trial.report(loss, step))
-            running.losses[step] = loss
-        if is_last:
+        interval, reference = running.eval_interval, self._search.run.evaluation.eval_interval
+        assert interval is not None and reference is not None
+        # Trials with other batch sizes are compared after the same number of tokens.
+        compared_at = -(-step // interval) * reference
+        if compared_at not in running.losses:  # known if it continues from an earlier checkpoint
+            running.trial.report(loss, compared_at)
+            running.losses[compared_at] = loss
+        if step >= metrics.get("total_steps", math.inf):
             return ""
         if is_patience_exhausted(running.losses, self._search.patience):
             return "patience"
-        return "pruned" if self._search.prune and self.retry(running.trial.should_prune) else ""
+        return "pruned" if self._search.prune and running.trial.should_prune() else ""
 
     def _end(self, running: RunningTrial, event: Event) -> None:
-        """Tells the study how the trial ended, and only then stores its result: what the study
-        knows never runs again."""
-        result = dict(event.result or {})
-        reason = event.reason or brief(result.get("diverged", ""), event.log)
+        reason = event.reason or brief((event.result or {}).get("diverged", ""), event.log)
         state, reason = trial_outcome(running.losses, running.ending, event.kind, reason)
         value = min(running.losses.values()) if state == TrialState.COMPLETE else None
-        item = self._tell(running.trial, state, {RESULT: result, REASON: reason}, value)
+        item = self._conclude(running.trial, state, reason, value, event)
         if item.state != state:
-            reason = "ended in the study by another process"
-            logger.warning("%s was %s", trial.name_of(item.number), reason)
-        self._clear_and_store(item, replace(JobResult.from_event(event, {}), reason=reason))
+            logger.warning("%s was %s", trial.name_of(item.number), BY_OTHERS)
         self.failed_in_a_row = self.failed_in_a_row + 1 if item.state == TrialState.FAIL else 0
         if item.state == TrialState.COMPLETE:
             # The summary tries this again at the end, and reports the error.
             with contextlib.suppress(OSError, UserError):
-                self.retry(lambda: best.export(self._study, self._search.folder))
+                best.export(self._trials(), self._search.folder)
 
-    def _set_attributes(self, target: Trial, attributes: Mapping[str, Any]) -> None:
-        for name, value in attributes.items():
-            self.retry(lambda: target.set_user_attr(name, value))  # noqa: B023
-
-    def _tell(
+    def _conclude(
         self,
         ended: Trial,
         state: TrialState,
-        attributes: Mapping[str, Any],
+        reason: str,
         value: float | None = None,
+        event: Event | None = None,
     ) -> FrozenTrial:
-        """Ends a trial in the study, unless it has ended there; the trial as the study has it."""
+        """Ends a trial in the study, unless it has ended there, and only then stores its result:
+        what the study knows never runs again. Returns the trial as the study has it."""
         with contextlib.suppress(UpdateFinishedTrialError):
-            self._set_attributes(ended, attributes)
-        return self.retry(
-            lambda: self._study.tell(ended.number, value, state, skip_if_finished=True)
-        )
+            ended.set_user_attr(RESULT, dict(event.result or {}) if event else {})
+            ended.set_user_attr(REASON, reason)
+        item = self._study.tell(ended.number, value, state, skip_if_finished=True)
+        self._clear_and_store(item, event)
+        return item
 
-    def _clear_and_store(self, item: FrozenTrial, result: JobResult) -> None:
-        """Removes the checkpoints of a trial, and stores `result` with what the study has."""
+    def _clear_and_store(self, item: FrozenTrial, event: Event | None = None) -> None:
+        """Removes the checkpoints of a trial, and stores its result as the study has it; `event` is
+        the end of its job."""
+        name = trial.name_of(item.number)
         if item.state in COUNTED and not self._search.keep_checkpoints:
-            trial.drop_checkpoints(self._search.folder / result.job)
-        names: Any = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}
-        state = names.get(item.state, "failed")
-        reason = "" if state == "finished" else item.user_attrs.get(REASON, result.reason)
-        returned = {**item.user_attrs.get(RESULT, {}), "val_loss": trial_report.loss_of(item)}
-        values = trial_report.used_values(item)
-        self._store.add(replace(result, state=state, values=values, result=returned, reason=reason))
-
-
-def reference_step(step: int, run_config: RunConfig, base: RunConfig) -> int:
-    """The step of `base` that corresponds to a validation at `step` of `run_config`.
-
-    Validations of trials with different batch sizes have the same reference step if they follow the
-    same number of tokens.
-    """
-    interval, base_interval = run_config.evaluation.eval_interval, base.evaluation.eval_interval
-    assert interval is not None and base_interval is not None
-    return -(-step // interval) * base_interval
+            trial.drop_checkpoints(self._search.folder / name)
+        ended = JobResult.from_event(event, {}) if event else JobResult(name, "failed", {})
+        state, values = trial_report.OUTCOMES[item.state.name], trial_report.used_values(item)
+        reason = "" if state == "finished" else item.user_attrs.get(REASON, BY_OTHERS)
+        result = item.user_attrs.get(RESULT, {}) | {"val_loss": trial_report.loss_of(item)}
+        self._store.add(replace(ended, state=state, values=values, result=result, reason=reason))
 
 
 def is_patience_exhausted(losses: Mapping[int, float], patience: int | None) -> bool:
