@@ -62,7 +62,7 @@ class Sweep:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 parent, session = int(fields[1]), int(fields[3])
-                if b"spawn_main" in command and (parent, session) == (self.owner.pid, pid):
+                if b"worker.serve" in command and (parent, session) == (self.owner.pid, pid):
                     found.append(pid)
         return found
 

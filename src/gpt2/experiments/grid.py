@@ -1,5 +1,6 @@
 """Grids of values: parsing, all combinations, and names of the points. Pure."""
 
+import contextlib
 import itertools
 import math
 import re
@@ -8,11 +9,8 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 
-INTEGER = re.compile("-?(0|[1-9][0-9]*)")
-NUMBER = re.compile(rf"({INTEGER.pattern}(\.[0-9]*)?|-?\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile("[+-]?(nan|inf|infinity)")
-MOST_DIGITS = 3900
-"""of an integer: Python reads 4300 at most"""
 WORDS = {"true": True, "false": False, "none": None}
 Point = dict[str, Any]
 """one value for each field of a grid"""
@@ -73,9 +71,9 @@ def _value(item: str, text: str) -> Any:
     word = text.lower()
     if word in WORDS:
         return WORDS[word]
-    if INTEGER.fullmatch(text) and len(text) <= MOST_DIGITS:
-        return int(text)
     if NUMBER.fullmatch(text) or NOT_FINITE.fullmatch(word):
+        with contextlib.suppress(ValueError):  # no integer, or one of too many digits
+            return int(text)
         if not math.isfinite(value := float(text)):
             raise ConfigError(f"--grid {item:.80}: expected a finite number, got {text:.40}")
         return value

@@ -13,7 +13,6 @@ import errno
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,9 +23,10 @@ from gpt2.base import addresses, atomic_files, folder_lock, json_fields, regular
 from gpt2.base.errors import CheckpointError, ConfigError
 from gpt2.base.json_fields import Timestamp, from_json
 from gpt2.base.text import counted, one_line, shortened
+from gpt2.base.validation import is_finite
 from gpt2.config import options
 from gpt2.experiments.pool.job import Event
-from gpt2.experiments.pool.messages import json_ready
+from gpt2.experiments.pool.messages import is_number, json_ready
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,8 @@ class JobResult:
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether the value is a finite float or an int in the range of floats, and not a bool."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max
+    """Whether the value is one real number in the range of floats, and not a bool."""
+    return is_number(value) and is_finite(value)
 
 
 class ResultsStore:

@@ -60,8 +60,8 @@ def test_values_that_json_cannot_hold_are_converted():
     "value", [float("nan"), -float("inf"), Decimal("1e400"), np.float32("inf")]
 )
 def test_what_no_float_holds_is_refused_if_it_must_be_exact(value: object):
-    with pytest.raises(ValueError, match="NaN, infinite or beyond the range"):
+    with pytest.raises(ValueError, match="Out of range"):
         messages.json_ready([value], strict=True)
     assert messages.json_ready(10**400, strict=True) == 10**400
-    with pytest.raises(ValueError, match="too many digits"):
+    with pytest.raises(ValueError, match="digits"):
         messages.json_ready(10**5000, strict=True)

@@ -21,9 +21,8 @@ def write_line(handle: int, text: str) -> None:
 
 def text_stream(handle: int) -> io.TextIOWrapper:
     """A text stream, as standard output is one, that writes such lines to an open file."""
-    buffer = LineBuffer(handle)
     return io.TextIOWrapper(
-        buffer, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True
+        LineBuffer(handle), "utf-8", errors="backslashreplace", newline="\n", write_through=True
     )
 
 
@@ -39,23 +38,19 @@ class LineBuffer(io.BufferedIOBase):
     def writable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self._handle
+
     def write(self, data: Any) -> int:
         received = bytes(data)
         with self._lock:
             text = (self._rest + received).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             *lines, self._rest = text.split(b"\n")
             for line in lines:
-                self._write_line(line)
+                write_line(self._handle, line.decode(errors="backslashreplace"))
         return len(received)
 
     def flush(self) -> None:
         with self._lock:
-            rest, self._rest = self._rest, b""
-            if rest:
-                self._write_line(rest)
-
-    def fileno(self) -> int:
-        return self._handle
-
-    def _write_line(self, line: bytes) -> None:
-        write_line(self._handle, line.decode(errors="backslashreplace"))
+            if self._rest:
+                self.write(b"\n")

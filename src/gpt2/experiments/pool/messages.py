@@ -16,8 +16,6 @@ from typing import Any, Literal, TypeGuard
 from gpt2.base.validation import is_finite
 from gpt2.train.report import Answer
 
-LARGEST_BITS = 13_000
-"""of an integer: Python writes and reads 4300 decimal digits at most"""
 Phase = Literal["waiting", "loading", "running"]
 
 
@@ -93,7 +91,12 @@ def json_ready(value: Any, *, strict: bool = False) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if is_number(value):
-        return _exact(value) if strict else _measured(value)
+        if not strict and not is_finite(value):
+            return None
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if strict:
+            json.dumps(number, allow_nan=False)  # ValueError, also for too many digits
+        return number
     if isinstance(value, Mapping):
         items = value.items()
         return {_key(key): json_ready(item, strict=strict) for key, item in items}
@@ -109,22 +112,6 @@ def json_ready(value: Any, *, strict: bool = False) -> Any:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is one real number, of Python or NumPy; a bool is none."""
     return isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool)
-
-
-def _measured(value: float) -> float | None:
-    if not is_finite(value):
-        return None
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _exact(value: float) -> float:
-    if isinstance(value, numbers.Integral):
-        if (whole := int(value)).bit_length() > LARGEST_BITS:
-            raise ValueError("an integer has too many digits")
-        return whole
-    if not is_finite(value):
-        raise ValueError("a number is NaN, infinite or beyond the range of floats")
-    return float(value)
 
 
 def _key(key: Any) -> str:

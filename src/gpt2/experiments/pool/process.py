@@ -9,22 +9,31 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
+from gpt2.base import regular_file
 from gpt2.experiments.pool import worker
 from gpt2.experiments.pool.job import Job, Slot
 from gpt2.experiments.pool.messages import Message, Reply, WorkerEnded
 
+PROGRAM = """
+import sys
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[1]))
+owner, sys.path[:], sys.argv = connection.recv()
+from gpt2.experiments.pool import worker
+worker.serve(connection, owner)
+"""
 DEATH_S = 15.0
 """for SIGKILL to work: a process that waits for a broken device does not die"""
 
@@ -61,7 +70,7 @@ class WorkerProcess:
     host = ""
 
     def __init__(self, slot: Slot, log: Path | None, inbox: Inbox) -> None:
-        """Starts it; raises OSError if the system cannot start another process.
+        """Starts it; raises OSError if the system cannot start another process, or open the log.
 
         Without a log it is a part of this process: it writes to the same files, is in the same
         process group, and must be ended before this process ends.
@@ -69,24 +78,30 @@ class WorkerProcess:
         self.log = log or Path(os.devnull)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._connection, its_end = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=worker.serve,
-            args=(its_end, os.getpid(), log and log.resolve(), sys.path),
-            name=slot.name,
-        )
-        resource_tracker.ensure_running()  # its start would unblock the signals again
-        with its_end, _inherited(slot.environment):
-            try:
-                self._process.start()
-            except BrokenPipeError:  # it was killed before it read what it is to run
-                self._process.start()
-            assert self._process.pid is not None
+        self._killed_at: float | None = None
+        # The worker cannot handle these signals at first, and the thread never should.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, worker.SIGNALS)
+        try:
+            with its_end, regular_file.open_to_append(self.log) as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM, str(its_end.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output if log else None,
+                    stderr=output if log else None,
+                    env=os.environ | slot.environment,
+                    pass_fds=[its_end.fileno()],
+                    # Ctrl+C reaches the owner alone, which requests its workers to stop.
+                    start_new_session=log is not None,
+                )
             self.pid = self._process.pid
             self._death = os.pidfd_open(self.pid)
             """becomes readable when it dies"""
             weakref.finalize(self, os.close, self._death)
-            self._killed_at: float | None = None
+            with contextlib.suppress(OSError):  # it is dead
+                self._connection.send((os.getpid() if log else None, sys.path, sys.argv))
             threading.Thread(target=self._receive, args=(inbox,), daemon=True).start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     def send(self, message: Job | Reply | None) -> None:
         with contextlib.suppress(OSError):  # it is dead
@@ -115,8 +130,7 @@ class WorkerProcess:
         with contextlib.suppress(EOFError, OSError):
             while self._connection.poll():  # sent since `wait` looked at the pipe
                 inbox.put((self, self._connection.recv()))
-        self._process.join()
-        inbox.put((self, _ended(self._process.exitcode or 0)))
+        inbox.put((self, _ended(self._process.wait())))
 
 
 @dataclass(frozen=True)
@@ -135,28 +149,8 @@ def _ended(exit_code: int) -> WorkerEnded:
             f"{script} starts jobs when it is imported, which every worker does; {worker.GUARD}"
         )
         return WorkerEnded(reason, lost="engine")
-    return WorkerEnded(_described(exit_code))
-
-
-def _described(exit_code: int) -> str:
     if exit_code >= 0:
-        return f"its process ended with exit code {exit_code}"
+        return WorkerEnded(f"its process ended with exit code {exit_code}")
     name = signal.Signals(-exit_code).name
     note = " (as the kernel does when the memory runs out)" if name == "SIGKILL" else ""
-    return f"its process was killed by {name}{note}"
-
-
-@contextlib.contextmanager
-def _inherited(environment: Mapping[str, str]) -> Iterator[None]:
-    """What starts within the block has these variables, and blocks the signals that a worker cannot
-    handle yet."""
-    changed = {name: os.environ[name] for name in environment if name in os.environ}
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, worker.SIGNALS)
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name in environment:
-            del os.environ[name]
-        os.environ.update(changed)
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    return WorkerEnded(f"its process was killed by {name}{note}")

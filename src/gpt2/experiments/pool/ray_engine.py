@@ -39,8 +39,6 @@ from gpt2.experiments.pool.process import Engine, Inbox, WorkerProcess
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
-IDLE_S = 5.0
-"""how long a worker without a job keeps its room, for which the job of another slot may wait"""
 MAX_LOST_MACHINES = 5
 """that a job may lose without a report in between"""
 OF_THE_MACHINE = ("CUDA_", "NCCL_", "RAY_", "SLURM_")
@@ -125,20 +123,18 @@ class Guard:
         home.enter()
         self._inbox: Inbox = queue.SimpleQueue()
         self._worker = WorkerProcess(slot, log, self._inbox)
-        self._last: Message | None = None
-        self._count, self._lock = 0, threading.Lock()
+        self._last, self._lock = dict[int, Message](), threading.Lock()
         return self._worker.pid, socket.gethostname(), ray.get_runtime_context().get_node_id()
 
     def exchange(self, number: int, *to_send: Job | Reply | None) -> Message:
         """Sends this to the worker, and returns the worker's message of this number, as soon as it
         arrives. The owner may call it again if it got no answer."""
         with self._lock:
-            if number == self._count:
+            if number not in self._last:
                 for message in to_send:
                     self._worker.send(message)
-                self._last, self._count = self._inbox.get()[1], number + 1
-            assert self._last is not None
-            return self._last
+                self._last = {number: self._inbox.get()[1]}
+            return self._last[number]
 
     def signal(self, number: int) -> None:
         self._worker.signal(number)
@@ -147,8 +143,8 @@ class Guard:
 class RemoteWorker:
     """A worker process on a machine of the cluster, as the scheduler sees it.
 
-    While it has no job, it gives its room back after IDLE_S. If its machine is lost, its job runs
-    again on another one, which is not the job's fault and no business of the scheduler.
+    If its machine is lost, its job runs again on another one, which is not the job's fault and no
+    business of the scheduler.
     """
 
     def __init__(
@@ -167,7 +163,7 @@ class RemoteWorker:
         self._job: Job | None = None
         self._lost_machines = 0
         """since the job last reported"""
-        self._is_stopping = self._is_killed = False
+        self._is_stopping = False
         threading.Thread(target=self._run, daemon=True).start()
 
     def send(self, message: Job | Reply | None) -> None:
@@ -175,15 +171,11 @@ class RemoteWorker:
 
     def signal(self, number: int) -> None:
         self._is_stopping |= number in (signal.SIGTERM, signal.SIGKILL)
-        is_unreachable = number == signal.SIGKILL and self._is_killed
-        if number == signal.SIGKILL:
-            self._is_killed = True
-            self._outbox.put(None)  # for a thread that waits for a job
         with contextlib.suppress(RayError):  # the thread will notice
-            if self._guard and self.pid and not is_unreachable:
+            if self._guard and (number == signal.SIGKILL or not self.pid):
+                ray.kill(self._guard)  # with it, all that it started; or it may never start
+            elif self._guard:
                 self._guard.signal.remote(number)
-            elif self._guard and self._is_stopping:  # or it has not started, and may never do
-                ray.kill(self._guard)
 
     def _run(self) -> None:
         """The thread: until the worker has ended for good."""
@@ -200,30 +192,19 @@ class RemoteWorker:
 
     def _relay(self) -> WorkerEnded:
         """Passes on messages in both directions; returns how the worker ended."""
-        to_send: Sequence[Job | Reply | None] = [self._outbox.get()]
+        to_send = [self._outbox.get()]
         while not isinstance(message := self._exchange(*to_send), WorkerEnded):
             self._inbox.put((self, message))
-            to_send = []
-            if isinstance(message, JobReported):
+            is_answered = isinstance(message, JobReported)
+            if is_answered:
                 self._lost_machines = 0
-                to_send = [self._outbox.get()]
             elif isinstance(message, JobEnded):
-                self._job = None
-                if not message.takes_no_more:
-                    to_send = [self._next_job()]
+                self._job, is_answered = None, not message.takes_no_more
+            to_send = [self._outbox.get()] if is_answered else []
         return message
-
-    def _next_job(self) -> Job | Reply | None:
-        with contextlib.suppress(queue.Empty):
-            return self._outbox.get(timeout=IDLE_S)
-        self._exchange(None)
-        self._leave_machine()
-        return self._outbox.get()
 
     def _exchange(self, *to_send: Job | Reply | None) -> Message:
         """`Guard.exchange` on this machine, or the next one if this machine is lost."""
-        if self._guard is None and to_send == (None,):
-            return WorkerEnded("it had no job")
         self._job = next((item for item in to_send if isinstance(item, Job)), self._job)
         while True:
             try:

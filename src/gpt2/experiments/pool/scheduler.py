@@ -87,9 +87,9 @@ class _ManagedSlot:
     """when it last had a report or a result"""
 
     @property
-    def is_free(self) -> bool:
-        """Whether it can take a job at once."""
-        return self.in_service and self.attempt is None and self.kill_at is None
+    def is_idle(self) -> bool:
+        """Whether it has neither a job nor a worker that is about to end."""
+        return self.attempt is None and self.kill_at is None
 
     def kill_after(self, seconds: float, reason: str = "") -> None:
         self.kill_at = time.monotonic() + seconds
@@ -138,7 +138,7 @@ class Scheduler:
         """
         with self._stop as stop:
             try:
-                while not self._is_done():
+                while self._give_jobs():
                     self._handle_messages()
                     if stop.number and not self._stopping:
                         self._begin_stop("again" if stop.number == signal.SIGINT else "twice")
@@ -164,15 +164,21 @@ class Scheduler:
         reason = f"every job saves and ends, {grace:g} s at most; Ctrl+C {more} ends at once"
         self._show(Event("stopping", self._slots[0].spec, reason=reason))
 
-    def _is_done(self) -> bool:
-        """Gives jobs to free slots; whether no job is left and none runs."""
+    def _give_jobs(self) -> bool:
+        """Gives jobs to free slots, and lets workers end for which there is none now; whether any
+        worker is left."""
+        is_ending = self._stopping or self.stop_requested
         for slot in self._slots:
-            is_ending = self._stopping or self.stop_requested
-            if not is_ending and slot.is_free and (attempt := self._next_for(slot)):
+            if not slot.is_idle:
+                continue
+            attempt = self._next_for(slot) if slot.in_service and not is_ending else None
+            if slot.worker and (attempt is None or attempt.job.own_process):
+                self._waiting[:0] = [attempt] if attempt else []
+                slot.worker.send(None)
+                slot.kill_after(IDLE_EXIT_S)
+            elif attempt:
                 self._start(slot, attempt)
-        if any(slot.attempt for slot in self._slots):
-            return False
-        return self._stopping or all(slot.is_free for slot in self._slots if slot.in_service)
+        return any(slot.worker for slot in self._slots)
 
     # Jobs to slots
 
@@ -191,20 +197,16 @@ class Scheduler:
             if may_run(attempt := _Attempt(job)):
                 return attempt
             self._waiting.append(attempt)
-        free_elsewhere = any(other.is_free for other in self._slots if other is not slot)
-        lost_here = (item for item in waiting if item.job.slot == here or not free_elsewhere)
+        free = [other for other in self._slots if other.in_service and other.is_idle]
+        lost_here = (item for item in waiting if item.job.slot == here or free == [slot])
         chosen = chosen or next(lost_here, None)
         if chosen:
             self._waiting.remove(chosen)
         return chosen
 
     def _start(self, slot: _ManagedSlot, attempt: _Attempt) -> None:
-        """Sends the job to the slot's worker; if it wants a new process, the old one ends first."""
+        """Sends the job to the slot's worker, or to a new one."""
         job = attempt.job
-        if slot.worker and job.own_process:
-            self._waiting.insert(0, attempt)
-            self._end_idle_worker(slot)
-            return
         if slot.worker is None:
             log = self._log_of(slot.spec, job)
             try:
@@ -273,11 +275,10 @@ class Scheduler:
                 )
                 if ended.is_device_error:
                     self._count_loss(slot)
-            case "stopped" if not self._stopping:
-                reason = "its worker got a stop signal that this command did not send"
-                self._on_loss(slot, attempt, reason)
             case "stopped" | "lost":
-                self._on_loss(slot, attempt, ended.reason, ended.traceback)
+                unasked = "its worker got a stop signal that this command did not send"
+                reason = ended.reason or ("" if self._stopping else unasked)
+                self._on_loss(slot, attempt, reason, ended.traceback)
 
     def _on_loss(
         self, slot: _ManagedSlot, attempt: _Attempt, reason: str, traceback: str = ""
@@ -342,22 +343,13 @@ class Scheduler:
         slot.in_service = False
         self._show(Event("slot_lost", slot.spec, reason=reason))
 
-    def _end_idle_worker(self, slot: _ManagedSlot) -> None:
-        """Lets a worker without a job end; the slot is free when it has."""
-        assert slot.worker is not None
-        slot.worker.send(None)
-        slot.kill_after(IDLE_EXIT_S)
-
     def _end_workers(self) -> None:
-        """Returns when no worker is left."""
+        """Kills those that are left; returns when none is."""
         self._stopping = True
         for slot in self._slots:
-            if slot.worker and slot.attempt:
+            if slot.attempt:
                 slot.kill_after(0.0, "its owner has ended")
-        while busy := [slot for slot in self._slots if slot.worker]:
-            for slot in busy:
-                if slot.kill_at is None:
-                    self._end_idle_worker(slot)
+        while self._give_jobs():
             self._handle_messages()
 
     # Events

@@ -12,20 +12,18 @@ import importlib
 import inspect
 import json
 import logging
-import multiprocessing
 import os
 import select
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from gpt2.base import addresses, log, regular_file
+from gpt2.base import addresses, log
 from gpt2.base.errors import UserError, described, is_out_of_memory
 from gpt2.distributed.signals import StopRequest
 from gpt2.experiments.pool import log_lines
@@ -48,34 +46,30 @@ SHOW_STACK = signal.SIGQUIT
 UNGUARDED = 94
 """exit code of a worker process whose script starts jobs when it is imported"""
 GUARD = 'put what starts them below `if __name__ == "__main__":`'
-_is_importing = False
+_is_worker = _is_importing = False
 SIGNALS = (signal.SIGINT, signal.SIGTERM, SHOW_STACK)
 """are blocked until the worker can handle them"""
 
 
-def serve(
-    connection: Connection, owner: int, log_path: Path | None, search_path: list[str]
-) -> None:
+def serve(connection: Connection, owner: int | None) -> None:
     """The life of a worker process: until the owner, whose pid is given, sends no more jobs.
 
-    Without a log it is a part of its owner, which is a worker itself.
+    Without a pid it is a part of its owner, which is a worker itself.
     """
-    if log_path is not None:
-        os.setsid()  # Ctrl+C reaches the owner alone, which requests its workers to stop
+    global _is_worker
+    _is_worker = True
+    if owner is not None:
         if os.getppid() != owner:  # it is dead already
             os._exit(1)
         _kill_group_after_death_of(os.getpid(), owner)
-        _write_to(log_path)
-    sys.stdout, sys.stderr = log_lines.text_stream(1), log_lines.text_stream(2)
     faulthandler.enable(2)
     faulthandler.register(SHOW_STACK, 2)
     log.setup()
-    sys.path[:] = search_path
     # A training handles signals itself while it runs. ConnectionError: the owner is dead.
     with StopRequest() as stop, contextlib.suppress(EOFError, ConnectionError):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for job in iter(connection.recv, None):
-            # New ones for each job: the one before may have changed or closed them.
+            # For each job: the one before may have changed or closed them.
             sys.stdout, sys.stderr = log_lines.text_stream(1), log_lines.text_stream(2)
             ended = run_job(job, Reporter(connection, stop))
             for stream in (sys.stdout, sys.stderr):
@@ -144,31 +138,24 @@ def find_function(target: str) -> Callable[..., Any]:
     # Not `isidentifier` for the module: a script, such as my-sweep.py, may have any name.
     if not module or module.startswith(".") or not name.isidentifier():
         raise UserError(f"no function {target}; {expected}")
+    global _is_importing
+    _is_importing, before = True, _is_importing
     try:
-        with _importing():
-            function = getattr(importlib.import_module(module), name, None)
+        function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"no function {target} ({error}); {expected}") from error
+    finally:
+        _is_importing = before
     if not callable(function):
         raise UserError(f"no function {target}: {module} has none; {expected}")
     return function  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def _importing() -> Iterator[None]:
-    global _is_importing
-    _is_importing, before = True, _is_importing
-    try:
-        yield
-    finally:
-        _is_importing = before
-
-
 def require_not_importing() -> None:
     """For what starts jobs: raises UserError if a module does so while the function of a job is
-    imported from it, and ends a worker process whose script does so."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it runs the main script
-        raise SystemExit(UNGUARDED)
+    imported from it, and ends a worker process."""
+    if _is_importing and _is_worker:
+        os._exit(UNGUARDED)
     if _is_importing:
         raise UserError(f"the module of the function starts jobs when it is imported; {GUARD}")
 
@@ -255,10 +242,3 @@ def _is_fit(ended: JobEnded) -> bool:
     except RuntimeError:
         return False
     return not ended.traceback
-
-
-def _write_to(path: Path) -> None:
-    """Standard output and error go to the log file, also those of programs that a job starts."""
-    with regular_file.open_to_append(path) as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)

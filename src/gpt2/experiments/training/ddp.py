@@ -71,9 +71,7 @@ class _Ranks:
         self.ended: dict[int, JobEnded] = {}
         """by rank, in the order in which they ended"""
         self.are_stopping = False
-        threads = (
-            {THREADS: os.environ["OMP_NUM_THREADS"]} if "OMP_NUM_THREADS" in os.environ else {}
-        )
+        threads = {THREADS: os.environ.get("OMP_NUM_THREADS", "")}
         for rank in range(count):
             environment = rendezvous.rank_variables(rank, count, port) | threads
             worker = WorkerProcess(Slot(rank, f"rank{rank}", environment), None, self._inbox)
