@@ -22,7 +22,7 @@ import torch
 
 import mutations
 import support
-from experiments.progress.tracked import SLOTS, event
+from experiments.progress.tracked import Tracker, event
 from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError, ConfigError, DataError, UserError
 from gpt2.base.text import PlainConsole
@@ -46,8 +46,7 @@ from gpt2.evaluation import hellaswag
 from gpt2.experiments import results
 from gpt2.experiments.compare import models
 from gpt2.experiments.progress import listing, state
-from gpt2.experiments.progress.experiment_view import ExperimentView
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.listing import ExperimentView
 from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.experiments.search import best, ownership, spec, trial
 from gpt2.inference import interchange
@@ -130,7 +129,7 @@ def test_the_status_of_a_run(tmp_path: Path):
 
 def write_experiment(folder: Path) -> None:
     description = ExperimentDescription("seeds", {"target": "a:b"}, 3)
-    tracker = StateTracker("seeds", 3, SLOTS)
+    tracker = Tracker(3, kind="seeds")
     tracker.update(event("started", 0, "c"))
     tracker.update(event("reported", 0, "c", at=1.0, metrics={"step": 1, "total_steps": 9}))
     tracker.update(event("failed", 1, "b", at=1.0, reason="why"))

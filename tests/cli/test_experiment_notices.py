@@ -13,12 +13,13 @@ from gpt2.cli import watch
 from gpt2.cli.experiment_notices import posting_end
 from gpt2.experiments.pool.job import Slot
 from gpt2.experiments.progress import state
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.experiments.results import EXPERIMENT_FILE
 from gpt2.metrics import notify
 from webhook import SECRET, webhook
 
-LAST = replace(StateTracker("seeds", 4, [Slot(0, "cpu0", {})]).current, finished=3, failed=1)
+BEGUN = ExperimentState.at_start("seeds", 4, [Slot(0, "cpu0", {})])
+LAST = replace(BEGUN, finished=3, failed=1)
 
 
 @pytest.fixture(autouse=True)

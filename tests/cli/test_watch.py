@@ -17,8 +17,8 @@ from gpt2.cli.status import status_main
 from gpt2.cli.watch import WatchCommand, watch_main
 from gpt2.experiments.pool.job import Slot
 from gpt2.experiments.progress import state
-from gpt2.experiments.progress.experiment_view import ExperimentView
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.listing import ExperimentView
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.experiments.results import EXPERIMENT_FILE
 from gpt2.inspection.watch import RunView
 from gpt2.metrics import notify
@@ -42,7 +42,7 @@ def write_named(folder: Path, name: str) -> None:
 def write_experiment(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / EXPERIMENT_FILE).write_text('{"kind": "seeds", "fixed": {}, "total": 4}')
-    state.write(folder, StateTracker("seeds", 4, [Slot(0, "cpu0", {})]).current)
+    state.write(folder, ExperimentState.at_start("seeds", 4, [Slot(0, "cpu0", {})]))
 
 
 def found(run: str | None, checkpoint_dir: Path) -> str:

@@ -189,7 +189,7 @@ def test_a_search_that_was_killed(tmp_path: Path):
         (folder / f"trial_{number:03d}").mkdir()
         (folder / f"trial_{number:03d}" / "step").write_text(str(step))
     found = listing.read(folder)
-    assert (found.state, found.done) == ("dead", 2)
+    assert (found.current.state, found.done) == ("dead", 2)
     assert found.current is not None and found.current.slots[0].job == "a"
 
     assert small_search.main(tmp_path, 5, 0.05) == 0

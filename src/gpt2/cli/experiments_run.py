@@ -96,10 +96,8 @@ def _slots(read: RunArguments) -> list[Slot]:
     count, max_gpus = read.count("--slots"), read.count("--max_gpus")
     given = read.options.get("--gpus")
     gpus = None if given is None else gpu_list.parse(given, "--gpus")
-    if count is None:
-        return slots.of_machine(gpus, max_gpus)
-    if given is not None and gpus != []:
+    if count is not None and given is not None and gpus != []:
         raise ConfigError("use either --gpus or --slots")
-    if max_gpus is not None:
+    if count is not None and max_gpus is not None:
         raise ConfigError("use either --max_gpus or --slots")
-    return slots.of((), count)
+    return slots.of_machine(gpus if count is None else [], max_gpus, count)

@@ -19,7 +19,7 @@ from gpt2.base.text import PlainConsole
 from gpt2.cli import experiment_notices
 from gpt2.cli.parse import CommandOptions, run_command
 from gpt2.experiments.progress import state
-from gpt2.experiments.progress.experiment_view import ExperimentView
+from gpt2.experiments.progress.listing import ExperimentView
 from gpt2.experiments.progress.state import ExperimentState
 from gpt2.inspection import run_status
 from gpt2.inspection.run_status import log_in

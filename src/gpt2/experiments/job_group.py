@@ -21,7 +21,7 @@ from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.progress.live_view import showing_progress
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.experiments.results import ExperimentDescription, JobResult, ResultsStore
 from gpt2.inspection import figures
 from gpt2.train.report import Answer
@@ -153,9 +153,9 @@ def run(group: JobGroup, engine: Engine, limits: Limits, out: Console) -> JobGro
             out.print(f"  - {len(used)} at a time, on {', '.join(used)}", soft_wrap=True)
         out.print(f"  - results {group.folder}, logs {group.log_dir}/*_{begun}.log", soft_wrap=True)
         log = group.log_dir / f"{group.log_name}_{begun}.log"
-        tracker = StateTracker(group.kind, total, engine.slots, before=done)
-        with showing_progress(tracker, group.folder, log=log, out=out) as on_event:
-            scheduler = Scheduler(engine, source, on_event, log_of=log_of, limits=limits)
+        begun_state = ExperimentState.at_start(group.kind, total, engine.slots, before=done)
+        with showing_progress(begun_state, group.folder, log=log, out=out) as progress:
+            scheduler = Scheduler(engine, source, progress.report, log_of=log_of, limits=limits)
             signal_number = scheduler.run()
         took_s = time.monotonic() - began
         summary, records, left = source.save(), source.records(), source.missing()

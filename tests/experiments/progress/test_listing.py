@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments.progress.tracked import SLOTS, event
+from experiments.progress.tracked import Tracker, event
 from gpt2.cli import experiments
 from gpt2.experiments import results
 from gpt2.experiments.progress import listing, state
-from gpt2.experiments.progress.state import StateTracker
 from gpt2.experiments.results import ExperimentDescription, JobResult
 from gpt2.train import status
 from inspection.written_runs import PLAN
@@ -26,11 +25,11 @@ TRACEBACK = "Traceback (most recent call last):\n  in f\nValueError: no [b]"
 @contextmanager
 def experiment(
     folder: Path, returned: list[Any], total: int = 10, kind: str = "seeds"
-) -> Iterator[StateTracker]:
+) -> Iterator[Tracker]:
     """An experiment whose owner is this process while the block runs; a result that is None is a
     job that has failed."""
     folder.mkdir(parents=True)
-    tracker = StateTracker(kind, total, SLOTS)
+    tracker = Tracker(total, kind=kind)
     with results.opened(folder, ExperimentDescription(kind, {}, total)) as kept:
         for seed, result in enumerate(returned):
             name, facts = f"seed={seed}", {"result": result}
@@ -43,7 +42,7 @@ def experiment(
         yield tracker
 
 
-def end(folder: Path, tracker: StateTracker) -> None:
+def end(folder: Path, tracker: Tracker) -> None:
     tracker.end()
     state.write(folder, tracker.current)
 

@@ -15,14 +15,14 @@ from rich.console import Console
 
 from experiments.given import Given
 from experiments.given import job as real_job
-from experiments.progress.tracked import SLOTS, Clock, event, tracker_of, train
+from experiments.progress.tracked import SLOTS, Clock, Tracker, begun, event, train
 from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler
 from gpt2.experiments.progress import rendering, state
-from gpt2.experiments.progress.live_view import LineReporter, showing_progress
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.live_view import Progress, showing_progress
+from gpt2.experiments.progress.state import ExperimentState
 
 STOP = "every job saves and ends, 60 s at most; Ctrl+C again ends at once"
 
@@ -41,16 +41,17 @@ def short(name: str) -> Job:
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path):
-    tracker, clock = tracker_of(total=25)
+    clock = Clock()
     out, log = plain(), tmp_path / "logs" / "a.log"
-    with showing_progress(tracker, tmp_path, log=log, out=out) as tell:
+    with showing_progress(begun(total=25), tmp_path, log=log, out=out, clock=clock) as progress:
         for number in range(25):
             clock.now += 1
-            tell(Event("started", SLOTS[0], short(f"seed={number}")))
+            job = short(f"seed={number}")
+            progress.report(Event("started", SLOTS[0], job))
             if number == 7:
-                tell(Event("failed", SLOTS[0], short("seed=7"), reason="ValueError: [b]\n no"))
+                progress.report(Event("failed", SLOTS[0], job, reason="ValueError: [b]\n no"))
             else:
-                tell(Event("finished", SLOTS[0], short(f"seed={number}")))
+                progress.report(Event("finished", SLOTS[0], job))
     lines = text_of(out).splitlines()
     assert lines == [
         "failed: seed=7 on gpu0: ValueError: [b] no",
@@ -80,16 +81,14 @@ def fail_until_full(tell: Callable[[Event], None], handle: int) -> int:
 
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path):
     (tmp_path / "file").touch()
-    tracker = StateTracker("seeds", 1, SLOTS)
     with (
         pytest.raises(ConfigError, match=r"cannot write .*another folder with --log_dir"),
-        showing_progress(tracker, log=tmp_path / "file" / "seeds.log", out=plain()),
+        showing_progress(begun(total=1), log=tmp_path / "file" / "seeds.log", out=plain()),
     ):
         pass
 
 
 def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
-    tracker, _ = tracker_of(total=10**6)
     end, begin = os.pipe()
     read: list[str] = []
 
@@ -100,8 +99,8 @@ def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
     reader, log = threading.Thread(target=read_all, daemon=True), tmp_path / "a.log"
     with os.fdopen(begin, "w") as file:
         out = Console(file=file, width=160, highlight=False, markup=False)
-        with showing_progress(tracker, tmp_path, log=log, out=out) as tell:
-            count = fail_until_full(tell, begin)
+        with showing_progress(begun(total=10**6), tmp_path, log=log, out=out) as progress:
+            count = fail_until_full(progress.report, begin)
             reader.start()
         out.print("and later")
     reader.join()
@@ -111,15 +110,14 @@ def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
 
 
 def test_long_jobs_get_lines_at_growing_intervals(tmp_path: Path):
-    tracker, clock = tracker_of(total=4)
-    out = plain()
+    clock, out = Clock(), plain()
     with (tmp_path / "a.log").open("ab") as log:
-        reporter = LineReporter(tracker, log, out, is_live=False)
-        train(tracker, clock, 0, "a", range(1, 21), total=100_000)
+        progress = Progress(begun(total=4), None, log.fileno(), out, clock)
+        train(progress.report, clock, 0, "a", range(1, 21), total=100_000)
         times = []
         for second in range(20, 20_000):
             before, clock.now = len(text_of(out)), 1000.0 + second
-            reporter.report_long_jobs()
+            progress.write()
             if "gpu0 a: step 20 of 100,000 | loss 3.5000 | " in text_of(out)[before:]:
                 times.append(second)
     assert times[0] == 60 and len(times) < 60
@@ -151,32 +149,32 @@ def test_jobs_with_their_own_process_get_a_line_each():
     ]
 
 
-def screen(tracker: StateTracker, clock: Clock, width: int) -> list[str]:
+def screen(tracker: Tracker, width: int) -> list[str]:
     out = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    out.print(rendering.view(tracker.current, clock.now, width))
+    out.print(rendering.view(tracker.current, tracker.clock.now, width))
     return text_of(out).splitlines()
 
 
 def test_the_live_view_fits_into_any_width():
-    tracker, clock = tracker_of(total=100, before=5)
+    tracker = Tracker(total=100, before=5)
     name = "learning_rate=0.001,weight_decay=0.1,[b]dropout[/b]=0.1,seed=17"
-    train(tracker, clock, 0, name, range(1, 9), 9999)
+    train(tracker.update, tracker.clock, 0, name, range(1, 9), 9999)
     tracker.update(event("failed", 1, "b", reason="bad"))
     tracker.update(Event("slot_lost", SLOTS[1], reason="3 failures in a row"))
     for width in (1, 5, 20, 40, 79, 80, 120, 300):
-        lines = screen(tracker, clock, width)
+        lines = screen(tracker, width)
         assert max((len(line) for line in lines), default=0) <= width
-    narrow, wide = screen(tracker, clock, 80), screen(tracker, clock, 200)
+    narrow, wide = screen(tracker, 80), screen(tracker, 200)
     assert "1 failed" in narrow[0] and " 6 % " in narrow[0]
     assert wide[0].startswith("models 5 of 100 done, 1 failed ")
     assert ",seed=17" in narrow[1] and "loss 3.5000" in narrow[1] and "left" in narrow[1]
     assert f"{name} " in wide[1] and "step 8 of 9,999" in wide[1]
     assert "out of service: 3 failures in a row" in wide[2]
     tracker.update(Event("stopping", SLOTS[0], reason=STOP))
-    assert screen(tracker, clock, 80)[0].rstrip() == f"Stopping: {STOP}"
+    assert screen(tracker, 80)[0].rstrip() == f"Stopping: {STOP}"
     tracker.end()
-    assert screen(tracker, clock, 80)[0].rstrip() == "Stopped: 94 of 100 jobs left"
-    assert len(screen(tracker, clock, 80)) == 2
+    assert screen(tracker, 80)[0].rstrip() == "Stopped: 94 of 100 jobs left"
+    assert len(screen(tracker, 80)) == 2
 
 
 @contextmanager
@@ -205,18 +203,17 @@ def a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("a_terminal_of_80_columns")
 def test_live_view_on_a_terminal(tmp_path: Path):
-    tracker, clock = tracker_of(total=3)
-    log = tmp_path / "a.log"
+    clock, log = Clock(), tmp_path / "a.log"
     with terminal() as (out, seen, reader, _):
         reader.start()
-        with showing_progress(tracker, tmp_path, log=log, out=out) as tell:
-            train(tracker, clock, 0, "seed=[1]", range(1, 9), 100)
-            tell(event("failed", 1, "seed=[2]", reason="ValueError: [red]"))
+        with showing_progress(begun(3), tmp_path, log=log, out=out, clock=clock) as progress:
+            train(progress.report, clock, 0, "seed=[1]", range(1, 9), 100)
+            progress.report(event("failed", 1, "seed=[2]", reason="ValueError: [red]"))
             while not (b"seed=[2]" in b"".join(seen) and b"loss 3.5000" in b"".join(seen)):
                 time.sleep(0.01)
             print("from elsewhere")
-            tell(event("finished", 0, "seed=[1]"))
-            tell(event("finished", 1, "seed=[3]"))
+            progress.report(event("finished", 0, "seed=[1]"))
+            progress.report(event("finished", 1, "seed=[3]"))
         out.print("and later")
     shown = b"".join(seen).decode()
     assert "\x1b[31mfailed: seed=[2] on gpu1: ValueError: [red]\x1b[0m" in shown
@@ -233,10 +230,10 @@ def test_live_view_on_a_terminal(tmp_path: Path):
 @pytest.mark.usefixtures("a_terminal_of_80_columns")
 def test_a_stalled_terminal_does_not_delay_jobs(tmp_path: Path):
     """As after Ctrl+S."""
-    tracker, _ = tracker_of(total=10**6)
+    started, log = begun(total=10**6), tmp_path / "a.log"
     with terminal() as (out, seen, reader, _ours):
-        with showing_progress(tracker, tmp_path, log=tmp_path / "a.log", out=out) as tell:
-            count = fail_until_full(tell, out.file.fileno())
+        with showing_progress(started, tmp_path, log=log, out=out) as progress:
+            count = fail_until_full(progress.report, out.file.fileno())
             print("from elsewhere")
             reader.start()
         out.print("and later")
@@ -247,14 +244,13 @@ def test_a_stalled_terminal_does_not_delay_jobs(tmp_path: Path):
 
 @pytest.mark.usefixtures("a_terminal_of_80_columns")
 def test_a_closed_terminal_does_not_end_the_experiment(tmp_path: Path):
-    tracker, _ = tracker_of(total=2)
     log = tmp_path / "a.log"
     with terminal() as (out, _seen, reader, ours):
-        with showing_progress(tracker, tmp_path, log=log, out=out) as tell:
-            tell(event("started", 0))
+        with showing_progress(begun(total=2), tmp_path, log=log, out=out) as progress:
+            progress.report(event("started", 0))
             os.close(ours)
             for _ in range(2):
-                tell(event("failed", 0, reason="no"))
+                progress.report(event("failed", 0, reason="no"))
         out.print("and later")
         reader.start()
     assert "finished: 0 of 2 done, 2 failed" in log.read_text()
@@ -263,14 +259,17 @@ def test_a_closed_terminal_does_not_end_the_experiment(tmp_path: Path):
 def test_progress_of_a_scheduler(tmp_path: Path):
     jobs = [real_job(f"seed={n}", "square", seed=n) for n in range(22)]
     source, out = Given(*jobs, real_job("bad", "rises")), plain()
-    tracker = StateTracker("seeds", 23, SLOTS)
-    with showing_progress(tracker, tmp_path, log=tmp_path / "a.log", out=out) as tell:
+    started = ExperimentState.at_start("seeds", 23, SLOTS)
+    with showing_progress(started, tmp_path, log=tmp_path / "a.log", out=out) as progress:
         Scheduler(
-            Engine(SLOTS), source, tell, log_of=lambda slot, _: tmp_path / f"{slot.name}.log"
+            Engine(SLOTS),
+            source,
+            progress.report,
+            log_of=lambda slot, _: tmp_path / f"{slot.name}.log",
         ).run()
     text = text_of(out)
     assert "failed: bad on gpu" in text
     assert "finished: 22 of 23 done, 1 failed" in text and text.count("jobs/") == 3
-    assert {slot.log for slot in tracker.current.slots} == {
+    assert {slot.log for slot in progress.current.slots} == {
         str(tmp_path / f"{slot.name}.log") for slot in SLOTS
     }

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from experiments.progress.tracked import SLOTS, event, tracker_of, train
+from experiments.progress.tracked import SLOTS, Tracker, event, train
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.progress import rendering, state
 
 
 def test_counts_and_slots_follow_the_events():
-    tracker, clock = tracker_of(total=10, before=3)
+    tracker = Tracker(total=10, before=3)
+    clock = tracker.clock
     for slot in range(2):
         tracker.update(event("started", slot, f"job{slot}", log="w.log"))
     tracker.update(event("reported", 0, "job0", metrics={"loss": 2.0, "n": 1}))
@@ -40,7 +41,7 @@ def test_counts_and_slots_follow_the_events():
 
 
 def test_the_newest_failures_are_kept():
-    tracker, _ = tracker_of(total=1000)
+    tracker = Tracker(total=1000)
     for number in range(100):
         tracker.update(event("failed", 0, f"{number}", reason="no"))
     assert tracker.current.failed == 100
@@ -48,8 +49,9 @@ def test_the_newest_failures_are_kept():
 
 
 def test_time_left_counts_from_the_step_where_a_training_resumed():
-    tracker, clock = tracker_of(total=1)
-    train(tracker, clock, 0, "a", range(901, 912), total=1000)
+    tracker = Tracker(total=1)
+    clock = tracker.clock
+    train(tracker.update, clock, 0, "a", range(901, 912), total=1000)
     slot = tracker.current.slots[0]
     assert slot.left_s(clock.now) == pytest.approx(89)
     assert slot.left_s(clock.now + 10) == pytest.approx(79), "it counts down between reports"
@@ -57,9 +59,10 @@ def test_time_left_counts_from_the_step_where_a_training_resumed():
 
 
 def test_time_left_counts_waiting_jobs_and_slots_in_service():
-    tracker, clock = tracker_of(total=4)
-    train(tracker, clock, 0, "a", range(1, 12), total=101)
-    train(tracker, clock, 1, "b", range(1, 12), total=101)
+    tracker = Tracker(total=4)
+    clock = tracker.clock
+    train(tracker.update, clock, 0, "a", range(1, 12), total=101)
+    train(tracker.update, clock, 1, "b", range(1, 12), total=101)
     assert tracker.current.left_s(clock.now) == pytest.approx((90 + 90 + 2 * 101) / 2)
     tracker.update(event("failed", 1, "b"))
     tracker.update(Event("slot_lost", SLOTS[1]))
@@ -80,7 +83,8 @@ def test_time_left_counts_waiting_jobs_and_slots_in_service():
     ],
 )
 def test_a_job_may_report_anything(metrics: dict[str, Any]):
-    tracker, clock = tracker_of(total=2)
+    tracker = Tracker(total=2)
+    clock = tracker.clock
     tracker.update(event("started", 0))
     for _ in range(3):
         tracker.update(event("reported", 0, at=1.0, metrics=metrics))
@@ -89,7 +93,7 @@ def test_a_job_may_report_anything(metrics: dict[str, Any]):
 
 
 def test_unknown_keys_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    tracker, _ = tracker_of(total=4)
+    tracker = Tracker(total=4)
     tracker.update(event("started", 0, "a"))
     content = state.as_json(tracker.current) | {"priority": 7}
     content["places"][0]["temperature"] = 70
@@ -102,8 +106,9 @@ def test_unknown_keys_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.
 
 
 def test_state_file(tmp_path: Path):
-    tracker, clock = tracker_of(total=4)
-    train(tracker, clock, 0, "a", range(1, 5), total=8)
+    tracker = Tracker(total=4)
+    clock = tracker.clock
+    train(tracker.update, clock, 0, "a", range(1, 5), total=8)
     tracker.update(event("failed", 1, "b", reason="bad"))
     before = time.time()
     state.write(tmp_path, tracker.current)

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2.base.text import console
-from gpt2.experiments.named import training_process
+from gpt2.experiments.named import experiment
 from gpt2.experiments.named.experiment import Experiment
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
 from gpt2.experiments.progress.live_view import showing_progress
-from gpt2.experiments.progress.state import ExperimentState, StateTracker
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.train.report import Answer
 
 logger = logging.getLogger(__name__)
@@ -34,27 +34,21 @@ def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> tuple[int, 
     last state.
     """
     out, source = console(), NamedTrainings(experiments, slots)
-    tracker = StateTracker("experiments", len(experiments), slots)
-    with showing_progress(tracker, out=out) as show:
+    begun = ExperimentState.at_start("experiments", len(experiments), slots)
+    with showing_progress(begun, out=out) as progress:
 
         def on_event(event: Event) -> None:
             if event.kind == "stopping":
                 _interrupt_at_next_signal()
-            show(source.as_shown(event))
+            progress.report(source.as_shown(event))
 
-        scheduler = Scheduler(
-            Engine(slots),
-            source,
-            on_event,
-            # A training has its own console log; how a job fails is in its event.
-            log_of=lambda _slot, _job: Path(os.devnull),
-            limits=LIMITS,
-        )
-        number = scheduler.run()
+        # A training has its own console log; how a job fails is in its event.
+        without_log = {"log_of": lambda _slot, _job: Path(os.devnull)}
+        number = Scheduler(Engine(slots), source, on_event, limits=LIMITS, **without_log).run()
     if number:
         out.print("To continue, run the same command with --resume latest after --")
-    code = 128 + number if number else int(tracker.current.done < len(experiments))
-    return code, tracker.current
+    last = progress.current
+    return 128 + number if number else int(last.done < last.total), last
 
 
 def _interrupt_at_next_signal() -> None:
@@ -68,18 +62,18 @@ class NamedTrainings:
     """A source with a job for each experiment."""
 
     def __init__(self, experiments: Sequence[Experiment], slots: Sequence[Slot]) -> None:
-        self._experiments = {experiment.name: experiment for experiment in experiments}
+        self._experiments = {item.name: item for item in experiments}
         self._waiting, self._slots = iter(experiments), slots
         self._begun = time.strftime("%Y%m%d_%H%M%S")
 
     def next(self) -> Job | None:
-        experiment = next(self._waiting, None)
-        if experiment is None:
+        if (found := next(self._waiting, None)) is None:
             return None
         # It waits for the GPU that it had before, where its checkpoints are.
-        had = [slot for slot in self._slots if experiment.folder(slot.environment).is_dir()]
+        had = [slot for slot in self._slots if found.folder(slot.environment).is_dir()]
         slot = had[0].index if 0 < len(had) < len(self._slots) else None
-        return training_process.job(experiment, self._begun, slot)
+        values = {"name": found.name, "flags": [*found.flags], "begun": self._begun}
+        return Job(found.name, f"{experiment.__name__}:run", values, slot=slot)
 
     def event(self, event: Event) -> Answer:
         if event.traceback:  # of an error that is not the training's
@@ -92,5 +86,5 @@ class NamedTrainings:
             return replace(event, reason="every experiment saves and ends; a second signal kills")
         if event.job is None:
             return event
-        experiment = self._experiments[event.job.name]
-        return replace(event, log=str(experiment.console(event.slot.environment, self._begun)))
+        console = self._experiments[event.job.name].console(event.slot.environment, self._begun)
+        return replace(event, log=str(console))

@@ -1,22 +1,21 @@
-"""The experiments in a folder, for people and scripts: which jobs ran, are running and failed."""
+"""Experiments on disk: a list of all, one with its jobs and failures, a view that follows it."""
 
 import logging
 import shlex
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from gpt2.base import folder_lock
 from gpt2.base.errors import CheckpointError
-from gpt2.base.text import fitted, four_digits, one_line
+from gpt2.base.text import fitted, four_digits, one_line, shortened
 from gpt2.config.flops import duration
 from gpt2.experiments import results
 from gpt2.experiments.progress import rendering, state
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 STYLES = {"running": "green", "failed": "red", "dead": "red", "stopped": "yellow"}
 FIRST_RESULTS = ("val_loss", "best_val_loss", "loss", "train_loss", "hellaswag", "tokens_per_s")
 """results whose columns come first"""
-MAX_REASONS, MAX_KNOWN = 10, 10
+MAX_REASONS, MAX_KNOWN, MAX_WATCHED_FAILURES = 10, 10, 8
 DEFAULT_FOLDER = Path("checkpoints")
 
 
@@ -40,8 +39,8 @@ class StoredExperiment:
 
     folder: Path
     description: ExperimentDescription
-    current: ExperimentState | None
-    """the content of `state.json`; None if it cannot be read"""
+    current: ExperimentState
+    """as it is seen from here; without slots and process if `state.json` cannot be read"""
     results: Sequence[JobResult]
     """the last result of each job"""
 
@@ -54,29 +53,6 @@ class StoredExperiment:
         """Jobs that need not run again."""
         return len(self.results) - len(self.failures)
 
-    @property
-    def state(self) -> str:
-        """running, stopping, finished or stopped; dead if its process was killed."""
-        return self.state_if(folder_lock.is_held(self.folder))
-
-    def state_if(self, is_held: bool) -> str:
-        """`state`, given whether a process holds the folder."""
-        now = self.current
-        if is_held:
-            return "stopping" if now and now.state == "stopping" else "running"
-        if now is None:
-            return "dead"
-        # A lock of another machine may not be visible here; a recent state says that it is alive.
-        is_recent = time.time() - now.written < status.SILENCE_S
-        is_elsewhere = now.host != socket.gethostname() and is_recent
-        return now.state if now.is_over or is_elsewhere else "dead"
-
-    @property
-    def updated(self) -> float:
-        """When its state was last written, in seconds since 1970."""
-        about = self.folder / results.EXPERIMENT_FILE
-        return self.current.written if self.current else about.stat().st_mtime
-
 
 def read(folder: Path) -> StoredExperiment:
     """The experiment in `folder`; raises CheckpointError if there is none, or its files cannot be
@@ -85,23 +61,22 @@ def read(folder: Path) -> StoredExperiment:
     if description is None:
         raise CheckpointError(f"no experiment or training in {folder}{_known(folder)}")
     last = {result.job: result for result in results.read_results(folder)}
-    return StoredExperiment(folder, description, state.read(folder), [*last.values()])
+    begun = (folder / results.EXPERIMENT_FILE).stat().st_mtime
+    unknown = ExperimentState(description.kind, description.total, (), written=begun)
+    current = (state.read(folder) or unknown).seen(folder_lock.is_held(folder))
+    return StoredExperiment(folder, description, current, [*last.values()])
 
 
 def _known(folder: Path) -> str:
     """The end of an error message: the experiments and trainings below `folder`, beside it, or in
     the folder that `gpt2 experiments list` shows."""
     names = (results.EXPERIMENT_FILE, status.NAME)
-    below_it, below_default = (
-        {path for name in names for path in run_status.run_folders(root, name)}
-        for root in (folder, DEFAULT_FOLDER)
-    )
-    beside = {path.parent for name in names for path in folder.parent.glob(f"*/{name}")}
-    known = sorted(map(str, below_it or beside or below_default))
-    if not known:
-        return "; `gpt2 experiments list DIR` shows those in DIR"
-    more = f" and {len(known) - MAX_KNOWN} more" if len(known) > MAX_KNOWN else ""
-    return f"; there are {', '.join(known[:MAX_KNOWN])}{more}"
+    for root, below_it in ((folder, "**"), (folder.parent, "*"), (DEFAULT_FOLDER, "**")):
+        paths = (path for name in names for path in root.glob(f"{below_it}/{name}"))
+        if known := sorted({str(path.parent) for path in paths}):
+            more = f" and {len(known) - MAX_KNOWN} more" if len(known) > MAX_KNOWN else ""
+            return f"; there are {', '.join(known[:MAX_KNOWN])}{more}"
+    return "; `gpt2 experiments list DIR` shows those in DIR"
 
 
 def below(root: Path) -> list[StoredExperiment]:
@@ -123,7 +98,12 @@ def print_list(root: Path, out: Console) -> None:
         done = f"{item.done:,} of {item.description.total:,}"
         failed = Text(f"{len(item.failures):,}", "red" if item.failures else "")
         kind = item.description.kind
-        rows.append((item.updated, [str(item.folder), _styled(item.state), done, failed, kind]))
+        rows.append(
+            (
+                item.current.written,
+                [str(item.folder), _styled(item.current.state), done, failed, kind],
+            )
+        )
     experiments = set(run_status.run_folders(root, results.EXPERIMENT_FILE))
     for folder in run_status.run_folders(root, status.NAME):
         training = status.read(folder)
@@ -148,10 +128,13 @@ def _styled(name: str) -> Text:
 
 def print_experiment(item: StoredExperiment, out: Console, last: int | None) -> None:
     """Prints the state of an experiment, its slots, the newest `last` jobs and why jobs failed."""
-    out.print(f"{item.folder}: {one_line(item.description.kind)}, {item.state}", soft_wrap=True)
+    out.print(
+        f"{item.folder}: {one_line(item.description.kind)}, {item.current.state}", soft_wrap=True
+    )
     done = f"{item.done:,} of {item.description.total:,} done"
     out.print(f"  {done}, {len(item.failures):,} failed")
-    if now := item.current:
+    now = item.current
+    if now.slots:
         since, age = f"{datetime.fromtimestamp(now.began):%F %R}", time.time() - now.written
         out.print(f"  process {now.pid} on {now.host}, since {since}, updated {duration(age)} ago")
         for slot in now.slots:
@@ -159,8 +142,7 @@ def print_experiment(item: StoredExperiment, out: Console, last: int | None) -> 
                 out.print(f"  log of {slot.slot} {slot.log}", soft_wrap=True)
         if not now.is_over:  # of a dead one, what it last did
             out.print()
-            at = now.written if item.state == "dead" else time.time()
-            out.print(rendering.view(now, at, out.width))
+            out.print(rendering.view(now, time.time(), out.width))
     if item.results:
         out.print()
         out.print(jobs_table(item.results, out.width, last))
@@ -207,12 +189,12 @@ def summary_json(item: StoredExperiment) -> dict[str, Any]:
     """State and counts, as `gpt2 experiments list --json` prints them."""
     return {
         "folder": str(item.folder),
-        "state": item.state,
+        "state": item.current.state,
         "kind": item.description.kind,
         "total": item.description.total,
         "done": item.done,
         "failed": len(item.failures),
-        "time": item.updated,
+        "time": item.current.written,
     }
 
 
@@ -221,6 +203,51 @@ def full_json(item: StoredExperiment) -> dict[str, Any]:
     return {
         **summary_json(item),
         "fixed": item.description.fixed,
-        "now": state.as_json(item.current) if item.current else None,
+        "now": state.as_json(item.current) if item.current.slots else None,
         "jobs": [asdict(result) for result in item.results],
     }
+
+
+class ExperimentView:
+    """An experiment, by its `state.json`; a view as `gpt2.inspection.watch` defines it."""
+
+    def __init__(
+        self, folder: Path, on_death: Callable[[Path, ExperimentState], None] = lambda *_: None
+    ) -> None:
+        """`on_death` is called whenever the process is found dead. Raises CheckpointError if there
+        is no experiment in `folder`, or none that can be read."""
+        self._folder, self._on_death = folder, on_death
+        self._current = read(folder).current
+        self.state = ""
+
+    def update(self) -> bool:
+        current = state.read(self._folder) or self._current
+        self._current = current.seen(folder_lock.has_live_owner(self._folder))
+        before, self.state = self.state, self._current.state
+        if self.state == "dead" != before:
+            self._on_death(self._folder, self._current)
+        return False
+
+    def render(self, width: int, height: int, *, is_ascii: bool = False) -> RenderableType:
+        """The view in `width` cells and, unless it has many slots, at most `height` lines."""
+        now, word = self._current, self.state
+        title = shortened(one_line(str(self._folder)), max(10, width - len(word) - 2))
+        heading = Text.assemble((title, "bold"), "  ", (word, STYLES.get(word, "bold")))
+        parts: list[RenderableType] = [heading]
+        if word == "dead":
+            ago = duration(time.time() - now.written)
+            parts.append(Text(f"Its process ended unexpectedly, last seen {ago} ago", "red"))
+        parts += [Text(), rendering.view(now, time.time(), width)]
+        room = height - len(parts) - len(now.slots) - 4
+        if now.failures and room > 0:
+            parts += [Text(), Text("failed", "bold")]
+            for failure in now.failures[-min(MAX_WATCHED_FAILURES, room) :]:
+                words = one_line(f"{failure.job} on {failure.slot}: {failure.reason}")
+                parts.append(rendering.cut(words, "red"))
+        return Group(*parts)
+
+    def news(self) -> list[str]:
+        """A line about the experiment, and one about each running job."""
+        now, at = self._current, time.time()
+        running = [rendering.slot_line(slot, at) for slot in now.slots if slot.job]
+        return [f"{self.state} | {rendering.summary(now, at)}", *running]

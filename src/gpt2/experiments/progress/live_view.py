@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from gpt2.base.errors import ConfigError
 from gpt2.experiments.pool import log_lines
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.progress import rendering, state
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.state import ExperimentState
 
 DRAW_EVERY_S = 0.25
 WRITE_EVERY_S = 2.0
@@ -39,97 +40,98 @@ STYLES = {"failed": "red", "slot_lost": "red", "retried": "yellow"}
 
 @contextlib.contextmanager
 def showing_progress(
-    tracker: StateTracker,
+    begun: ExperimentState,
     folder: Path | None = None,
     *,
     log: Path = Path(os.devnull),
     out: Console,
-) -> Iterator[Callable[[Event], None]]:
-    """Shows the experiment while the block runs; yields the function to call with every event.
+    clock: Callable[[], float] = time.time,
+) -> Iterator["Progress"]:
+    """Shows the experiment while the block runs; yields what receives every event.
 
     Writes the state to `folder`, if there is one. The log gets a line for each failure, after every
     10 jobs, and at growing intervals for jobs that take long. `out` shows these lines; a terminal
     shows a live view of the state instead, with failures and other output of the process above it.
     """
-    is_live = out.is_interactive and out.file.isatty()
-    with (
-        _opened(log) as log_file,
-        _printing_in_background(out, tracker if is_live else None),
-    ):
-        log_lines.write_line(log_file.fileno(), rendering.first_line(tracker.current))
-        reporter = LineReporter(tracker, log_file, out, is_live)
-
-        def write() -> None:
-            if folder:
-                state.write(folder, tracker.current)
-            reporter.report_long_jobs()
-
-        try:
-            with _repeating(write, WRITE_EVERY_S):
-                yield reporter.report
-        finally:
-            tracker.end()
-            write()
-            reporter.report_end()
-
-
-def _opened(log: Path) -> IO[bytes]:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        return regular_file.open_to_append(log)
+        log_file = regular_file.open_to_append(log)
     except OSError as error:
         raise ConfigError(
             f"cannot write {log}: {error.strerror}; choose another folder with --log_dir"
         ) from error
+    with log_file:
+        progress = Progress(begun, folder, log_file.fileno(), out, clock)
+        with _printing_in_background(out, progress if progress.is_live else None):
+            try:
+                with _repeating(progress.write, WRITE_EVERY_S):
+                    yield progress
+            finally:
+                progress.end()
 
 
-class LineReporter:
-    """Writes the lines about an experiment to its log, and prints them.
+class Progress:
+    """The current state of an experiment, which other threads may read at any time.
 
-    On a terminal with a live view, only those are printed that tell more than the view.
+    The lines about it are written to its log and printed. On a terminal with a live view, only
+    those are printed that tell more than the view.
     """
 
-    def __init__(self, tracker: StateTracker, log: IO[bytes], out: Console, is_live: bool) -> None:
-        self._tracker, self._log, self._out, self._is_live = tracker, log, out, is_live
-        self._long_jobs_due = tracker.current.began + FIRST_LINE_S
+    def __init__(
+        self,
+        begun: ExperimentState,
+        folder: Path | None,
+        log: int,
+        out: Console,
+        clock: Callable[[], float],
+    ) -> None:
+        """`log` is the descriptor of the open log."""
+        self.current, self.clock = begun, clock
+        self.is_live = out.is_interactive and out.file.isatty()
+        self._folder, self._log, self._out = folder, log, out
+        self._long_jobs_due = begun.began + FIRST_LINE_S
+        log_lines.write_line(log, rendering.first_line(begun))
 
     def report(self, event: Event) -> None:
         """Updates the state with the event, and writes the lines about it."""
-        self._tracker.update(event)
+        self.current = now = self.current.after(event, self.clock())
         if line := rendering.event_line(event):
             self._add(line, STYLES.get(event.kind, ""))
-        now = self._tracker.current
         has_ended = event.kind in ("finished", "pruned", "failed")
         if has_ended and now.ended % JOBS_PER_LINE == 0 and now.ended < now.total:
-            self._add(rendering.summary(now, self._tracker.clock()))
+            self._add(rendering.summary(now, self.clock()))
 
-    def report_long_jobs(self) -> None:
-        """Writes a line about each long job if they are due: after a minute, and whenever the
-        experiment has run 10 % longer, at most every 10 minutes."""
-        now, clock = self._tracker.current, self._tracker.clock()
-        if clock < self._long_jobs_due:
+    def write(self) -> None:
+        """Writes the state to the folder and, if they are due, a line about each long job: after a
+        minute, and whenever the experiment has run 10 % longer, at most every 10 minutes."""
+        current, now = self.current, self.clock()
+        if self._folder:
+            state.write(self._folder, current)
+        if now < self._long_jobs_due:
             return
-        interval_s = min(max(FIRST_LINE_S, (clock - now.began) / 10), MAX_LINE_INTERVAL_S)
-        self._long_jobs_due = clock + interval_s
-        slots = [slot for slot in now.slots if slot.job and clock - slot.began >= LONG_JOB_S]
+        interval_s = min(max(FIRST_LINE_S, (now - current.began) / 10), MAX_LINE_INTERVAL_S)
+        self._long_jobs_due = now + interval_s
+        slots = [slot for slot in current.slots if slot.job and now - slot.began >= LONG_JOB_S]
         for slot in slots:
-            self._add(rendering.slot_line(slot, clock))
-        if slots and now.total > len(slots):
-            self._add(rendering.summary(now, clock))
+            self._add(rendering.slot_line(slot, now))
+        if slots and current.total > len(slots):
+            self._add(rendering.summary(current, now))
 
-    def report_end(self) -> None:
-        now = self._tracker.current
-        self._add(f"{now.state}: {rendering.summary(now, self._tracker.clock())}")
+    def end(self) -> None:
+        """Writes that the experiment has finished or was stopped."""
+        self.current = now = self.current.at_end(self.clock())
+        self.write()
+        self._add(f"{now.state}: {rendering.summary(now, now.written)}")
 
     def _add(self, line: str, style: str = "") -> None:
-        log_lines.write_line(self._log.fileno(), line)
-        if style or not self._is_live:
+        log_lines.write_line(self._log, line)
+        if style or not self.is_live:
             self._out.print(Text(line, style), soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _printing_in_background(out: Console, shown: StateTracker | None) -> Iterator[None]:
-    """Lets a thread print what `out` prints, and show a live view of the state `shown`.
+def _printing_in_background(out: Console, shown: Progress | None) -> Iterator[None]:
+    """Lets a thread print what `out` prints, and show a live view of what `shown` is at.
 
     What else goes to the terminal, such as a warning, then appears above the view.
     """
@@ -151,7 +153,7 @@ def _printing_in_background(out: Console, shown: StateTracker | None) -> Iterato
 class _BackgroundStream:
     """A text stream that keeps what is written until `draw` prints it, so that no writer waits."""
 
-    def __init__(self, stream: IO[str], shown: StateTracker | None) -> None:
+    def __init__(self, stream: IO[str], shown: Progress | None) -> None:
         self._stream, self._pending = stream, deque[str]()
         self._live: Live | None = None
         if shown:
@@ -209,10 +211,9 @@ def _repeating(function: Callable[[], None], every_s: float) -> Iterator[None]:
     def repeat() -> None:
         # Signals are for the main thread, which blocks them while it starts a worker.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
+        function()
+        while not is_over.wait(every_s):
             function()
-            if is_over.wait(every_s):
-                break
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

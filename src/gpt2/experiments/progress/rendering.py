@@ -1,5 +1,7 @@
 """The state and the events of an experiment as text: the live view, or lines."""
 
+from typing import Any
+
 from rich.console import Group, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
@@ -10,15 +12,10 @@ from gpt2.base.text import counted, four_digits, one_line, shortened
 from gpt2.config.flops import duration
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.progress.state import ExperimentState, SlotState
-from gpt2.experiments.results import is_finite_number
 
-KNOWN_METRICS = {
-    "loss": "loss {:.4f}",
-    "val_loss": "val_loss {:.4f}",
-    "tokens_per_s": "{:,.0f} tokens/s",
-}
-MAX_OTHER_METRICS = 3
-"""metrics of other names shown per slot"""
+FIRST_METRICS = ("loss", "val_loss", "tokens_per_s")
+MAX_METRICS = 6
+"""shown per slot"""
 BAR_CELLS = 10
 
 
@@ -61,7 +58,8 @@ def attempt_suffix(number: int) -> str:
 
 def summary(state: ExperimentState, now: float) -> str:
     """`20 of 100 done, 1 failed | 3.2 jobs/s | 25s left`."""
-    last = duration(now - state.began) if state.is_over else _left(state.left_s(now))
+    now = state.as_of(now)
+    last = _left(state.left_s(now)) if state.is_running else duration(now - state.began)
     return _joined(_counts(state), _speed(state.jobs_per_s(now)), last)
 
 
@@ -75,48 +73,44 @@ def slot_line(slot: SlotState, now: float) -> str:
 def view(state: ExperimentState, now: float, width: int) -> RenderableType:
     """The live view in `width` cells: a line for the whole experiment and, while it runs, for each
     of its slots."""
+    now = state.as_of(now)
     tasks = Progress(
         TextColumn("{task.description}", markup=False),
-        _StyledColumn("what", is_elastic=False),
+        _FieldColumn("what", Column(no_wrap=True)),
         BarColumn(BAR_CELLS),
         TaskProgressColumn("{task.percentage:.0f} %", markup=False, justify="right"),
         TextColumn("{task.fields[time]}", markup=False, justify="right", style="green"),
-        _StyledColumn("details", is_elastic=True),
+        _FieldColumn("details", Column()),  # it gives way where the terminal is narrow
     )
     most = max(1, width // 3)
     tasks.add_task(
         shortened(one_line(state.kind), 20),
         completed=round(100 * state.fraction),
-        what=_cut(shortened(_counts(state), most), "bold red" if state.failed else "bold"),
+        what=cut(shortened(_counts(state), most), "bold red" if state.failed else "bold"),
         time=_left(state.left_s(now)) or duration(now - state.began),
-        details=_cut(_speed(state.jobs_per_s(now))),
+        details=cut(_speed(state.jobs_per_s(now))),
     )
     for slot in () if state.is_over else state.slots:
-        _add_task(tasks, slot, now, most)
-    notes = {
-        "stopping": f"Stopping: {state.reason}",
-        "stopped": f"Stopped: {state.total - state.ended:,} of {counted(state.total, 'job')} left",
-    }
-    note = Text(notes[state.state], style="yellow") if state.state in notes else Group()
-    return Constrain(Group(note, tasks), width)
-
-
-def _add_task(tasks: Progress, slot: SlotState, now: float, most: int) -> None:
-    """Adds the line of a slot; the name of its job has `most` cells."""
-    what, style = "waits", "dim"
-    if not slot.in_service:
-        what, style = f"out of service: {one_line(slot.reason)}", "red"
-    elif slot.job:
-        what, style = one_line(slot.job) + attempt_suffix(slot.attempt), ""
-    reports_no_steps = slot.job is not None and slot.metric("step") is None
-    tasks.add_task(
-        slot.slot,
-        total=None if reports_no_steps else 100,
-        completed=round(100 * slot.fraction),
-        what=_cut(shortened(what, most), style),
-        time=_left(slot.left_s(now)) or (duration(now - slot.began) if slot.job else ""),
-        details=_cut(_joined(*_metrics(slot), _steps(slot))),
-    )
+        what, style = "waits", "dim"
+        if not slot.in_service:
+            what, style = f"out of service: {one_line(slot.reason)}", "red"
+        elif slot.job:
+            what, style = one_line(slot.job) + attempt_suffix(slot.attempt), ""
+        tasks.add_task(
+            slot.slot,
+            total=None if slot.job and slot.metric("step") is None else 100,
+            completed=round(100 * slot.fraction),
+            what=cut(shortened(what, most), style),
+            time=_left(slot.left_s(now)) or (duration(now - slot.began) if slot.job else ""),
+            details=cut(_joined(*_metrics(slot), _steps(slot))),
+        )
+    parts: list[RenderableType] = [tasks]
+    if state.state == "stopping":
+        parts.insert(0, Text(f"Stopping: {state.reason}", "yellow"))
+    if state.state == "stopped":
+        left = f"{state.total - state.ended:,} of {counted(state.total, 'job')} left"
+        parts.insert(0, Text(f"Stopped: {left}", "yellow"))
+    return Constrain(Group(*parts), width)
 
 
 def _counts(state: ExperimentState) -> str:
@@ -134,17 +128,13 @@ def _steps(slot: SlotState) -> str:
 
 def _metrics(slot: SlotState) -> list[str]:
     """What the job reports beside its steps."""
-    known = [
-        template.format(value)
-        for name, template in KNOWN_METRICS.items()
-        if (value := slot.metric(name)) is not None
+    names = dict.fromkeys((*FIRST_METRICS, *slot.metrics))
+    shown = [
+        f"{value:,.0f} tokens/s" if name == "tokens_per_s" else f"{name} {four_digits(value)}"
+        for name in names
+        if name not in ("step", "total_steps") and (value := slot.metric(name)) is not None
     ]
-    others = [
-        f"{one_line(name)} {four_digits(value)}"
-        for name, value in slot.metrics.items()
-        if name not in (*KNOWN_METRICS, "step", "total_steps") and is_finite_number(value)
-    ]
-    return known + others[:MAX_OTHER_METRICS]
+    return [one_line(text) for text in shown[:MAX_METRICS]]
 
 
 def _joined(*parts: str) -> str:
@@ -165,19 +155,17 @@ def _speed(jobs_per_s: float) -> str:
     return f"{value:,.0f} jobs/{unit}" if value >= 100 else f"{value:.1f} jobs/{unit}"
 
 
-def _cut(text: str, style: str = "") -> Text:
+def cut(text: str, style: str = "") -> Text:
     """A text on one line, cut at its end where it does not fit."""
     return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
-class _StyledColumn(ProgressColumn):
-    """Shows a text of each task in its own style. An elastic one gives way where the terminal is
-    narrow."""
+class _FieldColumn(ProgressColumn):
+    """Shows a text of each task in its own style."""
 
-    def __init__(self, field: str, is_elastic: bool) -> None:
-        super().__init__(Column(no_wrap=not is_elastic))
+    def __init__(self, field: str, column: Column) -> None:
+        super().__init__(column)
         self._field = field
 
-    def render(self, task: Task) -> RenderableType:
-        field: RenderableType = task.fields[self._field]
-        return field
+    def render(self, task: Task) -> Any:
+        return task.fields[self._field]

@@ -1,11 +1,11 @@
-"""The current state of an experiment: updated by the events of the pool, kept in `state.json`."""
+"""The current state of an experiment: it follows the events of the pool, and is in `state.json`."""
 
 import contextlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from gpt2.base import atomic_files, json_fields
 from gpt2.base.json_fields import Timestamp
 from gpt2.experiments.pool.job import Event, Slot
 from gpt2.experiments.results import is_finite_number
+from gpt2.train import status
 
 FILE = "state.json"
 KEPT_FAILURES = 20
@@ -71,6 +72,29 @@ class SlotState:
         total = self.metric("total_steps")
         return min(1.0, max(0.0, step / total)) if step is not None and total else 0.0
 
+    def after(self, event: Event, now: float) -> "SlotState":
+        """The state after an event on this slot."""
+        idle = SlotState(self.slot, self.in_service, self.reason, log=self.log)
+        if event.kind == "slot_lost":
+            return replace(self, in_service=False, reason=event.reason)
+        if event.kind == "reported":
+            changes: dict[str, Any] = {"metrics": {**self.metrics, **event.metrics}}
+            if is_finite_number(step := event.metrics.get("step")):
+                changes["step_s"] = event.elapsed_s
+                if self.first_step is None:
+                    changes |= {"first_step": step, "first_s": event.elapsed_s}
+            return replace(self, **changes)
+        if event.kind == "started" and event.job is not None:
+            return replace(
+                idle,
+                job=event.job.name,
+                pid=event.pid,
+                attempt=event.attempt,
+                began=now - event.elapsed_s,
+                log=event.log,
+            )
+        return idle
+
 
 @dataclass(frozen=True)
 class JobFailure:
@@ -97,7 +121,8 @@ class ExperimentState:
     """attempts that were lost and started again"""
     failures: tuple[JobFailure, ...] = ()
     """of jobs that have used up their attempts"""
-    state: Literal["running", "stopping", "finished", "stopped"] = "running"
+    state: Literal["running", "stopping", "finished", "stopped", "dead"] = "running"
+    """dead: its process was killed, as another one sees it"""
     reason: str = ""
     """what stopping means for the running jobs"""
     host: str = ""
@@ -105,6 +130,46 @@ class ExperimentState:
     began: Timestamp = 0.0
     """when this process started the experiment"""
     written: Timestamp = 0.0
+
+    @classmethod
+    def at_start(
+        cls, kind: str, total: int, slots: Sequence[Slot], before: int = 0
+    ) -> "ExperimentState":
+        """That of an experiment which this process runs. `before` of the `total` jobs were
+        completed by earlier starts."""
+        idle, host = tuple(SlotState(slot.name) for slot in slots), socket.gethostname()
+        return cls(kind, total, idle, before, host=host, pid=os.getpid(), began=time.time())
+
+    def after(self, event: Event, now: float) -> "ExperimentState":
+        """The state after an event of the pool."""
+        if event.kind == "stopping":
+            return replace(self, state="stopping", reason=event.reason)
+        changes: dict[str, Any] = {
+            "slots": tuple(
+                slot.after(event, now) if slot.slot == event.slot.name else slot
+                for slot in self.slots
+            )
+        }
+        if event.kind in ("finished", "pruned", "failed", "retried"):
+            changes[event.kind] = getattr(self, event.kind) + 1
+        if event.kind == "failed" and event.job is not None:
+            failure = JobFailure(event.job.name, event.slot.name, event.reason)
+            changes["failures"] = (*self.failures, failure)[-KEPT_FAILURES:]
+        return replace(self, **changes)
+
+    def at_end(self, now: float) -> "ExperimentState":
+        """The state when the pool has ended: finished or stopped."""
+        is_whole = self.ended >= self.total
+        return replace(self, state="finished" if is_whole else "stopped", written=now)
+
+    def seen(self, is_held: bool) -> "ExperimentState":
+        """What another process makes of it, given whether a process holds the folder."""
+        if is_held:
+            return replace(self, state="stopping" if self.state == "stopping" else "running")
+        # A lock of another machine may not be visible here; a recent state says that it is alive.
+        is_recent = time.time() - self.written < status.SILENCE_S
+        is_elsewhere = self.host not in ("", socket.gethostname()) and is_recent
+        return self if self.is_over or is_elsewhere else replace(self, state="dead")
 
     @property
     def done(self) -> int:
@@ -119,6 +184,14 @@ class ExperimentState:
     @property
     def is_over(self) -> bool:
         return self.state in ("finished", "stopped")
+
+    @property
+    def is_running(self) -> bool:
+        return self.state in ("running", "stopping")
+
+    def as_of(self, now: float) -> float:
+        """The time that it is shown for: `now`, or when it was last written."""
+        return now if self.is_running else self.written
 
     @property
     def fraction(self) -> float:
@@ -136,78 +209,9 @@ class ExperimentState:
         have ended since this start.
         """
         speed = sum(slot.jobs_per_s for slot in self.slots) or self.jobs_per_s(now)
-        return (1 - self.fraction) * self.total / speed if speed > 0 and not self.is_over else None
-
-
-class StateTracker:
-    """Holds the current state while the pool runs. Other threads may read `current` at any time."""
-
-    def __init__(
-        self,
-        kind: str,
-        total: int,
-        slots: Sequence[Slot],
-        *,
-        before: int = 0,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`before` of the `total` jobs were completed by earlier starts."""
-        self.clock = clock
-        idle = tuple(SlotState(slot.name) for slot in slots)
-        host, pid = socket.gethostname(), os.getpid()
-        self.current = ExperimentState(kind, total, idle, before, host=host, pid=pid, began=clock())
-
-    def update(self, event: Event) -> None:
-        """Applies an event of the pool."""
-        now = self.current
-        if event.kind == "stopping":
-            self.current = replace(now, state="stopping", reason=event.reason)
-            return
-        slots = tuple(
-            _updated(slot, event, self.clock()) if slot.slot == event.slot.name else slot
-            for slot in now.slots
-        )
-        changes: dict[str, Any] = {"slots": slots}
-        if event.kind in ("finished", "pruned", "failed", "retried"):
-            changes[event.kind] = getattr(now, event.kind) + 1
-        if event.kind == "failed" and event.job is not None:
-            failure = JobFailure(event.job.name, event.slot.name, event.reason)
-            changes["failures"] = (*now.failures, failure)[-KEPT_FAILURES:]
-        self.current = replace(now, **changes)
-
-    def end(self) -> None:
-        """Marks the experiment as finished or stopped, and every slot as idle."""
-        now = self.current
-        idle = tuple(_idle(slot) for slot in now.slots)
-        name: Literal["finished", "stopped"] = "finished" if now.ended >= now.total else "stopped"
-        self.current = replace(now, state=name, slots=idle)
-
-
-def _updated(slot: SlotState, event: Event, now: float) -> SlotState:
-    """The state of a slot after an event on it."""
-    if event.kind == "slot_lost":
-        return replace(slot, in_service=False, reason=event.reason)
-    if event.kind == "started" and event.job is not None:
-        return replace(
-            _idle(slot),
-            job=event.job.name,
-            pid=event.pid,
-            attempt=event.attempt,
-            began=now - event.elapsed_s,
-            log=event.log,
-        )
-    if event.kind == "reported":
-        changes: dict[str, Any] = {"metrics": {**slot.metrics, **event.metrics}}
-        if is_finite_number(step := event.metrics.get("step")):
-            changes["step_s"] = event.elapsed_s
-            if slot.first_step is None:
-                changes |= {"first_step": step, "first_s": event.elapsed_s}
-        return replace(slot, **changes)
-    return _idle(slot)
-
-
-def _idle(slot: SlotState) -> SlotState:
-    return SlotState(slot.slot, slot.in_service, slot.reason, log=slot.log)
+        if not self.is_running or speed <= 0:
+            return None
+        return (1 - self.fraction) * self.total / speed
 
 
 def as_json(state: ExperimentState) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gpt2.experiments.pool.job import Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import showing_progress
-from gpt2.experiments.progress.state import StateTracker
+from gpt2.experiments.progress.state import ExperimentState
 from gpt2.experiments.search import best, ownership, space, spec, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
@@ -61,12 +61,12 @@ def _run_trials(
 ) -> int:
     """Runs the trials of the source; the number of the signal that stopped them, or 0."""
     log = search.log_dir / f"search_{time.strftime('%Y%m%d_%H%M%S')}.log"
-    tracker = StateTracker("search", search.n_trials, engine.slots, before=source.done)
-    with showing_progress(tracker, search.folder, log=log, out=out) as show:
+    begun = ExperimentState.at_start("search", search.n_trials, engine.slots, before=source.done)
+    with showing_progress(begun, search.folder, log=log, out=out) as progress:
         scheduler = Scheduler(
             engine,
             source,
-            lambda event: show(source.as_in_study(event)),
+            lambda event: progress.report(source.as_in_study(event)),
             log_of=worker_logs(search.log_dir),
             limits=limits,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations  # matplotlib is imported where something is 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,23 +87,22 @@ def summarize(
     points: Sequence[Point], results: Iterable[JobResult], metric: str
 ) -> list[PointSummary]:
     """The results of each point; the `values` of a result are its point and seed."""
-    by_point: dict[str, dict[int, JobResult]] = defaultdict(dict)
+    by_point: dict[str, list[JobResult]] = defaultdict(list)
     for item in results:
         point = {name: value for name, value in item.values.items() if name != "seed"}
-        by_point[str(point)][item.values["seed"]] = item
-    return [_summarize(point, by_point[str(point)], metric) for point in points]
-
-
-def _summarize(point: Point, by_seed: Mapping[int, JobResult], metric: str) -> PointSummary:
-    ended = sorted(by_seed.items())
-    found = {seed: item.numbers for seed, item in ended if item.state != "failed"}
-    collected: dict[str, dict[int, float]] = defaultdict(dict)
-    for seed, values in found.items():
-        for name, value in values.items():
-            collected[name][seed] = value
-    measured = {name: Statistics.of([*values.values()]) for name, values in collected.items()}
-    failed = len(ended) - len(found)
-    return PointSummary(point, len(found), failed, collected[metric], measured)
+        by_point[str(point)].append(item)
+    summaries = []
+    for point in points:
+        ended = by_point[str(point)]
+        finished = [item for item in ended if item.state != "failed"]
+        values: dict[str, dict[int, float]] = defaultdict(dict)
+        for item in sorted(finished, key=lambda item: item.values["seed"]):
+            for name, value in item.numbers.items():
+                values[name][item.values["seed"]] = value
+        measured = {name: Statistics.of([*of_name.values()]) for name, of_name in values.items()}
+        failed = len(ended) - len(finished)
+        summaries.append(PointSummary(point, len(finished), failed, values[metric], measured))
+    return summaries
 
 
 def points_table(summaries: Sequence[PointSummary], metric: str) -> Table:
@@ -152,9 +151,8 @@ def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
         found, color = item.metrics[metric], f"C{row % 10}"
         seeds = [row + 0.16] * len(item.values)
         axes.plot([*item.values.values()], seeds, ".", color=color, alpha=0.45, markersize=7)
-        if found.low is not None and found.high is not None:
-            axes.plot([found.low, found.high], [row - 0.1] * 2, color=color, linewidth=2.4)
-        axes.plot([found.mean], [row - 0.1], "D", color=color, markersize=6)
+        half = None if found.high is None else found.high - found.mean
+        axes.errorbar(found.mean, row - 0.1, xerr=half, fmt="D", color=color, elinewidth=2.4)
     axes.set_yticks(labelled, labels)
     axes.set_ylim(len(shown) - 0.5, -0.5)  # the first point at the top
     axes.grid(axis="y", visible=False)

@@ -142,14 +142,13 @@ def _require_room(run: RunConfig, group: JobGroup) -> None:
     from gpt2.train import dataset
 
     missing = [item for name, item in group.values.items() if not (group.folder / name).exists()]
-    trainings = (options.overlay(run, values) for values in missing)
-    known = map(dataset.with_vocab_size_if_known, trainings)
-    sizes = (flops.state_bytes(training.model, training.optim.optimizer) for training in known)
-    need_gb = MAX_CHECKPOINTS * sum(sizes) / 1e9
-    free_gb = machine.disk(group.folder)[1] / 1e9
-    if need_gb > free_gb:
+    need = 0
+    for values in missing:
+        training = dataset.with_vocab_size_if_known(options.overlay(run, values))
+        need += MAX_CHECKPOINTS * flops.state_bytes(training.model, training.optim.optimizer)
+    if need > (free := machine.disk(group.folder)[1]):
         raise ConfigError(
-            f"the checkpoints of {counted(len(missing), 'training')} may need {need_gb:,.0f} GB, "
-            f"{group.folder} has {free_gb:,.0f} GB free; use --no_keep_checkpoints (the results "
-            "stay), or another disk with --checkpoint_dir"
+            f"the checkpoints of {counted(len(missing), 'training')} may need {need / 1e9:,.0f} "
+            f"GB, {group.folder} has {free / 1e9:,.0f} GB free; use --no_keep_checkpoints (the "
+            "results stay), or another disk with --checkpoint_dir"
         )
