@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import math
 import os
 import shlex
@@ -22,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
 
 import gpu_report
@@ -32,8 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 OWNER = "GPU_CHECK_PART"
 """environment variable of all processes of a part"""
 INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
+NEEDED = (
+    *("torch", "numpy", "tyro", "rich", "tiktoken", "tokenizers", "safetensors", "zstandard"),
+    *("filelock", "fsspec", "packaging", "tenacity"),
+)
+"""packages that the parts import"""
 STUCK_S = 10
 """seconds to wait for a killed process to end"""
+POLL_S = 0.1
 ROOMY_GB = 100
 """memory of a GPU on which parts of a stage run at the same time"""
 
@@ -120,7 +126,6 @@ class PartProcess:
     """the value of OWNER in its processes"""
     findings: Path
     log: Path
-    pidfd: int
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -146,16 +151,8 @@ class PartProcess:
             "the end of the budget" if limit_s < own_limit_s else f"its limit of {limit_s:.0f} s"
         )
         outcome.state = gpu_report.RUNNING
-        return cls(
-            outcome,
-            process,
-            time.monotonic() + limit_s,
-            limit,
-            owner,
-            findings,
-            log,
-            os.pidfd_open(process.pid),
-        )
+        deadline = time.monotonic() + limit_s
+        return cls(outcome, process, deadline, limit, owner, findings, log)
 
     def end(self) -> None:
         """To be called when it has ended, or at its deadline."""
@@ -172,7 +169,6 @@ class PartProcess:
         end_all_of(self.owner)
         with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold it
             self.process.wait(STUCK_S)
-        os.close(self.pidfd)
         outcome = self.outcome
         outcome.state, outcome.reason = state, reason
         outcome.elapsed_s = time.monotonic() - self.started
@@ -184,10 +180,11 @@ class PartProcess:
 
 def first_to_end(running: Sequence[PartProcess]) -> PartProcess:
     """Waits until one of them ends or is at its deadline."""
-    earliest = min(running, key=lambda each: each.deadline)
-    left_s = max(0.0, earliest.deadline - time.monotonic())
-    ended = connection.wait([each.pidfd for each in running], left_s)
-    return next((each for each in running if each.pidfd in ended), earliest)
+    while True:
+        for each in running:
+            if each.process.poll() is not None or time.monotonic() >= each.deadline:
+                return each
+        time.sleep(POLL_S)
 
 
 def environment(setting: Setting) -> dict[str, str]:
@@ -297,9 +294,14 @@ def install(wheels: Path, folder: Path) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """The process of a part."""
+    record = Recorder(options.findings)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        predicted = f"with {', '.join(NEEDED)}"
+        record.add("packages", f"missing: {', '.join(missing)}", predicted, is_ok=False)
+        raise SystemExit("missing packages; --wheels FOLDER installs them from files")
     module, _, name = options.serve.partition(":")
     work = getattr(importlib.import_module(module), name)
-    work(Recorder(options.findings), Setting(options.smoke, options.folder), *options.arguments)
+    work(record, Setting(options.smoke, options.folder), *options.arguments)
 
 
 def interrupt(*_: object) -> None:

@@ -5,7 +5,6 @@ The part `versions` is here. Shapes: B rows, T time.
 
 import gc
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import platform
@@ -13,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -30,12 +29,14 @@ from gpt2.data.loader import MicroBatch
 from gpt2.distributed import device, precision, rendezvous
 from gpt2.distributed.device import DeviceTimestamp
 from gpt2.distributed.world import World
+from gpt2.inspection import machine
+from gpt2.train import compile_cache
 from train import fastest_dtype
 
 TINY: dict[str, object] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 192}
-NEEDED = ("tyro", "rich", "tiktoken", "safetensors", "filelock", "fsspec", "packaging", "tenacity")
-"""what `gpt2 train` imports beside torch and numpy"""
 TRAIN_TOKENS = 3_000_000
+MOST_S = 20
+"""seconds that a command may take"""
 GB = 1e9
 
 
@@ -62,9 +63,14 @@ def run_config(setting: Setting, rows: int, **changes: object) -> RunConfig:
         "total_batch_size": rows * length,
         "device": own_device().type,
         "dtype": str(own_dtype()).removeprefix("torch."),
-        "compile": "off" if setting.is_smoke else "on",
+        "compile": "on" if compiles(setting) else "off",
     }
     return options.overlay(preset, {**given, **changes})
+
+
+def compiles(setting: Setting) -> bool:
+    """Whether the parts compile: not for --smoke, nor where Triton cannot work."""
+    return not setting.is_smoke and compile_cache.missing() is None
 
 
 def how(run: RunConfig) -> Computation:
@@ -159,26 +165,41 @@ def versions(record: Recorder, setting: Setting) -> None:
     if not torch.cuda.is_available() and not setting.is_smoke:
         record.add("GPU", f"torch {torch.__version__} sees no CUDA device", "one", is_ok=False)
         raise SystemExit("torch sees no CUDA device; --smoke tries what runs without one")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        predicted = f"with {', '.join(NEEDED)}"
-        record.add("packages", f"missing: {', '.join(missing)}", predicted, is_ok=False)
-        raise SystemExit("missing packages; --wheels FOLDER installs them from files")
     software = f"Python {platform.python_version()}, torch {torch.__version__}"
     record.add("software", f"{software}, {len(os.sched_getaffinity(0))} cores")
     record.add("libraries", libraries())
+    lacking = compile_cache.missing()
+    record.add("torch.compile", f"needs {lacking}" if lacking else "works", "works", not lacking)
     if torch.cuda.is_available():
-        record_gpu(record)
-    rates = [matrix_flops() for _ in range(1 if setting.is_smoke else 5)]
+        with record.attempt("GPU"):
+            record_gpu(record)
     name = str(own_dtype()).removeprefix("torch.")
-    found = f"{statistics.median(rates) / 1e12:,.3g} TFLOP/s"
-    record.add(f"matrix rate, {name}", found, rates=rates)
-    command = [sys.executable, "-m", "gpt2", "doctor", "--data_root", str(made_up_data(setting))]
-    doctor = subprocess.run(
-        command, cwd=setting.folder, capture_output=True, text=True, check=False
+    with record.attempt(f"matrix rate, {name}"):
+        rates = [matrix_flops() for _ in range(1 if setting.is_smoke else 5)]
+        found = f"{statistics.median(rates) / 1e12:,.3g} TFLOP/s"
+        record.add(f"matrix rate, {name}", found, rates=rates)
+    with record.attempt("gpt2 doctor", "exit code 0"):
+        options = ["doctor", "--data_root", str(made_up_data(setting))]
+        command = [sys.executable, "-m", "gpt2", *options]
+        doctor = output_of(command, setting.folder)
+        found, is_ok = f"exit code {doctor.returncode}", doctor.returncode == 0
+        lines = [] if is_ok else doctor.stdout.splitlines()
+        record.add("gpt2 doctor", found, "exit code 0", is_ok, details=lines)
+
+
+def output_of(
+    command: Sequence[str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What a command prints. Raises TimeoutExpired: a driver may hang."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=MOST_S,
     )
-    lines = (doctor.stdout + doctor.stderr).splitlines()
-    found, is_ok = f"exit code {doctor.returncode}", doctor.returncode == 0
-    record.add("gpt2 doctor", found, "exit code 0", is_ok, details=[] if is_ok else lines)
 
 
 def libraries() -> str:
@@ -186,11 +207,9 @@ def libraries() -> str:
     found = {
         "CUDA": torch.version.cuda,
         "cuDNN": torch.backends.cudnn.version(),
-        "NCCL": None,
+        "NCCL": machine.installed_torch().nccl,
         "Triton": None,
     }
-    if torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     for name in ("triton", "pytorch-triton"):
         try:
             found["Triton"] = found["Triton"] or importlib.metadata.version(name)
@@ -219,12 +238,7 @@ def record_gpu(record: Recorder) -> None:
     record.add("kernels in the wheel", " ".join(built), predicted, fits)
     query = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
     try:
-        smi = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        record.add("driver, clocks, power, heat", smi.stdout.strip() or smi.stderr.strip())
-    except OSError as error:
+        smi = output_of(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+        record.add("driver, clocks, power, heat", smi.stdout.strip())
+    except (OSError, subprocess.TimeoutExpired) as error:
         record.add("driver, clocks, power, heat", f"unknown: {error}")

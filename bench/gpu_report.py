@@ -15,6 +15,8 @@ from typing import Any
 NOT_RUN, RUNNING, DONE, FAILED, TOO_LONG = "not run", "running", "done", "failed", "too long"
 LOG_LINES = 15
 """of a failed part, shown above the table"""
+WIDEST = 80
+"""characters of what was found, in the table; the details and the JSON file have the rest"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
         name = outcome.part
         for finding in outcome.findings:
             mark = {True: "ok", False: "NOT", None: ""}[finding.is_ok]
-            rows.append([name, finding.item, finding.predicted, finding.found, mark])
+            found = finding.found
+            if len(found) > WIDEST:
+                found = found[: WIDEST - 1] + "…"
+            rows.append([name, finding.item, finding.predicted, found, mark])
             name = ""
         if outcome.state != DONE:
             rows.append([name, outcome.state.upper(), "", outcome.reason, ""])

@@ -5,17 +5,19 @@ The ranks of a run are forked from a process that has torch, as `tests/forked_ra
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gpu_machine
 import torch
-from gpu_check import ROOT, Setting
+from gpu_check import ROOMY_GB, ROOT, Setting
 from gpu_report import Recorder
 
 from gpt2.checkpoint import store
@@ -31,6 +33,7 @@ STOPPED = 128 + signal.SIGTERM
 HANG_S = 60
 """seconds after which a rank that has not ended counts as hanging"""
 ROWS_OF_FIT = 64
+TEST_TOOLS = ("pytest", "hypothesis")
 OUT_OF_MEMORY = "do not fit into the memory"
 
 
@@ -130,7 +133,7 @@ def ranks(record: Recorder, setting: Setting) -> None:
 
 def record_ends(record: Recorder, ended: dict[str, tuple[list[int | None], str]]) -> None:
     """How the first runs end. Of a killed rank's, the other may end by itself or by torchrun."""
-    predicted = {
+    predicted: dict[str, tuple[str, Callable[[list[int | None], str], object]]] = {
         "whole": ("0, 0", lambda codes, _: codes == [0, 0]),
         "stopped": (f"{STOPPED}, {STOPPED}", lambda codes, _: codes == [STOPPED, STOPPED]),
         "killed": ("not 0, -9", lambda codes, _: codes[1] == -signal.SIGKILL and codes[0]),
@@ -171,7 +174,7 @@ def determinism(record: Recorder, setting: Setting) -> None:
     """A whole run, and one that stops and is resumed twice from there; each compiles by itself."""
     folder = setting.folder / "determinism"
     folder.mkdir()
-    compiled = "off" if setting.is_smoke else "on"
+    compiled = "on" if gpu_machine.compiles(setting) else "off"
 
     def run(name: str, kernels: str, *more: str, **changes: object) -> None:
         arguments = flags(setting, folder / name, compile=compiled, **changes)
@@ -213,14 +216,19 @@ def difference_after(folder: Path, name: str) -> str:
 
 def fits(record: Recorder, setting: Setting, *sizes_gb: int) -> None:
     """GPT-2 124M, 64 rows in a step, on a part of the memory: it finds what fits, and trains."""
-    with ThreadPoolExecutor(1 if setting.is_smoke else len(sizes_gb)) as pool:
-        notes = {size: pool.submit(fitted, setting, size) for size in sizes_gb}
+    on_cuda = torch.cuda.is_available()
+    whole_gb = torch.cuda.mem_get_info()[1] / gpu_machine.GB if on_cuda else math.inf
+    for size in (size for size in sizes_gb if size > whole_gb):
+        record.add(f"{size} GB", f"left out: the GPU has {whole_gb:.0f} GB")
+    at_once = len(sizes_gb) if on_cuda and whole_gb >= ROOMY_GB else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        notes = {size: pool.submit(fitted, setting, size) for size in sizes_gb if size <= whole_gb}
     run = gpu_machine.run_config(setting, ROWS_OF_FIT)
     for size_gb, future in notes.items():
         with record.attempt(f"{size_gb} GB", "trains"):
             found = future.result()
             rows = memory.automatic_rows(run, size_gb * 10**9, memory.computation(run, ranks=1))
-            is_known = torch.cuda.is_available() and not setting.is_smoke
+            is_known = on_cuda and not setting.is_smoke
             is_ok = found["rows"] == rows and found["peak_gb"] <= size_gb if is_known else None
             peak = gpu_machine.shown_gb(found["peak_gb"])
             record.add(
@@ -239,7 +247,8 @@ def fitted(setting: Setting, size_gb: int) -> dict[str, Any]:
     notes = out / "notes.json"
     changes: dict[str, object] = {"max_steps": 2, "checkpoint_interval": None}
     if not setting.is_smoke:
-        changes |= {"n_layer": 12, "total_batch_size": ROWS_OF_FIT * 1024, "compile": "on"}
+        compiled = "on" if gpu_machine.compiles(setting) else "off"
+        changes |= {"n_layer": 12, "total_batch_size": ROWS_OF_FIT * 1024, "compile": compiled}
     arguments = flags(setting, out, mini_batch_size="auto", **changes)
     train(["--memory_gb", str(size_gb), "--notes", str(notes), *arguments])
     found: dict[str, Any] = json.loads(notes.read_text())
@@ -248,22 +257,25 @@ def fitted(setting: Setting, size_gb: int) -> dict[str, Any]:
 
 def tests(record: Recorder, setting: Setting) -> None:
     """`pytest tests/cuda`; each result is in the log as soon as it is known."""
-    if importlib.util.find_spec("pytest") is None:
-        record.add("pytest tests/cuda", "needs pytest", "all pass")
+    if missing := [name for name in TEST_TOOLS if importlib.util.find_spec(name) is None]:
+        record.add("pytest tests/cuda", f"needs {' and '.join(missing)}", "all pass")
         return
-    options = ["-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-    done = subprocess.run(
+    options = ["-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    options += ["-o", "addopts=", "-o", "filterwarnings="]  # they need plugins that may be missing
+    process = subprocess.Popen(
         [sys.executable, "-m", "pytest", str(ROOT / "tests/cuda"), *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
     )
-    print(done.stdout, flush=True)
-    lines = done.stdout.splitlines()
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
     wrong = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    found, is_ok = lines[-1].strip("= ") if lines else "no output", done.returncode == 0
+    found, is_ok = lines[-1].strip("= ") if lines else "no output", process.wait() == 0
     record.add(
         "pytest tests/cuda", found, "all pass", is_ok, details=wrong if is_ok else lines[-40:]
     )

@@ -6,6 +6,7 @@ Both have a process of their own, compile at the same time, and take turns.
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu_machine
@@ -13,6 +14,7 @@ import plain
 import torch
 from gpu_check import Setting
 from gpu_report import Recorder
+from torch import Tensor
 from turns import Contender, Timed, serve, spread
 
 from gpt2.config import flops, memory
@@ -25,6 +27,7 @@ LEARNING_RATE = 6e-4
 WANTED_MFU, WANTED_RATIO = 0.55, 1.25
 """on an H200: of the measured matrix rate, and of the plain compiled loop"""
 NAMES = ("ours", "plain")
+MOST_ROWS = 64
 
 
 def started(name: str, rows: int, setting: Setting) -> Contender:
@@ -39,8 +42,8 @@ def started(name: str, rows: int, setting: Setting) -> Contender:
 
 def speed(record: Recorder, setting: Setting, rows: int) -> None:
     """Each contender that fails, as for lack of memory, is a finding."""
-    rows = 2 if setting.is_smoke else rows
-    if not fits_twice(record, setting, rows):
+    rows = rows_for_both(record, setting, 2 if setting.is_smoke else rows)
+    if not rows:
         return
     rounds, steps = (2, 2) if setting.is_smoke else (5, 10)
     contenders = {name: started(name, rows, setting) for name in NAMES}
@@ -62,19 +65,22 @@ def speed(record: Recorder, setting: Setting, rows: int) -> None:
     record_rates(record, setting, rows, contenders, rates)
 
 
-def fits_twice(record: Recorder, setting: Setting, rows: int) -> bool:
-    """Whether the memory is enough for both, of which the plain loop takes more; else that is the
-    finding."""
+def rows_for_both(record: Recorder, setting: Setting, rows: int) -> int:
+    """As many rows as the memory is enough for, of both contenders. If these are fewer, that is a
+    finding, and only the part with MOST_ROWS goes on with them: for the others it returns 0."""
     if not torch.cuda.is_available():
-        return True
-    run = gpu_machine.run_config(setting, rows)
-    needed = 2.5 * memory.step_bytes(run.model, rows, gpu_machine.how(run))
+        return rows
+    run, found = gpu_machine.run_config(setting, rows), rows
     free_bytes, _ = torch.cuda.mem_get_info()
-    if needed <= free_bytes:
-        return True
-    sizes = f"{needed / gpu_machine.GB:.0f} of {free_bytes / gpu_machine.GB:.0f} GB"
-    record.add("both at once", f"left out: would need about {sizes}")
-    return False
+    # The plain loop takes more than ours.
+    while found and 2.5 * memory.step_bytes(run.model, found, gpu_machine.how(run)) > free_bytes:
+        found //= 2
+    if found == rows:
+        return rows
+    is_left_out = rows < MOST_ROWS or not found
+    what = "left out" if is_left_out else f"with {found} rows"
+    record.add("both at once", f"{what}: more do not fit into {free_bytes / gpu_machine.GB:.0f} GB")
+    return 0 if is_left_out else found
 
 
 def record_rates(
@@ -88,7 +94,7 @@ def record_rates(
     tokens, per_token = run.data.total_batch_size, flops.flops_per_token(run.model)
     matrix_rate = statistics.median(matrix_rates)
     record.add("matrix rate between them", f"{matrix_rate / 1e12:,.3g} TFLOP/s", rates=matrix_rates)
-    is_judged = rows == 64 and "H200" in gpu_machine.device_name()
+    is_judged = rows == MOST_ROWS and "H200" in gpu_machine.device_name()
     for name, contender in contenders.items():
         seconds = statistics.median(contender.rounds)
         mfu = per_token * tokens / seconds / matrix_rate
@@ -132,9 +138,10 @@ def record_memory(record: Recorder, run: RunConfig, name: str, peak_gb: float) -
 
 def compile_ahead(record: Recorder, setting: Setting, *sizes: int) -> None:
     """Fills the cache of compiled kernels, so that later parts begin at once."""
-    if setting.is_smoke:
-        record.add("compiled ahead", "not in a smoke test: nothing is compiled there")
+    if not gpu_machine.compiles(setting):
+        record.add("compiled ahead", "nothing is compiled in a smoke test, or without a compiler")
         return
+    sizes = tuple(rows for rows in sizes if rows_for_both(record, setting, rows))
     contenders = [started(name, rows, setting) for rows in sizes for name in NAMES]
     names = [f"{name}, {rows} rows" for rows in sizes for name in NAMES]
     for name, contender in zip(names, contenders, strict=True):
@@ -150,13 +157,14 @@ def prepare(name: str, rows: int, setting: Setting) -> Timed:
     """What times the steps of a contender; its peak memory is that of the steps timed last."""
     run, device = gpu_machine.run_config(setting, rows), gpu_machine.own_device()
     inputs_BT, targets_BT = gpu_machine.batch_of(run)
+    step: Callable[[Tensor, Tensor], object]
     if name == "ours":
         with gpu_machine.joined(run) as world:
             replica = Replica(run, world)
         tokens = run.data.total_batch_size
         step = lambda *batch: trainer.train_step(replica, [batch], tokens, LEARNING_RATE)  # noqa: E731
     else:
-        is_compiled = not setting.is_smoke
+        is_compiled = gpu_machine.compiles(setting)
         step = plain.plain(
             run.model, device, gpu_machine.own_dtype(), fused=True, compiled=is_compiled
         )

@@ -15,9 +15,8 @@ from gpu_speed import LEARNING_RATE
 from torch.profiler import ProfilerActivity, profile
 
 from gpt2.config import options
+from gpt2.data import training_data
 from gpt2.data.loader import MicroBatch
-from gpt2.data.remote import Storage
-from gpt2.data.shards import load_index
 from gpt2.distributed.gpu_usage import GpuUsage
 from gpt2.train import trainer
 from gpt2.train.evaluator import Evaluator
@@ -56,7 +55,7 @@ def step(record: Recorder, setting: Setting) -> None:
     """All about one compiled step of 64 rows, or of what fits, in one process."""
     rows = gpu_machine.largest_rows(setting)
     run = gpu_machine.run_config(setting, rows, compile="on", data_root=made_up(setting))
-    if setting.is_smoke:  # the same graphs, without Inductor
+    if not gpu_machine.compiles(setting):  # the same graphs, without Inductor
         torch.compile = partial(torch.compile, backend="aot_eager")
     with gpu_machine.joined(run) as world:
         hook = TransferHook()
@@ -144,7 +143,7 @@ def graphs(
     before = [seconds(one_step) for _ in range(repeats)]
     odd = 2 * replica.mini_batch_size + 1  # rows: two batches, and one of a single row
     evaluator = evaluator_of(setting, replica, eval_rows=odd)
-    assert evaluator.validation_loss(0, lambda: 0, False) is not None
+    assert evaluator.validation_losses(0, lambda: 0, False) is not None
     one_step()
     after = [seconds(one_step) for _ in range(repeats)]
     compiled = counters["stats"]["unique_graphs"]
@@ -224,4 +223,5 @@ def evaluator_of(setting: Setting, replica: Replica, **changes: object) -> Evalu
     """Without HellaSwag, whose tasks are made up here."""
     given = {"hellaswag_interval": None, "sample_interval": 1, **changes}
     config = options.overlay(replica.config, given)
-    return Evaluator(config, replica.world, replica, load_index(Storage(made_up(setting))))
+    data = training_data.load({training_data.UNNAMED: made_up(setting)})
+    return Evaluator(config, replica.world, replica, data)

@@ -134,7 +134,8 @@ def hugging_face(config: ModelConfig, device: torch.device) -> nn.Module:
         attn_pdrop=0.0,
         use_cache=False,
     )
-    return GPT2LMHeadModel(shape).to(device)
+    net: nn.Module = GPT2LMHeadModel(shape)
+    return net.to(device)
 
 
 def transformers_loop(
@@ -155,7 +156,7 @@ def trainer(
 
     net = hugging_face(config, device)
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
 

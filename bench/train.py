@@ -58,7 +58,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 def tokens_of(run: RunConfig) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    shape = (run.data.mini_batch_size, run.model.block_size + 1)
+    shape = (run.rows_per_step, run.model.block_size + 1)
     return torch.randint(50257, shape, generator=generator)
 
 

@@ -56,10 +56,10 @@ class Contender:
         has failed."""
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"{self.name} has failed: {' '.join(map(str, self.process.args))}")
+            raise SystemExit(f"{self.name} has failed: {self.process.args!r}")
         answer = json.loads(line)
         self.peak_gb = answer["peak_gb"]
-        return statistics.median(answer["times"])
+        return float(statistics.median(answer["times"]))
 
     def end(self) -> None:
         self.process.communicate()

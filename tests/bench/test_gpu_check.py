@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 from support import ROOT, wait_until
 
@@ -168,12 +170,13 @@ def test_ctrl_c_prints_what_is_known(gpu_check: ModuleType, tmp_path: Path, caps
 def test_ctrl_c_while_a_part_is_started_ends_that_part(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def open_late(pid: int) -> int:
+    def start_late(*given: object, **more: object) -> subprocess.Popen[bytes]:
+        process = popen(*given, **more)
         wait_until((tmp_path / "sent").exists)
-        return pidfd_open(pid)
+        return process
 
-    pidfd_open = os.pidfd_open
-    monkeypatch.setattr(os, "pidfd_open", open_late)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start_late)
     code, parts = run(gpu_check, tmp_path, (fake(gpu_check, "interrupts"),))
     assert code == 130
     assert parts["interrupts"]["reason"] == "interrupted"
@@ -213,6 +216,40 @@ def test_every_part_exists(gpu_check: ModuleType):
     for part in [part for stage in gpu_check.STAGES for part in stage]:
         module, _, function = part.work.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+IMPORTED = """
+import importlib.metadata, sys
+import gpu_pieces, gpu_rank, gpu_runs, gpu_speed, gpu_step
+from gpt2.cli import train
+train.parse_train([])
+known = importlib.metadata.packages_distributions()
+names = {name.partition(".")[0] for name in sys.modules}
+print(*(distribution for name in names for distribution in known.get(name, ())))
+"""
+
+
+def test_the_packages_that_parts_import_are_known(gpu_check: ModuleType):
+    """Of those that this package requires: the check of a bare machine names what is missing."""
+    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "bench")))
+    command = [sys.executable, "-c", IMPORTED]
+    environment = os.environ | {"PYTHONPATH": paths}
+    imported = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {Requirement(text).name for text in project["dependencies"]}
+    found = required & set(imported.stdout.split())
+    assert "tokenizers" in found and found <= set(gpu_check.NEEDED)
+
+
+def test_a_missing_package_is_a_finding(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_check, "NEEDED", ("json", "no_such_package"))
+    options = ["--serve", "fakes:finds", "--findings", str(tmp_path / "found.jsonl")]
+    with pytest.raises(SystemExit, match="--wheels FOLDER installs them"):
+        gpu_check.serve(gpu_check.parsed(options, ()))
+    (finding,) = gpu_check.gpu_report.read_findings(tmp_path / "found.jsonl")
+    assert (finding.found, finding.is_ok) == ("missing: no_such_package", False)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,18 @@ def test_precision(dtype, fast, device, level, expected):
     assert (found.level, found.fact) == (level, expected)
 
 
+def test_a_gpu_without_what_torch_compile_needs(monkeypatch: pytest.MonkeyPatch):
+    lacking = "a C compiler: apt install gcc, or set CC"
+    monkeypatch.setattr(checks.compile_cache, "missing", lambda: lacking)
+    (note,) = checks.check_compiler([H200], "auto")
+    fact = "needs a C compiler; without it, a run is slower"
+    assert note == Finding("note", "torch.compile", fact, "apt install gcc, or set CC")
+    assert levels(checks.check_compiler([H200], "on")) == ["PROBLEM"]
+    assert not [*checks.check_compiler([H200], "off"), *checks.check_compiler([], "auto")]
+    monkeypatch.setattr(checks.compile_cache, "missing", lambda: None)
+    assert not [*checks.check_compiler([H200], "on")]
+
+
 def test_a_gpu_without_kernels_is_a_problem():
     v100 = Gpu("1", "Tesla V100", 32 * GB, 31 * GB, (7, 0))
     build = replace(FOR_CUDA, architectures=("sm_75", "sm_80", "sm_90"))

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from gpt2.base.errors import ConfigError
 from gpt2.distributed import rendezvous
+from gpt2.train import compile_cache
 from gpt2.train.compile_cache import compiled
 from support import losses, run_command, small_flags, train_command
 
@@ -54,6 +56,52 @@ def test_the_ranks_of_a_machine_share_its_cores(
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
     compiled(nn.Linear(2, 2))
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "7"
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which alone compilers are searched for, on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def compiler(folder: Path, finds_header: bool) -> Path:
+    """A `gcc` that reads a program and finds Python's header in it, or not."""
+    path = folder / "gcc"
+    path.write_text(f"#!/bin/sh\nread line\nexit {int(not finds_header)}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_gpu_without_a_compiler_trains_without_compiling(tools: Path, caplog):
+    assert compile_cache.missing() == "a C compiler: apt install gcc, or set CC"
+    assert not compile_cache.is_used("auto", CUDA)
+    assert "training is not compiled, which makes it slower: that needs a C comp" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"compile=on needs a C compiler: .* or use --compile off"
+    ):
+        compile_cache.is_used("on", CUDA)
+    caplog.clear()
+    assert compile_cache.is_used("on", CPU), "Inductor has messages of its own"
+    assert not compile_cache.is_used("auto", CPU) and not compile_cache.is_used("off", CUDA)
+    assert not caplog.text
+
+
+def test_triton_also_needs_the_headers_of_python(tools: Path, monkeypatch: pytest.MonkeyPatch):
+    path = compiler(tools, finds_header=False)
+    assert "apt install python3-dev" in (compile_cache.missing() or "")
+    compiler(tools, finds_header=True)
+    assert compile_cache.missing() is None and compile_cache.is_used("auto", CUDA)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", str(path))
+    assert compile_cache.missing() is None
+    monkeypatch.setenv("CC", str(tools / "nothing"))
+    assert "the one in CC is none" in (compile_cache.missing() or "")
 
 
 @pytest.mark.soak

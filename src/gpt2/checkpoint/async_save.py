@@ -222,7 +222,7 @@ def _pinned(size: int) -> torch.Tensor:
     torch's own pinned allocations are rounded up to a power of two.
     """
     memory = torch.empty(size, dtype=torch.uint8)
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart: Any = torch.cuda.cudart()
     if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
         weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr())
     else:

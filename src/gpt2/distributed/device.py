@@ -47,7 +47,7 @@ class DeviceTimestamp:
         self._event: Any = None
         self._time_s = time.perf_counter()
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event(enable_timing=True)
             self._event.record()
 
     def since(self, earlier: "DeviceTimestamp") -> float:

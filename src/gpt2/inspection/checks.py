@@ -22,7 +22,7 @@ from gpt2.distributed import precision
 from gpt2.distributed.world import World
 from gpt2.inspection import machine
 from gpt2.inspection.machine import Gpu, Torch
-from gpt2.train import micro_batch, setup
+from gpt2.train import compile_cache, micro_batch, setup
 
 Severity = Literal["ok", "note", "PROBLEM"]
 NCCL_SHARED_MEMORY = 1_000_000_000
@@ -126,6 +126,14 @@ def check_kernels(gpus: list[Gpu], build: Torch) -> Iterator[Finding]:
         if remedy is not None:
             fact = f"torch {build.version} has none for {gpu.name}"
             yield Finding("PROBLEM", "kernels", fact, remedy)
+
+
+def check_compiler(gpus: list[Gpu], option: str) -> Iterator[Finding]:
+    """What torch.compile lacks on a machine with GPUs; `option` is the value of --compile."""
+    if gpus and option != "off" and (lacking := compile_cache.missing()):
+        what, _, remedy = lacking.partition(": ")
+        level: Severity = "PROBLEM" if option == "on" else "note"
+        yield Finding(level, "torch.compile", f"needs {what}; without it, a run is slower", remedy)
 
 
 def check_nccl(build: Torch) -> Finding:

@@ -81,6 +81,7 @@ def examine(run_config: RunConfig, ranks: int | None = None) -> Iterator[Finding
     yield checks.check_device(device_option, len(gpus), build, driver)
     yield from checks.check_gpus(gpus, flops.training_bytes(sized.model, sized.optim.optimizer))
     yield from checks.check_kernels(gpus, build)
+    yield from checks.check_compiler(gpus, run_config.machine.compile)
     if gpus and count > 1:
         yield checks.check_nccl(build)
     device = torch.device("cuda" if gpus else "cpu")

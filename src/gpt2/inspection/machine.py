@@ -66,7 +66,7 @@ def installed_torch() -> Torch:
     nccl = None
     if torch.distributed.is_nccl_available():
         with contextlib.suppress(Exception):  # a broken library raises errors of many kinds
-            nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+            nccl = ".".join(map(str, torch.cuda.nccl.version()))
     architectures = tuple(torch.cuda.get_arch_list())
     return Torch(torch.__version__, torch.version.cuda, nccl, architectures)
 

@@ -158,7 +158,7 @@ def _write_hparams(folder: Path, hparams: dict[str, Any]) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
     from torch.utils.tensorboard import summary
 
-    experiment, *session = summary.hparams(_hparam_values(hparams), {"loss/val": 0.0})  # type: ignore[no-untyped-call]
+    experiment, *session = summary.hparams(_hparam_values(hparams), {"loss/val": 0.0})
     plugin_data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin_data.content)
     for info in content.experiment.hparam_infos:

@@ -2,8 +2,12 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 from typing import cast
 
@@ -11,8 +15,10 @@ import torch
 from torch import nn
 
 from gpt2.base import user_folders
-from gpt2.distributed import rendezvous
+from gpt2.base.errors import ConfigError
+from gpt2.distributed import precision, rendezvous
 
+logger = logging.getLogger(__name__)
 KERNELS = "TORCHINDUCTOR_CACHE_DIR"
 WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"
 MOST_WORKERS = 32
@@ -20,6 +26,38 @@ MOST_WORKERS = 32
 MOST_SHAPES = 64
 """torch's own limit is 8, after which it computes without compiling; each phase of a batch-size
 ramp may have two shapes, beside those of validation"""
+
+
+def is_used(wanted: str, device: torch.device) -> bool:
+    """Whether training is compiled; `wanted` is the value of --compile.
+
+    Raises ConfigError if that is `on` and Triton cannot work; with `auto`, that is a warning.
+    """
+    if wanted == "off" or (wanted == "auto" and not precision.can_compile(device)):
+        return False
+    lacking = missing() if device.type == "cuda" else None
+    if lacking is not None and wanted == "on":
+        raise ConfigError(f"compile=on needs {lacking}, or use --compile off")
+    if lacking is not None:
+        logger.warning("training is not compiled, which makes it slower: that needs %s", lacking)
+    return lacking is None
+
+
+def missing() -> str | None:
+    """What Triton would need to build the code that starts its kernels, and what to install; None
+    if it has all. It looks for them as `triton/runtime/build.py` does."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "a C compiler: apt install gcc, or set CC"
+    headers = sysconfig.get_path("include", "posix_prefix")
+    command = [compiler, "-E", "-x", "c", "-", f"-I{headers}"]
+    try:
+        subprocess.run(command, input=b"#include <Python.h>", check=True, capture_output=True)
+    except subprocess.CalledProcessError:
+        return f"Python.h in {headers}: apt install python3-dev"
+    except OSError as error:
+        return f"a C compiler, and the one in CC is none ({error})"
+    return None
 
 
 def compiled(net: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ def write(config: WatchConfig, world: World) -> Path | None:
         return None
     path = config.log_dir / f"out_of_memory_rank{world.rank}.pickle"
     try:
-        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        torch.cuda.memory._dump_snapshot(str(path))
     except (OSError, RuntimeError) as error:  # a full disk; a device that is lost
         logger.warning("cannot write %s: %s", path, error)
         return None

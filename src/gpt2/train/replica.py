@@ -31,8 +31,7 @@ from gpt2.optim.build import build_optimizer, set_options
 from gpt2.optim.loss_scale import LossScale
 from gpt2.optim.sharded import largest_share
 from gpt2.optim.spikes import SpikeDetector
-from gpt2.train import memory_snapshot, micro_batch
-from gpt2.train.compile_cache import compiled
+from gpt2.train import compile_cache, memory_snapshot, micro_batch
 from gpt2.train.micro_batch import FittedRows
 
 
@@ -68,12 +67,11 @@ class Replica:
         self.spikes = SpikeDetector(world.device)
         self.loss_scale = LossScale(self.dtype, world.device)
         on_cuda = world.device.type == "cuda"
-        is_fast_compiled = machine.compile == "auto" and precision.can_compile(world.device)
-        is_compiled = machine.compile == "on" or is_fast_compiled
+        is_compiled = compile_cache.is_used(machine.compile, world.device)
         self.model.plain_head = plain_head and not on_cuda
         self._set_residual_dtype()
-        self.local_net: nn.Module = compiled(self.model) if is_compiled else self.model
-        self.net = self.local_net
+        self.net: nn.Module = compile_cache.compiled(self.model) if is_compiled else self.model
+        self.local_net = self.net
         if world.size > 1:
             # Before anything is compiled: torch divides a graph into parts, between which gradients
             # are exchanged, only if it compiles inside DDP's forward pass.
