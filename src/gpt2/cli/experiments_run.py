@@ -13,7 +13,7 @@ from gpt2.base.text import shortened
 from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import USER_ERROR
 from gpt2.config import gpu_list
-from gpt2.experiments.named import experiment, run, slots
+from gpt2.experiments.named import experiment, run
 from gpt2.experiments.pool.job import Slot
 
 HELP = """\
@@ -100,4 +100,4 @@ def _slots(read: RunArguments) -> list[Slot]:
         raise ConfigError("use either --gpus or --slots")
     if count is not None and max_gpus is not None:
         raise ConfigError("use either --max_gpus or --slots")
-    return slots.of_machine(gpus if count is None else [], max_gpus, count)
+    return run.slots_of(gpus if count is None else [], max_gpus, count)

@@ -57,9 +57,9 @@ def test_the_file_has_all_digits():
 
 def test_time_is_that_of_the_steps():
     run = logged(steps=4)
-    assert list(models.seconds_at(run, np.array([0.0, 1, 4]))) == [0, 0.5, 2]
+    assert list(60 * models.minutes_at(run, np.array([0.0, 1, 4]))) == [0, 0.5, 2]
     late = logged(first=100, steps=4)  # the log before it is lost
-    assert list(models.seconds_at(late, np.array([100.0, 102]))) == [0, 1]
+    assert list(60 * models.minutes_at(late, np.array([100.0, 102]))) == [0, 1]
 
 
 @pytest.mark.parametrize("validated", [True, False])

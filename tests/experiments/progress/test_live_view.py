@@ -21,7 +21,7 @@ from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Scheduler
 from gpt2.experiments.progress import rendering, state
-from gpt2.experiments.progress.live_view import Progress, showing_progress
+from gpt2.experiments.progress.live_view import LineReporter, showing_progress
 from gpt2.experiments.progress.state import ExperimentState
 
 STOP = "every job saves and ends, 60 s at most; Ctrl+C again ends at once"
@@ -112,7 +112,7 @@ def test_a_stalled_reader_does_not_delay_jobs(tmp_path: Path):
 def test_long_jobs_get_lines_at_growing_intervals(tmp_path: Path):
     clock, out = Clock(), plain()
     with (tmp_path / "a.log").open("ab") as log:
-        progress = Progress(begun(total=4), None, log.fileno(), out, clock)
+        progress = LineReporter(begun(total=4), None, log.fileno(), out, clock)
         train(progress.report, clock, 0, "a", range(1, 21), total=100_000)
         times = []
         for second in range(20, 20_000):

@@ -31,6 +31,7 @@ def test_what_is_beyond_the_range_of_floats_is_left_out():
     assert (same.mean, same.std, same.low, same.high) == (largest, 0.0, largest, largest)
     apart = Statistics.of([-largest, largest])
     assert (apart.mean, apart.low, apart.high) == (0.0, None, None)
+    assert Statistics.of([-1.2e308, 1.2e308]) == Statistics(2, 0.0), "its interval is beyond it"
     assert Statistics.of([2, 10**300]).mean == 5e299
 
 

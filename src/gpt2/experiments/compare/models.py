@@ -38,23 +38,15 @@ MODELS: dict[str, dict[str, Any]] = {name: {"architecture": name} for name in AR
 """the options of each model that differ from the options of the comparison"""
 Row = dict[str, Any]
 """one model: its name, parameters, state, and what its training returned; None is unknown"""
-LOSSES = ("train_loss", "val_loss")
-RETURNED = (
-    *LOSSES,
-    "bits_per_byte",
-    "hellaswag",
-    "tokens",
-    "tokens_per_s",
-    "peak_memory_gb",
-    "train_s",
-)
+COSTS = ("tokens", "tokens_per_s", "peak_memory_gb", "train_s")
+RETURNED = ("train_loss", "val_loss", "bits_per_byte", "hellaswag", *COSTS)
 COLUMNS = {
-    "train loss": ("train_loss", "{:.4f}  "),
-    "val loss": ("val_loss", "{:.4f}  "),
-    "tokens/s": ("tokens_per_s", "{:,.0f}"),
-    "peak memory": ("peak_memory_gb", "{:.2f} GB"),
+    "train_loss": ("train loss", "{:.4f}  "),
+    "val_loss": ("val loss", "{:.4f}  "),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "peak_memory_gb": ("peak memory", "{:.2f} GB"),
 }
-"""what they show, and its format"""
+"""title and format of each"""
 
 
 def group(
@@ -77,32 +69,29 @@ def group(
     runs = {}
     for name, changes in models.items():
         try:
-            changed = options.overlay(run, changes)
-            runs[name] = dataset.with_vocab_size_if_known(changed)
+            runs[name] = dataset.with_vocab_size_if_known(options.overlay(run, changes))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
     def summarize(records: Records) -> Summary:
-        counts = {name: flops.parameter_count(runs[name].model) for name in records}
-        rows = [row(item, counts[name]) for name, item in records.items()]
+        sizes = {name: flops.parameter_count(runs[name].model) for name in records}
+        rows = [row(item, sizes[name]) for name, item in records.items()]
         files: dict[str, str | figures.Draw] = {
             "comparison.csv": as_csv(rows),
             "comparison.png": lambda: draw(logged(folder, models), run.tokens_before),
         }
         return Summary(lambda: models_table(rows), files, {"summary": rows})
 
-    data = " ".join(addresses.public(run.data.data_root))
-    budget = f"{counted(run.data.epochs, 'epoch')} of {data}"
-    if run.data.max_steps is not None:
-        tokens = run.tokens_before(run.data.max_steps)
-        budget = f"{tokens:,} tokens of {data}"
+    data, steps = " ".join(addresses.public(run.data.data_root)), run.data.max_steps
+    epochs = counted(run.data.epochs, "epoch")
+    budget = epochs if steps is None else f"{run.tokens_before(steps):,} tokens"
     on_ranks = f", on {ranks} ranks" if ranks > 1 else ""
     compared = {name for changes in models.values() for name in changes}
     shared = training_job.result_options(run)
     return JobGroup(
         kind="models",
         log_name="training",
-        heading=f"Models {', '.join(models)}: {budget} each{on_ranks}",
+        heading=f"Models {', '.join(models)}: {budget} of {data} each{on_ranks}",
         fixed={name: value for name, value in shared.items() if name not in compared},
         values={name: {"model": name} for name in models},
         job=lambda name, _: training_job.job(name, runs[name], folder / name, ranks=ranks),
@@ -120,17 +109,18 @@ def row(item: JobResult, parameters: int) -> Row:
 def models_table(rows: Sequence[Row]) -> Table:
     """The table of models. A star marks the lowest validation loss, or training loss if no model
     was validated."""
-    built = table("Models", "model", "parameters", *COLUMNS, "time")
-    has_val = any(row["val_loss"] is not None for row in rows)
-    title, compared_by = ("val loss", "val_loss") if has_val else ("train loss", "train_loss")
-    lowest = min((row[compared_by] for row in rows if row[compared_by] is not None), default=None)
+    built = table(
+        "Models", "model", "parameters", *(title for title, _ in COLUMNS.values()), "time"
+    )
+    loss = "train_loss" if all(row["val_loss"] is None for row in rows) else "val_loss"
+    lowest = min((row[loss] for row in rows if row[loss] is not None), default=None)
     for row in rows:
         cells = {
-            column: "-" if row[name] is None else form.format(row[name])
-            for column, (name, form) in COLUMNS.items()
+            name: "-" if row[name] is None else form.format(row[name])
+            for name, (_, form) in COLUMNS.items()
         }
-        if len(rows) > 1 and row[compared_by] is not None and row[compared_by] == lowest:
-            cells[title] = f"{row[compared_by]:.4f} *"
+        if len(rows) > 1 and row[loss] is not None and row[loss] == lowest:
+            cells[loss] = f"{lowest:.4f} *"
         time = row["state"] if row["train_s"] is None else duration(row["train_s"])
         built.add_row(row["model"], f"{row['parameters'] / 1e6:.1f} M", *cells.values(), time)
     return built
@@ -161,17 +151,16 @@ def draw(runs: Sequence[LoggedRun], tokens_before: Callable[[int], int]) -> Figu
     def million_tokens(_: LoggedRun, steps: Numbers) -> Numbers:
         return np.array([tokens_before(int(step)) for step in steps]) / 1e6
 
-    axes: tuple[dict[str, Any], ...] = (
-        {"x_label": "million tokens", "x_of": million_tokens},
-        {"x_label": "minutes", "x_of": lambda run, steps: seconds_at(run, steps) / 60},
-    )
-    panels = [replace(panel, **axis) for panel in (plot.LOSS, plot.VALIDATION) for axis in axes]
+    panels = []
+    for panel in (plot.LOSS, plot.VALIDATION):
+        panels.append(replace(panel, x_label="million tokens", x_of=million_tokens))
+        panels.append(replace(panel, x_label="minutes", x_of=minutes_at))
     return plot.draw(runs, panels)
 
 
-def seconds_at(run: LoggedRun, steps: Numbers) -> Numbers:
-    """Training time in seconds at each of `steps`: the sum of the step times up to it."""
+def minutes_at(run: LoggedRun, steps: Numbers) -> Numbers:
+    """Training time in minutes at each of `steps`: the sum of the step times up to it."""
     known = [run.first_step, *run.steps]
-    passed = np.cumsum([0.0, *(item.elapsed_s for item in run.steps.values())])
-    seconds: Numbers = np.interp(steps, known, passed)
-    return seconds
+    passed_s = np.cumsum([0.0, *(item.elapsed_s for item in run.steps.values())])
+    minutes: Numbers = np.interp(steps, known, passed_s) / 60
+    return minutes

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2.base.text import console
+from gpt2.distributed import visible_gpus
 from gpt2.experiments.named import experiment
 from gpt2.experiments.named.experiment import Experiment
+from gpt2.experiments.pool import slots
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler
@@ -27,14 +29,31 @@ KILLING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 """that end the experiments at once if one of them comes after the signal that stops them"""
 
 
-def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> tuple[int, ExperimentState]:
+def slots_of(
+    gpus: Sequence[str] | None = None, max_gpus: int | None = None, shares: int | None = None
+) -> list[Slot]:
+    """A slot for each of these GPUs, `max_gpus` at most; the default is those that
+    CUDA_VISIBLE_DEVICES shows, or that the machine has without it. Without GPUs, slots for `shares`
+    of the cores: by default two, or one for `max_gpus` 1."""
+    shown = visible_gpus.ids() if gpus is None else gpus
+    if shown is None:
+        import torch  # takes seconds to import
+
+        shown = visible_gpus.ids_of(torch.cuda.device_count())
+    used = shown[:max_gpus]
+    count = len(used) or shares or min(slots.CPU_SHARES, max_gpus or slots.CPU_SHARES)
+    threads = slots.threads(len(os.sched_getaffinity(0)) / count)
+    return slots.of_gpus(used, count, threads) if used else slots.of_cores(count, threads)
+
+
+def run(experiments: Sequence[Experiment], on: Sequence[Slot]) -> tuple[int, ExperimentState]:
     """Trains the experiments, one at a time on each slot.
 
     Returns the exit code (0 if all finished, 1 if one ended early, 128 + N after signal N) and the
     last state.
     """
-    out, source = console(), NamedTrainings(experiments, slots)
-    begun = ExperimentState.at_start("experiments", len(experiments), slots)
+    out, source = console(), NamedTrainings(experiments, on)
+    begun = ExperimentState.at_start("experiments", len(experiments), on)
     with showing_progress(begun, out=out) as progress:
 
         def on_event(event: Event) -> None:
@@ -44,7 +63,7 @@ def run(experiments: Sequence[Experiment], slots: Sequence[Slot]) -> tuple[int, 
 
         # A training has its own console log; how a job fails is in its event.
         without_log = {"log_of": lambda _slot, _job: Path(os.devnull)}
-        number = Scheduler(Engine(slots), source, on_event, limits=LIMITS, **without_log).run()
+        number = Scheduler(Engine(on), source, on_event, limits=LIMITS, **without_log).run()
     if number:
         out.print("To continue, run the same command with --resume latest after --")
     last = progress.current
@@ -61,9 +80,9 @@ def _interrupt_at_next_signal() -> None:
 class NamedTrainings:
     """A source with a job for each experiment."""
 
-    def __init__(self, experiments: Sequence[Experiment], slots: Sequence[Slot]) -> None:
+    def __init__(self, experiments: Sequence[Experiment], on: Sequence[Slot]) -> None:
         self._experiments = {item.name: item for item in experiments}
-        self._waiting, self._slots = iter(experiments), slots
+        self._waiting, self._slots = iter(experiments), on
         self._begun = time.strftime("%Y%m%d_%H%M%S")
 
     def next(self) -> Job | None:

@@ -3,7 +3,7 @@
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -63,7 +63,9 @@ def read(folder: Path) -> StoredExperiment:
     last = {result.job: result for result in results.read_results(folder)}
     begun = (folder / results.EXPERIMENT_FILE).stat().st_mtime
     unknown = ExperimentState(description.kind, description.total, (), written=begun)
-    current = (state.read(folder) or unknown).seen(folder_lock.is_held(folder))
+    # The lock of another machine may not be visible here, its signs of life are.
+    is_held = folder_lock.is_held(folder) or folder_lock.has_live_owner(folder)
+    current = (state.read(folder) or unknown).seen(is_held)
     return StoredExperiment(folder, description, current, [*last.values()])
 
 
@@ -79,15 +81,13 @@ def _known(folder: Path) -> str:
     return "; `gpt2 experiments list DIR` shows those in DIR"
 
 
-def below(root: Path) -> list[StoredExperiment]:
+def below(root: Path) -> Iterator[StoredExperiment]:
     """The experiments in `root` and its subfolders."""
-    found = []
     for folder in run_status.run_folders(root, results.EXPERIMENT_FILE):
         try:
-            found.append(read(folder))
+            yield read(folder)
         except CheckpointError as error:  # one damaged folder does not hide the others
             logger.warning("%s", error)
-    return found
 
 
 def print_list(root: Path, out: Console) -> None:
@@ -95,15 +95,10 @@ def print_list(root: Path, out: Console) -> None:
     one, the newest last."""
     rows: list[tuple[float, list[str | Text]]] = []
     for item in below(root):
+        now, kind = item.current, item.description.kind
         done = f"{item.done:,} of {item.description.total:,}"
         failed = Text(f"{len(item.failures):,}", "red" if item.failures else "")
-        kind = item.description.kind
-        rows.append(
-            (
-                item.current.written,
-                [str(item.folder), _styled(item.current.state), done, failed, kind],
-            )
-        )
+        rows.append((now.written, [str(item.folder), _styled(now.state), done, failed, kind]))
     experiments = set(run_status.run_folders(root, results.EXPERIMENT_FILE))
     for folder in run_status.run_folders(root, status.NAME):
         training = status.read(folder)

@@ -46,7 +46,7 @@ def showing_progress(
     log: Path = Path(os.devnull),
     out: Console,
     clock: Callable[[], float] = time.time,
-) -> Iterator["Progress"]:
+) -> Iterator["LineReporter"]:
     """Shows the experiment while the block runs; yields what receives every event.
 
     Writes the state to `folder`, if there is one. The log gets a line for each failure, after every
@@ -61,7 +61,7 @@ def showing_progress(
             f"cannot write {log}: {error.strerror}; choose another folder with --log_dir"
         ) from error
     with log_file:
-        progress = Progress(begun, folder, log_file.fileno(), out, clock)
+        progress = LineReporter(begun, folder, log_file.fileno(), out, clock)
         with _printing_in_background(out, progress if progress.is_live else None):
             try:
                 with _repeating(progress.write, WRITE_EVERY_S):
@@ -70,7 +70,7 @@ def showing_progress(
                 progress.end()
 
 
-class Progress:
+class LineReporter:
     """The current state of an experiment, which other threads may read at any time.
 
     The lines about it are written to its log and printed. On a terminal with a live view, only
@@ -130,7 +130,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def _printing_in_background(out: Console, shown: Progress | None) -> Iterator[None]:
+def _printing_in_background(out: Console, shown: LineReporter | None) -> Iterator[None]:
     """Lets a thread print what `out` prints, and show a live view of what `shown` is at.
 
     What else goes to the terminal, such as a warning, then appears above the view.
@@ -153,7 +153,7 @@ def _printing_in_background(out: Console, shown: Progress | None) -> Iterator[No
 class _BackgroundStream:
     """A text stream that keeps what is written until `draw` prints it, so that no writer waits."""
 
-    def __init__(self, stream: IO[str], shown: Progress | None) -> None:
+    def __init__(self, stream: IO[str], shown: LineReporter | None) -> None:
         self._stream, self._pending = stream, deque[str]()
         self._live: Live | None = None
         if shown:

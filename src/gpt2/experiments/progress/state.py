@@ -14,7 +14,6 @@ from gpt2.base import atomic_files, json_fields
 from gpt2.base.json_fields import Timestamp
 from gpt2.experiments.pool.job import Event, Slot
 from gpt2.experiments.results import is_finite_number
-from gpt2.train import status
 
 FILE = "state.json"
 KEPT_FAILURES = 20
@@ -166,10 +165,7 @@ class ExperimentState:
         """What another process makes of it, given whether a process holds the folder."""
         if is_held:
             return replace(self, state="stopping" if self.state == "stopping" else "running")
-        # A lock of another machine may not be visible here; a recent state says that it is alive.
-        is_recent = time.time() - self.written < status.SILENCE_S
-        is_elsewhere = self.host not in ("", socket.gethostname()) and is_recent
-        return self if self.is_over or is_elsewhere else replace(self, state="dead")
+        return replace(self, state="dead") if self.is_running else self
 
     @property
     def done(self) -> int:

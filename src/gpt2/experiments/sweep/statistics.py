@@ -36,10 +36,11 @@ class Statistics:
     """seeds whose result has the metric as a finite number"""
     mean: float
     std: float | None = None
-    """sample standard deviation (count - 1); None for a single value, or beyond floats' range"""
+    """sample standard deviation (count - 1)"""
     low: float | None = None
     high: float | None = None
-    """`low` to `high` is the 95 % confidence interval of the mean (Student's t)"""
+    """`low` to `high` is the 95 % confidence interval of the mean (Student's t). All three are None
+    for a single value, and beyond the range of floats"""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Statistics:
@@ -51,10 +52,10 @@ class Statistics:
         try:
             std = statistics.stdev(values)
         except OverflowError:
-            return cls(count, mean)
+            std = math.inf
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * std / math.sqrt(count)
-        if not math.isfinite(abs(mean) + half):
-            return cls(count, mean, std)
+        if math.isinf(abs(mean) + half):
+            return cls(count, mean)
         return cls(count, mean, std, mean - half, mean + half)
 
 
@@ -158,7 +159,6 @@ def draw(summaries: Sequence[PointSummary], metric: str) -> Figure:
     axes.grid(axis="y", visible=False)
     figures.use_few_ticks(axes)
     axes.set_xlabel("mean with its 95 % interval, and each seed")
-    figures.set_title(
-        figure, f"{metric} over {counted(max(len(item.values) for item in shown), 'seed')}"
-    )
+    most = max(len(item.values) for item in shown)
+    figures.set_title(figure, f"{metric} over {counted(most, 'seed')}")
     return figure

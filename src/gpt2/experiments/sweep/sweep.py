@@ -85,9 +85,8 @@ class Sweep:
             return training_job.job(name, changed, folder / name, ranks=ranks, keep_last=2)
 
         what = "a training" if ranks == 1 else f"a training on {ranks} ranks"
-        fixed = training_job.result_options(run)
         more |= {"folder": folder, "keep_folders": keep_checkpoints}
-        group = self._group(what, "training", fixed, job, **more)
+        group = self._group(what, "training", training_job.result_options(run), job, **more)
         if keep_checkpoints:
             _require_room(run, group)
         return group
@@ -99,8 +98,8 @@ class Sweep:
         values = {grid.point_name(item): item for item in jobs}
         names = [*self.points[0]]
         fixed = {name: value for name, value in kwargs.items() if name not in (*names, "seed")}
-        fixed = {grid.free_key("target", fixed): target, **fixed}
-        fixed = {grid.free_key("grid", fixed): " ".join(names) or "no grid", **fixed}
+        about = {"target": target, "grid": " ".join(names) or "no grid"}
+        fixed |= {grid.free_key(name, fixed): value for name, value in about.items()}
         points = f"{counted(len(self.points), 'point')} of a grid, " if names else ""
         first, last = self.seeds[0], self.seeds[-1]
         which = f"{first}" if first == last else f"{first} to {last}"
