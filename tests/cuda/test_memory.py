@@ -50,14 +50,15 @@ def test_out_of_memory_names_what_fits(device: str, data_root: Path, tmp_path: P
 
 
 def test_auto_mini_batch_finds_what_fits(
-    device: str, data_root: Path, tmp_path: Path, capsys, request: pytest.FixtureRequest
+    device: str, data_root: Path, tmp_path: Path, caplog, request: pytest.FixtureRequest
 ):
+    caplog.set_level("INFO")
     flags: dict[str, object] = {**WIDE, "device": device}
     trainer.run(small_config(data_root, tmp_path / "2", **{**flags, "mini_batch_size": 2}))
     request.getfixturevalue("little_memory")
     config = small_config(data_root, tmp_path / "auto", **flags, auto_mini_batch=True)
     assert trainer.run(config).state == "finished"
-    found = re.search(r"--auto_mini_batch: (\d+) rows at once", capsys.readouterr().out)
+    found = re.search(r"--auto_mini_batch: (\d+) rows at once", caplog.text)
     assert found is not None
     assert 1 <= int(found[1]) < 32
     one, other = (losses(tmp_path / name / "logs/log.txt") for name in ("auto", "2"))

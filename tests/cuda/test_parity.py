@@ -17,6 +17,7 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss of one batch, and the gradient of every weight."""
     shape = {"n_layer": 3, "n_head": 2, "n_embd": 128, "block_size": LENGTH, "dropout": 0.0}
+    shape["total_batch_size"] = ROWS * LENGTH
     machine = {"device": device, "dtype": dtype, "compile": "off", "architecture": architecture}
     config = small_config(folder, folder, **shape, **machine)
     replica = Replica(config, World(0, 1, torch.device(device)))
