@@ -82,7 +82,10 @@ class JobGroupSource:
         missing = self.missing()
         preferred = slots.preferred_slots(len(missing), slot_count)
         own_slots = preferred if group.side_by_side else [None] * len(missing)
-        self._waiting = iter(zip(missing, own_slots, strict=True))
+        self._jobs = (
+            replace(group.job(name, group.values[name]), slot=slot)
+            for name, slot in zip(missing, own_slots, strict=True)
+        )
         self._unsaved, self._saved_at = 0, time.monotonic()
 
     def missing(self) -> list[str]:
@@ -95,10 +98,7 @@ class JobGroupSource:
         return {name: known[name] for name in self._group.values if name in known}
 
     def next(self) -> Job | None:
-        name, slot = next(self._waiting, (None, None))
-        if name is None:
-            return None
-        return replace(self._group.job(name, self._group.values[name]), slot=slot)
+        return next(self._jobs, None)
 
     def event(self, event: Event) -> Answer:
         if event.job is not None and event.kind in ("finished", "failed"):

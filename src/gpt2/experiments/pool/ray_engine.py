@@ -158,11 +158,6 @@ class RemoteWorker:
         self._guard: Any = None
         self._machine = ""
         """Ray's id of it"""
-        self._number = 0
-        """how many messages of the guard have arrived"""
-        self._job: Job | None = None
-        self._lost_machines = 0
-        """since the job last reported"""
         self._is_stopping = False
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -191,41 +186,40 @@ class RemoteWorker:
         self._inbox.put((self, ended))
 
     def _relay(self) -> WorkerEnded:
-        """Passes on messages in both directions; returns how the worker ended."""
-        to_send = [self._outbox.get()]
-        while not isinstance(message := self._exchange(*to_send), WorkerEnded):
-            self._inbox.put((self, message))
-            is_answered = isinstance(message, JobReported)
-            if is_answered:
-                self._lost_machines = 0
-            elif isinstance(message, JobEnded):
-                self._job, is_answered = None, not message.takes_no_more
-            to_send = [self._outbox.get()] if is_answered else []
-        return message
-
-    def _exchange(self, *to_send: Job | Reply | None) -> Message:
-        """`Guard.exchange` on this machine, or the next one if this machine is lost."""
-        self._job = next((item for item in to_send if isinstance(item, Job)), self._job)
+        """Passes on messages in both directions, on one machine after another if these are lost;
+        returns how the worker ended."""
+        job: Job | None = None
+        number, to_send = 0, [self._outbox.get()]
+        lost_machines = 0  # since the job last reported
         while True:
+            job = next((item for item in to_send if isinstance(item, Job)), job)
             try:
                 guard = self._guard or self._new_guard()
-                message: Message = ray.get(guard.exchange.remote(self._number, *to_send))
-                self._number += 1
-                return message
+                message: Message = ray.get(guard.exchange.remote(number, *to_send))
             except RayActorError as error:
                 if isinstance(error, ActorUnavailableError) and self.pid:
                     continue  # until it answers, or Ray knows that it is dead
-                if self._is_stopping or self._job is None:
+                if self._is_stopping or job is None:
                     return WorkerEnded("its machine is lost" if self.pid else "it had not started")
                 if self._machine in [node["NodeID"] for node in _nodes()]:
                     return WorkerEnded(f"its process was ended by Ray: {_cause(error)}")
-                self._lost_machines += 1
-                if self._lost_machines > MAX_LOST_MACHINES:
-                    return WorkerEnded(f"{self._lost_machines} machines in a row were lost")
-                logger.warning("%s: its machine is lost; it runs again", self._job.name)
+                lost_machines += 1
+                if lost_machines > MAX_LOST_MACHINES:
+                    return WorkerEnded(f"{lost_machines} machines in a row were lost")
+                logger.warning("%s: its machine is lost; it runs again", job.name)
                 self._leave_machine()
                 self._inbox.put((self, JobPhase("waiting")))
-                to_send = (self._job,)
+                number, to_send = 0, [job]
+                continue
+            if isinstance(message, WorkerEnded):
+                return message
+            self._inbox.put((self, message))
+            is_answered = isinstance(message, JobReported)
+            if is_answered:
+                lost_machines = 0
+            elif isinstance(message, JobEnded):
+                job, is_answered = None, not message.takes_no_more
+            number, to_send = number + 1, [self._outbox.get()] if is_answered else []
 
     def _new_guard(self) -> Any:
         """A guard, as soon as a machine has room for it."""
@@ -239,7 +233,7 @@ class RemoteWorker:
         return guard
 
     def _leave_machine(self) -> None:
-        guard, self._guard, self.pid, self._machine, self._number = self._guard, None, 0, "", 0
+        guard, self._guard, self.pid, self._machine = self._guard, None, 0, ""
         if guard:
             with contextlib.suppress(RayError):
                 ray.kill(guard)

@@ -173,7 +173,8 @@ class Scheduler:
                 continue
             attempt = self._next_for(slot) if slot.in_service and not is_ending else None
             if slot.worker and (attempt is None or attempt.job.own_process):
-                self._waiting[:0] = [attempt] if attempt else []
+                if attempt:
+                    self._waiting.insert(0, attempt)
                 slot.worker.send(None)
                 slot.kill_after(IDLE_EXIT_S)
             elif attempt:
@@ -265,36 +266,25 @@ class Scheduler:
         attempt.last_message_at = time.monotonic()
 
     def _on_end(self, slot: _ManagedSlot, attempt: _Attempt, ended: JobEnded) -> None:
-        match ended.state:
-            case "finished" | "pruned":
-                self._notify(slot, attempt, ended.state, result=ended.result)
-                slot.loss_times, slot.last_progress = [], time.monotonic()
-            case "failed":
-                self._notify(
-                    slot, attempt, "failed", reason=ended.reason, traceback=ended.traceback
-                )
-                if ended.is_device_error:
-                    self._count_loss(slot)
-            case "stopped" | "lost":
-                unasked = "its worker got a stop signal that this command did not send"
-                reason = ended.reason or ("" if self._stopping else unasked)
-                self._on_loss(slot, attempt, reason, ended.traceback)
-
-    def _on_loss(
-        self, slot: _ManagedSlot, attempt: _Attempt, reason: str, traceback: str = ""
-    ) -> None:
-        """The job runs again, a training from its newest checkpoint; or it has failed, if it was
-        lost too often."""
-        reason = slot.kill_reason or reason
-        if self._stopping:
-            self._notify(slot, attempt, "stopped", reason=reason)
-            return
-        runs_again = attempt.number <= self._limits.retries
-        kind: EventKind = "retried" if runs_again else "failed"
-        self._notify(slot, attempt, kind, reason=reason, traceback=traceback)
-        if runs_again:
-            self._waiting.append(_Attempt(attempt.job, attempt.number + 1, slot.spec.index))
-        self._count_loss(slot)
+        """A job that was lost runs again, a training from its newest checkpoint; or it has failed,
+        if it was lost too often."""
+        kind: EventKind = "failed"
+        reason, is_lost = ended.reason, ended.state in ("lost", "stopped")
+        if ended.state == "finished" or ended.state == "pruned":
+            kind = ended.state
+            slot.loss_times, slot.last_progress = [], time.monotonic()
+        elif is_lost and self._stopping:
+            kind, reason = "stopped", slot.kill_reason or reason
+        elif is_lost:
+            unasked = "its worker got a stop signal that this command did not send"
+            reason = slot.kill_reason or reason or unasked
+            if attempt.number <= self._limits.retries:
+                kind = "retried"
+                self._waiting.append(_Attempt(attempt.job, attempt.number + 1, slot.spec.index))
+        values = {"result": ended.result, "reason": reason, "traceback": ended.traceback}
+        self._notify(slot, attempt, kind, **values)
+        if ended.is_device_error or (is_lost and not self._stopping):
+            self._count_loss(slot)
 
     def _on_death(self, slot: _ManagedSlot, ended: WorkerEnded) -> None:
         """The slot has no worker any more."""
@@ -305,7 +295,7 @@ class Scheduler:
         if ended.lost == "slot":
             self._take_out_of_service(slot, ended.reason)
         if attempt:
-            self._on_loss(slot, attempt, ended.reason)
+            self._on_end(slot, attempt, JobEnded("lost", reason=ended.reason))
         slot.worker, slot.kill_at, slot.kill_reason = None, None, ""
 
     # Deadlines, bad slots, and the end of workers

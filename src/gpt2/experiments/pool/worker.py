@@ -211,13 +211,12 @@ def _call(job: Job, report: Reporter) -> JobEnded:
 
 def _ended_by(error: BaseException) -> JobEnded:
     """How a job ends that raises this error."""
-    is_device_error = "CUDA error" in str(error)
-    reason = described(error)
-    if isinstance(error, UserError):
-        return JobEnded("failed", reason=reason, is_device_error=is_device_error)
-    trace = addresses.without_secrets("".join(traceback.format_exception(error)))
+    reason, trace = described(error), ""
+    if not isinstance(error, UserError):
+        trace = addresses.without_secrets("".join(traceback.format_exception(error)))
     if is_out_of_memory(error):  # perhaps because of the jobs before it
         return JobEnded("lost", reason=f"out of memory: {reason}", traceback=trace)
+    is_device_error = "CUDA error" in str(error)
     return JobEnded("failed", reason=reason, traceback=trace, is_device_error=is_device_error)
 
 
