@@ -1,6 +1,7 @@
 """What torch.compile compiles in runs of training, without building kernels; also a script for
 ranks: `DATA_ROOT OUT`, then values of options as `name=value`. It prints `rank R: frames F, graphs
-G`, where DDP has divided F frames into G graphs.
+G`, where DDP has divided F frames into G graphs. With `backend=NAME`, torch's backend of that name
+compiles, which is not recorded.
 """
 
 import os
@@ -53,8 +54,9 @@ def main(data_root: str, out: str, *values: str) -> None:
     changes = dict(value.split("=") for value in values)
     numbers = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
     backend = RecordingBackend(MOST_ROWS)
-    torch.compile = partial(torch.compile, backend=backend)
-    options = {"compile": "on", "auto_mini_batch": True, **numbers}
+    of_torch = numbers.pop("backend", None)
+    torch.compile = partial(torch.compile, backend=of_torch or backend)
+    options = {"compile": "on", "auto_mini_batch": of_torch is None, **numbers}
     trainer.run(small_config(Path(data_root), Path(out), **options))
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     print(f"rank {rank}: frames {frames}, graphs {backend.graphs}", flush=True)

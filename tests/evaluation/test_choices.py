@@ -1,3 +1,5 @@
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -107,6 +109,25 @@ def test_lengths_rounded_up_give_few_shapes_and_the_same_losses(
     assert len({length for _, length in shapes}) <= 5
     for ours, theirs in zip(rounded, exact, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_near_ties_are_computed_without_tf32(net: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """On CUDA, where the context changes torch's setting; here it notes what is computed in it."""
+    depth, computed = [0], list[int]()
+
+    @contextlib.contextmanager
+    def noted(_: torch.device) -> Iterator[None]:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    unembed = GPT2.unembed
+    monkeypatch.setattr(choices.precision, "without_tf32", noted)
+    monkeypatch.setattr(
+        GPT2, "unembed", lambda net, x: computed.append(depth[0]) or unembed(net, x)
+    )
+    ending_losses(net, random_questions(9), ALONE, FULL, batch_tokens=100)
+    assert computed and set(computed) == {1} and depth == [0]
 
 
 @pytest.mark.parametrize(("context", "ending"), [(32, 1), (32, 2), (60, 9), (3, 32), (2, 50)])

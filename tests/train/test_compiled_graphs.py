@@ -10,7 +10,7 @@ import torch
 import forked_ranks
 from gpt2.train import compile_cache, trainer
 from run_compiled import RecordingBackend
-from support import ROOT, losses, small_config
+from support import LOSS_TOLERANCE, ROOT, losses, small_config
 
 SCRIPT = ROOT / "tests" / "run_compiled.py"
 
@@ -40,6 +40,21 @@ def test_more_shapes_than_torch_compiles_by_default_have_graphs(monkeypatch: pyt
     for rows in range(1, 13):
         embedding(torch.zeros(rows, 8, dtype=torch.long))
     assert backend.shapes == [(rows, 8) for rows in range(1, 13)]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_compiled_ranks_train_as_one_that_is_not(ranks: int, data_root: Path, tmp_path: Path):
+    """By the backend that differentiates as Inductor does, with gradients exchanged in parts."""
+    options = {"max_steps": 3, "mini_batch_size": 3, "dropout": 0}
+    trainer.run(small_config(data_root, tmp_path / "one", **options))
+    values = [f"{name}={value}" for name, value in options.items()]
+    out = tmp_path / "ranks"
+    given = [str(data_root), str(out), "backend=aot_eager", *values]
+    printed = forked_ranks.run(given, ranks, tmp_path, SCRIPT)
+    assert printed.count("frames ") == ranks
+    one, other = (losses(folder / "logs/log.txt") for folder in (tmp_path / "one", out))
+    assert list(other) == [1, 2, 3]
+    assert other == pytest.approx(one, abs=LOSS_TOLERANCE["float32"])
 
 
 def test_gradients_are_exchanged_between_parts_of_a_graph_after_rows_are_fitted(

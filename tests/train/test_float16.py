@@ -2,6 +2,7 @@
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def test_updates_are_those_in_float32(architecture: str, optimizer: str, tmp_pat
         assert one.applied and (one.loss_scale, other.loss_scale) == (2.0**10, None)
         assert one.loss == pytest.approx(other.loss, abs=1e-2)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_compiled_updates_are_those_without_a_compiler(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By the backend that keeps torch's operators, without building kernels."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    shape = {"architecture": architecture, "dropout": 0.0}
+    compiled, plain = (replica(tmp_path, **shape, compile=mode) for mode in ("on", "off"))
+    for number in range(4):
+        for trained in (compiled, plain):
+            trained.loss_scale.scale.fill_(2.0 ** (100 if number == 2 else 10))
+        one, other = update(compiled), update(plain)
+        assert (one.loss_scale, one.applied) == (other.loss_scale, number != 2)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.applied is other.applied
+    torch.testing.assert_close(compiled.model.state_dict(), plain.model.state_dict())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

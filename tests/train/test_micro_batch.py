@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -53,11 +53,14 @@ class Ranks(World):
     """A rank among others, whose memory is given."""
 
     others: Sequence[DeviceMemory] = ()
+    order: ClassVar[list[str]] = []
+    """what was done, in order"""
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         return [list(values), *([*other] for other in self.others)]
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.order.append(f"exchange {tensor.nbytes} bytes")
         return tensor
 
     def all_reduce_max(self, value: int) -> int:
@@ -70,10 +73,12 @@ def test_the_rank_with_the_least_memory_decides(data_root: Path, tmp_path: Path,
     for own, other in ((small, large), (large, small)):
         monkeypatch.setattr(device, "memory", lambda _, own=own: own)
         monkeypatch.setattr(Ranks, "others", [other])
-        tried: list[int] = []
-        found = micro_batch.fitted(run, Ranks(0, 2, CPU), EAGER, tried.append)
+        Ranks.order.clear()
+        found = micro_batch.fitted(
+            run, Ranks(0, 2, CPU), EAGER, lambda rows: Ranks.order.append(f"try {rows} rows")
+        )
         assert (found.rows, found.memory_bytes, found.rows_per_rank) == (2, 16, 8)
-        assert tried == [2]
+        assert Ranks.order == [f"exchange {25 * 2**20} bytes", "try 2 rows"]  # NCCL's buffers exist
 
 
 def test_a_failed_pass_is_freed_before_the_next_one(monkeypatch):
