@@ -4,6 +4,7 @@ Not a bench by itself. Shapes: N tokens, D width, V vocabulary.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -24,11 +25,12 @@ from torch import Tensor
 from gpt2.base.errors import is_out_of_memory
 from gpt2.checkpoint import metadata, store
 from gpt2.checkpoint.async_save import Saver
-from gpt2.config import presets
+from gpt2.config import flops, presets
 from gpt2.config.run import CheckpointConfig
 from gpt2.data import tokenizer
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.choices import Question
+from gpt2.inference import generate
 from gpt2.optim.build import gradient_norm
 from gpt2.train import trainer
 from gpt2.train.replica import Replica
@@ -45,6 +47,7 @@ def evaluation(record: Recorder, setting: Setting) -> None:
     run = gpu_machine.run_config(setting, rows, data_root=gpu_step.made_up(setting))
     defaults = presets.preset("gpt2-124m")
     spent_s: dict[str, float] = {}
+    kind, asked = tasks(6 if setting.is_smoke else 1000)
     with gpu_machine.joined(run) as world:
         replica, batch = Replica(run, world), gpu_machine.batch_of(run)
         tokens = run.data.total_batch_size
@@ -54,7 +57,7 @@ def evaluation(record: Recorder, setting: Setting) -> None:
         ]
         training_s = statistics.median(step_s[1:]) * defaults.rows_per_step / rows * 250
         with record.attempt("HellaSwag"):
-            spent_s["HellaSwag"] = hellaswag_passes(record, setting, replica)
+            spent_s["HellaSwag"] = hellaswag_passes(record, kind, asked, replica)
         evaluator = gpu_step.evaluator_of(setting, replica, eval_rows=4 * rows)
         with record.attempt("validation"):
             validate = partial(evaluator.validation_losses, 0, lambda: 0, False)
@@ -72,27 +75,63 @@ def evaluation(record: Recorder, setting: Setting) -> None:
         return
     share = sum(spent_s.values()) / (training_s + sum(spent_s.values()))
     on_cuda = torch.cuda.is_available()
-    parts = [f"{name} {value:.1f} s" for name, value in spent_s.items()]
+    by_flops = flops_shares(asked)
     record.add(
         "share of a default run",
         f"{share:.1%}",
         f"at most {MAX_SHARE:.0%}" if on_cuda else "",
         share <= MAX_SHARE if on_cuda else None,
-        details=[f"250 steps {training_s:.1f} s, then {', '.join(parts)}"],
+        details=[
+            f"250 steps take {training_s:.1f} s",
+            *(
+                f"{name} {value:.1f} s, {value / training_s:.2%} of that; "
+                f"by FLOPs {by_flops[name]:.2%}"
+                for name, value in spent_s.items()
+            ),
+        ],
         spent_s=spent_s,
     )
 
 
-def hellaswag_passes(record: Recorder, setting: Setting, replica: Replica) -> float:
-    """Seconds of a pass over all tasks, by the second one here; beside one task at a time."""
-    count, few = (6, 2) if setting.is_smoke else (1000, 100)
-    if hellaswag.find(None) is None:
-        kind, asked = "made-up", questions(count)
-    else:
-        tasks = hellaswag.load(None)
-        evenly = range(0, len(tasks), max(1, len(tasks) // count))  # the first ones are short
-        kind, asked = "real", [tasks[number].question for number in evenly]
+def flops_shares(asked: list[Question]) -> dict[str, float]:
+    """FLOPs of what a default run does beside training, as shares of those of the steps between.
 
+    A forward pass has a third of a step's. Of HellaSwag's tasks, which are like `asked`, each text
+    counts once, and logits only where an ending is predicted."""
+    run = presets.preset("gpt2-124m").with_vocab_size(head.VOCABULARY)
+    model, settings, sampling = run.model, run.evaluation, generate.IN_TRAINING
+    forward, of_logits = flops.flops_per_token(model) / 3, 2 * model.embedding_rows * model.n_embd
+    of_attention = 4 * model.n_layer * model.n_embd  # for each token that a token sees
+    of_blocks = forward - of_logits - of_attention * model.block_size
+    inner = statistics.mean(sum(map(len, each.endings)) - len(each.endings) for each in asked)
+    tokens = inner + statistics.mean(len(each.context) for each in asked)
+    task = tokens * (of_blocks + of_attention * tokens) + (inner + 1) * of_logits
+    spent = {
+        "HellaSwag": (TASKS_OF_HELLASWAG * task, settings.hellaswag_interval),
+        "validation": (run.eval_rows * model.block_size * forward, settings.eval_interval),
+        "samples": (
+            sampling.num_samples * sampling.max_new_tokens * forward,
+            settings.sample_interval,
+        ),
+    }
+    step = 3 * forward * run.data.total_batch_size
+    return {
+        name: count / (step * (interval or math.inf)) for name, (count, interval) in spent.items()
+    }
+
+
+def tasks(count: int) -> tuple[str, list[Question]]:
+    """About so many tasks of HellaSwag, evenly from the file, as its first ones are short; made-up
+    ones if there is none. And which."""
+    if hellaswag.find(None) is None:
+        return "made-up", questions(count)
+    every = hellaswag.load(None)
+    return "real", [task.question for task in every[:: max(1, len(every) // count)]]
+
+
+def hellaswag_passes(record: Recorder, kind: str, asked: list[Question], replica: Replica) -> float:
+    """Seconds of a pass over all tasks, by the second one here; beside one task at a time."""
+    few = max(2, len(asked) // 10)
     some = asked[:: len(asked) // few][:few]
 
     def packed() -> None:

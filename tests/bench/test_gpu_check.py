@@ -218,6 +218,17 @@ def test_every_part_exists(gpu_check: ModuleType):
         assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_a_default_run_measures_little_by_the_count_of_flops(gpu_check: ModuleType):
+    """The figures of docs/benchmarks.md."""
+    pieces = importlib.import_module("gpu_pieces")
+    shares = pieces.flops_shares(pieces.questions(1000))
+    assert shares["validation"] == pytest.approx(0.02667, abs=1e-5)
+    assert shares["HellaSwag"] == pytest.approx(0.0032, abs=3e-4)
+    assert shares["samples"] < 1e-5
+    total = sum(shares.values())
+    assert total / (1 + total) < pieces.MAX_SHARE
+
+
 IMPORTED = """
 import importlib.metadata, sys
 import gpu_pieces, gpu_rank, gpu_runs, gpu_speed, gpu_step
