@@ -72,6 +72,16 @@ def test_worker_sees_its_slot_and_logs_with_its_pid(tmp_path: Path):
     assert "SLOT" not in os.environ
 
 
+def test_a_worker_imports_nothing_from_the_current_folder_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "socket.py").write_text("raise RuntimeError\n")
+    monkeypatch.chdir(tmp_path)
+    source = Given(job("a", "square", seed=3))
+    run(source, tmp_path)
+    assert source.results() == {"a": 9}
+
+
 def test_job_that_raises_fails_alone(tmp_path: Path):
     source = Given(job("bad", "rises"), job("mistaken", "misused"), job("good", "square", seed=3))
     run(source, tmp_path)

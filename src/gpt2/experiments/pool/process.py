@@ -34,6 +34,7 @@ owner, sys.path[:], sys.argv = connection.recv()
 from gpt2.experiments.pool import worker
 worker.serve(connection, owner)
 """
+"""what the new process runs, with `-P`: what it imports first is not in the current folder"""
 DEATH_S = 15.0
 """for SIGKILL to work: a process that waits for a broken device does not die"""
 
@@ -84,7 +85,7 @@ class WorkerProcess:
         try:
             with its_end, regular_file.open_to_append(self.log) as output:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", PROGRAM, str(its_end.fileno())],
+                    [sys.executable, "-P", "-c", PROGRAM, str(its_end.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=output if log else None,
                     stderr=output if log else None,
