@@ -35,6 +35,19 @@ def test_every_job_runs_once_and_workers_are_reused(tmp_path: Path):
     assert not any(is_alive(event.pid) for event in source.events)
 
 
+def test_a_worker_for_which_there_is_no_job_ends(tmp_path: Path):
+    """Its memory is free, and its room on a cluster, while others still run."""
+
+    def prune(_event: Event) -> Answer:
+        ended = [event.pid for event in source.of("finished")]
+        return "prune" if ended and not any(map(is_alive, ended)) else "go"
+
+    jobs = job("long", "counts", until=10_000, pause=0.01), job("short", "square", seed=2)
+    source = Given(*jobs, answer=prune)
+    run(source, tmp_path)
+    assert [event.job.name for event in source.of("pruned") if event.job] == ["long"]
+
+
 @pytest.mark.parametrize("kind", ["reported", "waiting"])
 def test_time_that_the_source_takes_is_no_timeout(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

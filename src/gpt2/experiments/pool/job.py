@@ -84,7 +84,8 @@ class JobSource(Protocol):
     """Where jobs come from. The scheduler calls both methods, in the owner's main thread."""
 
     def next(self) -> Job | None:
-        """The next job, or None if there is none now: called again after each event."""
+        """The next job, or None if there is none now: called again after each event. A worker
+        without a job ends."""
         ...
 
     def event(self, event: Event) -> Answer:
