@@ -48,7 +48,7 @@ from gpt2.experiments.compare import models
 from gpt2.experiments.progress import listing, state
 from gpt2.experiments.progress.listing import ExperimentView
 from gpt2.experiments.results import ExperimentDescription, JobResult
-from gpt2.experiments.search import best, ownership, spec, trial
+from gpt2.experiments.search import best, spec, study, trial
 from gpt2.inference import interchange
 from gpt2.inspection import checkpoints, estimate, run_status
 from gpt2.inspection.watch import RunView
@@ -305,11 +305,11 @@ def test_toml(tmp_path: Path):
         check(path, mutations.of_bytes(content), read)
 
 
-@pytest.mark.parametrize("read", [folder_lock.owner, ownership.folder_id, best.read_config])
+@pytest.mark.parametrize("read", [folder_lock.owner, study.folder_id, best.read_config])
 def test_small_files(tmp_path: Path, read: Callable[[Path], object]):
     names = {
         folder_lock.owner: folder_lock.OWNER_NAME,
-        ownership.folder_id: ownership.FILE,
+        study.folder_id: study.FOLDER_FILE,
         best.read_config: trial.CONFIG,
     }
     path = tmp_path / names[read]

@@ -14,8 +14,8 @@ from gpt2.config import options, presets
 from gpt2.experiments.pool.job import Event, Job, Slot
 from gpt2.experiments.results import ResultsStore
 from gpt2.experiments.search import space, study
-from gpt2.experiments.search.ownership import Heartbeat
 from gpt2.experiments.search.spec import Search
+from gpt2.experiments.search.study import Heartbeat
 from gpt2.experiments.search.trial_source import TrialSource
 from gpt2.train.report import Answer
 

@@ -27,7 +27,6 @@ from gpt2.config.model import ModelConfig
 from gpt2.experiments import results
 from gpt2.experiments.pool.job import Event, Slot
 from gpt2.experiments.search import (
-    ownership,
     run,
     space,
     study,
@@ -35,8 +34,8 @@ from gpt2.experiments.search import (
     trial_report,
     trial_source,
 )
-from gpt2.experiments.search.ownership import Heartbeat
 from gpt2.experiments.search.spec import Search
+from gpt2.experiments.search.study import Heartbeat
 from support import ROOT, loss_lines, small_flags
 
 
@@ -192,7 +191,7 @@ def test_search_of_small_trainings(data_root: Path, tmp_path: Path, space_file: 
         (0, "COMPLETE"),
         (1, "COMPLETE"),
     ]
-    assert not ownership.last_beat(small_search.study_in(folder))
+    assert not study.last_beat(small_search.study_in(folder))
     log = (folder / "trial_000" / "log.txt").read_text()
     assert ("  - Step: 2\n" in log or "  - Step: 4\n" in log) == killed, "it went on where it was"
     assert len(loss_lines(folder / "trial_000" / "log.txt")) == 4 + 3
@@ -220,7 +219,7 @@ def test_a_second_owner_ends_with_exit_code_2(data_root: Path, tmp_path: Path, s
     flags = [*flags_of(data_root, tmp_path, space_file, 1), "--storage", address]
     code, said = call(flags)
     assert code == 2 and "another search runs the study search: process " in said
-    assert "begins" not in said and ownership.last_beat(shared)
+    assert "begins" not in said and study.last_beat(shared)
 
 
 def changed(space_file: Path) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt2.base.errors import ConfigError
 from gpt2.cli import search
 from gpt2.config import options, presets
-from gpt2.experiments.search import space, spec, trial_report
+from gpt2.experiments.search import space, spec
 
 RUN = options.overlay(presets.preset("demo"), {"max_steps": 500, "eval_interval": 100})
 MIXED = """
@@ -264,7 +264,7 @@ def test_a_range_with_steps_has_the_numbers_that_were_written(
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [space.suggest(study.ask(), chosen)["dropout"] for _ in range(60)]
     assert set(drawn) == values
-    used = [trial_report.used_values(item)["dropout"] for item in study.get_trials()]
+    used = [space.used_values(item)["dropout"] for item in study.get_trials()]
     assert used == drawn
 
 

@@ -20,7 +20,7 @@ import mutations
 from experiments.search.played import SLOT, Played, trial_of
 from gpt2.base.errors import ConfigError, TrainingError
 from gpt2.experiments.pool.job import Event, Job
-from gpt2.experiments.search import ownership, study, trial_report, trial_source
+from gpt2.experiments.search import study, trial_report, trial_source
 
 
 def trained(played: Played, job: Job) -> Path:
@@ -126,7 +126,7 @@ def test_a_renamed_machine_and_a_moved_folder_keep_their_trials(
     again = Played(tmp_path / "there", storage=shared(tmp_path))
     assert again.next().name == job.name
     for folder, host in (("there", ""), ("nowhere", "renamed:")):
-        found = ownership.location_of(again.study, trial_of(again.study, job), tmp_path / folder)
+        found = study.location_of(again.study, trial_of(again.study, job), tmp_path / folder)
         assert found == f"{host}{tmp_path}/there/trial_000"
 
 
@@ -137,7 +137,9 @@ class BreakableStorage:
         self._storage = played.study._storage
         played.study._storage = self  # type: ignore[assignment]
         self.failures = 0
-        self.deleted = False
+        self.calls = 0
+        self.lost_reply = 0
+        """the call that takes effect, but whose reply is lost"""
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._storage, name)
@@ -145,11 +147,15 @@ class BreakableStorage:
             return found
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            cause = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
             if self.failures:
                 self.failures -= 1
-                cause = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
                 raise StorageInternalError("commit") from cause
-            return found(*args, **kwargs)
+            result = found(*args, **kwargs)
+            if self.calls == self.lost_reply:
+                raise StorageInternalError("commit") from cause
+            return result
 
         return call
 
@@ -170,6 +176,33 @@ def test_an_unreachable_database_is_retried(tmp_path: Path, caplog: pytest.LogCa
         assert played.source.done == number + 1
     assert played.states == ["COMPLETE", "COMPLETE"], "no call took effect twice"
     assert "server closed the connection; next attempt in 0.001s" in caplog.messages[0]
+
+
+def outcome_with_lost_reply(folder: Path, number: int) -> tuple[int, Any]:
+    """A search that loses the reply to a call of its storage: all calls, and what it leaves."""
+    played = Played(folder, startup_trials=1, patience=2)
+    played.source.pauses_s = (0.001,)
+    storage = BreakableStorage(played)
+    storage.lost_reply = number
+    first, second = played.next(), played.next()
+    answers = []
+    for job, *losses in ((first, 9.0, 5.0), (second, 9.5)):
+        for step, loss in enumerate(losses, start=1):
+            metrics = {"step": 10 * step, "val_loss": loss}
+            answers.append(played.tell(job, "reported", metrics=metrics))
+        played.tell(job, "finished" if job is first else "pruned", result={"tokens": 5})
+    played.tell(played.next(), "failed", reason="out of disk space")
+    calls, played.study._storage = storage.calls, storage._storage
+    trials = [(item.state, item.value) for item in played.study.get_trials()]
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    stored = [[json.loads(line)[key] for key in ("job", "state", "result")] for line in lines]
+    return calls, (answers, trials, stored, played.source.failed_in_a_row)
+
+
+def test_what_is_begun_when_the_connection_is_lost_is_done_once(tmp_path: Path):
+    calls, expected = outcome_with_lost_reply(tmp_path / "0", 0)
+    for number in range(1, calls + 1, 12):
+        assert outcome_with_lost_reply(tmp_path / str(number), number)[1] == expected
 
 
 def test_a_long_outage_ends_the_search_and_a_stop_ends_retrying(tmp_path: Path):
@@ -256,7 +289,7 @@ def test_a_second_owner_is_refused(tmp_path: Path, is_copy: bool):
     clock.now += 40
     with pytest.raises(ConfigError) as refused:
         Played(second, clock, storage=shared(tmp_path))
-    owner = ownership.last_beat(one.study).owner
+    owner = study.last_beat(one.study).owner
     assert owner.startswith(f"process {os.getpid()} on {socket.gethostname()}:{first}, since ")
     assert str(refused.value) == (
         f"another search runs the study search: {owner}; stop it, use another --study_name, or run "
@@ -284,7 +317,7 @@ def test_a_dead_owner_is_replaced_and_its_trials_continue(
     ]
     again = two.next()
     assert again.name == job.name and again.kwargs["parameters"] == job.kwargs["parameters"]
-    folder = ownership.location_of(two.study, trial_of(two.study, job), tmp_path / "two")
+    folder = study.location_of(two.study, trial_of(two.study, job), tmp_path / "two")
     assert folder == f"{tmp_path}/two/trial_000"
     with pytest.raises(TrainingError, match=r"search was taken over by process .*/two, since"):
         one.source.event(Event("waiting", SLOT))
@@ -316,7 +349,7 @@ def test_heartbeats_do_not_change_the_values_of_trials(tmp_path: Path):
             clock.now += seconds
             played.finishes(played.next(), 5.0 + number % 3)
         drawn.append([item.params for item in played.study.get_trials()])
-        assert ownership.last_beat(played.study).beat == clock.now
+        assert study.last_beat(played.study).beat == clock.now
     assert drawn[0] == drawn[1]
 
 
@@ -386,8 +419,8 @@ def test_an_invalid_url_is_refused(tmp_path: Path, address: str, words: str):
 def test_the_id_is_in_the_folder(tmp_path: Path):
     Played(tmp_path / "search")
     about = json.loads((tmp_path / "search" / "study.json").read_text())
-    assert about["id"] == ownership.folder_id(tmp_path / "search")
-    assert ownership.folder_id(tmp_path) == ""
+    assert about["id"] == study.folder_id(tmp_path / "search")
+    assert study.folder_id(tmp_path) == ""
 
 
 def test_a_damaged_study_file_is_named_and_kept(tmp_path: Path):

@@ -19,7 +19,7 @@ from gpt2.experiments.pool.process import Engine
 from gpt2.experiments.pool.scheduler import Limits, Scheduler, worker_logs
 from gpt2.experiments.progress.live_view import showing_progress
 from gpt2.experiments.progress.state import ExperimentState
-from gpt2.experiments.search import best, ownership, space, spec, study, trial, trial_report
+from gpt2.experiments.search import best, space, spec, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.trial_source import TrialSource
 
@@ -43,7 +43,7 @@ def run(
         store = stack.enter_context(opened)
         stack.enter_context(study.storage_errors())
         optuna_study = study.open_study(search)
-        heartbeat = ownership.Heartbeat(optuna_study, search.folder)
+        heartbeat = study.Heartbeat(optuna_study, search.folder)
         stack.callback(heartbeat.end)
         source = TrialSource(optuna_study, search, store, heartbeat, make_job)
         source.catch_up()
@@ -120,7 +120,7 @@ def summarize(
             out.print(f"Best model: {search.folder / best.FOLDER}; training in full:")
             out.print(f"  {command}", soft_wrap=True)
         elif finished:
-            location = ownership.location_of(optuna_study, finished[0], search.folder)
+            location = study.location_of(optuna_study, finished[0], search.folder)
             out.print(f"Best trial: {location}, without files in {search.folder}", soft_wrap=True)
     except (OSError, UserError) as error:
         logger.warning("the summary could not be written completely: %s", error)

@@ -21,7 +21,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.validation import is_finite, nearest_multiples, require
@@ -46,6 +46,8 @@ MAX_SHAPES = 5000
 TOKEN_TOLERANCE = 0.05
 """share by which the tokens before a validation may differ between trials if batch sizes are a
 range: no number of steps gives the same tokens for all of them"""
+USED = "used_"
+"""attributes of a trial with this prefix: the value that it used in place of the drawn one"""
 
 DEFAULT = """\
 learning_rate = {{low = {rates[0]}, high = {rates[1]}, log = true}}
@@ -214,6 +216,12 @@ def exact(distribution: BaseDistribution, value: Any) -> Any:
     they have 0.30000000000000004 as the second."""
     has_steps = isinstance(distribution, FloatDistribution) and distribution.step is not None
     return float(f"{value:.12g}") if has_steps else value
+
+
+def used_values(item: FrozenTrial) -> dict[str, Any]:
+    """The values that a trial trained with: the drawn ones, or those that replaced them."""
+    drawn = {name: exact(item.distributions[name], value) for name, value in item.params.items()}
+    return {name: item.user_attrs.get(USED + name, value) for name, value in drawn.items()}
 
 
 def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from rich.table import Table
 from gpt2.base import atomic_files
 from gpt2.base.text import four_digits, table
 from gpt2.config.flops import duration
-from gpt2.experiments.search import ownership, space, trial
+from gpt2.experiments.search import space, study, trial
 from gpt2.inspection import figures, plot
 from gpt2.inspection.figures import GREY, RED
 from gpt2.metrics.log_reader import LoggedRun
@@ -39,8 +39,6 @@ COMPARISON, HISTORY = "all_trials_comparison.png", "optimization_history.png"
 RELATIONSHIPS = "hyperparameter_relationships.png"
 TOP, PAGE = "top5_trials.csv", "report.html"
 BEST = 5
-USED = "used_"
-"""attributes with this prefix: the value that a trial used in place of the drawn one"""
 BLUE = "#1f77b4"
 OUTCOMES: Any = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 LOG_RATIO = 20
@@ -65,14 +63,6 @@ td {{ padding: .2em .8em; text-align: right; }} tr:nth-child(even) {{ background
 <table>{rows}</table>
 </html>
 """
-
-
-def used_values(item: FrozenTrial) -> dict[str, Any]:
-    """The values that a trial trained with: the drawn ones, or those that replaced them."""
-    drawn = {
-        name: space.exact(item.distributions[name], value) for name, value in item.params.items()
-    }
-    return {name: item.user_attrs.get(USED + name, value) for name, value in drawn.items()}
 
 
 def loss_of(item: FrozenTrial) -> float:
@@ -126,7 +116,7 @@ def cells(item: FrozenTrial, names: Sequence[str]) -> list[str]:
     return [
         trial.name_of(item.number),
         "-" if math.isnan(loss) else f"{loss:.4f}",
-        *(cell(used_values(item).get(name)) for name in names),
+        *(cell(space.used_values(item).get(name)) for name in names),
         "-" if seconds is None else duration(seconds),
     ]
 
@@ -138,12 +128,12 @@ def cell(value: Any) -> str:
     return four_digits(value) if type(value) is int else str(value)
 
 
-def write(study: Study, folder: Path, command: str | None) -> list[Path]:
+def write(optuna_study: Study, folder: Path, command: str | None) -> list[Path]:
     """Writes the report to `summary` in `folder`; returns its files, none if there is no result.
 
     Raises ConfigError or OSError if a file cannot be written.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials = optuna_study.get_trials(deepcopy=False)
     if not any(item.state.is_finished() or item.intermediate_values for item in trials):
         return []
     target = folder / FOLDER
@@ -153,8 +143,8 @@ def write(study: Study, folder: Path, command: str | None) -> list[Path]:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "trial", "val_loss", *names, "seconds", "folder"])
     for rank, item in enumerate(best, 1):
-        values = map(used_values(item).get, names)
-        location = ownership.location_of(study, item, folder)
+        values = map(space.used_values(item).get, names)
+        location = study.location_of(optuna_study, item, folder)
         writer.writerow([rank, item.number, item.value, *values, train_s(item), location])
     atomic_files.write_text(target / TOP, text.getvalue())
     pictures = {
@@ -163,7 +153,7 @@ def write(study: Study, folder: Path, command: str | None) -> list[Path]:
         RELATIONSHIPS: draw_relationships,
     }
     for name, draw in pictures.items():
-        figures.write(functools.partial(draw, study), target / name)
+        figures.write(functools.partial(draw, optuna_study), target / name)
     paths = [target / name for name in pictures]
     atomic_files.write_text(target / PAGE, html_page(trials, folder.name, command, paths))
     return [target / TOP, *paths, target / PAGE]
@@ -224,7 +214,7 @@ def draw_relationships(study: Study) -> Figure:
     rises = []
     for name, axes in zip(names, grid.flat, strict=False):
         drawn = [item for item in trials if name in item.params]
-        places, rise = _place(axes, [used_values(item)[name] for item in drawn])
+        places, rise = _place(axes, [space.used_values(item)[name] for item in drawn])
         shades = [colors[item.number] for item in drawn]
         axes.scatter(places, [loss_of(item) for item in drawn], c=shades, s=22, linewidths=0)
         title = figures.wrapped(name, TITLE_LETTERS)

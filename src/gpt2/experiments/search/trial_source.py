@@ -27,7 +27,7 @@ from gpt2.base.text import brief
 from gpt2.config import options
 from gpt2.experiments.pool.job import Event, Job
 from gpt2.experiments.results import JobResult, ResultsStore
-from gpt2.experiments.search import best, ownership, space, study, trial, trial_report
+from gpt2.experiments.search import best, space, study, trial, trial_report
 from gpt2.experiments.search.spec import Search
 from gpt2.experiments.search.study import ENDING, REASON, RESULT
 from gpt2.train.report import Answer
@@ -66,7 +66,7 @@ class TrialSource:
         optuna_study: Study,
         search: Search,
         store: ResultsStore,
-        heartbeat: ownership.Heartbeat,
+        heartbeat: study.Heartbeat,
         make_job: Callable[..., Job] = trial.job,
     ) -> None:
         self._study, self._search, self._store = optuna_study, search, store
@@ -147,7 +147,7 @@ class TrialSource:
         """
         search, name = self._search, trial.name_of(started.number)
         item, folder = self._trials()[started.number], search.folder / name
-        is_new = ownership.TRIAL_FOLDER not in item.user_attrs
+        is_new = study.TRIAL_FOLDER not in item.user_attrs
         if is_new and folder.exists() and any(folder.iterdir()):
             self._reject(started, f"{folder} exists and is not of this trial; move it away")
             return None
@@ -161,8 +161,8 @@ class TrialSource:
         used = {name: plain[options.locate(name)[0]][name] for name in drawn}
         for option, value in used.items():
             if value != drawn[option]:
-                started.set_user_attr(trial_report.USED + option, value)
-        started.set_user_attr(ownership.TRIAL_FOLDER, ownership.folder_id(search.folder))
+                started.set_user_attr(space.USED + option, value)
+        started.set_user_attr(study.TRIAL_FOLDER, study.folder_id(search.folder))
         self._running[name] = RunningTrial(
             started,
             run_config.evaluation.eval_interval,
@@ -227,10 +227,6 @@ class TrialSource:
         if item.state != state:
             logger.warning("%s was %s", trial.name_of(item.number), BY_OTHERS)
         self.failed_in_a_row = self.failed_in_a_row + 1 if item.state == TrialState.FAIL else 0
-        if item.state == TrialState.COMPLETE:
-            # The summary tries this again at the end, and reports the error.
-            with contextlib.suppress(OSError, UserError):
-                best.export(self._trials(), self._search.folder)
 
     def _conclude(
         self,
@@ -246,6 +242,10 @@ class TrialSource:
             ended.set_user_attr(RESULT, dict(event.result or {}) if event else {})
             ended.set_user_attr(REASON, reason)
         item = self._study.tell(ended.number, value, state, skip_if_finished=True)
+        if item.state == TrialState.COMPLETE:
+            # The summary tries this again at the end, and reports the error.
+            with contextlib.suppress(OSError, UserError):
+                best.export(self._trials(), self._search.folder)
         self._clear_and_store(item, event)
         return item
 
@@ -256,7 +256,7 @@ class TrialSource:
         if item.state in COUNTED and not self._search.keep_checkpoints:
             trial.drop_checkpoints(self._search.folder / name)
         ended = JobResult.from_event(event, {}) if event else JobResult(name, "failed", {})
-        state, values = trial_report.OUTCOMES[item.state.name], trial_report.used_values(item)
+        state, values = trial_report.OUTCOMES[item.state.name], space.used_values(item)
         reason = "" if state == "finished" else item.user_attrs.get(REASON, BY_OTHERS)
         result = item.user_attrs.get(RESULT, {}) | {"val_loss": trial_report.loss_of(item)}
         self._store.add(replace(ended, state=state, values=values, result=result, reason=reason))
