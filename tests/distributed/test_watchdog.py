@@ -110,6 +110,23 @@ def test_without_a_known_cause_a_rank_says_what_it_noticed(exit_codes, caplog):
     assert "rank 0 got no reply from another rank within 9 s (--collective_timeout)" in caplog.text
 
 
+def test_a_rank_that_has_noticed_nothing_hangs(exit_codes, caplog):
+    store = HashStore()
+    Watchdog(2, store, 9.0, size=4).reason(LOST)  # the connections of rank 0 are closed
+    reason, reports = failed(0, HANGS, store)
+    assert reason == "rank 1: it hangs: no reply from it, nor from rank 3 within 9 s"
+    assert reports == [reason]
+    assert f"from another rank within 9 s (--collective_timeout): {reason}. This" in caplog.text
+    assert failed(3, LOST, store)[1] == [reason]
+
+
+def test_no_rank_is_said_to_hang_if_all_have_noticed(exit_codes):
+    store = HashStore()
+    for rank in (1, 2, 3):
+        Watchdog(rank, store, 9.0, size=4).reason(LOST)
+    assert failed(0, HANGS, store)[0] == "no reply from another rank within 9 s: a rank hangs"
+
+
 def test_a_rank_waits_for_the_cause_to_be_recorded(exit_codes, monkeypatch):
     monkeypatch.setattr(watchdog, "NOTICED_S", 60.0)
     store = HashStore()

@@ -51,6 +51,8 @@ def test_a_rank_that_hangs_is_noticed(data_root: Path, tmp_path: Path):
     where = text.split("This rank waited here:\n")[1:]
     assert text.count(noticed) == len(where), "one of them, or both if they end at one time"
     assert all("gpt2/train/trainer.py" in trace for trace in where)
+    hangs = "rank 2: it hangs: no reply from it within 15 s"
+    assert status.read(run.out / "checkpoints").reason == hangs and hangs in text
 
 
 FAILING = """
@@ -65,6 +67,21 @@ def fail(self, *arguments):
 GPT2.forward = fail
 """
 """Rank 1 fails in its tenth forward pass of at least four steps."""
+
+
+HANGING = FAILING.replace("raise {error}", "import signal; signal.pause()")
+
+
+def test_a_rank_that_hangs_is_named_and_says_where(data_root: Path, tmp_path: Path):
+    script = patched_script(tmp_path / "hanging.py", HANGING)
+    flags = small_flags(data_root, tmp_path, **ENDLESS, collective_timeout=5)
+    variables = {"TORCHELASTIC_RUN_ID": "x"}  # each rank has the thread of a watchdog
+    text = forked_ranks.run(flags, 3, tmp_path, script, expect=1, **variables)
+    hangs = "rank 1: it hangs: no reply from it within 5 s"
+    assert status.read(tmp_path / "checkpoints").reason == hangs
+    assert set(re.findall(r"rank \d exits because of (.*)", text)) <= {hangs}
+    _, _, trace = text.partition("rank 1: its main thread is here:")
+    assert 'hanging.py", line' in trace and "signal.pause()" in trace
 
 
 def failing_script(folder: Path) -> Path:

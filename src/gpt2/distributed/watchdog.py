@@ -2,7 +2,8 @@
 
 A rank that fails writes its failure to the store that torchrun keeps for all ranks, before its
 connections close. A rank that only notices a lost connection waits for that, so that all name the
-same one, the first that failed. A thread on every rank reads the store once per second, because the
+same one, the first that failed. A rank that hangs is the one that has not noticed that a reply is
+missing. A thread on every rank reads the store once per second, because the
 main thread may wait in a collective for ever. The same thread notices when torchrun or another rank
 on this machine has died, and when Ctrl+C is pressed twice: while the main thread waits in C, it
 does not run Python's signal handlers.
@@ -18,6 +19,7 @@ import queue
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -38,8 +40,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FAILURE_KEY = "gpt2/failed"
-PROCESS_KEY, LEFT_KEY = "gpt2/process", "gpt2/left"
-"""with the number of a rank: its ProcessIdentity, and that it ended as it should"""
+PROCESS_KEY, LEFT_KEY, NOTICED_KEY = "gpt2/process", "gpt2/left", "gpt2/noticed"
+"""with the number of a rank: its ProcessIdentity, that it ended as it should, and that it waited
+for another rank in vain"""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 1.0
 SAVE_GRACE_S = 30.0
@@ -60,6 +63,8 @@ class Failure:
 
     rank: int
     reason: str
+    hangs: bool = False
+    """whether other ranks say so, as this one does not answer"""
 
     def __str__(self) -> str:
         """One line; some reasons have more, such as those of errors in CUDA kernels."""
@@ -151,7 +156,7 @@ class Watchdog:
 
     def reason(self, error: BaseException) -> str:
         """Why this rank ends with `error`: another rank's failure if `error` is a lost rank."""
-        first = self._others_failure() if self._has_noticed(error) else None
+        first = self._others_failure(error) if self._has_noticed(error) else None
         return f"rank {first.rank}: {first.reason}" if first else self._description(error)
 
     def _has_noticed(self, error: BaseException) -> bool:
@@ -186,27 +191,51 @@ class Watchdog:
         except queue.Empty:
             return None
 
-    def _others_failure(self) -> Failure | None:
-        """The failure that this rank has noticed by a lost connection, once it is recorded; None if
-        it is not within NOTICED_S."""
-        deadline = time.monotonic() + NOTICED_S
-        while (found := self._query(_recorded)) is None and time.monotonic() < deadline:
+    def _others_failure(self, error: BaseException) -> Failure | None:
+        """The failure that this rank has noticed by `error`, once it is recorded within NOTICED_S;
+        else that of the rank that hangs, if it is known."""
+
+        def recorded(store: "Store") -> Failure | None:
+            store.set(f"{NOTICED_KEY}/{self._rank}", "")
+            return _recorded(store)
+
+        is_hang = lost_rank.is_without_reply(error)
+        # A missing reply closes the connections, by which others notice it: they wait for longer.
+        deadline = time.monotonic() + NOTICED_S - is_hang * POLL_S
+        while (found := self._query(recorded)) is None and time.monotonic() < deadline:
             self._is_over.wait(NOTICED_POLL_S)
+        if found is None and is_hang and (silent := self._query(self._silent_ranks)):
+            who = "".join(f", nor from rank {other}" for other in silent[1:])
+            reason = f"it hangs: no reply from it{who} within {self._timeout_s:g} s"
+            found = self._first_failure(Failure(silent[0], reason, hangs=True))
         return found
+
+    def _silent_ranks(self, store: "Store") -> list[int]:
+        """The ranks that run and have not noticed that a reply is missing. Empty if several are all
+        others: then this one may be cut off."""
+        silent = [
+            other
+            for other in self._others
+            if not store.check([f"{NOTICED_KEY}/{other}"])
+            and not store.check([f"{LEFT_KEY}/{other}"])
+        ]
+        return silent if len(silent) < max(2, len(self._others)) else []
 
     def _exit_process(self, error: Exception) -> None:
         """Ends this process with exit code 1. Logs the traceback if this rank failed first."""
         is_lost = self._has_noticed(error)
         own = Failure(self._rank, self._description(error))
-        first = (self._others_failure() if is_lost else None) or self._first_failure(own) or own
+        found = self._others_failure(error) if is_lost else None
+        first = found or self._first_failure(own) or own
         trace = addresses.without_secrets("".join(traceback.format_exception(error)).rstrip())
         if is_lost and lost_rank.is_without_reply(error):
             # Every rank that still runs logs this. The rank that hangs logs nothing.
             logger.error(
-                "rank %d got no reply from another rank within %g s (--collective_timeout): a rank "
-                "hangs. This rank waited here:\n%s",
+                "rank %d got no reply from another rank within %g s (--collective_timeout): %s. "
+                "This rank waited here:\n%s",
                 self._rank,
                 self._timeout_s,
+                first if found else "a rank hangs",
                 trace,
             )
         elif first.rank != self._rank:
@@ -258,6 +287,8 @@ class Watchdog:
                 store = None
                 continue
             if failure is not None:
+                if failure.hangs and failure.rank == self._rank:
+                    logger.error("rank %d: its main thread is here:\n%s", self._rank, _main_trace())
                 self._end_unless_main_thread_exits(str(failure), 1, failure)
                 return
 
@@ -323,6 +354,12 @@ def is_under_torchrun() -> bool:
 def _recorded(store: "Store") -> Failure | None:
     """The first failure of a rank, if there is one."""
     return Failure(**json.loads(store.get(FAILURE_KEY))) if store.check([FAILURE_KEY]) else None
+
+
+def _main_trace() -> str:
+    """Where the main thread of this process is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(frame)).rstrip()
 
 
 def _set_parent_death_signal(number: int) -> None:
