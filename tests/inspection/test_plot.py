@@ -227,6 +227,13 @@ def test_neither_divergence_nor_an_aborted_run_sets_the_range():
     assert plot.loss_range([curve([float("nan")] * 5)]) is None
 
 
+def test_a_run_that_is_somewhat_worse_from_its_first_measurement_on_is_seen():
+    good = [curve([4.0, 3.5, 3.2, 3.1, 3.0]), curve([4.1, 3.6, 3.3, 3.2, 3.1])]
+    pruned, hopeless = curve([5.2, 4.9]), curve([90.0, 80.0])
+    assert 4.9 < plot.loss_range([*good, pruned])[1] < 5.2
+    assert plot.loss_range([*good, pruned, hopeless])[1] < 5.2
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     write_log(tmp_path / "logs" / "log.txt", "a", [3.0] * 10)
     monkeypatch.chdir(tmp_path)

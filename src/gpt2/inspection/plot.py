@@ -249,18 +249,22 @@ def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, fl
     """The range of losses to show, or None without a finite loss.
 
     It cuts off the `steep` beginning, outliers, and losses above those at the first step, as of a
-    run that diverges. A run that ended in the steep beginning of the others does not count.
+    run that diverges. A run that ended in the steep beginning of the others does not count. Others
+    that lie above the range widen it, up to twice its height.
     """
     first = min(curve.steps[0] for curve in curves)
     steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
-    values = np.concatenate([curve.values[curve.steps >= steep_until] for curve in curves])
+    shown = [curve.values[curve.steps >= steep_until] for curve in curves]
+    shown = [finite for values in shown if len(finite := values[np.isfinite(values)])]
     begun_at = np.array([curve.values[0] for curve in curves if len(curve.values) > 1])
-    values, begun_at = values[np.isfinite(values)], begun_at[np.isfinite(begun_at)]
-    if not len(values):
+    begun_at = begun_at[np.isfinite(begun_at)]
+    if not shown:
         return None
-    low, high = np.quantile(values, NOISE)
+    low, high = np.quantile(np.concatenate(shown), NOISE)
     if len(begun_at):
         high = min(high, np.median(begun_at))
+    lowest = np.array([values.min() for values in shown])
+    high = np.max(lowest[lowest <= high + (high - low)], initial=high)
     return _widened(float(low), float(high), 0.05)
 
 
