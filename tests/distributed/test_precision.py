@@ -112,6 +112,7 @@ def test_a_run_without_kernels_ends_with_the_wheel_that_has_them(
     gpu(monkeypatch, capability)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 9000")
+    monkeypatch.setattr(torch.version, "cuda", None)
     precision.require_kernels(CPU)
     precision.require_kernels(CUDA)  # torch for the CPU, or for AMD: nothing is known
     monkeypatch.setattr(torch.version, "cuda", "13.0")
