@@ -7,7 +7,6 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from gpt2.base import folder_lock
@@ -60,8 +59,7 @@ def post_death(folder: Path, dead: ExperimentState, notifier: Notifier, more: st
     if not notifier.is_on or not notices.is_first_to_post_death(folder):
         return
     what = f"{dead.kind} {folder}"
-    last = replace(dead, state="stopped")  # so that the summary estimates no remaining time
-    done = rendering.summary(last, dead.written)
+    done = rendering.summary(dead.seen(is_held=False), dead.written)
     details = notices.words_of_death(dead.pid, dead.written, done, more)
     notifier.post("died", f"{what} on {dead.host} died", details, run=what)
 

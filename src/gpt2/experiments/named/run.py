@@ -58,7 +58,10 @@ def run(experiments: Sequence[Experiment], on: Sequence[Slot]) -> tuple[int, Exp
 
         def on_event(event: Event) -> None:
             if event.kind == "stopping":
-                _interrupt_at_next_signal()
+                # Another signal raises KeyboardInterrupt: the scheduler kills what still runs.
+                for number in KILLING_SIGNALS:
+                    if signal.getsignal(number) != signal.SIG_IGN:
+                        signal.signal(number, signal.default_int_handler)
             progress.report(source.as_shown(event))
 
         # A training has its own console log; how a job fails is in its event.
@@ -68,13 +71,6 @@ def run(experiments: Sequence[Experiment], on: Sequence[Slot]) -> tuple[int, Exp
         out.print("To continue, run the same command with --resume latest after --")
     last = progress.current
     return 128 + number if number else int(last.done < last.total), last
-
-
-def _interrupt_at_next_signal() -> None:
-    """The next signal raises KeyboardInterrupt, at which the scheduler kills what still runs."""
-    for number in KILLING_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
 
 
 class NamedTrainings:
