@@ -13,7 +13,7 @@ from gpt2.base.text import shortened
 from gpt2.cli.experiment_notices import posting_end
 from gpt2.cli.parse import USER_ERROR
 from gpt2.config import gpu_list
-from gpt2.experiments.named import experiment, run
+from gpt2.experiments.named import experiments
 from gpt2.experiments.pool.job import Slot
 
 HELP = """\
@@ -41,7 +41,7 @@ MOST_CELLS = 80
 class RunArguments:
     """What stands on the command line."""
 
-    experiments: Sequence[str]
+    texts: Sequence[str]
     """`NAME FLAGS…` each"""
     common: Sequence[str]
     """the flags of all experiments"""
@@ -63,18 +63,20 @@ def run_experiments(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     read = read_arguments(arguments)
-    if not read.experiments:
+    if not read.texts:
         print(HELP, file=sys.stderr)
         return USER_ERROR
-    named = experiment.parse_all(read.experiments, read.common)
+    named = experiments.parse_all(read.texts, read.common)
     names = shortened(", ".join(item.name for item in named), MOST_CELLS)
     with posting_end(read.options.get("--notify"), f"experiments {names}", None) as ended:
-        return ended(*run.run(named, _slots(read)))  # `_slots` may import torch to count GPUs
+        return ended(
+            *experiments.run(named, _slots(read))
+        )  # `_slots` may import torch to count GPUs
 
 
 def read_arguments(arguments: Sequence[str]) -> RunArguments:
     """The arguments by their meaning; raises ConfigError for an unknown option."""
-    experiments: list[str] = []
+    texts: list[str] = []
     options: dict[str, str] = {}
     rest = list(arguments)
     while rest and (argument := rest.pop(0)) != "--":
@@ -87,8 +89,8 @@ def read_arguments(arguments: Sequence[str]) -> RunArguments:
         elif argument.startswith("-"):
             raise ConfigError(f"unknown option {argument}; flags of all experiments come after --")
         else:
-            experiments.append(argument)
-    return RunArguments(experiments, rest, options)
+            texts.append(argument)
+    return RunArguments(texts, rest, options)
 
 
 def _slots(read: RunArguments) -> list[Slot]:
@@ -100,4 +102,4 @@ def _slots(read: RunArguments) -> list[Slot]:
         raise ConfigError("use either --gpus or --slots")
     if count is not None and max_gpus is not None:
         raise ConfigError("use either --max_gpus or --slots")
-    return run.slots_of(gpus if count is None else [], max_gpus, count)
+    return experiments.slots_of(gpus if count is None else [], max_gpus, count)
