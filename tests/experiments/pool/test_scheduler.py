@@ -367,6 +367,22 @@ def test_stop_kills_what_does_not_end(tmp_path: Path):
     assert not any(is_alive(event.pid) for event in source.events)
 
 
+@pytest.mark.parametrize("kind", ["failed", "finished"])
+def test_an_interrupt_that_comes_while_an_end_is_handled_ends_all(tmp_path: Path, kind: str):
+    """No worker is waited for that has ended already."""
+
+    def interrupted(event: Event) -> Answer:
+        if event.kind == kind:
+            raise KeyboardInterrupt
+        return "go"
+
+    trace = str(tmp_path / "trace")
+    jobs = [job("dies", "dies", trace=trace, times=9), job("ends", "square", seed=2)]
+    source = Given(*(jobs if kind == "failed" else jobs[1:]), answer=interrupted)
+    assert run(source, tmp_path, retries=0) == signal.SIGINT
+    assert not any(is_alive(event.pid) for event in source.events)
+
+
 def test_second_interrupt_kills_at_once(tmp_path: Path):
     """Although the job has all the time in the world."""
     trace = tmp_path / "trace"

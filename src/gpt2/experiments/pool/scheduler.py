@@ -6,6 +6,7 @@ that dies, hangs, runs out of memory or raises costs its own job only.
 """
 
 import contextlib
+import itertools
 import math
 import queue
 import signal
@@ -230,8 +231,9 @@ class Scheduler:
         with contextlib.suppress(queue.Empty):
             received.append(self._inbox.get(timeout=POLL_S))
         now = time.monotonic()
-        received += [self._inbox.get() for _ in range(self._inbox.qsize())]
-        for sender, message in received:
+        # One at a time: those after a KeyboardInterrupt are left for `_end_workers`.
+        others = (self._inbox.get() for _ in range(self._inbox.qsize()))
+        for sender, message in itertools.chain(received, others):
             slot = next(slot for slot in self._slots if slot.worker is sender)
             if isinstance(message, WorkerEnded):
                 self._on_death(slot, message)
@@ -289,14 +291,15 @@ class Scheduler:
     def _on_death(self, slot: _ManagedSlot, ended: WorkerEnded) -> None:
         """The slot has no worker any more."""
         attempt, slot.attempt = slot.attempt, None
-        if ended.lost == "engine" and not self._stopping:
-            slot.worker = None
-            raise TrainingError(f"{ended.reason}; run the same command to continue")
-        if ended.lost == "slot":
-            self._take_out_of_service(slot, ended.reason)
-        if attempt:
-            self._on_end(slot, attempt, JobEnded("lost", reason=ended.reason))
-        slot.worker, slot.kill_at, slot.kill_reason = None, None, ""
+        try:
+            if ended.lost == "engine" and not self._stopping:
+                raise TrainingError(f"{ended.reason}; run the same command to continue")
+            if ended.lost == "slot":
+                self._take_out_of_service(slot, ended.reason)
+            if attempt:
+                self._on_end(slot, attempt, JobEnded("lost", reason=ended.reason))
+        finally:  # also after KeyboardInterrupt: this message does not come again
+            slot.worker, slot.kill_at, slot.kill_reason = None, None, ""
 
     # Deadlines, bad slots, and the end of workers
 
