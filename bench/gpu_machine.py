@@ -169,8 +169,11 @@ def versions(record: Recorder, setting: Setting) -> None:
     record.add("software", f"{software}, {len(os.sched_getaffinity(0))} cores")
     record.add("libraries", libraries())
     lacking = compile_cache.missing()
-    record.add("torch.compile", f"needs {lacking}" if lacking else "works", "works", not lacking)
-    if torch.cuda.is_available():
+    can_compile = f"needs {lacking}" if lacking else "has what it needs"
+    if not torch.cuda.is_available():
+        record.add("torch.compile", can_compile)
+    else:
+        record.add("torch.compile", can_compile, "has what it needs", not lacking)
         with record.attempt("GPU"):
             record_gpu(record)
     name = str(own_dtype()).removeprefix("torch.")

@@ -92,6 +92,18 @@ def test_a_gpu_without_a_compiler_trains_without_compiling(tools: Path, caplog):
     assert not caplog.text
 
 
+def test_torch_2_9_cannot_compile_as_deterministic_requests(
+    tools: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    compiler(tools, finds_header=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for version, is_used in (("2.9.1+cu128", False), ("2.10.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert compile_cache.is_used("auto", CUDA) is is_used
+    assert caplog.text.count("that needs torch 2.10 or newer beside --deterministic") == 1
+    assert not compile_cache.is_used("auto", CPU) and compile_cache.is_used("on", CPU)
+
+
 def test_triton_also_needs_the_headers_of_python(tools: Path, monkeypatch: pytest.MonkeyPatch):
     path = compiler(tools, finds_header=False)
     assert "apt install python3-dev" in (compile_cache.missing() or "")

@@ -31,11 +31,17 @@ ramp may have two shapes, beside those of validation"""
 def is_used(wanted: str, device: torch.device) -> bool:
     """Whether training is compiled; `wanted` is the value of --compile.
 
-    Raises ConfigError if that is `on` and Triton cannot work; with `auto`, that is a warning.
+    Raises ConfigError if that is `on` and Triton cannot work, or not as --deterministic requests;
+    with `auto`, that is a warning.
     """
     if wanted == "off" or (wanted == "auto" and not precision.can_compile(device)):
         return False
-    lacking = missing() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return True
+    lacking = missing()
+    # torch 2.9 has no torch._inductor.config.deterministic.
+    if torch.are_deterministic_algorithms_enabled() and torch.__version__.startswith("2.9."):
+        lacking = "torch 2.10 or newer beside --deterministic"
     if lacking is not None and wanted == "on":
         raise ConfigError(f"compile=on needs {lacking}, or use --compile off")
     if lacking is not None:
