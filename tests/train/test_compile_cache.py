@@ -14,6 +14,8 @@ from support import losses, run_command, small_flags, train_command
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import torch._dynamo  # torch sets a variable of its own when this is imported
+
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
