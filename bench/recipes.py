@@ -96,6 +96,7 @@ WITHOUT: dict[str, list[str]] = {
 }
 """flags that take a part of the recipe with `LEFT_OUT` away"""
 TRIED: dict[str, tuple[list[str], int]] = {
+    "sliding_window": (["--sliding_window", "64"], 0),
     "head_lr_ratio 0.3": (["--head_lr_ratio", "0.3"], 0),
     "head_lr_ratio 3": (["--head_lr_ratio", "3"], 0),
     "scalar_lr_ratio 0.3": (["--scalar_lr_ratio", "0.3"], 0),

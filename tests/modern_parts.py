@@ -9,4 +9,5 @@ PARTS: dict[str, Any] = {
     "value_embeddings": True,
     "embedding_skip": True,
     "layer_skip": True,
+    "sliding_window": 3,
 }

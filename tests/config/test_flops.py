@@ -94,6 +94,15 @@ def test_flops_per_token_counts_matrix_products(architecture: str):
     assert flops.flops_per_token(shape) == pytest.approx(3 * forward, rel=1e-3)
 
 
+def test_attention_within_a_window_counts_its_tokens():
+    sizes = {"architecture": "modern", "n_layer": 5, "n_head": 2, "n_embd": 8, "block_size": 16}
+    whole, narrow = ModelConfig(**sizes), ModelConfig(**sizes, sliding_window=4)
+    seen = 16 + 16  # the fourth and the last block
+    seen += 3 * 4
+    saved = flops.flops_per_token(whole) - flops.flops_per_token(narrow)
+    assert saved == 12 * 8 * (5 * 16 - seen)
+
+
 def test_mfu():
     shape = ModelConfig()
     speed = 0.5 * 312e12 / flops.flops_per_token(shape)

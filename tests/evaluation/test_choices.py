@@ -20,9 +20,9 @@ ALONE = distributed.World(0, 1, torch.device("cpu"))
 FULL = torch.autocast("cpu", enabled=False)
 
 
-def build(architecture: str = "gpt2") -> LanguageModel:
+def build(architecture: str = "gpt2", **parts: int) -> LanguageModel:
     torch.manual_seed(3)
-    built = model.build(replace(CONFIG, architecture=architecture))
+    built = model.build(replace(CONFIG, architecture=architecture, **parts))
     for (
         part
     ) in built.parameters():  # far from the initial weights, which make all tokens equally likely
@@ -68,6 +68,16 @@ def test_packed_endings_have_the_losses_of_each_ending_alone(architecture: str, 
     for ours, theirs in zip(losses, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert len({round(loss, 3) for row in losses for loss in row}) == 48
+
+
+def test_packed_endings_within_a_sliding_window():
+    whole, net = build("modern"), build("modern", sliding_window=5)
+    questions = random_questions(4)
+    losses = ending_losses(net, questions, ALONE, FULL, 150)
+    assert losses is not None
+    for ours, question in zip(losses, questions, strict=True):
+        assert ours == pytest.approx(one_by_one(net, question), rel=1e-5)
+        assert ours != pytest.approx(one_by_one(whole, question), rel=1e-5)
 
 
 def test_little_padding_and_no_more_tokens_than_the_limit(

@@ -90,19 +90,25 @@ def reference(net: Modern, tokens: list[int]) -> torch.Tensor:
                 added = [2 * sigmoid(gates[head]) * row[head] for head in range(heads)]
                 values[t] = values[t] + torch.cat(added)
         seen = []
+        window = shape.sliding_window if layer < 2 else None  # of three
         for t in range(len(tokens)):
+            first = max(0, t + 1 - window) if window else 0
             parts = []
             for head in range(heads):
                 place = slice(head * width, (head + 1) * width)
                 query = turned(queries[t][place], t)
                 scores = []
-                for s in range(t + 1):
+                for s in range(first, t + 1):
                     pairs = zip(query, turned(keys[s][place], s), strict=True)
                     product = sum((q * k.conjugate()).real for q, k in pairs)
                     scores.append(product / math.sqrt(width))
                 total = sum(map(math.exp, scores))
+                shares = [math.exp(score) / total for score in scores]
                 parts.append(
-                    sum(math.exp(scores[s]) / total * values[s][place] for s in range(t + 1))
+                    sum(
+                        share * row[place]
+                        for share, row in zip(shares, values[first:], strict=False)
+                    )
                 )
             seen.append(block["attention.out.weight"] @ torch.cat(parts))
         x = [vector + new for vector, new in zip(x, seen, strict=True)]
@@ -185,6 +191,29 @@ def test_parts_of_another_architecture_are_refused_by_name():
         ConfigError, match=r"layer_skip: only architecture=modern has .* or --no_layer_skip$"
     ):
         ModelConfig(layer_skip=True)
+
+
+def test_a_sliding_window_is_within_the_context_and_can_be_turned_off():
+    with pytest.raises(ConfigError) as caught:
+        replace(SHAPE, sliding_window=17)
+    assert str(caught.value) == (
+        "sliding_window=17 is larger than block_size=16; use --sliding_window 16 or less"
+    )
+    with pytest.raises(ConfigError, match=r"modern, or --sliding_window None$"):
+        ModelConfig(sliding_window=16)
+    with pytest.raises(ConfigError, match="sliding_window=0"):
+        replace(SHAPE, sliding_window=0)
+
+
+def test_a_window_as_long_as_the_row_changes_nothing():
+    whole, windowed = (perturbed(replace(SHAPE, sliding_window=window)) for window in (None, 16))
+    tokens_BT = torch.randint(50257, (3, 16))
+    losses = [net(tokens_BT, tokens_BT.flip(1)) for net in (whole, windowed)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(windowed.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_all_weights_are_matrices():

@@ -40,15 +40,18 @@ def moment_bytes(model: ModelConfig, optimizer: str, ranks: int = 1) -> tuple[in
 def flops_per_token(model: ModelConfig) -> float:
     """FLOPs of forward and backward for one token.
 
-    6 per weight of a matrix product, plus 12 · layers · width · context for attention (Chowdhery et
-    al. 2022, PaLM, appendix B). A token embedding that is also the output head counts. What is
-    looked up, as position embeddings are, norms and rotations do not count.
+    6 per weight of a matrix product, plus 12 · width · context for the attention of each layer
+    (Chowdhery et al. 2022, PaLM, appendix B), whose context is that of its window. A token
+    embedding that is also the output head counts. What is looked up, as position embeddings are,
+    norms and rotations do not count.
     """
     architecture = ARCHITECTURES[model.architecture]
-    attention = (
-        12.0 * model.n_layer * model.n_embd * model.block_size if architecture.attends else 0.0
+    seen = sum(
+        min(model.window_of(layer) or model.block_size, model.block_size)
+        for layer in range(model.n_layer if architecture.attends else 0)
     )
-    return 6.0 * (architecture.parameters(model) - architecture.look_ups(model)) + attention
+    weights = architecture.parameters(model) - architecture.look_ups(model)
+    return 6.0 * weights + 12.0 * model.n_embd * seen
 
 
 def mfu(tokens_per_s: float, model: ModelConfig, peak_flops: float) -> float:

@@ -20,8 +20,11 @@ MODERN_FLAGS = (
     "value_embeddings",
     "embedding_skip",
     "layer_skip",
+    "sliding_window",
 )
 VALUE_GATE_WIDTH = 32
+WHOLE_CONTEXT_EVERY = 4
+"""with a sliding window, every fourth block sees the whole context"""
 
 
 def padded(tokens: int) -> int:
@@ -65,6 +68,9 @@ class ModelConfig:
     """modern: every block also reads the embedding of the token"""
     layer_skip: bool = False
     """modern: late blocks also read the output of early ones"""
+    sliding_window: int | None = None
+    """modern: tokens that a block sees, including its own; every fourth block and the last one see
+    the whole context, as all do with None"""
 
     def __post_init__(self) -> None:
         require(
@@ -77,6 +83,7 @@ class ModelConfig:
         require_within(self, 1, 10**6, "n_head", "n_embd")
         require_within(self, 1, 10**9, "block_size", "window")
         require_within(self, 1, 10**4, "logit_softcap")
+        require_within(self, 1, 10**9, "sliding_window")
         _require_flags_of_architecture(self)
         ARCHITECTURES[self.architecture].check(self)
         require_within(self, 1, 10**9, "vocab_size")
@@ -88,6 +95,11 @@ class ModelConfig:
     def embedding_rows(self) -> int:
         """`vocab_size`; as for GPT-2's tokens while the data is not known."""
         return self.vocab_size or padded(tokenizer.VOCAB_SIZE)
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a block sees; None is the whole context."""
+        sees_all = (layer + 1) % WHOLE_CONTEXT_EVERY == 0 or layer == self.n_layer - 1
+        return None if sees_all else self.sliding_window
 
     @property
     def value_layers(self) -> range:
@@ -139,7 +151,8 @@ def _require_even_heads(model: ModelConfig) -> None:
 
 def _require_flags_of_architecture(model: ModelConfig) -> None:
     used = [name for name in MODERN_FLAGS if getattr(model, name)]
-    off = " ".join(f"--{name} None" if name == "logit_softcap" else f"--no_{name}" for name in used)
+    numbers = ("logit_softcap", "sliding_window")
+    off = " ".join(f"--{name} None" if name in numbers else f"--no_{name}" for name in used)
     require(
         not used or model.architecture == "modern",
         f"{', '.join(used)}: only architecture=modern has such parts, got "
@@ -147,11 +160,18 @@ def _require_flags_of_architecture(model: ModelConfig) -> None:
     )
 
 
-def _require_window_in_context(model: ModelConfig) -> None:
+def _require_even_heads_and_a_window_in_context(model: ModelConfig) -> None:
+    _require_even_heads(model)
+    if model.sliding_window is not None:
+        _require_in_context(model, "sliding_window")
+
+
+def _require_in_context(model: ModelConfig, name: str) -> None:
+    window = getattr(model, name)
     require(
-        model.window <= model.block_size,
-        f"window={model.window} is larger than block_size={model.block_size}; "
-        f"use --window {model.block_size} or less",
+        window <= model.block_size,
+        f"{name}={window} is larger than block_size={model.block_size}; "
+        f"use --{name} {model.block_size} or less",
     )
 
 
@@ -213,7 +233,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "modern": Architecture(
         model="gpt2.model.modern:Modern",
-        check=_require_even_heads,
+        check=_require_even_heads_and_a_window_in_context,
         parameters=_modern_parameters,
         look_ups=_modern_look_ups,
         attends=True,
@@ -221,7 +241,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mlp": Architecture(
         model="gpt2.model.mlp:MLP",
-        check=_require_window_in_context,
+        check=lambda model: _require_in_context(model, "window"),
         parameters=_mlp_parameters,
         look_ups=lambda _: 0,
         attends=False,

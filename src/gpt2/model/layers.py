@@ -83,14 +83,18 @@ def attend(
     layer: int,
     context: Context,
     dropout: float = 0.0,
+    window: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention, (B, T, D), by scaled_dot_product_attention, which has flash kernels."""
-    mask = None
+    """Causal attention, (B, T, D), by scaled_dot_product_attention, which has flash kernels; with
+    the mask of a `window`, those that take a mask."""
+    mask = window
     if isinstance(context, KeyValueCache):
         k_BHTK, v_BHTK = context.extend(layer, k_BHTK, v_BHTK)
-        mask = context.causal_mask(q_BHTK.size(2))
-    elif isinstance(context, Tensor):
-        mask = context.unsqueeze(1)
+    if mask is None:
+        if isinstance(context, KeyValueCache):
+            mask = context.causal_mask(q_BHTK.size(2))
+        elif isinstance(context, Tensor):
+            mask = context.unsqueeze(1)
     # With a context, lengths vary, and cuDNN would prepare a plan for each of them.
     with sdpa_kernel(WITHOUT_CUDNN) if context is not None else contextlib.nullcontext():
         y_BHTK = F.scaled_dot_product_attention(
@@ -103,6 +107,19 @@ def attend(
             is_causal=mask is None and q_BHTK.size(2) == k_BHTK.size(2),
         )
     return y_BHTK.transpose(1, 2).flatten(2)
+
+
+def window_mask(positions_T: Tensor, context: Context, window: int) -> Tensor:
+    """True where a token sees another one: itself, and those of `context` and of its row that are
+    less than `window` positions before it. (T, S) for T tokens and S with those in a cache; for
+    positions (B, T), (B, 1, T, T)."""
+    seen_S = positions_T
+    if isinstance(context, KeyValueCache):
+        end = context.length + positions_T.size(-1)
+        seen_S = torch.arange(end, device=positions_T.device)
+    distance_TS = positions_T.unsqueeze(-1) - seen_S.unsqueeze(-2)
+    mask_TS = (distance_TS >= 0) & (distance_TS < window)
+    return (mask_TS & context).unsqueeze(1) if isinstance(context, Tensor) else mask_TS
 
 
 def split_heads(qkv_BTD: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

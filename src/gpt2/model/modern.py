@@ -8,6 +8,8 @@ Parts that presets turn on, each by a flag of the model:
 
 - `zero_init`: every block begins as the identity (Zhang et al. 2019, Fixup; as muP, Yang et al.
   2022, appendix D.2).
+- `sliding_window`: most blocks see the last tokens alone (Beltagy et al. 2020, Longformer, section
+  3.1), every fourth one the whole context.
 - `untied_head`: the output head has weights of its own, near zero at the beginning.
 - `logit_softcap`: bounded logits (Gemma Team 2024, section 2).
 - `value_embeddings`: some blocks add an embedding of the token to their values (after Zhou et al.
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 from gpt2.config.model import ModelConfig
 from gpt2.model.base import RESIDUAL_WRITERS, Context, LanguageModel
-from gpt2.model.layers import FeedForward, KeyValueCache, attend, split_heads
+from gpt2.model.layers import FeedForward, KeyValueCache, attend, split_heads, window_mask
 
 ROTATION_BASE = 10_000.0
 """about the number of tokens per radian of the slowest pair (Su et al. 2021, section 3.2.2)"""
@@ -62,6 +64,11 @@ class Modern(LanguageModel):
     def features(self, tokens_BT: Tensor, positions_T: Tensor, context: Context) -> Tensor:
         config, dtype = self.config, self.token_embedding.weight.dtype
         rotation = rotation_of(positions_T, config.n_embd // config.n_head, dtype)
+        window = (
+            window_mask(positions_T, context, config.sliding_window)
+            if config.sliding_window
+            else None
+        )
         x_BTD = self.dropout(self.token_embedding(tokens_BT))
         if config.embedding_skip:
             x_BTD = norm(x_BTD)
@@ -74,7 +81,8 @@ class Modern(LanguageModel):
                 x_BTD = x_BTD + self.embedding_scales[layer] * embedded_BTD
             if layer >= config.n_layer - skips:
                 x_BTD = x_BTD + self.skip_scales[config.n_layer - 1 - layer] * early.pop()
-            x_BTD = block(x_BTD, tokens_BT, rotation, layer, context)
+            seen = window if config.window_of(layer) else None
+            x_BTD = block(x_BTD, tokens_BT, rotation, layer, context, seen)
             if layer < skips:
                 early.append(x_BTD)
         return norm(x_BTD.to(dtype))
@@ -102,9 +110,15 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, squared_relu, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, tokens_BT: Tensor, rotation: Rotation, layer: int, context: Context
+        self,
+        x_BTD: Tensor,
+        tokens_BT: Tensor,
+        rotation: Rotation,
+        layer: int,
+        context: Context,
+        window: Tensor | None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(norm(x_BTD), tokens_BT, rotation, layer, context)
+        x_BTD = x_BTD + self.attention(norm(x_BTD), tokens_BT, rotation, layer, context, window)
         x_BTD = x_BTD + self.mlp(norm(x_BTD))
         return x_BTD
 
@@ -123,14 +137,20 @@ class Attention(nn.Module):
             self.value_gate = nn.Linear(config.value_gate_width, config.n_head, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, tokens_BT: Tensor, rotation: Rotation, layer: int, context: Context
+        self,
+        x_BTD: Tensor,
+        tokens_BT: Tensor,
+        rotation: Rotation,
+        layer: int,
+        context: Context,
+        window: Tensor | None,
     ) -> Tensor:
         q_BHTK, k_BHTK, v_BHTK = split_heads(self.query_key_value(x_BTD), self.n_head)
         q_BHTK, k_BHTK = normed_and_rotated(q_BHTK, rotation), normed_and_rotated(k_BHTK, rotation)
         if self.embeds_values:
             v_BHTK = v_BHTK + self._embedded_values(x_BTD, tokens_BT).to(v_BHTK.dtype)
         dropout = self.dropout if self.training else 0.0
-        y_BTD = attend(q_BHTK, k_BHTK, v_BHTK, layer, context, dropout)
+        y_BTD = attend(q_BHTK, k_BHTK, v_BHTK, layer, context, dropout, window)
         out_BTD: Tensor = self.residual_dropout(self.out(y_BTD))
         return out_BTD
 
