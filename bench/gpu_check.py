@@ -84,6 +84,7 @@ STAGES: tuple[Stage, ...] = (
     (Part("checkpoint", "gpu_pieces:checkpoint", "saving and loading", 45),),
     (speed(32),),
     (speed(16),),
+    (Part("windows", "gpu_pieces:windows", "attention within a window, two ways", 45),),
 )
 
 

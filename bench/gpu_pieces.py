@@ -17,10 +17,12 @@ import head
 import numpy as np
 import plain
 import torch
+import torch.nn.functional as F
 from gpu_check import Setting
 from gpu_report import Recorder
 from gpu_speed import LEARNING_RATE
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpt2.base.errors import is_out_of_memory
 from gpt2.checkpoint import metadata, store
@@ -31,6 +33,7 @@ from gpt2.data import tokenizer
 from gpt2.evaluation import choices, hellaswag
 from gpt2.evaluation.choices import Question
 from gpt2.inference import generate
+from gpt2.model.layers import window_mask
 from gpt2.optim.build import gradient_norm
 from gpt2.train import trainer
 from gpt2.train.replica import Replica
@@ -237,6 +240,48 @@ def in_autocast(
             way(*inputs)
 
     return work
+
+
+def windows(record: Recorder, setting: Setting) -> None:
+    """Attention of a block, forward and backward: to the whole context, and to a quarter of it,
+    with the mask of `--sliding_window` and by FlexAttention, which the package does not use."""
+    rows, heads, length, width = (1, 2, 64, 16) if setting.is_smoke else (16, 12, 1024, 64)
+    window, device = length // 4, gpu_machine.own_device()
+    torch.manual_seed(0)
+    shape, dtype = (3, rows, heads, length, width), torch.bfloat16
+    qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    mask = window_mask(torch.arange(length, device=device), None, window)
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "whole context": partial(F.scaled_dot_product_attention, is_causal=True),
+        "window, mask": partial(F.scaled_dot_product_attention, attn_mask=mask),
+    }
+    if gpu_machine.compiles(setting) and device.type == "cuda":  # no backward on CPUs
+        blocks = create_block_mask(
+            lambda _b, _h, t, s: (t >= s) & (t - s < window),
+            None,
+            None,
+            length,
+            length,
+            str(device),
+        )
+        ways["window, FlexAttention"] = partial(torch.compile(flex_attention), block_mask=blocks)
+    gradients: dict[str, Tensor] = {}
+    for name, way in ways.items():
+        with record.attempt(name):
+
+            def attend(way: Callable[[Tensor, Tensor, Tensor], Tensor] = way) -> Tensor:
+                (gradient,) = torch.autograd.grad(way(*qkv).square().sum(), qkv)
+                return gradient
+
+            gradients[name] = attend()
+            times = gpu_machine.device_ms(attend, repeats=2 if setting.is_smoke else 20)
+            record.add(name, f"{statistics.median(times):.2f} ms", milliseconds=times)
+    if "window, FlexAttention" in gradients:
+        ours, theirs = gradients["window, mask"].float(), gradients["window, FlexAttention"].float()
+        apart = float((ours - theirs).norm() / ours.norm())
+        record.add("gradients of the two apart", f"{apart:.1e}", "at most 0.02", apart <= 0.02)
+    else:
+        record.add("window, FlexAttention", "needs CUDA and torch.compile")
 
 
 def optimizers(record: Recorder, setting: Setting) -> None:
