@@ -105,15 +105,17 @@ def test_a_step_shows_the_rows_that_a_run_trains_on(
     """In the first epoch, in later ones, and where two meet."""
     order = {"block_size": 64, "total_batch_size": 64 * 70, "seed": 7, "shuffle": shuffle}
     off = dict.fromkeys(["eval_interval", "checkpoint_interval"])
-    batches = batches_of_run(data_root, tmp_path, **order, **off, max_steps=20, window=8)
-    assert len(batches) == 20
+    batches = batches_of_run(data_root, tmp_path, **order, **off, max_steps=24, window=8)
+    assert len(batches) == 24
     capsys.readouterr()
     config = tmp_path / "run.toml"
     config.write_text("[data]\nshuffle = '{shuffle}'\ntotal_batch_size = 4480\n".format(**order))
     flags = ("--preset", "demo", "--config", config, "--block_size", 64, "--seed", 7)
 
+    rows_of = [(np.load(path).size - 1) // 64 for path in data_root.glob("*train*.npy")]
+    first, second = (epoch * sum(rows_of) // 70 for epoch in (1, 2))  # steps in which one ends
     epochs = []
-    for step in (0, 8, 9, 16, 19):
+    for step in (0, first, first + 1, second, second + 1):
         rows = batches[step]
         found = shown_json(monkeypatch, capsys, data_root, "--step", step, "--rows", 99, *flags)
         assert {name: found[name] for name in order} == order

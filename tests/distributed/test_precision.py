@@ -132,7 +132,8 @@ def setting():
 def is_tf32() -> bool:
     """By the new name of the setting and by the former ones, which must agree."""
     new = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    assert torch.backends.cuda.matmul.allow_tf32 is new
+    with warnings.catch_warnings(action="ignore"):  # torch 2.9 warns of reading it
+        assert torch.backends.cuda.matmul.allow_tf32 is new
     assert (torch.get_float32_matmul_precision() == "high") is new
     return new
 

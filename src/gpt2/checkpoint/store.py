@@ -241,8 +241,11 @@ def resolved(path: Path) -> Path:
     """The path of a checkpoint's file, also if `path` is a link to it; the metadata lies there.
     Raises CheckpointError for links that form a circle, and for names that no file can have."""
     try:
-        return (atomic_files.pointed_at(path.resolve()) or path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle, before 3.13
+        found = (atomic_files.pointed_at(path.resolve()) or path).resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.stat()  # from Python 3.13 on, `resolve` raises for neither of them
+        return found
+    except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot read {path}: {reason}") from error
 

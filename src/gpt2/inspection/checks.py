@@ -64,7 +64,7 @@ def check_python(version: str, supported: str, tested: Sequence[str]) -> Finding
 def check_packages(
     expected: Iterable[Requirement], installed: Mapping[str, str | None]
 ) -> Iterator[Finding]:
-    """Whether each package has a tested version; `installed` has None for a missing package."""
+    """Whether each package has an expected version; `installed` has None for a missing package."""
     good = []
     for item in expected:
         version = installed[item.name]
