@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def environment(variable: str) -> dict[str, Any]:
     print("printed\nby a job")
     subprocess.run(["echo", "by a child"], check=True)
     return {"value": os.environ.get(variable), "pid": os.getpid(), "session": os.getsid(0)}
+
+
+def flags() -> list[Any]:
+    return [sys.flags.optimize, sys.flags.utf8_mode, sys.warnoptions]
 
 
 def rises() -> None:

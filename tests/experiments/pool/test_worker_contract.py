@@ -1,7 +1,10 @@
 """What every worker does, wherever it runs: one case class for all of them."""
 
+import os
 import queue
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,31 @@ class TestWorkerProcess(WorkerContract):
     @pytest.fixture
     def engine(self) -> Engine:
         return Engine([])
+
+    def test_the_end_by_a_signal_without_a_name_is_reported(self, engine: Engine, tmp_path: Path):
+        values = {"trace": str(tmp_path / "trace"), "times": 1, "number": signal.SIGRTMIN + 3}
+        started = Started(engine, tmp_path / "log", job("a", "dies", **values))
+        reason = f"its process was killed by signal {signal.SIGRTMIN + 3}"
+        assert started.until(WorkerEnded)[-1] == WorkerEnded(reason)
+
+    def test_it_runs_with_the_options_of_its_owner(self, tmp_path: Path):
+        code = (
+            "import pathlib, queue\n"
+            "from gpt2.experiments.pool import job, process\n"
+            "inbox = queue.SimpleQueue()\n"
+            "log = pathlib.Path('log')\n"
+            "worker = process.WorkerProcess(job.Slot(0, 'cpu0', {}), log, inbox)\n"
+            "worker.send(job.Job('a', 'experiments.jobs:flags', {}))\n"
+            "print([inbox.get()[1] for _ in range(3)][-1].result)"
+        )
+        command = [sys.executable, "-O", "-W", "error::UserWarning", "-X", "utf8", "-c", code]
+        tests = str(Path(__file__).parents[2])
+        path = os.pathsep.join((tests, *filter(None, [os.environ.get("PYTHONPATH")])))
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines() == ["[1, 1, ['error::UserWarning']]"], done.stderr
 
 
 @pytest.mark.soak

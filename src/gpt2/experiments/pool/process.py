@@ -34,7 +34,11 @@ owner, sys.path[:], sys.argv = connection.recv()
 from gpt2.experiments.pool import worker
 worker.serve(connection, owner)
 """
-"""what the new process runs, with `-P`: what it imports first is not in the current folder"""
+"""what the new process runs"""
+# As `multiprocessing` gets them, such as -O, -W and -X. -P: what the process imports first is not
+# in the current folder.
+OPTIONS = [*subprocess._args_from_interpreter_flags(), "-P"]  # type: ignore[attr-defined]
+"""those of the Python that this process runs in"""
 DEATH_S = 15.0
 """for SIGKILL to work: a process that waits for a broken device does not die"""
 
@@ -85,7 +89,7 @@ class WorkerProcess:
         try:
             with its_end, regular_file.open_to_append(self.log) as output:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", PROGRAM, str(its_end.fileno())],
+                    [sys.executable, *OPTIONS, "-c", PROGRAM, str(its_end.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=output if log else None,
                     stderr=output if log else None,
@@ -152,6 +156,7 @@ def _ended(exit_code: int) -> WorkerEnded:
         return WorkerEnded(reason, lost="engine")
     if exit_code >= 0:
         return WorkerEnded(f"its process ended with exit code {exit_code}")
-    name = signal.Signals(-exit_code).name
+    is_named = -exit_code in {*signal.Signals}  # most of the real-time signals are not
+    name = signal.Signals(-exit_code).name if is_named else f"signal {-exit_code}"
     note = " (as the kernel does when the memory runs out)" if name == "SIGKILL" else ""
     return WorkerEnded(f"its process was killed by {name}{note}")
