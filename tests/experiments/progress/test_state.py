@@ -40,6 +40,25 @@ def test_counts_and_slots_follow_the_events():
     assert tracker.current.state == "stopped" and tracker.current.left_s(clock.now) is None
 
 
+def test_no_job_runs_after_the_end():
+    """As when a full disk ends the experiment: no event says so of the jobs that ran."""
+    tracker = Tracker(total=3)
+    tracker.update(event("started", 0, "a", log="logs/a"))
+    tracker.update(event("reported", 0, "a", at=1.0, metrics={"step": 5, "total_steps": 10}))
+    tracker.end()
+    assert tracker.current.slots[0] == state.SlotState("gpu0", log="logs/a")
+    assert tracker.current.fraction == 0
+
+
+def test_losses_are_shown_with_four_decimals():
+    tracker = Tracker(total=3)
+    tracker.update(event("started", 0, "a"))
+    metrics = {"{x}": 10.53174, "val_loss": 10.53174, "loss": 3.27124, "tokens_per_s": 31415.9}
+    tracker.update(event("reported", 0, "a", at=1.0, metrics=metrics))
+    line = rendering.slot_line(tracker.current.slots[0], tracker.clock.now)
+    assert "loss 3.2712 | val_loss 10.5317 | 31,416 tokens/s | {x} 10.53" in line
+
+
 def test_the_newest_failures_are_kept():
     tracker = Tracker(total=1000)
     for number in range(100):

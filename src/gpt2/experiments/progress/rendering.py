@@ -13,7 +13,11 @@ from gpt2.config.flops import duration
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.progress.state import ExperimentState, SlotState
 
-FIRST_METRICS = ("loss", "val_loss", "tokens_per_s")
+FIRST_METRICS = {
+    "loss": "loss {:.4f}",
+    "val_loss": "val_loss {:.4f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+}
 MAX_METRICS = 6
 """shown per slot"""
 BAR_CELLS = 10
@@ -130,7 +134,9 @@ def _metrics(slot: SlotState) -> list[str]:
     """What the job reports beside its steps."""
     names = dict.fromkeys((*FIRST_METRICS, *slot.metrics))
     shown = [
-        f"{value:,.0f} tokens/s" if name == "tokens_per_s" else f"{name} {four_digits(value)}"
+        FIRST_METRICS[name].format(value)
+        if name in FIRST_METRICS
+        else f"{name} {four_digits(value)}"
         for name in names
         if name not in ("step", "total_steps") and (value := slot.metric(name)) is not None
     ]

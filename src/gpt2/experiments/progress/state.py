@@ -73,7 +73,6 @@ class SlotState:
 
     def after(self, event: Event, now: float) -> "SlotState":
         """The state after an event on this slot."""
-        idle = SlotState(self.slot, self.in_service, self.reason, log=self.log)
         if event.kind == "slot_lost":
             return replace(self, in_service=False, reason=event.reason)
         if event.kind == "reported":
@@ -85,14 +84,18 @@ class SlotState:
             return replace(self, **changes)
         if event.kind == "started" and event.job is not None:
             return replace(
-                idle,
+                self.idle(),
                 job=event.job.name,
                 pid=event.pid,
                 attempt=event.attempt,
                 began=now - event.elapsed_s,
                 log=event.log,
             )
-        return idle
+        return self.idle()
+
+    def idle(self) -> "SlotState":
+        """The slot without a job."""
+        return SlotState(self.slot, self.in_service, self.reason, log=self.log)
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,10 @@ class ExperimentState:
         return replace(self, **changes)
 
     def at_end(self, now: float) -> "ExperimentState":
-        """The state when the pool has ended: finished or stopped."""
+        """The state when the pool has ended, and no job runs: finished or stopped."""
         is_whole = self.ended >= self.total
-        return replace(self, state="finished" if is_whole else "stopped", written=now)
+        idle = tuple(slot.idle() for slot in self.slots)
+        return replace(self, state="finished" if is_whole else "stopped", slots=idle, written=now)
 
     def seen(self, is_held: bool) -> "ExperimentState":
         """What another process makes of it, given whether a process holds the folder."""
