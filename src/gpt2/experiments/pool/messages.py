@@ -91,11 +91,14 @@ def json_ready(value: Any, *, strict: bool = False) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if is_number(value):
-        if not strict and not is_finite(value):
+        is_whole = isinstance(value, numbers.Integral)
+        if not is_finite(value) and not (strict and is_whole):
+            if strict:
+                raise ValueError("a number is NaN, infinite or beyond the range of floats")
             return None
-        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        number = int(value) if is_whole else float(value)
         if strict:
-            json.dumps(number, allow_nan=False)  # ValueError, also for too many digits
+            json.dumps(number)  # ValueError for too many digits
         return number
     if isinstance(value, Mapping):
         items = value.items()
