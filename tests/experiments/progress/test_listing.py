@@ -56,6 +56,18 @@ def line_with(text: str, word: str) -> str:
     return next(line for line in text.splitlines() if word in line)
 
 
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_the_death_of_a_known_process_is_reported(tmp_path: Path, is_readable: bool):
+    folder, deaths = tmp_path / "killed", list[int]()
+    with experiment(folder, [1]) as tracker:
+        if not is_readable:
+            (folder / state.FILE).write_text("{")
+    view = listing.ExperimentView(folder, lambda _, found: deaths.append(found.pid))
+    for _ in range(2):
+        view.update()
+    assert view.state == "dead" and deaths == [tracker.current.pid] * is_readable
+
+
 def test_list_has_every_experiment_and_every_other_training(tmp_path: Path, monkeypatch, capsys):
     with experiment(tmp_path / "done", [1, 2], total=2) as tracker:
         end(tmp_path / "done", tracker)

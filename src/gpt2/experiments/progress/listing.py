@@ -219,7 +219,8 @@ class ExperimentView:
         current = state.read(self._folder) or self._current
         self._current = current.seen(folder_lock.has_live_owner(self._folder))
         before, self.state = self.state, self._current.state
-        if self.state == "dead" != before:
+        is_known = self._current.pid != 0  # not if `state.json` cannot be read
+        if is_known and self.state == "dead" != before:
             self._on_death(self._folder, self._current)
         return False
 
