@@ -3,8 +3,8 @@
 `sweep` and `together` store every result as soon as it is there, show the progress, and end with a
 table and a picture; the same command again runs only what is missing. The functions are defined at
 the top of a module, take and return plain values (numbers, strings, lists and dicts of them), and
-run in worker processes that import this module: a script starts its work below
-`if __name__ == "__main__":`.
+run in worker processes that import this module, and not the script that calls `sweep`, unless they
+are defined there: such a script starts its work below `if __name__ == "__main__":`.
 
 A function with a parameter `report` may call `report(step=…, total_steps=…, loss=…)`: the metrics
 are shown, and the answer is "go", or "stop" after Ctrl+C. It then returns or raises Stopped, and
