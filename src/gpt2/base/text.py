@@ -35,11 +35,11 @@ def four_digits(value: float) -> str:
 
 
 class PlainConsole(Console):
-    """Prints texts as they are, as paths and reasons may hold [brackets], but without passwords in
-    addresses, and with control characters as `visible` shows them."""
+    """Prints texts as they are, as paths and reasons may hold [brackets] and :colons:, but without
+    passwords in addresses, and with control characters as `visible` shows them."""
 
     def __init__(self, width: int | None = None) -> None:
-        super().__init__(highlight=False, markup=False, width=width)
+        super().__init__(highlight=False, markup=False, emoji=False, width=width)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -157,7 +157,7 @@ class _BackgroundStream:
         self._stream, self._pending = stream, deque[str]()
         self._live: Live | None = None
         if shown:
-            screen = Console(file=stream, highlight=False, markup=False)
+            screen = Console(file=stream, highlight=False, markup=False, emoji=False)
             self._live = Live(
                 console=screen,
                 get_renderable=lambda: rendering.view(
