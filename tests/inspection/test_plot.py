@@ -234,6 +234,14 @@ def test_a_run_that_is_somewhat_worse_from_its_first_measurement_on_is_seen():
     assert plot.loss_range([*good, pruned, hopeless])[1] < 5.2
 
 
+def test_few_losses_are_shown_from_the_first_one_on():
+    curves = [curve([8.3, 5.2, 5.1]), curve([8.4, 5.3, 5.2])]
+    low, high = plot.loss_range(curves, steep=0)
+    assert low < 5.1
+    assert 8.4 < high < 9
+    assert plot.loss_range([*curves, curve([8.3, 1e4, 1e4])], steep=0)[1] < 13
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     write_log(tmp_path / "logs" / "log.txt", "a", [3.0] * 10)
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 STEEP = 0.05
 """share of a run, at its beginning, whose losses may be cut off"""
+FEW = 6
+"""measurements, which are shown from the first one on"""
 NOISE = (0.001, 0.995)
 """quantiles of the other losses between which the picture reaches"""
 SMOOTHED = 0.01
@@ -250,7 +252,8 @@ def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, fl
 
     It cuts off the `steep` beginning, outliers, and losses above those at the first step, as of a
     run that diverges. A run that ended in the steep beginning of the others does not count. Others
-    that lie above the range widen it, up to twice its height.
+    that lie above the range widen it, up to twice its height. Without a steep beginning, first
+    losses above their median are shown, too.
     """
     first = min(curve.steps[0] for curve in curves)
     steep_until = first + steep * (max(curve.steps[-1] for curve in curves) - first)
@@ -262,7 +265,8 @@ def loss_range(curves: Sequence[Curve], steep: float = STEEP) -> tuple[float, fl
         return None
     low, high = np.quantile(np.concatenate(shown), NOISE)
     if len(begun_at):
-        high = min(high, np.median(begun_at))
+        begin = np.median(begun_at)
+        high = min(high, begin if steep else begin + (begin - low))
     lowest = np.array([values.min() for values in shown])
     high = np.max(lowest[lowest <= high + (high - low)], initial=high)
     return _widened(float(low), float(high), 0.05)
@@ -284,7 +288,8 @@ def _draw_loss(axes: Axes, curves: list[Curve]) -> None:
 
 def _draw_validation(axes: Axes, curves: list[Curve]) -> None:
     _draw_measured(axes, curves)
-    if shown := loss_range(curves):
+    steep = STEEP if max(len(curve.steps) for curve in curves) > FEW else 0
+    if shown := loss_range(curves, steep):
         axes.set_ylim(*shown)
 
 
