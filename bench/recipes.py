@@ -396,6 +396,8 @@ def report(bench: Bench) -> None:
         compare(bench.finished(bench.without(part)), bench.finished(bench.every_part))
     for name in TRIED:
         compare(bench.finished(bench.tried(name)), recipes[SHARE_OF_PARTS])
+    if bench.flags or bench.data.name != "python_stdlib":
+        return  # the pictures of docs/recipe.md are of the bench as it stands
     picture = Path(f"docs/recipe_{bench.size_name.replace('.', '_')}.png")
     curves = [item for item in (*best, *itertools.chain(*recipes.values())) if item.seed == 0]
     figures.write(lambda: draw(curves, goal), picture)
