@@ -89,6 +89,13 @@ def test_custom_table_and_picture(tmp_path: Path):
     assert "value: [1.66" in said(given) and (tmp_path / "kept" / "value.png").exists()
 
 
+def test_the_exit_code_is_1_if_no_result_has_the_metric(tmp_path: Path):
+    given = place(tmp_path)
+    assert api.sweep(jobs.square, [{}], 2, metric="los", **given).exit_code == 1
+    assert "No result has a finite los; --metric may be one of value" in said(given)
+    assert api.sweep(jobs.square, [{}], 2, **given).exit_code == 0
+
+
 def test_a_function_that_returns_no_number_fails(tmp_path: Path):
     given = place(tmp_path) | {"engine": api.Engine(slots.of_cores(1, threads="1"))}
     swept = api.sweep(jobs.odd, [{}], 6, metric="loss", **given)

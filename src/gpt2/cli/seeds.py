@@ -35,7 +35,7 @@ class SeedsCommand(CommandOptions):
 
     All options of `gpt2 train` work too, except --checkpoint_interval, which belongs to the sweep;
     set that of its trainings in a --config file. The same command again resumes a sweep that was
-    stopped. Exit code: 1 if a job failed.
+    stopped. Exit code: 1 if a job failed, or no result has --metric.
     """
 
     num_seeds: int = 10
@@ -47,7 +47,8 @@ class SeedsCommand(CommandOptions):
     target: str | None = None
     """module:function to call instead of a training, with the seed and the values of a point"""
     metric: str | None = None
-    """result to compare; default is val_loss, and with --target `value`, the number it returns"""
+    """result to compare; default is val_loss, and with --target the only number that it returns, or
+    the one named value"""
     pool: TrainingPoolOptions = TrainingPoolOptions()
     checkpoint_dir: Path | None = None
     """folder of the results, with a folder for each training; default is checkpoints/seeds,
@@ -89,7 +90,7 @@ def _run(command: SeedsCommand, train: TrainCommand, train_flags: Sequence[str])
     planned = sweep.Sweep(
         grid.points(grid_of(command, call)),
         range(command.first_seed, command.first_seed + command.num_seeds),
-        command.metric or ("value" if command.target else "val_loss"),
+        command.metric or (None if command.target else "val_loss"),
     )
     place: dict[str, Any] = {
         "folder": folder,

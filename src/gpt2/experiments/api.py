@@ -72,7 +72,7 @@ def sweep(
     num_seeds: int = 10,
     *,
     folder: Path,
-    metric: str = "value",
+    metric: str | None = None,
     first_seed: int = 0,
     listing: MakeTable = statistics.points_table,
     draw: MakeFigure = statistics.draw,
@@ -86,11 +86,12 @@ def sweep(
 
     `points` is a grid, as {"width": [4, 8]}, or a list of points. The function returns numbers by
     name, or a single number, which is then called `value`; a number that is not finite is stored as
-    None. The worker processes are reused. Later calls may add seeds and points to `folder`; the
-    values that a `partial` gives the function must stay the same. `listing` and `draw` make the
-    table and the picture of the points; they are called if at least one result has the metric, and
-    some points may have none. By default the sweep runs on all slots of this machine. results.json
-    is written every `save_every_s` seconds, and every 50 results.
+    None. By default, `metric` is the only number that the results have, or `value`. The worker
+    processes are reused. Later calls may add seeds and points to `folder`; the values that a
+    `partial` gives the function must stay the same. `listing` and `draw` make the table and the
+    picture of the points; they are called if at least one result has the metric, and some points
+    may have none. By default the sweep runs on all slots of this machine. results.json is written
+    every `save_every_s` seconds, and every 50 results.
 
     Raises UserError, before anything runs, if the function cannot be called this way, and if
     `folder` holds another experiment or is in use by another process.

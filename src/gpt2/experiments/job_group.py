@@ -48,6 +48,8 @@ class Summary:
     """texts, and functions that draw pictures, by the names of their files"""
     content: Mapping[str, Any] = field(default_factory=dict)
     """what results.json has besides the results"""
+    is_comparison: bool = True
+    """False if no result has what is compared"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ class JobGroupResult:
     """The outcome of a group of jobs."""
 
     exit_code: int
-    """0; 1 if a job failed, 128 plus the signal's number if it was stopped"""
+    """0; 1 if a job failed, or no result has what is compared; 128 plus the signal's number if it
+    was stopped"""
     records: Records
     """the result of each job that has ended, in this start or an earlier one"""
 
@@ -167,7 +170,8 @@ def run(group: JobGroup, engine: Engine, limits: Limits, out: Console) -> JobGro
         elif group.side_by_side and len(used) > 1:
             one_by_one_s = sum(records[name].elapsed_s for name in waiting)
             out.print(saved_time(took_s, one_by_one_s), soft_wrap=True)
-        code = 0 if not left else 128 + signal_number if signal_number else 1
+        is_good = not left and summary.is_comparison
+        code = 128 + signal_number if left and signal_number else 0 if is_good else 1
         return JobGroupResult(code, records)
 
 

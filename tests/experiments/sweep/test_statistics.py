@@ -67,6 +67,21 @@ def test_a_missing_metric_is_explained(results: list[object], words: str):
     assert said.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("results", "name"),
+    [
+        ([{"error": 2}, {"error": None}], "error"),
+        ([{"error": 2, "value": 1}], "value"),
+        ([{"error": 2}, {"rmse": 1}], "value"),
+        ([3.0], "value"),
+        ([{"error": None}], "value"),
+    ],
+)
+def test_the_only_number_of_the_results_is_the_default(results: list[object], name: str):
+    records = [record(seed, result) for seed, result in enumerate(results)]
+    assert statistics.default_metric([*records, record(9, None, state="failed")]) == name
+
+
 def test_table_has_a_row_per_point():
     records = [record(seed, seed * 0.01) for seed in range(3)]
     summaries = statistics.summarize([{"rate": 0.1}, {"rate": 0.2}], records, "value")

@@ -101,6 +101,7 @@ def test_options_of_a_training_are_refused_for_a_function(
         ),
         (["--resume", "latest"], "--resume latest is for one run; to resume an experiment"),
         (["--num_seeds", "0"], "num_seeds=0 is too small"),
+        (["--metric", "val_los"], "error: --metric val_los is unknown; did you mean val_loss"),
         (["--preset", "demo", "--data_root", "nowhere"], "nowhere"),
     ],
 )

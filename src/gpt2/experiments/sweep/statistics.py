@@ -77,6 +77,12 @@ MakeFigure = Callable[[Sequence[PointSummary], str], "Figure"]
 """makes the table and the picture of the points, for a metric"""
 
 
+def default_metric(results: Iterable[JobResult]) -> str:
+    """The name of the only number that the results have; `value` if they have none or several."""
+    names = {name for item in results for name in item.numbers}
+    return names.pop() if len(names) == 1 else "value"
+
+
 def missing_metric(results: Iterable[JobResult], metric: str) -> str:
     """Why no result can be compared by the metric."""
     known = sorted({name for item in results for name in item.numbers})

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import counted
+from gpt2.base.validation import suggestion
 from gpt2.config import flops, options
 from gpt2.config.run import MachineConfig, RunConfig
 from gpt2.experiments import grid
@@ -30,8 +31,8 @@ class Sweep:
 
     points: Sequence[Point]
     seeds: range
-    metric: str
-    """the number in the results that is compared"""
+    metric: str | None
+    """the number of the results that is compared; None is the only one they have, or `value`"""
     listing: MakeTable = statistics.points_table
     draw: MakeFigure = statistics.draw
 
@@ -73,6 +74,12 @@ class Sweep:
         from gpt2.experiments.training import training_job
 
         training_job.require_fresh_start(run)
+        if self.metric not in training_job.METRICS:
+            near = suggestion(f"{self.metric}", training_job.METRICS)
+            raise ConfigError(
+                f"--metric {self.metric} is unknown{near}; expected "
+                f"{', '.join(training_job.METRICS)}"
+            )
         if run.machine.seed != MachineConfig().seed:
             raise ConfigError(SEEDS_ONLY_BY_FLAGS)
         for point in self.points:
@@ -118,19 +125,23 @@ class Sweep:
 
     def summaries(self, records: Records) -> list[PointSummary]:
         """The statistics of each point over its seeds."""
-        return statistics.summarize(self.points, records.values(), self.metric)
+        return statistics.summarize(self.points, records.values(), self._compared(records))
+
+    def _compared(self, records: Records) -> str:
+        """The name of the number that is compared."""
+        return self.metric or statistics.default_metric(records.values())
 
     def _summarize(self, records: Records) -> Summary:
-        summaries = self.summaries(records)
+        summaries, metric = self.summaries(records), self._compared(records)
         failed = [name for name, item in records.items() if item.state == "failed"]
         points = [asdict(item) for item in summaries]
-        content = {"metric": self.metric, "points": points, "failures": failed}
+        content = {"metric": metric, "points": points, "failures": failed}
         if not any(item.values for item in summaries):
-            reason = statistics.missing_metric(records.values(), self.metric)
-            return Summary(lambda: reason, content=content)
+            reason = statistics.missing_metric(records.values(), metric)
+            return Summary(lambda: reason, content=content, is_comparison=False)
         return Summary(
-            lambda: self.listing(summaries, self.metric),
-            {f"{grid.file_name(self.metric)}.png": lambda: self.draw(summaries, self.metric)},
+            lambda: self.listing(summaries, metric),
+            {f"{grid.file_name(metric)}.png": lambda: self.draw(summaries, metric)},
             content,
         )
 

@@ -4,7 +4,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gpt2.metrics import log_reader, sinks
 from gpt2.train import dataset, trainer
 from gpt2.train.report import Answer, Report
 from gpt2.train.setup import require_enough_rows
+from gpt2.train.state import RunResult
 
 TARGET, RANK_TARGET = f"{__name__}:run", f"{__name__}:run_rank"
 REPORT_EVERY_S = 0.5
@@ -43,6 +44,15 @@ RESULT_OPTIONS = (
     "evaluation.eval_batches",
     "evaluation.eval_rows",
 )
+NO_NUMBERS = ("state", "exit_code")
+"""of a RunResult: how the run ended"""
+METRICS = (
+    *(item.name for item in fields(RunResult) if item.name not in NO_NUMBERS),
+    "tokens_per_s",
+    "train_s",
+    "peak_memory_gb",
+)
+"""names of the numbers that a training returns, some of them None"""
 
 
 def require_fresh_start(run_config: RunConfig) -> None:
@@ -122,15 +132,14 @@ def _train(
         raise Stopped
     if env_rank()[0] > 0:  # rank 0 writes the log and has the result
         return {}
-    returned = asdict(result)
-    del returned["exit_code"], returned["state"]
     logged = log_reader.read_runs(run_config.watch.log_dir / "log.txt")[-1]
     speeds = [item.tokens_per_s for item in logged.steps.values()]
-    return returned | {
+    returned = asdict(result) | {
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "train_s": sum(item.elapsed_s for item in logged.steps.values()),
         "peak_memory_gb": _peak_memory_bytes() / 1e9,
     }
+    return {name: returned[name] for name in METRICS}
 
 
 def wait_for_folder(report: Report, folder: Path) -> None:
