@@ -152,6 +152,22 @@ def test_full_disk_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [record.job for record in results.read_results(tmp_path)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("name", ["step_000002.pt", "status.json"])
+def test_a_folder_with_a_training_is_refused(tmp_path: Path, name: str):
+    """Unless the experiment was there before, or the training is in a folder below."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).touch()
+    with results.opened(tmp_path, ABOUT):
+        (tmp_path / name).touch()
+    with results.opened(tmp_path, ABOUT):
+        pass
+    (tmp_path / results.EXPERIMENT_FILE).unlink()
+    expected = rf"holds a training \({name}\); keep this .* elsewhere with --checkpoint_dir OTHER$"
+    with pytest.raises(ConfigError, match=expected), results.opened(tmp_path, ABOUT):
+        pass
+    assert not (tmp_path / results.EXPERIMENT_FILE).exists()
+
+
 def test_second_owner_is_refused_by_name(tmp_path: Path):
     program = (
         "import sys, pathlib\nfrom gpt2.experiments.results import ExperimentDescription, opened\n"

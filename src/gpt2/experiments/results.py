@@ -27,6 +27,7 @@ from gpt2.base.validation import is_finite
 from gpt2.config import options
 from gpt2.experiments.pool.job import Event
 from gpt2.experiments.pool.messages import is_number, json_ready
+from gpt2.train import status
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +196,8 @@ def opened(
     """The store of `folder`, which no other process can open within the block.
 
     Raises CheckpointError if another process owns the folder or its `experiment.json` cannot be
-    read, and ConfigError if it holds another experiment: `differences` compares the `fixed` values
-    that it holds with these.
+    read, and ConfigError if it holds a training, or another experiment: `differences` compares the
+    `fixed` values that it holds with these.
     """
     folder_lock.require_writable(folder)
     with folder_lock.held(folder, "experiment", "--checkpoint_dir"):
@@ -207,11 +208,23 @@ def opened(
                 raise another_experiment(folder, rows)
             description = replace(description, total=max(before.total, description.total))
             content = json_fields.read(path)  # a later version may have written more
+        else:
+            _require_no_training(folder)
         atomic_files.remove_temporary(folder, lambda name: name in (EXPERIMENT_FILE, RESULTS_FILE))
         content |= asdict(description)
         atomic_files.write_text(path, json.dumps(content, indent=1) + "\n")
         with contextlib.closing(ResultsStore(folder, description)) as store:
             yield store
+
+
+def _require_no_training(folder: Path) -> None:
+    """Commands that show a folder with both would show the experiment alone."""
+    found = [*sorted(folder.glob("step_*.pt"))[-1:], *folder.glob(status.NAME)]
+    if found:
+        raise ConfigError(
+            f"{folder} holds a training ({', '.join(path.name for path in found)}); keep this "
+            "experiment elsewhere with --checkpoint_dir OTHER"
+        )
 
 
 def read_description(folder: Path) -> ExperimentDescription | None:
