@@ -1,6 +1,8 @@
 """Names, flags and slots of named experiments."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,20 @@ def test_each_gpu_is_a_slot(monkeypatch: pytest.MonkeyPatch):
         "gpu5",
         "gpu7",
     ]
+
+
+def test_a_failure_is_told_by_the_last_line_or_the_head_of_the_last_frame(tmp_path: Path):
+    log = tmp_path / "console.log"
+    wrong = {"--learning_rat 3 --se 1": "Unrecognized options: ", "--seed x": "Error parsing "}
+    for flags, begins in wrong.items():
+        with log.open("w") as output:
+            command = [sys.executable, "-m", "gpt2", "train", *flags.split()]
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+        assert done.returncode == 2
+        told = experiments.printed_last(log)
+        assert told.startswith(begins + flags.split()[0])
+        assert not set(told) & set("─│╰\n") and "help" not in told
+    log.write_text("a\n╭─ b ─╮\n│ c   │\n╰─────╯\nd")
+    assert experiments.printed_last(log) == "its last line: d"
+    log.write_text("")
+    assert experiments.printed_last(log) == "its last line: "

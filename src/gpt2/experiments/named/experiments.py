@@ -42,6 +42,8 @@ KILLING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 """that end the experiments at once if one of them comes after the signal that stops them"""
 POLL_S = 0.2
 """how soon an end and a stop of a training are noticed"""
+LONGEST_FRAME = 200
+"""lines"""
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """return codes of a training that SIGTERM ended, before and after it could save"""
 
@@ -169,7 +171,8 @@ class NamedTrainings:
 def train(name: str, flags: list[str], begun: str, report: Reporter) -> None:
     """Trains to the end. A request to stop is passed on as SIGTERM, after which it saves and ends.
 
-    Raises Stopped if it ended so, and UserError with its exit code and last line if it failed.
+    Raises Stopped if it ended so, and UserError with its exit code and what it printed last if it
+    failed.
     """
     script = Path(gpt2.__file__).parents[1] / "train_improved.py"  # an installed package has none
     program = [str(script)] if script.exists() else ["-m", "gpt2", "train"]
@@ -196,6 +199,16 @@ def train(name: str, flags: list[str], begun: str, report: Reporter) -> None:
     if code in STOPPED and report.stop_requested:
         raise Stopped
     if code:
-        with log.open(errors="replace") as lines:
-            last = "".join(collections.deque(lines, maxlen=1)).strip()
-        raise UserError(f"exit code {code if code > 0 else 128 - code}; its last line: {last}")
+        raise UserError(f"exit code {code if code > 0 else 128 - code}; {printed_last(log)}")
+
+
+def printed_last(log: Path) -> str:
+    """The last line of a log, or the first paragraph in the frame that ends it: tyro frames what is
+    wrong with flags, and prints suggestions and a hint below a rule."""
+    with log.open(errors="replace") as file:
+        lines = [line.strip() for line in collections.deque(file, maxlen=LONGEST_FRAME)]
+    tops = [number for number, line in enumerate(lines) if line.startswith("╭")]
+    if not tops or not lines[-1].startswith("╰"):
+        return f"its last line: {''.join(lines[-1:])}"
+    inside = (line.strip("│ ") for line in lines[tops[-1] + 1 : -1])
+    return " ".join(itertools.takewhile(lambda text: text.strip("─"), inside))
