@@ -232,6 +232,28 @@ def test_differences_of_two_searches():
     ]
 
 
+def test_differences_are_real_ones_in_the_words_of_options():
+    """With the same value, a single choice is none; nor is what the search derives from options."""
+    plain: dict[str, Any] = {"n_head": 1, "n_layer": 2, "total_batch_size": 512, "space": {}}
+    derived = {"tokens_per_step": 512, "eval_tokens": 1024}
+    searched: dict[str, Any] = {
+        **derived,
+        "space": {
+            "n_head": "1",
+            "n_layer": "2, 3",
+            "layer_skip": "False",
+            "total_batch_size": "512, 1024",
+        },
+    }
+    assert spec.differences(plain, searched) == [
+        "n_layer: 2 before, 2, 3 now",
+        "total_batch_size: 512 before, 512, 1024 now",
+    ]
+    assert spec.differences(searched, searched | {"tokens_per_step": 2048}) == [
+        "tokens per step (--total_batch_size): 512 before, 2048 now"
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"\xef\xbb\xbf[n_layer]\nchoices = [2]", ""), (b"# \xe4\n[n_layer]", "is not text in UTF-8")],

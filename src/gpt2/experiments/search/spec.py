@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.base.errors import ConfigError
+from gpt2.config import options
 from gpt2.config.run import RunConfig
 from gpt2.experiments import results
 from gpt2.experiments.results import ExperimentDescription
 from gpt2.experiments.search import space
 from gpt2.experiments.search.space import Space
 from gpt2.experiments.training import training_job
+
+DERIVED = {
+    "tokens_per_step": "tokens per step (--total_batch_size)",
+    "eval_tokens": "tokens per validation (--eval_batches, --eval_rows)",
+}
+"""what messages call the values of a search that are no options"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,16 @@ class Search:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each option in which two searches differ, by the `fixed` values of both."""
+    spaces = [space.comparable(fixed.get("space", {})) for fixed in (before, now)]
     old, new = (
-        {**fixed, **space.comparable(fixed.get("space", {})), "space": ""}
-        for fixed in (before, now)
+        {**fixed, **of, "space": ""} for fixed, of in zip((before, now), spaces, strict=True)
     )
+    for name in set().union(*spaces):  # a single choice is the text of the same value
+        known = [values.get(name, options.LATER.get(name)) for values in (old, new)]
+        if str(known[0]) == str(known[1]):
+            old[name] = new[name] = known[0]
+    for name, title in DERIVED.items():
+        pair = [values.pop(name, None) for values in (old, new)]
+        if None not in pair:  # else only one of them searches the options that set it
+            old[title], new[title] = pair
     return results.value_differences(old, new)
