@@ -198,6 +198,7 @@ def test_a_script_that_starts_jobs_when_a_worker_imports_it_fails_with_one_messa
     assert set(done.stdout.splitlines()) <= {"event started"}, "no job was retried, or failed"
     message = f"{script} starts jobs when it is imported, which every worker does; {worker.GUARD}"
     assert done.stderr.count("Traceback") == done.stderr.count(message) == 1
+    assert "to continue" not in done.stderr, "the same command would fail again"
 
 
 def test_a_module_that_starts_jobs_when_it_is_imported_is_refused(

@@ -63,8 +63,8 @@ class WorkerEnded:
     """The worker has ended, and with it the job that it may have had."""
 
     reason: str
-    lost: Literal["worker", "slot", "engine"] = "worker"
-    """what cannot be used any more"""
+    lost: Literal["worker", "slot", "engine", "script"] = "worker"
+    """what cannot be used any more; a script is to be mended"""
 
 
 Message = JobPhase | JobReported | JobEnded | WorkerEnded

@@ -153,7 +153,7 @@ def _ended(exit_code: int) -> WorkerEnded:
         reason = (
             f"{script} starts jobs when it is imported, which every worker does; {worker.GUARD}"
         )
-        return WorkerEnded(reason, lost="engine")
+        return WorkerEnded(reason, lost="script")
     if exit_code >= 0:
         return WorkerEnded(f"its process ended with exit code {exit_code}")
     is_named = -exit_code in {*signal.Signals}  # most of the real-time signals are not

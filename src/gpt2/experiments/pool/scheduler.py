@@ -292,6 +292,8 @@ class Scheduler:
         """The slot has no worker any more."""
         attempt, slot.attempt = slot.attempt, None
         try:
+            if ended.lost == "script" and not self._stopping:
+                raise TrainingError(ended.reason)
             if ended.lost == "engine" and not self._stopping:
                 raise TrainingError(f"{ended.reason}; run the same command to continue")
             if ended.lost == "slot":
