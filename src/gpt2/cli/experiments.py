@@ -11,7 +11,7 @@ import tyro
 from gpt2.base.errors import ConfigError
 from gpt2.base.text import console
 from gpt2.base.validation import LARGEST, require_within, suggestion
-from gpt2.cli import experiments_run
+from gpt2.cli import experiments_run, main
 from gpt2.cli.parse import CommandOptions, guarded, run_command, show_text
 
 USAGE = """usage: gpt2 experiments ACTION [OPTIONS]
@@ -70,6 +70,8 @@ def experiments_main() -> int:
 
 
 def _refuse(name: str) -> NoReturn:
+    if name in main.COMMANDS:
+        raise ConfigError(f"unknown action {name}; did you mean gpt2 {name}?")
     known = suggestion(name, ["list", "show", "run"]) or "; expected list, show or run"
     raise ConfigError(f"unknown action {name}{known}")
 

@@ -52,6 +52,21 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return experiments.experiments_main()
 
 
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("watch", "unknown action watch; did you mean gpt2 watch?"),
+        ("lst", "unknown action lst; did you mean list?"),
+        ("other", "unknown action other; expected list, show or run"),
+    ],
+)
+def test_an_unknown_action_is_refused_with_the_nearest_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], action: str, words: str
+):
+    assert call(monkeypatch, action, "checkpoints") == 2
+    assert capsys.readouterr().err == f"error: {words}\n"
+
+
 def line_with(text: str, word: str) -> str:
     return next(line for line in text.splitlines() if word in line)
 
