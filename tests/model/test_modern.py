@@ -201,6 +201,8 @@ def test_a_sliding_window_is_within_the_context_and_can_be_turned_off():
     )
     with pytest.raises(ConfigError, match=r"modern, or --sliding_window None$"):
         ModelConfig(sliding_window=16)
+    with pytest.raises(ConfigError, match=r"has no effect with n_layer=1: .* None$"):
+        replace(SHAPE, sliding_window=16, n_layer=1)
     with pytest.raises(ConfigError, match="sliding_window=0"):
         replace(SHAPE, sliding_window=0)
 

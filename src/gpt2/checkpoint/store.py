@@ -243,7 +243,7 @@ def resolved(path: Path) -> Path:
     try:
         found = (atomic_files.pointed_at(path.resolve()) or path).resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found.stat()  # from Python 3.13 on, `resolve` raises for neither of them
+            found.stat()  # from Python 3.13 on, `resolve` does not raise for a circle
         return found
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -69,9 +69,8 @@ def run_experiments(arguments: Sequence[str]) -> int:
     named = experiments.parse_all(read.texts, read.common)
     names = shortened(", ".join(item.name for item in named), MOST_CELLS)
     with posting_end(read.options.get("--notify"), f"experiments {names}", None) as ended:
-        return ended(
-            *experiments.run(named, _slots(read))
-        )  # `_slots` may import torch to count GPUs
+        # `_slots` may import torch to count GPUs.
+        return ended(*experiments.run(named, _slots(read)))
 
 
 def read_arguments(arguments: Sequence[str]) -> RunArguments:

@@ -47,7 +47,7 @@ def flops_per_token(model: ModelConfig) -> float:
     """
     architecture = ARCHITECTURES[model.architecture]
     seen = sum(
-        min(model.window_of(layer) or model.block_size, model.block_size)
+        model.window_of(layer) or model.block_size
         for layer in range(model.n_layer if architecture.attends else 0)
     )
     weights = architecture.parameters(model) - architecture.look_ups(model)

@@ -160,10 +160,15 @@ def _require_flags_of_architecture(model: ModelConfig) -> None:
     )
 
 
-def _require_even_heads_and_a_window_in_context(model: ModelConfig) -> None:
+def _require_shape_of_modern(model: ModelConfig) -> None:
     _require_even_heads(model)
     if model.sliding_window is not None:
         _require_in_context(model, "sliding_window")
+        require(
+            model.n_layer > 1,
+            f"sliding_window={model.sliding_window} has no effect with n_layer=1: the last block "
+            "sees the whole context; use --sliding_window None",
+        )
 
 
 def _require_in_context(model: ModelConfig, name: str) -> None:
@@ -233,7 +238,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "modern": Architecture(
         model="gpt2.model.modern:Modern",
-        check=_require_even_heads_and_a_window_in_context,
+        check=_require_shape_of_modern,
         parameters=_modern_parameters,
         look_ups=_modern_look_ups,
         attends=True,

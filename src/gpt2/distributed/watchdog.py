@@ -3,10 +3,10 @@
 A rank that fails writes its failure to the store that torchrun keeps for all ranks, before its
 connections close. A rank that only notices a lost connection waits for that, so that all name the
 same one, the first that failed. A rank that hangs is the one that has not noticed that a reply is
-missing. A thread on every rank reads the store once per second, because the
-main thread may wait in a collective for ever. The same thread notices when torchrun or another rank
-on this machine has died, and when Ctrl+C is pressed twice: while the main thread waits in C, it
-does not run Python's signal handlers.
+missing. A thread on every rank reads the store once per second, because the main thread may wait in
+a collective for ever. The same thread notices when torchrun or another rank on this machine has
+died, and when Ctrl+C is pressed twice: while the main thread waits in C, it does not run Python's
+signal handlers.
 """
 
 import contextlib

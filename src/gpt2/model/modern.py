@@ -4,7 +4,7 @@ Rotary positions (Su et al. 2021, RoFormer); RMSNorm (Zhang & Sennrich 2019), al
 keys (Henry et al. 2020); squared ReLU (So et al. 2021, Primer); no biases. The norms have no gain:
 the matrix after a norm can represent it, and Xu et al. 2019 find models without it as good.
 
-Parts that presets turn on, each by a flag of the model:
+Other parts, each with a flag of the model:
 
 - `zero_init`: every block begins as the identity (Zhang et al. 2019, Fixup; as muP, Yang et al.
   2022, appendix D.2).

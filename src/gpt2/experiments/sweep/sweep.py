@@ -75,7 +75,7 @@ class Sweep:
 
         training_job.require_fresh_start(run)
         if self.metric not in training_job.METRICS:
-            near = suggestion(f"{self.metric}", training_job.METRICS)
+            near = suggestion(str(self.metric), training_job.METRICS)
             raise ConfigError(
                 f"--metric {self.metric} is unknown{near}; expected "
                 f"{', '.join(training_job.METRICS)}"
